@@ -1,0 +1,1 @@
+"""The bundled configs, as package data."""

@@ -1,0 +1,54 @@
+"""The sampler protocol: prompts in, sampled ids with their log-probs out. Samplers know nothing of environments."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+OnTurnEnd = Callable[[int, list[int]], list[int] | None]
+
+
+@dataclass
+class Sample:
+    """What a sampler returns for one row.
+
+    Attributes:
+        tokens: [T] sampled ids and forced observation ids, in order.
+        policy_mask: [T] True where the token was sampled.
+        logprobs: [T] fp32 nats of each sampled token under the distribution it was drawn from; NaN where forced.
+        stop_reason: "done" (``on_turn_end`` returned None) or "length" (token limit reached first).
+    """
+
+    tokens: list[int]
+    policy_mask: list[bool]
+    logprobs: list[float]
+    stop_reason: str
+
+
+class Sampler(Protocol):
+    """Attributes are the sampling settings; the scorer reads ``temperature`` so that both sides use one distribution."""
+
+    temperature: float
+    top_p: float | None
+    top_k: int | None
+    max_new_tokens: int
+
+    def sample(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        seeds: Sequence[int],
+        stop_ids: frozenset[int],
+        pad_id: int,
+        on_turn_end: OnTurnEnd,
+        temperature: float | None = None,
+        max_new_tokens: int | None = None,
+    ) -> list[Sample]:
+        """Sample ``group_size`` completions of every prompt.
+
+        Row ``p * group_size + g`` is completion g of prompt p and draws from its own stream, seeded with ``seeds[row]``: what
+        it samples does not depend on which rows share its batch. When a row samples a stop id, ``on_turn_end(row, ids of the
+        turn including the stop id)`` returns the ids to force next (an observation), or None to end the row.
+        ``max_new_tokens`` counts sampled and forced tokens of a row together. ``temperature`` 0 is greedy.
+        """

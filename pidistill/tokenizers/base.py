@@ -1,0 +1,44 @@
+"""What the package needs from a tokenizer: prompts, turns and observations as token ids, never cut out of a rendered string."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from pidistill.types import Message
+
+
+class ChatTokenizer(Protocol):
+    """Maps conversations to token ids so that a conversation only ever grows at its end.
+
+    prompt ids ++ turn ids ++ observation ids ++ turn ids ... is one growing context: what the model sampled stays as it was
+    sampled, and only the new messages are encoded.
+
+    Attributes:
+        vocab_size: number of ids that the tokenizer can produce (a model's output may be padded to more).
+        pad_id: id used to fill batches; never looked at by the model.
+        stop_ids: ids that end an assistant turn; the sampled one is part of the completion and is trained.
+        max_seq_len: prompt + completion limit in tokens, or None.
+    """
+
+    vocab_size: int
+    pad_id: int
+    stop_ids: frozenset[int]
+    max_seq_len: int | None
+
+    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
+        """Ids of the conversation, ending where the assistant turn begins (generation prompt included)."""
+
+    def encode_turn(
+        self, history: Sequence[Message], turn: Message, tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Ids a model would have sampled to say ``turn`` after ``encode_prompt(history)``; ends with a stop id."""
+
+    def encode_observations(
+        self, history: Sequence[Message], observations: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Ids from right after the stop id of ``history``'s last (assistant) turn up to where the next turn begins."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens included."""
+
+    def parse_turn(self, ids: Sequence[int]) -> Message:
+        """The assistant message that the sampled ids of one turn say; the stop id is not part of its text."""

@@ -1,0 +1,181 @@
+"""Every noun of the package, with its shapes, units and alignment.
+
+    row ─► Example ─► PromptPair ─► Rollout ─► Batch ─► Scores
+
+Letters used in shapes: B rollouts in a batch, L padded length, N policy tokens of a batch (of all its rollouts, in order),
+T tokens of one completion, V vocabulary, H hidden size.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Message = dict[str, Any]  # OpenAI chat format: {"role": ..., "content": ..., "tool_calls"?, "tool_call_id"?, "name"?}
+ViewName = Literal["student", "teacher"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a dataset, before any tokenizer has seen it.
+
+    Attributes:
+        id: names the row in errors and logs, e.g. ``"train.jsonl row 17"``.
+        messages: the conversation that the student answers, without privileged information; ends before an assistant turn.
+        privileged: the privileged information: a text, or messages; None where the row has none.
+        completion: a demonstration (assistant turns, and the tool or environment messages between them), if the row has one.
+        reference: what the reward compares with, e.g. the final answer.
+        tools: tool schemas for the chat template.
+        data: everything else of the row; an environment finds its task here.
+    """
+
+    id: str
+    messages: list[Message]
+    privileged: str | list[Message] | None = None
+    completion: list[Message] | None = None
+    reference: Any = None
+    tools: list[dict[str, Any]] | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """The two prompts of one example as token ids, each ending where the assistant turn begins.
+
+    ``student`` is, id for id, the prompt that inference builds. Without privileged information both are the same list.
+    """
+
+    student: list[int]
+    teacher: list[int]
+    has_privileged: bool
+
+    def of(self, view: ViewName) -> list[int]:
+        return self.student if view == "student" else self.teacher
+
+
+@dataclass
+class Rollout:
+    """One completion with everything that belongs to it: it cannot be scored under another row's privileged information.
+
+    Attributes:
+        completion: [T] the sampled ids and, between turns, the observation ids; the same ids in both views.
+        policy_mask: [T] True on tokens that the policy produced (end-of-turn included), False on observations.
+        sampled_logprobs: [T] fp32 nats, log μ of each token under the distribution it was drawn from (temperature, top-k and
+            top-p included); NaN on observations. None for a demonstration, which nobody sampled.
+        sampled_by: the view whose prompt the sampler saw.
+        group: rollouts with the same group number answer the same example in the same round.
+        stop_reason: "done" (the environment ended the episode), "length" (token limit), "max_turns".
+        turns: the messages of the episode: assistant turns and observations.
+        reward: sum of the environment's rewards; None when the reward raised or was not finite (such a rollout is dropped).
+        reward_parts: each part of the reward under its own name, for the log.
+        privileged_kl_nats: [T] detached, filled by the recipe when an objective asks for it: the estimate of
+            kl(sampling view||other view) at each token, under the weights that sampled; 0 on observations.
+    """
+
+    example: Example
+    prompts: PromptPair
+    completion: list[int]
+    policy_mask: list[bool]
+    sampled_logprobs: list[float] | None
+    sampled_by: ViewName
+    group: int
+    stop_reason: str
+    turns: list[Message]
+    reward: float | None = None
+    reward_parts: dict[str, float] = field(default_factory=dict)
+    privileged_kl_nats: list[float] | None = None
+
+    @property
+    def policy_tokens(self) -> int:
+        return sum(self.policy_mask)
+
+
+@dataclass
+class View:
+    """One view of a batch: right-padded token ids, and where each policy token is predicted.
+
+    Attributes:
+        tokens: [B, L] prompt + completion; padding only on the right, so a causal model needs no mask.
+        rows, columns: [N] the hidden state at (row, column) predicts policy token n: the column *before* the token's own.
+    """
+
+    tokens: Int[Tensor, "B L"]
+    rows: Int[Tensor, " N"]
+    columns: Int[Tensor, " N"]
+
+
+@dataclass
+class Batch:
+    """Rollouts side by side. Everything the objectives see is flat over the N policy tokens of the batch.
+
+    Attributes:
+        targets: [N] the policy tokens.
+        rollout_index: [N] which rollout of the batch (0..B-1) the token belongs to.
+        token_index: [N] index of the token among its rollout's policy tokens.
+        sampled_logprobs: [N] fp32 nats, log μ; None for demonstrations.
+        advantages: [N] fp32, per token; None for demonstrations.
+        has_privileged: [N] True where the rollout's example has privileged information.
+    """
+
+    student: View
+    teacher: View | None
+    targets: Int[Tensor, " N"]
+    rollout_index: Int[Tensor, " N"]
+    token_index: Int[Tensor, " N"]
+    sampled_logprobs: Float[Tensor, " N"] | None
+    advantages: Float[Tensor, " N"] | None
+    has_privileged: Bool[Tensor, " N"]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A full-vocabulary divergence that an objective asks the scorer for.
+
+    Attributes:
+        name: ``kl_teacher_student``, ``kl_student_teacher`` or ``jsd`` (generalised, see :mod:`pidistill.divergences`).
+        grad: the side that gradient reaches; the other side's log-probs are constants.
+        beta: weight of the teacher in the mixture; only for ``jsd``.
+    """
+
+    name: Literal["kl_teacher_student", "kl_student_teacher", "jsd"]
+    grad: Literal["student", "teacher", "both", "none"]
+    beta: float | None = None
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What an objective wants to know about a batch, and which sides gradient may reach.
+
+    ``views`` lists the views that must be computed at all; RL without privileged information needs only the student.
+    ``entropy`` adds the (detached) entropies of the views.
+    """
+
+    student_grad: bool
+    teacher_grad: bool
+    views: tuple[ViewName, ...] = ("student", "teacher")
+    divergences: tuple[Divergence, ...] = ()
+    entropy: bool = True
+
+
+@dataclass
+class Scores:
+    """Per-token numbers of one batch, in nats; None is "not computed".
+
+    Log-probs are of the sampled token, at the sampling temperature.
+    """
+
+    student_logprobs: Float[Tensor, " N"] | None
+    teacher_logprobs: Float[Tensor, " N"] | None
+    divergences: dict[Divergence, Float[Tensor, " N"]]
+    student_entropy: Float[Tensor, " N"] | None
+    teacher_entropy: Float[Tensor, " N"] | None
+
+
+@dataclass
+class TokenLoss:
+    """An objective's answer: a loss per policy token (nats, not reduced) and detached per-token values to log as means."""
+
+    loss: Float[Tensor, " N"]
+    metrics: dict[str, Float[Tensor, " N"]]
