@@ -70,8 +70,8 @@ class Rollout:
         turns: the messages of the episode: assistant turns and observations.
         reward: sum of the environment's rewards; None when the reward raised or was not finite (such a rollout is dropped).
         reward_parts: each part of the reward under its own name, for the log.
-        privileged_kl_nats: [T] detached, filled by the recipe when an objective asks for it: the estimate of
-            kl(sampling view||other view) at each token, under the weights that sampled; 0 on observations.
+        behaviour_kl_nats: one value per policy token, filled when the objective asks for it: its estimate of
+            kl(sampling view||other view) at that token under the weights that sampled.
     """
 
     example: Example
@@ -85,11 +85,26 @@ class Rollout:
     turns: list[Message]
     reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
-    privileged_kl_nats: list[float] | None = None
+    behaviour_kl_nats: list[float] | None = None
 
     @property
     def policy_tokens(self) -> int:
         return sum(self.policy_mask)
+
+
+@dataclass(frozen=True)
+class RolloutAdvantage:
+    """What a round says of one rollout before any gradient step.
+
+    Attributes:
+        reward: the advantage from the reward alone, the same for every policy token.
+        kl: [policy tokens] what the objective's `kl_mode` adds for the view that sampled; None where it adds nothing.
+        keep: False drops the rollout from every loss term and from the token count.
+    """
+
+    reward: float
+    kl: list[float] | None = None
+    keep: bool = True
 
 
 @dataclass
@@ -115,7 +130,8 @@ class Batch:
         rollout_index: [N] which rollout of the batch (0..B-1) the token belongs to.
         token_index: [N] index of the token among its rollout's policy tokens.
         sampled_logprobs: [N] fp32 nats, log μ; None for demonstrations.
-        advantages: [N] fp32, per token; None for demonstrations.
+        advantages: [N] fp32, from the reward alone; None for demonstrations.
+        kl_advantages: [N] fp32, what the objective's `kl_mode` adds for the view that sampled; None where it adds nothing.
         has_privileged: [N] True where the rollout's example has privileged information.
     """
 
@@ -126,6 +142,7 @@ class Batch:
     token_index: Int[Tensor, " N"]
     sampled_logprobs: Float[Tensor, " N"] | None
     advantages: Float[Tensor, " N"] | None
+    kl_advantages: Float[Tensor, " N"] | None
     has_privileged: Bool[Tensor, " N"]
 
 

@@ -42,3 +42,6 @@ class ChatTokenizer(Protocol):
 
     def parse_turn(self, ids: Sequence[int]) -> Message:
         """The assistant message that the sampled ids of one turn say; the stop id is not part of its text."""
+
+    def default_system(self, tools: Sequence[dict[str, Any]] | None = None) -> str | None:
+        """The system text that prompts get where the messages have no system message; None where they get none."""

@@ -1,0 +1,56 @@
+"""The `pidistill` command: torchtune's own command line with our recipes and configs registered, plus `demo`.
+
+    pidistill ls                                          our recipes and configs, then torchtune's
+    pidistill run pi_distill_distributed --config tiny/pi_distill max_steps=20
+    pidistill cp opsd_distributed my_recipe.py
+    pidistill demo                                        the comparison that `make demo` prints
+"""
+
+import sys
+from pathlib import Path
+
+from torchtune._cli.tune import TuneCLIParser
+from torchtune._recipe_registry import _ALL_RECIPES, Config, Recipe
+
+
+def folders() -> tuple[Path, Path]:
+    """(recipes, configs): inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    root = package if (package / "recipes").is_dir() else package.parent
+    return root / "recipes", root / "configs"
+
+
+def register() -> None:
+    """Put our recipes and configs in front of torchtune's in the list that its command line reads.
+
+    torchtune has no entry point for this. A config is registered with the recipe that its first comment names.
+    """
+    recipes, configs = folders()
+    ours = []
+    for recipe in sorted(recipes.glob("*_distributed.py")):
+        own = [path for path in sorted(configs.rglob("*.yaml")) if recipe.name in path.read_text(encoding="utf-8").split("\n", 1)[0]]
+        ours.append(
+            Recipe(
+                name=recipe.stem,
+                file_path=str(recipe),  # absolute: torchtune joins it to its own folder, which an absolute path overrides
+                configs=[Config(str(p.relative_to(configs).with_suffix("")), str(p)) for p in own],
+                supports_distributed=True,
+            )
+        )
+    _ALL_RECIPES[:0] = ours
+
+
+def main() -> None:
+    register()
+    if sys.argv[1:2] == ["demo"]:
+        from pidistill.demo import main as demo
+
+        demo(sys.argv[2:])
+        return
+    parser = TuneCLIParser()
+    parser._parser.prog = "pidistill"
+    parser.run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

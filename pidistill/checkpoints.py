@@ -1,0 +1,189 @@
+"""Save and exact resume. A checkpoint is a folder `output_dir/step_N`, complete or absent:
+
+    the weights in their own format, as the configured torchtune checkpointer writes them (loads in transformers),
+    the files that came with the initial checkpoint (config.json, tokenizer), and
+    training_state.pt: optimizer, scheduler, teacher, step, round, random state of every rank, the objective's name.
+
+`output_dir/latest` points to the newest. Checkpoints fall on round ends, so no half-used rollouts need saving.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
+from torchtune import training
+from torchtune.models import convert_weights
+from torchtune.modules import TransformerDecoder
+
+from pidistill.config import build
+from pidistill.errors import InputError
+from pidistill.teachers import Teacher
+from pidistill.training import Run, Updates, crossed, log
+
+STATE_FILE = "training_state.pt"
+LATEST = "latest"
+
+
+def step_folder(output_dir: Path, step: int) -> Path:
+    return output_dir / f"step_{step}"
+
+
+class Checkpoints:
+    """Loads the initial or the newest checkpoint of a run and saves new ones.
+
+    Attributes:
+        method: name of what is trained; a checkpoint of another method is refused on resume.
+        state: the training state that was found on resume, else None.
+    """
+
+    def __init__(self, cfg: DictConfig, run: Run, method: str) -> None:
+        self.run, self.method = run, method
+        self._node = cfg.checkpointer
+        self._every = cfg.get("save_every_steps")
+        self.state: dict[str, Any] | None = None
+        folder = None
+        if cfg.get("resume_from_checkpoint", False):
+            folder = self._newest()
+        self._checkpointer = self._open(folder)
+
+    def _newest(self) -> Path:
+        link = self.run.output_dir / LATEST
+        if not (link / STATE_FILE).is_file():
+            raise InputError(
+                f"resume_from_checkpoint=True but {link} holds no {STATE_FILE}; start without it, or check output_dir"
+            )
+        self.state = torch.load(link / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)
+        if self.state["method"] != self.method:
+            raise InputError(
+                f"the checkpoint in {link} was trained with {self.state['method']}, this config says {self.method}; "
+                "set another output_dir, or the objective it was trained with"
+            )
+        return link.resolve()
+
+    def _open(self, folder: Path | None) -> Any:
+        self._writing = self.run.output_dir / ".writing"
+        # Read by the checkpointer at construction; only rank 0 writes into it.
+        overrides: dict[str, Any] = {"output_dir": str(self._writing)}
+        if folder is not None:
+            weights = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+            overrides |= {"checkpoint_dir": str(folder), "checkpoint_files": weights}
+        return build(self._node, **overrides)
+
+    def load_weights(self) -> dict[str, Any]:
+        """The full state dict that the run starts from, on CPU."""
+        return self._checkpointer.load_checkpoint()[training.MODEL_KEY]
+
+    def restore(self, model: TransformerDecoder, updates: Updates, teacher: Teacher | None) -> dict[str, Any]:
+        """Put optimizer, scheduler, teacher and random state back; returns {"step", "round"} (zeros for a fresh run)."""
+        if self.state is None:
+            return {"step": 0, "round": 0}
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.run.world_size > 1)
+        set_optimizer_state_dict(model, updates.optimizer, self.state["optimizer"], options=options)
+        if updates.scheduler is not None:
+            updates.scheduler.load_state_dict(self.state["scheduler"])
+        updates.nonfinite_steps = self.state["nonfinite_steps"]
+        if teacher is not None and self.state["teacher"]:
+            teacher.load_state_dict(self.state["teacher"])
+        if len(self.state["rng"]) == self.run.world_size:
+            torch.set_rng_state(self.state["rng"][self.run.rank])
+        else:
+            log.warning(f"the checkpoint was written by {len(self.state['rng'])} ranks, this run has {self.run.world_size}")
+        return {"step": self.state["step"], "round": self.state["round"]}
+
+    def due(self, before: int, now: int) -> bool:
+        """True if a multiple of save_every_steps lies in (before, now]: the first round end at or after it saves."""
+        return crossed(self._every, before, now)
+
+    def save(self, step: int, round_: int, model: TransformerDecoder, updates: Updates, teacher: Teacher | None) -> None:
+        """Write `step_N` whole, then move it into place: a kill leaves the previous checkpoint as the newest."""
+        weights = self._full(model.state_dict())
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        optimizer = get_optimizer_state_dict(model, updates.optimizer, options=options)
+        teacher_state = self._full(teacher.state_dict()) if teacher is not None else {}
+        rng: list[Any] = [None] * self.run.world_size
+        dist.all_gather_object(rng, torch.get_rng_state())
+        if self.run.is_main:
+            shutil.rmtree(self._writing, ignore_errors=True)
+            self._checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=0)
+            state = {
+                "method": self.method,
+                "step": step,
+                "round": round_,
+                "optimizer": optimizer,
+                "scheduler": updates.scheduler.state_dict() if updates.scheduler is not None else None,
+                "nonfinite_steps": updates.nonfinite_steps,
+                "teacher": teacher_state,
+                "rng": rng,
+            }
+            (self._writing / "epoch_0" / STATE_FILE).unlink(missing_ok=True)  # copied along from a resumed folder
+            torch.save(state, self._writing / "epoch_0" / STATE_FILE)
+            self._publish(step)
+        dist.barrier()
+
+    def _publish(self, step: int) -> None:
+        folder = step_folder(self.run.output_dir, step)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(self._writing / "epoch_0", folder)
+        shutil.rmtree(self._writing, ignore_errors=True)
+        link = self.run.output_dir / f".{LATEST}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.name)
+        os.replace(link, self.run.output_dir / LATEST)
+
+    def _full(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Whole CPU tensors on rank 0 (every rank takes part in gathering them)."""
+        full = {}
+        for name, tensor in state.items():
+            whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            if self.run.is_main:
+                full[name] = whole.cpu().contiguous()
+        return full
+
+
+def from_scratch(
+    checkpoint_dir: str,
+    output_dir: str,
+    model: TransformerDecoder,
+    hf_config: dict[str, Any],
+    model_type: str,
+    seed: int = 0,
+    checkpoint_files: list[str] | None = None,
+) -> training.FullModelHFCheckpointer:
+    """A torchtune HF checkpointer whose initial checkpoint is made on the spot from random weights, if it is not there yet.
+
+    For training a small base from nothing. ``hf_config`` becomes config.json and must describe ``model``; linear weights are
+    drawn with standard deviation 0.02, embeddings with 0.05.
+    """
+    folder = Path(checkpoint_dir)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        if not (folder / "config.json").is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            generator = torch.Generator().manual_seed(seed)
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 2:
+                    std = 0.05 if name.startswith("tok_embeddings") else 0.02
+                    nn.init.normal_(parameter, std=std, generator=generator)
+            heads = {
+                key: hf_config[f"num_{name}_heads"] for key, name in (("num_heads", "attention"), ("num_kv_heads", "key_value"))
+            }
+            weights = convert_weights.tune_to_hf(model.state_dict(), dim=hf_config["hidden_size"], **heads)
+            save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+            # Last: a folder with a config.json is a whole one.
+            (folder / "config.json").write_text(json.dumps(hf_config, indent=2))
+    if dist.is_initialized():
+        dist.barrier()
+    return training.FullModelHFCheckpointer(
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_files=checkpoint_files or ["model.safetensors"],
+        model_type=model_type,
+        output_dir=output_dir,
+    )

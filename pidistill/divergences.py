@@ -1,0 +1,154 @@
+"""Divergences between two next-token distributions: nats, one number per token, never reduced, never clamped at 0.
+
+Every function takes log-probs (the log-softmax of logits already divided by the temperature; no T² factor follows) and names
+its divergence by its arguments: ``kl(logp, logq)`` is KL(p||q). A clamp at 0 would kill the gradient of tokens whose KL rounds
+below it; rounding alone keeps KL ≥ −1e-5 in fp32 and ≥ −1e-12 in fp64.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pidistill.errors import InputError
+from pidistill.types import Divergence
+
+
+def kl(
+    logp: Float[Tensor, "*tokens V"], logq: Float[Tensor, "*tokens V"], entry_clip: float | None = None
+) -> Float[Tensor, "*tokens"]:
+    """KL(p||q) = Σ_v p_v·(log p_v − log q_v) per token, in nats.
+
+    Gradient reaches whichever side requires it: ∂/∂log p_v = p_v·(log p_v − log q_v + 1), ∂/∂log q_v = −p_v. Entries with
+    p_v = 0 (log-prob −inf, or too small for the dtype) add 0 and get a zero gradient. q_v = 0 < p_v gives +inf: the value.
+
+    Args:
+        entry_clip: upper bound of each vocabulary entry's term before the sum (a later revision of arXiv 2601.18734 uses
+            .05). Clipped entries have no gradient, and since negative terms stay, the result may be negative.
+
+    Raises:
+        InputError: log-probs below fp32: a bfloat16 log-prob of −20 is already off by 0.06 nats.
+    """
+    _require_fp32(logp, logq)
+    p = logp.exp()
+    # Masking the ratio, not the product: 0·inf in the product would come back as NaN in the gradient.
+    terms = p * (logp - logq).masked_fill(p == 0, 0.0)
+    if entry_clip is not None:
+        terms = terms.clamp(max=entry_clip)
+    return terms.sum(-1)
+
+
+def generalised_jsd(
+    teacher_logp: Float[Tensor, "*tokens V"], student_logp: Float[Tensor, "*tokens V"], beta: float
+) -> Float[Tensor, "*tokens"]:
+    """β·KL(T||M) + (1−β)·KL(S||M) with M = β·T + (1−β)·S; the endpoints are defined as β=0: KL(T||S), β=1: KL(S||T).
+
+    The convention of arXiv 2306.13649 (Eq. 1) as TRL implements it. In between, the value lies in [0, −β·ln β − (1−β)·ln(1−β)].
+
+    **Near the endpoints** the interior does not approach them: it tends to β·KL(T||S) as β→0 and to (1−β)·KL(S||T) as β→1, so
+    β = .01 has about a hundredth of the gradient of β = 0. Use the endpoint itself, or a β well inside (0.1 to 0.9).
+
+    Gradient reaches both sides where they require it, through M too.
+
+    Raises:
+        InputError: β outside [0, 1]; log-probs below fp32.
+    """
+    if not 0.0 <= beta <= 1.0:
+        raise InputError(f"the generalised JSD needs beta in [0, 1] (the weight of the teacher in the mixture), not {beta}")
+    if beta == 0.0:
+        return kl(teacher_logp, student_logp)
+    if beta == 1.0:
+        return kl(student_logp, teacher_logp)
+    # logaddexp(−inf, −inf) has a NaN gradient. Such an entry has no mass in T or S, so that its log M is never read.
+    impossible = teacher_logp.isneginf() & student_logp.isneginf()
+    weighted_teacher = teacher_logp.masked_fill(impossible, 0.0) + math.log(beta)
+    weighted_student = student_logp.masked_fill(impossible, 0.0) + math.log1p(-beta)
+    mixture_logp = torch.logaddexp(weighted_teacher, weighted_student)
+    return beta * kl(teacher_logp, mixture_logp) + (1 - beta) * kl(student_logp, mixture_logp)
+
+
+def entropy(logp: Float[Tensor, "*tokens V"]) -> Float[Tensor, "*tokens"]:
+    """−Σ_v p_v·log p_v per token, in nats, in [0, ln V]; entries with p_v = 0 add 0, with a zero gradient."""
+    _require_fp32(logp)
+    p = logp.exp()
+    return -(p * logp.masked_fill(p == 0, 0.0)).sum(-1)
+
+
+def kl_topk_with_tail(
+    logp: Float[Tensor, "*tokens V"], logq: Float[Tensor, "*tokens V"], top: int | Int[Tensor, "*tokens K"]
+) -> Float[Tensor, "*tokens"]:
+    """KL(p||q) after merging all but K tokens into one tail bucket: an exact (K+1)-way divergence.
+
+    At most the full KL (merging loses information), equal to it for K = V. Gradient reaches both sides, tail included.
+
+    Args:
+        top: K for the K most probable tokens of p, or their ids [.., K], distinct per row (SDPO, arXiv 2601.20802, takes the
+            student's top-k whichever side comes first).
+    """
+    if isinstance(top, int):
+        if not 1 <= top <= logp.shape[-1]:
+            raise InputError(f"top-k needs 1 <= k <= vocabulary size {logp.shape[-1]}, not {top}")
+        top = logp.detach().topk(top, dim=-1).indices
+    return kl(with_tail(logp, top), with_tail(logq, top))
+
+
+def with_tail(logp: Float[Tensor, "*tokens V"], ids: Int[Tensor, "*tokens K"]) -> Float[Tensor, "*tokens K+1"]:
+    """Log-probs of ``ids`` [.., K], then the log of all remaining mass: a (K+1)-way distribution for any divergence here.
+
+    The tail is summed over the other V − K entries rather than taken as 1 − (the K), so that a tail of 1e-30 is still exact.
+    Gradient reaches all V entries. ``ids`` must be distinct per row; a repeated id would count twice.
+    """
+    _require_fp32(logp)
+    if ids.shape[-1] == logp.shape[-1]:  # logsumexp over nothing: value −inf, gradient NaN
+        return torch.cat([logp.gather(-1, ids), torch.full_like(logp[..., :1], -math.inf)], dim=-1)
+    rest = logp.scatter(-1, ids, -math.inf)
+    # The same NaN where all V − K others have probability 0.
+    empty = rest.detach().amax(-1, keepdim=True).isneginf()
+    tail = rest.masked_fill(empty, 0.0).logsumexp(-1, keepdim=True).masked_fill(empty, -math.inf)
+    return torch.cat([logp.gather(-1, ids), tail], dim=-1)
+
+
+def append_tail(top_logp: Float[Tensor, "*tokens K"]) -> Float[Tensor, "*tokens K+1"]:
+    """``with_tail`` where only K of the V log-probs are known (a served teacher): tail = log(1 − Σ_K p).
+
+    Computed as log(−expm1(x)) or log1p(−exp(x)), x = log Σ_K p, whichever is exact there. The tail is not resolved below the
+    dtype's epsilon (1e-7 in fp32): it stays at epsilon, without gradient, instead of 0, where a KL would be infinite.
+    """
+    _require_fp32(top_logp)
+    x = top_logp.logsumexp(-1, keepdim=True).clamp(max=-torch.finfo(top_logp.dtype).eps)
+    tail = torch.where(x > -math.log(2.0), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+    return torch.cat([top_logp, tail], dim=-1)
+
+
+def divergence(
+    request: Divergence, teacher_logp: Float[Tensor, "*tokens V"], student_logp: Float[Tensor, "*tokens V"]
+) -> Float[Tensor, "*tokens"]:
+    """The divergence that ``request`` names, with gradient to the side(s) that ``request.grad`` names and to no other.
+
+    ``kl_teacher_student`` is KL(T||S), ``kl_student_teacher`` KL(S||T), ``jsd`` the generalised JSD with ``request.beta``.
+
+    Raises:
+        InputError: unknown name or side; ``beta`` missing for ``jsd`` or given for another.
+    """
+    if request.grad not in ("student", "teacher", "both", "none"):
+        raise InputError(f"divergence {request.name}: grad={request.grad!r} is not one of student, teacher, both, none")
+    if (request.beta is not None) != (request.name == "jsd"):
+        raise InputError(
+            f"divergence {request.name}: beta={request.beta}, but jsd needs a beta and no other divergence takes one"
+        )
+    teacher = teacher_logp if request.grad in ("teacher", "both") else teacher_logp.detach()
+    student = student_logp if request.grad in ("student", "both") else student_logp.detach()
+    if request.name == "kl_teacher_student":
+        return kl(teacher, student)
+    if request.name == "kl_student_teacher":
+        return kl(student, teacher)
+    if request.name == "jsd":
+        return generalised_jsd(teacher, student, request.beta)
+    raise InputError(f"unknown divergence {request.name!r}; choose kl_teacher_student, kl_student_teacher or jsd")
+
+
+def _require_fp32(*logps: Tensor) -> None:
+    for logp in logps:
+        if logp.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"log-probs are {logp.dtype}: take the log-softmax of logits.float(), divergences need fp32")

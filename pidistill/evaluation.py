@@ -1,0 +1,101 @@
+"""Success with and without privileged information: what every comparison rests on."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pidistill.metrics import privileged_overlap, rollout_means, rollout_sums
+from pidistill.rollouts import CollectResult, rollout_seed
+from pidistill.rounds import TextLog
+from pidistill.training import Run
+from pidistill.types import Example, PromptPair, Rollout, ViewName
+
+# Evaluation draws from its own streams, the same at every step, so that curves differ by the model alone.
+EVALUATION_STREAM = -1
+
+Collect = Callable[..., CollectResult]
+
+
+def evaluate(
+    model,
+    prompts: Sequence[tuple[Example, PromptPair]],
+    collect: Collect,
+    run: Run,
+    *,
+    samples: int,
+    success_threshold: float,
+    leak_phrases: Sequence[str],
+    teacher_view: bool = True,
+) -> dict[str, float]:
+    """`eval_*` numbers of the model on ``prompts``, the same on every rank; see :mod:`pidistill.metrics` for their meaning.
+
+    Greedy without privileged information; ``samples`` per prompt at the sampling temperature without it, and with it
+    (``teacher_view``; the ceiling).
+    """
+    greedy = sample_view(model, prompts, collect, run, view="student", samples=1, temperature=0.0)
+    sampled = sample_view(model, prompts, collect, run, view="student", samples=samples)
+    result = {"eval_student_success_greedy": mean_success(greedy, success_threshold, run)}
+    means = rollout_means(run.sums(rollout_sums(sampled, success_threshold, leak_phrases)))
+    names = {"success_frac": "eval_student_success", "reward_mean": "eval_student_reward_mean"}
+    names |= {name: f"eval_{name}" for name in ("leak_frac", "completion_tokens_mean", "truncated_frac")}
+    result |= {names[name]: value for name, value in means.items() if name in names}
+    overlaps = [privileged_overlap(r) for r in sampled]
+    shared, said = run.sum(sum(a for a, _ in overlaps)), run.sum(sum(b for _, b in overlaps))
+    if said:
+        result["eval_privileged_overlap_frac"] = shared / said
+    if teacher_view:
+        teacher = sample_view(model, prompts, collect, run, view="teacher", samples=samples)
+        result["eval_teacher_success"] = mean_success(teacher, success_threshold, run)
+        result["eval_privileged_gain"] = result["eval_teacher_success"] - result["eval_student_success"]
+    return result
+
+
+def sample_view(
+    model,
+    prompts: Sequence[tuple[Example, PromptPair]],
+    collect: Collect,
+    run: Run,
+    *,
+    view: ViewName,
+    samples: int,
+    temperature: float | None = None,
+    max_new_tokens: int | None = None,
+) -> list[Rollout]:
+    """This rank's rollouts: ``samples`` of each of its share of the prompts; ``Rollout.group`` is the prompt's index."""
+    mine = run.share(list(enumerate(prompts)))
+    seeds = [rollout_seed(run.seed, EVALUATION_STREAM, index, member) for index, _ in mine for member in range(samples)]
+    return collect(
+        model,
+        examples=[example for _, (example, _) in mine],
+        prompts=[pair for _, (_, pair) in mine],
+        view=view,
+        group_size=samples,
+        seeds=seeds,
+        groups=[index for index, _ in mine],
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+    ).rollouts
+
+
+def mean_success(rollouts: Sequence[Rollout], threshold: float, run: Run) -> float:
+    total = run.sum(len(rollouts))
+    return run.sum(sum(r.reward >= threshold for r in rollouts)) / total if total else math.nan
+
+
+def pass_at_k(successes: int, samples: int, k: int) -> float:
+    """Unbiased estimate of P(at least one of k samples succeeds): 1 − C(n−c, k)/C(n, k) (arXiv 2107.03374, Eq. 1)."""
+    return 1.0 - math.comb(samples - successes, k) / math.comb(samples, k)
+
+
+def sample_texts(
+    model, prompts: Sequence[tuple[Example, PromptPair]], collect: Collect, run: Run, settings: TextLog
+) -> list[dict[str, Any]]:
+    """What student and teacher each write for the first rows of ``prompts``; the same list on every rank."""
+    rows: list[dict[str, Any]] = []
+    chosen = prompts[: settings.samples]
+    for view in ("student", "teacher"):
+        for rollout in sample_view(model, chosen, collect, run, view=view, samples=1, max_new_tokens=settings.max_new_tokens):
+            text = "\n".join(f"{turn['role']}: {turn.get('content') or turn.get('tool_calls')}" for turn in rollout.turns)
+            rows.append({"row": rollout.group, "example": rollout.example.id, "view": view, "reward": rollout.reward,
+                         "text": text[: settings.max_chars]})  # fmt: skip
+    return sorted(run.gather(rows), key=lambda row: (row["row"], row["view"]))

@@ -1,0 +1,247 @@
+"""What a run reports, and what each number means.
+
+`metrics.jsonl` holds one JSON object per optimiser step, and one per evaluation (keys `eval_*`), each with `step`. A number that
+was not computed is absent; nothing stands in for it.
+
+| key | meaning |
+| --- | --- |
+| step | optimiser steps done, this one included |
+| loss | the minimised loss, per policy token of the whole step, nats where it is a KL |
+| reward_mean, reward_std | of this round's rollouts; parts of a reward as `reward/<name>` |
+| success_frac | share of this round's rollouts with reward ≥ `eval_success_threshold` |
+| kl_teacher_student_nats | kl(teacher||student) per policy token, full vocabulary, on the sampled traces |
+| kl_student_teacher_nats | kl(student||teacher), likewise |
+| kl_teacher_student_q1 … q4 | the same by quarter of the completion |
+| entropy_nats, teacher_entropy_nats | entropy per policy token of the student and of the teacher view |
+| leak_frac | share of rollouts in which an assistant turn says a leak phrase |
+| clip_frac | share of policy tokens whose policy gradient is clipped to zero (halves weighted by α and 1−α) |
+| ratio_mean | mean of sampling view / μ; 1 on the first update after sampling unless top-p or top-k is on |
+| student_ratio_mean | mean of S/μ (or S/T) in π-Distill's student half |
+| ess_frac | effective sample size of the student's token ratios S/μ, as a share of the policy tokens |
+| grad_norm, lr | before clipping; of this step |
+| policy_tokens | policy tokens in the step, all ranks: the loss's denominator |
+| completion_tokens_mean | policy tokens per rollout |
+| zero_advantage_frac | share of rollouts whose group has one reward only |
+| rows_without_pi | rows of the training data without privileged information |
+| dropped/<reason> | rollouts left out of this round, by reason |
+| nonfinite_steps | steps skipped so far because the loss or the gradient was not finite |
+| tokens_per_s | policy tokens sampled and trained per second of the step, all ranks |
+| time_rollout_s, time_score_s, time_update_s | sampling with environment and rewards; scoring forwards; backward and optimiser |
+| alpha, beta | the objective's weights at this step |
+| eval_student_success_greedy | mean success at temperature 0, without privileged information |
+| eval_student_success | the same at the sampling temperature |
+| eval_teacher_success | with privileged information: the ceiling |
+| eval_privileged_gain | eval_teacher_success − eval_student_success |
+| eval_leak_frac | leak_frac of the evaluated student's samples |
+| eval_privileged_overlap_frac | share of the student's word 4-grams that stand in the privileged text it was not shown |
+| eval_completion_tokens_mean, eval_truncated_frac | length of the student's samples; share cut off by the token limit |
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pidistill.config import build
+from pidistill.training import Run, log, write_jsonl
+from pidistill.types import Batch, Message, Rollout, Scores
+
+
+class MetricsLog:
+    """metrics.jsonl, the configured torchtune metric logger and the progress bar, on rank 0.
+
+    On resume, rows after the checkpoint's step are cut off: they are about to be written again.
+    """
+
+    def __init__(self, cfg: DictConfig, run: Run, *, first_step: int, last_step: int, title: str) -> None:
+        self._active = run.is_main
+        self.path = run.output_dir / "metrics.jsonl"
+        self._alarm = CollapseAlarm()
+        if not self._active:
+            return
+        for path in (self.path, run.output_dir / "rollouts.jsonl"):
+            _keep_rows_until(path, first_step)
+        self._logger = build(cfg.metric_logger) if cfg.get("metric_logger") else None
+        self._bar = tqdm(total=last_step, initial=first_step, desc=title, unit="step", mininterval=0.5)
+
+    def write(self, row: dict[str, Any], shown: Sequence[str] = ()) -> None:
+        """Append one row; ``shown`` names the numbers that the progress bar carries. Numbers that are not finite are left out."""
+        row = {key: value for key, value in row.items() if not isinstance(value, float) or _is_finite(value)}
+        self._alarm.look(row)
+        if not self._active:
+            return
+        write_jsonl(self.path, [row])
+        if self._logger is not None:
+            numbers = {key: value for key, value in row.items() if key != "step" and isinstance(value, int | float)}
+            self._logger.log_dict(numbers, step=row["step"])
+        self._bar.n = row["step"]
+        self._bar.set_postfix({key: f"{row[key]:.3g}" for key in shown if key in row}, refresh=False)
+        self._bar.refresh()
+
+    def texts(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Append what student and teacher wrote to rollouts.jsonl, and show it."""
+        if not self._active:
+            return
+        write_jsonl(self.path.with_name("rollouts.jsonl"), [{"step": step} | row for row in rows])
+        for row in rows:
+            self._bar.write(f"── step {step} · {row['example']} · {row['view']} · reward {row['reward']:g}\n{row['text']}")
+
+    def close(self) -> None:
+        if self._active:
+            self._bar.close()
+            if self._logger is not None:
+                self._logger.close()
+
+
+class CollapseAlarm:
+    """Warns, once each, when a run looks lost: the entropy gone, or the KL gone while the reward has not risen."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, float] = {}
+        self._said: set[str] = set()
+
+    def look(self, row: dict[str, Any]) -> None:
+        for key in ("kl_teacher_student_nats", "reward_mean"):
+            if key in row:
+                self._first.setdefault(key, row[key])
+        if row.get("entropy_nats", 1.0) < 1e-3:
+            self._say(
+                "entropy", f"step {row['step']}: entropy is {row['entropy_nats']:.1e} nats per token; the policy is frozen"
+            )
+        start = self._first.get("kl_teacher_student_nats")
+        if (
+            start
+            and row.get("kl_teacher_student_nats", start) < 0.02 * start
+            and row.get("reward_mean", 1.0) <= self._first.get("reward_mean", 0.0)
+        ):
+            self._say("kl", f"step {row['step']}: kl(teacher||student) fell below 2% of its start and the reward has not risen")
+
+    def _say(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            log.warning(f"collapse alarm: {text}")
+
+
+def _is_finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def _keep_rows_until(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # A kill can leave half a line at the end.
+    kept = [line for line in lines if step > 0 and line.endswith("\n") and json.loads(line)["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------- numbers of a batch
+
+
+def token_sums(batch: Batch, scores: Scores, extra: dict[str, Tensor]) -> dict[str, float]:
+    """Sums over the policy tokens of a micro-batch, to be added over micro-batches and ranks and divided by their number."""
+    columns = dict(extra)
+    for divergence, value in scores.divergences.items():
+        if divergence.grad == "none":
+            columns[f"{divergence.name}_nats"] = value
+    if scores.student_entropy is not None:
+        columns["entropy_nats"] = scores.student_entropy
+    if scores.teacher_entropy is not None:
+        columns["teacher_entropy_nats"] = scores.teacher_entropy
+    sums = {name: value.detach().double().sum().item() for name, value in columns.items()}
+    kl = columns.get("kl_teacher_student_nats")
+    if kl is not None and kl.numel():
+        sums |= _by_quarter("kl_teacher_student_q", kl.detach(), batch)
+    if batch.sampled_logprobs is not None and scores.student_logprobs is not None:
+        ratio = (scores.student_logprobs.detach() - batch.sampled_logprobs).double().exp()
+        sums |= {"_ratio": ratio.sum().item(), "_ratio_squared": (ratio**2).sum().item()}
+    return sums
+
+
+def _by_quarter(name: str, values: Tensor, batch: Batch) -> dict[str, float]:
+    lengths = torch.bincount(batch.rollout_index)[batch.rollout_index]
+    quarter = (4 * batch.token_index) // lengths
+    result = {}
+    for q in range(4):
+        inside = quarter == q
+        result |= {f"{name}{q + 1}": values[inside].sum().item(), f"_{name}{q + 1}_tokens": inside.sum().item()}
+    return result
+
+
+def token_means(sums: dict[str, float], tokens: float) -> dict[str, float]:
+    """Means per policy token of summed :func:`token_sums`; the keys that start with `_` are consumed."""
+    if tokens == 0:
+        return {}
+    means = {}
+    for name, value in sums.items():
+        if not name.startswith("_"):
+            count = sums.get(f"_{name}_tokens", tokens)
+            if count:
+                means[name] = value / count
+    if sums.get("_ratio_squared"):
+        means["ess_frac"] = sums["_ratio"] ** 2 / sums["_ratio_squared"] / tokens
+    return means
+
+
+# ---------------------------------------------------------------------------------------------- numbers of rollouts
+
+
+def assistant_text(turns: Sequence[Message]) -> str:
+    return "\n".join(str(turn.get("content") or "") for turn in turns if turn["role"] == "assistant")
+
+
+def says_leak_phrase(rollout: Rollout, phrases: Sequence[str]) -> bool:
+    """True if an assistant turn says one of the phrases as whole words, whatever the case."""
+    text = assistant_text(rollout.turns)
+    return any(re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE) for phrase in phrases)
+
+
+def privileged_overlap(rollout: Rollout, n: int = 4) -> tuple[int, int]:
+    """(word n-grams of the student's text that stand in the privileged text, all its n-grams)."""
+    privileged = rollout.example.privileged
+    if privileged is None:
+        return 0, 0
+    if not isinstance(privileged, str):
+        privileged = " ".join(str(message.get("content") or "") for message in privileged)
+    known, said = _ngrams(privileged, n), _ngrams(assistant_text(rollout.turns), n)
+    return len([gram for gram in said if gram in set(known)]), len(said)
+
+
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = text.casefold().split()
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def rollout_sums(rollouts: Sequence[Rollout], success_threshold: float, leak_phrases: Sequence[str]) -> dict[str, float]:
+    """Sums over rollouts, to be added over ranks; see :func:`rollout_means`."""
+    sums = {
+        "_rollouts": float(len(rollouts)),
+        "reward_mean": sum(r.reward for r in rollouts),
+        "_reward_squared": sum(r.reward**2 for r in rollouts),
+        "success_frac": float(sum(r.reward >= success_threshold for r in rollouts)),
+        "completion_tokens_mean": float(sum(r.policy_tokens for r in rollouts)),
+        "truncated_frac": float(sum(r.stop_reason == "length" for r in rollouts)),
+    }
+    if leak_phrases:
+        sums["leak_frac"] = float(sum(says_leak_phrase(r, leak_phrases) for r in rollouts))
+    for rollout in rollouts:
+        for name, part in rollout.reward_parts.items():
+            sums[f"reward/{name}"] = sums.get(f"reward/{name}", 0.0) + part
+    return sums
+
+
+def rollout_means(sums: dict[str, float]) -> dict[str, float]:
+    count = sums["_rollouts"]
+    if not count:
+        return {}
+    means = {name: value / count for name, value in sums.items() if not name.startswith("_")}
+    means["reward_std"] = max(0.0, sums["_reward_squared"] / count - means["reward_mean"] ** 2) ** 0.5
+    return means

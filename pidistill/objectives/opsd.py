@@ -1,0 +1,98 @@
+"""OPSD in its reward form: on-policy self-distillation from the student's own samples (arXiv 2602.04942, Eq. 5).
+
+    J = E_{y~S}[R(y)] − β·kl(S||sg T)
+
+S is θ without privileged information and samples; T, the view with it, scores what S wrote and never gets gradient. The paper's
+teacher is the live θ; `teacher` in the config also takes frozen and EMA weights.
+
+What we do differently from the paper: `kl_mode: loss_rb` is the default, as in π-Distill; the KL estimators are the same, with the
+roles of the views exchanged.
+"""
+
+from collections.abc import Sequence
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pidistill.objectives.base import (
+    BOTH_KLS,
+    Number,
+    SamplingKL,
+    check_choice,
+    check_clip,
+    rollout_advantages,
+)
+from pidistill.policy_gradient import ppo_clip_loss
+from pidistill.schedules import as_schedule
+from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss, ViewName
+
+
+class OPSD:
+    """PPO on the student's own samples plus β·kl(S||sg T).
+
+    Args:
+        beta: weight of the KL in nats summed over the sequence, or ``{start, end, steps}``. The paper uses 0.5.
+        kl_mode, kl_gamma, kl_reward_scale: how the KL is estimated; see ``objectives.base.KL_MODES``.
+        reward_weight: weight of the policy-gradient term; 0 is distillation without a reward.
+        clip_low, clip_high, dual_clip, advantage, drop_zero_advantage, no_pi: as in π-Distill.
+    """
+
+    uses_teacher = True
+
+    def __init__(
+        self,
+        beta: Number = 0.5,
+        kl_mode: str = "loss_rb",
+        kl_gamma: float = 1.0,
+        kl_reward_scale: str = "sum",
+        reward_weight: float = 1.0,
+        clip_low: float = 0.8,
+        clip_high: float = 1.2,
+        dual_clip: float | None = None,
+        advantage: str = "group_mean",
+        drop_zero_advantage: str | bool = False,
+        no_pi: str = "rl",
+    ) -> None:
+        check_choice("advantage", advantage, ("group_mean", "leave_one_out", "standardised"))
+        check_choice("drop_zero_advantage", drop_zero_advantage, (False, "policy_gradient", "row"))
+        check_choice("no_pi", no_pi, ("rl", "distill", "drop", "error"))
+        check_clip(clip_low, clip_high, dual_clip)
+        self.beta = as_schedule("beta", beta, low=0.0, high=float("inf"))
+        self.reward_weight = as_schedule("reward_weight", reward_weight, low=0.0, high=float("inf"))
+        self.kl = SamplingKL("student", kl_mode, kl_gamma, kl_reward_scale)
+        self.clip = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
+        self.advantage, self.drop_zero_advantage, self.no_pi = advantage, drop_zero_advantage, no_pi
+
+    def sampling_view(self) -> ViewName:
+        return "student"
+
+    def samples_from_teacher_weights(self, step: int) -> bool:
+        return False
+
+    def behaviour_request(self) -> ScoreRequest | None:
+        return self.kl.behaviour_request()
+
+    def behaviour_kl(self, scores: Scores) -> Float[Tensor, " N"]:
+        return self.kl.behaviour_kl(scores)
+
+    def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
+        kl = self.kl.advantages(rollouts, self.beta(step), self.advantage)
+        return rollout_advantages(rollouts, self.advantage, self.drop_zero_advantage, kl)
+
+    def coefficients(self, step: int) -> dict[str, float]:
+        return {"beta": self.beta(step), "reward_weight": self.reward_weight(step)}
+
+    def score_request(self, step: int) -> ScoreRequest:
+        return ScoreRequest(student_grad=True, teacher_grad=False, divergences=BOTH_KLS + self.kl.loss_divergences())
+
+    def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
+        """−J per policy token; gradient through S only."""
+        advantages = self.reward_weight(step) * batch.advantages
+        if batch.kl_advantages is not None:
+            advantages = advantages + batch.kl_advantages
+        loss, ratio, clipped = ppo_clip_loss(scores.student_logprobs, batch.sampled_logprobs, advantages, **self.clip)
+        kl = self.kl.token_loss(scores)
+        if kl is not None:
+            weight = torch.ones_like(advantages) if self.no_pi == "distill" else batch.has_privileged.to(advantages.dtype)
+            loss = loss + self.beta(step) * weight * kl
+        return TokenLoss(loss, {"ratio_mean": ratio, "clip_frac": clipped})

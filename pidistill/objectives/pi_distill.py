@@ -1,0 +1,180 @@
+"""π-Distill: joint teacher-student policy gradient on traces that the teacher samples (arXiv 2602.04942).
+
+    J_T = E_{y~T}[R(y)] − β·kl(T||sg S)                         (Eq. 2, the teacher learns to use PI and stay imitable)
+    J_S = E_{y~T}[(S/sg μ)·R(y)] − β·kl(sg T||S)                (Eq. 3, the student learns from the same traces)
+    J   = α·J_T + (1−α)·J_S                                     (Eq. 4)
+
+T is θ with privileged information (PI), S is θ without, μ the policy that sampled. The KL points T||S in both halves; only the
+stop-gradient moves. The anchor is the live student: a frozen base as anchor collapses (the paper's appendix D.2).
+
+What we do differently from the paper, all of it by configuration:
+  1. `kl_mode: loss_rb` (the full-vocabulary KL as a loss) is the default; the paper's text describes `reward_rb`, which is not a
+     gradient of the KL. `reward_k1` and `loss_rb_complete` are unbiased.
+  2. β multiplies the KL summed over the sequence in every mode; the authors' trainer averages it over tokens in the reward
+     (`kl_mode: reward_rb`, `kl_reward_scale: token_mean`).
+  3. `student_kl: loss` is Eq. 3; `shared_reward` is their Algorithm 1 as printed, one advantage for both halves.
+  4. Zero-advantage rows stay (`drop_zero_advantage: row` is theirs), because their KL still teaches.
+"""
+
+from collections.abc import Sequence
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pidistill.objectives.base import (
+    BOTH_KLS,
+    Number,
+    SamplingKL,
+    check_choice,
+    check_clip,
+    check_topr,
+    rollout_advantages,
+)
+from pidistill.policy_gradient import ppo_clip_loss, topr_loss
+from pidistill.schedules import as_schedule
+from pidistill.types import Batch, Divergence, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss, ViewName
+
+STUDENT_KL = Divergence("kl_teacher_student", grad="student")
+
+
+class PiDistill:
+    """α·(teacher half) + (1−α)·(student half), both on the same teacher-sampled traces.
+
+    Args:
+        alpha: weight of the teacher half in [0, 1], or ``{start, end, steps}``. The paper uses 0, 0.5 and 1.
+        beta: weight of the KL in nats summed over the sequence, or a schedule. The paper uses 0.25.
+        kl_mode: how the teacher half's KL is estimated; see ``objectives.base.KL_MODES``.
+        kl_gamma: discount of the future-KL term of ``loss_rb_complete``.
+        kl_reward_scale: "sum" or "token_mean", for ``reward_rb``.
+        student_kl: the student half's KL: "loss" (Eq. 3), "shared_reward" (the teacher half's advantage, KL and all, and no term
+            of its own; needs a reward ``kl_mode``), "none".
+        student_term: "ppo" (Eq. 3) or "topr" (arXiv 2503.14286), for the student half.
+        ratio_denominator: "behaviour" (μ, recorded at sampling) or "live_teacher" (the teacher as it is now).
+        clip_low, clip_high: multiplicative bounds on the ratio.
+        dual_clip: caps the ratio at this value where the advantage is negative.
+        topr_low, topr_high, topr_level: truncation of TOPR's weight, per "token" or "sequence".
+        advantage: "group_mean" (the paper's), "leave_one_out", "standardised".
+        drop_zero_advantage: False, "policy_gradient" (no RL term) or "row" (the rollout leaves every term and the token count).
+        no_pi: "rl" (a row without PI trains by RL alone), "drop", "error"; "distill" only makes sense with other weights.
+    """
+
+    uses_teacher = True
+
+    def __init__(
+        self,
+        alpha: Number = 0.5,
+        beta: Number = 0.25,
+        kl_mode: str = "loss_rb",
+        kl_gamma: float = 1.0,
+        kl_reward_scale: str = "sum",
+        student_kl: str = "loss",
+        student_term: str = "ppo",
+        ratio_denominator: str = "behaviour",
+        clip_low: float = 0.8,
+        clip_high: float = 1.2,
+        dual_clip: float | None = None,
+        topr_low: float = 0.0,
+        topr_high: float = 1.0,
+        topr_level: str = "token",
+        advantage: str = "group_mean",
+        drop_zero_advantage: str | bool = False,
+        no_pi: str = "rl",
+    ) -> None:
+        check_choice("student_kl", student_kl, ("loss", "shared_reward", "none"))
+        check_choice("student_term", student_term, ("ppo", "topr"))
+        check_choice("ratio_denominator", ratio_denominator, ("behaviour", "live_teacher"))
+        check_choice("advantage", advantage, ("group_mean", "leave_one_out", "standardised"))
+        check_choice("drop_zero_advantage", drop_zero_advantage, (False, "policy_gradient", "row"))
+        check_choice("no_pi", no_pi, ("rl", "distill", "drop", "error"))
+        check_clip(clip_low, clip_high, dual_clip)
+        check_topr(topr_low, topr_high, topr_level)
+        self.alpha = as_schedule("alpha", alpha, low=0.0, high=1.0)
+        self.beta = as_schedule("beta", beta, low=0.0, high=float("inf"))
+        self.kl = SamplingKL("teacher", kl_mode, kl_gamma, kl_reward_scale)
+        if student_kl == "shared_reward" and not self.kl.in_reward:
+            check_choice("kl_mode", kl_mode, ("reward_k1", "reward_rb"), because="student_kl=shared_reward shares a reward")
+        self.student_kl, self.student_term, self.ratio_denominator = student_kl, student_term, ratio_denominator
+        self.clip = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
+        self.topr = {"low": topr_low, "high": topr_high, "level": topr_level}
+        self.advantage, self.drop_zero_advantage, self.no_pi = advantage, drop_zero_advantage, no_pi
+
+    # ------------------------------------------------------------------------------------------------ the round
+
+    def sampling_view(self) -> ViewName:
+        return "teacher"
+
+    def samples_from_teacher_weights(self, step: int) -> bool:
+        """At α=0 the teacher half is absent and the `teacher` component's weights sample; else the live weights do."""
+        return self.alpha(step) == 0.0
+
+    def behaviour_request(self) -> ScoreRequest | None:
+        return self.kl.behaviour_request()
+
+    def behaviour_kl(self, scores: Scores) -> Float[Tensor, " N"]:
+        return self.kl.behaviour_kl(scores)
+
+    def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
+        kl = self.kl.advantages(rollouts, self.beta(step), self.advantage)
+        return rollout_advantages(rollouts, self.advantage, self.drop_zero_advantage, kl)
+
+    # ------------------------------------------------------------------------------------------------ the update
+
+    def coefficients(self, step: int) -> dict[str, float]:
+        return {"alpha": self.alpha(step), "beta": self.beta(step)}
+
+    def score_request(self, step: int) -> ScoreRequest:
+        alpha = self.alpha(step)
+        divergences = BOTH_KLS
+        if alpha > 0:
+            divergences += self.kl.loss_divergences()
+        if alpha < 1 and self.student_kl == "loss":
+            divergences += (STUDENT_KL,)
+        return ScoreRequest(student_grad=alpha < 1, teacher_grad=alpha > 0, divergences=divergences)
+
+    def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
+        """−J per policy token: α·teacher half + (1−α)·student half."""
+        alpha = self.alpha(step)
+        loss = torch.zeros_like(batch.advantages)
+        metrics = {"ratio_mean": (scores.teacher_logprobs - batch.sampled_logprobs).detach().exp(), "clip_frac": 0.0 * loss}
+        if alpha > 0:
+            half, clipped = self.teacher_half(batch, scores, step)
+            loss = loss + alpha * half
+            metrics["clip_frac"] = metrics["clip_frac"] + alpha * clipped
+        if alpha < 1:
+            half, ratio, clipped = self.student_half(batch, scores, step)
+            loss = loss + (1 - alpha) * half
+            metrics["clip_frac"] = metrics["clip_frac"] + (1 - alpha) * clipped
+            metrics["student_ratio_mean"] = ratio
+        return TokenLoss(loss, metrics)
+
+    def teacher_half(self, batch: Batch, scores: Scores, step: int) -> tuple[Tensor, Tensor]:
+        """−J_T per token: PPO on T/μ plus, in the loss modes, β·kl(T||sg S). Gradient through T only."""
+        advantages = batch.advantages if batch.kl_advantages is None else batch.advantages + batch.kl_advantages
+        loss, _, clipped = ppo_clip_loss(scores.teacher_logprobs, self._denominator(batch, scores), advantages, **self.clip)
+        kl = self.kl.token_loss(scores)
+        if kl is not None:
+            loss = loss + self.beta(step) * self._distill_weight(batch) * kl
+        return loss, clipped
+
+    def student_half(self, batch: Batch, scores: Scores, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """−J_S per token: PPO on S/μ, or TOPR, plus β·kl(sg T||S). Gradient through S only."""
+        advantages, denominator = batch.advantages, self._denominator(batch, scores)
+        if self.student_kl == "shared_reward" and batch.kl_advantages is not None:
+            advantages = advantages + batch.kl_advantages
+        if self.student_term == "ppo":
+            loss, ratio, clipped = ppo_clip_loss(scores.student_logprobs, denominator, advantages, **self.clip)
+        else:
+            loss, ratio = topr_loss(
+                scores.student_logprobs, denominator, advantages, rollout_index=batch.rollout_index, **self.topr
+            )
+            clipped = torch.zeros_like(ratio)
+        if self.student_kl == "loss":
+            loss = loss + self.beta(step) * self._distill_weight(batch) * scores.divergences[STUDENT_KL]
+        return loss, ratio, clipped
+
+    def _denominator(self, batch: Batch, scores: Scores) -> Tensor:
+        return batch.sampled_logprobs if self.ratio_denominator == "behaviour" else scores.teacher_logprobs.detach()
+
+    def _distill_weight(self, batch: Batch) -> Tensor:
+        """0 on rows without PI (their two prompts are one and the same), unless `no_pi: distill`."""
+        return torch.ones_like(batch.advantages) if self.no_pi == "distill" else batch.has_privileged.to(batch.advantages.dtype)

@@ -1,0 +1,16 @@
+"""Prompts in, rollouts out: samplers, and the loop between a sampler and an environment."""
+
+from pidistill.rollouts.base import OnTurnEnd, Sample, Sampler
+from pidistill.rollouts.collect import CollectResult, collect_rollouts, rollout_seed
+from pidistill.rollouts.torchtune_sampler import TorchtuneSampler, gathered_parameters
+
+__all__ = [
+    "CollectResult",
+    "OnTurnEnd",
+    "Sample",
+    "Sampler",
+    "TorchtuneSampler",
+    "collect_rollouts",
+    "gathered_parameters",
+    "rollout_seed",
+]

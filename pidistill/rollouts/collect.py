@@ -1,0 +1,222 @@
+"""Episodes: what a sampler writes goes to the environment, and what the environment answers goes back into the context."""
+
+import hashlib
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pidistill.envs.base import Environment
+from pidistill.errors import InputError
+from pidistill.rollouts.base import Sample, Sampler
+from pidistill.tokenizers.base import ChatTokenizer
+from pidistill.types import Example, Message, PromptPair, Rollout, ViewName
+
+_log = logging.getLogger(__name__)
+
+DROP_REASONS = ("reward_error", "reward_not_finite")
+
+
+@dataclass
+class CollectResult:
+    """Rollouts that have a reward, and how many have none, by reason; every reason is present, so that ranks can be summed.
+
+    ``reward_error``: the environment (or its reward) raised. ``reward_not_finite``: it gave NaN or an infinity.
+    """
+
+    rollouts: list[Rollout]
+    dropped: dict[str, int]
+
+
+def collect_rollouts(
+    model: Any,
+    sampler: Sampler,
+    tokenizer: ChatTokenizer,
+    environment: Environment,
+    examples: Sequence[Example],
+    prompts: Sequence[PromptPair],
+    *,
+    view: ViewName,
+    group_size: int,
+    seeds: Sequence[int],
+    groups: Sequence[int] | None = None,
+    temperature: float | None = None,
+    max_turns: int | None = None,
+    max_new_tokens: int | None = None,
+) -> CollectResult:
+    """Play ``group_size`` episodes of every example, the model seeing the prompt of ``view``.
+
+    A rollout whose reward raised or is not finite is left out, counted and logged; its group is then smaller. The run
+    goes on. With a sharded model every rank calls this, if need be with no examples.
+
+    Args:
+        seeds: one per rollout, group after group; see :func:`rollout_seed`.
+        groups: the group number of each example's rollouts; by default its position.
+        temperature, max_new_tokens: instead of the sampler's own.
+        max_turns: assistant turns per episode; an episode that wants more stops with "max_turns". None is no limit.
+
+    Returns:
+        rollouts in the order of ``seeds``.
+
+    Raises:
+        InputError: ``max_turns`` below 1, lists that do not match, or an environment that refuses an example on reset.
+    """
+    groups = range(len(examples)) if groups is None else groups
+    if not len(examples) == len(prompts) == len(groups):
+        raise InputError(f"{len(examples)} examples, {len(prompts)} prompts and {len(groups)} group numbers do not match")
+    if max_turns is not None and max_turns < 1:
+        raise InputError(f"max_turns is {max_turns}; give at least 1, or null for no limit")
+    episodes = [_Episode(example, environment, tokenizer, max_turns) for example in examples for _ in range(group_size)]
+    samples = sampler.sample(
+        model,
+        [pair.of(view) for pair in prompts],
+        group_size=group_size,
+        seeds=seeds,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+        on_turn_end=lambda row, ids: episodes[row].on_turn_end(ids),
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+    )
+    rollouts = []
+    for row, (episode, sample) in enumerate(zip(episodes, samples, strict=True)):
+        episode.finish(sample)
+        if episode.failure is None:
+            rollouts.append(episode.rollout(sample, prompts[row // group_size], view, groups[row // group_size]))
+    _warn([episode for episode in episodes if episode.failure is not None])
+    counts = Counter(episode.failure.reason for episode in episodes if episode.failure is not None)
+    return CollectResult(rollouts, {reason: counts[reason] for reason in DROP_REASONS})
+
+
+def rollout_seed(seed: int, step: int, index: int, member: int) -> int:
+    """Seed of one rollout's random stream: equal on every machine, rank and Python, different for any other four numbers.
+
+    The first 63 bits of BLAKE2b of "seed,step,index,member". ``seed`` is the run's, ``step`` the round (or a negative number
+    for a stream of its own, such as evaluation), ``index`` the example's, ``member`` the rollout's place in its group.
+    torch's CPU generator uses the low 32 bits, all of them hashed: two rollouts of one group of 8 share a stream with
+    probability 1e-8.
+    """
+    digest = hashlib.blake2b(f"{seed},{step},{index},{member}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True)
+class _Failure:
+    reason: str
+    detail: str
+    error: Exception | None = None
+
+
+@dataclass
+class _Episode:
+    """One rollout's conversation with the environment.
+
+    Attributes:
+        turns: assistant turns and those observations that are in the context.
+        tokens: length of the context after the prompt: turns so far, and the observations that were handed to the sampler.
+        failure: why the rollout has no reward; None while it has one.
+    """
+
+    example: Example
+    environment: Environment
+    tokenizer: ChatTokenizer
+    max_turns: int | None
+    turns: list[Message] = field(default_factory=list)
+    turn_count: int = 0
+    tokens: int = 0
+    reward: float = 0.0
+    reward_parts: dict[str, float] = field(default_factory=dict)
+    out_of_turns: bool = False
+    failure: _Failure | None = None
+    observations: list[Message] = field(default_factory=list)  # the last ones handed to the sampler
+
+    def __post_init__(self) -> None:
+        try:
+            self.state = self.environment.reset(self.example)
+        except InputError:  # environment and dataset do not fit: the user's to mend, and no row would fare better
+            raise
+        except Exception as error:
+            self.failure = _Failure("reward_error", f"reset raised {error!r}", error)
+
+    def on_turn_end(self, ids: list[int]) -> list[int] | None:
+        """The ids of the environment's answer to a whole turn, generation prompt included; None ends the episode."""
+        done = self._step(ids, truncated=False)
+        if done:
+            return None
+        if self.turn_count == self.max_turns:
+            self.out_of_turns = True
+            return None
+        history = [*self.example.messages, *self.turns]
+        observation_ids = self.tokenizer.encode_observations(history, self.observations, self.example.tools)
+        self.turns += self.observations
+        self.tokens += len(observation_ids)
+        return observation_ids
+
+    def finish(self, sample: Sample) -> None:
+        """Settle what the token limit left: an observation that did not fit, or a turn cut short."""
+        if self.failure is not None or sample.stop_reason != "length":
+            return
+        if len(sample.tokens) < self.tokens:  # the observation was refused whole: it is not part of the completion
+            del self.turns[len(self.turns) - len(self.observations) :]
+        elif len(sample.tokens) > self.tokens:
+            self._step(sample.tokens[self.tokens :], truncated=True)
+
+    def rollout(self, sample: Sample, prompts: PromptPair, view: ViewName, group: int) -> Rollout:
+        return Rollout(
+            example=self.example,
+            prompts=prompts,
+            completion=sample.tokens,
+            policy_mask=sample.policy_mask,
+            sampled_logprobs=sample.logprobs,
+            sampled_by=view,
+            group=group,
+            stop_reason="max_turns" if self.out_of_turns else sample.stop_reason,
+            turns=self.turns,
+            reward=self.reward,
+            reward_parts=self.reward_parts,
+        )
+
+    def _step(self, ids: list[int], *, truncated: bool) -> bool:
+        """Add one turn and the environment's verdict on it; True where the episode ends."""
+        if self.failure is not None:
+            return True
+        turn = self.tokenizer.parse_turn(ids)
+        self.turns.append(turn)
+        self.turn_count += 1
+        self.tokens += len(ids)
+        try:
+            step = self.environment.step(self.state, turn, truncated=truncated)
+            reward = float(step.reward)
+            parts = {name: float(value) for name, value in step.reward_parts.items()}
+        except Exception as error:  # whatever a user's reward raises: a missing number must not end the run
+            self.failure = _Failure("reward_error", f"turn {self.turn_count} raised {error!r}", error)
+            return True
+        if not all(math.isfinite(value) for value in (reward, *parts.values())):
+            self.failure = _Failure("reward_not_finite", f"turn {self.turn_count} gave {reward}, with parts {parts}")
+            return True
+        self._add(reward, parts)
+        self.observations = list(step.observations)
+        return step.done
+
+    def _add(self, reward: float, parts: dict[str, float]) -> None:
+        self.reward += reward
+        for name, value in parts.items():
+            self.reward_parts[name] = self.reward_parts.get(name, 0.0) + value
+
+
+def _warn(failed: list[_Episode]) -> None:
+    """One warning per reason, with the first rollout's story: a broken reward fails on every row of every round."""
+    for reason in DROP_REASONS:
+        episodes = [episode for episode in failed if episode.failure.reason == reason]
+        if episodes:
+            first = episodes[0]
+            _log.warning(
+                "%d rollouts dropped (%s); the first one answers %s: %s",
+                len(episodes),
+                reason,
+                first.example.id,
+                first.failure.detail,
+                exc_info=first.failure.error,
+            )

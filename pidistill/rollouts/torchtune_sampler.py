@@ -1,0 +1,488 @@
+"""Sampling from any torchtune decoder, sharded or not, without changing it.
+
+`torchtune.generation.generate` keeps every logit of every step, runs until the last row stops and gives no log-probs. This
+loop keeps one step's logits at a time, lets finished rows leave the batch, records the log-prob of each token under the
+distribution it was drawn from, and forces the observations of multi-turn episodes between the sampled turns.
+
+A batch is a rectangle: prompts are padded on the left, and every row advances by the same number of columns in each forward.
+A row that waits for the end of a forced observation reads it while the other rows sample.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torchtune.modules import TransformerDecoder
+
+from pidistill.errors import InputError
+from pidistill.rollouts.base import OnTurnEnd, Sample
+
+# Copying the caches of the rows that go on costs about one step of attention; the finished rows cost that in every step.
+_COMPACT_AT_FRAC = 0.25
+
+
+@dataclass(kw_only=True)
+class TorchtuneSampler:
+    """The default sampler; see :class:`pidistill.rollouts.base.Sampler` for what `sample` promises.
+
+    Attributes:
+        max_new_tokens: sampled and forced tokens of one completion, together.
+        temperature: divides the logits; 0 is greedy, whose log-probs are 0.0 (a point mass): for evaluation only.
+        top_k: keep the k most probable tokens, and those tied with the last of them; null keeps all.
+        top_p: keep the fewest most probable tokens that together reach this probability, after temperature and top_k; null
+            keeps all. Either one makes the sampling distribution differ from the one that is trained.
+        max_batch_size: rows in one batch; null is all of them. Less needs less memory for keys and values.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float | None = None
+    top_k: int | None = None
+    max_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_settings(self.temperature, self.max_new_tokens)
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise InputError(f"sampler.top_p is {self.top_p}; give a probability above 0 and at most 1, or null for all")
+        for key, value in (("top_k", self.top_k), ("max_batch_size", self.max_batch_size)):
+            if value is not None and value < 1:
+                raise InputError(f"sampler.{key} is {value}; give at least 1, or null for no limit")
+
+    def sample(
+        self,
+        model: TransformerDecoder,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        seeds: Sequence[int],
+        stop_ids: frozenset[int],
+        pad_id: int,
+        on_turn_end: OnTurnEnd,
+        temperature: float | None = None,
+        max_new_tokens: int | None = None,
+    ) -> list[Sample]:
+        """Sample ``group_size`` completions of every prompt, in eval mode and without gradient.
+
+        With a sharded model every rank must call this, with any number of prompts, none included: the parameters are gathered
+        once at the start, after which each rank samples as long as it needs.
+
+        A row's tokens depend on its prompt and seed, not on its batch; only where a draw falls within rounding error of
+        the border between two tokens can another batch decide otherwise (about 1e-7 per token in fp32, more in bf16).
+
+        Raises:
+            InputError: a prompt is empty, too long for the model or holds an id that the model lacks; a setting is out of
+                range; or the model gives logits that are not finite.
+        """
+        request = _Request(
+            temperature=self.temperature if temperature is None else temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            stop_ids=stop_ids,
+            pad_id=pad_id,
+            on_turn_end=on_turn_end,
+            vocab_size=model.tok_embeddings.num_embeddings,
+        )
+        _check_settings(request.temperature, request.max_new_tokens)
+        _check_prompts(model, prompts, request)
+        if group_size < 1 or len(seeds) != len(prompts) * group_size:
+            raise InputError(f"{len(prompts)} prompts x group_size {group_size} need as many seeds, not {len(seeds)}")
+        rows = [_Row(r, r // group_size, seed) for r, seed in enumerate(seeds)]
+        size = self.max_batch_size or max(len(rows), 1)
+        # Not inference_mode: parameters gathered in it could not be trained afterwards.
+        with torch.no_grad(), gathered_parameters(model), _evaluating(model):
+            for start in range(0, len(rows), size):
+                _sample_rows(model, prompts, rows[start : start + size], request)
+        return [row.sample for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One call's settings, as in :meth:`TorchtuneSampler.sample`."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    pad_id: int
+    on_turn_end: OnTurnEnd
+    vocab_size: int
+
+
+@dataclass
+class _Row:
+    """One completion on its way.
+
+    Attributes:
+        index, prompt: its number among all rows, and which prompt it answers.
+        unread: ids of ``sample.tokens`` that the model has not read yet; never empty between steps unless finished.
+        turn_start: where the current turn begins in ``sample.tokens``.
+    """
+
+    index: int
+    prompt: int
+    seed: int
+    sample: Sample = field(default_factory=lambda: Sample([], [], [], ""))
+    unread: list[int] = field(default_factory=list)
+    turn_start: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.sample.stop_reason != ""
+
+    def draw_uniforms(self, n: int) -> None:
+        """The row's own stream: token t of the completion, if sampled, is decided by number t of it."""
+        self._uniforms = torch.rand(n, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64).numpy()
+
+    @property
+    def uniform(self) -> float:
+        return self._uniforms[len(self.sample.tokens)]
+
+    def append(self, ids: Sequence[int], *, sampled: bool, logprob: float) -> None:
+        self.sample.tokens += ids
+        self.sample.policy_mask += [sampled] * len(ids)
+        self.sample.logprobs += [logprob] * len(ids)
+        self.unread += ids
+
+    def read(self, n: int) -> list[int]:
+        """The next n ids for the model."""
+        ids, self.unread = self.unread[:n], self.unread[n:]
+        return ids
+
+
+def _sample_rows(model: TransformerDecoder, prompts: Sequence[Sequence[int]], rows: list[_Row], request: _Request) -> None:
+    """Sample the rows of one batch to their ends."""
+    used = sorted({row.prompt for row in rows})
+    slot_of = {prompt: slot for slot, prompt in enumerate(used)}
+    for row in rows:
+        row.draw_uniforms(request.max_new_tokens)
+    longest = max(len(prompts[p]) for p in used)
+    with _decoding(model, longest + request.max_new_tokens) as context:
+        # Each prompt is read once, whatever the size of its group.
+        logits = context.read_prompts([prompts[p] for p in used], request.pad_id)
+        slots = context.indices([slot_of[row.prompt] for row in rows])
+        context.select(slots)
+        _draw(logits[slots], rows, request)
+        while not all(row.finished for row in rows):
+            rows = _without_finished(rows, context)
+            n = min(len(row.unread) for row in rows if not row.finished)
+            tokens = [[request.pad_id] * n if row.finished else row.read(n) for row in rows]
+            due = [b for b, row in enumerate(rows) if not row.finished and not row.unread]
+            _draw(context.read(tokens, due), [rows[b] for b in due], request)
+
+
+def _without_finished(rows: list[_Row], context: "_Context") -> list[_Row]:
+    """The rows that go on, once enough have finished to be worth the copy; until then the finished ones read padding."""
+    going_on = [b for b, row in enumerate(rows) if not row.finished]
+    if len(rows) - len(going_on) < max(1, _COMPACT_AT_FRAC * len(rows)):
+        return rows
+    context.select(context.indices(going_on))
+    return [rows[b] for b in going_on]
+
+
+def _draw(logits: Float[Tensor, "B V"], rows: list[_Row], request: _Request) -> None:
+    """Give each row its next token, and what follows from it."""
+    ids, logprobs = _choose(logits, rows, request)
+    for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
+        row.append([token], sampled=True, logprob=logprob)
+        if token in request.stop_ids:
+            _end_turn(row, request)
+        elif len(row.sample.tokens) == request.max_new_tokens:
+            row.sample.stop_reason = "length"
+
+
+def _choose(logits: Float[Tensor, "B V"], rows: list[_Row], request: _Request) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """One token per row, and its log-prob under the distribution it was drawn from."""
+    if request.temperature == 0:
+        best, ids = logits.max(dim=-1)
+        _check_finite(best, rows)
+        return ids, torch.zeros_like(best)
+    logprobs = sampling_logprobs(logits, request.temperature, request.top_k, request.top_p)
+    # numpy: stacking one-element tensors row by row would take longer than a small model's forward.
+    uniforms = torch.from_numpy(np.array([row.uniform for row in rows])).to(logits.device)
+    ids = inverse_cdf(logprobs, uniforms)
+    chosen = logprobs.gather(1, ids[:, None])[:, 0]
+    _check_finite(chosen, rows)
+    return ids, chosen
+
+
+def _end_turn(row: _Row, request: _Request) -> None:
+    """Ask what follows the turn that just ended; an observation that leaves no room for an answer is not begun."""
+    turn = row.sample.tokens[row.turn_start :]
+    forced = request.on_turn_end(row.index, list(turn))
+    if forced is None:
+        row.sample.stop_reason = "done"
+        return
+    if len(row.sample.tokens) + len(forced) >= request.max_new_tokens:
+        row.sample.stop_reason = "length"
+        return
+    _check_ids(f"the observation after a turn of row {row.index}", forced, request.vocab_size)
+    row.append(list(forced), sampled=False, logprob=float("nan"))
+    row.turn_start = len(row.sample.tokens)
+
+
+# ---------------------------------------------------------------------------------------------- the distribution
+
+
+def sampling_logprobs(
+    logits: Float[Tensor, "B V"], temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> Float[Tensor, "B V"]:
+    """Log of the distribution that tokens are drawn from: log_softmax(logits / temperature), truncated and renormalised.
+
+    As in Hugging Face's `generate`: temperature first, then top-k, then top-p on what top-k left. Dropped tokens are -inf.
+    A token is outside top-p where the tokens before it, in order of probability, already reach ``top_p``.
+    """
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    truncated = logprobs
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = truncated.topk(top_k, dim=-1).values[:, -1:]
+        truncated = truncated.masked_fill(truncated < kth, -torch.inf)
+    if top_p is not None and top_p < 1.0:
+        ordered, order = truncated.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        outside = ordered.cumsum(dim=-1) - ordered >= top_p
+        truncated = truncated.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -torch.inf)
+    return logprobs if truncated is logprobs else torch.log_softmax(truncated, dim=-1)
+
+
+def inverse_cdf(logprobs: Float[Tensor, "B V"], uniforms: Float64[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """The first token at which the cumulative probability, in id order and float64, exceeds the uniform of [0, 1).
+
+    A token of probability 0 adds nothing to the sum, so it is never the first to exceed anything.
+    """
+    probs = logprobs.double().exp()
+    cdf = probs.cumsum(dim=-1)
+    # The sum is 1 up to rounding: scaling, and staying below it, keeps the last token that has probability reachable.
+    total = cdf[:, -1]
+    target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    ids = torch.searchsorted(cdf, target[:, None], right=True)[:, 0].clamp(max=logprobs.shape[-1] - 1)
+    # A GPU's parallel sum may step by a rounding error where the probability is 0.
+    impossible = probs.gather(1, ids[:, None])[:, 0] == 0
+    return torch.where(impossible, probs.argmax(dim=-1), ids)
+
+
+# ---------------------------------------------------------------------------------------------- the model while sampling
+
+
+class _GrowingKVCache(nn.Module):
+    """Keys and values of the columns read so far: what a torchtune attention module calls its ``kv_cache``.
+
+    Stock caches hand the attention their whole allocated length in every step; this one hands out what is filled.
+    A Module because torch accepts nothing else under a name that once held one (a model that `generate` has used); its tensors
+    are no buffers, so no state dict sees them.
+    """
+
+    def __init__(self, max_columns: int) -> None:
+        super().__init__()
+        self.length = 0
+        self._max_columns = max_columns
+        self._k: Tensor | None = None
+        self._v: Tensor | None = None
+
+    def update(self, k_val: Tensor, v_val: Tensor) -> tuple[Tensor, Tensor]:
+        """Append [B, heads, s, d] and return everything so far, [B, heads, length, d]."""
+        end = self.length + k_val.shape[2]
+        if self._k is None or end > self._k.shape[2]:
+            capacity = min(self._max_columns, end + max(64, end // 4))
+            self._k, self._v = (self._grown(old, new, capacity) for old, new in ((self._k, k_val), (self._v, v_val)))
+        self._k[:, :, self.length : end] = k_val
+        self._v[:, :, self.length : end] = v_val
+        self.length = end
+        return self._k[:, :, :end], self._v[:, :, :end]
+
+    def _grown(self, old: Tensor | None, new: Tensor, capacity: int) -> Tensor:
+        grown = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
+        if old is not None:
+            grown[:, :, : self.length] = old[:, :, : self.length]
+        return grown
+
+    def select(self, rows: Int[Tensor, " B"]) -> None:
+        self._k, self._v = self._k[rows], self._v[rows]
+
+
+class _Context:
+    """What the model has read in this batch: one cache per layer, and how far each row is padded on the left."""
+
+    def __init__(self, model: TransformerDecoder, caches: list[_GrowingKVCache]) -> None:
+        self._model = model
+        self._caches = caches
+        self._device = next(model.parameters()).device
+
+    def indices(self, values: list[int]) -> Int[Tensor, " N"]:
+        return torch.tensor(values, dtype=torch.long, device=self._device)
+
+    def select(self, rows: Int[Tensor, " B"]) -> None:
+        """Keep the given rows, in this order; a row may be taken several times."""
+        for cache in self._caches:
+            cache.select(rows)
+        self._padding = self._padding[rows]
+
+    def read_prompts(self, prompts: list[Sequence[int]], pad_id: int) -> Float[Tensor, "B V"]:
+        """Start the batch; the logits of each prompt's next token."""
+        longest = max(len(prompt) for prompt in prompts)
+        self._padding = self.indices([longest - len(prompt) for prompt in prompts])
+        padded = [[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        return self.read(padded, list(range(len(prompts))))
+
+    def read(self, tokens: list[list[int]], due: list[int]) -> Float[Tensor, "N V"]:
+        """Feed the next columns of every row; the fp32 logits of the next token of the rows that are ``due``."""
+        start = self._caches[0].length
+        end = start + len(tokens[0])
+        self._due = self.indices(due)
+        positions = (torch.arange(start, end, device=self._device) - self._padding[:, None]).clamp(min=0)
+        mask = attention_mask(self._padding, start, end)
+        return self._model(self.indices(tokens), mask=mask, input_pos=positions)[:, 0]
+
+    def unembed(self, h: Float[Tensor, "B s H"]) -> Float[Tensor, "N 1 V"]:
+        """In place of the model's own: only the last position, and only of the rows that sample now, reaches the head."""
+        return self._model.output(self._model.norm(h[self._due, -1:])).float()
+
+
+def attention_mask(padding: Int[Tensor, " B"], start: int, end: int) -> Bool[Tensor, "B s end"]:
+    """True where the queries at columns ``start`` to ``end`` may look: the row's own columns up to the query's.
+
+    A query on padding looks at itself: a softmax over nothing is NaN, and 0 · NaN would reach the other columns through the
+    cached values.
+    """
+    columns = torch.arange(end, device=padding.device)
+    queries = columns[start:, None]
+    return ((columns <= queries) & (columns >= padding[:, None, None])) | (columns == queries)
+
+
+@contextmanager
+def _decoding(model: TransformerDecoder, max_columns: int) -> Iterator[_Context]:
+    """Give the model caches and the sampler's head, and take them away again whatever happens.
+
+    Caches left behind would make every later forward without a mask attend in both directions, silently.
+    """
+    attentions = [m for m in model.modules() if hasattr(m, "kv_cache") and hasattr(m, "cache_enabled")]
+    _check_attentions(attentions, max_columns)
+    caches = [_GrowingKVCache(max_columns) for _ in attentions]
+    context = _Context(model, caches)
+    try:
+        for attention, cache in zip(attentions, caches, strict=True):
+            attention.kv_cache, attention.cache_enabled = cache, True
+        model.unembed = context.unembed  # shadows the method on this instance; torchtune stays as it is
+        yield context
+    finally:
+        for attention in attentions:
+            attention.kv_cache, attention.cache_enabled = None, False
+        model.__dict__.pop("unembed", None)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, each module's own mode restored; compiled layers run eagerly, or every new length would compile again."""
+    training = [module for module in model.modules() if module.training]
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    with ExitStack() as stack:
+        if compiled:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            model.eval()
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+@contextmanager
+def gathered_parameters(model: nn.Module) -> Iterator[None]:
+    """Hold all parameters of an FSDP2 model in full, so that forwards inside need no communication.
+
+    Otherwise every forward is a collective, and ranks that sample different numbers of steps wait for each other for ever.
+    Entering is a collective: every rank enters, and does so between training steps. Each rank needs the memory of
+    the whole model. On leaving, also by an exception, the parameters are sharded again and each module's
+    ``reshard_after_forward`` is what it was. Does nothing for a model that is not sharded.
+    """
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [group for module in modules for group in _parameter_groups(module)]
+    resharding = [group.post_forward_mesh_info for group in groups]
+    try:
+        for module in modules:
+            module.unshard()
+            module.set_reshard_after_forward(False, recurse=False)
+        yield
+    finally:
+        # The flag has no public getter, and the public setter knows neither group sizes nor None.
+        for group, mesh in zip(groups, resharding, strict=True):
+            group.post_forward_mesh_info = mesh
+        for module in modules:
+            module.reshard()
+
+
+def _parameter_groups(module: FSDPModule) -> list:
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    group = state._fsdp_param_group  # older torch: one group or None
+    return [] if group is None else [group]
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+def _check_settings(temperature: float, max_new_tokens: int) -> None:
+    if not 0.0 <= temperature < float("inf"):
+        raise InputError(f"sampler.temperature is {temperature}; give a number of at least 0 (0 is greedy)")
+    if max_new_tokens < 1:
+        raise InputError(f"sampler.max_new_tokens is {max_new_tokens}; give at least 1")
+
+
+def _check_prompts(model: TransformerDecoder, prompts: Sequence[Sequence[int]], request: _Request) -> None:
+    _check_ids("padding", [request.pad_id], request.vocab_size)
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise InputError(f"prompt {number} has no tokens; a tokenizer with a bos id or a chat template would give it some")
+        over = len(prompt) + request.max_new_tokens - model.max_seq_len
+        if over > 0:
+            raise InputError(
+                f"prompt {number} ({len(prompt)} tokens) plus sampler.max_new_tokens {request.max_new_tokens} exceeds the "
+                f"model's max_seq_len {model.max_seq_len} by {over}; raise model.max_seq_len, lower sampler.max_new_tokens, "
+                "or drop long prompts from the dataset"
+            )
+        _check_ids(f"prompt {number}", prompt, request.vocab_size)
+
+
+def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
+    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise InputError(
+            f"{what} holds id {wrong}, but the model's vocabulary has {vocab_size} ids (0 to {vocab_size - 1}); "
+            "tokenizer and model are of different families: check tokenizer.path and the model's vocab_size"
+        )
+
+
+def _check_attentions(attentions: list[nn.Module], max_columns: int) -> None:
+    if any(attention.kv_cache is not None for attention in attentions):
+        raise InputError(
+            "the model already has KV caches of its own (setup_caches was called); remove them with "
+            "torchtune.modules.common_utils.delete_kv_caches before sampling"
+        )
+    for attention in attentions:
+        window = getattr(attention, "sliding_window_size", None)
+        if window is not None and window < max_columns:
+            # torchtune's window is counted from the first column of the cache, which is right only while all fits in it.
+            raise InputError(
+                f"longest prompt + sampler.max_new_tokens is {max_columns} tokens, above the model's sliding window of "
+                f"{window}, where torchtune's attention is wrong with a KV cache; lower sampler.max_new_tokens"
+            )
+
+
+def _check_finite(values: Float[Tensor, " B"], rows: list[_Row]) -> None:
+    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        row = rows[bad[0]]
+        raise InputError(
+            f"the model's logits are not finite for {len(bad)} of {len(rows)} rows (row {row.index}, completion token "
+            f"{len(row.sample.tokens)}); training has diverged or the checkpoint is broken: lower optimizer.lr, or check "
+            "checkpointer"
+        )

@@ -1,0 +1,112 @@
+"""A round: prompts sampled together, then one or more optimiser steps on their rollouts."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from omegaconf import DictConfig
+
+from pidistill.errors import InputError
+from pidistill.training import Run, crossed, write_jsonl
+from pidistill.types import Rollout, RolloutAdvantage
+
+Item = TypeVar("Item")
+
+ROUND_KEYS = frozenset(
+    {
+        "prompts_per_round", "group_size", "updates_per_round", "minibatch_rollouts", "micro_batch_rollouts", "objective", "teacher",
+        "teacher_model", "teacher_checkpointer", "rollout_log_steps", "rollout_log_samples", "rollout_log_max_new_tokens",
+        "rollout_log_max_chars",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextLog:
+    """Every ``steps`` steps, ``samples`` rows answered in both views; 0 steps is never."""
+
+    steps: int
+    samples: int
+    max_new_tokens: int | None
+    max_chars: int
+
+
+class Round:
+    """Sizes of a round, counted over all ranks, and how its rollouts are cut into steps and micro-batches.
+
+    Config keys: ``prompts_per_round`` × ``group_size`` rollouts are sampled, then ``updates_per_round`` optimiser steps are taken,
+    each on ``minibatch_rollouts`` of them (null: on all), in micro-batches of ``micro_batch_rollouts`` per rank.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.prompts = _positive(cfg, "prompts_per_round")
+        self.group_size = _positive(cfg, "group_size")
+        self.updates = _positive(cfg, "updates_per_round", 1)
+        self.micro_batch = _positive(cfg, "micro_batch_rollouts", 8)
+        self.minibatch = _positive(cfg, "minibatch_rollouts", self.prompts * self.group_size)
+        if self.minibatch % self.group_size or self.minibatch > self.prompts * self.group_size:
+            raise InputError(
+                f"minibatch_rollouts={self.minibatch} must be a multiple of group_size={self.group_size} and at most "
+                f"prompts_per_round × group_size = {self.prompts * self.group_size}; groups are not split between steps"
+            )
+        self.score_chunk_tokens = cfg.get("score_chunk_tokens")
+        self._eval_every = cfg.get("eval_every_steps")
+        self.texts = TextLog(
+            steps=int(cfg.get("rollout_log_steps") or 0),
+            samples=int(cfg.get("rollout_log_samples", 2)),
+            max_new_tokens=cfg.get("rollout_log_max_new_tokens"),
+            max_chars=int(cfg.get("rollout_log_max_chars", 2000)),
+        )
+
+    def minibatches(self, pairs: Sequence[tuple[Rollout, RolloutAdvantage]]) -> Iterator[list]:
+        """One list per optimiser step of the round: this rank's rollouts of the groups that belong to it, groups in turn."""
+        groups = self.minibatch // self.group_size
+        for update in range(self.updates):
+            chosen = {(update * groups + i) % self.prompts for i in range(groups)}
+            yield [pair for pair in pairs if pair[0].group in chosen]
+
+    def micro_batches(self, items: Sequence[Item], run: Run) -> Iterator[list[Item]]:
+        return micro_batches(items, self.micro_batch, run)
+
+    def eval_due(self, before: int, now: int) -> bool:
+        return crossed(self._eval_every, before, now)
+
+    def texts_due(self, before: int, now: int) -> bool:
+        return crossed(self.texts.steps, before, now)
+
+
+def micro_batches(items: Sequence[Item], size: int, run: Run) -> Iterator[list[Item]]:
+    """Equally many lists on every rank (the last ones may be empty, at least one), so that collectives match."""
+    for i in range(max(1, run.max(-(-len(items) // size)))):
+        yield list(items[i * size : (i + 1) * size])
+
+
+def _positive(cfg: DictConfig, key: str, default: int | None = None) -> int:
+    value = cfg.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"{key}={value} must be a whole number of at least 1")
+    return value
+
+
+def dump_rollouts(rollouts: Sequence[Rollout], path: Path) -> None:
+    """One JSON object per rollout: enough to see what a step was trained on."""
+    write_jsonl(
+        path,
+        [
+            {
+                "example": r.example.id,
+                "group": r.group,
+                "sampled_by": r.sampled_by,
+                "student_prompt": r.prompts.student,
+                "teacher_prompt": r.prompts.teacher,
+                "completion": r.completion,
+                "policy_mask": r.policy_mask,
+                "sampled_logprobs": [x if m else None for x, m in zip(r.sampled_logprobs or [], r.policy_mask, strict=False)],
+                "reward": r.reward,
+                "stop_reason": r.stop_reason,
+            }
+            for r in rollouts
+        ],
+    )

@@ -1,0 +1,118 @@
+"""A model's own Jinja chat template: finding it among the model's files, and rendering messages with it.
+
+Templates come with downloaded models, so they run in jinja2's immutable sandbox, with the helpers that transformers gives
+them and no others.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from pidistill.errors import InputError
+from pidistill.types import Message
+
+
+class ChatTemplate:
+    """Renders messages to the text that the model's prompts are made of.
+
+    Args:
+        templates: by name; "tool_use" is taken where tools are given, "default" otherwise.
+        variables: what the template sees besides the messages: special tokens and the config's ``template_kwargs``.
+    """
+
+    def __init__(self, templates: Mapping[str, str], variables: Mapping[str, Any]) -> None:
+        environment = _environment()
+        self._variables = dict(variables)
+        try:
+            self._templates = {name: environment.from_string(text) for name, text in templates.items()}
+        except jinja2.TemplateSyntaxError as error:
+            raise InputError(f"the chat template is not valid Jinja (line {error.lineno}: {error.message})") from error
+
+    def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, generation_prompt: bool) -> str:
+        """Raises InputError with the template's own words where it refuses the conversation."""
+        template = self._templates.get("tool_use" if tools else "default") or self._templates["default"]
+        # Older templates write a null out as the word None; a missing key is what they expect.
+        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        tools = list(tools) if tools else None
+        try:
+            return template.render(
+                messages=messages, tools=tools, documents=None, add_generation_prompt=generation_prompt, **self._variables
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise InputError(
+                f"the chat template refuses a conversation of the roles {roles} ({error}); change the dataset's messages, "
+                "privileged.placement (some models know no system role) or tokenizer.chat_template"
+            ) from error
+
+
+def find_templates(folder: Path, config: Mapping[str, Any], chosen: str | None) -> dict[str, str]:
+    """The model's templates by name, "default" among them.
+
+    ``chosen``: None for the model's own; a path to a Jinja file, the template's text, or the name of one of the model's.
+    """
+    if chosen is not None and "{" in chosen:
+        return {"default": chosen}
+    if chosen is not None and Path(chosen).is_file():
+        return {"default": Path(chosen).read_text(encoding="utf-8")}
+    own = _own_templates(folder, config)
+    if chosen is not None:
+        if chosen not in own:
+            known = ", ".join(sorted(own)) or "none"
+            raise InputError(f"tokenizer.chat_template {chosen!r} is no file and not a template of {folder} (it has: {known})")
+        return {"default": own[chosen]}
+    if "default" not in own:
+        known = f"only templates named {', '.join(sorted(own))}" if own else "no chat template"
+        raise InputError(f"{folder} has {known}; give tokenizer.chat_template a template's name or file")
+    return own
+
+
+def _own_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    stored = config.get("chat_template") or {}
+    templates = {"default": stored} if isinstance(stored, str) else {}
+    if isinstance(stored, list):
+        templates = {entry["name"]: entry["template"] for entry in stored}
+    files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    files |= {"default": path for path in [folder / "chat_template.jinja"] if path.is_file()}
+    return templates | {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks assistant text for transformers' loss masks; here it is only its body."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # Jinja's own filter escapes HTML characters, which no model was trained on.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)

@@ -1,0 +1,296 @@
+"""Hugging Face tokenizers with the model's own chat template.
+
+Ids are those of transformers' ``apply_chat_template`` with one difference: a control token that occurs inside a message
+stays text. A row, or its privileged information, cannot end a turn or open another one.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from pidistill.errors import InputError
+from pidistill.tokenizers.chat_template import ChatTemplate, find_templates
+from pidistill.types import Message
+
+Tools = Sequence[dict[str, Any]] | None
+
+_MARKERS = range(0xF0000, 0xFFFFE)  # private use: no text has a meaning for them
+_PLAIN_CONVERSATION = [
+    {"role": "user", "content": "question"},
+    {"role": "assistant", "content": "answer"},
+    {"role": "user", "content": "question"},
+]
+
+
+class HFChatTokenizer:
+    """A :class:`~pidistill.tokenizers.base.ChatTokenizer` over a model folder's tokenizer.json and chat template.
+
+    Control tokens are the vocabulary's special tokens and whatever else added to it the template writes between the
+    messages of a plain conversation. Those inside messages, tool calls and tool schemas are encoded as plain text; other
+    added tokens (``<think>``, ``<tool_call>``) keep their id wherever they occur, as in inference.
+
+    Args:
+        path: folder with tokenizer.json, tokenizer_config.json and, if the model has them, generation_config.json,
+            special_tokens_map.json and chat_template.jinja.
+        chat_template: another template than the model's: its text, a file, or the name of one of the model's.
+        max_seq_len: prompt + completion limit in tokens.
+        template_kwargs: variables for the template, e.g. ``{"enable_thinking": False}``. Set a template's date here: one
+            that asks for today's changes the prompts from day to day.
+        stop_tokens: tokens that end an assistant turn, where the model's files name other ones than its template writes
+            (base models do).
+    """
+
+    def __init__(
+        self,
+        path: str,
+        chat_template: str | None = None,
+        max_seq_len: int | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        stop_tokens: Sequence[str] | None = None,
+    ) -> None:
+        folder = Path(path)
+        self._tokenizer = _load_tokenizer(folder)
+        config = _read_json(folder / "tokenizer_config.json")
+        names = _named_tokens(_read_json(folder / "special_tokens_map.json") | config)
+        self._template = ChatTemplate(find_templates(folder, config, chat_template), names | dict(template_kwargs or {}))
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.max_seq_len = max_seq_len
+        self.stop_ids = self._find_stop_ids(folder, names, stop_tokens)
+        self.pad_id = self._find_pad_id(folder, names)
+        self._stop_pattern = _any_of(self._tokenizer.id_to_token(i) for i in self.stop_ids)
+        self._control_pattern = _any_of(self._find_control_tokens())
+        self._default_systems: dict[str, str | None] = {}
+
+    # ------------------------------------------------------------------------------------------- the protocol
+
+    def encode_prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
+        marker = _unused_marker(messages, tools)
+        return self._encode(self._render(messages, tools, marker, generation_prompt=True), marker)
+
+    def encode_turn(self, history: Sequence[Message], turn: Message, tools: Tools = None) -> list[int]:
+        """Raises InputError where the template renders the turn so that no model could have sampled it after the prompt."""
+        marker = _unused_marker([*history, turn], tools)
+        prompt = self._render(history, tools, marker, generation_prompt=True)
+        conversation = self._render([*history, turn], tools, marker, generation_prompt=False)
+        if not conversation.startswith(prompt):
+            raise InputError(
+                "the chat template does not render an assistant turn as a continuation of its own generation prompt "
+                f"(...{prompt[-40:]!r} against ...{_divergence(prompt, conversation)!r}), so a given turn has no token ids "
+                "that the model would have sampled; change tokenizer.template_kwargs or tokenizer.chat_template"
+            )
+        stops = list(self._stop_pattern.finditer(conversation, len(prompt)))
+        if not stops:
+            raise self._no_stop_error()
+        return self._encode(conversation[len(prompt) : stops[-1].end()], marker, after=prompt)
+
+    def encode_observations(
+        self, history: Sequence[Message], observations: Sequence[Message], tools: Tools = None
+    ) -> list[int]:
+        """Templates may rewrite earlier turns (drop their reasoning) once a user answers; only what follows is taken."""
+        if not history or history[-1]["role"] != "assistant":
+            raise InputError("observations follow an assistant turn, and the history does not end with one")
+        sentinel = _unused_word([*history, *observations], tools)
+        messages = [*history[:-1], _with_sentinel(history[-1], sentinel), *observations]
+        marker = _unused_marker(messages, tools)
+        text = self._render(messages, tools, marker, generation_prompt=True)
+        turn = text.rfind(sentinel)
+        if turn < 0:
+            raise InputError("the chat template leaves out the assistant turn before the observations; it cannot be continued")
+        stop = self._stop_pattern.search(text, turn)
+        if stop is None:
+            raise self._no_stop_error()
+        return self._encode(text[stop.end() :], marker, after=text[: stop.end()])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def parse_turn(self, ids: Sequence[int]) -> Message:
+        """Tool calls stay in the text as the model wrote them; the environment reads them."""
+        said = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
+        return {"role": "assistant", "content": self.decode(said)}
+
+    def default_system(self, tools: Tools = None) -> str | None:
+        """Found by rendering: the text s for which [system s, user] and [user] give the same prompt."""
+        key = json.dumps(tools, default=str) if tools else ""
+        if key not in self._default_systems:
+            self._default_systems[key] = self._find_default_system(tools)
+        return self._default_systems[key]
+
+    # ------------------------------------------------------------------------------------------- text to ids
+
+    def _render(self, messages: Sequence[Message], tools: Tools, marker: str, *, generation_prompt: bool) -> str:
+        """The conversation as text, with ``marker`` inside every control token that a message brought along."""
+        messages = self._mark(list(messages), marker)
+        return self._template.render(messages, self._mark(tools and list(tools), marker), generation_prompt)
+
+    def _mark(self, value: Any, marker: str) -> Any:
+        if isinstance(value, str):
+            return self._control_pattern.sub(lambda token: token[0][0] + marker + token[0][1:], value)
+        if isinstance(value, Mapping):
+            return {self._mark(key, marker): self._mark(item, marker) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._mark(item, marker) for item in value]
+        return value
+
+    def _encode(self, text: str, marker: str, after: str = "") -> list[int]:
+        """Ids of rendered text, the markers taken out: no piece between them holds a control token that a message brought.
+
+        ``after``: the text before, whose ids are already fixed; nothing is merged across the join.
+        """
+        first, *rest = _split(text, marker)
+        ids = self._encode_after(self._last_stretch(after, marker), first) if after else self._ids(first)
+        for piece in rest:
+            ids += self._encode_after("", piece)
+        return ids
+
+    def _encode_after(self, anchor: str, text: str) -> list[int]:
+        """Ids of a text that continues another: tokenizers may put a space before a text that stands alone."""
+        for before in filter(None, (anchor, "\n")):
+            head, whole = self._ids(before), self._ids(before + text)
+            if whole[: len(head)] == head:
+                return whole[len(head) :]
+        return self._ids(text)  # the first character would merge with the text before; a model samples it on its own
+
+    def _last_stretch(self, text: str, marker: str) -> str:
+        """The end of rendered text from its last control token on: nothing before that has a say in what follows."""
+        text = _split(text, marker)[-1]
+        tokens = list(self._control_pattern.finditer(text))
+        return text[tokens[-1].start() :] if tokens else text
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    # ------------------------------------------------------------------------------------------- what the model's files say
+
+    def _find_default_system(self, tools: Tools) -> str | None:
+        user = {"role": "user", "content": "question"}
+        word = _unused_word([user], tools)
+        try:
+            implicit = self._template.render([user], tools, False)
+            explicit = self._template.render([{"role": "system", "content": word}, user], tools, False)
+            if explicit.count(word) != 1:
+                return None
+            before, behind = explicit.split(word)
+            found = implicit[len(before) : len(implicit) - len(behind)]
+            again = self._template.render([{"role": "system", "content": found}, user], tools, False)
+        except InputError:  # a template without a system role, or one that wants its system text non-empty
+            return None
+        return found if implicit == before + found + behind == again else None
+
+    def _find_control_tokens(self) -> list[str]:
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        try:
+            plain = self._template.render(_PLAIN_CONVERSATION, None, False)
+        except InputError:
+            plain = ""
+        # Some vocabularies add runs of whitespace or HTML tags; only what looks like a tag and separates turns is control.
+        written = {token.content for token in added if token.content[0] in "<[" and token.content in plain}
+        return [token.content for token in added if token.special or token.content in written]
+
+    def _find_stop_ids(self, folder: Path, names: Mapping[str, str], stop_tokens: Sequence[str] | None) -> frozenset[int]:
+        if stop_tokens is not None:
+            return frozenset(self._id_of(token, "tokenizer.stop_tokens") for token in stop_tokens)
+        stored = _eos_ids(_read_json(folder / "generation_config.json")) or _eos_ids(_read_json(folder / "config.json"))
+        named = [self._id_of(names["eos_token"], "eos_token of tokenizer_config.json")] if "eos_token" in names else []
+        if not stored and not named:
+            raise InputError(f"{folder} names no end-of-sequence token; set tokenizer.stop_tokens to what ends a turn")
+        for i in stored:
+            if self._tokenizer.id_to_token(i) is None:
+                raise InputError(f"eos_token_id {i} in {folder} is not an id of its tokenizer.json; set tokenizer.stop_tokens")
+        return frozenset([*stored, *named])
+
+    def _find_pad_id(self, folder: Path, names: Mapping[str, str]) -> int:
+        """The model's padding token; a stop token where it has none: no position looks at padding."""
+        if "pad_token" in names:
+            return self._id_of(names["pad_token"], "pad_token of tokenizer_config.json")
+        stored = _read_json(folder / "generation_config.json").get("pad_token_id")
+        return min(self.stop_ids) if stored is None else stored
+
+    def _id_of(self, token: str, where: str) -> int:
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise InputError(f"{where} is {token!r}, which tokenizer.json does not have")
+        return found
+
+    def _no_stop_error(self) -> InputError:
+        stops = ", ".join(sorted(self._tokenizer.id_to_token(i) for i in self.stop_ids))
+        return InputError(
+            f"the chat template writes none of the model's stop tokens ({stops}) after an assistant turn; set "
+            "tokenizer.stop_tokens to what it writes"
+        )
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "it is no folder"
+        raise InputError(f"{folder} has no tokenizer.json ({held or 'it is empty'}); check tokenizer.path")
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()  # the file may carry either, and both would change prompts silently
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is not valid JSON ({error}); check tokenizer.path") from error
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token, ... as strings; the files write them as strings or as {"content": ...}."""
+    named = {key: value for key, value in config.items() if key.endswith("_token")}
+    named = {key: value.get("content") if isinstance(value, Mapping) else value for key, value in named.items()}
+    return {key: value for key, value in named.items() if isinstance(value, str)}
+
+
+def _eos_ids(config: Mapping[str, Any]) -> list[int]:
+    ids = config.get("eos_token_id")
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Longest first: a token wins over one that it contains. A one-character token has no inside for a marker."""
+    longest_first = sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _unused_marker(messages: Sequence[Message], tools: Tools) -> str:
+    text = json.dumps([list(messages), tools], ensure_ascii=False, default=str)
+    return next(marker for marker in map(chr, _MARKERS) if marker not in text and _escaped(marker) not in text)
+
+
+def _unused_word(messages: Sequence[Message], tools: Tools) -> str:
+    text = json.dumps([list(messages), tools], ensure_ascii=False, default=str)
+    return next(word for word in (f"WORD{number}" for number in range(10**6, 10**9)) if word not in text)
+
+
+def _escaped(marker: str) -> str:
+    return json.dumps(marker)[1:-1]  # how a template that asks for ASCII-only JSON writes it
+
+
+def _split(text: str, marker: str) -> list[str]:
+    return text.replace(_escaped(marker), marker).split(marker)
+
+
+def _with_sentinel(turn: Message, sentinel: str) -> Message:
+    """The turn with another content, or other arguments of its last tool call: its end is then easy to find."""
+    calls = turn.get("tool_calls")
+    if not calls:
+        return {**turn, "content": sentinel}
+    function = calls[-1].get("function", calls[-1])
+    as_text = isinstance(function.get("arguments"), str)
+    function = {**function, "arguments": json.dumps({sentinel: sentinel}) if as_text else {sentinel: sentinel}}
+    return {**turn, "tool_calls": [*calls[:-1], {**calls[-1], "function": function} if "function" in calls[-1] else function]}
+
+
+def _divergence(prompt: str, conversation: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(prompt, conversation, strict=False)) if a != b), len(conversation))
+    return conversation[max(0, at - 20) : at + 20]

@@ -1,0 +1,320 @@
+"""The boring part of a recipe: process group, device, seeds, model, optimizer, step, clean exit.
+
+The test for what stands here rather than in a recipe: would two papers differ in it?
+"""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchtune import modules, training, utils
+from torchtune.modules import TransformerDecoder
+
+from pidistill.config import build, check_config
+from pidistill.errors import InputError
+
+log = utils.get_logger("INFO")
+
+# Keys that mean the same in every recipe.
+COMMON_KEYS = frozenset(
+    {
+        "output_dir", "seed", "device", "dtype", "threads", "max_steps", "model", "tokenizer", "checkpointer", "dataset", "environment",
+        "optimizer", "lr_scheduler", "clip_grad_norm", "save_every_steps", "resume_from_checkpoint", "metric_logger",
+        "enable_activation_checkpointing", "compile", "fsdp_reshard_after_forward", "fsdp_cpu_offload", "custom_sharded_layers",
+        "max_nonfinite_steps", "score_chunk_tokens", "eval_every_steps", "eval_dataset", "eval_samples", "eval_success_threshold",
+        "privileged", "sampler", "max_turns", "on_overflow",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a recipe runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    world_size: int
+    seed: int
+    output_dir: Path
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: float | int) -> float:
+        """Sum of a number over all ranks (float64)."""
+        total = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.item()
+
+    def sums(self, values: dict[str, float]) -> dict[str, float]:
+        """Sums over all ranks of numbers whose names may differ between ranks."""
+        if self.world_size == 1:
+            return dict(values)
+        gathered = self.gather([values])
+        names = dict.fromkeys(name for one in gathered for name in one)
+        return {name: math.fsum(one.get(name, 0.0) for one in gathered) for name in names}
+
+    def gather(self, items: list) -> list:
+        """The items of all ranks, on every rank."""
+        if self.world_size == 1:
+            return items
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, items)
+        return [item for one in gathered for item in one]
+
+    def max(self, value: int) -> int:
+        largest = torch.tensor(value, dtype=torch.long, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest.item())
+
+    def share(self, items: Sequence) -> list:
+        """This rank's share of items that every rank holds in the same order."""
+        return list(items[self.rank :: self.world_size])
+
+
+# ---------------------------------------------------------------------------------------------- start and end
+
+
+def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Run:
+    """Check the config, join the process group (also for one process), set device, dtype, threads and seeds."""
+    check_config(cfg, known, required)
+    check_checkpoint_folder(cfg, "checkpointer")
+    device = utils.get_device(cfg.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu":
+        # Two ranks with all threads each are slower than one; results do not depend on it within one run's settings.
+        torch.set_num_threads(int(cfg.get("threads") or max(1, (os.cpu_count() or 1) // _local_world_size())))
+    if not dist.is_initialized():
+        if training.is_distributed():
+            dist.init_process_group(training.get_distributed_backend(device.type))
+        else:
+            dist.init_process_group(training.get_distributed_backend(device.type), store=dist.HashStore(), rank=0, world_size=1)
+    world_size, rank = utils.get_world_size_and_rank()
+    dtype = training.get_dtype(cfg.get("dtype", "fp32"), device=device)
+    seed = int(cfg.get("seed", 0))
+    torch.manual_seed(seed)
+    output_dir = Path(cfg.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    run = Run(device, dtype, rank, world_size, seed, output_dir)
+    if run.is_main:
+        OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
+    return run
+
+
+def _local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def cleanup() -> None:
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    if not torch.cuda.is_available():
+        # gloo's threads may outlive the interpreter and abort it (rc 134) unless they get a moment to end.
+        time.sleep(0.2)
+
+
+def one_sentence_errors(recipe_main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """Print an InputError as one sentence, once, and exit with status 2; anything else keeps its traceback."""
+
+    @functools.wraps(recipe_main)
+    def wrapper(cfg: DictConfig) -> Any:
+        try:
+            return recipe_main(cfg)
+        except InputError as error:
+            if int(os.environ.get("RANK", "0")) == 0:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            cleanup()
+            sys.exit(2)
+
+    return wrapper
+
+
+# ---------------------------------------------------------------------------------------------- model
+
+
+def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
+    """Refuse a checkpoint folder that lacks its files before anything is loaded."""
+    node = cfg.get(key)
+    if node is None or "checkpoint_dir" not in node or "checkpoint_files" not in node:
+        return
+    folder = Path(node.checkpoint_dir)
+    hint = "; run `make base` first" if "tiny/base" in folder.as_posix() else f"; check {key}.checkpoint_dir"
+    if not folder.is_dir():
+        raise InputError(f"checkpoint folder {folder} does not exist{hint}")
+    files = node.checkpoint_files
+    names = list(files) if not isinstance(files, DictConfig) else []
+    for name in ["config.json", *names] if "HF" in str(node.get("_component_")) else names:
+        if not (folder / name).is_file():
+            present = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+            raise InputError(f"checkpoint folder {folder} has no {name} (it holds {present}){hint} and {key}.checkpoint_files")
+
+
+def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str, Any], *, trained: bool) -> TransformerDecoder:
+    """Build a model on the meta device, shard it where there is more than one rank, and fill it from a full state dict.
+
+    ``trained`` models get activation checkpointing and compilation as the config says; teachers do not.
+    """
+    with training.set_default_dtype(run.dtype), torch.device("meta"):
+        model = build(model_node)
+    if trained and cfg.get("compile", False):
+        training.compile_model(model, verbose=run.is_main)
+    if trained and cfg.get("enable_activation_checkpointing", False):
+        training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
+    if run.world_size > 1:
+        layers = list(cfg.get("custom_sharded_layers") or [])
+        training.shard_model(
+            model,
+            [functools.partial(training.get_shard_conditions, names_to_match=layers)],
+            cpu_offload=cfg.get("fsdp_cpu_offload", False),
+            reshard_after_forward=cfg.get("fsdp_reshard_after_forward", True),
+        )
+    with training.set_default_dtype(run.dtype), run.device:
+        for module in model.modules():
+            if hasattr(module, "rope_init"):
+                module.rope_init()
+    _fill(model, run, state_dict, cpu_offload=cfg.get("fsdp_cpu_offload", False))
+    training.validate_no_params_on_meta_device(model)
+    return model.train(trained)
+
+
+def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: bool) -> None:
+    try:
+        if run.world_size > 1:
+            training.load_from_full_model_state_dict(model, state_dict, run.device, strict=True, cpu_offload=cpu_offload)
+        else:
+            tensors = {name: t.to(device=run.device, dtype=run.dtype) for name, t in state_dict.items()}
+            model.load_state_dict(tensors, strict=True, assign=True)
+    except (RuntimeError, KeyError, AttributeError) as error:
+        detail = " ".join(str(error).split())[:400]
+        raise InputError(
+            f"the checkpoint does not fit the model built from `model` ({detail}); check model and checkpointer"
+        ) from error
+
+
+def load_teacher(cfg: DictConfig, run: Run) -> TransformerDecoder:
+    """The initial weights again, or those of `teacher_model` and `teacher_checkpointer`; refused if its vocabulary differs."""
+    node = cfg.get("teacher_model") or cfg.model
+    checkpointer = build(cfg.get("teacher_checkpointer") or cfg.checkpointer, output_dir=str(run.output_dir / ".teacher"))
+    return load_model(cfg, run, node, checkpointer.load_checkpoint()[training.MODEL_KEY], trained=False)
+
+
+def output_vocabulary(model: TransformerDecoder) -> int:
+    return model.tok_embeddings.num_embeddings
+
+
+def check_vocabulary(model_node: Any, tokenizer_size: int, key: str = "model") -> int:
+    """The model's vocabulary, built without weights; refused if the tokenizer has ids that the model lacks."""
+    with torch.device("meta"):
+        size = output_vocabulary(build(model_node))
+    if tokenizer_size > size:
+        raise InputError(
+            f"the tokenizer has {tokenizer_size} ids but the model of `{key}` only {size}; "
+            "tokenizer and model are of different families: check tokenizer.path and the model's vocab_size"
+        )
+    return size
+
+
+# ---------------------------------------------------------------------------------------------- optimiser step
+
+
+@dataclass(frozen=True)
+class StepResult:
+    grad_norm: float
+    lr: float
+    applied: bool
+
+
+class Updates:
+    """Applies accumulated gradients, and skips (counts, dumps) a step whose loss or gradient is not finite."""
+
+    def __init__(self, cfg: DictConfig, run: Run, model: nn.Module) -> None:
+        self.run, self.model = run, model
+        self.optimizer: Optimizer = build(cfg.optimizer, model.parameters())
+        self.scheduler: LRScheduler | None = build(cfg.lr_scheduler, self.optimizer) if cfg.get("lr_scheduler") else None
+        self.clip_grad_norm = float(cfg.get("clip_grad_norm") or math.inf)
+        self.max_nonfinite_steps = int(cfg.get("max_nonfinite_steps", 3))
+        self.nonfinite_steps = 0
+        self.nonfinite_in_a_row = 0
+
+    def step(self, loss: float, dump: Callable[[Path], None], step: int) -> StepResult:
+        """Clip and step. ``loss`` is the global one, so that all ranks decide alike; ``dump`` writes this rank's batch."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        lr = self.optimizer.param_groups[0]["lr"]
+        applied = math.isfinite(loss) and math.isfinite(grad_norm)
+        if applied:
+            self.optimizer.step()
+            self.nonfinite_in_a_row = 0
+        else:
+            self._count_nonfinite(loss, grad_norm, dump, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return StepResult(grad_norm, lr, applied)
+
+    def _count_nonfinite(self, loss: float, grad_norm: float, dump: Callable[[Path], None], step: int) -> None:
+        self.nonfinite_steps += 1
+        self.nonfinite_in_a_row += 1
+        path = self.run.output_dir / f"nonfinite_step_{step}_rank_{self.run.rank}.jsonl"
+        dump(path)
+        log.warning(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}; its batch is in {path}")
+        if self.nonfinite_in_a_row >= self.max_nonfinite_steps:
+            raise InputError(
+                f"{self.nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite (last: loss {loss}, gradient "
+                f"norm {grad_norm}); lower optimizer.lr or objective.beta, or raise max_nonfinite_steps; batches are in "
+                f"{self.run.output_dir}/nonfinite_step_*.jsonl"
+            )
+
+
+def crossed(every: int | None, before: int, now: int) -> bool:
+    """True if a multiple of ``every`` lies in (before, now]; never for None or 0."""
+    return bool(every) and now // every > before // every
+
+
+# ---------------------------------------------------------------------------------------------- timing
+
+
+class Timer:
+    """Seconds by phase. On CUDA each phase ends with a synchronisation, so that time lands where it was spent."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def take(self) -> dict[str, float]:
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

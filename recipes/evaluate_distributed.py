@@ -1,0 +1,103 @@
+"""Evaluate a checkpoint: student (without privileged information), student greedy, and the ceiling with it.
+
+    every row of `dataset` × `eval_samples` samples per view → avg@k, pass@k, length, leak rate, one table and `results.json`
+
+    tune run --nproc_per_node 1 recipes/evaluate_distributed.py --config configs/tiny/evaluate.yaml
+"""
+
+import functools
+import json
+import sys
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torchtune import config, training
+
+from pidistill.config import build
+from pidistill.data import load_prompts
+from pidistill.evaluation import pass_at_k, sample_view
+from pidistill.metrics import rollout_means, rollout_sums
+from pidistill.rollouts import collect_rollouts
+from pidistill.training import COMMON_KEYS, cleanup, load_model, one_sentence_errors, start
+from pidistill.types import Rollout
+
+REQUIRED = ("output_dir", "model", "tokenizer", "checkpointer", "dataset", "environment", "sampler")
+VIEWS = {  # name: (view, temperature; None is the sampler's)
+    "student greedy": ("student", 0.0),
+    "student": ("student", None),
+    "student + PI": ("teacher", None),
+}
+
+
+class EvaluateRecipe:
+    """Samples a checkpoint with and without privileged information and counts successes."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._run = start(cfg, COMMON_KEYS, REQUIRED)
+        self._samples = int(cfg.get("eval_samples", 1))
+
+    def setup(self, cfg: DictConfig) -> None:
+        self._data = load_prompts(cfg, no_pi="rl")
+        self._collect = functools.partial(
+            collect_rollouts,
+            sampler=build(cfg.sampler),
+            tokenizer=self._data.tokenizer,
+            environment=build(cfg.environment),
+            max_turns=cfg.get("max_turns"),
+        )
+        weights = build(cfg.checkpointer, output_dir=str(self._run.output_dir)).load_checkpoint()[training.MODEL_KEY]
+        self._model = load_model(cfg, self._run, cfg.model, weights, trained=False)
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        results = {}
+        for name, (view, temperature) in VIEWS.items():
+            if view == "teacher" and self._data.rows_without_pi == len(self._data.prompts):
+                continue
+            samples = 1 if temperature == 0.0 else self._samples
+            rollouts = sample_view(
+                self._model, self._data.prompts, self._collect, self._run, view=view, samples=samples, temperature=temperature
+            )
+            results[name] = self.summarise(self._run.gather(rollouts), samples)
+        return results
+
+    def summarise(self, rollouts: list[Rollout], samples: int) -> dict[str, float]:
+        threshold = self._data.success_threshold
+        means = rollout_means(rollout_sums(rollouts, threshold, self._data.leak_phrases))
+        names = {"success_frac": f"avg@{samples}"}
+        result = {names.get(name, name): value for name, value in means.items()}
+        successes: dict[int, list[bool]] = {}
+        for rollout in rollouts:
+            successes.setdefault(rollout.group, []).append(rollout.reward >= threshold)
+        k = 1
+        while k <= samples:
+            complete = [row for row in successes.values() if len(row) >= k]
+            result[f"pass@{k}"] = sum(pass_at_k(sum(row), len(row), k) for row in complete) / max(1, len(complete))
+            k *= 2
+        return result | {"rollouts": len(rollouts)}
+
+    def report(self, results: dict[str, dict[str, float]]) -> None:
+        if not self._run.is_main:
+            return
+        (self._run.output_dir / "results.json").write_text(json.dumps(results, indent=2))
+        columns = list(dict.fromkeys(key for row in results.values() for key in row))
+        table = Table(title=f"{len(self._data.prompts)} rows", show_edge=False)
+        for column in ["view", *columns]:
+            table.add_column(column, justify="left" if column == "view" else "right")
+        for name, row in results.items():
+            table.add_row(name, *[f"{row[key]:.3g}" if key in row else "–" for key in columns])
+        Console().print(table)
+
+
+@config.parse
+@one_sentence_errors
+def recipe_main(cfg: DictConfig) -> None:
+    config.log_config(recipe_name="EvaluateRecipe", cfg=cfg)
+    recipe = EvaluateRecipe(cfg)
+    recipe.setup(cfg)
+    recipe.report(recipe.evaluate())
+    cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())

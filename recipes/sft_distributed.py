@@ -1,0 +1,148 @@
+"""Supervised fine-tuning on demonstrations: the tiny base, and the SFT baselines that the methods are measured against.
+
+    step:  `batch_size` demonstrations → −log S of every policy token → mean over the policy tokens of the whole step
+           → backward → clip → step
+
+Same keys, checkpoints and evaluation as the other recipes; runs on any device, and takes conversations with tools. Observations
+inside a demonstration are context, not targets.
+
+    tune run --nproc_per_node 1 recipes/sft_distributed.py --config configs/tiny/base.yaml
+"""
+
+import functools
+import sys
+
+from omegaconf import DictConfig
+from torchtune import config
+
+from pidistill.checkpoints import Checkpoints
+from pidistill.config import build
+from pidistill.data import demonstration, epoch_order, load_prompts
+from pidistill.evaluation import evaluate
+from pidistill.metrics import MetricsLog, token_means, token_sums
+from pidistill.packing import make_batch
+from pidistill.reductions import token_mean
+from pidistill.rollouts import collect_rollouts
+from pidistill.rounds import dump_rollouts, micro_batches
+from pidistill.scoring import score
+from pidistill.training import COMMON_KEYS, Timer, Updates, cleanup, crossed, load_model, one_sentence_errors, start
+from pidistill.types import Rollout, ScoreRequest
+
+KEYS = COMMON_KEYS | {"batch_size", "micro_batch_size"}
+REQUIRED = ("output_dir", "max_steps", "model", "tokenizer", "checkpointer", "dataset", "optimizer", "batch_size")
+REQUEST = ScoreRequest(student_grad=True, teacher_grad=False, views=("student",))
+SHOWN = ("loss", "entropy_nats", "eval_student_success_greedy")
+
+
+class SFTRecipe:
+    """Maximises the likelihood of the dataset's assistant turns."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._run = start(cfg, KEYS, REQUIRED)
+        self._max_steps = int(cfg.max_steps)
+        self._batch_size, self._micro_batch = int(cfg.batch_size), int(cfg.get("micro_batch_size") or cfg.batch_size)
+        self._eval_every = cfg.get("eval_every_steps")
+        self._chunk_tokens = cfg.get("score_chunk_tokens")
+        self._timer = Timer(self._run.device)
+
+    def setup(self, cfg: DictConfig) -> None:
+        # Everything that can be wrong is built and looked at before weights are loaded.
+        self._data = load_prompts(cfg, no_pi="rl")
+        if cfg.get("eval_dataset"):
+            collect = functools.partial(
+                collect_rollouts,
+                sampler=build(cfg.sampler),
+                tokenizer=self._data.tokenizer,
+                environment=build(cfg.environment),
+                max_turns=cfg.get("max_turns"),
+            )
+            self._evaluate = functools.partial(
+                evaluate,
+                prompts=self._data.eval_prompts,
+                collect=collect,
+                run=self._run,
+                samples=int(cfg.get("eval_samples", 1)),
+                success_threshold=self._data.success_threshold,
+                leak_phrases=self._data.leak_phrases,
+                teacher_view=cfg.get("privileged") is not None,
+            )
+        self._checkpoints = Checkpoints(cfg, self._run, method="sft")
+
+        self._model = load_model(cfg, self._run, cfg.model, self._checkpoints.load_weights(), trained=True)
+        self._updates = Updates(cfg, self._run, self._model)
+        self._step = self._checkpoints.restore(self._model, self._updates, None)["step"]
+        self._log = MetricsLog(cfg, self._run, first_step=self._step, last_step=self._max_steps, title="SFT")
+
+    # ------------------------------------------------------------------------------------------------ the method
+
+    def train(self) -> None:
+        if self._step == 0:
+            self.evaluate()
+        while self._step < self._max_steps:
+            before = self._step
+            self.update(self.next_demonstrations())
+            last = self._step == self._max_steps
+            if last or crossed(self._eval_every, before, self._step):
+                self.evaluate()
+            if last or self._checkpoints.due(before, self._step):
+                self.save_checkpoint()
+
+    def next_demonstrations(self) -> list[Rollout]:
+        """This rank's share of the step's batch."""
+        with self._timer.phase("data"):
+            start_row = self._step * self._batch_size
+            order = epoch_order(len(self._data.prompts), self._run.seed, start_row, self._batch_size)
+            return [demonstration(*self._data.prompts[row], self._data.tokenizer) for row in self._run.share(order)]
+
+    def update(self, demonstrations: list[Rollout]) -> None:
+        """One optimiser step."""
+        tokens = int(self._run.sum(sum(d.policy_tokens for d in demonstrations)))
+        total_loss, sums = 0.0, {}
+        for chunk in micro_batches(demonstrations, self._micro_batch, self._run):
+            batch = make_batch(chunk, None, pad_id=self._data.tokenizer.pad_id, device=self._run.device, views=("student",))
+            with self._timer.phase("score"):
+                scores = score(self._model, batch, REQUEST, chunk_tokens=self._chunk_tokens)
+                loss = token_mean(-scores.student_logprobs, tokens)
+            with self._timer.phase("update"):
+                (loss * self._run.world_size).backward()  # FSDP2 averages gradients over ranks; the loss is already global
+            total_loss += loss.item()
+            for name, value in token_sums(batch, scores, {}).items():
+                sums[name] = sums.get(name, 0.0) + value
+        total_loss = self._run.sum(total_loss)
+        with self._timer.phase("update"):
+            result = self._updates.step(total_loss, functools.partial(dump_rollouts, demonstrations), self._step + 1)
+        self._step += 1
+        row = {"step": self._step, "loss": total_loss, "grad_norm": result.grad_norm, "lr": result.lr}
+        row |= {"policy_tokens": tokens, "nonfinite_steps": self._updates.nonfinite_steps}
+        row |= token_means(self._run.sums(sums), tokens)
+        seconds = self._timer.take()
+        row |= {f"time_{phase}_s": seconds.get(phase, 0.0) for phase in ("score", "update")}
+        row["tokens_per_s"] = tokens / max(sum(seconds.values()), 1e-9)
+        self._log.write(row, shown=SHOWN)
+
+    # ------------------------------------------------------------------------------------------------ reports
+
+    def evaluate(self) -> None:
+        if self._data.eval_prompts:
+            self._log.write({"step": self._step} | self._evaluate(self._model), shown=SHOWN)
+
+    def save_checkpoint(self) -> None:
+        self._checkpoints.save(self._step, self._step, self._model, self._updates, None)
+
+    def cleanup(self) -> None:
+        self._log.close()
+        cleanup()
+
+
+@config.parse
+@one_sentence_errors
+def recipe_main(cfg: DictConfig) -> None:
+    config.log_config(recipe_name="SFTRecipe", cfg=cfg)
+    recipe = SFTRecipe(cfg)
+    recipe.setup(cfg)
+    recipe.train()
+    recipe.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())

@@ -1,0 +1,297 @@
+"""π-Distill against its equations, and the laws of its halves."""
+
+import pytest
+import torch
+
+from pidistill.errors import InputError
+from pidistill.objectives import GRPO, OPSD, PiDistill
+from pidistill.reductions import token_mean
+from pidistill.scoring import score
+from pidistill.types import Divergence, Rollout, ScoreRequest, Scores, TokenLoss
+from tests.builders import batch_of, gradients, model, random_rollouts, relative_difference
+
+
+def on_policy(module, rollouts: list[Rollout], view: str) -> list[Rollout]:
+    """Record as μ what the module itself says of each token in ``view``: the first update after sampling."""
+    scores = score(module, batch_of(rollouts), ScoreRequest(False, False))
+    logprobs = scores.teacher_logprobs if view == "teacher" else scores.student_logprobs
+    for rollout, own in zip(rollouts, logprobs.split([r.policy_tokens for r in rollouts]), strict=True):
+        values = iter(own.tolist())
+        rollout.sampled_logprobs = [next(values) if m else float("nan") for m in rollout.policy_mask]
+    return rollouts
+
+
+def fill_behaviour_kl(objective, module, rollouts) -> None:
+    request = objective.behaviour_request()
+    if request is None:
+        return
+    kl = objective.behaviour_kl(score(module, batch_of(rollouts), request))
+    for rollout, values in zip(rollouts, kl.split([r.policy_tokens for r in rollouts]), strict=True):
+        rollout.behaviour_kl_nats = values.tolist()
+
+
+def gradient(objective, module, rollouts: list[Rollout], step: int = 0):
+    """(loss, gradients by parameter) of one update on ``rollouts``."""
+    fill_behaviour_kl(objective, module, rollouts)
+    advantages = objective.advantages(rollouts, step)
+    module.zero_grad()
+    batch = batch_of(rollouts, advantages)
+    scores = score(module, batch, objective.score_request(step))
+    answer = objective.token_loss(batch, scores, step)
+    assert isinstance(answer, TokenLoss)
+    loss = token_mean(answer.loss, len(batch.targets))
+    loss.backward()
+    return loss.item(), gradients(module)
+
+
+def combine(a, b, alpha):
+    return {k: alpha * a[k] + (1 - alpha) * b[k] for k in a}
+
+
+@pytest.mark.parametrize("kl_mode", ["loss_rb", "loss_rb_complete", "loss_k2", "reward_k1", "reward_rb"])
+def test_gradient_is_linear_in_alpha(kl_mode):
+    """T-c: grad(α) = α·grad(1) + (1−α)·grad(0), for every kl_mode."""
+    module, rollouts = model(), random_rollouts(6, group_size=3)
+    one, zero, mixed = (gradient(PiDistill(alpha=a, beta=0.7, kl_mode=kl_mode), module, rollouts)[1] for a in (1, 0, 0.3))
+    assert relative_difference(mixed, combine(one, zero, 0.3)) < 1e-5
+
+
+def leaf_scores(batch, objective, step=0) -> tuple[Scores, dict[str, torch.Tensor]]:
+    """Scores computed densely from leaf logits in float64, so that gradient to each side can be read off."""
+    from pidistill.divergences import divergence
+
+    n, vocabulary = len(batch.targets), 11
+    generator = torch.Generator().manual_seed(3)
+    logits = {v: torch.randn(n, vocabulary, generator=generator, dtype=torch.float64).requires_grad_() for v in ("student", "teacher")}
+    logp = {v: torch.log_softmax(x, -1) for v, x in logits.items()}
+    request = objective.score_request(step)
+    picked = (batch.targets % vocabulary)[:, None]
+    scores = Scores(
+        student_logprobs=logp["student"].gather(1, picked).squeeze(1),
+        teacher_logprobs=logp["teacher"].gather(1, picked).squeeze(1),
+        divergences={d: divergence(d, logp["teacher"], logp["student"]) for d in request.divergences},
+        student_entropy=None,
+        teacher_entropy=None,
+    )
+    return scores, logits
+
+
+def sides(objective, *, group_size=2):
+    rollouts = random_rollouts(4, group_size=group_size)
+    for rollout in rollouts:
+        rollout.behaviour_kl_nats = [0.1 * i for i in range(rollout.policy_tokens)]
+    batch = batch_of(rollouts, objective.advantages(rollouts, 0))
+    scores, logits = leaf_scores(batch, objective)
+    objective.token_loss(batch, scores, 0).loss.sum().backward()
+    return {view: x.grad for view, x in logits.items()}
+
+
+@pytest.mark.parametrize("kl_mode", ["loss_rb", "loss_rb_complete", "loss_k2", "reward_k1", "reward_rb"])
+@pytest.mark.parametrize("student_term", ["ppo", "topr"])
+def test_stop_gradients(kl_mode, student_term):
+    """T-d: no gradient to the student at α=1, none to the teacher at α=0; both get some in between."""
+    build = lambda alpha: PiDistill(alpha=alpha, beta=0.5, kl_mode=kl_mode, student_term=student_term)  # noqa: E731
+    assert sides(build(1.0))["student"] is None or not sides(build(1.0))["student"].any()
+    assert sides(build(1.0))["teacher"].any()
+    assert sides(build(0.0))["teacher"] is None or not sides(build(0.0))["teacher"].any()
+    assert sides(build(0.0))["student"].any()
+    both = sides(build(0.5))
+    assert both["student"].any()
+    assert both["teacher"].any()
+
+
+@pytest.mark.parametrize("kl_mode", ["loss_rb", "loss_rb_complete", "loss_k2", "reward_k1", "reward_rb"])
+def test_opsd_gives_the_teacher_no_gradient(kl_mode):
+    grads = sides(OPSD(beta=0.5, kl_mode=kl_mode))
+    assert grads["teacher"] is None or not grads["teacher"].any()
+    assert grads["student"].any()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_equals_the_equations_written_out(alpha):
+    """Eq. 2–4 with PPO on both halves, straight from float64 logits; value and gradient on both sides."""
+    objective = PiDistill(alpha=alpha, beta=0.6, advantage="group_mean")
+    rollouts = random_rollouts(4)
+    batch = batch_of(rollouts, objective.advantages(rollouts, 0))
+    scores, logits = leaf_scores(batch, objective)
+    loss = objective.token_loss(batch, scores, 0).loss
+    loss.sum().backward()
+
+    copies = {v: x.detach().clone().requires_grad_() for v, x in logits.items()}
+    T, S = (torch.log_softmax(copies[v], -1) for v in ("teacher", "student"))
+    picked = (batch.targets % 11)[:, None]
+    rewards = torch.tensor([r.reward for r in rollouts])
+    means = rewards.view(2, 2).mean(1, keepdim=True).expand(2, 2).reshape(-1)
+    A = (rewards - means)[batch.rollout_index].double()
+
+    def clipped(logp):
+        rho = (logp.gather(1, picked).squeeze(1) - batch.sampled_logprobs.double()).exp()
+        return torch.minimum(rho * A, rho.clamp(0.8, 1.2) * A)
+
+    kl_T = (T.exp() * (T - S.detach())).sum(-1)
+    kl_S = (T.detach().exp() * (T.detach() - S)).sum(-1)
+    J = alpha * (clipped(T) - 0.6 * kl_T) + (1 - alpha) * (clipped(S) - 0.6 * kl_S)
+    torch.testing.assert_close(loss.double(), -J, atol=1e-6, rtol=1e-6)
+    (-J).sum().backward()
+    for view in copies:
+        expected = copies[view].grad
+        got = logits[view].grad if logits[view].grad is not None else torch.zeros_like(expected)
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("kl_mode", ["loss_rb", "loss_rb_complete", "reward_k1", "reward_rb"])
+def test_without_pi_it_is_the_rl_baseline(alpha, kl_mode):
+    """T-b: no PI and a live teacher: teacher = student, KL 0, and the gradient is GRPO's for every α."""
+    module = model()
+    rollouts = on_policy(module, random_rollouts(6, group_size=3, with_pi=False), "student")
+    loss, ours = gradient(PiDistill(alpha=alpha, beta=0.7, kl_mode=kl_mode), module, rollouts)
+    rl_loss, control = gradient(GRPO(), module, rollouts)
+    assert loss == pytest.approx(rl_loss, abs=1e-6)
+    assert relative_difference(ours, control) < 1e-5
+    batch = batch_of(rollouts)
+    scores = score(module, batch, PiDistill().score_request(0))
+    torch.testing.assert_close(scores.student_logprobs, scores.teacher_logprobs, atol=1e-6, rtol=1e-6)
+    for kl in scores.divergences.values():
+        assert kl.abs().max() < 1e-6
+
+
+def test_without_pi_and_reward_nothing_moves():
+    """T-b: equal rewards and no PI: zero loss, zero gradient."""
+    module = model()
+    rollouts = on_policy(module, random_rollouts(4, with_pi=False), "student")
+    for rollout in rollouts:
+        rollout.reward = 0.3
+    loss, grads = gradient(PiDistill(alpha=0.5, beta=1.0), module, rollouts)
+    assert loss == pytest.approx(0.0, abs=1e-6)
+    assert all(g.abs().max() < 1e-7 for g in grads.values())
+
+
+def test_a_row_without_pi_has_no_kl_term_even_with_another_teacher():
+    """`no_pi: rl`: the distillation weight of such a row is 0; `no_pi: distill` keeps it."""
+    rollouts = random_rollouts(4, with_pi=False)
+    for no_pi, expected in (("rl", 0.0), ("distill", 1.0)):
+        objective = PiDistill(alpha=0.0, beta=1.0, no_pi=no_pi)
+        batch = batch_of(rollouts, objective.advantages(rollouts, 0))
+        batch.advantages.zero_()
+        scores, _ = leaf_scores(batch, objective)
+        kl = scores.divergences[Divergence("kl_teacher_student", "student")]
+        torch.testing.assert_close(objective.token_loss(batch, scores, 0).loss, expected * kl)
+
+
+def test_micro_batches_and_order_change_nothing():
+    """T-a: the sum over micro-batches, in any order, is the whole batch's loss and gradient."""
+    module, rollouts = model(), random_rollouts(6, group_size=3)
+    objective = PiDistill(alpha=0.5, beta=0.5)
+    _, whole = gradient(objective, module, rollouts)
+    advantages = objective.advantages(rollouts, 0)
+    tokens = sum(r.policy_tokens for r in rollouts)
+    module.zero_grad()
+    for part in ([5, 1], [0], [4, 2, 3]):
+        batch = batch_of([rollouts[i] for i in part], [advantages[i] for i in part])
+        scores = score(module, batch, objective.score_request(0))
+        token_mean(objective.token_loss(batch, scores, 0).loss, tokens).backward()
+    assert relative_difference(gradients(module), whole) < 1e-5
+
+
+def test_live_teacher_denominator_is_the_teacher_now():
+    """`ratio_denominator: live_teacher`: the student half's ratio is S/sg T whatever μ was, and no gradient enters through it."""
+    objective = PiDistill(alpha=0.0, beta=0.0, ratio_denominator="live_teacher")
+    rollouts = random_rollouts(4)
+    batch = batch_of(rollouts, objective.advantages(rollouts, 0))
+    scores, logits = leaf_scores(batch, objective)
+    answer = objective.token_loss(batch, scores, 0)
+    expected = (scores.student_logprobs - scores.teacher_logprobs).detach().exp()
+    torch.testing.assert_close(answer.metrics["student_ratio_mean"].double(), expected)
+    answer.loss.sum().backward()
+    assert logits["teacher"].grad is None or not logits["teacher"].grad.any()
+
+
+def test_shared_reward_gives_both_halves_one_advantage():
+    """Algorithm 1 as printed: the student half sees the KL in the shared advantage and has no term of its own."""
+    objective = PiDistill(alpha=0.0, beta=0.9, kl_mode="reward_rb", student_kl="shared_reward")
+    rollouts = random_rollouts(4)
+    for rollout in rollouts:
+        rollout.behaviour_kl_nats = [rollout.reward] * rollout.policy_tokens
+    batch = batch_of(rollouts, objective.advantages(rollouts, 0))
+    totals = torch.tensor([r.reward - 0.9 * r.reward * r.policy_tokens for r in rollouts]).view(2, 2)
+    expected = (totals - totals.mean(1, keepdim=True)).reshape(-1)[batch.rollout_index]
+    torch.testing.assert_close(batch.advantages + batch.kl_advantages, expected, atol=1e-5, rtol=1e-5)
+    assert not any(d.grad == "student" for d in objective.score_request(0).divergences)
+
+
+def test_kl_reward_scale_token_mean_divides_by_the_policy_tokens():
+    rollouts = random_rollouts(2)
+    for rollout in rollouts:
+        rollout.behaviour_kl_nats = [0.2 * (i + 1) for i in range(rollout.policy_tokens)]
+    answers = PiDistill(beta=0.5, kl_mode="reward_rb", kl_reward_scale="token_mean").advantages(rollouts, 0)
+    penalties = [0.5 * sum(r.behaviour_kl_nats) / r.policy_tokens for r in rollouts]
+    expected = -(penalties[0] - sum(penalties) / 2)
+    assert answers[0].kl == pytest.approx([expected] * rollouts[0].policy_tokens, abs=1e-6)
+
+
+def test_drop_zero_advantage():
+    """`row` drops the rollout, `policy_gradient` its RL term alone; judged on the reward without KL."""
+    rollouts = random_rollouts(4)
+    for rollout, reward in zip(rollouts, (1.0, 1.0, 0.0, 1.0), strict=True):
+        rollout.reward = reward
+        rollout.behaviour_kl_nats = [float(rollout.group)] + [0.5] * (rollout.policy_tokens - 1)
+    kept = PiDistill(kl_mode="reward_k1", drop_zero_advantage="row").advantages(rollouts, 0)
+    assert [a.keep for a in kept] == [False, False, True, True]
+    without = PiDistill(kl_mode="reward_k1", drop_zero_advantage="policy_gradient").advantages(rollouts, 0)
+    assert all(a.keep for a in without)
+    assert not any(without[0].kl)
+    assert any(without[2].kl)
+    assert all(a.keep for a in PiDistill(kl_mode="reward_k1").advantages(rollouts, 0))
+
+
+def test_schedules_move_alpha_and_beta():
+    objective = PiDistill(alpha={"start": 0.0, "end": 0.5, "steps": 10}, beta={"start": 1.0, "end": 0.0, "steps": 4})
+    assert [objective.coefficients(s)["alpha"] for s in (0, 5, 10, 99)] == [0.0, 0.25, 0.5, 0.5]
+    assert objective.coefficients(2)["beta"] == 0.5
+    assert objective.samples_from_teacher_weights(0)
+    assert not objective.samples_from_teacher_weights(1)
+    assert not objective.score_request(0).teacher_grad
+    assert objective.score_request(1).teacher_grad
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"alpha": 1.5}, r"objective.alpha=1.5 is outside \[0.0, 1.0\]"),
+        ({"alpha": {"start": 0, "end": 2, "steps": 5}}, "objective.alpha=2.0 is outside"),
+        ({"alpha": {"start": 0, "finish": 1}}, "is not a schedule"),
+        ({"beta": -0.1}, "objective.beta=-0.1 is outside"),
+        ({"clip_low": 1.0}, "objective.clip_low=1.0 must lie in"),
+        ({"clip_high": 1.0}, "objective.clip_high=1.0 must be above 1"),
+        ({"dual_clip": 0.5}, "objective.dual_clip=0.5"),
+        ({"kl_mode": "loss_k1"}, "zero expected gradient"),
+        ({"kl_mode": "advantage_rb"}, "zero expected gradient"),
+        ({"kl_mode": "loss_k3"}, "follows the other KL"),
+        ({"kl_mode": "rb"}, "choose one of loss_rb"),
+        ({"student_kl": "shared_reward"}, "student_kl=shared_reward shares a reward"),
+        ({"student_term": "grpo"}, "is not one of ppo, topr"),
+        ({"kl_reward_scale": "token_mean"}, "needs kl_mode=reward_rb"),
+        ({"drop_zero_advantage": True}, "is not one of False, policy_gradient, row"),
+        ({"topr_low": 2.0}, "0 <= topr_low <= topr_high"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_sentence(arguments, sentence):
+    with pytest.raises(InputError, match=sentence):
+        PiDistill(**arguments)
+
+
+def test_opsd_is_grpo_at_beta_zero_and_equals_its_equation():
+    module = model()
+    rollouts = on_policy(module, random_rollouts(6, group_size=3), "student")
+    _, ours = gradient(OPSD(beta=0.0), module, rollouts)
+    _, control = gradient(GRPO(), module, rollouts)
+    assert relative_difference(ours, control) < 1e-6
+    _, with_kl = gradient(OPSD(beta=0.5), module, rollouts)
+    assert relative_difference(with_kl, control) > 1e-2
+
+
+@pytest.mark.parametrize("kl_mode", ["loss_k1", "loss_k3", "advantage_rb", "none"])
+def test_opsd_refuses_the_same_kl_modes(kl_mode):
+    with pytest.raises(InputError):
+        OPSD(kl_mode=kl_mode)

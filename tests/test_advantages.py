@@ -1,0 +1,109 @@
+"""Laws of the group-relative advantages, next to the loops that they must equal."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pidistill.advantages import group_mean, group_slots, leave_one_out, standardised, zero_advantage_groups
+from tests import oracles
+
+ADVANTAGES = {"group_mean": group_mean, "leave_one_out": leave_one_out, "standardised": standardised}
+
+rounds = st.lists(
+    st.tuples(st.sampled_from([0.0, 1.0, 0.25, -0.3]) | st.floats(-2, 2, width=16), st.integers(-1, 3)), min_size=1, max_size=12
+)
+
+
+def as_tensors(case: list[tuple[float, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor([r for r, _ in case], dtype=torch.float64), torch.tensor([g for _, g in case])
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_advantages_equal_the_loop(name):
+    @settings(deadline=None)
+    @given(rounds)
+    def check(case):
+        rewards, groups = as_tensors(case)
+        expected = oracles.advantages(name, rewards.tolist(), groups.tolist())
+        expected = torch.tensor(expected, dtype=torch.float64)
+        torch.testing.assert_close(ADVANTAGES[name](rewards, groups), expected, rtol=1e-10, atol=1e-10)
+
+    check()
+
+
+@settings(deadline=None)
+@given(rounds, st.randoms())
+def test_rollouts_of_a_group_need_not_be_neighbours(case, random):
+    order = list(range(len(case)))
+    random.shuffle(order)
+    rewards, groups = as_tensors(case)
+    for function in ADVANTAGES.values():
+        torch.testing.assert_close(function(rewards[order], groups[order]), function(rewards, groups)[order])
+
+
+@settings(deadline=None)
+@given(rounds)
+def test_group_mean_is_leave_one_out_times_g_minus_1_over_g_and_sums_to_0_per_group(case):
+    rewards, groups = as_tensors(case)
+    slot, size = group_slots(groups)
+    scale = ((size - 1) / size)[slot]
+    torch.testing.assert_close(group_mean(rewards, groups), scale * leave_one_out(rewards, groups))
+    sums = torch.zeros(len(size), dtype=torch.float64).index_add(0, slot, group_mean(rewards, groups))
+    assert sums.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_equal_rewards_and_groups_of_one_give_exactly_0(name):
+    # In fp32 the mean of three times 0.1 is not 0.1, and a standard deviation of one rounding would make it an advantage.
+    rewards = torch.tensor([0.1, 0.1, 0.1, 5.0, 0.0, 1.0])
+    groups = torch.tensor([0, 0, 0, 1, 2, 2])
+    got = ADVANTAGES[name](rewards, groups)
+    assert (got[:4] == 0).all() and (got[4:] != 0).all()
+
+
+def test_zero_advantage_groups_marks_equal_groups_only():
+    rewards, groups = torch.tensor([1.0, 0.0, 1.0, 0.0, 7.0, -1.0, -1.0]), torch.tensor([5, 5, 3, 3, 0, 2, 2])
+    assert zero_advantage_groups(rewards, groups).tolist() == [False, False, False, False, True, True, True]
+    assert zero_advantage_groups(torch.zeros(0), torch.zeros(0, dtype=torch.long)).tolist() == []
+
+
+@settings(deadline=None)
+@given(rounds)
+def test_zero_advantage_groups_are_those_whose_rewards_are_all_equal(case):
+    rewards, groups = as_tensors(case)
+    expected = [len({r for r, g in case if g == group}) == 1 for _, group in case]
+    assert zero_advantage_groups(rewards, groups).tolist() == expected
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_expected_policy_gradient_of_leave_one_out_is_true_and_of_the_group_mean_g_minus_1_over_g(size):
+    # A bandit with 3 arms: every group of `size` draws, weighted with its probability.
+    logits = torch.tensor([0.3, -0.5, 1.1], dtype=torch.float64, requires_grad=True)
+    arm_rewards = torch.tensor([1.0, 0.25, -0.5], dtype=torch.float64)
+    logp = torch.log_softmax(logits, -1)
+    (truth,) = torch.autograd.grad((logp.exp() * arm_rewards).sum(), logits, retain_graph=True)
+    draws = torch.tensor(list(itertools.product(range(3), repeat=size)))
+    groups = torch.arange(len(draws)).repeat_interleave(size)
+    probability = logp.detach().exp()[draws].prod(1)
+    for function, scale in ((leave_one_out, 1.0), (group_mean, (size - 1) / size)):
+        advantages = function(arm_rewards[draws].flatten(), groups).view(-1, size)
+        surrogate = (probability * (advantages * logp[draws]).mean(1)).sum()
+        (gradient,) = torch.autograd.grad(surrogate, logits, retain_graph=True)
+        torch.testing.assert_close(gradient, scale * truth, rtol=1e-12, atol=1e-12)
+
+
+def test_standardised_has_unit_spread_whatever_the_scale_of_the_reward():
+    rewards, groups = torch.tensor([0.0, 1.0, 3.0, 7.0], dtype=torch.float64), torch.zeros(4, dtype=torch.long)
+    small, large = standardised(rewards, groups), standardised(1000 * rewards, groups)
+    torch.testing.assert_close(small, large, rtol=1e-4, atol=0)
+    assert large.std().item() == pytest.approx(1.0, rel=1e-6)
+
+
+def test_a_reward_that_is_not_finite_is_refused_by_name():
+    rewards = torch.tensor([0.0, float("nan"), 1.0])
+    for function in ADVANTAGES.values():
+        with pytest.raises(ValueError, match=r"rollout 1 of 3 has reward nan"):
+            function(rewards, torch.zeros(3, dtype=torch.long))
