@@ -211,26 +211,10 @@ def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: b
 
 
 def load_teacher(cfg: DictConfig, run: Run) -> TransformerDecoder:
-    """The initial weights again, or those of `teacher_model` and `teacher_checkpointer`; refused if its vocabulary differs."""
+    """The initial weights again, or those of `teacher_model` and `teacher_checkpointer`."""
     node = cfg.get("teacher_model") or cfg.model
     checkpointer = build(cfg.get("teacher_checkpointer") or cfg.checkpointer, output_dir=str(run.output_dir / ".teacher"))
     return load_model(cfg, run, node, checkpointer.load_checkpoint()[training.MODEL_KEY], trained=False)
-
-
-def output_vocabulary(model: TransformerDecoder) -> int:
-    return model.tok_embeddings.num_embeddings
-
-
-def check_vocabulary(model_node: Any, tokenizer_size: int, key: str = "model") -> int:
-    """The model's vocabulary, built without weights; refused if the tokenizer has ids that the model lacks."""
-    with torch.device("meta"):
-        size = output_vocabulary(build(model_node))
-    if tokenizer_size > size:
-        raise InputError(
-            f"the tokenizer has {tokenizer_size} ids but the model of `{key}` only {size}; "
-            "tokenizer and model are of different families: check tokenizer.path and the model's vocab_size"
-        )
-    return size
 
 
 # ---------------------------------------------------------------------------------------------- optimiser step

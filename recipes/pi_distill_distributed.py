@@ -109,6 +109,7 @@ class PiDistillRecipe:
         sizes = self._round_sizes
         order = epoch_order(len(self._data.prompts), self._run.seed, self._round * sizes.prompts, sizes.prompts)
         groups = self._run.share(list(enumerate(order)))
+        # At α=0 nothing trains the teacher view, and the `teacher` component's weights sample.
         from_teacher = self._objective.samples_from_teacher_weights(self._step) and self._teacher.module is not None
         with self._timer.phase("rollout"):
             collected = self._collect(

@@ -48,6 +48,10 @@ class SFTRecipe:
     def setup(self, cfg: DictConfig) -> None:
         # Everything that can be wrong is built and looked at before weights are loaded.
         self._data = load_prompts(cfg, no_pi="rl")
+        self._demonstrations = [
+            demonstration(example, prompts, self._data.tokenizer, max_seq_len=self._data.max_seq_len)
+            for example, prompts in self._data.prompts
+        ]
         if cfg.get("eval_dataset"):
             collect = functools.partial(
                 collect_rollouts,
@@ -89,10 +93,9 @@ class SFTRecipe:
 
     def next_demonstrations(self) -> list[Rollout]:
         """This rank's share of the step's batch."""
-        with self._timer.phase("data"):
-            start_row = self._step * self._batch_size
-            order = epoch_order(len(self._data.prompts), self._run.seed, start_row, self._batch_size)
-            return [demonstration(*self._data.prompts[row], self._data.tokenizer) for row in self._run.share(order)]
+        first = self._step * self._batch_size
+        order = epoch_order(len(self._demonstrations), self._run.seed, first, self._batch_size)
+        return [self._demonstrations[row] for row in self._run.share(order)]
 
     def update(self, demonstrations: list[Rollout]) -> None:
         """One optimiser step."""

@@ -5,11 +5,13 @@ from pidistill.tokenizers import ChatTokenizer
 from pidistill.types import Example, PromptPair, Rollout
 
 
-def demonstration(example: Example, prompts: PromptPair, tokenizer: ChatTokenizer, group: int = 0) -> Rollout:
+def demonstration(
+    example: Example, prompts: PromptPair, tokenizer: ChatTokenizer, *, max_seq_len: int | None = None
+) -> Rollout:
     """The ids that a policy would have sampled to say ``example.completion``; messages between its turns are observations.
 
     Raises:
-        InputError: the example has no completion, or none of its messages is an assistant turn.
+        InputError: the example has no completion, or none of its messages is an assistant turn, or it is too long.
     """
     if not any(message["role"] == "assistant" for message in example.completion or []):
         raise InputError(f"{example.id} has no assistant turn to learn from; check the dataset's completion key")
@@ -30,6 +32,12 @@ def demonstration(example: Example, prompts: PromptPair, tokenizer: ChatTokenize
         completion += ids
         policy_mask += [True] * len(ids)
         history.append(message)
+    length = len(prompts.student) + len(completion)
+    if max_seq_len is not None and length > max_seq_len:
+        raise InputError(
+            f"{example.id}: prompt ({len(prompts.student):,} tokens) plus completion ({len(completion):,}) exceeds max_seq_len "
+            f"{max_seq_len:,} by {length - max_seq_len:,}; raise tokenizer.max_seq_len and the model's, or drop the row"
+        )
     return Rollout(
         example=example,
         prompts=prompts,
@@ -37,7 +45,7 @@ def demonstration(example: Example, prompts: PromptPair, tokenizer: ChatTokenize
         policy_mask=policy_mask,
         sampled_logprobs=None,
         sampled_by="student",
-        group=group,
+        group=0,
         stop_reason="done",
         turns=list(example.completion),
     )

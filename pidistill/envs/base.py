@@ -1,7 +1,7 @@
 """The environment protocol: one stateless object serves many episodes, each with its own state."""
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pidistill.types import Example, Message
 
@@ -23,6 +23,7 @@ class EnvStep:
     reward_parts: dict[str, float] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Environment(Protocol):
     def reset(self, example: Example) -> Any:
         """Start an episode on ``example`` and return its state."""

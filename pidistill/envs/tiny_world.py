@@ -21,8 +21,8 @@ from typing import Literal
 
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs.base import EnvStep
-from pidistill.tokenizers.word import WordTokenizer
 from pidistill.errors import InputError
+from pidistill.tokenizers.word import WordTokenizer
 from pidistill.types import Example, Message
 
 Slot = Literal["d", "f", "a", "k"]

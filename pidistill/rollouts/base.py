@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 OnTurnEnd = Callable[[int, list[int]], list[int] | None]
 
@@ -24,6 +24,7 @@ class Sample:
     stop_reason: str
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Attributes are the sampling settings; the scorer reads ``temperature`` so that both sides use one distribution."""
 

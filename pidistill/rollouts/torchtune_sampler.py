@@ -169,7 +169,7 @@ def _sample_rows(model: TransformerDecoder, prompts: Sequence[Sequence[int]], ro
     with _decoding(model, longest + request.max_new_tokens) as context:
         # Each prompt is read once, whatever the size of its group.
         logits = context.read_prompts([prompts[p] for p in used], request.pad_id)
-        slots = context.indices([slot_of[row.prompt] for row in rows])
+        slots = context.tensor([slot_of[row.prompt] for row in rows])
         context.select(slots)
         _draw(logits[slots], rows, request)
         while not all(row.finished for row in rows):
@@ -185,7 +185,7 @@ def _without_finished(rows: list[_Row], context: "_Context") -> list[_Row]:
     going_on = [b for b, row in enumerate(rows) if not row.finished]
     if len(rows) - len(going_on) < max(1, _COMPACT_AT_FRAC * len(rows)):
         return rows
-    context.select(context.indices(going_on))
+    context.select(context.tensor(going_on))
     return [rows[b] for b in going_on]
 
 
@@ -316,7 +316,7 @@ class _Context:
         self._caches = caches
         self._device = next(model.parameters()).device
 
-    def indices(self, values: list[int]) -> Int[Tensor, " N"]:
+    def tensor(self, values: list) -> Int[Tensor, "..."]:
         return torch.tensor(values, dtype=torch.long, device=self._device)
 
     def select(self, rows: Int[Tensor, " B"]) -> None:
@@ -328,7 +328,7 @@ class _Context:
     def read_prompts(self, prompts: list[Sequence[int]], pad_id: int) -> Float[Tensor, "B V"]:
         """Start the batch; the logits of each prompt's next token."""
         longest = max(len(prompt) for prompt in prompts)
-        self._padding = self.indices([longest - len(prompt) for prompt in prompts])
+        self._padding = self.tensor([longest - len(prompt) for prompt in prompts])
         padded = [[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         return self.read(padded, list(range(len(prompts))))
 
@@ -336,10 +336,10 @@ class _Context:
         """Feed the next columns of every row; the fp32 logits of the next token of the rows that are ``due``."""
         start = self._caches[0].length
         end = start + len(tokens[0])
-        self._due = self.indices(due)
+        self._due = self.tensor(due)
         positions = (torch.arange(start, end, device=self._device) - self._padding[:, None]).clamp(min=0)
         mask = attention_mask(self._padding, start, end)
-        return self._model(self.indices(tokens), mask=mask, input_pos=positions)[:, 0]
+        return self._model(self.tensor(tokens), mask=mask, input_pos=positions)[:, 0]
 
     def unembed(self, h: Float[Tensor, "B s H"]) -> Float[Tensor, "N 1 V"]:
         """In place of the model's own: only the last position, and only of the rows that sample now, reaches the head."""

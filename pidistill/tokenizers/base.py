@@ -1,11 +1,12 @@
 """What the package needs from a tokenizer: prompts, turns and observations as token ids, never cut out of a rendered string."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pidistill.types import Message
 
 
+@runtime_checkable
 class ChatTokenizer(Protocol):
     """Maps conversations to token ids so that a conversation only ever grows at its end.
 

@@ -80,7 +80,8 @@ def _own_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(stored, list):
         templates = {entry["name"]: entry["template"] for entry in stored}
     files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
-    files |= {"default": path for path in [folder / "chat_template.jinja"] if path.is_file()}
+    if (folder / "chat_template.jinja").is_file():
+        files["default"] = folder / "chat_template.jinja"
     return templates | {name: path.read_text(encoding="utf-8") for name, path in files.items()}
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from torchtune.data import Message as TorchtuneMessage
 from torchtune.models.qwen2 import Qwen2Tokenizer
-from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from pidistill.errors import InputError
 from pidistill.messages import message_text
@@ -36,10 +35,10 @@ class TorchtuneChatTokenizer:
     of which holds a whole control token, so that it stays text.
 
     Args:
-        tokenizer: its ``max_seq_len`` becomes the prompt + completion limit; it is not changed.
+        tokenizer: a torchtune ``ModelTokenizer``; its ``max_seq_len`` becomes the prompt + completion limit; it is not changed.
     """
 
-    def __init__(self, tokenizer: ModelTokenizer) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.max_seq_len: int | None = tokenizer.max_seq_len
         self._tokenizer = copy.copy(tokenizer)
         self._tokenizer.max_seq_len = None  # torchtune cuts what is longer, without a word
@@ -118,7 +117,7 @@ class TorchtuneChatTokenizer:
     def _up_to_stop(self, ids: list[int]) -> list[int]:
         end = next((i + 1 for i, token in enumerate(ids) if token in self.stop_ids), None)
         if end is None:
-            raise InputError(f"the torchtune tokenizer ends an assistant turn with none of its stop tokens {set(self.stop_ids)}")
+            raise InputError(f"the torchtune tokenizer ends an assistant turn without a stop token {set(self.stop_ids)}")
         return ids[:end]
 
     # ------------------------------------------------------------------------------------------- what the tokenizer is
@@ -157,7 +156,7 @@ def _tool_call_json(message: Message) -> str:
 
 def _refuse_tools(tools: Tools) -> None:
     if tools:
-        raise InputError("torchtune's tokenizers write no tool schemas; use HFChatTokenizer or describe them in a system message")
+        raise InputError("torchtune's tokenizers write no tool schemas; use HFChatTokenizer or a system message")
 
 
 def _common_prefix(lists: Sequence[list[int]]) -> list[int]:

@@ -1,0 +1,21 @@
+"""Datasets: rows → Example → (Example, PromptPair), and the order in which they are visited."""
+
+from pidistill.data.builders import chat_dataset, gsm8k_dataset, qa_dataset
+from pidistill.data.dataset import ExampleDataset
+from pidistill.data.demonstrations import demonstration
+from pidistill.data.load import RecipeData, load_prompts
+from pidistill.data.order import epoch_order
+from pidistill.data.prompts import Prompts, build_prompts
+
+__all__ = [
+    "ExampleDataset",
+    "Prompts",
+    "RecipeData",
+    "build_prompts",
+    "chat_dataset",
+    "demonstration",
+    "epoch_order",
+    "gsm8k_dataset",
+    "load_prompts",
+    "qa_dataset",
+]

@@ -1,0 +1,275 @@
+"""Rows into examples: conversations, questions with answers, GSM8K.
+
+Every builder reads a .jsonl, .json or .parquet file, a glob, a folder or a Hub dataset, as
+:func:`pidistill.data.sources.load_rows` says, and takes keys as dotted paths. Errors count rows from 0.
+"""
+
+import json
+import re
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pidistill.data.dataset import ExampleDataset
+from pidistill.data.sources import get, load_rows, require_value
+from pidistill.errors import InputError
+from pidistill.messages import check_messages, last_user_index
+from pidistill.types import Example, Message
+
+# ------------------------------------------------------------------------------------------- conversations
+
+
+def chat_dataset(
+    source: str,
+    messages_key: str = "messages",
+    privileged_key: str | None = "privileged_messages",
+    completion: str | None = None,
+    completion_key: str | None = None,
+    reference_key: str | None = None,
+    tools_key: str | None = None,
+    split: str = "train",
+    data_files: str | Sequence[str] | None = None,
+    max_rows: int | None = None,
+    config_name: str | None = None,
+) -> ExampleDataset:
+    """Rows that hold a conversation, and privileged information as text or messages.
+
+    Args:
+        messages_key: the conversation that the student answers; a text is one user message.
+        privileged_key: null where there is none. A row without a value has no privileged information; a column that no row
+            has is an error.
+        completion: what part of the conversation is the demonstration: null (none: conversations end before an assistant
+            turn), ``after_last_user`` (the last answer, with its tool calls and results) or ``from_first_assistant`` (every
+            assistant turn, with what stands between: agent traces).
+        completion_key: the demonstration in a column of its own (``prompt`` / ``completion`` rows); a text is one
+            assistant message.
+        reference_key: what the reward compares with.
+        tools_key: tool schemas, as a list or as JSON text.
+    """
+    rows = load_rows(source, split, data_files, max_rows, config_name)
+    rows.require(messages_key, "messages_key")
+    if privileged_key is not None:
+        rows.require(privileged_key, "privileged_key", ", or null for rows without privileged information")
+    for option, key in (("completion_key", completion_key), ("reference_key", reference_key), ("tools_key", tools_key)):
+        if key is not None:
+            rows.require(key, option)
+    if completion not in COMPLETIONS:
+        raise InputError(f"dataset.completion is {completion!r}; known are null, {', '.join(filter(None, COMPLETIONS))}")
+    if completion and completion_key:
+        raise InputError(f"dataset.completion ({completion}) and dataset.completion_key ({completion_key}) exclude each other")
+
+    examples = []
+    for where, row in rows:
+        conversation = _conversation(require_value(row, messages_key, where, "messages_key"), where, messages_key, "user")
+        messages, demonstration = _split_conversation(conversation, completion, f"{where}: {messages_key}")
+        if completion_key is not None:
+            demonstration = _demonstration(get(row, completion_key), where, completion_key)
+        examples.append(
+            Example(
+                id=where,
+                messages=messages,
+                privileged=_privileged(row, privileged_key, where),
+                completion=demonstration,
+                reference=get(row, reference_key) if reference_key else None,
+                tools=_tools(get(row, tools_key), where, tools_key) if tools_key else None,
+                data=row,
+            )
+        )
+    return ExampleDataset(examples)
+
+
+COMPLETIONS = (None, "after_last_user", "from_first_assistant")
+
+
+def _split_conversation(messages: list[Message], how: str | None, where: str) -> tuple[list[Message], list[Message] | None]:
+    """(prompt, demonstration). Messages after the last assistant turn answer nothing and are left out of it."""
+    roles = [message["role"] for message in messages]
+    if how is None:
+        if roles[-1] == "assistant":
+            raise InputError(
+                f"{where} ends with an assistant message, a prompt ends before one; set dataset.completion: after_last_user "
+                "to make it the demonstration"
+            )
+        return messages, None
+    if "assistant" not in roles:
+        raise InputError(f"{where} has no assistant message, which dataset.completion: {how} needs")
+    last = len(roles) - 1 - roles[::-1].index("assistant")
+    if how == "from_first_assistant":
+        first = roles.index("assistant")
+    else:
+        user = last_user_index(messages[:last])
+        first = 0 if user is None else user + 1
+    if first == 0 or roles[first] != "assistant":
+        raise InputError(f"{where}: no assistant message follows the last user message directly (roles: {', '.join(roles)})")
+    return messages[:first], messages[first : last + 1]
+
+
+def _conversation(value: Any, where: str, key: str, role: str) -> list[Message]:
+    return check_messages([{"role": role, "content": value}] if isinstance(value, str) else value, where, key)
+
+
+def _demonstration(value: Any, where: str, key: str) -> list[Message] | None:
+    if value is None:
+        return None
+    messages = _conversation(value, where, key, "assistant")
+    if messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
+        raise InputError(f"{where}: {key} must begin and end with an assistant message")
+    return messages
+
+
+def _privileged(row: Mapping[str, Any], key: str | None, where: str) -> str | list[Message] | None:
+    value = get(row, key) if key is not None else None
+    if value is None or value in ("", []):
+        return None
+    return value if isinstance(value, str) else check_messages(value, where, str(key))
+
+
+def _tools(value: Any, where: str, key: str) -> list[dict[str, Any]] | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: {key} is text but not JSON ({error}); give a list of tool schemas") from error
+    if value is not None and not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value)):
+        raise InputError(f"{where}: {key} is no list of tool schemas; check dataset.tools_key")
+    return value or None
+
+
+# ------------------------------------------------------------------------------------------- questions and answers
+
+
+def qa_dataset(
+    source: str,
+    question_key: str = "question",
+    answer_key: str | None = "answer",
+    privileged_key: str | None = "extra_info.privileged_context",
+    completion_key: str | None = None,
+    system_prompt: str | None = None,
+    question_template: str = "{question}",
+    split: str = "train",
+    data_files: str | Sequence[str] | None = None,
+    max_rows: int | None = None,
+    config_name: str | None = None,
+) -> ExampleDataset:
+    """Rows with a question, an answer to compare with, and privileged information.
+
+    verl's layout is ``question_key: prompt`` (messages, taken as they are) and ``answer_key: reward_model.ground_truth``.
+
+    Args:
+        question_key: a text, put into ``question_template``, or a list of messages.
+        answer_key: what the reward compares with; null where rewards need nothing.
+        privileged_key: as in :func:`chat_dataset`.
+        completion_key: a demonstration, as text or messages.
+        system_prompt: system message for rows that bring none.
+        question_template: the user message; ``{question}`` stands for the question.
+    """
+    _check_question_template(question_template)
+    rows = load_rows(source, split, data_files, max_rows, config_name)
+    rows.require(question_key, "question_key")
+    if privileged_key is not None:
+        rows.require(privileged_key, "privileged_key", ", or null for rows without privileged information")
+    for option, key in (("answer_key", answer_key), ("completion_key", completion_key)):
+        if key is not None:
+            rows.require(key, option)
+    return ExampleDataset(
+        [
+            Example(
+                id=where,
+                messages=_question(row, where, question_key, question_template, system_prompt),
+                privileged=_privileged(row, privileged_key, where),
+                completion=_demonstration(get(row, completion_key), where, completion_key) if completion_key else None,
+                reference=require_value(row, answer_key, where, "answer_key") if answer_key else None,
+                data=row,
+            )
+            for where, row in rows
+        ]
+    )
+
+
+def _question(
+    row: Mapping[str, Any], where: str, key: str, template: str = "{question}", system_prompt: str | None = None
+) -> list[Message]:
+    value = require_value(row, key, where, "question_key")
+    if isinstance(value, str):
+        messages = [{"role": "user", "content": template.format(question=value)}]
+    else:
+        messages, _ = _split_conversation(check_messages(value, where, key), None, f"{where}: {key}")
+    has_system = messages[0]["role"] == "system"
+    return messages if has_system or system_prompt is None else [{"role": "system", "content": system_prompt}, *messages]
+
+
+def _check_question_template(template: str) -> None:
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise InputError(f"dataset.question_template is malformed ({error}); double the braces of its text") from error
+    if set(names) != {"question"}:
+        raise InputError(f"dataset.question_template has the placeholders {names}; it needs {{question}} and no other")
+
+
+# ------------------------------------------------------------------------------------------- GSM8K
+
+GSM8K_INSTRUCTIONS = {
+    "boxed": "Reason step by step, then put the final answer, a number, within \\boxed{}.",
+    "hashes": "Reason step by step, then give the final answer, a number, after #### on the last line.",
+}
+
+
+def gsm8k_dataset(
+    source: str = "openai/gsm8k",
+    privileged: str = "solution",
+    answer_format: str = "boxed",
+    system_prompt: str | None = None,
+    split: str = "train",
+    data_files: str | Sequence[str] | None = None,
+    max_rows: int | None = None,
+    config_name: str | None = None,
+) -> ExampleDataset:
+    """GSM8K as published (2110.14168): ``question``, and ``answer`` with the worked solution and a last line ``#### N``.
+
+    The reference is N without thousands separators; the completion is the worked solution in the format that the
+    instruction asks for, without the calculator annotations ``<<48/2=24>>``.
+
+    Args:
+        source: a file with those columns, or the Hub name (with ``config_name: main``).
+        privileged: "solution" (the worked solution with its answer), "answer" (the final answer only) or "none".
+        answer_format: "boxed" asks for ``\\boxed{N}``, "hashes" for ``#### N``; see :data:`GSM8K_INSTRUCTIONS`.
+    """
+    if privileged not in ("solution", "answer", "none"):
+        raise InputError(f"dataset.privileged is {privileged!r}; GSM8K has solution, answer and none")
+    if answer_format not in GSM8K_INSTRUCTIONS:
+        raise InputError(f"dataset.answer_format is {answer_format!r}; known are {', '.join(GSM8K_INSTRUCTIONS)}")
+    if source == "openai/gsm8k" and config_name is None:
+        config_name = "main"
+    rows = load_rows(source, split, data_files, max_rows, config_name)
+    for key in ("question", "answer"):
+        if all(get(row, key) is None for _, row in rows):
+            raise InputError(f"{rows.name} has no column {key!r}: it is not GSM8K as published; use pidistill.data.qa_dataset")
+    return ExampleDataset([_gsm8k_example(where, row, privileged, answer_format, system_prompt) for where, row in rows])
+
+
+def _gsm8k_example(
+    where: str, row: Mapping[str, Any], privileged: str, answer_format: str, system_prompt: str | None
+) -> Example:
+    solution, answer = split_gsm8k_answer(str(row["answer"]), where)
+    final = f"\\boxed{{{answer}}}" if answer_format == "boxed" else f"#### {answer}"
+    worked = f"{solution}\n{final}" if answer_format == "hashes" else f"{solution}\nThe final answer is {final}."
+    given = {"solution": f"{solution}\nThe final answer is {answer}.", "answer": f"The final answer is {answer}."}
+    template = "{question}\n\n" + GSM8K_INSTRUCTIONS[answer_format].replace("{", "{{").replace("}", "}}")
+    return Example(
+        id=where,
+        messages=_question(row, where, "question", template, system_prompt),
+        privileged=given.get(privileged),
+        completion=[{"role": "assistant", "content": worked}],
+        reference=answer,
+        data=row,
+    )
+
+
+def split_gsm8k_answer(answer: str, where: str) -> tuple[str, str]:
+    """(worked solution without calculator annotations, final answer without thousands separators) of an ``answer``."""
+    solution, mark, final = answer.rpartition("####")
+    final = final.strip().replace(",", "")
+    if not mark or not re.fullmatch(r"-?\d+(\.\d+)?", final):
+        raise InputError(f"{where}: answer does not end with '#### N' ({answer[-40:]!r}); it is not a GSM8K row")
+    return re.sub(r"<<[^<>]*>>", "", solution).strip(), final

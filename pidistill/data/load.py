@@ -1,0 +1,88 @@
+"""From a recipe's config to its prompts, looked at before any weights are loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from omegaconf import DictConfig
+
+from pidistill.config import build
+from pidistill.data.prompts import build_prompts
+from pidistill.errors import InputError
+from pidistill.privileged import PrivilegedPrompt
+from pidistill.tokenizers import ChatTokenizer, as_chat_tokenizer
+from pidistill.types import Example, PromptPair
+
+
+@dataclass(frozen=True)
+class RecipeData:
+    """Training and evaluation rows of a recipe, with what it needs to know about them.
+
+    Attributes:
+        dropped: training rows left out, by reason.
+        rows_without_pi: training rows without privileged information, kept or not.
+        leak_phrases: what counts as giving the privileged information away.
+        success_threshold: the reward from which a rollout counts as a success.
+        max_seq_len: the smaller of the tokenizer's and the model's limit, in tokens.
+    """
+
+    tokenizer: ChatTokenizer
+    prompts: list[tuple[Example, PromptPair]]
+    eval_prompts: list[tuple[Example, PromptPair]]
+    dropped: dict[str, int]
+    rows_without_pi: int
+    leak_phrases: Sequence[str]
+    success_threshold: float
+    max_seq_len: int
+
+
+def load_prompts(cfg: DictConfig, *, no_pi: str) -> RecipeData:
+    """Build tokenizer, datasets and prompts of `dataset` and `eval_dataset`.
+
+    Raises:
+        InputError: whatever is wrong with rows, lengths or vocabularies; nothing large has been loaded by then.
+    """
+    tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
+    max_seq_len = _check_models(cfg, tokenizer)
+    privileged = build(cfg.privileged) if cfg.get("privileged") else PrivilegedPrompt()
+    max_new_tokens = int(cfg.sampler.max_new_tokens) if cfg.get("sampler") else 0
+    limits = {"max_new_tokens": max_new_tokens, "on_overflow": cfg.get("on_overflow"), "max_seq_len": max_seq_len}
+    train = build_prompts(build(cfg.dataset), tokenizer, privileged, no_pi=no_pi, **limits)
+    evaluation = []
+    if cfg.get("eval_dataset"):
+        evaluation = build_prompts(build(cfg.eval_dataset), tokenizer, privileged, no_pi="rl", **limits).prompts
+    return RecipeData(
+        tokenizer=tokenizer,
+        prompts=train.prompts,
+        eval_prompts=evaluation,
+        dropped=train.dropped,
+        rows_without_pi=train.rows_without_pi,
+        leak_phrases=list(privileged.leak_phrases),
+        success_threshold=float(cfg.get("eval_success_threshold", 1.0)),
+        max_seq_len=max_seq_len,
+    )
+
+
+def _check_models(cfg: DictConfig, tokenizer: ChatTokenizer) -> int:
+    """The length limit; refused if the tokenizer has ids that the model lacks, or teacher and student differ in vocabulary."""
+    vocabulary, max_seq_len = _inspect(cfg.model)
+    if tokenizer.vocab_size > vocabulary:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size:,} ids but the model's vocabulary is {vocabulary:,}; they are of different "
+            "families: check `tokenizer` and `model`"
+        )
+    if cfg.get("teacher_model"):
+        teacher_vocabulary, _ = _inspect(cfg.teacher_model)
+        if teacher_vocabulary != vocabulary:
+            raise InputError(
+                f"the teacher's vocabulary is {teacher_vocabulary:,} and the student's {vocabulary:,}; a divergence needs one "
+                "vocabulary: choose a `teacher_model` with the student's tokenizer"
+            )
+    return min(max_seq_len, tokenizer.max_seq_len or max_seq_len)
+
+
+def _inspect(node: DictConfig) -> tuple[int, int]:
+    """(vocabulary, max_seq_len) of a model, built without weights."""
+    with torch.device("meta"):
+        model = build(node)
+    return model.tok_embeddings.num_embeddings, model.max_seq_len

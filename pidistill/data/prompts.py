@@ -1,0 +1,127 @@
+"""Examples into prompt pairs: what is too long, and rows without privileged information."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pidistill.data.dataset import ExampleDataset
+from pidistill.errors import InputError
+from pidistill.privileged import PrivilegedPrompt, PromptViews
+from pidistill.tokenizers.base import ChatTokenizer
+from pidistill.types import Example, PromptPair
+
+NO_PI = ("rl", "distill", "drop", "error")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a recipe trains on.
+
+    Attributes:
+        prompts: the rows that are kept, in the dataset's order.
+        dropped: rows left out, by reason, the dataset's own among them: ``rows_without_pi``, ``privileged_too_long``,
+            ``prompt_too_long``.
+        rows_without_pi: rows without privileged information, kept or not.
+    """
+
+    prompts: list[tuple[Example, PromptPair]]
+    dropped: dict[str, int]
+    rows_without_pi: int
+
+
+def build_prompts(
+    dataset: ExampleDataset | Sequence[Example],
+    tokenizer: ChatTokenizer,
+    privileged: PrivilegedPrompt,
+    *,
+    max_new_tokens: int,
+    no_pi: str = "rl",
+    on_overflow: str | None = None,
+    max_seq_len: int | None = None,
+) -> Prompts:
+    """Both prompts of every example, under ``privileged``'s control.
+
+    Args:
+        max_new_tokens: room that a completion needs; the longer prompt and it must fit into ``max_seq_len``.
+        max_seq_len: in tokens; None takes ``tokenizer.max_seq_len``.
+        no_pi: rows without privileged information are kept ("rl", "distill": the objective weighs them), left out and
+            counted ("drop") or refused ("error").
+        on_overflow: "error" or "drop" for rows that are too long; None takes ``privileged.on_overflow``.
+
+    Raises:
+        InputError: a row is refused, or no row is left.
+    """
+    on_overflow = on_overflow or privileged.on_overflow
+    if no_pi not in NO_PI or on_overflow not in ("error", "drop"):
+        raise InputError(f"no_pi is {no_pi!r} ({', '.join(NO_PI)}) and on_overflow {on_overflow!r} (error, drop)")
+    max_seq_len = tokenizer.max_seq_len if max_seq_len is None else max_seq_len
+    examples = privileged.apply_control(list(dataset))
+    rows_without_pi = sum(not example.privileged for example in examples)
+    _check_no_pi(examples, no_pi, privileged)
+    dropped = Counter(getattr(dataset, "dropped", {}))
+    prompts = []
+    for example in examples:
+        reason, views = _drop_reason(example, tokenizer, privileged, max_new_tokens, max_seq_len, no_pi, on_overflow)
+        if reason is not None:
+            dropped[reason] += 1
+        elif views is not None:
+            prompts.append((example, views.pair))
+    if not prompts:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items()) or "the dataset is empty"
+        raise InputError(f"none of the {len(examples)} rows is left ({reasons}); check the dataset and its limits")
+    return Prompts(prompts, dict(dropped), rows_without_pi)
+
+
+def _check_no_pi(examples: Sequence[Example], no_pi: str, privileged: PrivilegedPrompt) -> None:
+    without = next((example for example in examples if not example.privileged), None)
+    control = " (privileged.control: none takes it from every row)" if privileged.control == "none" else ""
+    if no_pi == "error" and without is not None:
+        raise InputError(
+            f"{without.id} has no privileged information{control} and no_pi is error; fill the row, or set no_pi to drop or rl"
+        )
+    if no_pi == "drop" and examples and not any(example.privileged for example in examples):
+        raise InputError(
+            f"none of the {len(examples)} rows has privileged information{control}, so no_pi: drop leaves nothing; "
+            "check the dataset's privileged key"
+        )
+
+
+def _drop_reason(
+    example: Example,
+    tokenizer: ChatTokenizer,
+    privileged: PrivilegedPrompt,
+    max_new_tokens: int,
+    max_seq_len: int | None,
+    no_pi: str,
+    on_overflow: str,
+) -> tuple[str | None, PromptViews | None]:
+    if no_pi == "drop" and not example.privileged:
+        return "rows_without_pi", None
+    views = privileged.build(example, tokenizer)
+    too_long = {
+        "privileged_too_long": privileged.overflow(example, views),
+        "prompt_too_long": prompt_overflow(example, views, max_new_tokens, max_seq_len),
+    }
+    for reason, sentence in too_long.items():
+        if sentence is not None and on_overflow == "error":
+            raise InputError(sentence)
+        if sentence is not None:
+            return reason, None
+    return None, views
+
+
+def prompt_overflow(example: Example, views: PromptViews, max_new_tokens: int, max_seq_len: int | None) -> str | None:
+    """The sentence that says by how much the longer prompt and a completion are too long; None where they fit."""
+    question, privileged_tokens = len(views.pair.student), views.privileged_tokens
+    longer = question + max(0, privileged_tokens)
+    if max_seq_len is None or longer + max_new_tokens <= max_seq_len:
+        return None
+    if views.pair.has_privileged:
+        prompt = f"teacher prompt (question {question:,} + privileged {privileged_tokens:,} tokens)"
+    else:
+        prompt = f"prompt ({question:,} tokens)"
+    return (
+        f"example {example.id}: {prompt} plus completion {max_new_tokens:,} exceeds max_seq_len {max_seq_len:,} by "
+        f"{longer + max_new_tokens - max_seq_len:,}; raise `tokenizer.max_seq_len`, lower `sampler.max_new_tokens` or set "
+        "`privileged.on_overflow: drop`"
+    )

@@ -1,0 +1,20 @@
+"""One question, one answer."""
+
+from dataclasses import dataclass
+
+from pidistill.envs.base import EnvStep
+from pidistill.rewards.base import Reward
+from pidistill.types import Example, Message
+
+
+@dataclass(frozen=True)
+class SingleTurn:
+    """The first assistant turn ends the episode, and ``reward`` judges it, cut off or not."""
+
+    reward: Reward
+
+    def reset(self, example: Example) -> Example:
+        return example
+
+    def step(self, state: Example, turn: Message, *, truncated: bool) -> EnvStep:
+        return EnvStep([], self.reward(state, [turn]), done=True)

@@ -1,0 +1,24 @@
+"""What a reward is, and what rewards have in common."""
+
+from collections.abc import Callable, Sequence
+
+from pidistill.errors import InputError
+from pidistill.messages import message_text
+from pidistill.types import Example, Message
+
+Reward = Callable[[Example, Sequence[Message]], float]
+"""(example, the turns of its episode) → a number within the range that its docstring states.
+
+A reward that raises, or gives a number that is not finite, drops the rollout; it never counts as 0.
+"""
+
+
+def last_answer(turns: Sequence[Message]) -> str:
+    """Text of the last assistant turn; "" where there is none."""
+    return next((message_text(turn) for turn in reversed(turns) if turn["role"] == "assistant"), "")
+
+
+def reference_text(example: Example) -> str:
+    if example.reference is None:
+        raise InputError(f"{example.id} has no reference to compare with; set the dataset's answer_key or reference_key")
+    return str(example.reference)

@@ -1,0 +1,27 @@
+"""The answer is the reference, character by character."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pidistill.rewards.base import last_answer, reference_text
+from pidistill.types import Example, Message
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """1.0 where the text of the last assistant turn equals ``example.reference``, else 0.0.
+
+    Attributes:
+        strip: whitespace around both does not count.
+        casefold: upper and lower case are the same.
+    """
+
+    strip: bool = True
+    casefold: bool = False
+
+    def __call__(self, example: Example, turns: Sequence[Message]) -> float:
+        return float(self._normal(last_answer(turns)) == self._normal(reference_text(example)))
+
+    def _normal(self, text: str) -> str:
+        text = text.strip() if self.strip else text
+        return text.casefold() if self.casefold else text

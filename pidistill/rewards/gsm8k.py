@@ -1,0 +1,83 @@
+"""Final answers of grade-school mathematics, compared as numbers.
+
+math_verify guards itself against expressions that take forever with SIGALRM, which works in the main thread only and takes the
+alarm away from everyone else. Its timeouts are off here. What it gets to see is bounded instead: the final answer alone, at
+most :data:`MAX_ANSWER_CHARS` long, without operators or commands whose evaluation can grow (powers, factorials, sums).
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from math_verify import parse, verify
+
+from pidistill.errors import InputError
+from pidistill.rewards.base import last_answer, reference_text
+from pidistill.types import Example, Message
+
+MAX_ANSWER_CHARS = 64
+
+# The only level at which math_verify says, once, that its timeouts are off; they are off on purpose.
+logging.getLogger("math_verify.parser").setLevel(logging.ERROR)
+logging.getLogger("math_verify.grader").setLevel(logging.ERROR)
+
+_HARMLESS_COMMANDS = set("frac dfrac tfrac text textbf mathbf mathrm left right times cdot approx".split())  # noqa: SIM905
+_FORMATS = ("any", "boxed", "hashes")
+
+
+@dataclass(frozen=True)
+class GSM8KReward:
+    """1.0 where the final answer of the last assistant turn is the number in ``example.reference``, else 0.0.
+
+    Attributes:
+        format: where the final answer stands: "boxed" (the last ``\\boxed{}``), "hashes" (after the last ``####``, to the end
+            of its line) or "any" (boxed, else hashes). An answer anywhere else counts as none.
+    """
+
+    format: str = "any"
+
+    def __post_init__(self) -> None:
+        if self.format not in _FORMATS:
+            raise InputError(f"the reward's format is {self.format!r}; known are {', '.join(_FORMATS)}")
+
+    def __call__(self, example: Example, turns: Sequence[Message]) -> float:
+        gold = _parse_number(reference_text(example))
+        if not gold:
+            raise InputError(f"{example.id}: the reference {example.reference!r} is not a number; use another reward")
+        answer = final_answer(last_answer(turns), self.format)
+        return 0.0 if answer is None else float(verify(list(gold), list(_parse_number(answer)), timeout_seconds=None))
+
+
+def final_answer(text: str, format: str = "any") -> str | None:
+    """What the text gives as its final answer, as it is written there; None where it gives none."""
+    boxed = _last_boxed(text) if format != "hashes" else None
+    if boxed is not None or format == "boxed":
+        return boxed
+    _, mark, rest = text.rpartition("####")
+    lines = rest.strip().splitlines()
+    return lines[0].strip() if mark and lines else None
+
+
+def _last_boxed(text: str) -> str | None:
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 0, start + len("\\boxed")
+    for end in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[begin + 1 : end].strip()
+    return None  # cut off before the closing brace
+
+
+@lru_cache(maxsize=4096)  # a group answers one question many times
+def _parse_number(answer: str) -> tuple[Any, ...]:
+    """math_verify's readings of a final answer; none where it is too long or could take long to evaluate."""
+    answer = answer.replace("\\$", "").replace("$", "").replace("\\!", "").strip().rstrip(".").strip()
+    commands = set(re.findall(r"\\([A-Za-z]+)", answer))
+    if not answer or len(answer) > MAX_ANSWER_CHARS or re.search(r"\^|\*\*|!", answer) or commands - _HARMLESS_COMMANDS:
+        return ()
+    return tuple(parse(f"\\boxed{{{answer}}}", parsing_timeout=None))

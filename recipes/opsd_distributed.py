@@ -1,0 +1,227 @@
+"""On-policy distillation from the student's own samples: OPSD (arXiv 2602.04942) and, without a teacher term, the RL baseline.
+
+    round:   the student, which never sees the privileged information, answers each prompt `group_size` times
+             → rewards → group-relative advantages
+    update:  the teacher (itself with the privileged information, frozen, EMA) scores what the student wrote
+             → policy gradient and KL per policy token → mean over the policy tokens of the whole step → backward → clip → step
+
+`diff recipes/pi_distill_distributed.py recipes/opsd_distributed.py` is the difference between the two families.
+
+    tune run --nproc_per_node 1 recipes/opsd_distributed.py --config configs/tiny/opsd.yaml
+"""
+
+import functools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torchtune import config
+
+from pidistill.checkpoints import Checkpoints
+from pidistill.config import build
+from pidistill.data import epoch_order, load_prompts
+from pidistill.evaluation import evaluate, sample_texts
+from pidistill.metrics import MetricsLog, rollout_means, rollout_sums, token_means, token_sums
+from pidistill.packing import make_batch
+from pidistill.reductions import token_mean
+from pidistill.rounds import ROUND_KEYS, Round, dump_rollouts
+from pidistill.rollouts import collect_rollouts, rollout_seed
+from pidistill.scoring import score
+from pidistill.teachers import LiveTeacher
+from pidistill.training import COMMON_KEYS, Timer, Updates, cleanup, load_model, load_teacher, one_sentence_errors, start
+from pidistill.types import Rollout, RolloutAdvantage, ViewName
+
+KEYS = COMMON_KEYS | ROUND_KEYS
+REQUIRED = ("output_dir", "max_steps", "model", "tokenizer", "checkpointer", "dataset", "environment", "privileged", "sampler",
+            "objective", "optimizer", "prompts_per_round", "group_size")  # fmt: skip
+SAMPLING_VIEW: ViewName = "student"
+SHOWN = ("reward_mean", "kl_teacher_student_nats", "leak_frac", "eval_student_success_greedy")
+
+Pair = tuple[Rollout, RolloutAdvantage]
+
+
+class OPSDRecipe:
+    """Trains the student on its own samples; the teacher, if there is one, scores them and gets no gradient."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._run = start(cfg, KEYS, REQUIRED)
+        self._round_sizes = Round(cfg)
+        self._max_steps = int(cfg.max_steps)
+        self._timer = Timer(self._run.device)
+
+    def setup(self, cfg: DictConfig) -> None:
+        # Everything that can be wrong is built and looked at before weights are loaded.
+        self._objective = build(cfg.objective)
+        self._sampler = build(cfg.sampler)
+        self._data = load_prompts(cfg, no_pi=self._objective.no_pi)
+        self._collect = functools.partial(
+            collect_rollouts,
+            sampler=self._sampler,
+            tokenizer=self._data.tokenizer,
+            environment=build(cfg.environment),
+            max_turns=cfg.get("max_turns"),
+        )
+        self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_)
+        self._teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
+
+        self._model = load_model(cfg, self._run, cfg.model, self._checkpoints.load_weights(), trained=True)
+        self._teacher.attach(functools.partial(load_teacher, cfg, self._run))
+        self._updates = Updates(cfg, self._run, self._model)
+        progress = self._checkpoints.restore(self._model, self._updates, self._teacher)
+        self._step, self._round = progress["step"], progress["round"]
+        self._log = MetricsLog(cfg, self._run, first_step=self._step, last_step=self._max_steps, title=cfg.objective._component_.rpartition(".")[2])
+        self._evaluate = functools.partial(
+            evaluate,
+            prompts=self._data.eval_prompts,
+            collect=self._collect,
+            run=self._run,
+            samples=int(cfg.get("eval_samples", 1)),
+            success_threshold=self._data.success_threshold,
+            leak_phrases=self._data.leak_phrases,
+        )
+
+    # ------------------------------------------------------------------------------------------------ the method
+
+    def train(self) -> None:
+        if self._step == 0:
+            self.evaluate()
+        while self._step < self._max_steps:
+            before = self._step
+            rollouts = self.sample_round()
+            self.score_behaviour(rollouts)
+            advantages = self._objective.advantages(rollouts, self._step)
+            for minibatch in self._round_sizes.minibatches(list(zip(rollouts, advantages, strict=True))):
+                self.update(minibatch, rollouts)
+                if self._step == self._max_steps:
+                    break
+            self._round += 1
+            last = self._step == self._max_steps
+            if last or self._round_sizes.eval_due(before, self._step):
+                self.evaluate()
+            if self._round_sizes.texts_due(before, self._step):
+                self.write_texts()
+            if last or self._checkpoints.due(before, self._step):
+                self.save_checkpoint()
+
+    def sample_round(self) -> list[Rollout]:
+        """This rank's groups of the round: rewards and μ's log-probs included. A group is never split between ranks."""
+        sizes = self._round_sizes
+        order = epoch_order(len(self._data.prompts), self._run.seed, self._round * sizes.prompts, sizes.prompts)
+        groups = self._run.share(list(enumerate(order)))
+        with self._timer.phase("rollout"):
+            collected = self._collect(
+                self._model,
+                examples=[self._data.prompts[row][0] for _, row in groups],
+                prompts=[self._data.prompts[row][1] for _, row in groups],
+                view=SAMPLING_VIEW,
+                group_size=sizes.group_size,
+                groups=[group for group, _ in groups],
+                seeds=[
+                    rollout_seed(self._run.seed, self._round, group, member)
+                    for group, _ in groups
+                    for member in range(sizes.group_size)
+                ],
+            )
+        self._dropped = self._run.sums({reason: float(count) for reason, count in collected.dropped.items()})
+        return collected.rollouts
+
+    @torch.no_grad()
+    def score_behaviour(self, rollouts: list[Rollout]) -> None:
+        """Write the objective's KL estimate under the weights that sampled onto each rollout, where it asks for one."""
+        request = self._objective.behaviour_request()
+        if request is None:
+            return
+        for chunk in self._round_sizes.micro_batches(rollouts, self._run):
+            batch = make_batch(chunk, None, pad_id=self._data.tokenizer.pad_id, device=self._run.device)
+            with self._timer.phase("score"):
+                kl = self._objective.behaviour_kl(self._score(batch, request))
+            lengths = [rollout.policy_tokens for rollout in chunk]
+            for rollout, values in zip(chunk, kl.split(lengths), strict=True):
+                rollout.behaviour_kl_nats = values.tolist()
+
+    def update(self, minibatch: list[Pair], rollouts: list[Rollout]) -> None:
+        """One optimiser step."""
+        kept = [(rollout, advantage) for rollout, advantage in minibatch if advantage.keep]
+        tokens = int(self._run.sum(sum(rollout.policy_tokens for rollout, _ in kept)))
+        request = self._objective.score_request(self._step)
+        total_loss, sums = 0.0, {}
+        for chunk in self._round_sizes.micro_batches(kept, self._run):
+            batch = make_batch(
+                [rollout for rollout, _ in chunk],
+                [advantage for _, advantage in chunk],
+                pad_id=self._data.tokenizer.pad_id,
+                device=self._run.device,
+            )
+            with self._timer.phase("score"):
+                scores = self._score(batch, request)
+                token_loss = self._objective.token_loss(batch, scores, self._step)
+                loss = token_mean(token_loss.loss, tokens)
+            with self._timer.phase("update"):
+                (loss * self._run.world_size).backward()  # FSDP2 averages gradients over ranks; the loss is already global
+            total_loss += loss.item()
+            for name, value in token_sums(batch, scores, token_loss.metrics).items():
+                sums[name] = sums.get(name, 0.0) + value
+        total_loss = self._run.sum(total_loss)
+        with self._timer.phase("update"):
+            dump = functools.partial(dump_rollouts, [rollout for rollout, _ in kept])
+            result = self._updates.step(total_loss, dump, self._step + 1)
+            if result.applied:
+                self._teacher.update(self._model)
+        row = {"loss": total_loss, "grad_norm": result.grad_norm, "lr": result.lr, "policy_tokens": tokens}
+        row |= token_means(self._run.sums(sums), tokens) | self._objective.coefficients(self._step)
+        self._step += 1
+        self.write_metrics(row, rollouts)
+
+    def _score(self, batch, request):
+        return score(
+            self._model,
+            batch,
+            request,
+            temperature=self._sampler.temperature,
+            teacher=self._teacher.module,
+            chunk_tokens=self._round_sizes.score_chunk_tokens,
+        )
+
+    # ------------------------------------------------------------------------------------------------ reports
+
+    def write_metrics(self, row: dict, rollouts: list[Rollout]) -> None:
+        sums = rollout_sums(rollouts, self._data.success_threshold, self._data.leak_phrases)
+        row |= rollout_means(self._run.sums(sums))
+        row |= {f"dropped/{reason}": count for reason, count in (self._data.dropped | self._dropped).items()}
+        row |= {"rows_without_pi": self._data.rows_without_pi, "nonfinite_steps": self._updates.nonfinite_steps}
+        seconds = self._timer.take()
+        row |= {f"time_{phase}_s": seconds.get(phase, 0.0) for phase in ("rollout", "score", "update")}
+        row["tokens_per_s"] = row["policy_tokens"] / max(sum(seconds.values()), 1e-9)
+        self._log.write({"step": self._step, "round": self._round} | row, shown=SHOWN)
+
+    def evaluate(self) -> None:
+        if self._data.eval_prompts:
+            self._log.write({"step": self._step} | self._evaluate(self._model), shown=SHOWN)
+
+    def write_texts(self) -> None:
+        """What student and teacher each write for the same rows, side by side."""
+        texts = sample_texts(self._model, self._data.prompts, self._collect, self._run, self._round_sizes.texts)
+        self._log.texts(self._step, texts)
+
+    def save_checkpoint(self) -> None:
+        self._checkpoints.save(self._step, self._round, self._model, self._updates, self._teacher)
+
+    def cleanup(self) -> None:
+        self._log.close()
+        cleanup()
+
+
+@config.parse
+@one_sentence_errors
+def recipe_main(cfg: DictConfig) -> None:
+    config.log_config(recipe_name="OPSDRecipe", cfg=cfg)
+    recipe = OPSDRecipe(cfg)
+    recipe.setup(cfg)
+    recipe.train()
+    recipe.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())
