@@ -20,7 +20,7 @@ def group_mean(rewards: Float[Tensor, " R"], groups: Int[Tensor, " R"]) -> Float
     rewards = _finite(rewards)
     slot, size = group_slots(groups)
     mean = _group_sum(rewards, slot, size) / size
-    # Exactly 0 where all are equal: the mean of three times 0.1 is off by one rounding, which `standardised` would blow up.
+    # Exactly 0 where all are equal: the fp32 mean of three times 0.9 is off by 6e-8, which `standardised` would blow up.
     return (rewards - mean[slot]).masked_fill(zero_advantage_groups(rewards, groups), 0.0)
 
 

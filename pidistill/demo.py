@@ -70,12 +70,10 @@ def run_recipe(recipe: str, config: str, overrides: dict[str, Any]) -> None:
 
 def held_out(results: dict[str, dict[str, float]]) -> dict[str, float]:
     """One arm's numbers under the names of metrics.jsonl."""
-    student = next(value for key, value in results["student"].items() if key.startswith("avg@"))
-    teacher = next(value for key, value in results["student + PI"].items() if key.startswith("avg@"))
     return {
-        "eval_student_success_greedy": results["student greedy"]["avg@1"],
-        "eval_student_success": student,
-        "eval_teacher_success": teacher,
+        "eval_student_success_greedy": results["student greedy"]["success"],
+        "eval_student_success": results["student"]["success"],
+        "eval_teacher_success": results["student + PI"]["success"],
         "leak_frac": results["student"]["leak_frac"],
     }
 

@@ -62,9 +62,8 @@ def generalised_jsd(
         return kl(student_logp, teacher_logp)
     # logaddexp(−inf, −inf) has a NaN gradient. Such an entry has no mass in T or S, so that its log M is never read.
     impossible = teacher_logp.isneginf() & student_logp.isneginf()
-    weighted_teacher = teacher_logp.masked_fill(impossible, 0.0) + math.log(beta)
     weighted_student = student_logp.masked_fill(impossible, 0.0) + math.log1p(-beta)
-    mixture_logp = torch.logaddexp(weighted_teacher, weighted_student)
+    mixture_logp = torch.logaddexp(teacher_logp + math.log(beta), weighted_student)
     return beta * kl(teacher_logp, mixture_logp) + (1 - beta) * kl(student_logp, mixture_logp)
 
 
@@ -100,10 +99,8 @@ def with_tail(logp: Float[Tensor, "*tokens V"], ids: Int[Tensor, "*tokens K"]) -
     Gradient reaches all V entries. ``ids`` must be distinct per row; a repeated id would count twice.
     """
     _require_fp32(logp)
-    if ids.shape[-1] == logp.shape[-1]:  # logsumexp over nothing: value −inf, gradient NaN
-        return torch.cat([logp.gather(-1, ids), torch.full_like(logp[..., :1], -math.inf)], dim=-1)
     rest = logp.scatter(-1, ids, -math.inf)
-    # The same NaN where all V − K others have probability 0.
+    # logsumexp has a NaN gradient where nothing is left: K = V, or all V − K others have probability 0.
     empty = rest.detach().amax(-1, keepdim=True).isneginf()
     tail = rest.masked_fill(empty, 0.0).logsumexp(-1, keepdim=True).masked_fill(empty, -math.inf)
     return torch.cat([logp.gather(-1, ids), tail], dim=-1)

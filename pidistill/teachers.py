@@ -4,7 +4,7 @@ A teacher has the weights only; what it *knows* (privileged information) is in i
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from pidistill.errors import InputError
 LoadCopy = Callable[[], TransformerDecoder]
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """Attributes:
 

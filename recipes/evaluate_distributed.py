@@ -62,31 +62,31 @@ class EvaluateRecipe:
         return results
 
     def summarise(self, rollouts: list[Rollout], samples: int) -> dict[str, float]:
+        """Means over rollouts (`success` is avg@samples), and pass@k for k = 1, 2, 4, ... up to the samples per row."""
         threshold = self._data.success_threshold
         means = rollout_means(rollout_sums(rollouts, threshold, self._data.leak_phrases))
-        names = {"success_frac": f"avg@{samples}"}
-        result = {names.get(name, name): value for name, value in means.items()}
         successes: dict[int, list[bool]] = {}
         for rollout in rollouts:
             successes.setdefault(rollout.group, []).append(rollout.reward >= threshold)
-        k = 1
-        while k <= samples:
-            complete = [row for row in successes.values() if len(row) >= k]
-            result[f"pass@{k}"] = sum(pass_at_k(sum(row), len(row), k) for row in complete) / max(1, len(complete))
-            k *= 2
-        return result | {"rollouts": len(rollouts)}
+        result = {"samples": samples, "rollouts": len(rollouts), "success": means.pop("success_frac", float("nan")), **means}
+        for k in (2**i for i in range(1, samples.bit_length())):
+            rows = [row for row in successes.values() if len(row) >= k]  # a dropped rollout can leave fewer than k
+            if rows:
+                result[f"pass@{k}"] = sum(pass_at_k(sum(row), len(row), k) for row in rows) / len(rows)
+        return result
 
     def report(self, results: dict[str, dict[str, float]]) -> None:
         if not self._run.is_main:
             return
-        (self._run.output_dir / "results.json").write_text(json.dumps(results, indent=2))
-        columns = list(dict.fromkeys(key for row in results.values() for key in row))
-        table = Table(title=f"{len(self._data.prompts)} rows", show_edge=False)
-        for column in ["view", *columns]:
-            table.add_column(column, justify="left" if column == "view" else "right")
-        for name, row in results.items():
-            table.add_row(name, *[f"{row[key]:.3g}" if key in row else "–" for key in columns])
+        path = self._run.output_dir / "results.json"
+        path.write_text(json.dumps(results, indent=2))
+        table = Table(title=f"{len(self._data.prompts)} rows, per view", show_edge=False)
+        for column in ["", *results]:
+            table.add_column(column, justify="right" if column else "left")
+        for key in dict.fromkeys(key for row in results.values() for key in row):
+            table.add_row(key, *[f"{row[key]:.4g}" if key in row else "–" for row in results.values()])
         Console().print(table)
+        print(path)
 
 
 @config.parse

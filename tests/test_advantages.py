@@ -57,8 +57,8 @@ def test_group_mean_is_leave_one_out_times_g_minus_1_over_g_and_sums_to_0_per_gr
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_equal_rewards_and_groups_of_one_give_exactly_0(name):
-    # In fp32 the mean of three times 0.1 is not 0.1, and a standard deviation of one rounding would make it an advantage.
-    rewards = torch.tensor([0.1, 0.1, 0.1, 5.0, 0.0, 1.0])
+    # In fp32 the mean of three times 0.9 is not 0.9, and a standard deviation of one rounding would make it an advantage.
+    rewards = torch.tensor([0.9, 0.9, 0.9, 5.0, 0.0, 1.0])
     groups = torch.tensor([0, 0, 0, 1, 2, 2])
     got = ADVANTAGES[name](rewards, groups)
     assert (got[:4] == 0).all() and (got[4:] != 0).all()

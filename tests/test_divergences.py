@@ -99,7 +99,7 @@ def test_entry_clip_bounds_each_entry_before_the_sum_and_stops_its_gradient():
 
 
 def forbid(x: torch.Tensor, ids: list[int]) -> torch.Tensor:
-    return x.index_fill(-1, torch.tensor(ids), -INF)
+    return x.index_fill(-1, torch.tensor(ids, dtype=torch.long), -INF)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +238,17 @@ def test_topk_with_tail_grows_with_k_up_to_the_full_kl(case, k):
     torch.testing.assert_close(kl_topk_with_tail(p, q, vocabulary), kl(p, q), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("forbidden", [[], [1, 4]])
+def test_with_no_mass_in_the_tail_value_and_gradient_are_those_of_the_full_kl(forbidden):
+    sides = [logits(seed, 3, 5).requires_grad_() for seed in (1, 2)]
+    p, q = (torch.log_softmax(forbid(x, forbidden), -1) for x in sides)
+    merged, full = kl_topk_with_tail(p, q, 5 - len(forbidden)), kl(p, q)
+    torch.testing.assert_close(merged, full)
+    gradients = (torch.autograd.grad(value.sum(), sides, retain_graph=True) for value in (merged, full))
+    for own, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, expected)
+
+
 def test_an_integer_takes_the_most_probable_tokens_of_p():
     p, q = pair((0, 8, 2.0))
     assert torch.equal(kl_topk_with_tail(p, q, 3), kl_topk_with_tail(p, q, p.topk(3).indices))
@@ -247,6 +258,7 @@ def test_an_integer_takes_the_most_probable_tokens_of_p():
 def test_with_tail_is_a_distribution_and_exact_for_a_tiny_tail():
     p = logp(0, 5, 9, scale=4.0)
     torch.testing.assert_close(with_tail(p, p.topk(3).indices).exp().sum(-1), torch.ones(5, dtype=torch.float64))
+    assert (with_tail(p, p.topk(9).indices)[:, -1] == -INF).all()
     x = torch.tensor([[0.0, 0.0, -60.0, -70.0]])  # fp32: 1 − (top two) is 0
     tail = with_tail(torch.log_softmax(x, -1), torch.tensor([[0, 1]]))[0, -1]
     exact = torch.log_softmax(x.double(), -1)[0, 2:].logsumexp(0)

@@ -120,7 +120,7 @@ def test_topr_gradient_equals_the_table_and_its_weights_are_constants(low, high)
     gradients = torch.autograd.grad(loss.sum(), (logp, log_mu, A), allow_unused=True)
     # Were the weight differentiated too, an A<0 token inside the bounds would get an extra ρ·log π·A.
     torch.testing.assert_close(gradients[0], -expected, rtol=1e-12, atol=1e-12)
-    assert gradients[1] is None and gradients[2] is None
+    assert gradients[1] is None and gradients[2] is None and not ratio.requires_grad
     torch.testing.assert_close(ratio, torch.tensor(ratios, dtype=torch.float64))
 
 

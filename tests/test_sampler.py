@@ -4,6 +4,7 @@ import math
 import re
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
@@ -41,9 +42,11 @@ def build(name: str, seed: int = 0) -> nn.Module:
         model = gemma2(vocab_size=VOCAB, head_dim=16, sliding_window_size=48, **sizes)
     perturb_weights(model)
     with torch.no_grad():
-        model.tok_embeddings.weight.mul_(0.3 if name == "qwen2-tied" else 1.0)
-        if name == "llama3":
-            model.output.weight.mul_(3.0)
+        for name_, weight in model.named_parameters():
+            if weight.ndim == 2:  # tied embeddings of size one repeat the last token for ever
+                weight.mul_({"layers": 1.5, "output": 3.0, "tok_embeddings": 0.06}[name_.split(".")[0]])
+        if name == "qwen2-tied":
+            model.norm.scale.mul_(3.0)
     return model
 
 
@@ -208,7 +211,7 @@ def test_tokens_follow_the_distribution(model, top_k):
 def test_inverse_cdf_is_the_definition_and_never_draws_the_impossible():
     probs = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
     below_one = 1.0 - 2.0**-53  # the largest number that torch.rand gives in float64
-    for u, expected in [(0.0, 1), (0.2499, 1), (0.25, 3), (0.7499, 3), (0.75, 4), (below_one, 4)]:
+    for u, expected in [(0.0, 1), (0.2499, 1), (0.2501, 3), (0.7499, 3), (0.7501, 4), (below_one, 4)]:
         assert inverse_cdf(probs.log(), torch.tensor([u], dtype=torch.float64)).tolist() == [expected], u
     # Probabilities that sum to a little more or less than one leave no gap at the end either.
     for scale in (1 - 1e-6, 1 + 1e-6):
@@ -300,7 +303,7 @@ def test_an_observation_that_every_row_reads_is_fed_at_once(model, widths):
 
 def test_forced_tokens_are_verbatim_and_turns_are_what_was_sampled(model):
     talk = Talk()
-    results = sample(model, TorchtuneSampler(max_new_tokens=80), group_size=4, on_turn_end=talk)
+    results = sample(model, TorchtuneSampler(max_new_tokens=240), group_size=4, on_turn_end=talk)
     for row, result in enumerate(results):
         said = iter(talk.said[row])
         expected, mask = [], []
@@ -373,11 +376,8 @@ def test_the_model_is_left_as_it_was(fails):
         if fails:
             raise KeyError("environment")
 
-    if fails:
-        with pytest.raises(KeyError, match="environment"):
-            sample(model, TorchtuneSampler(max_new_tokens=30), on_turn_end=on_turn_end)
-    else:
-        sample(model, TorchtuneSampler(max_new_tokens=30), on_turn_end=on_turn_end)
+    with pytest.raises(KeyError, match="environment") if fails else nullcontext():
+        sample(model, TorchtuneSampler(max_new_tokens=30), on_turn_end=on_turn_end, stop_ids=frozenset(range(0, VOCAB, 2)))
     assert model_state(model) == before
     assert before[0] == [(None, False)] * 2 and not before[1]
     assert torch.equal(model(tokens), logits)  # causal without a mask, as before

@@ -6,6 +6,7 @@ from pidistill.data.demonstrations import demonstration
 from pidistill.data.load import RecipeData, load_prompts
 from pidistill.data.order import epoch_order
 from pidistill.data.prompts import Prompts, build_prompts
+from pidistill.data.stock import stock_sft_dataset
 
 __all__ = [
     "ExampleDataset",
@@ -18,4 +19,5 @@ __all__ = [
     "gsm8k_dataset",
     "load_prompts",
     "qa_dataset",
+    "stock_sft_dataset",
 ]

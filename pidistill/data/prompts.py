@@ -61,11 +61,17 @@ def build_prompts(
     dropped = Counter(getattr(dataset, "dropped", {}))
     prompts = []
     for example in examples:
-        reason, views = _drop_reason(example, tokenizer, privileged, max_new_tokens, max_seq_len, no_pi, on_overflow)
-        if reason is not None:
-            dropped[reason] += 1
-        elif views is not None:
+        if no_pi == "drop" and not example.privileged:
+            dropped["rows_without_pi"] += 1
+            continue
+        views = privileged.build(example, tokenizer)
+        too_long = _overflow(example, views, privileged, max_new_tokens, max_seq_len)
+        if too_long is None:
             prompts.append((example, views.pair))
+        elif on_overflow == "error":
+            raise InputError(too_long[1])
+        else:
+            dropped[too_long[0]] += 1
     if not prompts:
         reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items()) or "the dataset is empty"
         raise InputError(f"none of the {len(examples)} rows is left ({reasons}); check the dataset and its limits")
@@ -86,28 +92,15 @@ def _check_no_pi(examples: Sequence[Example], no_pi: str, privileged: Privileged
         )
 
 
-def _drop_reason(
-    example: Example,
-    tokenizer: ChatTokenizer,
-    privileged: PrivilegedPrompt,
-    max_new_tokens: int,
-    max_seq_len: int | None,
-    no_pi: str,
-    on_overflow: str,
-) -> tuple[str | None, PromptViews | None]:
-    if no_pi == "drop" and not example.privileged:
-        return "rows_without_pi", None
-    views = privileged.build(example, tokenizer)
-    too_long = {
-        "privileged_too_long": privileged.overflow(example, views),
-        "prompt_too_long": prompt_overflow(example, views, max_new_tokens, max_seq_len),
-    }
-    for reason, sentence in too_long.items():
-        if sentence is not None and on_overflow == "error":
-            raise InputError(sentence)
-        if sentence is not None:
-            return reason, None
-    return None, views
+def _overflow(
+    example: Example, views: PromptViews, privileged: PrivilegedPrompt, max_new_tokens: int, max_seq_len: int | None
+) -> tuple[str, str] | None:
+    """(reason to count, sentence) of what is too long; None where everything fits."""
+    sentence = privileged.overflow(example, views)
+    if sentence is not None:
+        return "privileged_too_long", sentence
+    sentence = prompt_overflow(example, views, max_new_tokens, max_seq_len)
+    return None if sentence is None else ("prompt_too_long", sentence)
 
 
 def prompt_overflow(example: Example, views: PromptViews, max_new_tokens: int, max_seq_len: int | None) -> str | None:

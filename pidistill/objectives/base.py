@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,7 @@ KL_STUDENT_TEACHER = Divergence("kl_student_teacher", grad="none")
 BOTH_KLS = (KL_TEACHER_STUDENT, KL_STUDENT_TEACHER)  # reported by every run, whatever is trained
 
 
+@runtime_checkable
 class Objective(Protocol):
     """One method: which numbers it needs of a batch, and the loss per policy token it makes of them.
 

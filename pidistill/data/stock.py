@@ -1,0 +1,41 @@
+"""Our datasets for torchtune's own supervised recipes, which want tokens and labels."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.data import Dataset
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+
+from pidistill.config import build
+from pidistill.data.demonstrations import demonstration
+from pidistill.tokenizers import as_chat_tokenizer
+from pidistill.types import PromptPair
+
+
+class StockSFTDataset(Dataset):
+    """{"tokens", "labels"} of one demonstration; labels are the tokens, not shifted, with −100 where nothing is learned."""
+
+    def __init__(self, tokenizer: Any, dataset: Mapping[str, Any]) -> None:
+        self._tokenizer = as_chat_tokenizer(tokenizer)
+        self._examples = build(dataset)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        example = self._examples[index]
+        prompt = self._tokenizer.encode_prompt(example.messages, example.tools)
+        pair = PromptPair(prompt, prompt, has_privileged=False)
+        rollout = demonstration(example, pair, self._tokenizer, max_seq_len=self._tokenizer.max_seq_len)
+        learned = [token if own else CROSS_ENTROPY_IGNORE_IDX for token, own in zip(rollout.completion, rollout.policy_mask, strict=True)]
+        return {"tokens": prompt + rollout.completion, "labels": [CROSS_ENTROPY_IGNORE_IDX] * len(prompt) + learned}
+
+
+def stock_sft_dataset(tokenizer: Any, dataset: Mapping[str, Any]) -> StockSFTDataset:
+    """For `dataset:` of a torchtune recipe: demonstrations of any of our dataset builders, conversations with tools included.
+
+    Args:
+        tokenizer: given by the recipe: torchtune's own or one of ours.
+        dataset: a component node of one of our builders, e.g. ``{_component_: pidistill.data.gsm8k_dataset, source: ...}``.
+    """
+    return StockSFTDataset(tokenizer, dataset)

@@ -1,0 +1,268 @@
+"""Small tokenizers in the formats of real ones: a model folder for HFChatTokenizer, torchtune's llama3, qwen2 and qwen2_5."""
+
+import base64
+import functools
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torchtune.models.llama3 import Llama3Tokenizer
+from torchtune.models.qwen2 import Qwen2Tokenizer
+from torchtune.models.qwen2._tokenizer import PRETOKENIZE_REGEX
+from torchtune.models.qwen2_5._tokenizer import Qwen2_5Tokenizer
+
+CORPUS = [
+    "system\nuser\nassistant\ntool\n\n",
+    "You are a helpful assistant. Answer the question, reason step by step.\n\nThe final answer is 72.\n",
+    "How many clips did Natalia sell altogether in April and May? user: hello\n assistant: hi <tool_response> </tool_response>",
+    '{"name": "get_user_details", "arguments": {"user_id": "mia_li_3668"}} [1, 2, 3] (a + b) * c = d;\n\n\n```',
+    "<|im_start|>user <|im_end|> |im_end|> <think>\n\n</think>\n\n Ünïcödé ≈ 漢字 🙂 é e\u0301",
+] * 3
+
+QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>"]
+QWEN_ADDED = ["<tool_call>", "</tool_call>", "<think>", "</think>"]  # in the vocabulary, not special
+LLAMA_SPECIAL = [
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
+]
+
+QWEN25 = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- messages[0]['content'] }}
+    {%- else %}
+        {{- 'You are tiny, a helpful assistant.' }}
+    {%- endif %}
+    {{- "\\n\\n# Tools\\n\\nFunctions are within <tools></tools> tags:\\n<tools>" }}
+    {%- for tool in tools %}
+        {{- "\\n" }}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- "\\n</tools>\\n\\nAnswer within <tool_call></tool_call> tags.<|im_end|>\\n" }}
+{%- else %}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\\nYou are tiny, a helpful assistant.<|im_end|>\\n' }}
+    {%- endif %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {{- '<|im_start|>' + message.role }}
+        {%- if message.content %}
+            {{- '\\n' + message.content }}
+        {%- endif %}
+        {%- for tool_call in message.tool_calls %}
+            {%- if tool_call.function is defined %}
+                {%- set tool_call = tool_call.function %}
+            {%- endif %}
+            {{- '\\n<tool_call>\\n{"name": "' }}
+            {{- tool_call.name }}
+            {{- '", "arguments": ' }}
+            {{- tool_call.arguments | tojson }}
+            {{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == "tool" %}
+        {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\\n<tool_response>\\n' }}
+        {{- message.content }}
+        {{- '\\n</tool_response>' }}
+        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}
+            {{- '<|im_end|>\\n' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+# Like Qwen3: no default system text, a thinking switch, and no reasoning in turns before the last user message.
+QWEN3 = """\
+{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(last_user=-1) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {%- set ns.last_user = loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'user' or message.role == 'tool' or (message.role == 'system' and not loop.first) %}
+        {{- '<|im_start|>' + ('user' if message.role == 'tool' else message.role) + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- elif message.role == 'assistant' %}
+        {%- set reasoning = '' %}
+        {%- set content = message.content %}
+        {%- if '</think>' in content %}
+            {%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_user %}
+            {{- '<|im_start|>assistant\\n<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+        {%- else %}
+            {{- '<|im_start|>assistant\\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
+LLAMA3 = """\
+{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{%- if tools is not none %}
+    {{- "Environment: ipython\\n" }}
+{%- endif %}
+{{- "Cutting Knowledge Date: December 2023\\n\\n" }}
+{%- if tools is not none %}
+    {%- for t in tools %}
+        {{- t | tojson(indent=4) }}
+        {{- "\\n\\n" }}
+    {%- endfor %}
+{%- endif %}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+    {%- elif 'tool_calls' in message %}
+        {%- if not message.tool_calls|length == 1 %}
+            {{- raise_exception("This model only supports single tool-calls at once!") }}
+        {%- endif %}
+        {%- set tool_call = message.tool_calls[0].function %}
+        {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
+        {{- '{"name": "' + tool_call.name + '", ' }}
+        {{- '"parameters": ' }}
+        {{- tool_call.arguments | tojson }}
+        {{- "}" }}
+        {{- "<|eot_id|>" }}
+    {%- elif message.role == "tool" or message.role == "ipython" %}
+        {{- "<|start_header_id|>ipython<|end_header_id|>\\n\\n" }}
+        {%- if message.content is mapping or message.content is iterable and message.content is not string %}
+            {{- message.content | tojson }}
+        {%- else %}
+            {{- message.content }}
+        {%- endif %}
+        {{- "<|eot_id|>" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+
+# Like the R1 distillations: the generation prompt opens the reasoning, which finished turns do not show.
+R1 = """\
+{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}{{ '<|User|>' + message.content }}\
+{% elif message.role == 'assistant' %}{{ '<|Assistant|>' + message.content.split('</think>')[-1] + '<|end|>' }}{% endif %}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>\\n' }}{% endif %}"""
+
+
+@functools.lru_cache
+def trained_bpe() -> str:
+    """A byte-level BPE of 600 entries with Qwen's pre-tokenizer, as tokenizer.json without added tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False))
+    return tokenizer.to_str()
+
+
+def model_folder(path: Path, template, special, added=(), *, eos, pad=None, bos=None, generation_eos=None) -> Path:
+    """A folder with tokenizer.json, tokenizer_config.json and generation_config.json, as a model on the Hub has them."""
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer.from_str(trained_bpe())
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "chat_template": template}
+    config |= {key: value for key, value in (("pad_token", pad), ("bos_token", bos)) if value}
+    (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    if generation_eos:
+        ids = [tokenizer.token_to_id(token) for token in generation_eos]
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}), encoding="utf-8")
+    return path
+
+
+def qwen_folder(path: Path, template=QWEN25) -> Path:
+    return model_folder(
+        path,
+        template,
+        QWEN_SPECIAL,
+        QWEN_ADDED,
+        eos="<|im_end|>",
+        pad="<|endoftext|>",
+        generation_eos=["<|im_end|>", "<|endoftext|>"],
+    )
+
+
+def llama_folder(path: Path, template=LLAMA3) -> Path:
+    return model_folder(
+        path,
+        template,
+        LLAMA_SPECIAL,
+        eos={"__type": "AddedToken", "content": "<|eot_id|>", "special": True},  # the other way to write it
+        pad="<|finetune_right_pad_id|>",
+        bos="<|begin_of_text|>",
+        generation_eos=["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
+    )
+
+
+def r1_folder(path: Path) -> Path:
+    return model_folder(
+        path, R1, ["<|begin|>", "<|end|>"], ["<|User|>", "<|Assistant|>", "<think>"], eos="<|end|>", bos="<|begin|>"
+    )
+
+
+def torchtune_qwen(path: Path, version=Qwen2_5Tokenizer, max_seq_len=None, prompt_template=None):
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer.from_str(trained_bpe())
+    tokenizer.model.save(str(path))
+    first = tokenizer.get_vocab_size()
+    names = [*QWEN_SPECIAL, *(QWEN_ADDED[:2] if version is Qwen2_5Tokenizer else [])]
+    return version(
+        str(path / "vocab.json"),
+        str(path / "merges.txt"),
+        special_tokens={token: first + i for i, token in enumerate(names)},
+        max_seq_len=max_seq_len,
+        prompt_template=prompt_template,
+    )
+
+
+def torchtune_qwen2(path: Path, max_seq_len=None):
+    return torchtune_qwen(path, Qwen2Tokenizer, max_seq_len)
+
+
+def torchtune_llama3(path: Path, max_seq_len=None, prompt_template=None):
+    """256 bytes and a few merges in tiktoken's format."""
+    path.mkdir(parents=True, exist_ok=True)
+    merges = [b"he", b"ll", b"ello", b"hello", b"us", b"er", b"user", b"\n\n", b" a", b"an"]
+    pieces = [bytes([i]) for i in range(256)] + merges
+    lines = [f"{base64.b64encode(piece).decode()} {rank}" for rank, piece in enumerate(pieces)]
+    (path / "tokenizer.model").write_text("\n".join(lines) + "\n")
+    names = [*LLAMA_SPECIAL, "<|step_id|>", "<|image|>"]
+    special = {token: len(pieces) + i for i, token in enumerate(names)}
+    return Llama3Tokenizer(str(path / "tokenizer.model"), special, max_seq_len, prompt_template)
