@@ -28,7 +28,7 @@ def kl(
             .05). Clipped entries have no gradient, and since negative terms stay, the result may be negative.
 
     Raises:
-        InputError: log-probs below fp32: a bfloat16 log-prob of −20 is already off by 0.06 nats.
+        InputError: log-probs below fp32: a bfloat16 log-prob near −20 is off by up to 0.06 nats.
     """
     _require_fp32(logp, logq)
     p = logp.exp()

@@ -19,9 +19,11 @@ was not computed is absent; nothing stands in for it.
 | student_ratio_mean | mean of S/μ (or S/T) in π-Distill's student half |
 | ess_frac | effective sample size of the student's token ratios S/μ, as a share of the policy tokens |
 | grad_norm, lr | before clipping; of this step |
+| round | the round that the step's rollouts were sampled in, from 0 |
 | policy_tokens | policy tokens in the step, all ranks: the loss's denominator |
 | completion_tokens_mean | policy tokens per rollout |
-| zero_advantage_frac | share of rollouts whose group has one reward only |
+| zero_advantage_frac | share of rollouts whose advantage from the reward is 0 |
+| truncated_frac | share of rollouts cut off by the token limit |
 | rows_without_pi | rows of the training data without privileged information |
 | dropped/<reason> | rollouts left out of this round, by reason |
 | nonfinite_steps | steps skipped so far because the loss or the gradient was not finite |

@@ -92,8 +92,9 @@ class OPSDRecipe:
             rollouts = self.sample_round()
             self.score_behaviour(rollouts)
             advantages = self._objective.advantages(rollouts, self._step)
+            report = self.round_report(rollouts, advantages)
             for minibatch in self._round_sizes.minibatches(list(zip(rollouts, advantages, strict=True))):
-                self.update(minibatch, rollouts)
+                self.update(minibatch, report)
                 if self._step == self._max_steps:
                     break
             self._round += 1
@@ -124,7 +125,7 @@ class OPSDRecipe:
                     for member in range(sizes.group_size)
                 ],
             )
-        self._dropped = self._run.sums({reason: float(count) for reason, count in collected.dropped.items()})
+        self._dropped = self._run.sums(collected.dropped)
         return collected.rollouts
 
     @torch.no_grad()
@@ -141,7 +142,7 @@ class OPSDRecipe:
             for rollout, values in zip(chunk, kl.split(lengths), strict=True):
                 rollout.behaviour_kl_nats = values.tolist()
 
-    def update(self, minibatch: list[Pair], rollouts: list[Rollout]) -> None:
+    def update(self, minibatch: list[Pair], report: dict[str, float]) -> None:
         """One optimiser step."""
         kept = [(rollout, advantage) for rollout, advantage in minibatch if advantage.keep]
         tokens = int(self._run.sum(sum(rollout.policy_tokens for rollout, _ in kept)))
@@ -172,7 +173,7 @@ class OPSDRecipe:
         row = {"loss": total_loss, "grad_norm": result.grad_norm, "lr": result.lr, "policy_tokens": tokens}
         row |= token_means(self._run.sums(sums), tokens) | self._objective.coefficients(self._step)
         self._step += 1
-        self.write_metrics(row, rollouts)
+        self.write_metrics(row | report)
 
     def _score(self, batch, request):
         return score(
@@ -186,14 +187,18 @@ class OPSDRecipe:
 
     # ------------------------------------------------------------------------------------------------ reports
 
-    def write_metrics(self, row: dict, rollouts: list[Rollout]) -> None:
+    def round_report(self, rollouts: list[Rollout], advantages: list[RolloutAdvantage]) -> dict[str, float]:
+        """Numbers of the round's rollouts, over all ranks; every step of the round carries them."""
         sums = rollout_sums(rollouts, self._data.success_threshold, self._data.leak_phrases)
-        row |= rollout_means(self._run.sums(sums))
-        row |= {f"dropped/{reason}": count for reason, count in (self._data.dropped | self._dropped).items()}
-        row |= {"rows_without_pi": self._data.rows_without_pi, "nonfinite_steps": self._updates.nonfinite_steps}
+        sums["zero_advantage_frac"] = sum(advantage.reward == 0.0 for advantage in advantages)
+        dropped = {f"dropped/{reason}": count for reason, count in (self._data.dropped | self._dropped).items()}
+        return rollout_means(self._run.sums(sums)) | dropped | {"rows_without_pi": self._data.rows_without_pi}
+
+    def write_metrics(self, row: dict[str, float]) -> None:
         seconds = self._timer.take()
         row |= {f"time_{phase}_s": seconds.get(phase, 0.0) for phase in ("rollout", "score", "update")}
         row["tokens_per_s"] = row["policy_tokens"] / max(sum(seconds.values()), 1e-9)
+        row["nonfinite_steps"] = self._updates.nonfinite_steps
         self._log.write({"step": self._step, "round": self._round} | row, shown=SHOWN)
 
     def evaluate(self) -> None:

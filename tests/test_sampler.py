@@ -42,9 +42,10 @@ def build(name: str, seed: int = 0) -> nn.Module:
         model = gemma2(vocab_size=VOCAB, head_dim=16, sliding_window_size=48, **sizes)
     perturb_weights(model)
     with torch.no_grad():
-        for name_, weight in model.named_parameters():
-            if weight.ndim == 2:  # tied embeddings of size one repeat the last token for ever
-                weight.mul_({"layers": 1.5, "output": 3.0, "tok_embeddings": 0.06}[name_.split(".")[0]])
+        for parameter, weight in model.named_parameters():
+            if weight.ndim == 2:  # tied embeddings of size one would repeat the last token for ever
+                scales = {"layers": 1.5, "output": 3.0, "tok_embeddings": 1.0 if name == "llama3" else 0.06}
+                weight.mul_(scales[parameter.split(".")[0]])
         if name == "qwen2-tied":
             model.norm.scale.mul_(3.0)
     return model
@@ -281,6 +282,18 @@ def test_prompts_are_read_once_and_finished_rows_leave(model, widths):
     assert len(seen) == max(lengths) and seen[-1][0] < 8
 
 
+def test_positions_are_counted_from_each_rows_first_token(model):
+    """Rotary attention sees only differences of positions, so no log-prob would tell; a learned embedding would."""
+    positions = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: positions.append(kwargs["input_pos"].tolist()), with_kwargs=True
+    )
+    sample(model, TorchtuneSampler(max_new_tokens=2), stop_ids=frozenset())
+    hook.remove()
+    assert positions[0] == [[0] * (7 - len(prompt)) + list(range(len(prompt))) for prompt in PROMPTS]
+    assert positions[1] == [[len(prompt)] for prompt in PROMPTS]
+
+
 def test_an_observation_that_every_row_reads_is_fed_at_once(model, widths):
     seen, _ = widths
     observation = list(range(10, 17))
@@ -302,13 +315,13 @@ def test_an_observation_that_every_row_reads_is_fed_at_once(model, widths):
 
 
 def test_forced_tokens_are_verbatim_and_turns_are_what_was_sampled(model):
-    talk = Talk()
-    results = sample(model, TorchtuneSampler(max_new_tokens=240), group_size=4, on_turn_end=talk)
+    talk, stop_ids = Talk(), frozenset(range(0, VOCAB, 4))
+    results = sample(model, TorchtuneSampler(max_new_tokens=240), group_size=4, on_turn_end=talk, stop_ids=stop_ids)
     for row, result in enumerate(results):
         said = iter(talk.said[row])
         expected, mask = [], []
         for turn in talk.heard[row]:
-            assert turn[-1] in STOP_IDS and not STOP_IDS & set(turn[:-1])
+            assert turn[-1] in stop_ids and not stop_ids & set(turn[:-1])
             answer = next(said, [])
             expected += turn + answer
             mask += [True] * len(turn) + [False] * len(answer)

@@ -1,0 +1,48 @@
+"""A random tiny-world checkpoint, made in milliseconds, and a process that a recipe leaves as it found it."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+from pidistill.config import build
+from pidistill.envs.tiny_world import VOCAB
+from tests.recipes.runs import MODEL, ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """Random weights under which two views differ and a turn ends after about five words."""
+    folder = tmp_path_factory.mktemp("tiny_base")
+    cfg = OmegaConf.load(ROOT / "configs" / "tiny" / "base.yaml")
+    for key, value in (MODEL | {"checkpointer.checkpoint_dir": str(folder), "output_dir": str(folder.parent / "unused")}).items():
+        OmegaConf.update(cfg, key, value)
+    build(cfg.checkpointer)
+    generator = torch.Generator().manual_seed(0)
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in weights.items():
+        if tensor.ndim == 1:
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        else:
+            tensor.mul_(8.0)
+    # A direction that every hidden state shares, and that the end of a turn answers to.
+    shared = torch.randn(cfg.model.embed_dim, generator=generator).sign() * 0.3
+    weights["model.embed_tokens.weight"] += shared
+    weights["lm_head.weight"][VOCAB.index("end")] += 0.15 * shared
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def leave_the_process_as_it_was():
+    threads, rng, level = torch.get_num_threads(), torch.get_rng_state(), logging.root.level
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    torch.set_num_threads(threads)
+    torch.set_rng_state(rng)
+    logging.root.setLevel(level)

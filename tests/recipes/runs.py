@@ -1,0 +1,166 @@
+"""How the tests of this folder run recipes: in this process (about a second), or as users do, on the command line."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
+
+from pidistill.checkpoints import STATE_FILE
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = {
+    "pi_distill": ("pi_distill_distributed", "PiDistillRecipe"),
+    "opsd": ("opsd_distributed", "OPSDRecipe"),
+    "rl": ("opsd_distributed", "OPSDRecipe"),
+    "sft": ("sft_distributed", "SFTRecipe"),
+    "base": ("sft_distributed", "SFTRecipe"),
+    "evaluate": ("evaluate_distributed", "EvaluateRecipe"),
+}
+
+# One layer of width 32; `tiny_base` in conftest.py makes the weights.
+MODEL = {"model.num_layers": 1, "model.embed_dim": 32, "model.intermediate_dim": 64}
+SMALL = MODEL | {
+    "sampler.max_new_tokens": 12,
+    "environment._component_": "tests.recipes.worlds.VariedEnvironment",
+    "eval_dataset": None,
+}
+SMALL_ROUNDS = SMALL | {
+    "max_steps": 4,
+    "prompts_per_round": 2,
+    "group_size": 3,
+    "micro_batch_rollouts": 4,
+    "rollout_log_steps": 0,
+    "save_every_steps": None,
+}
+SMALL_SFT = SMALL | {"max_steps": 6, "batch_size": 5, "micro_batch_size": 3, "save_every_steps": None}
+OVERRIDES = {"sft": SMALL_SFT, "base": MODEL | {"max_steps": 2, "batch_size": 4, "dataset.n": 8}, "evaluate": SMALL}
+EVALUATION = {  # what turns the evaluation of a small run on again
+    "eval_dataset": {"_component_": "pidistill.envs.tiny_world.tiny_world_dataset", "split": "validation", "max_rows": 3},
+}
+
+TIMES = ("time_", "tokens_per_s")
+
+
+class Stop(BaseException):
+    """Ends a run where a kill would: nothing after it runs, and no `except Exception` catches it."""
+
+
+def small_config(name: str, base: Path, output_dir: Path, **changes: Any) -> DictConfig:
+    """configs/tiny/<name>.yaml, shrunk to milliseconds per step; ``changes`` use `__` for dots."""
+    cfg = OmegaConf.load(ROOT / "configs" / "tiny" / f"{name}.yaml")
+    settings = OVERRIDES.get(name, SMALL_ROUNDS) | {"output_dir": str(output_dir)}
+    if name == "base":
+        settings |= {"checkpointer.checkpoint_dir": str(output_dir / "init")}
+    else:
+        settings |= {"checkpointer.checkpoint_dir": str(base), "checkpointer.checkpoint_files": ["model.safetensors"]}
+    if name == "evaluate":
+        del settings["eval_dataset"]
+    for key, value in (settings | {key.replace("__", "."): value for key, value in changes.items()}).items():
+        OmegaConf.update(cfg, key, value, merge=False)
+    return cfg
+
+
+def recipe_module(name: str):
+    return importlib.import_module(f"recipes.{RECIPES[name][0]}")
+
+
+def run(name: str, cfg: DictConfig, before_training: Callable[[Any], None] | None = None) -> Any:
+    """One recipe in this process, without leaving the process group; returns the recipe."""
+    recipe = getattr(recipe_module(name), RECIPES[name][1])(cfg)
+    recipe.setup(cfg)
+    try:
+        if before_training is not None:
+            before_training(recipe)
+        recipe.train()
+    except Stop:
+        pass
+    finally:
+        recipe._log.close()
+    return recipe
+
+
+def stop_after_row(step: int) -> Callable[[Any], None]:
+    """Kill the run right after it wrote the metrics of ``step``."""
+
+    def prepare(recipe: Any) -> None:
+        write = recipe._log.write
+
+        def write_and_stop(row: dict, **kwargs: Any) -> None:
+            write(row, **kwargs)
+            if row["step"] == step and "loss" in row:
+                raise Stop
+
+        recipe._log.write = write_and_stop
+
+    return prepare
+
+
+# ------------------------------------------------------------------------------------------- command line
+
+
+def environment(**variables: str) -> dict[str, str]:
+    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "PYTHONPATH")}
+    return inherited | {"OMP_NUM_THREADS": "1"} | variables
+
+
+def tune_command(*arguments: str) -> list[str]:
+    """`tune ...` of the Python that runs the tests."""
+    return [str(Path(sys.executable).parent / "tune"), *arguments]
+
+
+def pidistill_command(*arguments: str) -> list[str]:
+    return [str(Path(sys.executable).parent / "pidistill"), *arguments]
+
+
+def shell(command: Sequence[str], cwd: Path = ROOT, timeout_s: float = 120, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command, cwd=cwd, env=environment(**variables), capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+def save_config(cfg: DictConfig, path: Path) -> Path:
+    OmegaConf.save(cfg, path)
+    return path
+
+
+# ------------------------------------------------------------------------------------------- what a run left
+
+
+def metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """All rows of metrics.jsonl without the numbers that a clock decides."""
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows]
+
+
+def weights(output_dir: Path, folder: str = "latest") -> dict[str, torch.Tensor]:
+    (file,) = (output_dir / folder).glob("*.safetensors")
+    return load_file(file)
+
+
+def training_state(output_dir: Path, folder: str = "latest") -> dict[str, Any]:
+    return torch.load(output_dir / folder / STATE_FILE, weights_only=True)
+
+
+def assert_same_tensors(first: Any, second: Any, where: str = "") -> None:
+    """Equal to the bit, through nested dicts and lists."""
+    assert type(first) is type(second), where
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_same_tensors(first[key], second[key], f"{where}.{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), where
+        for i, (a, b) in enumerate(zip(first, second, strict=True)):
+            assert_same_tensors(a, b, f"{where}[{i}]")
+    else:
+        assert first == second, where
