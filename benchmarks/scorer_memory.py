@@ -91,7 +91,8 @@ def main() -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--case", case]
         result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         implementation, tokens = case.split(":")
-        print(f"{implementation:>10}  N={tokens:>5}  peak {result['gib']:.2f} GiB  {result['seconds']:.1f} s  loss {result['loss']:.6f}")
+        figures = f"peak {result['gib']:.2f} GiB  {result['seconds']:.1f} s  loss {result['loss']:.6f}"
+        print(f"{implementation:>10}  N={tokens:>5}  {figures}", flush=True)
 
 
 if __name__ == "__main__":

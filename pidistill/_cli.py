@@ -1,9 +1,9 @@
 """The `pidistill` command: torchtune's own command line with our recipes and configs registered, plus `demo`.
 
-    pidistill ls                                          our recipes and configs, then torchtune's
-    pidistill run pi_distill_distributed --config tiny/pi_distill max_steps=20
-    pidistill cp opsd_distributed my_recipe.py
-    pidistill demo                                        the comparison that `make demo` prints
+pidistill ls                                          our recipes and configs, then torchtune's
+pidistill run pi_distill_distributed --config tiny/pi_distill max_steps=20
+pidistill cp opsd_distributed my_recipe.py
+pidistill demo                                        the comparison that `make demo` prints
 """
 
 import sys
@@ -28,7 +28,11 @@ def register() -> None:
     recipes, configs = folders()
     ours = []
     for recipe in sorted(recipes.glob("*_distributed.py")):
-        own = [path for path in sorted(configs.rglob("*.yaml")) if recipe.name in path.read_text(encoding="utf-8").split("\n", 1)[0]]
+        own = [
+            path
+            for path in sorted(configs.rglob("*.yaml"))
+            if recipe.name in path.read_text(encoding="utf-8").split("\n", 1)[0]
+        ]
         ours.append(
             Recipe(
                 name=recipe.stem,

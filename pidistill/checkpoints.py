@@ -85,12 +85,17 @@ class Checkpoints:
     def restore(self, model: TransformerDecoder, updates: Updates, teacher: Teacher | None) -> dict[str, Any]:
         """Put optimizer, scheduler, teacher and random state back; returns {"step", "round"} (zeros for a fresh run)."""
         if self.state is None:
+            if self.run.is_main:
+                # The pointer of an earlier run in this folder: resuming this run must not find that one's checkpoint.
+                (self.run.output_dir / LATEST).unlink(missing_ok=True)
             return {"step": 0, "round": 0}
+        self._refuse_other_state("lr_scheduler", updates.scheduler is not None, self.state["scheduler"] is not None)
+        self._refuse_other_state("teacher", bool(teacher and teacher.state_dict()), bool(self.state["teacher"]))
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.run.world_size > 1)
         set_optimizer_state_dict(model, updates.optimizer, self.state["optimizer"], options=options)
         if updates.scheduler is not None:
             updates.scheduler.load_state_dict(self.state["scheduler"])
-        updates.nonfinite_steps = self.state["nonfinite_steps"]
+        updates.nonfinite_steps, updates.nonfinite_in_a_row = self.state["nonfinite_steps"]
         if teacher is not None and self.state["teacher"]:
             teacher.load_state_dict(self.state["teacher"])
         if len(self.state["rng"]) == self.run.world_size:
@@ -98,6 +103,14 @@ class Checkpoints:
         else:
             log.warning(f"the checkpoint was written by {len(self.state['rng'])} ranks, this run has {self.run.world_size}")
         return {"step": self.state["step"], "round": self.state["round"]}
+
+    def _refuse_other_state(self, key: str, wanted: bool, found: bool) -> None:
+        if wanted != found:
+            link, ours = self.run.output_dir / LATEST, "needs it" if wanted else "has no use for it"
+            raise InputError(
+                f"the checkpoint in {link} {'has' if found else 'lacks'} a state of `{key}` and this config {ours}; resume with "
+                f"the `{key}` that it was trained with, or set another output_dir"
+            )
 
     def due(self, before: int, now: int) -> bool:
         """True if a multiple of save_every_steps lies in (before, now]: the first round end at or after it saves."""
@@ -120,7 +133,7 @@ class Checkpoints:
                 "round": round_,
                 "optimizer": optimizer,
                 "scheduler": updates.scheduler.state_dict() if updates.scheduler is not None else None,
-                "nonfinite_steps": updates.nonfinite_steps,
+                "nonfinite_steps": (updates.nonfinite_steps, updates.nonfinite_in_a_row),
                 "teacher": teacher_state,
                 "rng": rng,
             }
@@ -164,21 +177,9 @@ def from_scratch(
     drawn with standard deviation 0.02, embeddings with 0.05.
     """
     folder = Path(checkpoint_dir)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        if not (folder / "config.json").is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            generator = torch.Generator().manual_seed(seed)
-            for name, parameter in model.named_parameters():
-                if parameter.ndim == 2:
-                    std = 0.05 if name.startswith("tok_embeddings") else 0.02
-                    nn.init.normal_(parameter, std=std, generator=generator)
-            heads = {
-                key: hf_config[f"num_{name}_heads"] for key, name in (("num_heads", "attention"), ("num_kv_heads", "key_value"))
-            }
-            weights = convert_weights.tune_to_hf(model.state_dict(), dim=hf_config["hidden_size"], **heads)
-            save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-            # Last: a folder with a config.json is a whole one.
-            (folder / "config.json").write_text(json.dumps(hf_config, indent=2))
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    if is_main and not (folder / "config.json").is_file():
+        _write_random_weights(folder, model, hf_config, seed)
     if dist.is_initialized():
         dist.barrier()
     return training.FullModelHFCheckpointer(
@@ -187,3 +188,20 @@ def from_scratch(
         model_type=model_type,
         output_dir=output_dir,
     )
+
+
+def _write_random_weights(folder: Path, model: TransformerDecoder, hf_config: dict[str, Any], seed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.05 if name.startswith("tok_embeddings") else 0.02, generator=generator)
+    weights = convert_weights.tune_to_hf(
+        model.state_dict(),
+        num_heads=hf_config["num_attention_heads"],
+        num_kv_heads=hf_config["num_key_value_heads"],
+        dim=hf_config["hidden_size"],
+    )
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    # Last: a folder with a config.json is a whole one.
+    (folder / "config.json").write_text(json.dumps(hf_config, indent=2))

@@ -2,17 +2,27 @@
 
 import difflib
 import inspect
+import os
 import re
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from torchtune.config._instantiate import _get_component_from_path
 from torchtune.config._errors import InstantiationError
+from torchtune.config._instantiate import _get_component_from_path
 
 from pidistill.errors import InputError
 
 COMPONENT = "_component_"
+
+# What recipes add to a component's own arguments: how many positional ones, and which keywords.
+ADDED_ARGUMENTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "optimizer": (1, ()),  # parameters
+    "lr_scheduler": (1, ()),  # optimizer
+    "checkpointer": (0, ("output_dir",)),
+    "teacher_checkpointer": (0, ("output_dir",)),
+}
 
 
 def build(node: Any, *args: Any, **kwargs: Any) -> Any:
@@ -33,6 +43,9 @@ def build(node: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def resolve(path: str) -> Any:
+    """The object under a dotted path; modules of the working directory are found, as in torchtune's own `instantiate`."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         return _get_component_from_path(path)
     except (InstantiationError, ValueError) as error:
@@ -40,7 +53,7 @@ def resolve(path: str) -> Any:
 
 
 def check_config(cfg: DictConfig, known: Collection[str], required: Collection[str] = ()) -> None:
-    """Refuse a key that nothing reads, naming the closest real one, and a component that does not bind to its arguments.
+    """Refuse a key that nothing reads, naming the closest real one, and a component whose arguments are unknown or missing.
 
     Top-level keys outside ``known`` may only serve interpolation (``${key}``) elsewhere in the config.
     """
@@ -68,11 +81,18 @@ def _check_component(path: str, node: Any) -> None:
         parameters = inspect.signature(component).parameters
     except ValueError:  # some builtins have none
         return
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    for key in node:
-        if key != COMPONENT and key not in parameters:
-            raise InputError(f"config key {path}.{key} is not an argument of {node[COMPONENT]}{_closest(key, parameters)}")
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for key in node:
+            if key != COMPONENT and key not in parameters:
+                raise InputError(f"config key {path}.{key} is not an argument of {node[COMPONENT]}{_closest(key, parameters)}")
+    positional, keywords = ADDED_ARGUMENTS.get(path, (0, ()))
+    for parameter in list(parameters.values())[positional:]:
+        required = parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        )
+        if required and parameter.name not in node and parameter.name not in keywords:
+            raise InputError(f"config key {path}.{parameter.name} is missing; {node[COMPONENT]} needs it")
 
 
 def _closest(key: str, candidates: Collection[str]) -> str:

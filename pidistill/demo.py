@@ -1,7 +1,7 @@
 """`pidistill demo`: π-Distill against RL at equal rollouts on the tiny world, from one base, on held-out tasks.
 
-Trains both arms with their bundled configs, evaluates base and arms on the test split (nothing was selected on it), and leaves a
-table in the terminal, results.json and results.png in the output folder.
+Trains both arms with their bundled configs, evaluates base and arms on the test split (nothing was selected on it), and
+leaves a table in the terminal, results.json and results.png in the output folder.
 """
 
 import argparse
@@ -93,7 +93,9 @@ def draw(output_dir: Path) -> None:
         rows = [json.loads(line) for line in (output_dir / arm / "metrics.jsonl").read_text().splitlines()]
         for axis, (key, title) in zip(axes, CURVES.items(), strict=True):
             points = [(row["step"], row[key]) for row in rows if key in row]
-            axis.plot(*zip(*points, strict=True), label=TITLES[arm], marker="o" if key.startswith("eval") else None, markersize=4)
+            axis.plot(
+                *zip(*points, strict=True), label=TITLES[arm], marker="o" if key.startswith("eval") else None, markersize=4
+            )
             axis.set(title=title, xlabel="optimiser step (128 rollouts each)")
             axis.grid(alpha=0.3)
     axes[0].set_ylim(-0.02, 1.02)

@@ -1,7 +1,7 @@
 """What a run reports, and what each number means.
 
-`metrics.jsonl` holds one JSON object per optimiser step, and one per evaluation (keys `eval_*`), each with `step`. A number that
-was not computed is absent; nothing stands in for it.
+`metrics.jsonl` holds one JSON object per optimiser step, and one per evaluation (keys `eval_*`), each with `step`. A number
+that was not computed is absent; nothing stands in for it.
 
 | key | meaning |
 | --- | --- |
@@ -28,7 +28,7 @@ was not computed is absent; nothing stands in for it.
 | dropped/<reason> | rollouts left out of this round, by reason |
 | nonfinite_steps | steps skipped so far because the loss or the gradient was not finite |
 | tokens_per_s | policy tokens sampled and trained per second of the step, all ranks |
-| time_rollout_s, time_score_s, time_update_s | sampling with environment and rewards; scoring forwards; backward and optimiser |
+| time_rollout_s, time_score_s, time_update_s | sampling and rewards; scoring forwards; backward and optimiser |
 | alpha, beta | the objective's weights at this step |
 | eval_student_success_greedy | mean success at temperature 0, without privileged information |
 | eval_student_success | the same at the sampling temperature |
@@ -58,7 +58,7 @@ from pidistill.types import Batch, Message, Rollout, Scores
 class MetricsLog:
     """metrics.jsonl, the configured torchtune metric logger and the progress bar, on rank 0.
 
-    On resume, rows after the checkpoint's step are cut off: they are about to be written again.
+    On resume, rows after the checkpoint's step are cut off: they are about to be written again. A fresh run starts empty files.
     """
 
     def __init__(self, cfg: DictConfig, run: Run, *, first_step: int, last_step: int, title: str) -> None:
@@ -67,17 +67,18 @@ class MetricsLog:
         self._alarm = CollapseAlarm()
         if not self._active:
             return
-        for path in (self.path, run.output_dir / "rollouts.jsonl"):
-            _keep_rows_until(path, first_step)
+        for row in _keep_rows_until(self.path, first_step):
+            self._alarm.look(row)  # where the run started is where it is measured from, also after a resume
+        _keep_rows_until(self.path.with_name("rollouts.jsonl"), first_step)
         self._logger = build(cfg.metric_logger) if cfg.get("metric_logger") else None
         self._bar = tqdm(total=last_step, initial=first_step, desc=title, unit="step", mininterval=0.5)
 
     def write(self, row: dict[str, Any], shown: Sequence[str] = ()) -> None:
-        """Append one row; ``shown`` names the numbers that the progress bar carries. Numbers that are not finite are left out."""
+        """Append one row, without numbers that are not finite; ``shown`` names those that the progress bar carries."""
         row = {key: value for key, value in row.items() if not isinstance(value, float) or _is_finite(value)}
-        self._alarm.look(row)
         if not self._active:
             return
+        self._alarm.look(row)
         write_jsonl(self.path, [row])
         if self._logger is not None:
             numbers = {key: value for key, value in row.items() if key != "step" and isinstance(value, int | float)}
@@ -134,15 +135,19 @@ def _is_finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
 
 
-def _keep_rows_until(path: Path, step: int) -> None:
+def _keep_rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Cut off the rows after ``step``; returns those that stay. Step 0 is a fresh run: none stays."""
     if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    # A kill can leave half a line at the end.
-    kept = [line for line in lines if step > 0 and line.endswith("\n") and json.loads(line)["step"] <= step]
+        return []
+    # Not splitlines(): texts hold characters such as U+2028 that it takes for line ends. What follows the last newline is
+    # empty, or the half of a line that a kill left.
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    rows = [json.loads(line) for line in lines] if step > 0 else []
+    kept = [row["step"] <= step for row in rows]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_text("".join(f"{line}\n" for line, keep in zip(lines, kept, strict=False) if keep), encoding="utf-8")
     temporary.replace(path)
+    return [row for row, keep in zip(rows, kept, strict=True) if keep]
 
 
 # ---------------------------------------------------------------------------------------------- numbers of a batch

@@ -8,16 +8,19 @@ from typing import TypeVar
 from omegaconf import DictConfig
 
 from pidistill.errors import InputError
+from pidistill.objectives.base import Objective
+from pidistill.rollouts import Sampler
+from pidistill.teachers import Teacher
 from pidistill.training import Run, crossed, write_jsonl
-from pidistill.types import Rollout, RolloutAdvantage
+from pidistill.types import Rollout, RolloutAdvantage, ViewName
 
 Item = TypeVar("Item")
 
 ROUND_KEYS = frozenset(
     {
-        "prompts_per_round", "group_size", "updates_per_round", "minibatch_rollouts", "micro_batch_rollouts", "objective", "teacher",
-        "teacher_model", "teacher_checkpointer", "rollout_log_steps", "rollout_log_samples", "rollout_log_max_new_tokens",
-        "rollout_log_max_chars",
+        "prompts_per_round", "group_size", "updates_per_round", "minibatch_rollouts", "micro_batch_rollouts", "objective",
+        "teacher", "teacher_model", "teacher_checkpointer", "rollout_log_steps", "rollout_log_samples",
+        "rollout_log_max_new_tokens", "rollout_log_max_chars",
     }
 )  # fmt: skip
 
@@ -35,8 +38,8 @@ class TextLog:
 class Round:
     """Sizes of a round, counted over all ranks, and how its rollouts are cut into steps and micro-batches.
 
-    Config keys: ``prompts_per_round`` × ``group_size`` rollouts are sampled, then ``updates_per_round`` optimiser steps are taken,
-    each on ``minibatch_rollouts`` of them (null: on all), in micro-batches of ``micro_batch_rollouts`` per rank.
+    Config keys: ``prompts_per_round`` × ``group_size`` rollouts are sampled, then ``updates_per_round`` optimiser steps are
+    taken, each on ``minibatch_rollouts`` of them (null: on all), in micro-batches of ``micro_batch_rollouts`` per rank.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -80,6 +83,31 @@ def micro_batches(items: Sequence[Item], size: int, run: Run) -> Iterator[list[I
     """Equally many lists on every rank (the last ones may be empty, at least one), so that collectives match."""
     for i in range(max(1, run.max(-(-len(items) // size)))):
         yield list(items[i * size : (i + 1) * size])
+
+
+RECIPE_OF_VIEW: dict[ViewName, str] = {"teacher": "pi_distill_distributed", "student": "opsd_distributed"}
+
+
+def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teacher: Teacher, sampling_view: ViewName) -> None:
+    """Refuse parts that are right by themselves and train the wrong thing together."""
+    if sampler.temperature == 0:
+        raise InputError(
+            "sampler.temperature=0 always takes the likeliest token, and samples without probabilities cannot be trained on; "
+            "set it above 0 (evaluation samples greedily by itself)"
+        )
+    method = cfg.objective._component_.rpartition(".")[2]
+    if objective.sampling_view() != sampling_view:
+        recipe = RECIPE_OF_VIEW[objective.sampling_view()]
+        raise InputError(
+            f"{method} trains on what the {objective.sampling_view()} view samples, and this recipe samples from the "
+            f"{sampling_view} view; run {recipe}, or set another objective"
+        )
+    for key in ("teacher_model", "teacher_checkpointer"):
+        if teacher.live and cfg.get(key):
+            raise InputError(
+                f"config key {key} is read by nothing while the trained model is the teacher; remove it, or set "
+                "teacher._component_=pidistill.teachers.FrozenTeacher"
+            )
 
 
 def _positive(cfg: DictConfig, key: str, default: int | None = None) -> int:

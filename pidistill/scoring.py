@@ -1,9 +1,10 @@
 """The one place where logits meet tokens.
 
-``score`` runs the model on both views of a batch and returns per-token numbers (log-probs of the sampled tokens, full-vocabulary
-divergences, entropies). The output head is applied inside the model's own forward, where FSDP2 has its weight unsharded, to the
-hidden states that predict policy tokens only, and chunk by chunk: a [tokens, vocabulary] tensor never exists. The backward
-recomputes a chunk's logits and adds its share to one gradient buffer of the head, so peak memory does not grow with tokens.
+``score`` runs the model on both views of a batch and returns per-token numbers (log-probs of the sampled tokens,
+full-vocabulary divergences, entropies). The output head is applied inside the model's own forward, where FSDP2 has its weight
+unsharded, to the hidden states that predict policy tokens only, and chunk by chunk: a [tokens, vocabulary] tensor never
+exists. The backward recomputes a chunk's logits and adds its share to one gradient buffer of the head, so peak memory does not
+grow with tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,46 +38,58 @@ def score(
     """Per-token numbers of ``batch`` in both views, at the sampling temperature.
 
     Args:
-        model: scores the student view, and the teacher view unless ``teacher`` is given.
+        model: scores the student view, and the teacher view where that is trained or no ``teacher`` is given.
         request: which views, divergences and entropies, and which sides gradient reaches. A side without gradient is computed
             under ``no_grad`` and costs no gradient memory.
         temperature: divides the logits before the softmax; the one the rollouts were sampled with.
-        teacher: another model (frozen, EMA) for the teacher view; never receives gradient.
+        teacher: other weights (frozen, EMA) for the teacher view; never receive gradient. Where the request trains the live
+            teacher view too, they take part only in the divergences whose gradient reaches the student alone (the sg T of
+            π-Distill's student half).
         chunk_tokens: tokens whose logits exist at once; by default sized to about 40 MiB per matrix on CPU, 256 on CUDA.
 
     Returns:
         ``Scores``, fp32. With gradient for the sides that the request names, where grad mode is on.
     """
-    if request.teacher_grad and teacher is not None:
-        raise ValueError("a teacher with its own weights receives no gradient; request teacher_grad only from a live teacher")
     if not torch.is_grad_enabled():
         request = replace(request, student_grad=False, teacher_grad=False)
-    with torch.set_grad_enabled(request.student_grad or request.teacher_grad):
-        return _score(model, batch, request, temperature, teacher, chunk_tokens)
-
-
-def _score(model, batch, request, temperature, teacher, chunk_tokens) -> Scores:
     plan = _Plan(batch.targets, request, temperature, chunk_tokens)
-    views = {"student": batch.student, "teacher": batch.teacher}
-    models = {"student": model, "teacher": teacher if teacher is not None else model}
-
-    if len(request.views) == 1:
-        (name,) = request.views
-        outputs = _forward(models[name], views[name], lambda h, w: _head(plan, {name: h}, w))
-    elif request.student_grad and request.teacher_grad:
-        # One call for both views: under FSDP2 every layer is gathered once, and so is the head.
-        both, n = _concatenate(batch.student, batch.teacher), batch.targets.numel()
-        outputs = _forward(model, both, lambda h, w: _head(plan, {"student": h[:n], "teacher": h[n:]}, w))
-    else:
-        constant = "student" if request.teacher_grad else "teacher"
-        other = "teacher" if constant == "student" else "student"
-        with torch.no_grad():
-            hidden = _forward(models[constant], views[constant], lambda h, w: h)
-        own_head = _full_weight(models[constant]) if models[constant] is not models[other] else None
-        outputs = _forward(
-            models[other], views[other], lambda h, w: _head(plan, {other: h, constant: hidden}, w, {constant: own_head})
-        )
+    with torch.set_grad_enabled(request.student_grad or request.teacher_grad):
+        if len(request.views) == 1:
+            outputs = _score_one_view(plan, model if request.views[0] == "student" else teacher or model, batch)
+        elif request.student_grad and request.teacher_grad:
+            outputs = _score_both_trained(plan, model, batch, teacher)
+        else:
+            outputs = _score_one_trained(plan, model, batch, teacher)
     return plan.as_scores(outputs)
+
+
+def _score_one_view(plan: "_Plan", model: TransformerDecoder, batch: Batch) -> Float[Tensor, "K N"]:
+    (name,) = plan.request.views
+    view = batch.student if name == "student" else batch.teacher
+    return _forward(model, view, lambda h, w: _head(plan, {name: h}, w))
+
+
+def _score_both_trained(
+    plan: "_Plan", model: TransformerDecoder, batch: Batch, teacher: TransformerDecoder | None
+) -> Float[Tensor, "K N"]:
+    """Both views in one call of the model: under FSDP2 every layer is gathered once, and so is the head."""
+    both, n = _concatenate(batch.student, batch.teacher), batch.targets.numel()
+    given, own = {}, {}
+    if teacher is not None and any(d.grad == "student" for d in plan.request.divergences):
+        given["given_teacher"], own["given_teacher"] = _constant(teacher, batch.teacher)
+    return _forward(model, both, lambda h, w: _head(plan, {"student": h[:n], "teacher": h[n:], **given}, w, own))
+
+
+def _score_one_trained(
+    plan: "_Plan", model: TransformerDecoder, batch: Batch, teacher: TransformerDecoder | None
+) -> Float[Tensor, "K N"]:
+    """The view without gradient first, under no_grad; its hidden states then stand beside the other's as constants."""
+    if plan.request.teacher_grad:
+        hidden, _ = _constant(model, batch.student)
+        return _forward(model, batch.teacher, lambda h, w: _head(plan, {"student": hidden, "teacher": h}, w))
+    hidden, weight = _constant(teacher or model, batch.teacher)
+    own = {} if teacher is None else {"teacher": weight}
+    return _forward(model, batch.student, lambda h, w: _head(plan, {"student": h, "teacher": hidden}, w, own))
 
 
 # ---------------------------------------------------------------------------------------------- the model up to the head
@@ -133,10 +146,12 @@ def _local_weight(model: TransformerDecoder) -> Float[Tensor, "V H"]:
     return weight
 
 
-def _full_weight(model: TransformerDecoder) -> Float[Tensor, "V H"]:
-    """The whole head of a model that is not in its forward now; under FSDP2 one all-gather."""
+@torch.no_grad()
+def _constant(model: TransformerDecoder, view: View) -> tuple[Float[Tensor, "N H"], Float[Tensor, "V H"]]:
+    """Hidden states of a view that gets no gradient, and the whole head of its model; under FSDP2 one more all-gather."""
+    hidden = _forward(model, view, lambda h, w: h)
     weight = _head_module(model).weight.detach()
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return hidden, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 # ---------------------------------------------------------------------------------------------- the head, chunk by chunk
@@ -162,8 +177,8 @@ class _Plan:
             return name.grad != "none"
         return name.endswith("_logprobs") and self.side_has_gradient(name.removesuffix("_logprobs"))
 
-    def side_has_gradient(self, view: str) -> bool:
-        return self.request.student_grad if view == "student" else self.request.teacher_grad
+    def side_has_gradient(self, side: str) -> bool:
+        return {"student": self.request.student_grad, "teacher": self.request.teacher_grad}.get(side, False)
 
     def chunks(self, vocabulary: int) -> Iterator[slice]:
         elements = _CHUNK_ELEMENTS.get(self.targets.device.type, 2**26)
@@ -177,11 +192,12 @@ class _Plan:
         values: dict[Any, Tensor] = {}
         for name in names:
             if isinstance(name, Divergence):
+                teacher = "given_teacher" if name.grad == "student" and "given_teacher" in logp else "teacher"
                 # Where no gradient is recorded, requests that differ only in their gradient are one number.
-                key = name if torch.is_grad_enabled() else replace(name, grad="none")
-                if key not in values:
-                    values[key] = divergence(key, logp["teacher"], logp["student"])
-                values[name] = values[key]
+                wanted = name if torch.is_grad_enabled() else replace(name, grad="none")
+                if (wanted, teacher) not in values:
+                    values[wanted, teacher] = divergence(wanted, logp[teacher], logp["student"])
+                values[name] = values[wanted, teacher]
             elif name.endswith("_logprobs"):
                 values[name] = logp[name.removesuffix("_logprobs")].gather(-1, targets[:, None]).squeeze(-1)
             else:
@@ -207,24 +223,27 @@ def _head(
     plan: _Plan,
     hidden: dict[str, Float[Tensor, "N H"]],
     weight: Float[Tensor, "V H"],
-    own_weights: dict[str, Float[Tensor, "V H"] | None] | None = None,
+    own_weights: dict[str, Float[Tensor, "V H"]] | None = None,
 ) -> Float[Tensor, "K N"]:
-    """Stacked per-token numbers from both views' hidden states.
+    """Stacked per-token numbers from the hidden states of the :data:`_SIDES`.
 
-    ``weight`` is the head shared by the views, except where ``own_weights`` names another (constant) one for a view.
+    ``weight`` is the head shared by the sides, except where ``own_weights`` names another (constant) one for a side.
     """
-    own = {view: w for view, w in (own_weights or {}).items() if w is not None}
-    return _ChunkedHead.apply(plan, own, weight, *[hidden.get(view) for view in ("student", "teacher")])
+    return _ChunkedHead.apply(plan, own_weights or {}, weight, *[hidden.get(side) for side in _SIDES])
+
+
+# The given teacher is a constant that stands beside a live, trained teacher view.
+_SIDES = ("student", "teacher", "given_teacher")
 
 
 class _ChunkedHead(torch.autograd.Function):
     """[K, N] numbers of :class:`_Plan`, with logits recomputed per chunk in the backward."""
 
     @staticmethod
-    def forward(ctx, plan: _Plan, own: dict, weight: Tensor, student: Tensor | None, teacher: Tensor | None) -> Tensor:
+    def forward(ctx, plan: _Plan, own: dict, weight: Tensor, *sides: Tensor | None) -> Float[Tensor, "K N"]:
         ctx.plan, ctx.own = plan, own
-        ctx.save_for_backward(weight, student, teacher)
-        hidden = {view: h for view, h in (("student", student), ("teacher", teacher)) if h is not None}
+        ctx.save_for_backward(weight, *sides)
+        hidden = {side: h for side, h in zip(_SIDES, sides, strict=True) if h is not None}
         names, targets = plan.names, plan.targets
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         outputs = torch.empty(len(names), targets.numel(), dtype=dtype, device=weight.device)
@@ -236,9 +255,9 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_outputs: Float[Tensor, "K N"]):
-        weight, student, teacher = ctx.saved_tensors
+        weight, *sides = ctx.saved_tensors
         plan, own = ctx.plan, ctx.own
-        hidden = {view: h for view, h in (("student", student), ("teacher", teacher)) if h is not None}
+        hidden = {side: h for side, h in zip(_SIDES, sides, strict=True) if h is not None}
         trained = [view for view in hidden if plan.side_has_gradient(view)]
         names = plan.names
         rows = [k for k, name in enumerate(names) if plan.has_gradient(name)]
@@ -255,4 +274,4 @@ class _ChunkedHead(torch.autograd.Function):
             for view, grad_logits in zip(trained, grads, strict=True):
                 grad_hidden[view][chunk] = grad_logits @ weight
                 grad_weight.addmm_(grad_logits.T.to(grad_weight.dtype), hidden[view][chunk].to(grad_weight.dtype))
-        return None, None, grad_weight.to(weight.dtype), grad_hidden.get("student"), grad_hidden.get("teacher")
+        return None, None, grad_weight.to(weight.dtype), *[grad_hidden.get(side) for side in _SIDES]

@@ -1,6 +1,6 @@
 """Whose weights score the teacher view: the trained model's own, its initial ones, or a moving average of it.
 
-A teacher has the weights only; what it *knows* (privileged information) is in its prompt. Teacher state is part of a checkpoint.
+A teacher has the weights only; what it *knows* (privileged information) is in its prompt. Its state is part of a checkpoint.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,11 @@ LoadCopy = Callable[[], TransformerDecoder]
 class Teacher(Protocol):
     """Attributes:
 
-    module: the model that scores the teacher view; None means the trained model itself (live).
+    live: True where the trained model itself is the teacher; only then can the teacher view be trained.
+    module: the model that scores the teacher view; None where live.
     """
 
+    live: bool
     module: TransformerDecoder | None
 
     def attach(self, load_copy: LoadCopy) -> None:
@@ -40,6 +42,7 @@ class Teacher(Protocol):
 class LiveTeacher:
     """The trained weights themselves, seeing the privileged information (π-Distill, OPSD)."""
 
+    live = True
     module: TransformerDecoder | None = None
 
     def attach(self, load_copy: LoadCopy) -> None:
@@ -57,6 +60,8 @@ class LiveTeacher:
 
 class FrozenTeacher(LiveTeacher):
     """The initial weights (or those of `teacher_checkpointer`), never changed."""
+
+    live = False
 
     def attach(self, load_copy: LoadCopy) -> None:
         self.module = load_copy().requires_grad_(False).eval()

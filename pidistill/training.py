@@ -30,14 +30,20 @@ from pidistill.errors import InputError
 
 log = utils.get_logger("INFO")
 
-# Keys that mean the same in every recipe.
-COMMON_KEYS = frozenset(
+# Keys that mean the same in every recipe,
+EVALUATION_KEYS = frozenset(
     {
-        "output_dir", "seed", "device", "dtype", "threads", "max_steps", "model", "tokenizer", "checkpointer", "dataset", "environment",
-        "optimizer", "lr_scheduler", "clip_grad_norm", "save_every_steps", "resume_from_checkpoint", "metric_logger",
-        "enable_activation_checkpointing", "compile", "fsdp_reshard_after_forward", "fsdp_cpu_offload", "custom_sharded_layers",
-        "max_nonfinite_steps", "score_chunk_tokens", "eval_every_steps", "eval_dataset", "eval_samples", "eval_success_threshold",
-        "privileged", "sampler", "max_turns", "on_overflow",
+        "output_dir", "seed", "device", "dtype", "threads", "model", "tokenizer", "checkpointer", "dataset", "environment",
+        "privileged", "sampler", "max_turns", "on_overflow", "eval_samples", "eval_success_threshold",
+        "fsdp_reshard_after_forward", "fsdp_cpu_offload", "custom_sharded_layers",
+    }
+)  # fmt: skip
+# and in every one that trains.
+COMMON_KEYS = EVALUATION_KEYS | frozenset(
+    {
+        "max_steps", "optimizer", "lr_scheduler", "clip_grad_norm", "max_nonfinite_steps", "save_every_steps",
+        "resume_from_checkpoint", "metric_logger", "enable_activation_checkpointing", "compile", "score_chunk_tokens",
+        "eval_dataset", "eval_every_steps",
     }
 )  # fmt: skip
 
@@ -96,8 +102,10 @@ class Run:
 
 def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Run:
     """Check the config, join the process group (also for one process), set device, dtype, threads and seeds."""
+    _drop_null_components(cfg)
     check_config(cfg, known, required)
-    check_checkpoint_folder(cfg, "checkpointer")
+    for key in ("checkpointer", "teacher_checkpointer"):
+        check_checkpoint_folder(cfg, key)
     device = utils.get_device(cfg.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu":
         # Two ranks with all threads each are slower than one; results do not depend on it within one run's settings.
@@ -117,6 +125,13 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     if run.is_main:
         OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
     return run
+
+
+def _drop_null_components(cfg: DictConfig) -> None:
+    """`eval_dataset=null` on torchtune's command line nulls the component's name only; the whole node is meant."""
+    for key, node in cfg.items_ex(resolve=False):
+        if isinstance(node, DictConfig) and node.get("_component_", "") is None:
+            cfg[key] = None
 
 
 def _local_world_size() -> int:
@@ -140,12 +155,19 @@ def one_sentence_errors(recipe_main: Callable[[DictConfig], Any]) -> Callable[[D
         try:
             return recipe_main(cfg)
         except InputError as error:
-            if int(os.environ.get("RANK", "0")) == 0:
+            if _first_to_fail():
                 print(f"error: {error}", file=sys.stderr, flush=True)
             cleanup()
             sys.exit(2)
 
     return wrapper
+
+
+def _first_to_fail() -> bool:
+    """True on exactly one of the ranks that fail: all may have met the same error, or one alone one of its own."""
+    if not dist.is_initialized():  # the config is wrong, which every rank sees
+        return os.environ.get("RANK", "0") == "0"
+    return dist.distributed_c10d._get_default_store().add("pidistill failed", 1) == 1
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -157,15 +179,17 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
     if node is None or "checkpoint_dir" not in node or "checkpoint_files" not in node:
         return
     folder = Path(node.checkpoint_dir)
-    hint = "; run `make base` first" if "tiny/base" in folder.as_posix() else f"; check {key}.checkpoint_dir"
+    hint = "run `make base` first" if "tiny/base" in folder.as_posix() else f"check {key}.checkpoint_dir"
     if not folder.is_dir():
-        raise InputError(f"checkpoint folder {folder} does not exist{hint}")
+        raise InputError(f"checkpoint folder {folder} does not exist; {hint}")
     files = node.checkpoint_files
     names = list(files) if not isinstance(files, DictConfig) else []
     for name in ["config.json", *names] if "HF" in str(node.get("_component_")) else names:
         if not (folder / name).is_file():
             present = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-            raise InputError(f"checkpoint folder {folder} has no {name} (it holds {present}){hint} and {key}.checkpoint_files")
+            raise InputError(
+                f"checkpoint folder {folder} has no {name} (it holds {present}); {hint}, or check {key}.checkpoint_files"
+            )
 
 
 def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str, Any], *, trained: bool) -> TransformerDecoder:
@@ -263,9 +287,9 @@ class Updates:
         log.warning(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}; its batch is in {path}")
         if self.nonfinite_in_a_row >= self.max_nonfinite_steps:
             raise InputError(
-                f"{self.nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite (last: loss {loss}, gradient "
-                f"norm {grad_norm}); lower optimizer.lr or objective.beta, or raise max_nonfinite_steps; batches are in "
-                f"{self.run.output_dir}/nonfinite_step_*.jsonl"
+                f"{self.nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite (last: loss {loss}, "
+                f"gradient norm {grad_norm}); lower optimizer.lr or objective.beta, or raise max_nonfinite_steps; batches are "
+                f"in {self.run.output_dir}/nonfinite_step_*.jsonl"
             )
 
 
@@ -300,5 +324,6 @@ class Timer:
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    # Half a surrogate pair, which a model can write, has no UTF-8; its backslash escape is JSON's own.
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

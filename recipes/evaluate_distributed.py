@@ -1,8 +1,8 @@
 """Evaluate a checkpoint: student (without privileged information), student greedy, and the ceiling with it.
 
-    every row of `dataset` × `eval_samples` samples per view → avg@k, pass@k, length, leak rate, one table and `results.json`
+every row of `dataset` × `eval_samples` samples per view → avg@k, pass@k, length, leak rate, one table and `results.json`
 
-    tune run --nproc_per_node 1 recipes/evaluate_distributed.py --config configs/tiny/evaluate.yaml
+tune run --nproc_per_node 1 recipes/evaluate_distributed.py --config configs/tiny/evaluate.yaml
 """
 
 import functools
@@ -19,7 +19,7 @@ from pidistill.data import load_prompts
 from pidistill.evaluation import pass_at_k, sample_view
 from pidistill.metrics import rollout_means, rollout_sums
 from pidistill.rollouts import collect_rollouts
-from pidistill.training import COMMON_KEYS, cleanup, load_model, one_sentence_errors, start
+from pidistill.training import EVALUATION_KEYS, cleanup, load_model, one_sentence_errors, start
 from pidistill.types import Rollout
 
 REQUIRED = ("output_dir", "model", "tokenizer", "checkpointer", "dataset", "environment", "sampler")
@@ -34,7 +34,7 @@ class EvaluateRecipe:
     """Samples a checkpoint with and without privileged information and counts successes."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        self._run = start(cfg, COMMON_KEYS, REQUIRED)
+        self._run = start(cfg, EVALUATION_KEYS, REQUIRED)
         self._samples = int(cfg.get("eval_samples", 1))
 
     def setup(self, cfg: DictConfig) -> None:

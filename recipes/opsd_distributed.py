@@ -12,8 +12,6 @@
 
 import functools
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
@@ -26,12 +24,12 @@ from pidistill.evaluation import evaluate, sample_texts
 from pidistill.metrics import MetricsLog, rollout_means, rollout_sums, token_means, token_sums
 from pidistill.packing import make_batch
 from pidistill.reductions import token_mean
-from pidistill.rounds import ROUND_KEYS, Round, dump_rollouts
 from pidistill.rollouts import collect_rollouts, rollout_seed
+from pidistill.rounds import ROUND_KEYS, Round, check_method, dump_rollouts
 from pidistill.scoring import score
 from pidistill.teachers import LiveTeacher
 from pidistill.training import COMMON_KEYS, Timer, Updates, cleanup, load_model, load_teacher, one_sentence_errors, start
-from pidistill.types import Rollout, RolloutAdvantage, ViewName
+from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
 
 KEYS = COMMON_KEYS | ROUND_KEYS
 REQUIRED = ("output_dir", "max_steps", "model", "tokenizer", "checkpointer", "dataset", "environment", "privileged", "sampler",
@@ -65,13 +63,16 @@ class OPSDRecipe:
         )
         self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_)
         self._teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
+        check_method(cfg, self._objective, self._sampler, self._teacher, SAMPLING_VIEW)
 
         self._model = load_model(cfg, self._run, cfg.model, self._checkpoints.load_weights(), trained=True)
         self._teacher.attach(functools.partial(load_teacher, cfg, self._run))
         self._updates = Updates(cfg, self._run, self._model)
         progress = self._checkpoints.restore(self._model, self._updates, self._teacher)
         self._step, self._round = progress["step"], progress["round"]
-        self._log = MetricsLog(cfg, self._run, first_step=self._step, last_step=self._max_steps, title=cfg.objective._component_.rpartition(".")[2])
+        self._log = MetricsLog(
+            cfg, self._run, first_step=self._step, last_step=self._max_steps, title=cfg.objective._component_.rpartition(".")[2]
+        )
         self._evaluate = functools.partial(
             evaluate,
             prompts=self._data.eval_prompts,
@@ -175,7 +176,7 @@ class OPSDRecipe:
         self._step += 1
         self.write_metrics(row | report)
 
-    def _score(self, batch, request):
+    def _score(self, batch: Batch, request: ScoreRequest) -> Scores:
         return score(
             self._model,
             batch,

@@ -12,12 +12,11 @@
 
 import functools
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
 from torchtune import config
+from torchtune.modules import TransformerDecoder
 
 from pidistill.checkpoints import Checkpoints
 from pidistill.config import build
@@ -26,11 +25,11 @@ from pidistill.evaluation import evaluate, sample_texts
 from pidistill.metrics import MetricsLog, rollout_means, rollout_sums, token_means, token_sums
 from pidistill.packing import make_batch
 from pidistill.reductions import token_mean
-from pidistill.rounds import ROUND_KEYS, Round, dump_rollouts
 from pidistill.rollouts import collect_rollouts, rollout_seed
+from pidistill.rounds import ROUND_KEYS, Round, check_method, dump_rollouts
 from pidistill.scoring import score
 from pidistill.training import COMMON_KEYS, Timer, Updates, cleanup, load_model, load_teacher, one_sentence_errors, start
-from pidistill.types import Rollout, RolloutAdvantage, ViewName
+from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
 
 KEYS = COMMON_KEYS | ROUND_KEYS
 REQUIRED = ("output_dir", "max_steps", "model", "tokenizer", "checkpointer", "dataset", "environment", "privileged", "sampler",
@@ -64,6 +63,7 @@ class PiDistillRecipe:
         )
         self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_)
         self._teacher = build(cfg.teacher)
+        check_method(cfg, self._objective, self._sampler, self._teacher, SAMPLING_VIEW)
 
         self._model = load_model(cfg, self._run, cfg.model, self._checkpoints.load_weights(), trained=True)
         self._teacher.attach(functools.partial(load_teacher, cfg, self._run))
@@ -110,11 +110,9 @@ class PiDistillRecipe:
         sizes = self._round_sizes
         order = epoch_order(len(self._data.prompts), self._run.seed, self._round * sizes.prompts, sizes.prompts)
         groups = self._run.share(list(enumerate(order)))
-        # At α=0 nothing trains the teacher view, and the `teacher` component's weights sample.
-        from_teacher = self._objective.samples_from_teacher_weights(self._step) and self._teacher.module is not None
         with self._timer.phase("rollout"):
             collected = self._collect(
-                self._teacher.module if from_teacher else self._model,
+                self.sampling_teacher() or self._model,
                 examples=[self._data.prompts[row][0] for _, row in groups],
                 prompts=[self._data.prompts[row][1] for _, row in groups],
                 view=SAMPLING_VIEW,
@@ -138,7 +136,7 @@ class PiDistillRecipe:
         for chunk in self._round_sizes.micro_batches(rollouts, self._run):
             batch = make_batch(chunk, None, pad_id=self._data.tokenizer.pad_id, device=self._run.device)
             with self._timer.phase("score"):
-                kl = self._objective.behaviour_kl(self._score(batch, request))
+                kl = self._objective.behaviour_kl(self._score(batch, request, self.sampling_teacher()))
             lengths = [rollout.policy_tokens for rollout in chunk]
             for rollout, values in zip(chunk, kl.split(lengths), strict=True):
                 rollout.behaviour_kl_nats = values.tolist()
@@ -157,7 +155,7 @@ class PiDistillRecipe:
                 device=self._run.device,
             )
             with self._timer.phase("score"):
-                scores = self._score(batch, request)
+                scores = self._score(batch, request, self._teacher.module)
                 token_loss = self._objective.token_loss(batch, scores, self._step)
                 loss = token_mean(token_loss.loss, tokens)
             with self._timer.phase("update"):
@@ -176,13 +174,17 @@ class PiDistillRecipe:
         self._step += 1
         self.write_metrics(row | report)
 
-    def _score(self, batch, request):
+    def sampling_teacher(self) -> TransformerDecoder | None:
+        """The weights that sample: None is the live ones; at α=0, where they do not learn to teach, the `teacher`'s."""
+        return self._teacher.module if self._objective.samples_from_teacher_weights(self._step) else None
+
+    def _score(self, batch: Batch, request: ScoreRequest, teacher: TransformerDecoder | None) -> Scores:
         return score(
             self._model,
             batch,
             request,
             temperature=self._sampler.temperature,
-            teacher=self._teacher.module,
+            teacher=teacher,
             chunk_tokens=self._round_sizes.score_chunk_tokens,
         )
 

@@ -89,7 +89,9 @@ def test_a_side_without_gradient_is_a_constant(trained):
     other = "teacher" if trained == "student" else "student"
     probe = torch.autograd.grad
     constant = getattr(score(module, batch_of(rollouts), request), f"{other}_logprobs")
-    assert not any(g is not None and g.abs().max() > 0 for g in probe(constant.sum(), list(module.parameters()), allow_unused=True))
+    assert not any(
+        g is not None and g.abs().max() > 0 for g in probe(constant.sum(), list(module.parameters()), allow_unused=True)
+    )
 
     module.zero_grad()
     dense = dense_scores(module, module, rollouts, 1.0)
@@ -188,9 +190,30 @@ def test_a_bf16_head_is_summed_over_chunks_in_fp32():
     assert (grads[0] - grads[1]).norm() / grads[0].norm() < 5e-3
 
 
-def test_a_teacher_with_its_own_weights_cannot_ask_for_gradient():
-    with pytest.raises(ValueError, match="receives no gradient"):
-        score(model(0), batch_of(random_rollouts(1)), ScoreRequest(True, True), teacher=model(1))
+def test_given_teacher_weights_beside_a_trained_live_teacher():
+    """π-Distill with a frozen teacher: T is live and trained, and only the student's own KL is to the frozen weights."""
+    live, frozen, rollouts = model(0), model(1), random_rollouts(4)
+    to_student, to_teacher = Divergence("kl_teacher_student", "student"), Divergence("kl_teacher_student", "teacher")
+    request = ScoreRequest(True, True, divergences=(to_student, to_teacher))
+    scores = score(live, batch_of(rollouts), request, teacher=frozen)
+    own, given = dense_scores(live, live, rollouts, 1.0), dense_scores(live, frozen, rollouts, 1.0)
+    dense = (given["divergences"][to_student], own["divergences"][to_teacher])
+    for ours, expected in zip((scores.divergences[to_student], scores.divergences[to_teacher]), dense, strict=True):
+        torch.testing.assert_close(ours.double(), expected.double(), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(scores.teacher_logprobs.double(), own["teacher_logprobs"].double(), atol=2e-5, rtol=1e-5)
+    (scores.divergences[to_student] + 2 * scores.divergences[to_teacher]).sum().backward()
+    ours = gradients(live)
+    live.zero_grad()
+    frozen.zero_grad()
+    (dense[0] + 2 * dense[1]).sum().backward()
+    assert relative_difference(ours, gradients(live)) < 2e-6
+
+
+def test_a_trained_teacher_view_is_the_live_one_whatever_weights_are_given():
+    live, rollouts = model(0), random_rollouts(3)
+    request = ScoreRequest(False, True, divergences=(Divergence("kl_teacher_student", "teacher"),))
+    given = score(live, batch_of(rollouts), request, teacher=model(1))
+    torch.testing.assert_close(given.teacher_logprobs, score(live, batch_of(rollouts), request).teacher_logprobs)
 
 
 def test_device_of_batches_is_the_one_asked_for():

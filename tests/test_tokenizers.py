@@ -291,7 +291,7 @@ def test_a_template_that_leaves_the_turn_out_is_refused(tmp_path):
         HFChatTokenizer(str(qwen_folder(tmp_path, template))).encode_observations([user("a"), assistant("b")], [user("c")])
 
 
-# ------------------------------------------------------------------------------------------------ HFChatTokenizer: default system
+# ------------------------------------------------------------------------------------------------ HFChatTokenizer: system
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,9 @@ def test_template_of_a_file_a_name_and_a_text(tmp_path):
     assert rendered(chat_template="tool_use") == "tools"
     assert rendered(chat_template=str(folder / "chat_template.jinja")) == "file a"
     assert rendered(chat_template="text {{ messages[0].content }}{% generation %}!{% endgeneration %}") == "text a!"
-    assert rendered(chat_template="{% for m in messages %}{{ m.role }}{% break %}{% endfor %}{{ strftime_now('x') }}") == "userx"
+    assert (
+        rendered(chat_template="{% for m in messages %}{{ m.role }}{% break %}{% endfor %}{{ strftime_now('x') }}") == "userx"
+    )
     with pytest.raises(InputError, match=r"'other' is no file and not a template .* \(it has: default, tool_use\)"):
         rendered(chat_template="other")
     with pytest.raises(InputError, match="not valid Jinja"):

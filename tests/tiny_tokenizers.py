@@ -48,7 +48,8 @@ QWEN25 = """\
     {%- endif %}
 {%- endif %}
 {%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
+    {%- set plain_answer = message.role == "assistant" and not message.tool_calls %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or plain_answer %}
         {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
     {%- elif message.role == "assistant" %}
         {{- '<|im_start|>' + message.role }}

@@ -87,8 +87,8 @@ def _split_conversation(messages: list[Message], how: str | None, where: str) ->
     if how is None:
         if roles[-1] == "assistant":
             raise InputError(
-                f"{where} ends with an assistant message, a prompt ends before one; set dataset.completion: after_last_user "
-                "to make it the demonstration"
+                f"{where} ends with an assistant message, but a prompt ends before one; "
+                "set dataset.completion: after_last_user to make it the demonstration"
             )
         return messages, None
     if "assistant" not in roles:

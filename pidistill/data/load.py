@@ -68,8 +68,8 @@ def _check_models(cfg: DictConfig, tokenizer: ChatTokenizer) -> int:
     vocabulary, max_seq_len = _inspect(cfg.model)
     if tokenizer.vocab_size > vocabulary:
         raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size:,} ids but the model's vocabulary is {vocabulary:,}; they are of different "
-            "families: check `tokenizer` and `model`"
+            f"the tokenizer has {tokenizer.vocab_size:,} ids but the model's vocabulary is {vocabulary:,}; they are of "
+            "different families: check `tokenizer` and `model`"
         )
     if cfg.get("teacher_model"):
         teacher_vocabulary, _ = _inspect(cfg.teacher_model)

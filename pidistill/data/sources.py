@@ -82,7 +82,7 @@ def load_rows(
     rows = list(loaded if max_rows is None else loaded.select(range(min(max_rows, len(loaded)))))
     name = Path(source).name if files or Path(source).is_dir() else f"{source} {split}"
     if not rows:
-        raise InputError(f"{source} has no rows in the split {split!r}; check dataset.source and dataset.split")
+        raise _no_rows(source, split)
     return Rows(name, rows)
 
 
@@ -107,10 +107,16 @@ def _load(source: str, path: str, split: str, data_files: Any, config_name: str 
     try:
         loaded = datasets.load_dataset(path, config_name, data_files=data_files, split=split, download_config=download)
     except Exception as error:  # the library raises its own and its backends' errors; all mean: this source cannot be read
+        if "corresponds to no data" in str(error):
+            raise _no_rows(source, split) from error
         reason = re.sub(r"\s+", " ", str(error.__cause__ or error)).strip()[:300]
         advice = "check the file" if local else "it is no file or folder here; check dataset.source, split and config_name"
         raise InputError(f"dataset.source {source} cannot be loaded ({reason}); {advice}") from error
     return loaded
+
+
+def _no_rows(source: str, split: str) -> InputError:
+    return InputError(f"dataset.source {source} has no rows in the split {split!r}; check dataset.source and dataset.split")
 
 
 def _dotted_keys(row: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -27,7 +27,10 @@ class StockSFTDataset(Dataset):
         prompt = self._tokenizer.encode_prompt(example.messages, example.tools)
         pair = PromptPair(prompt, prompt, has_privileged=False)
         rollout = demonstration(example, pair, self._tokenizer, max_seq_len=self._tokenizer.max_seq_len)
-        learned = [token if own else CROSS_ENTROPY_IGNORE_IDX for token, own in zip(rollout.completion, rollout.policy_mask, strict=True)]
+        learned = [
+            token if own else CROSS_ENTROPY_IGNORE_IDX
+            for token, own in zip(rollout.completion, rollout.policy_mask, strict=True)
+        ]
         return {"tokens": prompt + rollout.completion, "labels": [CROSS_ENTROPY_IGNORE_IDX] * len(prompt) + learned}
 
 

@@ -8,6 +8,7 @@ What we do differently from the paper: one denominator for the whole optimiser s
 """
 
 from collections.abc import Sequence
+
 from jaxtyping import Float
 from torch import Tensor
 

@@ -5,11 +5,12 @@
 S is θ without privileged information and samples; T, the view with it, scores what S wrote and never gets gradient. The paper's
 teacher is the live θ; `teacher` in the config also takes frozen and EMA weights.
 
-What we do differently from the paper: `kl_mode: loss_rb` is the default, as in π-Distill; the KL estimators are the same, with the
-roles of the views exchanged.
+What we do differently from the paper: `kl_mode: loss_rb` is the default, as in π-Distill; the KL estimators are the same, with
+the roles of the views exchanged.
 """
 
 from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor

@@ -8,8 +8,8 @@ T is θ with privileged information (PI), S is θ without, μ the policy that sa
 stop-gradient moves. The anchor is the live student: a frozen base as anchor collapses (the paper's appendix D.2).
 
 What we do differently from the paper, all of it by configuration:
-  1. `kl_mode: loss_rb` (the full-vocabulary KL as a loss) is the default; the paper's text describes `reward_rb`, which is not a
-     gradient of the KL. `reward_k1` and `loss_rb_complete` are unbiased.
+  1. `kl_mode: loss_rb` (the full-vocabulary KL as a loss) is the default; the paper's text describes `reward_rb`, which is not
+     a gradient of the KL. `reward_k1` and `loss_rb_complete` are unbiased.
   2. β multiplies the KL summed over the sequence in every mode; the authors' trainer averages it over tokens in the reward
      (`kl_mode: reward_rb`, `kl_reward_scale: token_mean`).
   3. `student_kl: loss` is Eq. 3; `shared_reward` is their Algorithm 1 as printed, one advantage for both halves.
@@ -17,6 +17,7 @@ What we do differently from the paper, all of it by configuration:
 """
 
 from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -46,8 +47,8 @@ class PiDistill:
         kl_mode: how the teacher half's KL is estimated; see ``objectives.base.KL_MODES``.
         kl_gamma: discount of the future-KL term of ``loss_rb_complete``.
         kl_reward_scale: "sum" or "token_mean", for ``reward_rb``.
-        student_kl: the student half's KL: "loss" (Eq. 3), "shared_reward" (the teacher half's advantage, KL and all, and no term
-            of its own; needs a reward ``kl_mode``), "none".
+        student_kl: the student half's KL: "loss" (Eq. 3), "shared_reward" (the teacher half's advantage, KL and all, and no
+            term of its own; needs a reward ``kl_mode``), "none".
         student_term: "ppo" (Eq. 3) or "topr" (arXiv 2503.14286), for the student half.
         ratio_denominator: "behaviour" (μ, recorded at sampling) or "live_teacher" (the teacher as it is now).
         clip_low, clip_high: multiplicative bounds on the ratio.

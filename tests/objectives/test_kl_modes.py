@@ -105,7 +105,9 @@ def test_the_group_mean_that_includes_the_rollout_scales_a_reward_mode(sampler):
 
 
 @pytest.mark.parametrize("sampler", ["teacher", "student"])
-@pytest.mark.parametrize("mode", [{"kl_mode": "loss_rb"}, {"kl_mode": "loss_k2"}, {"kl_mode": "loss_rb_complete", "kl_gamma": 0.0}])
+@pytest.mark.parametrize(
+    "mode", [{"kl_mode": "loss_rb"}, {"kl_mode": "loss_k2"}, {"kl_mode": "loss_rb_complete", "kl_gamma": 0.0}]
+)
 def test_loss_modes_have_the_pathwise_gradient(sampler, mode):
     chain = MarkovChain.seeded(0, sampler=sampler)
     ours = expected_gradient(build(sampler, **mode), chain)

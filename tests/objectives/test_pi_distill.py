@@ -62,7 +62,9 @@ def leaf_scores(batch, objective, step=0) -> tuple[Scores, dict[str, torch.Tenso
 
     n, vocabulary = len(batch.targets), 11
     generator = torch.Generator().manual_seed(3)
-    logits = {v: torch.randn(n, vocabulary, generator=generator, dtype=torch.float64).requires_grad_() for v in ("student", "teacher")}
+    logits = {
+        v: torch.randn(n, vocabulary, generator=generator, dtype=torch.float64).requires_grad_() for v in ("student", "teacher")
+    }
     logp = {v: torch.log_softmax(x, -1) for v, x in logits.items()}
     request = objective.score_request(step)
     picked = (batch.targets % vocabulary)[:, None]
@@ -195,7 +197,7 @@ def test_micro_batches_and_order_change_nothing():
 
 
 def test_live_teacher_denominator_is_the_teacher_now():
-    """`ratio_denominator: live_teacher`: the student half's ratio is S/sg T whatever μ was, and no gradient enters through it."""
+    """`ratio_denominator: live_teacher`: the student half's ratio is S/sg T whatever μ was; no gradient through it."""
     objective = PiDistill(alpha=0.0, beta=0.0, ratio_denominator="live_teacher")
     rollouts = random_rollouts(4)
     batch = batch_of(rollouts, objective.advantages(rollouts, 0))

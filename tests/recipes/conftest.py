@@ -1,5 +1,7 @@
 """A random tiny-world checkpoint, made in milliseconds, and a process that a recipe leaves as it found it."""
 
+import functools
+import gc
 import logging
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from pidistill.config import build
-from pidistill.envs.tiny_world import VOCAB
+from pidistill.envs import tiny_world
 from tests.recipes.runs import MODEL, ROOT
 
 
@@ -19,12 +21,13 @@ def tiny_base(tmp_path_factory) -> Path:
     """Random weights under which two views differ and a turn ends after about five words."""
     folder = tmp_path_factory.mktemp("tiny_base")
     cfg = OmegaConf.load(ROOT / "configs" / "tiny" / "base.yaml")
-    for key, value in (MODEL | {"checkpointer.checkpoint_dir": str(folder), "output_dir": str(folder.parent / "unused")}).items():
+    paths = {"checkpointer.checkpoint_dir": str(folder), "output_dir": str(folder.parent / "unused")}
+    for key, value in (MODEL | paths).items():
         OmegaConf.update(cfg, key, value)
     build(cfg.checkpointer)
     generator = torch.Generator().manual_seed(0)
     weights = load_file(folder / "model.safetensors")
-    for name, tensor in weights.items():
+    for tensor in weights.values():
         if tensor.ndim == 1:
             tensor.uniform_(0.5, 1.5, generator=generator)
         else:
@@ -32,9 +35,21 @@ def tiny_base(tmp_path_factory) -> Path:
     # A direction that every hidden state shares, and that the end of a turn answers to.
     shared = torch.randn(cfg.model.embed_dim, generator=generator).sign() * 0.3
     weights["model.embed_tokens.weight"] += shared
-    weights["lm_head.weight"][VOCAB.index("end")] += 0.15 * shared
+    weights["lm_head.weight"][tiny_world.VOCAB.index("end")] += 1.2 * shared
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fast_setup():
+    """Two things that take most of a small run's time: torchtune's gc.collect(), and drawing all tasks of the tiny world."""
+    gc.collect()
+    gc.freeze()
+    splits = functools.cache(functools.partial(tiny_world.make_split, tiny_world.World()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_world, "make_split", lambda world: splits())
+        yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

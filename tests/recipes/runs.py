@@ -28,7 +28,7 @@ RECIPES = {
 # One layer of width 32; `tiny_base` in conftest.py makes the weights.
 MODEL = {"model.num_layers": 1, "model.embed_dim": 32, "model.intermediate_dim": 64}
 SMALL = MODEL | {
-    "sampler.max_new_tokens": 12,
+    "sampler.max_new_tokens": 16,
     "environment._component_": "tests.recipes.worlds.VariedEnvironment",
     "eval_dataset": None,
 }

@@ -51,6 +51,11 @@ def test_the_stock_recipe_trains_on_it(tmp_path):
     command = [str(tune), "run", "full_finetune_single_device", "--config", str(tmp_path / "stock.yaml")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    losses = [float(line.split("loss:")[1].split()[0]) for f in (tmp_path / "log").glob("*.txt") for line in f.open() if "loss:" in line]
+    losses = [
+        float(line.split("loss:")[1].split()[0])
+        for f in (tmp_path / "log").glob("*.txt")
+        for line in f.open()
+        if "loss:" in line
+    ]
     assert len(losses) == 2
     assert all(0 < loss < 10 for loss in losses)

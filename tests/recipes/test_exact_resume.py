@@ -1,0 +1,228 @@
+"""A run that was killed and resumed leaves what an uninterrupted one leaves: the same rows, and the same weights to the bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from pidistill import checkpoints
+from pidistill.errors import InputError
+from tests.recipes.runs import (
+    EVALUATION,
+    RECIPES,
+    ROOT,
+    Stop,
+    assert_same_tensors,
+    environment,
+    metrics,
+    run,
+    save_config,
+    small_config,
+    stop_after_row,
+    training_state,
+    weights,
+)
+
+EMA = {"_component_": "pidistill.teachers.EMATeacher", "rate": 0.3}
+ROUNDS = {"max_steps": 7, "save_every_steps": 2, "eval_every_steps": 3, "eval_samples": 2, "rollout_log_steps": 2, **EVALUATION}
+METHODS = {
+    # Two updates per round, each on one of its two groups; three does not divide into rounds, so 4 and 6 are saved.
+    "pi_distill": ROUNDS | {"save_every_steps": 3, "updates_per_round": 2, "minibatch_rollouts": 3},
+    "opsd": ROUNDS | {"teacher": EMA},
+    "sft": {"max_steps": 7, "save_every_steps": 2, "eval_every_steps": 3, **EVALUATION},
+}
+SAVED = {"pi_distill": [4, 6, 7], "opsd": [2, 4, 6, 7], "sft": [2, 4, 6, 7]}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_base, tmp_path_factory):
+    """method → the folder of a whole run."""
+    folders = {}
+
+    def folder(method):
+        if method not in folders:
+            folders[method] = tmp_path_factory.mktemp(method)
+            run(method, small_config(method, tiny_base, folders[method], **METHODS[method]))
+        return folders[method]
+
+    return folder
+
+
+def assert_same_run(folder, whole):
+    assert metrics(folder) == metrics(whole)
+    assert_same_tensors(weights(folder), weights(whole))
+    assert_same_tensors(training_state(folder), training_state(whole))
+    texts = [path / "rollouts.jsonl" for path in (folder, whole)]
+    assert texts[0].exists() == texts[1].exists()
+    assert not texts[0].exists() or texts[0].read_text() == texts[1].read_text()
+
+
+def resume(method, base, folder, **changes):
+    return run(method, small_config(method, base, folder, **METHODS[method] | changes, resume_from_checkpoint=True))
+
+
+def test_an_uninterrupted_run_has_one_row_per_step_and_evaluation(uninterrupted):
+    for method in METHODS:
+        rows = metrics(uninterrupted(method))
+        assert [row["step"] for row in rows if "loss" in row] == list(range(1, 8)), method
+        evaluated = [row["step"] for row in rows if "eval_student_success" in row]
+        assert evaluated == ([0, 4, 6, 7] if method == "pi_distill" else [0, 3, 6, 7]), method
+        assert all("loss" in row or "eval_student_success" in row for row in rows)
+        changed = [not torch.equal(a, b) for a, b in zip(*map(dict.values, ends_of(uninterrupted(method), method)), strict=True)]
+        assert all(changed), method  # every weight trains, so equal weights below say something
+
+
+def ends_of(folder, method):
+    return weights(folder, f"step_{SAVED[method][0]}"), weights(folder)
+
+
+def test_checkpoints_fall_on_the_ends_of_rounds(uninterrupted):
+    for method, steps in SAVED.items():
+        folder = uninterrupted(method)
+        assert sorted(int(path.name[5:]) for path in folder.glob("step_*")) == steps
+        assert (folder / "latest").resolve() == folder / "step_7"
+        assert [training_state(folder, f"step_{step}")["step"] for step in steps] == steps
+
+
+@pytest.mark.parametrize("stop", [4, 5, 6])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stopped_run_resumes_exactly(method, stop, tiny_base, tmp_path, uninterrupted):
+    """Stopped in the middle of a round, before its checkpoint, and one or two steps after one."""
+    run(method, small_config(method, tiny_base, tmp_path, **METHODS[method]), stop_after_row(stop))
+    if not (tmp_path / "latest").exists():
+        pytest.fail("stopped before the first checkpoint")
+    resumed_at = training_state(tmp_path)["step"]
+    assert resumed_at < stop
+    resume(method, tiny_base, tmp_path)
+    assert_same_run(tmp_path, uninterrupted(method))
+
+
+def test_half_a_line_at_the_end_is_cut_off(tiny_base, tmp_path, uninterrupted):
+    run("opsd", small_config("opsd", tiny_base, tmp_path, **METHODS["opsd"]), stop_after_row(5))
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        with (tmp_path / name).open("a") as file:
+            file.write('{"step": 6, "loss": 0.2')
+    resume("opsd", tiny_base, tmp_path)
+    assert_same_run(tmp_path, uninterrupted("opsd"))
+
+
+@pytest.mark.parametrize("where", ["weights", "state", "move", "link"])
+def test_a_kill_while_saving_leaves_the_previous_checkpoint(where, tiny_base, tmp_path, monkeypatch, uninterrupted):
+    """The second save is cut short: before its weights or its state are written, before it is moved, before `latest` moves."""
+    calls = []
+
+    def second_time_stop(original, matters=lambda *arguments: True):
+        def call(*arguments, **keywords):
+            if matters(*arguments):
+                calls.append(arguments)
+                if len(calls) == 2:
+                    raise Stop
+            return original(*arguments, **keywords)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        if where == "weights":
+            patch.setattr(checkpoints.Checkpoints, "_full", second_time_stop(checkpoints.Checkpoints._full))
+        elif where == "state":
+            patch.setattr(checkpoints.torch, "save", second_time_stop(torch.save))
+        else:
+            moves = {"move": lambda source, target: source.name == "epoch_0", "link": lambda source, _: source.name == ".latest"}
+            patch.setattr(checkpoints.os, "replace", second_time_stop(os.replace, moves[where]))
+        # An EMA teacher's state is gathered by `_full` too: the first save makes two calls of it, weights and teacher.
+        method = "sft" if where == "weights" else "opsd"
+        run(method, small_config(method, tiny_base, tmp_path, **METHODS[method]))
+    if where == "weights":
+        assert not (tmp_path / "latest").exists() or training_state(tmp_path)["step"] == 2
+    assert training_state(tmp_path)["step"] == 2
+    resume(method, tiny_base, tmp_path)
+    assert_same_run(tmp_path, uninterrupted(method))
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny_base, tmp_path, uninterrupted):
+    shutil.copytree(uninterrupted("opsd"), tmp_path / "copy", symlinks=True)
+    resume("opsd", tiny_base, tmp_path / "copy")
+    assert_same_run(tmp_path / "copy", uninterrupted("opsd"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_process_resumes_exactly(method, tiny_base, tmp_path, uninterrupted):
+    """SIGKILL from outside, at whatever point the run has reached when the first row after a checkpoint appears."""
+    slow = METHODS[method] | {"environment__wait_s": 0.05, "eval_every_steps": 1 if method == "sft" else METHODS[method]["eval_every_steps"]}
+    config = save_config(small_config(method, tiny_base, tmp_path / "run", **slow), tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "torchtune._cli.tune", "run", f"recipes/{RECIPES[method][0]}.py", "--config", str(config)]
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for_row_after_checkpoint(process, tmp_path / "run")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()[-2000:]
+    assert training_state(tmp_path / "run")["step"] < 7, "the run was over before it was killed"
+    resume(method, tiny_base, tmp_path / "run", **({"eval_every_steps": 1} if method == "sft" else {}))
+    if method == "sft":  # evaluated at every step, to be slow enough to be killed: the other rows are the same
+        every_third = [row for row in metrics(tmp_path / "run") if "loss" in row or row["step"] in (0, 3, 6, 7)]
+        assert every_third == metrics(uninterrupted(method))
+        assert_same_tensors(weights(tmp_path / "run"), weights(uninterrupted(method)))
+    else:
+        assert_same_run(tmp_path / "run", uninterrupted(method))
+
+
+def wait_for_row_after_checkpoint(process, folder, timeout_s=90):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        saved = (folder / "latest").resolve().name
+        if saved.startswith("step_"):
+            lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]
+            if json.loads(lines[-1])["step"] > int(saved[5:]):
+                return
+        time.sleep(0.01)
+    pytest.fail(f"no row after a checkpoint within {timeout_s} s; exit status {process.poll()}")
+
+
+# ------------------------------------------------------------------------------------------- what cannot be resumed
+
+
+def test_resume_without_a_checkpoint_is_refused(tiny_base, tmp_path):
+    with pytest.raises(InputError, match=r"resume_from_checkpoint=True but .*latest holds no training_state.pt"):
+        resume("opsd", tiny_base, tmp_path)
+
+
+def test_the_checkpoint_of_another_objective_is_refused(tiny_base, tmp_path, uninterrupted):
+    shutil.copytree(uninterrupted("opsd"), tmp_path / "copy", symlinks=True)
+    other = small_config("rl", tiny_base, tmp_path / "copy", resume_from_checkpoint=True)
+    with pytest.raises(InputError, match=r"was trained with pidistill.objectives.OPSD, this config says pidistill.objectives.GRPO"):
+        run("rl", other)
+
+
+@pytest.mark.parametrize("key", ["teacher", "lr_scheduler"])
+def test_a_checkpoint_that_lacks_a_needed_state_is_refused(key, tiny_base, tmp_path, uninterrupted):
+    """Silently starting an average or a schedule anew would be another run."""
+    shutil.copytree(uninterrupted("opsd"), tmp_path / "copy", symlinks=True)
+    state = training_state(tmp_path / "copy")
+    state["teacher" if key == "teacher" else "scheduler"] = {} if key == "teacher" else None
+    torch.save(state, tmp_path / "copy" / "latest" / checkpoints.STATE_FILE)
+    with pytest.raises(InputError, match=f"lacks a state of `{key}` and this config needs it"):
+        resume("opsd", tiny_base, tmp_path / "copy")
+
+
+def test_a_checkpoint_with_a_state_that_nothing_takes_is_refused(tiny_base, tmp_path, uninterrupted):
+    shutil.copytree(uninterrupted("opsd"), tmp_path / "copy", symlinks=True)
+    with pytest.raises(InputError, match="has a state of `teacher` and this config has no use for it"):
+        resume("opsd", tiny_base, tmp_path / "copy", teacher={"_component_": "pidistill.teachers.FrozenTeacher"})
+
+
+def test_a_new_run_in_an_old_folder_does_not_resume_from_the_old_run(tiny_base, tmp_path, uninterrupted):
+    """Killed before its own first checkpoint, it has none, whatever an earlier run left."""
+    shutil.copytree(uninterrupted("opsd"), tmp_path / "copy", symlinks=True)
+    run("opsd", small_config("opsd", tiny_base, tmp_path / "copy", **METHODS["opsd"]), stop_after_row(1))
+    assert [row["step"] for row in metrics(tmp_path / "copy")] == [0, 1]
+    with pytest.raises(InputError, match="holds no training_state.pt"):
+        resume("opsd", tiny_base, tmp_path / "copy")
