@@ -21,7 +21,7 @@ from torchtune.modules.common_utils import local_kv_cache
 
 from pidistill.errors import InputError
 from pidistill.rollouts import TorchtuneSampler, gathered_parameters
-from pidistill.rollouts.torchtune_sampler import inverse_cdf, sampling_logprobs
+from pidistill.rollouts.torchtune_sampler import attention_mask, inverse_cdf, sampling_logprobs
 from pidistill.testing import TINY_SIZES, perturb_weights
 
 VOCAB = 40
@@ -292,6 +292,15 @@ def test_positions_are_counted_from_each_rows_first_token(model):
     hook.remove()
     assert positions[0] == [[0] * (7 - len(prompt)) + list(range(len(prompt))) for prompt in PROMPTS]
     assert positions[1] == [[len(prompt)] for prompt in PROMPTS]
+
+
+def test_the_mask_shows_a_rows_own_past_and_leaves_no_query_without_a_key():
+    """Attention over nothing is 0 in some kernels and NaN in others, so no forward here would tell everywhere."""
+    padding, start, end = [0, 3, 5], 2, 6
+    expected = [
+        [[p <= key <= query or key == query for key in range(end)] for query in range(start, end)] for p in padding
+    ]
+    assert attention_mask(torch.tensor(padding), start, end).tolist() == expected
 
 
 def test_an_observation_that_every_row_reads_is_fed_at_once(model, widths):

@@ -150,8 +150,7 @@ def training_state(output_dir: Path, folder: str = "latest") -> dict[str, Any]:
 
 
 def assert_same_tensors(first: Any, second: Any, where: str = "") -> None:
-    """Equal to the bit, through nested dicts and lists."""
-    assert type(first) is type(second), where
+    """Equal to the bit, through nested dicts and lists (a tuple that was saved comes back as a list from some of them)."""
     if isinstance(first, torch.Tensor):
         assert torch.equal(first, second), where
     elif isinstance(first, dict):

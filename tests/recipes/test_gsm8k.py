@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from pidistill.packing import make_batch
 from pidistill.rewards import last_answer
 from pidistill.training import Run, cleanup, load_model
 from pidistill.types import Example, Message
-from tests.recipes.tiny_qwen import load_config, qwen_checkpoint, read_metrics, recipe_module, small_model, tune_run
+from tests.recipes.tiny_qwen import load_config, qwen_checkpoint, read_metrics, set_up, small_model, tune_run
 
 DATA = os.environ.get("PIDISTILL_TEST_DATA")
 ROWS = Path(DATA or ".") / "gsm8k_train.jsonl"
@@ -90,16 +90,6 @@ def trained(qwen, tmp_path_factory):
     return train
 
 
-def recipe_in_process(config, overrides):
-    """The recipe after setup, in this process, and its config."""
-    module = recipe_module(RECIPES[config])
-    cfg = load_config(f"qwen2_5/0.5B_{config}", overrides)
-    recipe = {"pi_distill": "PiDistillRecipe"}.get(config, "OPSDRecipe")
-    recipe = getattr(module, recipe)(cfg)
-    recipe.setup(cfg)
-    return recipe
-
-
 @pytest.fixture
 def process_group():
     yield
@@ -137,10 +127,10 @@ def test_metrics_of_a_run_are_whole_finite_and_consistent(trained, method):
     steps, evaluations = [r for r in rows if "loss" in r], [r for r in rows if "eval_student_success" in r]
     assert [row["step"] for row in steps] == [1, 2, 3]
     assert [row["step"] for row in evaluations] == [0, 3]
-    assert all(EVAL_KEYS <= set(row) for row in evaluations)
+    assert all(EVAL_KEYS.issubset(row) for row in evaluations)
     wanted = STEP_KEYS | {"beta"} | ({"alpha", "student_ratio_mean"} if method == "pi_distill" else set())
     for row in steps:
-        assert wanted <= set(row), wanted - set(row)
+        assert wanted.issubset(row), wanted - set(row)
         assert all(isinstance(value, int | float) and math.isfinite(value) for value in row.values()), row
         # A random model answers nothing right, and its two views differ: only the KL is left to train on.
         assert row["reward_mean"] == row["nonfinite_steps"] == row["dropped/reward_error"] == row["rows_without_pi"] == 0
@@ -203,8 +193,13 @@ def test_no_student_prompt_holds_privileged_text(qwen, tmp_path, process_group, 
     marked = [row | {"answer": row["answer"].replace("\n", f" {SENTINEL}\n")} for row in rows]
     source = tmp_path / "marked.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in marked))
-    overrides = [*small_round(qwen, tmp_path / "run"), f"dataset.source={source}", "dataset.split=train", "eval_dataset.split=train"]
-    recipe = recipe_in_process(method, overrides)
+    overrides = [
+        *small_round(qwen, tmp_path / "run"),
+        f"dataset.source={source}",
+        "dataset.split=train",
+        "eval_dataset.split=train",
+    ]
+    recipe = set_up(RECIPES[method], load_config(f"qwen2_5/0.5B_{method}", overrides))
     decode = recipe._data.tokenizer.decode
 
     prompts = recipe._data.prompts
@@ -246,9 +241,10 @@ def test_the_policy_gradient_is_there_exactly_when_rewards_differ(qwen, tmp_path
     beta = [] if method == "rl" else ["objective.beta=0.0"]
     norms = {}
     for name, reward in (("gsm8k", []), ("digits", DIGITS)):
-        recipe = recipe_in_process(method, [*small_round(qwen, tmp_path / name), *beta, *reward, "max_steps=1", "eval_dataset=null"])
-        recipe.train()
-        norms[name] = read_metrics(tmp_path / name)[-1]["grad_norm"]
+        overrides = [*small_round(qwen, tmp_path / name), *beta, *reward, "max_steps=1", "eval_dataset=null"]
+        set_up(RECIPES[method], load_config(f"qwen2_5/0.5B_{method}", overrides)).train()
+        (row,) = read_metrics(tmp_path / name)
+        norms[name] = row["grad_norm"]
     assert norms["gsm8k"] == 0.0
     assert norms["digits"] > 1e-3
 

@@ -1,4 +1,4 @@
-"""Real configs made small: a random model in Qwen2.5's own format, and recipes run with it, by `tune run` or in this process."""
+"""Real configs made small: a random model in Qwen2.5's own format; recipes run with it, by `tune run` or in this process."""
 
 import importlib
 import json
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from omegaconf import DictConfig
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -23,7 +23,7 @@ VOCABULARY = 2048
 
 
 def qwen_checkpoint(folder: Path, texts: Iterable[str]) -> Path:
-    """config.json, model.safetensors (tied embeddings), tokenizer.json trained on ``texts``, tokenizer_config.json, as on the Hub."""
+    """A folder as on the Hub: model.safetensors with tied embeddings, tokenizer.json trained on ``texts``, the configs."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -68,7 +68,16 @@ def small_model(checkpoint: Path, output_dir: Path) -> list[str]:
 def tune_run(recipe: str, config: str, overrides: list[str]) -> str:
     """`tune run --nproc_per_node 1 recipes/... --config configs/...` from the project's folder; what it printed."""
     tune = Path(sys.executable).with_name("tune")
-    command = [str(tune), "run", "--nproc_per_node", "1", f"recipes/{recipe}.py", "--config", f"configs/{config}.yaml", *overrides]
+    command = [
+        str(tune),
+        "run",
+        "--nproc_per_node",
+        "1",
+        f"recipes/{recipe}.py",
+        "--config",
+        f"configs/{config}.yaml",
+        *overrides,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -82,8 +91,16 @@ def load_config(config: str, overrides: list[str]) -> DictConfig:
     return _merge_yaml_and_cli_args(*arguments)
 
 
-def recipe_module(recipe: str) -> ModuleType:
-    return importlib.import_module(f"recipes.{recipe}")
+def set_up(recipe: str, cfg: DictConfig) -> Any:
+    """The recipe's object after setup, in this process; call pidistill.training.cleanup in the end."""
+    class_name = {
+        "pi_distill_distributed": "PiDistillRecipe",
+        "opsd_distributed": "OPSDRecipe",
+        "sft_distributed": "SFTRecipe",
+    }[recipe]
+    made = getattr(importlib.import_module(f"recipes.{recipe}"), class_name)(cfg)
+    made.setup(cfg)
+    return made
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
