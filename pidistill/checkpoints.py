@@ -51,9 +51,16 @@ class Checkpoints:
         self._every = cfg.get("save_every_steps")
         self.state: dict[str, Any] | None = None
         folder = None
-        if cfg.get("resume_from_checkpoint", False):
+        if cfg.get("resume_from_checkpoint", False) and not self._killed_before_its_first():
             folder = self._newest()
         self._checkpointer = self._open(folder)
+
+    def _killed_before_its_first(self) -> bool:
+        """True if a run began here and left no checkpoint: it starts over, and a job that always resumes needs no care."""
+        began, has_checkpoint = (self.run.output_dir / "metrics.jsonl").is_file(), (self.run.output_dir / LATEST).exists()
+        if began and not has_checkpoint:
+            log.warning(f"{self.run.output_dir} holds a run without a checkpoint; it starts again from its first step")
+        return began and not has_checkpoint
 
     def _newest(self) -> Path:
         link = self.run.output_dir / LATEST

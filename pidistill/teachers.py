@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtune.modules import TransformerDecoder
 
@@ -86,6 +87,8 @@ class EMATeacher(FrozenTeacher):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
+        _reshard(self.module)
+        _reshard(model)
         # Activation checkpointing wraps layers of the trained model and shows in its parameter names.
         trained = {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
         for name, parameter in self.module.named_parameters():
@@ -97,9 +100,17 @@ class EMATeacher(FrozenTeacher):
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        _reshard(self.module)
         for name, parameter in self.module.named_parameters():
             self._average[name].copy_(_like(state[name], self._average[name]))
             parameter.copy_(self._average[name])
+
+
+def _reshard(model: nn.Module) -> None:
+    """Back to the shards: `fsdp_reshard_after_forward: false` leaves whole copies, and what is written to those is lost."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _like(full: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

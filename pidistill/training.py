@@ -106,7 +106,7 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     check_config(cfg, known, required)
     for key in ("checkpointer", "teacher_checkpointer"):
         check_checkpoint_folder(cfg, key)
-    device = utils.get_device(cfg.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(cfg.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu":
         # Two ranks with all threads each are slower than one; results do not depend on it within one run's settings.
         torch.set_num_threads(int(cfg.get("threads") or max(1, (os.cpu_count() or 1) // _local_world_size())))
@@ -132,6 +132,14 @@ def _drop_null_components(cfg: DictConfig) -> None:
     for key, node in cfg.items_ex(resolve=False):
         if isinstance(node, DictConfig) and node.get("_component_", "") is None:
             cfg[key] = None
+
+
+def _device(name: str) -> torch.device:
+    """torchtune's, which takes the CPU where there is no such device: a large run would then crawl without a word."""
+    device = utils.get_device(name)
+    if device.type != torch.device(name).type:
+        raise InputError(f"device is {name}, which this machine does not show (it has {device.type}); set device={device.type}")
+    return device
 
 
 def _local_world_size() -> int:

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from pidistill.envs.base import EnvStep
+from pidistill.envs.tiny_world import VOCAB, tiny_world_dataset, tiny_world_tokenizer
 from pidistill.errors import InputError
+from pidistill.packing import make_batch
 from pidistill.rollouts import Sample, TorchtuneSampler, collect_rollouts, rollout_seed
 from pidistill.rollouts.collect import DROP_REASONS
+from pidistill.scoring import score
 from pidistill.testing import tiny_model
-from pidistill.types import Example, PromptPair
+from pidistill.types import Example, PromptPair, ScoreRequest
 
 STOP = 1
 
@@ -327,3 +330,48 @@ def test_completions_are_the_turns_and_observations_in_order():
         assert rollout.completion == ids and rollout.policy_mask == mask
         assert rollout.turns[-1]["role"] == "assistant"
         assert rollout.reward == sum(turn["role"] == "assistant" for turn in rollout.turns)
+
+
+@pytest.mark.parametrize("view", ["student", "teacher"])
+def test_the_scorer_agrees_with_the_sampler(view):
+    """T-i: before the first optimiser step the ratio of the view that sampled is 1, several turns and both prompts included."""
+    model, tokenizer, environment = tiny_model(len(VOCAB), seed=3), tiny_world_tokenizer(), TrustingWorld()
+    examples = list(tiny_world_dataset("train", max_rows=6))
+    pairs = [
+        PromptPair(
+            student=tokenizer.encode_prompt(row.messages),
+            teacher=tokenizer.encode_prompt([{"role": "system", "content": row.privileged}, *row.messages]),
+            has_privileged=True,
+        )
+        for row in examples
+    ]
+    result = collect_rollouts(
+        model,
+        TorchtuneSampler(temperature=0.75, max_new_tokens=60),
+        tokenizer,
+        environment,
+        examples,
+        pairs,
+        view=view,
+        group_size=4,
+        seeds=[rollout_seed(0, 0, i, m) for i in range(6) for m in range(4)],
+    )
+    assert max(len(rollout.turns) for rollout in result.rollouts) == 3
+    batch = make_batch(result.rollouts, None, pad_id=tokenizer.pad_id, device=torch.device("cpu"))
+    scores = score(model, batch, ScoreRequest(student_grad=False, teacher_grad=False), temperature=0.75)
+    own, other = scores.student_logprobs, scores.teacher_logprobs
+    own, other = (own, other) if view == "student" else (other, own)
+    torch.testing.assert_close((own - batch.sampled_logprobs).exp(), torch.ones_like(own), atol=1e-5, rtol=0)
+    assert ((other - batch.sampled_logprobs).abs() > 1e-3).any()
+
+
+class TrustingWorld:
+    """Answers the first turn of a tiny-world episode with a price, whatever the turn says."""
+
+    def reset(self, example):
+        return []
+
+    def step(self, state, turn, *, truncated):
+        state.append(turn)
+        done = len(state) == 2 or truncated
+        return EnvStep([] if done else [tool("obs 6")], 0.0, done)

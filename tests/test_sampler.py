@@ -21,7 +21,7 @@ from torchtune.modules.common_utils import local_kv_cache
 
 from pidistill.errors import InputError
 from pidistill.rollouts import TorchtuneSampler, gathered_parameters
-from pidistill.rollouts.torchtune_sampler import attention_mask, inverse_cdf, sampling_logprobs
+from pidistill.rollouts.torchtune_sampler import _parameter_groups, attention_mask, inverse_cdf, sampling_logprobs
 from pidistill.testing import TINY_SIZES, perturb_weights
 
 VOCAB = 40
@@ -297,9 +297,7 @@ def test_positions_are_counted_from_each_rows_first_token(model):
 def test_the_mask_shows_a_rows_own_past_and_leaves_no_query_without_a_key():
     """Attention over nothing is 0 in some kernels and NaN in others, so no forward here would tell everywhere."""
     padding, start, end = [0, 3, 5], 2, 6
-    expected = [
-        [[p <= key <= query or key == query for key in range(end)] for query in range(start, end)] for p in padding
-    ]
+    expected = [[[p <= key <= query or key == query for key in range(end)] for query in range(start, end)] for p in padding]
     assert attention_mask(torch.tensor(padding), start, end).tolist() == expected
 
 
@@ -542,5 +540,5 @@ def _check_sharded(rank: int, model: nn.Module, reshard: bool) -> None:
 
 
 def _reshard_flags(model: nn.Module) -> list[bool]:
-    groups = [g for m in model.modules() if isinstance(m, FSDPModule) for g in m._get_fsdp_state()._fsdp_param_groups]
-    return [group._reshard_after_forward for group in groups]
+    groups = [group for m in model.modules() if isinstance(m, FSDPModule) for group in _parameter_groups(m)]
+    return [group.post_forward_mesh_info is not None for group in groups]

@@ -76,6 +76,9 @@ def run(name: str, cfg: DictConfig, before_training: Callable[[Any], None] | Non
     """One recipe in this process, without leaving the process group; returns the recipe."""
     recipe = getattr(recipe_module(name), RECIPES[name][1])(cfg)
     recipe.setup(cfg)
+    if name == "evaluate":
+        recipe.report(recipe.evaluate())
+        return recipe
     try:
         if before_training is not None:
             before_training(recipe)

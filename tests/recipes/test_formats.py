@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from pidistill.errors import InputError
 from pidistill.training import cleanup
 from tests.recipes.tiny_qwen import load_config, qwen_checkpoint, read_metrics, set_up, small_model
 
@@ -139,3 +140,13 @@ def test_sft_on_jsonl_conversations(qwen, tmp_path):
     reference = PreTrainedTokenizerFast.from_pretrained(qwen)
     learnt = [reference.encode(f"The answer is {answer}.<|im_end|>", add_special_tokens=False) for answer in ANSWERS]
     assert row["policy_tokens"] == sum(map(len, learnt))
+
+
+# ------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_device_that_the_machine_lacks_is_refused(qwen, tmp_path):
+    """torchtune would take another one; a run meant for a GPU would go on for days on the CPU."""
+    cfg = load_config("qwen2_5/0.5B_opsd", [*small_model(qwen, tmp_path), "device=xpu"])
+    with pytest.raises(InputError, match=r"device is xpu, which this machine does not show \(it has (cpu|cuda)\); set device="):
+        set_up("opsd_distributed", cfg)

@@ -1,0 +1,26 @@
+"""A recipe that runs several recipes one after another in one process group: starting two processes takes longer than they do.
+
+    tune run --nproc_per_node 2 tests/recipes/several.py --config several.yaml
+
+`runs` maps a name of tests.recipes.runs.RECIPES and a config file to each run: {first: [opsd, path.yaml], ...}.
+"""
+
+import sys
+
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config
+
+from pidistill.training import cleanup, one_sentence_errors
+from tests.recipes.runs import run
+
+
+@config.parse
+@one_sentence_errors
+def recipe_main(cfg: DictConfig) -> None:
+    for name, path in cfg.runs.values():
+        run(name, OmegaConf.load(path))
+    cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())

@@ -1,0 +1,211 @@
+"""One process or two: the same rollouts, the same numbers. Uneven and empty shares of the work end, and so do failures."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from omegaconf import OmegaConf
+
+from tests.recipes.runs import (
+    EVALUATION,
+    RECIPES,
+    assert_same_tensors,
+    metrics,
+    run,
+    save_config,
+    shell,
+    small_config,
+    training_state,
+    tune_command,
+    weights,
+)
+from tests.recipes.worlds import recorded
+
+TIMEOUT_S = 240  # a hang, not a slow machine
+EMA = {"_component_": "pidistill.teachers.EMATeacher", "rate": 0.3}
+
+# Three groups for two ranks; two updates per round; micro-batches that are empty on the rank with one group.
+MAIN = {
+    "max_steps": 6, "prompts_per_round": 3, "updates_per_round": 2, "minibatch_rollouts": 6, "micro_batch_rollouts": 2,
+    "save_every_steps": 2, "eval_every_steps": 4, "rollout_log_steps": 4, **EVALUATION,
+}  # fmt: skip
+SCENARIOS = {
+    # One group: a rank has no rollout at all. Its head, embedding and teacher stay gathered between forwards.
+    "one_group": ("opsd", {"prompts_per_round": 1, "teacher": EMA, "fsdp_reshard_after_forward": False, "save_every_steps": 2}),
+    "behaviour_kl": ("opsd", {"prompts_per_round": 1, "objective__kl_mode": "reward_k1", "max_steps": 2}),
+    "complete_kl": ("pi_distill", {"prompts_per_round": 3, "objective__kl_mode": "loss_rb_complete", "max_steps": 2}),
+    "other_teacher": ("pi_distill", {"teacher": EMA, "max_steps": 3}),  # of the student half; the teacher half is live
+    "checkpointing": ("rl", {"enable_activation_checkpointing": True, "max_steps": 2}),
+    "supervised": ("sft", {"max_steps": 3, **EVALUATION, "eval_every_steps": 2}),
+    "supervised_one_row": ("sft", {"max_steps": 3, "batch_size": 1, "micro_batch_size": 1}),
+    "dropped": ("rl", {"prompts_per_round": 2, "max_steps": 2, "environment__fail": "raise", "environment__fail_on": "EVEN"}),
+    "evaluate": ("evaluate", {"dataset__max_rows": 3, "eval_samples": 2}),
+}  # fmt: skip
+
+
+def scenario_config(name: str, base: Path, output_dir: Path, **more):
+    method, changes = ("pi_distill", MAIN) if name == "main" else SCENARIOS[name]
+    changes = changes | {"environment__record": str(output_dir / "episodes")} | more
+    if changes.get("environment__fail_on") == "EVEN":
+        changes["environment__fail_on"] = [f"tiny_world train row {row}" for row in range(0, 512, 2)]
+    return method, small_config(method, base, output_dir, **changes)
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess:
+    return shell(tune_command("run", "--nproc_per_node", "2", *arguments), timeout_s=TIMEOUT_S)
+
+
+def launch_several(folder: Path, runs: dict) -> subprocess.CompletedProcess:
+    """``runs``: name → (method, config), all in one launch of two processes."""
+    folder.mkdir(exist_ok=True)
+    listed = {name: [method, str(save_config(cfg, folder / f"{name}.yaml"))] for name, (method, cfg) in runs.items()}
+    return launch(
+        "tests/recipes/several.py", "--config", str(save_config(OmegaConf.create({"runs": listed}), folder / "all.yaml"))
+    )
+
+
+@pytest.fixture(scope="session")
+def two(tiny_base, tmp_path_factory) -> Path:
+    """A folder with what two processes left of every scenario, and of `main` resumed from its first checkpoint."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder = root / "two_processes"
+    with FileLock(root / "two_processes.lock"):
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            _, main = scenario_config("main", tiny_base, folder / "main")
+            done = launch("recipes/pi_distill_distributed.py", "--config", str(save_config(main, folder / "main.yaml")))
+            assert done.returncode == 0, done.stderr[-3000:]
+            runs = {name: scenario_config(name, tiny_base, folder / name) for name in SCENARIOS}
+            back_to_checkpoint(folder / "main", folder / "resumed", "step_2")
+            resumed = scenario_config("main", tiny_base, folder / "resumed", resume_from_checkpoint=True)
+            done = launch_several(folder / "several", runs | {"resumed": resumed})
+            assert done.returncode == 0, done.stderr[-3000:]
+            (folder / "done").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def one(tiny_base, tmp_path_factory):
+    """name → the folder of the same scenario in this one process."""
+    folders = {}
+
+    def folder(name):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
+            run(*scenario_config(name, tiny_base, folders[name]))
+        return folders[name]
+
+    return folder
+
+
+def back_to_checkpoint(source: Path, target: Path, step: str) -> None:
+    """A copy of a run as if it had been killed some time after the checkpoint ``step``."""
+    shutil.copytree(source, target, symlinks=True)
+    shutil.rmtree(target / "episodes", ignore_errors=True)
+    (target / "latest").unlink()
+    (target / "latest").symlink_to(step)
+
+
+def assert_close_rows(first: list[dict], second: list[dict]) -> None:
+    assert [row.keys() for row in first] == [row.keys() for row in second]
+    for ours, theirs in zip(first, second, strict=True):
+        for key in ours:
+            # Sums in another order; a loss is a difference of terms of size one.
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), (ours["step"], key)
+
+
+@pytest.mark.parametrize("name", ["main", *SCENARIOS])
+def test_two_processes_sample_and_report_what_one_does(name, one, two):
+    assert recorded(one(name) / "episodes") == recorded(two / name / "episodes")
+    if name.startswith("supervised"):
+        assert metrics(one(name))
+    else:
+        assert recorded(one(name) / "episodes"), "no episode was recorded"
+    if name != "evaluate":
+        assert_close_rows(metrics(two / name), metrics(one(name)))
+
+
+@pytest.mark.parametrize("name", ["main", *(name for name in SCENARIOS if name != "evaluate")])
+def test_two_processes_end_with_the_weights_of_one(name, one, two):
+    ours, theirs, before = weights(two / name), weights(one(name)), weights(one(name), "latest")
+    assert ours.keys() == theirs.keys() == before.keys()
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=2e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_two_processes_keep_the_same_moving_average(one, two):
+    ours, theirs = (training_state(folder)["teacher"] for folder in (two / "one_group", one("one_group")))
+    assert ours.keys() == theirs.keys() and len(ours) > 5
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=2e-6)
+
+
+def test_both_ranks_play_and_a_group_stays_on_one_rank(two):
+    """What makes the comparison above say something."""
+    ranks = [
+        {json.loads(line)["example"] for line in path.read_text().splitlines()} for path in files(two / "main" / "episodes")
+    ]
+    assert len(ranks) == 2 and all(ranks)
+    assert not ranks[0] & ranks[1] or len(ranks[0] | ranks[1]) > 6
+    assert [path.name for path in files(two / "one_group" / "episodes")] == ["0.jsonl"]
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.jsonl"))
+
+
+def test_evaluation_of_two_processes_is_that_of_one(one, two):
+    ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (two / "evaluate", one("evaluate")))
+    assert ours.keys() == theirs.keys() == {"student greedy", "student", "student + PI"}
+    for view in ours:
+        assert ours[view] == pytest.approx(theirs[view], rel=1e-9), view
+
+
+def test_texts_are_logged_once(one, two):
+    ours, theirs = ((folder / "rollouts.jsonl").read_text() for folder in (two / "main", one("main")))
+    assert ours == theirs
+
+
+def test_a_checkpoint_of_two_resumes_on_two_to_the_bit(two):
+    assert metrics(two / "resumed") == metrics(two / "main")
+    assert_same_tensors(weights(two / "resumed"), weights(two / "main"))
+    assert_same_tensors(training_state(two / "resumed"), training_state(two / "main"))
+
+
+def test_a_checkpoint_of_two_resumes_on_one_with_the_same_numbers(two, tiny_base, tmp_path):
+    back_to_checkpoint(two / "main", tmp_path / "run", "step_2")
+    run(*scenario_config("main", tiny_base, tmp_path / "run", resume_from_checkpoint=True))
+    assert_close_rows(metrics(tmp_path / "run"), metrics(two / "main"))
+
+
+# ------------------------------------------------------------------------------------------- failures
+
+
+def test_an_error_that_both_ranks_meet_is_said_once_and_ends_both(tiny_base, tmp_path):
+    config = save_config(small_config("opsd", tiny_base, tmp_path / "run", objective__clip_low=1.5), tmp_path / "config.yaml")
+    begin = time.monotonic()
+    done = launch(f"recipes/{RECIPES['opsd'][0]}.py", "--config", str(config))
+    assert done.returncode != 0
+    assert time.monotonic() - begin < 120
+    assert done.stderr.count("error: objective.clip_low=1.5 must lie in [0, 1)") == 1, done.stderr[-2000:]
+
+
+def test_an_error_that_one_rank_meets_is_said_and_ends_both(tiny_base, tmp_path):
+    """Rank 1 plays the second group of the first round; its environment refuses that example while rank 0 waits for it."""
+    run("opsd", small_config("opsd", tiny_base, tmp_path / "one", max_steps=1, environment__record=str(tmp_path / "episodes")))
+    examples = list(dict.fromkeys(json.loads(line)["example"] for line in (tmp_path / "episodes" / "0.jsonl").open()))
+    assert len(examples) == 2
+    for refused in examples:
+        fail = {"environment__fail": "refuse", "environment__fail_on": [refused]}
+        config = save_config(small_config("opsd", tiny_base, tmp_path / "run", **fail), tmp_path / "config.yaml")
+        done = launch(f"recipes/{RECIPES['opsd'][0]}.py", "--config", str(config))
+        assert done.returncode != 0
+        assert done.stderr.count(f"error: {refused} is refused by the environment") == 1, done.stderr[-2000:]

@@ -1,0 +1,76 @@
+"""Every command and config snippet of the README names things that exist; the commands themselves are run by tests/recipes."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from pidistill.config import check_config, resolve
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+STOCK = {"full_finetune_distributed"}  # torchtune's own
+
+
+def code_lines() -> list[str]:
+    blocks = re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [re.sub(r"\s{2,}#.*", "", line).strip() for line in lines]
+
+
+COMMANDS = [line for line in code_lines() if re.match(r"(tune|pidistill) run", line)]
+
+
+def test_the_readme_has_commands():
+    assert len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_run_command_names_a_recipe_a_config_and_real_keys(command):
+    words = shlex.split(command)
+    recipe = next(word for word in words[2:] if not word.startswith("--") and not word.isdigit())
+    config = words[words.index("--config") + 1]
+    if recipe in STOCK:
+        return
+    name = Path(recipe).stem.replace("my_recipe", "pi_distill_distributed")
+    path = ROOT / config if config.endswith(".yaml") else ROOT / "configs" / f"{config}.yaml"
+    assert path.is_file(), config
+    overrides = [re.sub(r"\$\{?\w+\}?", "1", word) for word in words if "=" in word]
+    cfg = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+    module = importlib.import_module(f"recipes.{name}")
+    check_config(cfg, getattr(module, "KEYS", None) or module.EVALUATION_KEYS)
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {word for line in code_lines() if line.startswith("make ") for word in line.split()[1:] if word.isalpha()}
+    named -= {"source", "bin", "activate"}
+    assert {"demo", "test", "install", "base"} <= named
+    assert named <= targets
+
+
+def test_dotted_names_resolve():
+    names = set(re.findall(r"`(pidistill(?:\.\w+)+)`", README))
+    assert len(names) >= 4
+    for name in names:
+        resolve(name)
+
+
+def test_yaml_snippets_resolve():
+    snippets = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        adapter = yaml.safe_load(snippet)["dataset"]  # torchtune's recipe adds the tokenizer
+        resolve(adapter["_component_"])
+        check_config(OmegaConf.create({"dataset": adapter["dataset"]}), {"dataset"})
+
+
+def test_files_that_are_named_exist():
+    paths = set(re.findall(r"`((?:pidistill|tests|benchmarks|recipes|configs)/[\w./-]+\.(?:py|yaml))`", README))
+    assert len(paths) >= 4
+    for path in paths:
+        assert (ROOT / path).exists(), path
