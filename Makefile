@@ -22,7 +22,7 @@ demo: install base  ## pi-Distill against RL at equal rollouts: a table, runs/de
 	$(BIN)/pidistill demo
 
 test: install  ## all tests
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -76,6 +76,11 @@ def _check_component(path: str, node: Any) -> None:
         _check_component(f"{path}.{key}", value)
     if COMPONENT not in node:
         return
+    if not isinstance(node[COMPONENT], str):
+        raise InputError(
+            f"config key {path}._component_ is {node[COMPONENT]}, not a dotted path; on the command line, write "
+            f"{path}=dotted.path and {path}.argument=value"
+        )
     component = resolve(node[COMPONENT])
     try:
         parameters = inspect.signature(component).parameters

@@ -43,11 +43,11 @@ class Round:
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        self.prompts = _positive(cfg, "prompts_per_round")
-        self.group_size = _positive(cfg, "group_size")
-        self.updates = _positive(cfg, "updates_per_round", 1)
-        self.micro_batch = _positive(cfg, "micro_batch_rollouts", 8)
-        self.minibatch = _positive(cfg, "minibatch_rollouts", self.prompts * self.group_size)
+        self.prompts: int = cfg.prompts_per_round
+        self.group_size: int = cfg.group_size
+        self.updates: int = cfg.get("updates_per_round") or 1
+        self.micro_batch: int = cfg.get("micro_batch_rollouts") or 8
+        self.minibatch: int = cfg.get("minibatch_rollouts") or self.prompts * self.group_size
         if self.minibatch % self.group_size or self.minibatch > self.prompts * self.group_size:
             raise InputError(
                 f"minibatch_rollouts={self.minibatch} must be a multiple of group_size={self.group_size} and at most "
@@ -108,14 +108,6 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
                 f"config key {key} is read by nothing while the trained model is the teacher; remove it, or set "
                 "teacher._component_=pidistill.teachers.FrozenTeacher"
             )
-
-
-def _positive(cfg: DictConfig, key: str, default: int | None = None) -> int:
-    value = cfg.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or value < 1:
-        raise InputError(f"{key}={value} must be a whole number of at least 1")
-    return value
 
 
 def dump_rollouts(rollouts: Sequence[Rollout], path: Path) -> None:

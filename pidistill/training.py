@@ -47,6 +47,14 @@ COMMON_KEYS = EVALUATION_KEYS | frozenset(
     }
 )  # fmt: skip
 
+# Whole numbers, and the least that each may be; null leaves the default.
+LEAST = {
+    "seed": 0, "threads": 1, "max_steps": 1, "batch_size": 1, "micro_batch_size": 1, "prompts_per_round": 1, "group_size": 1,
+    "updates_per_round": 1, "minibatch_rollouts": 1, "micro_batch_rollouts": 1, "score_chunk_tokens": 1, "max_turns": 1,
+    "max_nonfinite_steps": 1, "eval_samples": 1, "eval_every_steps": 0, "save_every_steps": 0, "rollout_log_steps": 0,
+    "rollout_log_samples": 1, "rollout_log_max_new_tokens": 1, "rollout_log_max_chars": 1,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Run:
@@ -104,9 +112,11 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     """Check the config, join the process group (also for one process), set device, dtype, threads and seeds."""
     _drop_null_components(cfg)
     check_config(cfg, known, required)
+    _check_numbers(cfg)
     for key in ("checkpointer", "teacher_checkpointer"):
         check_checkpoint_folder(cfg, key)
     device = _device(cfg.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = _dtype(cfg.get("dtype", "fp32"), device)
     if device.type == "cpu":
         # Two ranks with all threads each are slower than one; results do not depend on it within one run's settings.
         torch.set_num_threads(int(cfg.get("threads") or max(1, (os.cpu_count() or 1) // _local_world_size())))
@@ -116,8 +126,7 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
         else:
             dist.init_process_group(training.get_distributed_backend(device.type), store=dist.HashStore(), rank=0, world_size=1)
     world_size, rank = utils.get_world_size_and_rank()
-    dtype = training.get_dtype(cfg.get("dtype", "fp32"), device=device)
-    seed = int(cfg.get("seed", 0))
+    seed = int(cfg.get("seed") or 0)
     torch.manual_seed(seed)
     output_dir = Path(cfg.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -140,6 +149,23 @@ def _device(name: str) -> torch.device:
     if device.type != torch.device(name).type:
         raise InputError(f"device is {name}, which this machine does not show (it has {device.type}); set device={device.type}")
     return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    try:
+        return training.get_dtype(name, device=device)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"dtype={name} cannot be used on {device.type} ({error}); set dtype to fp32 or bf16") from error
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    for key, least in LEAST.items():
+        value = cfg.get(key)
+        if value is not None and (type(value) is not int or value < least):
+            raise InputError(f"{key}={value} must be a whole number of at least {least}")
+    norm = cfg.get("clip_grad_norm")
+    if norm is not None and (not isinstance(norm, int | float) or norm <= 0):
+        raise InputError(f"clip_grad_norm={norm} must be a number above 0, or null for no clipping")
 
 
 def _local_world_size() -> int:

@@ -17,7 +17,7 @@ from torchtune import config
 
 from pidistill.checkpoints import Checkpoints
 from pidistill.config import build
-from pidistill.data import demonstration, epoch_order, load_prompts
+from pidistill.data import build_demonstrations, epoch_order, load_prompts
 from pidistill.evaluation import evaluate
 from pidistill.metrics import MetricsLog, token_means, token_sums
 from pidistill.packing import make_batch
@@ -48,10 +48,13 @@ class SFTRecipe:
     def setup(self, cfg: DictConfig) -> None:
         # Everything that can be wrong is built and looked at before weights are loaded.
         self._data = load_prompts(cfg, no_pi="rl")
-        self._demonstrations = [
-            demonstration(example, prompts, self._data.tokenizer, max_seq_len=self._data.max_seq_len)
-            for example, prompts in self._data.prompts
-        ]
+        self._demonstrations, too_long = build_demonstrations(
+            self._data.prompts,
+            self._data.tokenizer,
+            max_seq_len=self._data.max_seq_len,
+            on_overflow=cfg.get("on_overflow"),
+        )
+        self._dropped = self._data.dropped | {"demonstration_too_long": too_long}
         if cfg.get("eval_dataset"):
             collect = functools.partial(
                 collect_rollouts,
@@ -117,6 +120,7 @@ class SFTRecipe:
         self._step += 1
         row = {"step": self._step, "loss": total_loss, "grad_norm": result.grad_norm, "lr": result.lr}
         row |= {"policy_tokens": tokens, "nonfinite_steps": self._updates.nonfinite_steps}
+        row |= {f"dropped/{reason}": count for reason, count in self._dropped.items()}
         row |= token_means(self._run.sums(sums), tokens)
         seconds = self._timer.take()
         row |= {f"time_{phase}_s": seconds.get(phase, 0.0) for phase in ("score", "update")}

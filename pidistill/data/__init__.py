@@ -2,7 +2,7 @@
 
 from pidistill.data.builders import chat_dataset, gsm8k_dataset, qa_dataset
 from pidistill.data.dataset import ExampleDataset
-from pidistill.data.demonstrations import demonstration
+from pidistill.data.demonstrations import build_demonstrations, demonstration
 from pidistill.data.load import RecipeData, load_prompts
 from pidistill.data.order import epoch_order
 from pidistill.data.prompts import Prompts, build_prompts
@@ -12,6 +12,7 @@ __all__ = [
     "ExampleDataset",
     "Prompts",
     "RecipeData",
+    "build_demonstrations",
     "build_prompts",
     "chat_dataset",
     "demonstration",

@@ -1,8 +1,31 @@
 """A dataset's own completions as rollouts that nobody sampled: what supervised fine-tuning trains on."""
 
+from collections.abc import Sequence
+
 from pidistill.errors import InputError
 from pidistill.tokenizers import ChatTokenizer
 from pidistill.types import Example, PromptPair, Rollout
+
+
+class TooLong(InputError):
+    """A row that `on_overflow: drop` leaves out."""
+
+
+def build_demonstrations(
+    prompts: Sequence[tuple[Example, PromptPair]], tokenizer: ChatTokenizer, *, max_seq_len: int, on_overflow: str | None
+) -> tuple[list[Rollout], int]:
+    """All rows as demonstrations, and how many were left out for being too long (``on_overflow`` "drop"; else an error)."""
+    rollouts, dropped = [], 0
+    for example, pair in prompts:
+        try:
+            rollouts.append(demonstration(example, pair, tokenizer, max_seq_len=max_seq_len))
+        except TooLong:
+            if on_overflow != "drop":
+                raise
+            dropped += 1
+    if not rollouts:
+        raise InputError(f"all {dropped} demonstrations are longer than max_seq_len {max_seq_len:,}; raise it")
+    return rollouts, dropped
 
 
 def demonstration(
@@ -11,7 +34,8 @@ def demonstration(
     """The ids that a policy would have sampled to say ``example.completion``; messages between its turns are observations.
 
     Raises:
-        InputError: the example has no completion, or none of its messages is an assistant turn, or it is too long.
+        InputError: the example has no completion, or none of its messages is an assistant turn.
+        TooLong: prompt and completion exceed ``max_seq_len``.
     """
     if not any(message["role"] == "assistant" for message in example.completion or []):
         raise InputError(f"{example.id} has no assistant turn to learn from; check the dataset's completion key")
@@ -34,9 +58,9 @@ def demonstration(
         history.append(message)
     length = len(prompts.student) + len(completion)
     if max_seq_len is not None and length > max_seq_len:
-        raise InputError(
+        raise TooLong(
             f"{example.id}: prompt ({len(prompts.student):,} tokens) plus completion ({len(completion):,}) exceeds max_seq_len "
-            f"{max_seq_len:,} by {length - max_seq_len:,}; raise tokenizer.max_seq_len and the model's, or drop the row"
+            f"{max_seq_len:,} by {length - max_seq_len:,}; raise tokenizer.max_seq_len and the model's, or set `on_overflow: drop`"
         )
     return Rollout(
         example=example,

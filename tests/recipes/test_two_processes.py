@@ -11,7 +11,9 @@ import pytest
 import torch
 from filelock import FileLock
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
+from pidistill.data import epoch_order
 from tests.recipes.runs import (
     EVALUATION,
     RECIPES,
@@ -45,6 +47,10 @@ SCENARIOS = {
     "supervised": ("sft", {"max_steps": 3, **EVALUATION, "eval_every_steps": 2}),
     "supervised_one_row": ("sft", {"max_steps": 3, "batch_size": 1, "micro_batch_size": 1}),
     "dropped": ("rl", {"prompts_per_round": 2, "max_steps": 2, "environment__fail": "raise", "environment__fail_on": "EVEN"}),
+    # The loss is NaN on the one rank that has rollouts.
+    "poisoned": ("rl", {"prompts_per_round": 1, "max_steps": 3, "objective": {
+        "_component_": "tests.recipes.worlds.PoisonedGRPO", "steps": [1], "report_teacher_kl": True,
+    }}),
     "evaluate": ("evaluate", {"dataset__max_rows": 3, "eval_samples": 2}),
 }  # fmt: skip
 
@@ -134,10 +140,11 @@ def test_two_processes_sample_and_report_what_one_does(name, one, two):
 
 
 @pytest.mark.parametrize("name", ["main", *(name for name in SCENARIOS if name != "evaluate")])
-def test_two_processes_end_with_the_weights_of_one(name, one, two):
-    ours, theirs, before = weights(two / name), weights(one(name)), weights(one(name), "latest")
+def test_two_processes_end_with_the_weights_of_one(name, one, two, tiny_base):
+    ours, theirs, before = weights(two / name), weights(one(name)), load_file(tiny_base / "model.safetensors")
     assert ours.keys() == theirs.keys() == before.keys()
     for key in ours:
+        assert not torch.equal(theirs[key], before[key]), f"{key} did not train"
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=2e-6, msg=lambda text, key=key: f"{key}: {text}")
 
 
@@ -148,18 +155,24 @@ def test_two_processes_keep_the_same_moving_average(one, two):
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=2e-6)
 
 
-def test_both_ranks_play_and_a_group_stays_on_one_rank(two):
-    """What makes the comparison above say something."""
-    ranks = [
-        {json.loads(line)["example"] for line in path.read_text().splitlines()} for path in files(two / "main" / "episodes")
-    ]
-    assert len(ranks) == 2 and all(ranks)
-    assert not ranks[0] & ranks[1] or len(ranks[0] | ranks[1]) > 6
-    assert [path.name for path in files(two / "one_group" / "episodes")] == ["0.jsonl"]
+def test_groups_are_dealt_whole_to_the_ranks_in_turn(two):
+    """What makes the comparisons above say something: two ranks with unequal work, and one without any."""
+    order = epoch_order(512, 0, 0, 3 * 3)  # 3 rounds of 3 prompts
+    ranks = [played(two / "main" / "episodes" / f"{rank}.jsonl") for rank in (0, 1)]
+    assert ranks == [{*order[0::3], *order[2::3]}, {*order[1::3]}]
+    assert [path.name for path in (two / "one_group" / "episodes").iterdir()] == ["0.jsonl"]
 
 
-def files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.jsonl"))
+def played(path: Path) -> set[int]:
+    """The rows of the training split in a rank's record, those of the texts (the first two) left out."""
+    examples = [json.loads(line)["example"] for line in path.read_text().splitlines()]
+    return {int(example.rpartition(" ")[2]) for example in examples if " train " in example} - {0, 1}
+
+
+def test_dropped_rollouts_are_counted_over_both_ranks(two):
+    rows = metrics(two / "dropped")
+    assert sum(row["dropped/reward_error"] for row in rows) > 0
+    assert all(row["dropped/reward_error"] + row["policy_tokens"] / row["completion_tokens_mean"] == 6 for row in rows)
 
 
 def test_evaluation_of_two_processes_is_that_of_one(one, two):
@@ -186,6 +199,14 @@ def test_a_checkpoint_of_two_resumes_on_one_with_the_same_numbers(two, tiny_base
     assert_close_rows(metrics(tmp_path / "run"), metrics(two / "main"))
 
 
+def test_a_loss_that_is_nan_on_one_rank_is_skipped_by_both(two):
+    assert [row["nonfinite_steps"] for row in metrics(two / "poisoned")] == [0, 1, 1]
+    assert sorted(path.name for path in (two / "poisoned").glob("nonfinite*")) == [
+        "nonfinite_step_2_rank_0.jsonl",
+        "nonfinite_step_2_rank_1.jsonl",
+    ]
+
+
 # ------------------------------------------------------------------------------------------- failures
 
 
@@ -199,13 +220,10 @@ def test_an_error_that_both_ranks_meet_is_said_once_and_ends_both(tiny_base, tmp
 
 
 def test_an_error_that_one_rank_meets_is_said_and_ends_both(tiny_base, tmp_path):
-    """Rank 1 plays the second group of the first round; its environment refuses that example while rank 0 waits for it."""
-    run("opsd", small_config("opsd", tiny_base, tmp_path / "one", max_steps=1, environment__record=str(tmp_path / "episodes")))
-    examples = list(dict.fromkeys(json.loads(line)["example"] for line in (tmp_path / "episodes" / "0.jsonl").open()))
-    assert len(examples) == 2
-    for refused in examples:
-        fail = {"environment__fail": "refuse", "environment__fail_on": [refused]}
-        config = save_config(small_config("opsd", tiny_base, tmp_path / "run", **fail), tmp_path / "config.yaml")
-        done = launch(f"recipes/{RECIPES['opsd'][0]}.py", "--config", str(config))
-        assert done.returncode != 0
-        assert done.stderr.count(f"error: {refused} is refused by the environment") == 1, done.stderr[-2000:]
+    """Rank 1 plays the second group of the first round; its environment refuses that row while rank 0 waits for it."""
+    refused = f"tiny_world train row {epoch_order(512, 0, 0, 2)[1]}"
+    fail = {"environment__fail": "refuse", "environment__fail_on": [refused]}
+    config = save_config(small_config("opsd", tiny_base, tmp_path / "run", **fail), tmp_path / "config.yaml")
+    done = launch(f"recipes/{RECIPES['opsd'][0]}.py", "--config", str(config))
+    assert done.returncode != 0
+    assert done.stderr.count(f"error: {refused} is refused by the environment") == 1, done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""Environments and rewards that test configs name: they reward what an untrained model does, record, fail or wait on demand."""
+"""What test configs name: an environment that rewards what an untrained model does, and parts that fail on demand."""
 
 import json
 import os
@@ -6,10 +6,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pidistill.envs.base import EnvStep
 from pidistill.errors import InputError
-from pidistill.types import Example, Message
+from pidistill.objectives import GRPO
+from pidistill.types import Batch, Example, Message, Scores, TokenLoss
 
 
 @dataclass
@@ -25,13 +27,16 @@ class VariedEnvironment:
     Attributes:
         record: a folder; every rank appends (example, turns, reward) of its episodes to a file of its own there.
         wait_s: seconds that every step takes.
-        fail: "raise", "nan" or "refuse" (an InputError on reset) for the example ids in ``fail_on``.
+        fail: "raise", "nan" or "refuse" (an InputError on reset), for the example ids in ``fail_on`` and the n-th episode
+            that ends, n in ``fail_episodes``.
     """
 
     record: str | None = None
     wait_s: float = 0.0
     fail: str | None = None
     fail_on: Sequence[str] = ()
+    fail_episodes: Sequence[int] = ()
+    ended: int = 0
 
     def reset(self, example: Example) -> Episode:
         if self.fail == "refuse" and example.id in self.fail_on:
@@ -41,14 +46,14 @@ class VariedEnvironment:
     def step(self, state: Episode, turn: Message, *, truncated: bool) -> EnvStep:
         time.sleep(self.wait_s)
         state.turns.append(turn["content"])
-        if state.example.id in self.fail_on and self.fail == "raise":
-            raise ZeroDivisionError("a reward that divides by zero")
         if not truncated and len(state.turns) == 1:
             return EnvStep([{"role": "tool", "content": "obs 5"}], 0.0, done=False)
         words = " ".join(state.turns).split()
         reward = len(set(words)) % 3 / 2
-        if state.example.id in self.fail_on and self.fail == "nan":
-            reward = float("nan")
+        failing = state.example.id in self.fail_on or self.ended in self.fail_episodes
+        self.ended += 1
+        if failing:
+            reward = {"raise": lambda: 1 / 0, "nan": lambda: float("nan")}[self.fail]()
         self._write({"example": state.example.id, "turns": state.turns, "reward": reward})
         return EnvStep([], reward, done=True, reward_parts={"words": reward})
 
@@ -58,6 +63,18 @@ class VariedEnvironment:
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / f"{os.environ.get('RANK', '0')}.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+class PoisonedGRPO(GRPO):
+    """GRPO whose loss is NaN at the given steps (counted from 0)."""
+
+    def __init__(self, steps: Sequence[int], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.steps = steps
+
+    def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
+        result = super().token_loss(batch, scores, step)
+        return TokenLoss(result.loss * float("nan"), result.metrics) if step in self.steps else result
 
 
 def recorded(folder: str | Path) -> list[str]:
