@@ -9,10 +9,13 @@
 
 import json
 import os
+import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
@@ -31,6 +34,7 @@ from pidistill.training import Run, Updates, crossed, log
 
 STATE_FILE = "training_state.pt"
 LATEST = "latest"
+BEGAN = ".began"
 
 
 def step_folder(output_dir: Path, step: int) -> Path:
@@ -42,25 +46,31 @@ class Checkpoints:
 
     Attributes:
         method: name of what is trained; a checkpoint of another method is refused on resume.
+        must_match: settings that the data position depends on; a checkpoint with other values is refused on resume.
         state: the training state that was found on resume, else None.
     """
 
-    def __init__(self, cfg: DictConfig, run: Run, method: str) -> None:
+    def __init__(self, cfg: DictConfig, run: Run, method: str, must_match: Mapping[str, int] | None = None) -> None:
         self.run, self.method = run, method
+        self.must_match = {"seed": run.seed, **(must_match or {})}
         self._node = cfg.checkpointer
         self._every = cfg.get("save_every_steps")
         self.state: dict[str, Any] | None = None
         folder = None
         if cfg.get("resume_from_checkpoint", False) and not self._killed_before_its_first():
             folder = self._newest()
+        elif run.is_main:
+            # A later resume must find neither an older run's checkpoint in this folder, nor nothing at all.
+            (run.output_dir / LATEST).unlink(missing_ok=True)
+            (run.output_dir / BEGAN).touch()
         self._checkpointer = self._open(folder)
 
     def _killed_before_its_first(self) -> bool:
         """True if a run began here and left no checkpoint: it starts over, and a job that always resumes needs no care."""
-        began, has_checkpoint = (self.run.output_dir / "metrics.jsonl").is_file(), (self.run.output_dir / LATEST).exists()
-        if began and not has_checkpoint:
+        over = (self.run.output_dir / BEGAN).exists() and not (self.run.output_dir / LATEST).exists()
+        if over:
             log.warning(f"{self.run.output_dir} holds a run without a checkpoint; it starts again from its first step")
-        return began and not has_checkpoint
+        return over
 
     def _newest(self) -> Path:
         link = self.run.output_dir / LATEST
@@ -74,6 +84,13 @@ class Checkpoints:
                 f"the checkpoint in {link} was trained with {self.state['method']}, this config says {self.method}; "
                 "set another output_dir, or the objective it was trained with"
             )
+        for key, ours in self.must_match.items():
+            theirs = self.state["must_match"].get(key)
+            if theirs != ours:
+                raise InputError(
+                    f"the checkpoint in {link} was trained with {key}={theirs}, this run has {ours}; the order of the data "
+                    "would differ: resume with the old value, or set another output_dir"
+                )
         return link.resolve()
 
     def _open(self, folder: Path | None) -> Any:
@@ -92,9 +109,6 @@ class Checkpoints:
     def restore(self, model: TransformerDecoder, updates: Updates, teacher: Teacher | None) -> dict[str, Any]:
         """Put optimizer, scheduler, teacher and random state back; returns {"step", "round"} (zeros for a fresh run)."""
         if self.state is None:
-            if self.run.is_main:
-                # The pointer of an earlier run in this folder: resuming this run must not find that one's checkpoint.
-                (self.run.output_dir / LATEST).unlink(missing_ok=True)
             return {"step": 0, "round": 0}
         self._refuse_other_state("lr_scheduler", updates.scheduler is not None, self.state["scheduler"] is not None)
         self._refuse_other_state("teacher", bool(teacher and teacher.state_dict()), bool(self.state["teacher"]))
@@ -102,21 +116,21 @@ class Checkpoints:
         set_optimizer_state_dict(model, updates.optimizer, self.state["optimizer"], options=options)
         if updates.scheduler is not None:
             updates.scheduler.load_state_dict(self.state["scheduler"])
-        updates.nonfinite_steps, updates.nonfinite_in_a_row = self.state["nonfinite_steps"]
+        updates.nonfinite_steps, updates.nonfinite_in_a_row, updates.empty_steps = self.state["skipped_steps"]
         if teacher is not None and self.state["teacher"]:
             teacher.load_state_dict(self.state["teacher"])
         if len(self.state["rng"]) == self.run.world_size:
-            torch.set_rng_state(self.state["rng"][self.run.rank])
+            _set_random_state(self.state["rng"][self.run.rank])
         else:
-            log.warning(f"the checkpoint was written by {len(self.state['rng'])} ranks, this run has {self.run.world_size}")
+            log.warning(f"{len(self.state['rng'])} ranks wrote the checkpoint, this run has {self.run.world_size}")
         return {"step": self.state["step"], "round": self.state["round"]}
 
     def _refuse_other_state(self, key: str, wanted: bool, found: bool) -> None:
         if wanted != found:
             link, ours = self.run.output_dir / LATEST, "needs it" if wanted else "has no use for it"
             raise InputError(
-                f"the checkpoint in {link} {'has' if found else 'lacks'} a state of `{key}` and this config {ours}; resume with "
-                f"the `{key}` that it was trained with, or set another output_dir"
+                f"the checkpoint in {link} {'has' if found else 'lacks'} a state of `{key}` and this config {ours}; resume "
+                f"with the `{key}` that it was trained with, or set another output_dir"
             )
 
     def due(self, before: int, now: int) -> bool:
@@ -130,17 +144,18 @@ class Checkpoints:
         optimizer = get_optimizer_state_dict(model, updates.optimizer, options=options)
         teacher_state = self._full(teacher.state_dict()) if teacher is not None else {}
         rng: list[Any] = [None] * self.run.world_size
-        dist.all_gather_object(rng, torch.get_rng_state())
+        dist.all_gather_object(rng, _random_state())
         if self.run.is_main:
             shutil.rmtree(self._writing, ignore_errors=True)
             self._checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=0)
             state = {
                 "method": self.method,
+                "must_match": self.must_match,
                 "step": step,
                 "round": round_,
                 "optimizer": optimizer,
                 "scheduler": updates.scheduler.state_dict() if updates.scheduler is not None else None,
-                "nonfinite_steps": (updates.nonfinite_steps, updates.nonfinite_in_a_row),
+                "skipped_steps": (updates.nonfinite_steps, updates.nonfinite_in_a_row, updates.empty_steps),
                 "teacher": teacher_state,
                 "rng": rng,
             }
@@ -167,6 +182,26 @@ class Checkpoints:
             if self.run.is_main:
                 full[name] = whole.cpu().contiguous()
         return full
+
+
+def _random_state() -> dict[str, Any]:
+    """Of torch, Python and numpy: the recipes draw from streams of their own, an environment or a reward may not."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    state["numpy"] = (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached)
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def from_scratch(

@@ -49,7 +49,8 @@ def resolve(path: str) -> Any:
     try:
         return _get_component_from_path(path)
     except (InstantiationError, ValueError) as error:
-        raise InputError(f"component {path} cannot be found ({_first_line(error)}); check the dotted path") from error
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise InputError(f"component {path} cannot be found ({reason}); check the dotted path") from error
 
 
 def check_config(cfg: DictConfig, known: Collection[str], required: Collection[str] = ()) -> None:
@@ -103,7 +104,3 @@ def _check_component(path: str, node: Any) -> None:
 def _closest(key: str, candidates: Collection[str]) -> str:
     matches = difflib.get_close_matches(key, list(candidates), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else f"; known here: {', '.join(sorted(candidates))}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,7 @@
 """`pidistill demo`: methods against the RL control at equal rollouts on the tiny world, from one base, on held-out tasks.
 
 Trains each arm with its bundled config, evaluates base and arms on the test split (nothing was selected on it), and leaves a
-table in the terminal, results.json and results.png in the output folder. A cell that is already there is not run again.
+table in the terminal, results.json and results.png in the output folder.
 """
 
 import argparse
@@ -80,8 +80,7 @@ def train_and_evaluate(arm: str, seed: int, arguments: argparse.Namespace) -> di
     overrides = {"output_dir": output, "seed": seed, "checkpointer.checkpoint_dir": arguments.base}
     if arguments.max_steps is not None:
         overrides["max_steps"] = arguments.max_steps
-    if not (output / "latest").exists():
-        run_recipe(RECIPES[arm], f"tiny/{arm}", overrides)
+    run_recipe(RECIPES[arm], f"tiny/{arm}", overrides)
     return evaluate(output / "latest", arguments.output_dir / "evaluate" / output.name)
 
 
@@ -112,8 +111,10 @@ def run_recipe(recipe: str, config: str, overrides: dict[str, Any]) -> None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, `-dirty` if it has changes; None outside a checkout."""
+    """The checkout's commit, `-dirty` if it has changes; None outside a checkout of this project."""
     root = folders()[0].parent
+    if not (root / ".git").exists():
+        return None
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True, check=False
     )

@@ -1,7 +1,7 @@
 """Success with and without privileged information: what every comparison rests on."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pidistill.metrics import privileged_overlap, rollout_means, rollout_sums
@@ -25,29 +25,38 @@ def evaluate(
     samples: int,
     success_threshold: float,
     leak_phrases: Sequence[str],
-    teacher_view: bool = True,
 ) -> dict[str, float]:
     """`eval_*` numbers of the model on ``prompts``, the same on every rank; see :mod:`pidistill.metrics` for their meaning.
 
     Greedy without privileged information; ``samples`` per prompt at the sampling temperature without it, and with it
-    (``teacher_view``; the ceiling).
+    (the ceiling), where any row has it.
     """
     greedy = sample_view(model, prompts, collect, run, view="student", samples=1, temperature=0.0)
     sampled = sample_view(model, prompts, collect, run, view="student", samples=samples)
-    result = {"eval_student_success_greedy": mean_success(greedy, success_threshold, run)}
-    means = rollout_means(run.sums(rollout_sums(sampled, success_threshold, leak_phrases)))
-    names = {"success_frac": "eval_student_success", "reward_mean": "eval_student_reward_mean"}
+    views = {"eval_student_success_greedy": greedy, "eval_student_success": sampled}
+    if any(pair.has_privileged for _, pair in prompts):
+        views["eval_teacher_success"] = sample_view(model, prompts, collect, run, view="teacher", samples=samples)
+    result = {name: mean_success(view.rollouts, success_threshold, run) for name, view in views.items()}
+    result |= eval_dropped(views.values(), run)
+    means = rollout_means(run.sums(rollout_sums(sampled.rollouts, success_threshold, leak_phrases)))
+    names = {"reward_mean": "eval_student_reward_mean"}
     names |= {name: f"eval_{name}" for name in ("leak_frac", "completion_tokens_mean", "truncated_frac")}
     result |= {names[name]: value for name, value in means.items() if name in names}
-    overlaps = [privileged_overlap(r) for r in sampled]
+    overlaps = [privileged_overlap(r) for r in sampled.rollouts]
     shared, said = run.sum(sum(a for a, _ in overlaps)), run.sum(sum(b for _, b in overlaps))
     if said:
         result["eval_privileged_overlap_frac"] = shared / said
-    if teacher_view:
-        teacher = sample_view(model, prompts, collect, run, view="teacher", samples=samples)
-        result["eval_teacher_success"] = mean_success(teacher, success_threshold, run)
+    if "eval_teacher_success" in result:
         result["eval_privileged_gain"] = result["eval_teacher_success"] - result["eval_student_success"]
-    return result
+    return {name: value for name, value in result.items() if not math.isnan(value)}
+
+
+def eval_dropped(views: Iterable[CollectResult], run: Run) -> dict[str, float]:
+    """Rollouts of an evaluation that have no reward, by reason, over all ranks; absent where there are none."""
+    views = list(views)
+    reasons = {reason for view in views for reason in view.dropped}
+    counts = run.sums({f"eval_dropped/{reason}": sum(view.dropped.get(reason, 0) for view in views) for reason in reasons})
+    return {name: count for name, count in counts.items() if count}
 
 
 def sample_view(
@@ -60,8 +69,8 @@ def sample_view(
     samples: int,
     temperature: float | None = None,
     max_new_tokens: int | None = None,
-) -> list[Rollout]:
-    """This rank's rollouts: ``samples`` of each of its share of the prompts; ``Rollout.group`` is the prompt's index."""
+) -> CollectResult:
+    """This rank's share: ``samples`` rollouts of each of its prompts; ``Rollout.group`` is the prompt's index."""
     mine = run.share(list(enumerate(prompts)))
     seeds = [rollout_seed(run.seed, EVALUATION_STREAM, index, member) for index, _ in mine for member in range(samples)]
     return collect(
@@ -74,10 +83,11 @@ def sample_view(
         groups=[index for index, _ in mine],
         temperature=temperature,
         max_new_tokens=max_new_tokens,
-    ).rollouts
+    )
 
 
 def mean_success(rollouts: Sequence[Rollout], threshold: float, run: Run) -> float:
+    """Over all ranks; NaN without rollouts."""
     total = run.sum(len(rollouts))
     return run.sum(sum(r.reward >= threshold for r in rollouts)) / total if total else math.nan
 
@@ -94,7 +104,8 @@ def sample_texts(
     rows: list[dict[str, Any]] = []
     chosen = prompts[: settings.samples]
     for view in ("student", "teacher"):
-        for rollout in sample_view(model, chosen, collect, run, view=view, samples=1, max_new_tokens=settings.max_new_tokens):
+        collected = sample_view(model, chosen, collect, run, view=view, samples=1, max_new_tokens=settings.max_new_tokens)
+        for rollout in collected.rollouts:
             text = "\n".join(f"{turn['role']}: {turn.get('content') or turn.get('tool_calls')}" for turn in rollout.turns)
             rows.append({"row": rollout.group, "example": rollout.example.id, "view": view, "reward": rollout.reward,
                          "text": text[: settings.max_chars]})  # fmt: skip

@@ -26,7 +26,10 @@ that was not computed is absent; nothing stands in for it.
 | truncated_frac | share of rollouts cut off by the token limit |
 | rows_without_pi | rows of the training data without privileged information |
 | dropped/<reason> | rollouts left out of this round, by reason |
+| dropped_rows/<reason> | rows left out of the training data, by reason |
+| reward_weight | weight of OPSD's policy-gradient term at this step |
 | nonfinite_steps | steps skipped so far because the loss or the gradient was not finite |
+| empty_steps | steps skipped so far because no policy token was left |
 | tokens_per_s | policy tokens sampled and trained per second of the step, all ranks |
 | time_rollout_s, time_score_s, time_update_s | sampling and rewards; scoring forwards; backward and optimiser |
 | alpha, beta | the objective's weights at this step |
@@ -34,6 +37,8 @@ that was not computed is absent; nothing stands in for it.
 | eval_student_success | the same at the sampling temperature |
 | eval_teacher_success | with privileged information: the ceiling |
 | eval_privileged_gain | eval_teacher_success − eval_student_success |
+| eval_student_reward_mean | mean reward of the samples behind eval_student_success |
+| eval_dropped/<reason>, eval_dropped_rows/<reason> | rollouts and rows left out of the evaluation, by reason |
 | eval_leak_frac | leak_frac of the evaluated student's samples |
 | eval_privileged_overlap_frac | share of the student's word 4-grams that stand in the privileged text it was not shown |
 | eval_completion_tokens_mean, eval_truncated_frac | length of the student's samples; share cut off by the token limit |
@@ -51,6 +56,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pidistill.config import build
+from pidistill.messages import message_text, messages_text
 from pidistill.training import Run, log, write_jsonl
 from pidistill.types import Batch, Message, Rollout, Scores
 
@@ -202,7 +208,7 @@ def token_means(sums: dict[str, float], tokens: float) -> dict[str, float]:
 
 
 def assistant_text(turns: Sequence[Message]) -> str:
-    return "\n".join(str(turn.get("content") or "") for turn in turns if turn["role"] == "assistant")
+    return "\n".join(message_text(turn) for turn in turns if turn["role"] == "assistant")
 
 
 def says_leak_phrase(rollout: Rollout, phrases: Sequence[str]) -> bool:
@@ -216,10 +222,9 @@ def privileged_overlap(rollout: Rollout, n: int = 4) -> tuple[int, int]:
     privileged = rollout.example.privileged
     if privileged is None:
         return 0, 0
-    if not isinstance(privileged, str):
-        privileged = " ".join(str(message.get("content") or "") for message in privileged)
-    known, said = _ngrams(privileged, n), _ngrams(assistant_text(rollout.turns), n)
-    return len([gram for gram in said if gram in set(known)]), len(said)
+    text = privileged if isinstance(privileged, str) else messages_text(privileged)
+    known, said = set(_ngrams(text, n)), _ngrams(assistant_text(rollout.turns), n)
+    return sum(gram in known for gram in said), len(said)
 
 
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:

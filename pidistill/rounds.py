@@ -1,6 +1,6 @@
 """A round: prompts sampled together, then one or more optimiser steps on their rollouts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from pidistill.errors import InputError
 from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
-from pidistill.teachers import Teacher
+from pidistill.teachers import EMATeacher, Teacher
 from pidistill.training import Run, crossed, write_jsonl
 from pidistill.types import Rollout, RolloutAdvantage, ViewName
 
@@ -53,14 +53,32 @@ class Round:
                 f"minibatch_rollouts={self.minibatch} must be a multiple of group_size={self.group_size} and at most "
                 f"prompts_per_round × group_size = {self.prompts * self.group_size}; groups are not split between steps"
             )
+        if self.minibatch * self.updates < self.prompts * self.group_size:
+            raise InputError(
+                f"updates_per_round={self.updates} × minibatch_rollouts={self.minibatch} leaves some of the round's "
+                f"{self.prompts * self.group_size} rollouts untrained; raise one of them"
+            )
         self.score_chunk_tokens = cfg.get("score_chunk_tokens")
         self._eval_every = cfg.get("eval_every_steps")
         self.texts = TextLog(
             steps=int(cfg.get("rollout_log_steps") or 0),
-            samples=int(cfg.get("rollout_log_samples", 2)),
+            samples=int(cfg.get("rollout_log_samples") or 2),
             max_new_tokens=cfg.get("rollout_log_max_new_tokens"),
-            max_chars=int(cfg.get("rollout_log_max_chars", 2000)),
+            max_chars=int(cfg.get("rollout_log_max_chars") or 2000),
         )
+
+    @property
+    def must_match(self) -> dict[str, int]:
+        """What the position in the data depends on; a resumed run must have the same."""
+        return {"prompts_per_round": self.prompts, "group_size": self.group_size, "updates_per_round": self.updates}
+
+    def check_progress(self, step: int, round_: int, max_steps: int) -> None:
+        """Refuse to extend a run that `max_steps` ended inside a round: that round's rollouts are gone."""
+        if step < max_steps and step != round_ * self.updates:
+            raise InputError(
+                f"the checkpoint at step {step} ended inside a round of {self.updates} updates, and cannot be continued "
+                "exactly; resume from a run whose max_steps was a multiple of updates_per_round"
+            )
 
     def minibatches(self, pairs: Sequence[tuple[Rollout, RolloutAdvantage]]) -> Iterator[list]:
         """One list per optimiser step of the round: this rank's rollouts of the groups that belong to it, groups in turn."""
@@ -102,12 +120,38 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
             f"{method} trains on what the {objective.sampling_view()} view samples, and this recipe samples from the "
             f"{sampling_view} view; run {recipe}, or set another objective"
         )
+    if not teacher.live and not objective.uses_teacher:
+        raise InputError(f"{method} never looks at a teacher; remove `teacher`, or set objective.report_teacher_kl=True")
+    if cfg.get("teacher_model") and not cfg.get("teacher_checkpointer"):
+        raise InputError("teacher_model needs a teacher_checkpointer: the student's weights are not the teacher's")
+    if isinstance(teacher, EMATeacher) and has_own_teacher(cfg):
+        raise InputError("an EMA teacher averages the student's own weights; remove teacher_model and teacher_checkpointer")
     for key in ("teacher_model", "teacher_checkpointer"):
         if teacher.live and cfg.get(key):
             raise InputError(
                 f"config key {key} is read by nothing while the trained model is the teacher; remove it, or set "
                 "teacher._component_=pidistill.teachers.FrozenTeacher"
             )
+
+
+def has_own_teacher(cfg: DictConfig) -> bool:
+    return bool(cfg.get("teacher_model") or cfg.get("teacher_checkpointer"))
+
+
+def no_pi(cfg: DictConfig, objective: Objective) -> str:
+    """What happens to rows without privileged information. Another model teaches without it: every row distils."""
+    if has_own_teacher(cfg):
+        objective.no_pi = "distill"
+    return objective.no_pi
+
+
+def check_rewards(rollouts: float, dropped: Mapping[str, float]) -> None:
+    """Refuse to go on if a whole round has no rollout with a reward: no later one would fare better."""
+    if rollouts == 0:
+        reasons = ", ".join(f"{reason} {count:g}" for reason, count in dropped.items() if count)
+        raise InputError(
+            f"no rollout of the round has a reward ({reasons}); the warning above names the first: mend `environment`"
+        )
 
 
 def dump_rollouts(rollouts: Sequence[Rollout], path: Path) -> None:

@@ -122,7 +122,8 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
         torch.set_num_threads(int(cfg.get("threads") or max(1, (os.cpu_count() or 1) // _local_world_size())))
     if not dist.is_initialized():
         if training.is_distributed():
-            dist.init_process_group(training.get_distributed_backend(device.type))
+            offload = bool(cfg.get("fsdp_cpu_offload", False)) and device.type != "cpu"
+            dist.init_process_group(training.get_distributed_backend(device.type, offload_ops_to_cpu=offload))
         else:
             dist.init_process_group(training.get_distributed_backend(device.type), store=dist.HashStore(), rank=0, world_size=1)
     world_size, rank = utils.get_world_size_and_rank()
@@ -213,7 +214,7 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
     if node is None or "checkpoint_dir" not in node or "checkpoint_files" not in node:
         return
     folder = Path(node.checkpoint_dir)
-    hint = "run `make base` first" if "tiny/base" in folder.as_posix() else f"check {key}.checkpoint_dir"
+    hint = "run `make base` (or `pidistill run sft_distributed --config tiny/base`) first" if "tiny/base" in folder.as_posix() else f"check {key}.checkpoint_dir"
     if not folder.is_dir():
         raise InputError(f"checkpoint folder {folder} does not exist; {hint}")
     files = node.checkpoint_files
@@ -286,27 +287,33 @@ class StepResult:
 
 
 class Updates:
-    """Applies accumulated gradients, and skips (counts, dumps) a step whose loss or gradient is not finite."""
+    """Applies accumulated gradients; skips and counts a step whose loss or gradient is not finite, or that has no token."""
 
     def __init__(self, cfg: DictConfig, run: Run, model: nn.Module) -> None:
         self.run, self.model = run, model
         self.optimizer: Optimizer = build(cfg.optimizer, model.parameters())
         self.scheduler: LRScheduler | None = build(cfg.lr_scheduler, self.optimizer) if cfg.get("lr_scheduler") else None
         self.clip_grad_norm = float(cfg.get("clip_grad_norm") or math.inf)
-        self.max_nonfinite_steps = int(cfg.get("max_nonfinite_steps", 3))
+        self.max_nonfinite_steps = int(cfg.get("max_nonfinite_steps") or 3)
         self.nonfinite_steps = 0
         self.nonfinite_in_a_row = 0
+        self.empty_steps = 0
 
-    def step(self, loss: float, dump: Callable[[Path], None], step: int) -> StepResult:
-        """Clip and step. ``loss`` is the global one, so that all ranks decide alike; ``dump`` writes this rank's batch."""
+    def step(self, loss: float, tokens: int, dump: Callable[[Path], None], step: int) -> StepResult:
+        """Clip and step. ``loss`` and ``tokens`` are global, so that all ranks decide alike; ``dump`` writes this rank's batch.
+
+        Without policy tokens there is nothing to learn, and the optimiser's momentum and weight decay must not move weights.
+        """
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         lr = self.optimizer.param_groups[0]["lr"]
-        applied = math.isfinite(loss) and math.isfinite(grad_norm)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        applied = finite and tokens > 0
+        self.empty_steps += finite and tokens == 0
         if applied:
             self.optimizer.step()
             self.nonfinite_in_a_row = 0
-        else:
+        elif not finite:
             self._count_nonfinite(loss, grad_norm, dump, step)
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:

@@ -16,7 +16,7 @@ from torchtune import config, training
 
 from pidistill.config import build
 from pidistill.data import load_prompts
-from pidistill.evaluation import pass_at_k, sample_view
+from pidistill.evaluation import eval_dropped, pass_at_k, sample_view
 from pidistill.metrics import rollout_means, rollout_sums
 from pidistill.rollouts import collect_rollouts
 from pidistill.training import EVALUATION_KEYS, cleanup, load_model, one_sentence_errors, start
@@ -35,7 +35,7 @@ class EvaluateRecipe:
 
     def __init__(self, cfg: DictConfig) -> None:
         self._run = start(cfg, EVALUATION_KEYS, REQUIRED)
-        self._samples = int(cfg.get("eval_samples", 1))
+        self._samples = int(cfg.get("eval_samples") or 1)
 
     def setup(self, cfg: DictConfig) -> None:
         self._data = load_prompts(cfg, no_pi="rl")
@@ -55,10 +55,11 @@ class EvaluateRecipe:
             if view == "teacher" and self._data.rows_without_pi == len(self._data.prompts):
                 continue
             samples = 1 if temperature == 0.0 else self._samples
-            rollouts = sample_view(
+            collected = sample_view(
                 self._model, self._data.prompts, self._collect, self._run, view=view, samples=samples, temperature=temperature
             )
-            results[name] = self.summarise(self._run.gather(rollouts), samples)
+            rollouts = self._run.gather(collected.rollouts)
+            results[name] = self.summarise(rollouts, samples) | eval_dropped([collected], self._run)
         return results
 
     def summarise(self, rollouts: list[Rollout], samples: int) -> dict[str, float]:
@@ -68,7 +69,8 @@ class EvaluateRecipe:
         successes: dict[int, list[bool]] = {}
         for rollout in rollouts:
             successes.setdefault(rollout.group, []).append(rollout.reward >= threshold)
-        result = {"samples": samples, "rollouts": len(rollouts), "success": means.pop("success_frac", float("nan")), **means}
+        result = {"samples": samples, "rollouts": len(rollouts)}
+        result |= {{"success_frac": "success"}.get(name, name): value for name, value in means.items()}
         for k in (2**i for i in range(1, samples.bit_length())):
             rows = [row for row in successes.values() if len(row) >= k]  # a dropped rollout can leave fewer than k
             if rows:

@@ -26,7 +26,7 @@ from pidistill.metrics import MetricsLog, rollout_means, rollout_sums, token_mea
 from pidistill.packing import make_batch
 from pidistill.reductions import token_mean
 from pidistill.rollouts import collect_rollouts, rollout_seed
-from pidistill.rounds import ROUND_KEYS, Round, check_method, dump_rollouts
+from pidistill.rounds import ROUND_KEYS, Round, check_method, check_rewards, dump_rollouts, no_pi
 from pidistill.scoring import score
 from pidistill.training import COMMON_KEYS, Timer, Updates, cleanup, load_model, load_teacher, one_sentence_errors, start
 from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
@@ -53,7 +53,7 @@ class PiDistillRecipe:
         # Everything that can be wrong is built and looked at before weights are loaded.
         self._objective = build(cfg.objective)
         self._sampler = build(cfg.sampler)
-        self._data = load_prompts(cfg, no_pi=self._objective.no_pi)
+        self._data = load_prompts(cfg, no_pi=no_pi(cfg, self._objective))
         self._collect = functools.partial(
             collect_rollouts,
             sampler=self._sampler,
@@ -61,7 +61,8 @@ class PiDistillRecipe:
             environment=build(cfg.environment),
             max_turns=cfg.get("max_turns"),
         )
-        self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_)
+        must_match = self._round_sizes.must_match | {"rows": len(self._data.prompts)}
+        self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_, must_match=must_match)
         self._teacher = build(cfg.teacher)
         check_method(cfg, self._objective, self._sampler, self._teacher, SAMPLING_VIEW)
 
@@ -70,13 +71,14 @@ class PiDistillRecipe:
         self._updates = Updates(cfg, self._run, self._model)
         progress = self._checkpoints.restore(self._model, self._updates, self._teacher)
         self._step, self._round = progress["step"], progress["round"]
+        self._round_sizes.check_progress(self._step, self._round, self._max_steps)
         self._log = MetricsLog(cfg, self._run, first_step=self._step, last_step=self._max_steps, title="π-Distill")
         self._evaluate = functools.partial(
             evaluate,
             prompts=self._data.eval_prompts,
             collect=self._collect,
             run=self._run,
-            samples=int(cfg.get("eval_samples", 1)),
+            samples=int(cfg.get("eval_samples") or 1),
             success_threshold=self._data.success_threshold,
             leak_phrases=self._data.leak_phrases,
         )
@@ -166,7 +168,7 @@ class PiDistillRecipe:
         total_loss = self._run.sum(total_loss)
         with self._timer.phase("update"):
             dump = functools.partial(dump_rollouts, [rollout for rollout, _ in kept])
-            result = self._updates.step(total_loss, dump, self._step + 1)
+            result = self._updates.step(total_loss, tokens, dump, self._step + 1)
             if result.applied:
                 self._teacher.update(self._model)
         row = {"loss": total_loss, "grad_norm": result.grad_norm, "lr": result.lr, "policy_tokens": tokens}
@@ -194,19 +196,23 @@ class PiDistillRecipe:
         """Numbers of the round's rollouts, over all ranks; every step of the round carries them."""
         sums = rollout_sums(rollouts, self._data.success_threshold, self._data.leak_phrases)
         sums["zero_advantage_frac"] = sum(advantage.reward == 0.0 for advantage in advantages)
-        dropped = {f"dropped/{reason}": count for reason, count in (self._data.dropped | self._dropped).items()}
-        return rollout_means(self._run.sums(sums)) | dropped | {"rows_without_pi": self._data.rows_without_pi}
+        sums = self._run.sums(sums)
+        check_rewards(sums["_rollouts"], self._dropped)
+        dropped = {f"dropped/{reason}": count for reason, count in self._dropped.items()}
+        dropped |= {f"dropped_rows/{reason}": count for reason, count in self._data.dropped.items()}
+        return rollout_means(sums) | dropped | {"rows_without_pi": self._data.rows_without_pi}
 
     def write_metrics(self, row: dict[str, float]) -> None:
         seconds = self._timer.take()
         row |= {f"time_{phase}_s": seconds.get(phase, 0.0) for phase in ("rollout", "score", "update")}
         row["tokens_per_s"] = row["policy_tokens"] / max(sum(seconds.values()), 1e-9)
-        row["nonfinite_steps"] = self._updates.nonfinite_steps
+        row |= {"nonfinite_steps": self._updates.nonfinite_steps, "empty_steps": self._updates.empty_steps}
         self._log.write({"step": self._step, "round": self._round} | row, shown=SHOWN)
 
     def evaluate(self) -> None:
         if self._data.eval_prompts:
-            self._log.write({"step": self._step} | self._evaluate(self._model), shown=SHOWN)
+            dropped = {f"eval_dropped_rows/{reason}": count for reason, count in self._data.eval_dropped.items()}
+            self._log.write({"step": self._step} | self._evaluate(self._model) | dropped, shown=SHOWN)
 
     def write_texts(self) -> None:
         """What student and teacher each write for the same rows, side by side."""

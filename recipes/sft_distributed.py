@@ -47,7 +47,7 @@ class SFTRecipe:
 
     def setup(self, cfg: DictConfig) -> None:
         # Everything that can be wrong is built and looked at before weights are loaded.
-        self._data = load_prompts(cfg, no_pi="rl")
+        self._data = load_prompts(cfg, no_pi="rl", samples=False)
         self._demonstrations, too_long = build_demonstrations(
             self._data.prompts,
             self._data.tokenizer,
@@ -68,12 +68,12 @@ class SFTRecipe:
                 prompts=self._data.eval_prompts,
                 collect=collect,
                 run=self._run,
-                samples=int(cfg.get("eval_samples", 1)),
+                samples=int(cfg.get("eval_samples") or 1),
                 success_threshold=self._data.success_threshold,
                 leak_phrases=self._data.leak_phrases,
-                teacher_view=cfg.get("privileged") is not None,
             )
-        self._checkpoints = Checkpoints(cfg, self._run, method="sft")
+        must_match = {"batch_size": self._batch_size, "rows": len(self._demonstrations)}
+        self._checkpoints = Checkpoints(cfg, self._run, method="sft", must_match=must_match)
 
         self._model = load_model(cfg, self._run, cfg.model, self._checkpoints.load_weights(), trained=True)
         self._updates = Updates(cfg, self._run, self._model)
@@ -116,11 +116,15 @@ class SFTRecipe:
                 sums[name] = sums.get(name, 0.0) + value
         total_loss = self._run.sum(total_loss)
         with self._timer.phase("update"):
-            result = self._updates.step(total_loss, functools.partial(dump_rollouts, demonstrations), self._step + 1)
+            result = self._updates.step(total_loss, tokens, functools.partial(dump_rollouts, demonstrations), self._step + 1)
         self._step += 1
         row = {"step": self._step, "loss": total_loss, "grad_norm": result.grad_norm, "lr": result.lr}
-        row |= {"policy_tokens": tokens, "nonfinite_steps": self._updates.nonfinite_steps}
-        row |= {f"dropped/{reason}": count for reason, count in self._dropped.items()}
+        row |= {
+            "policy_tokens": tokens,
+            "nonfinite_steps": self._updates.nonfinite_steps,
+            "empty_steps": self._updates.empty_steps,
+        }
+        row |= {f"dropped_rows/{reason}": count for reason, count in self._dropped.items()}
         row |= token_means(self._run.sums(sums), tokens)
         seconds = self._timer.take()
         row |= {f"time_{phase}_s": seconds.get(phase, 0.0) for phase in ("score", "update")}
@@ -131,7 +135,8 @@ class SFTRecipe:
 
     def evaluate(self) -> None:
         if self._data.eval_prompts:
-            self._log.write({"step": self._step} | self._evaluate(self._model), shown=SHOWN)
+            dropped = {f"eval_dropped_rows/{reason}": count for reason, count in self._data.eval_dropped.items()}
+            self._log.write({"step": self._step} | self._evaluate(self._model) | dropped, shown=SHOWN)
 
     def save_checkpoint(self) -> None:
         self._checkpoints.save(self._step, self._step, self._model, self._updates, None)

@@ -1,5 +1,9 @@
 """The scorer against the whole [tokens, vocabulary] computation: values, gradients, and who gets none."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torchtune.models.qwen2 import qwen2
@@ -218,3 +222,15 @@ def test_a_trained_teacher_view_is_the_live_one_whatever_weights_are_given():
 
 def test_device_of_batches_is_the_one_asked_for():
     assert batch_of(random_rollouts(2)).targets.device == CPU
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_tokens():
+    """The bound of benchmarks/scorer_memory.py at a size that takes seconds: flat in N, and far below the dense version."""
+    script = Path(__file__).parents[1] / "benchmarks" / "scorer_memory.py"
+    sizes = ["--hidden", "64", "--vocabulary", "65536", "--chunk-tokens", "160", "--tokens", "480", "1440", "--dense"]
+    done = subprocess.run([sys.executable, str(script), *sizes], capture_output=True, text=True, check=True, timeout=300)
+    peaks = [float(line.split("peak ")[1].split()[0]) for line in done.stdout.splitlines() if "peak " in line]
+    few, many, dense_few = peaks
+    assert many < few + 0.1
+    assert many < 0.6 * dense_few

@@ -20,6 +20,7 @@ from tests.tiny_tokenizers import (
     model_folder,
     qwen_folder,
     r1_folder,
+    spaced_folder,
     torchtune_llama3,
     torchtune_qwen,
     torchtune_qwen2,
@@ -280,6 +281,42 @@ def test_a_turn_that_the_template_does_not_continue_is_refused(tmp_path):
     assert tokenizer.decode(ids) == "<|User|>c<|Assistant|><think>\n"
 
 
+def test_a_turn_with_text_behind_its_stop_token_is_refused(tmp_path):
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{{ m.name }}<|endoftext|>{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path, template)))
+    assert tokenizer.decode(tokenizer.encode_turn([user("a")], assistant("b"))) == "b<|im_end|>"
+    ids = tokenizer.encode_observations([user("a"), assistant("b")], [user("c")])
+    assert tokenizer.decode(ids).startswith("<|endoftext|><|im_start|>user")
+    with pytest.raises(InputError, match=r"writes 'look' after <\|im_end\|> within one assistant turn"):
+        tokenizer.encode_turn([user("a")], assistant("b", name="look"))
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+@pytest.mark.parametrize("answer", ["he llo", "", "a\n\nb", "x</s>y"])
+def test_tokenizers_that_put_a_space_first_keep_the_laws(tmp_path, scheme, answer):
+    """SentencePiece-like vocabularies write a space before a text that stands alone; a turn does not stand alone."""
+    folder = spaced_folder(tmp_path, scheme)
+    tokenizer = HFChatTokenizer(str(folder))
+    messages = [user("hello")]
+    ids, history = grown(tokenizer, messages, [(assistant(answer), [user("b a")])])
+    assert ids == tokenizer.encode_prompt(history)
+    assert tokenizer.encode_prompt(messages) == reference_ids(folder, messages)
+    assert answer in tokenizer.decode(ids)
+    if "</s>" not in answer:
+        assert ids == reference_ids(folder, history)
+
+
+def test_a_missing_content_is_not_written_as_none(tmp_path):
+    folder = qwen_folder(
+        tmp_path, "{% for m in messages %}{{ m.content }}{% if m.content is defined %}!{% endif %}{% endfor %}"
+    )
+    messages = [user("a"), call(user_id="q")]
+    tokenizer = HFChatTokenizer(str(folder))
+    assert tokenizer.decode(tokenizer.encode_prompt(messages)) == "a!"
+    assert tokenizer.encode_prompt(messages) == reference_ids(folder, messages)
+
+
 def test_observations_follow_an_assistant_turn(folders):
     with pytest.raises(InputError, match="history does not end with one"):
         HFChatTokenizer(str(folders["llama3"])).encode_observations([user("a")], [user("b")])
@@ -310,6 +347,14 @@ def test_default_system_written_out_gives_the_same_prompt(folders, family, tools
     if expected is not None:
         explicit = tokenizer.encode_prompt([system(expected), user("a")], tools)
         assert explicit == tokenizer.encode_prompt([user("a")], tools)
+
+
+def test_a_default_that_reads_otherwise_when_written_out_is_none(tmp_path):
+    template = (
+        "{% set own = messages[0].role == 'system' %}{{ messages[0].content | trim if own else 'Be nice. ' }}<|im_end|>"
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    assert HFChatTokenizer(str(qwen_folder(tmp_path, template))).default_system() is None
 
 
 def test_a_template_without_a_system_role_has_no_default(tmp_path):

@@ -3,6 +3,7 @@
 import base64
 import functools
 import json
+import string
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -236,6 +237,27 @@ def r1_folder(path: Path) -> Path:
     return model_folder(
         path, R1, ["<|begin|>", "<|end|>"], ["<|User|>", "<|Assistant|>", "<think>"], eos="<|end|>", bos="<|begin|>"
     )
+
+
+def spaced_folder(path: Path, scheme: str) -> Path:
+    """Like Llama 2: spaces are part of the words, and one is put before a text's first word (scheme "first") or before the
+    first word after every special token ("always")."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>"], initial_alphabet=list(string.printable), show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    return path
 
 
 def torchtune_qwen(path: Path, version=Qwen2_5Tokenizer, max_seq_len=None, prompt_template=None):

@@ -60,7 +60,8 @@ def demonstration(
     if max_seq_len is not None and length > max_seq_len:
         raise TooLong(
             f"{example.id}: prompt ({len(prompts.student):,} tokens) plus completion ({len(completion):,}) exceeds max_seq_len "
-            f"{max_seq_len:,} by {length - max_seq_len:,}; raise tokenizer.max_seq_len and the model's, or set `on_overflow: drop`"
+            f"{max_seq_len:,} by {length - max_seq_len:,}; raise tokenizer.max_seq_len and the model's, or set "
+            "`on_overflow: drop`"
         )
     return Rollout(
         example=example,

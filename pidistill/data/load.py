@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig
 
 from pidistill.config import build
-from pidistill.data.prompts import build_prompts
+from pidistill.data.prompts import Prompts, build_prompts
 from pidistill.errors import InputError
 from pidistill.privileged import PrivilegedPrompt
 from pidistill.tokenizers import ChatTokenizer, as_chat_tokenizer
@@ -20,6 +20,7 @@ class RecipeData:
 
     Attributes:
         dropped: training rows left out, by reason.
+        eval_dropped: evaluation rows left out, by reason.
         rows_without_pi: training rows without privileged information, kept or not.
         leak_phrases: what counts as giving the privileged information away.
         success_threshold: the reward from which a rollout counts as a success.
@@ -30,14 +31,17 @@ class RecipeData:
     prompts: list[tuple[Example, PromptPair]]
     eval_prompts: list[tuple[Example, PromptPair]]
     dropped: dict[str, int]
+    eval_dropped: dict[str, int]
     rows_without_pi: int
     leak_phrases: Sequence[str]
     success_threshold: float
     max_seq_len: int
 
 
-def load_prompts(cfg: DictConfig, *, no_pi: str) -> RecipeData:
+def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True) -> RecipeData:
     """Build tokenizer, datasets and prompts of `dataset` and `eval_dataset`.
+
+    ``samples``: completions of the training rows are sampled, so that a prompt must leave room for `sampler.max_new_tokens`.
 
     Raises:
         InputError: whatever is wrong with rows, lengths or vocabularies; nothing large has been loaded by then.
@@ -45,17 +49,20 @@ def load_prompts(cfg: DictConfig, *, no_pi: str) -> RecipeData:
     tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
     max_seq_len = _check_models(cfg, tokenizer)
     privileged = build(cfg.privileged) if cfg.get("privileged") else PrivilegedPrompt()
-    max_new_tokens = int(cfg.sampler.max_new_tokens) if cfg.get("sampler") else 0
-    limits = {"max_new_tokens": max_new_tokens, "on_overflow": cfg.get("on_overflow"), "max_seq_len": max_seq_len}
-    train = build_prompts(build(cfg.dataset), tokenizer, privileged, no_pi=no_pi, **limits)
-    evaluation = []
+    room = int(cfg.sampler.max_new_tokens) if cfg.get("sampler") else 0
+    limits = {"on_overflow": cfg.get("on_overflow"), "max_seq_len": max_seq_len}
+    train = build_prompts(
+        build(cfg.dataset), tokenizer, privileged, no_pi=no_pi, max_new_tokens=room if samples else 0, **limits
+    )
+    evaluation = Prompts([], {}, 0)
     if cfg.get("eval_dataset"):
-        evaluation = build_prompts(build(cfg.eval_dataset), tokenizer, privileged, no_pi="rl", **limits).prompts
+        evaluation = build_prompts(build(cfg.eval_dataset), tokenizer, privileged, no_pi="rl", max_new_tokens=room, **limits)
     return RecipeData(
         tokenizer=tokenizer,
         prompts=train.prompts,
-        eval_prompts=evaluation,
+        eval_prompts=evaluation.prompts,
         dropped=train.dropped,
+        eval_dropped=evaluation.dropped,
         rows_without_pi=train.rows_without_pi,
         leak_phrases=list(privileged.leak_phrases),
         success_threshold=float(cfg.get("eval_success_threshold", 1.0)),

@@ -107,6 +107,8 @@ class SamplingKL:
             raise InputError(f"objective.kl_mode={self.mode} is unknown; choose one of {', '.join(KL_MODES)}")
         if not 0.0 <= self.gamma <= 1.0:
             raise InputError(f"objective.kl_gamma={self.gamma} is outside [0, 1]")
+        if self.gamma != 1.0 and self.mode != "loss_rb_complete":
+            raise InputError(f"objective.kl_gamma={self.gamma} needs kl_mode=loss_rb_complete, not {self.mode}")
         if self.reward_scale not in ("sum", "token_mean"):
             raise InputError(f"objective.kl_reward_scale={self.reward_scale} is unknown; choose sum or token_mean")
         if self.reward_scale == "token_mean" and self.mode != "reward_rb":
@@ -145,12 +147,14 @@ class SamplingKL:
             return 0.5 * self._log_ratio(scores) ** 2
         return scores.divergences[self.divergence(self.policy)]
 
-    def advantages(self, rollouts: Sequence[Rollout], beta: float, advantage: str) -> list[list[float]] | None:
+    def advantages(self, rollouts: Sequence[Rollout], beta: float, advantage: str, no_pi: str) -> list[list[float]] | None:
         """Per policy token, what this term adds to the reward's advantage for P; None where it adds nothing."""
         if not self.needs_behaviour:
             return None
-        # Rows without privileged information are plain RL: their distillation weight is 0.
-        kls = [_fp32(r.behaviour_kl_nats) if r.prompts.has_privileged else _fp32([0.0] * r.policy_tokens) for r in rollouts]
+        kls = [
+            _fp32(r.behaviour_kl_nats if r.prompts.has_privileged or no_pi == "distill" else [0.0] * r.policy_tokens)
+            for r in rollouts
+        ]
         groups = [r.group for r in rollouts]
         if self.mode == "loss_rb_complete":
             to_go = complete_kl_advantages(kls, groups, self.gamma)
@@ -168,6 +172,12 @@ class SamplingKL:
         return scores.student_logprobs - scores.teacher_logprobs.detach()
 
 
+def distill_weight(no_pi: str, batch: Batch) -> Float[Tensor, " N"]:
+    """1 where the KL term counts: on rows with privileged information, and on all of them with `no_pi: distill`."""
+    ones = torch.ones_like(batch.has_privileged, dtype=torch.float32)
+    return ones if no_pi == "distill" else ones * batch.has_privileged
+
+
 def _fp32(values: Sequence[float]) -> Float[Tensor, " T"]:
     return torch.tensor(values, dtype=torch.float32)
 
@@ -182,14 +192,22 @@ def group_advantages(name: str, rewards: Sequence[float], groups: Sequence[int])
 
 
 def rollout_advantages(
-    rollouts: Sequence[Rollout], advantage: str, drop_zero_advantage: str | bool, kl: list[list[float]] | None
+    rollouts: Sequence[Rollout],
+    advantage: str,
+    drop_zero_advantage: str | bool,
+    kl: list[list[float]] | None = None,
+    *,
+    kl_in_reward: bool = False,
 ) -> list[RolloutAdvantage]:
-    """Group-relative advantages of a round of whole groups; what "zero" drops is judged on the reward without KL."""
+    """Group-relative advantages of a round of whole groups; what "zero" drops is judged on the reward without KL.
+
+    "policy_gradient" takes a KL that is part of the reward along; one that is a loss, its future term included, stays.
+    """
     rewards = group_advantages(advantage, [r.reward for r in rollouts], [r.group for r in rollouts])
     result = []
     for i, reward in enumerate(rewards):
         own_kl = kl[i] if kl is not None else None
-        if reward == 0.0 and drop_zero_advantage == "policy_gradient" and own_kl is not None:
+        if reward == 0.0 and drop_zero_advantage == "policy_gradient" and kl_in_reward:
             own_kl = [0.0] * len(own_kl)
         result.append(RolloutAdvantage(reward, own_kl, keep=not (reward == 0.0 and drop_zero_advantage == "row")))
     return result
@@ -220,7 +238,11 @@ def check_clip(clip_low: float, clip_high: float, dual_clip: float | None) -> No
         raise InputError(f"objective.dual_clip={dual_clip} must be above 1, or null for none")
 
 
-def check_topr(low: float, high: float, level: str) -> None:
+def check_topr(low: float, high: float, level: str, used: bool) -> None:
     check_choice("topr_level", level, ("token", "sequence"))
+    if not used and (low, high, level) != (0.0, 1.0, "token"):
+        raise InputError(
+            "objective.topr_low, topr_high and topr_level are read with student_term=topr only; set it, or leave them"
+        )
     if not 0.0 <= low <= high:
         raise InputError(f"objective.topr_low={low} and objective.topr_high={high} must satisfy 0 <= topr_low <= topr_high")

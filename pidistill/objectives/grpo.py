@@ -61,7 +61,7 @@ class GRPO:
         raise NotImplementedError("GRPO has no KL term")
 
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
-        return rollout_advantages(rollouts, self.advantage, self.drop_zero_advantage, None)
+        return rollout_advantages(rollouts, self.advantage, self.drop_zero_advantage)
 
     def coefficients(self, step: int) -> dict[str, float]:
         return {}

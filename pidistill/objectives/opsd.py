@@ -11,16 +11,17 @@ the roles of the views exchanged.
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pidistill.errors import InputError
 from pidistill.objectives.base import (
     BOTH_KLS,
     Number,
     SamplingKL,
     check_choice,
     check_clip,
+    distill_weight,
     rollout_advantages,
 )
 from pidistill.policy_gradient import ppo_clip_loss
@@ -35,7 +36,8 @@ class OPSD:
         beta: weight of the KL in nats summed over the sequence, or ``{start, end, steps}``. The paper uses 0.5.
         kl_mode, kl_gamma, kl_reward_scale: how the KL is estimated; see ``objectives.base.KL_MODES``.
         reward_weight: weight of the policy-gradient term; 0 is distillation without a reward.
-        clip_low, clip_high, dual_clip, advantage, drop_zero_advantage, no_pi: as in π-Distill.
+        clip_low, clip_high, dual_clip, advantage, drop_zero_advantage: as in π-Distill.
+        no_pi: as in π-Distill; null is "rl", or "drop" where reward_weight is 0 (nothing is left to learn from such a row).
     """
 
     uses_teacher = True
@@ -46,23 +48,30 @@ class OPSD:
         kl_mode: str = "loss_rb",
         kl_gamma: float = 1.0,
         kl_reward_scale: str = "sum",
-        reward_weight: float = 1.0,
+        reward_weight: Number = 1.0,
         clip_low: float = 0.8,
         clip_high: float = 1.2,
         dual_clip: float | None = None,
         advantage: str = "group_mean",
         drop_zero_advantage: str | bool = False,
-        no_pi: str = "rl",
+        no_pi: str | None = None,
     ) -> None:
         check_choice("advantage", advantage, ("group_mean", "leave_one_out", "standardised"))
         check_choice("drop_zero_advantage", drop_zero_advantage, (False, "policy_gradient", "row"))
-        check_choice("no_pi", no_pi, ("rl", "distill", "drop", "error"))
+        check_choice("no_pi", no_pi, (None, "rl", "distill", "drop", "error"))
         check_clip(clip_low, clip_high, dual_clip)
         self.beta = as_schedule("beta", beta, low=0.0, high=float("inf"))
         self.reward_weight = as_schedule("reward_weight", reward_weight, low=0.0, high=float("inf"))
         self.kl = SamplingKL("student", kl_mode, kl_gamma, kl_reward_scale)
         self.clip = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
-        self.advantage, self.drop_zero_advantage, self.no_pi = advantage, drop_zero_advantage, no_pi
+        if self.kl.in_reward and advantage == "standardised" and reward_weight != 1:
+            raise InputError(
+                f"objective.reward_weight={reward_weight} has no effect on a standardised advantage that holds the KL too; set "
+                "advantage: group_mean, or a kl_mode that is a loss"
+            )
+        reward_free = self.reward_weight.start == self.reward_weight.end == 0.0
+        self.advantage, self.drop_zero_advantage = advantage, drop_zero_advantage
+        self.no_pi = no_pi or ("drop" if reward_free else "rl")
 
     def sampling_view(self) -> ViewName:
         return "student"
@@ -77,8 +86,8 @@ class OPSD:
         return self.kl.behaviour_kl(scores)
 
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
-        kl = self.kl.advantages(rollouts, self.beta(step), self.advantage)
-        return rollout_advantages(rollouts, self.advantage, self.drop_zero_advantage, kl)
+        kl = self.kl.advantages(rollouts, self.beta(step), self.advantage, self.no_pi)
+        return rollout_advantages(rollouts, self.advantage, self.drop_zero_advantage, kl, kl_in_reward=self.kl.in_reward)
 
     def coefficients(self, step: int) -> dict[str, float]:
         return {"beta": self.beta(step), "reward_weight": self.reward_weight(step)}
@@ -94,6 +103,5 @@ class OPSD:
         loss, ratio, clipped = ppo_clip_loss(scores.student_logprobs, batch.sampled_logprobs, advantages, **self.clip)
         kl = self.kl.token_loss(scores)
         if kl is not None:
-            weight = torch.ones_like(advantages) if self.no_pi == "distill" else batch.has_privileged.to(advantages.dtype)
-            loss = loss + self.beta(step) * weight * kl
+            loss = loss + self.beta(step) * distill_weight(self.no_pi, batch) * kl
         return TokenLoss(loss, {"ratio_mean": ratio, "clip_frac": clipped})

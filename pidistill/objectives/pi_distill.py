@@ -29,6 +29,7 @@ from pidistill.objectives.base import (
     check_choice,
     check_clip,
     check_topr,
+    distill_weight,
     rollout_advantages,
 )
 from pidistill.policy_gradient import ppo_clip_loss, topr_loss
@@ -50,12 +51,13 @@ class PiDistill:
         student_kl: the student half's KL: "loss" (Eq. 3), "shared_reward" (the teacher half's advantage, KL and all, and no
             term of its own; needs a reward ``kl_mode``), "none".
         student_term: "ppo" (Eq. 3) or "topr" (arXiv 2503.14286), for the student half.
-        ratio_denominator: "behaviour" (μ, recorded at sampling) or "live_teacher" (the teacher as it is now).
+        ratio_denominator: of the student half: "behaviour" (μ, as recorded at sampling) or "live_teacher" (T as it is now).
         clip_low, clip_high: multiplicative bounds on the ratio.
         dual_clip: caps the ratio at this value where the advantage is negative.
         topr_low, topr_high, topr_level: truncation of TOPR's weight, per "token" or "sequence".
         advantage: "group_mean" (the paper's), "leave_one_out", "standardised".
-        drop_zero_advantage: False, "policy_gradient" (no RL term) or "row" (the rollout leaves every term and the token count).
+        drop_zero_advantage: False, "policy_gradient" (no RL term, and no KL where it is part of the reward) or "row" (the
+            rollout leaves every term and the token count).
         no_pi: "rl" (a row without PI trains by RL alone), "drop", "error"; "distill" only makes sense with other weights.
     """
 
@@ -88,7 +90,7 @@ class PiDistill:
         check_choice("drop_zero_advantage", drop_zero_advantage, (False, "policy_gradient", "row"))
         check_choice("no_pi", no_pi, ("rl", "distill", "drop", "error"))
         check_clip(clip_low, clip_high, dual_clip)
-        check_topr(topr_low, topr_high, topr_level)
+        check_topr(topr_low, topr_high, topr_level, used=student_term == "topr")
         self.alpha = as_schedule("alpha", alpha, low=0.0, high=1.0)
         self.beta = as_schedule("beta", beta, low=0.0, high=float("inf"))
         self.kl = SamplingKL("teacher", kl_mode, kl_gamma, kl_reward_scale)
@@ -115,8 +117,8 @@ class PiDistill:
         return self.kl.behaviour_kl(scores)
 
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
-        kl = self.kl.advantages(rollouts, self.beta(step), self.advantage)
-        return rollout_advantages(rollouts, self.advantage, self.drop_zero_advantage, kl)
+        kl = self.kl.advantages(rollouts, self.beta(step), self.advantage, self.no_pi)
+        return rollout_advantages(rollouts, self.advantage, self.drop_zero_advantage, kl, kl_in_reward=self.kl.in_reward)
 
     # ------------------------------------------------------------------------------------------------ the update
 
@@ -151,10 +153,10 @@ class PiDistill:
     def teacher_half(self, batch: Batch, scores: Scores, step: int) -> tuple[Tensor, Tensor]:
         """−J_T per token: PPO on T/μ plus, in the loss modes, β·kl(T||sg S). Gradient through T only."""
         advantages = batch.advantages if batch.kl_advantages is None else batch.advantages + batch.kl_advantages
-        loss, _, clipped = ppo_clip_loss(scores.teacher_logprobs, self._denominator(batch, scores), advantages, **self.clip)
+        loss, _, clipped = ppo_clip_loss(scores.teacher_logprobs, batch.sampled_logprobs, advantages, **self.clip)
         kl = self.kl.token_loss(scores)
         if kl is not None:
-            loss = loss + self.beta(step) * self._distill_weight(batch) * kl
+            loss = loss + self.beta(step) * distill_weight(self.no_pi, batch) * kl
         return loss, clipped
 
     def student_half(self, batch: Batch, scores: Scores, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,12 +172,8 @@ class PiDistill:
             )
             clipped = torch.zeros_like(ratio)
         if self.student_kl == "loss":
-            loss = loss + self.beta(step) * self._distill_weight(batch) * scores.divergences[STUDENT_KL]
+            loss = loss + self.beta(step) * distill_weight(self.no_pi, batch) * scores.divergences[STUDENT_KL]
         return loss, ratio, clipped
 
     def _denominator(self, batch: Batch, scores: Scores) -> Tensor:
         return batch.sampled_logprobs if self.ratio_denominator == "behaviour" else scores.teacher_logprobs.detach()
-
-    def _distill_weight(self, batch: Batch) -> Tensor:
-        """0 on rows without PI (their two prompts are one and the same), unless `no_pi: distill`."""
-        return torch.ones_like(batch.advantages) if self.no_pi == "distill" else batch.has_privileged.to(batch.advantages.dtype)

@@ -82,10 +82,16 @@ class HFChatTokenizer:
                 f"(...{prompt[-40:]!r} against ...{_divergence(prompt, conversation)!r}), so a given turn has no token ids "
                 "that the model would have sampled; change tokenizer.template_kwargs or tokenizer.chat_template"
             )
-        stops = list(self._stop_pattern.finditer(conversation, len(prompt)))
-        if not stops:
+        stop = self._stop_pattern.search(conversation, len(prompt))
+        if stop is None:
             raise self._no_stop_error()
-        return self._encode(conversation[len(prompt) : stops[-1].end()], marker, after=prompt)
+        behind = self._stop_pattern.sub("", conversation[stop.end() :]).strip()
+        if behind:
+            raise InputError(
+                f"the chat template writes {behind[:40]!r} after {stop[0]} within one assistant turn, where a model would have "
+                "stopped; split the message in the dataset, or set tokenizer.stop_tokens"
+            )
+        return self._encode(conversation[len(prompt) : stop.end()], marker, after=prompt)
 
     def encode_observations(
         self, history: Sequence[Message], observations: Sequence[Message], tools: Tools = None

@@ -209,6 +209,37 @@ def test_live_teacher_denominator_is_the_teacher_now():
     assert logits["teacher"].grad is None or not logits["teacher"].grad.any()
 
 
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_the_teacher_half_is_corrected_by_the_behaviour_policy_whatever_the_denominator(alpha):
+    """`ratio_denominator` concerns the student half; T/sg T would leave later updates of a round without correction or clip."""
+    rollouts = random_rollouts(4)
+    grads = []
+    for denominator in ("behaviour", "live_teacher"):
+        objective = PiDistill(alpha=alpha, beta=0.0, ratio_denominator=denominator)
+        batch = batch_of(rollouts, objective.advantages(rollouts, 0))
+        scores, logits = leaf_scores(batch, objective)
+        objective.token_loss(batch, scores, 0).loss.sum().backward()
+        grads.append(logits["teacher"].grad)
+    torch.testing.assert_close(grads[0], grads[1])
+    assert grads[0].any()
+
+
+def test_no_pi_distill_keeps_the_kl_in_every_mode():
+    rollouts = random_rollouts(4, with_pi=False)
+    for rollout in rollouts:
+        rollout.behaviour_kl_nats = [0.1 * (i + 1) for i in range(rollout.policy_tokens)]
+    for kl_mode in ("reward_k1", "reward_rb", "loss_rb_complete"):
+        by_policy = {n: PiDistill(kl_mode=kl_mode, no_pi=n).advantages(rollouts, 0) for n in ("rl", "distill")}
+        assert not any(any(a.kl) for a in by_policy["rl"]), kl_mode
+        assert any(any(a.kl) for a in by_policy["distill"]), kl_mode
+
+
+def test_opsd_without_a_reward_drops_rows_without_pi():
+    assert OPSD(reward_weight=0.0).no_pi == "drop"
+    assert OPSD().no_pi == "rl"
+    assert OPSD(reward_weight=0.0, no_pi="error").no_pi == "error"
+
+
 def test_shared_reward_gives_both_halves_one_advantage():
     """Algorithm 1 as printed: the student half sees the KL in the shared advantage and has no term of its own."""
     objective = PiDistill(alpha=0.0, beta=0.9, kl_mode="reward_rb", student_kl="shared_reward")
@@ -244,6 +275,8 @@ def test_drop_zero_advantage():
     assert all(a.keep for a in without)
     assert not any(without[0].kl)
     assert any(without[2].kl)
+    future = PiDistill(kl_mode="loss_rb_complete", drop_zero_advantage="policy_gradient").advantages(rollouts, 0)
+    assert any(future[0].kl)  # part of the KL loss, not of the RL term
     assert all(a.keep for a in PiDistill(kl_mode="reward_k1").advantages(rollouts, 0))
 
 
@@ -275,7 +308,9 @@ def test_schedules_move_alpha_and_beta():
         ({"student_term": "grpo"}, "is not one of ppo, topr"),
         ({"kl_reward_scale": "token_mean"}, "needs kl_mode=reward_rb"),
         ({"drop_zero_advantage": True}, "is not one of False, policy_gradient, row"),
-        ({"topr_low": 2.0}, "0 <= topr_low <= topr_high"),
+        ({"topr_low": 2.0, "student_term": "topr"}, "0 <= topr_low <= topr_high"),
+        ({"topr_low": 0.5}, "read with student_term=topr only"),
+        ({"kl_gamma": 0.5}, "needs kl_mode=loss_rb_complete"),
     ],
 )
 def test_wrong_settings_are_refused_in_one_sentence(arguments, sentence):

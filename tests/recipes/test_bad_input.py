@@ -1,6 +1,7 @@
-"""Wrong configs, data and checkpoints as a user meets them: one sentence that says what to change, before weights are loaded."""
+"""Wrong configs, data and checkpoints as a user meets them: one sentence that says what to change, before any weights."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from omegaconf import DictConfig
 
 from pidistill.errors import InputError
 from tests.recipes.runs import (
+    MODEL,
+    RECIPES,
     assert_same_tensors,
     metrics,
     recipe_module,
@@ -23,6 +26,13 @@ LLAMA = "torchtune.models.llama3.llama3"
 HF = "torchtune.training.FullModelHFCheckpointer"
 CHAT = "pidistill.data.chat_dataset"
 ASK = {"role": "user", "content": "req i1 c2 g3 1 2 3 go"}
+SIZES = {
+    "vocab_size": 85,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "max_seq_len": 96,
+    **{key.partition(".")[2]: value for key, value in MODEL.items()},
+}
 ROW = {"messages": [ASK], "privileged_messages": "[ d2 f0 ? k3 ]"}
 
 
@@ -42,7 +52,7 @@ def sentence(monkeypatch, capsys, tmp_path):
         assert "Traceback" not in printed.err + printed.out
         (said,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
         assert printed.err.splitlines()[-1] == said
-        assert sum(len(line) for line in [said]) < 700
+        assert len(said) < 700
         return said.removeprefix("error: ")
 
     return run_main
@@ -61,7 +71,6 @@ BY_COMMAND_LINE = [
     ("opsd", ["optimizer.learning_rate=1"], "optimizer.learning_rate is not an argument of torch.optim.AdamW"),
     ("opsd", ["~sampler.max_new_tokens"], "config key sampler.max_new_tokens is missing; .*TorchtuneSampler needs it"),
     ("opsd", ["lr_scheduler._component_=torch.optim.lr_scheduler.StepLR"], "lr_scheduler.num_warmup_steps is not an argument"),
-    ("opsd", ["~objective"], "config key objective is missing; this recipe needs it"),
     ("opsd", ["objective._component_=pidistill.objectives.OPDS"], "pidistill.objectives.OPDS cannot be found"),
     ("opsd", ["environment._component_=my_world.World"], "component my_world.World cannot be found .*check the dotted path"),
     # numbers
@@ -83,8 +92,9 @@ BY_COMMAND_LINE = [
     ("opsd", ["max_steps=null"], "config key max_steps is missing"),
     ("opsd", ["eval_samples=0"], "eval_samples=0 must be a whole number of at least 1"),
     ("evaluate", ["eval_samples=0"], "eval_samples=0 must be a whole number of at least 1"),
-    ("opsd", ["save_every_steps=-2"], "save_every_steps=-2 must be a whole number of at least 1"),
-    ("opsd", ["dtype=fp12"], "dtype=fp12 is not one of .*bf16"),
+    ("opsd", ["save_every_steps=-2"], "save_every_steps=-2 must be a whole number of at least 0"),
+    ("opsd", ["clip_grad_norm=-1"], "clip_grad_norm=-1 must be a number above 0, or null"),
+    ("opsd", ["dtype=fp12"], "dtype=fp12 cannot be used on cpu .*; set dtype to fp32 or bf16"),
     ("opsd", ["teacher._component_=pidistill.teachers.EMATeacher", "teacher.rate=0"], r"teacher.rate=0 is outside \(0, 1\]"),
     # options that train nothing, or something else
     ("pi_distill", ["objective.kl_mode=loss_k1"], "kl_mode=loss_k1 is refused: .* zero expected gradient"),
@@ -94,34 +104,262 @@ BY_COMMAND_LINE = [
     ("opsd", ["objective.kl_mode=loss_bb"], "objective.kl_mode=loss_bb is unknown; choose one of"),
     ("opsd", ["sampler.temperature=0"], "sampler.temperature=0 always takes the likeliest token"),
     ("pi_distill", ["sampler.temperature=0"], "sampler.temperature=0 always takes the likeliest token"),
-    ("opsd", ["objective=pidistill.objectives.PiDistill"], "PiDistill trains on what the teacher view samples, .* run pi_distill_distr"),
-    ("pi_distill", ["objective={_component_: pidistill.objectives.GRPO}"], "GRPO trains on what the student view samples, .*run opsd_dist"),
-    ("pi_distill", ["teacher_checkpointer={_component_: pidistill.checkpoints.from_scratch}"], "teacher_checkpointer.checkpoint_dir is missing"),
+    (
+        "opsd",
+        ["objective=pidistill.objectives.PiDistill"],
+        "PiDistill trains on what the teacher view samples, .* run pi_distill_distr",
+    ),
+    (
+        "pi_distill",
+        ["objective={_component_: pidistill.objectives.GRPO}"],
+        r"objective._component_ is \{.*\}, not a dotted path; .*write objective=dotted",
+    ),
+    (
+        "pi_distill",
+        ["teacher_checkpointer={_component_: pidistill.checkpoints.from_scratch}"],
+        "teacher_checkpointer.checkpoint_dir is missing",
+    ),
     # models, tokenizers, lengths
     ("opsd", ["model.vocab_size=80"], "tokenizer has 85 ids but the model's vocabulary is 80"),
     ("sft", ["model.vocab_size=80"], "tokenizer has 85 ids but the model's vocabulary is 80"),
-    ("opsd", ["sampler.max_new_tokens=90"], r"example tiny_world train row 0: teacher prompt \(question 9 \+ privileged .* exceeds "
-     "max_seq_len 96 by .*; raise `tokenizer.max_seq_len`"),
-    ("sft", ["tokenizer.max_seq_len=20", "sampler.max_new_tokens=1"], r"tiny_world train row 0: prompt \(9 tokens\) plus completion"),
+    (
+        "opsd",
+        ["sampler.max_new_tokens=90"],
+        r"example tiny_world train row 0: teacher prompt \(question 9 \+ privileged .* exceeds "
+        "max_seq_len 96 by .*; raise `tokenizer.max_seq_len`",
+    ),
+    (
+        "sft",
+        ["tokenizer.max_seq_len=20", "sampler.max_new_tokens=1"],
+        r"tiny_world train row 0: prompt \(9 tokens\) plus completion",
+    ),
     # checkpoints
     ("opsd", ["resume_from_checkpoint=True"], "resume_from_checkpoint=True but .*latest holds no training_state.pt"),
-    ("opsd", ["checkpointer.checkpoint_files=[model-1.safetensors]"], r"has no model-1.safetensors \(it holds config.json, model.saf"),
-    ("sft", ["checkpointer.checkpoint_dir=nowhere"], "checkpoint folder nowhere does not exist; check checkpointer.checkpoint_dir"),
-    ("evaluate", ["checkpointer.checkpoint_dir=runs/tiny/base/latest"], "runs/tiny/base/latest does not exist; run `make base` first"),
-]  # fmt: skip
+    (
+        "opsd",
+        ["checkpointer.checkpoint_files=[model-1.safetensors]"],
+        r"has no model-1.safetensors \(it holds config.json, model.saf",
+    ),
+    (
+        "sft",
+        ["checkpointer.checkpoint_dir=nowhere"],
+        "checkpoint folder nowhere does not exist; check checkpointer.checkpoint_dir",
+    ),
+    (
+        "evaluate",
+        ["checkpointer.checkpoint_dir=runs/tiny/base/latest"],
+        "runs/tiny/base/latest does not exist; run `make base`",
+    ),
+]
 if not torch.cuda.is_available():
     BY_COMMAND_LINE.append(("opsd", ["device=cuda"], "device is cuda, which this machine does not show"))
 
 
-@pytest.mark.parametrize(("name", "overrides", "expected"), BY_COMMAND_LINE, ids=lambda value: " ".join(value) if isinstance(value, list) else None)
+def case_name(value):
+    return " ".join(value) if isinstance(value, list) else value if isinstance(value, str) and value in RECIPES else ""
+
+
+@pytest.mark.parametrize(("name", "overrides", "expected"), BY_COMMAND_LINE, ids=case_name)
 def test_command_line(name, overrides, expected, sentence, tiny_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = sentence(name, small_config(name, tiny_base, tmp_path / "run"), *overrides)
-    assert matches(expected, said)
-
-
-def matches(expected: str, said: str) -> bool:
-    import re
-
     assert re.search(expected, said), said
-    return True
+
+
+BY_FILE = [
+    ("opsd", {"objective": None}, "config key objective is missing; this recipe needs it"),
+    (
+        "pi_distill",
+        {"objective": {"_component_": "pidistill.objectives.GRPO"}},
+        "GRPO trains on what the student .* run opsd_distributed",
+    ),
+    (
+        "opsd",
+        {
+            "environment": {
+                "_component_": "pidistill.envs.SingleTurn",
+                "reward": {"_component_": "pidistill.rewards.ExactMatch", "case_fold": True},
+            }
+        },
+        "environment.reward.case_fold is not an argument .*did you mean casefold",
+    ),
+    (
+        "opsd",
+        {"environment": {"_component_": "pidistill.envs.SingleTurn"}},
+        "environment.reward is missing; pidistill.envs.SingleTurn needs it",
+    ),
+    (
+        "opsd",
+        {"teacher": {"_component_": "pidistill.teachers.LiveTeacher"}, "teacher_model": {"_component_": LLAMA, **SIZES}},
+        "teacher_model is read by nothing while the trained model is the teacher",
+    ),
+    (
+        "opsd",
+        {"teacher_model": {"_component_": LLAMA, **SIZES, "vocab_size": 90}},
+        "teacher's vocabulary is 90 and the student's 85",
+    ),
+    (
+        "opsd",
+        {
+            "teacher_checkpointer": {
+                "_component_": HF,
+                "checkpoint_dir": "gone",
+                "checkpoint_files": ["a"],
+                "model_type": "LLAMA3",
+            }
+        },
+        "checkpoint folder gone does not exist; check teacher_checkpointer.checkpoint_dir",
+    ),
+    (
+        "opsd",
+        {"teacher_checkpointer": {"_component_": HF, "checkpoint_dir": "gone", "checkpoint_files": ["a"]}},
+        "teacher_checkpointer.model_type is missing",
+    ),
+    ("sft", {"dataset__completion": None}, "tiny_world train row 0 has no assistant turn to learn from"),
+    (
+        "pi_distill",
+        {"objective__no_pi": "error", "dataset__privileged": "none"},
+        "tiny_world train row 0 has no privileged information",
+    ),
+    (
+        "pi_distill",
+        {"objective__no_pi": "drop", "privileged__control": "none"},
+        "none of the 512 rows has privileged information",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "expected"), BY_FILE, ids=case_name)
+def test_config_file(name, changes, expected, sentence, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = sentence(name, small_config(name, tiny_base, tmp_path / "run", **changes))
+    assert re.search(expected, said), said
+
+
+# ------------------------------------------------------------------------------------------- rows
+
+
+def write_rows(path: Path, rows: list) -> dict:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"_component_": CHAT, "source": str(path)}
+
+
+def with_messages(messages) -> list:
+    """Three rows, the last one with these messages."""
+    return [ROW, ROW, ROW | {"messages": messages}]
+
+
+MALFORMED = [
+    (with_messages([]), "rows.jsonl row 2: messages is empty"),
+    (with_messages([{"content": "req"}]), r"rows.jsonl row 2: messages\[0\] has no 'role'"),
+    (with_messages([ASK, {"role": "robot", "content": "x"}]), r"rows.jsonl row 2: messages\[1\] has the unknown role 'robot'"),
+    (with_messages([{"role": "user"}]), r"rows.jsonl row 2: messages\[0\] has no 'content'"),
+    (
+        with_messages([ASK, {"role": "assistant", "content": "act"}]),
+        "rows.jsonl row 2: messages ends with an assistant message",
+    ),
+    (with_messages(None), "rows.jsonl row 2 has no value in 'messages'"),
+    ([{**ROW, "messages": [["user", "req"]]}], r"rows.jsonl row 0: messages\[0\] is a list, not a message"),
+    (
+        [{"prompt": [ASK], "privileged_messages": "[ ]"}],
+        r"rows.jsonl has no column 'messages' with values \(it has: prompt, priv",
+    ),
+    (
+        [{"messages": [ASK]}],
+        r"rows.jsonl has no column 'privileged_messages' with values .*set dataset.privileged_key, or null",
+    ),
+    ([ROW | {"privileged_messages": None}] * 2, "rows.jsonl has no column 'privileged_messages' with values"),
+    ([], "rows.jsonl (has no rows|cannot be loaded)"),
+    ([ROW, ROW | {"messages": [{"role": "user", "content": "a word unknown"}]}], "the word 'a' is not among the 85 words"),
+]
+
+
+@pytest.mark.parametrize(("rows", "expected"), MALFORMED, ids=lambda value: None if isinstance(value, list) else value[:60])
+@pytest.mark.parametrize("name", ["opsd", "pi_distill"])
+def test_rows(name, rows, expected, sentence, tiny_base, tmp_path):
+    dataset = write_rows(tmp_path / "rows.jsonl", rows)
+    said = sentence(name, small_config(name, tiny_base, tmp_path / "run", dataset=dataset))
+    assert re.search(expected, said), said
+
+
+def test_a_file_that_is_not_json(sentence, tiny_base, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"messages": [\n')
+    dataset = {"_component_": CHAT, "source": str(tmp_path / "rows.jsonl")}
+    said = sentence("opsd", small_config("opsd", tiny_base, tmp_path / "run", dataset=dataset))
+    assert re.search("rows.jsonl cannot be loaded .*; check the file", said), said
+
+
+@pytest.mark.parametrize("name", ["opsd", "pi_distill"])
+def test_some_rows_without_privileged_information_are_fine(name, tiny_base, tmp_path):
+    dataset = write_rows(tmp_path / "rows.jsonl", [ROW, ROW | {"privileged_messages": None}, ROW])
+    run(name, small_config(name, tiny_base, tmp_path / "run", dataset=dataset, max_steps=2))
+    assert [row["rows_without_pi"] for row in metrics(tmp_path / "run")] == [1, 1]
+
+
+def test_rows_that_are_too_long_are_dropped_and_counted_on_request(tiny_base, tmp_path):
+    long = ROW | {"messages": [{"role": "user", "content": "req " * 90}]}
+    dataset = write_rows(tmp_path / "rows.jsonl", [ROW, long, ROW])
+    run("opsd", small_config("opsd", tiny_base, tmp_path / "run", dataset=dataset, max_steps=1, privileged__on_overflow="drop"))
+    (row,) = metrics(tmp_path / "run")
+    assert row["dropped_rows/prompt_too_long"] == 1
+
+
+# ------------------------------------------------------------------------------------------- while a run goes on
+
+
+@pytest.mark.parametrize(("fail", "reason"), [("raise", "reward_error"), ("nan", "reward_not_finite")])
+@pytest.mark.parametrize("name", ["rl", "pi_distill"])
+def test_a_rollout_whose_reward_fails_is_dropped_and_counted(name, fail, reason, tiny_base, tmp_path):
+    changes = {"environment__fail": fail, "environment__fail_episodes": [1], "max_steps": 3}
+    recipe = run(name, small_config(name, tiny_base, tmp_path, **changes))
+    rows = metrics(tmp_path)
+    other = {"reward_error", "reward_not_finite"} - {reason}
+    assert [row[f"dropped/{reason}"] for row in rows] == [1, 0, 0]
+    assert all(row[f"dropped/{name}"] == 0 for row in rows for name in other)
+    assert [round(row["policy_tokens"] / row["completion_tokens_mean"]) for row in rows] == [5, 6, 6]
+    assert all("loss" in row for row in rows) and any(row["grad_norm"] > 0 for row in rows)
+    assert all(torch.isfinite(parameter).all() for parameter in recipe._model.parameters())
+
+
+def test_a_round_in_which_every_reward_fails_ends_the_run_with_a_sentence(tiny_base, tmp_path):
+    changes = {"environment__fail": "nan", "environment__fail_episodes": list(range(6, 12)), "max_steps": 3}
+    with pytest.raises(InputError, match=r"no rollout of the round has a reward \(reward_not_finite 6\)"):
+        run("opsd", small_config("opsd", tiny_base, tmp_path, **changes))
+    assert [row["step"] for row in metrics(tmp_path)] == [1]
+
+
+def poisoned(steps, **changes):
+    return {"objective": {"_component_": "tests.recipes.worlds.PoisonedGRPO", "steps": steps}, "save_every_steps": 1} | changes
+
+
+def test_a_step_whose_loss_is_not_finite_is_skipped_counted_and_dumped(tiny_base, tmp_path):
+    run("rl", small_config("rl", tiny_base, tmp_path, **poisoned([1, 3], max_steps=4)))
+    rows = metrics(tmp_path)
+    assert [row["nonfinite_steps"] for row in rows] == [0, 1, 1, 2]
+    assert ["loss" in row for row in rows] == [True, False, True, False]
+    saved = [weights(tmp_path, f"step_{step}") for step in (1, 2, 3, 4)]
+    assert_same_tensors(saved[0], saved[1])
+    assert not torch.equal(saved[1]["lm_head.weight"], saved[2]["lm_head.weight"])
+    assert_same_tensors(saved[2], saved[3])
+    dumps = sorted(tmp_path.glob("nonfinite_step_*"))
+    assert [path.name for path in dumps] == ["nonfinite_step_2_rank_0.jsonl", "nonfinite_step_4_rank_0.jsonl"]
+    rollouts = [json.loads(line) for line in dumps[0].read_text().splitlines()]
+    assert len(rollouts) == 6 and {rollout["group"] for rollout in rollouts} == {0, 1}
+    assert all(len(r["completion"]) == len(r["policy_mask"]) == len(r["sampled_logprobs"]) for r in rollouts)
+    assert sum(sum(rollout["policy_mask"]) for rollout in rollouts) == rows[1]["policy_tokens"]
+
+
+def test_too_many_steps_in_a_row_end_the_run_with_a_sentence(tiny_base, tmp_path):
+    cfg = small_config("rl", tiny_base, tmp_path, **poisoned([0, 2, 3, 4], max_steps=9, max_nonfinite_steps=3))
+    with pytest.raises(InputError, match=r"3 steps in a row had a loss or gradient that is not finite .*lower optimizer.lr"):
+        run("rl", cfg)
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4]
+    assert len(list(tmp_path.glob("nonfinite_step_*"))) == 4
+
+
+def test_steps_in_a_row_are_counted_across_a_resume(tiny_base, tmp_path):
+    changes = poisoned([1, 2, 3], max_nonfinite_steps=3)
+    run("rl", small_config("rl", tiny_base, tmp_path, **changes, max_steps=3))
+    resumed = small_config("rl", tiny_base, tmp_path, **changes, max_steps=5, resume_from_checkpoint=True)
+    with pytest.raises(InputError, match="3 steps in a row"):
+        run("rl", resumed)
