@@ -214,7 +214,9 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
     if node is None or "checkpoint_dir" not in node or "checkpoint_files" not in node:
         return
     folder = Path(node.checkpoint_dir)
-    hint = "run `make base` (or `pidistill run sft_distributed --config tiny/base`) first" if "tiny/base" in folder.as_posix() else f"check {key}.checkpoint_dir"
+    hint = f"check {key}.checkpoint_dir"
+    if "tiny/base" in folder.as_posix():
+        hint = "run `make base` (or `pidistill run sft_distributed --config tiny/base`) first"
     if not folder.is_dir():
         raise InputError(f"checkpoint folder {folder} does not exist; {hint}")
     files = node.checkpoint_files

@@ -166,6 +166,13 @@ def test_command_line(name, overrides, expected, sentence, tiny_base, tmp_path, 
     assert re.search(expected, said), said
 
 
+SCRATCH = {
+    "_component_": "pidistill.checkpoints.from_scratch",
+    "checkpoint_dir": "scratch",
+    "model": {},
+    "hf_config": {},
+    "model_type": "LLAMA3",
+}
 BY_FILE = [
     ("opsd", {"objective": None}, "config key objective is missing; this recipe needs it"),
     (
@@ -188,10 +195,16 @@ BY_FILE = [
         {"environment": {"_component_": "pidistill.envs.SingleTurn"}},
         "environment.reward is missing; pidistill.envs.SingleTurn needs it",
     ),
+    ("opsd", {"teacher_model": {"_component_": LLAMA, **SIZES}}, "teacher_model needs a teacher_checkpointer"),
     (
         "opsd",
-        {"teacher": {"_component_": "pidistill.teachers.LiveTeacher"}, "teacher_model": {"_component_": LLAMA, **SIZES}},
-        "teacher_model is read by nothing while the trained model is the teacher",
+        {"teacher": {"_component_": "pidistill.teachers.LiveTeacher"}, "teacher_checkpointer": SCRATCH},
+        "teacher_checkpointer is read by nothing while the trained model is the teacher",
+    ),
+    (
+        "opsd",
+        {"teacher": {"_component_": "pidistill.teachers.EMATeacher"}, "teacher_checkpointer": SCRATCH},
+        "an EMA teacher averages the student's own weights; remove teacher_model and teacher_checkpointer",
     ),
     (
         "opsd",
