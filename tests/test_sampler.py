@@ -21,7 +21,8 @@ from torchtune.modules.common_utils import local_kv_cache
 
 from pidistill.errors import InputError
 from pidistill.rollouts import TorchtuneSampler, gathered_parameters
-from pidistill.rollouts.torchtune_sampler import _parameter_groups, attention_mask, inverse_cdf, sampling_logprobs
+from pidistill.rollouts.decoding import _parameter_groups, attention_mask
+from pidistill.rollouts.distribution import inverse_cdf, sampling_logprobs
 from pidistill.testing import TINY_SIZES, perturb_weights
 
 VOCAB = 40

@@ -2,7 +2,8 @@
 
 from pidistill.rollouts.base import OnTurnEnd, Sample, Sampler
 from pidistill.rollouts.collect import CollectResult, collect_rollouts, rollout_seed
-from pidistill.rollouts.torchtune_sampler import TorchtuneSampler, gathered_parameters
+from pidistill.rollouts.decoding import gathered_parameters
+from pidistill.rollouts.torchtune_sampler import TorchtuneSampler
 
 __all__ = [
     "CollectResult",

@@ -8,19 +8,19 @@ A batch is a rectangle: prompts are padded on the left, and every row advances b
 A row that waits for the end of a forced observation reads it while the other rows sample.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Int
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from jaxtyping import Float, Int
+from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
 from pidistill.rollouts.base import OnTurnEnd, Sample
+from pidistill.rollouts.decoding import Context, decoding, evaluating, gathered_parameters
+from pidistill.rollouts.distribution import inverse_cdf, sampling_logprobs
 
 # Copying the caches of the rows that go on costs about one step of attention; the finished rows cost that in every step.
 _COMPACT_AT_FRAC = 0.25
@@ -95,7 +95,7 @@ class TorchtuneSampler:
         rows = [_Row(r, r // group_size, seed) for r, seed in enumerate(seeds)]
         size = self.max_batch_size or max(len(rows), 1)
         # Not inference_mode: parameters gathered in it could not be trained afterwards.
-        with torch.no_grad(), gathered_parameters(model), _evaluating(model):
+        with torch.no_grad(), gathered_parameters(model), evaluating(model):
             for start in range(0, len(rows), size):
                 _sample_rows(model, prompts, rows[start : start + size], request)
         return [row.sample for row in rows]
@@ -166,7 +166,7 @@ def _sample_rows(model: TransformerDecoder, prompts: Sequence[Sequence[int]], ro
     for row in rows:
         row.draw_uniforms(request.max_new_tokens)
     longest = max(len(prompts[p]) for p in used)
-    with _decoding(model, longest + request.max_new_tokens) as context:
+    with decoding(model, longest + request.max_new_tokens) as context:
         # Each prompt is read once, whatever the size of its group.
         logits = context.read_prompts([prompts[p] for p in used], request.pad_id)
         slots = context.tensor([slot_of[row.prompt] for row in rows])
@@ -180,7 +180,7 @@ def _sample_rows(model: TransformerDecoder, prompts: Sequence[Sequence[int]], ro
             _draw(context.read(tokens, due), [rows[b] for b in due], request)
 
 
-def _without_finished(rows: list[_Row], context: "_Context") -> list[_Row]:
+def _without_finished(rows: list[_Row], context: Context) -> list[_Row]:
     """The rows that go on, once enough have finished to be worth the copy; until then the finished ones read padding."""
     going_on = [b for b, row in enumerate(rows) if not row.finished]
     if len(rows) - len(going_on) < max(1, _COMPACT_AT_FRAC * len(rows)):
@@ -230,203 +230,6 @@ def _end_turn(row: _Row, request: _Request) -> None:
     row.turn_start = len(row.sample.tokens)
 
 
-# ---------------------------------------------------------------------------------------------- the distribution
-
-
-def sampling_logprobs(
-    logits: Float[Tensor, "B V"], temperature: float, top_k: int | None = None, top_p: float | None = None
-) -> Float[Tensor, "B V"]:
-    """Log of the distribution that tokens are drawn from: log_softmax(logits / temperature), truncated and renormalised.
-
-    As in Hugging Face's `generate`: temperature first, then top-k, then top-p on what top-k left. Dropped tokens are -inf.
-    A token is outside top-p where the tokens before it, in order of probability, already reach ``top_p``.
-    """
-    logprobs = torch.log_softmax(logits / temperature, dim=-1)
-    truncated = logprobs
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = truncated.topk(top_k, dim=-1).values[:, -1:]
-        truncated = truncated.masked_fill(truncated < kth, -torch.inf)
-    if top_p is not None and top_p < 1.0:
-        ordered, order = truncated.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        outside = ordered.cumsum(dim=-1) - ordered >= top_p
-        truncated = truncated.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -torch.inf)
-    return logprobs if truncated is logprobs else torch.log_softmax(truncated, dim=-1)
-
-
-def inverse_cdf(logprobs: Float[Tensor, "B V"], uniforms: Float64[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """The first token at which the cumulative probability, in id order and float64, exceeds the uniform of [0, 1).
-
-    A token of probability 0 adds nothing to the sum, so it is never the first to exceed anything.
-    """
-    probs = logprobs.double().exp()
-    cdf = probs.cumsum(dim=-1)
-    # The sum is 1 up to rounding: scaling, and staying below it, keeps the last token that has probability reachable.
-    total = cdf[:, -1]
-    target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    ids = torch.searchsorted(cdf, target[:, None], right=True)[:, 0].clamp(max=logprobs.shape[-1] - 1)
-    # A GPU's parallel sum may step by a rounding error where the probability is 0.
-    impossible = probs.gather(1, ids[:, None])[:, 0] == 0
-    return torch.where(impossible, probs.argmax(dim=-1), ids)
-
-
-# ---------------------------------------------------------------------------------------------- the model while sampling
-
-
-class _GrowingKVCache(nn.Module):
-    """Keys and values of the columns read so far: what a torchtune attention module calls its ``kv_cache``.
-
-    Stock caches hand the attention their whole allocated length in every step; this one hands out what is filled.
-    A Module because torch accepts nothing else under a name that once held one (a model that `generate` has used); its tensors
-    are no buffers, so no state dict sees them.
-    """
-
-    def __init__(self, max_columns: int) -> None:
-        super().__init__()
-        self.length = 0
-        self._max_columns = max_columns
-        self._k: Tensor | None = None
-        self._v: Tensor | None = None
-
-    def update(self, k_val: Tensor, v_val: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [B, heads, s, d] and return everything so far, [B, heads, length, d]."""
-        end = self.length + k_val.shape[2]
-        if self._k is None or end > self._k.shape[2]:
-            capacity = min(self._max_columns, end + max(64, end // 4))
-            self._k, self._v = (self._grown(old, new, capacity) for old, new in ((self._k, k_val), (self._v, v_val)))
-        self._k[:, :, self.length : end] = k_val
-        self._v[:, :, self.length : end] = v_val
-        self.length = end
-        return self._k[:, :, :end], self._v[:, :, :end]
-
-    def _grown(self, old: Tensor | None, new: Tensor, capacity: int) -> Tensor:
-        grown = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
-        if old is not None:
-            grown[:, :, : self.length] = old[:, :, : self.length]
-        return grown
-
-    def select(self, rows: Int[Tensor, " B"]) -> None:
-        self._k, self._v = self._k[rows], self._v[rows]
-
-
-class _Context:
-    """What the model has read in this batch: one cache per layer, and how far each row is padded on the left."""
-
-    def __init__(self, model: TransformerDecoder, caches: list[_GrowingKVCache]) -> None:
-        self._model = model
-        self._caches = caches
-        self._device = next(model.parameters()).device
-
-    def tensor(self, values: list) -> Int[Tensor, "..."]:
-        return torch.tensor(values, dtype=torch.long, device=self._device)
-
-    def select(self, rows: Int[Tensor, " B"]) -> None:
-        """Keep the given rows, in this order; a row may be taken several times."""
-        for cache in self._caches:
-            cache.select(rows)
-        self._padding = self._padding[rows]
-
-    def read_prompts(self, prompts: list[Sequence[int]], pad_id: int) -> Float[Tensor, "B V"]:
-        """Start the batch; the logits of each prompt's next token."""
-        longest = max(len(prompt) for prompt in prompts)
-        self._padding = self.tensor([longest - len(prompt) for prompt in prompts])
-        padded = [[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        return self.read(padded, list(range(len(prompts))))
-
-    def read(self, tokens: list[list[int]], due: list[int]) -> Float[Tensor, "N V"]:
-        """Feed the next columns of every row; the fp32 logits of the next token of the rows that are ``due``."""
-        start = self._caches[0].length
-        end = start + len(tokens[0])
-        self._due = self.tensor(due)
-        positions = (torch.arange(start, end, device=self._device) - self._padding[:, None]).clamp(min=0)
-        mask = attention_mask(self._padding, start, end)
-        return self._model(self.tensor(tokens), mask=mask, input_pos=positions)[:, 0]
-
-    def unembed(self, h: Float[Tensor, "B s H"]) -> Float[Tensor, "N 1 V"]:
-        """In place of the model's own: only the last position, and only of the rows that sample now, reaches the head."""
-        return self._model.output(self._model.norm(h[self._due, -1:])).float()
-
-
-def attention_mask(padding: Int[Tensor, " B"], start: int, end: int) -> Bool[Tensor, "B s end"]:
-    """True where the queries at columns ``start`` to ``end`` may look: the row's own columns up to the query's.
-
-    A query on padding looks at itself: a softmax over nothing is NaN, and 0 · NaN would reach the other columns through the
-    cached values.
-    """
-    columns = torch.arange(end, device=padding.device)
-    queries = columns[start:, None]
-    return ((columns <= queries) & (columns >= padding[:, None, None])) | (columns == queries)
-
-
-@contextmanager
-def _decoding(model: TransformerDecoder, max_columns: int) -> Iterator[_Context]:
-    """Give the model caches and the sampler's head, and take them away again whatever happens.
-
-    Caches left behind would make every later forward without a mask attend in both directions, silently.
-    """
-    attentions = [m for m in model.modules() if hasattr(m, "kv_cache") and hasattr(m, "cache_enabled")]
-    _check_attentions(attentions, max_columns)
-    caches = [_GrowingKVCache(max_columns) for _ in attentions]
-    context = _Context(model, caches)
-    try:
-        for attention, cache in zip(attentions, caches, strict=True):
-            attention.kv_cache, attention.cache_enabled = cache, True
-        model.unembed = context.unembed  # shadows the method on this instance; torchtune stays as it is
-        yield context
-    finally:
-        for attention in attentions:
-            attention.kv_cache, attention.cache_enabled = None, False
-        model.__dict__.pop("unembed", None)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, each module's own mode restored; compiled layers run eagerly, or every new length would compile again."""
-    training = [module for module in model.modules() if module.training]
-    compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    with ExitStack() as stack:
-        if compiled:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            model.eval()
-            yield
-        finally:
-            for module in training:
-                module.training = True
-
-
-@contextmanager
-def gathered_parameters(model: nn.Module) -> Iterator[None]:
-    """Hold all parameters of an FSDP2 model in full, so that forwards inside need no communication.
-
-    Otherwise every forward is a collective, and ranks that sample different numbers of steps wait for each other for ever.
-    Entering is a collective: every rank enters, and does so between training steps. Each rank needs the memory of
-    the whole model. On leaving, also by an exception, the parameters are sharded again and each module's
-    ``reshard_after_forward`` is what it was. Does nothing for a model that is not sharded.
-    """
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    groups = [group for module in modules for group in _parameter_groups(module)]
-    resharding = [group.post_forward_mesh_info for group in groups]
-    try:
-        for module in modules:
-            module.unshard()
-            module.set_reshard_after_forward(False, recurse=False)
-        yield
-    finally:
-        # The flag has no public getter, and the public setter knows neither group sizes nor None.
-        for group, mesh in zip(groups, resharding, strict=True):
-            group.post_forward_mesh_info = mesh
-        for module in modules:
-            module.reshard()
-
-
-def _parameter_groups(module: FSDPModule) -> list:
-    state = module._get_fsdp_state()
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    group = state._fsdp_param_group  # older torch: one group or None
-    return [] if group is None else [group]
-
-
 # ---------------------------------------------------------------------------------------------- refusals
 
 
@@ -459,22 +262,6 @@ def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
             f"{what} holds id {wrong}, but the model's vocabulary has {vocab_size} ids (0 to {vocab_size - 1}); "
             "tokenizer and model are of different families: check tokenizer.path and the model's vocab_size"
         )
-
-
-def _check_attentions(attentions: list[nn.Module], max_columns: int) -> None:
-    if any(attention.kv_cache is not None for attention in attentions):
-        raise InputError(
-            "the model already has KV caches of its own (setup_caches was called); remove them with "
-            "torchtune.modules.common_utils.delete_kv_caches before sampling"
-        )
-    for attention in attentions:
-        window = getattr(attention, "sliding_window_size", None)
-        if window is not None and window < max_columns:
-            # torchtune's window is counted from the first column of the cache, which is right only while all fits in it.
-            raise InputError(
-                f"longest prompt + sampler.max_new_tokens is {max_columns} tokens, above the model's sliding window of "
-                f"{window}, where torchtune's attention is wrong with a KV cache; lower sampler.max_new_tokens"
-            )
 
 
 def _check_finite(values: Float[Tensor, " B"], rows: list[_Row]) -> None:
