@@ -59,11 +59,21 @@ class Checkpoints:
         folder = None
         if cfg.get("resume_from_checkpoint", False) and not self._killed_before_its_first():
             folder = self._newest()
-        elif run.is_main:
-            # A later resume must find neither an older run's checkpoint in this folder, nor nothing at all.
-            (run.output_dir / LATEST).unlink(missing_ok=True)
-            (run.output_dir / BEGAN).touch()
+        else:
+            self._begin()
         self._checkpointer = self._open(folder)
+
+    def _begin(self) -> None:
+        link = self.run.output_dir / LATEST
+        if Path(self._node.get("checkpoint_dir") or "").absolute() == link.absolute():
+            raise InputError(
+                f"checkpointer.checkpoint_dir={link} is the pointer that this run moves; name the step_N folder behind it, or "
+                "set another output_dir"
+            )
+        if self.run.is_main:
+            # A later resume must find neither an older run's checkpoint in this folder, nor nothing at all.
+            link.unlink(missing_ok=True)
+            (self.run.output_dir / BEGAN).touch()
 
     def _killed_before_its_first(self) -> bool:
         """True if a run began here and left no checkpoint: it starts over, and a job that always resumes needs no care."""

@@ -71,6 +71,9 @@ def check_config(cfg: DictConfig, known: Collection[str], required: Collection[s
 
 
 def _check_component(path: str, node: Any) -> None:
+    if isinstance(node, list):
+        for i, value in enumerate(node):
+            _check_component(f"{path}[{i}]", value)
     if not isinstance(node, dict):
         return
     for key, value in node.items():

@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
@@ -128,7 +130,11 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
             dist.init_process_group(training.get_distributed_backend(device.type), store=dist.HashStore(), rank=0, world_size=1)
     world_size, rank = utils.get_world_size_and_rank()
     seed = int(cfg.get("seed") or 0)
+    # The same on every rank (not torchtune's set_seed), so that a dataset that shuffles itself is the same one on all of them;
+    # rollouts have seeds of their own.
     torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     output_dir = Path(cfg.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     run = Run(device, dtype, rank, world_size, seed, output_dir)
@@ -177,9 +183,8 @@ def cleanup() -> None:
     if not dist.is_initialized():
         return
     dist.destroy_process_group()
-    if not torch.cuda.is_available():
-        # gloo's threads may outlive the interpreter and abort it (rc 134) unless they get a moment to end.
-        time.sleep(0.2)
+    # gloo's threads may outlive the interpreter and abort it (rc 134) unless they get a moment to end.
+    time.sleep(0.2)
 
 
 def one_sentence_errors(recipe_main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:

@@ -3,8 +3,10 @@
 import functools
 import gc
 import logging
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -54,10 +56,13 @@ def fast_setup():
 
 @pytest.fixture(autouse=True)
 def leave_the_process_as_it_was():
-    threads, rng, level = torch.get_num_threads(), torch.get_rng_state(), logging.root.level
+    threads, level = torch.get_num_threads(), logging.root.level
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
     torch.set_num_threads(threads)
-    torch.set_rng_state(rng)
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])
     logging.root.setLevel(level)

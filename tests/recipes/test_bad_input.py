@@ -1,7 +1,10 @@
 """Wrong configs, data and checkpoints as a user meets them: one sentence that says what to change, before any weights."""
 
+import dataclasses
+import itertools
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from pidistill.data import epoch_order
 from pidistill.errors import InputError
 from tests.recipes.runs import (
     MODEL,
@@ -242,6 +246,14 @@ BY_FILE = [
 ]
 
 
+def test_a_run_that_starts_from_the_pointer_it_moves_is_refused(sentence, tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "run" / "step_3")
+    (tmp_path / "run" / "latest").symlink_to("step_3")
+    said = sentence("opsd", small_config("opsd", tmp_path / "run" / "latest", tmp_path / "run"))
+    assert re.search("latest is the pointer that this run moves; name the step_N folder behind it", said), said
+    assert (tmp_path / "run" / "latest" / "config.json").is_file()
+
+
 @pytest.mark.parametrize(("name", "changes", "expected"), BY_FILE, ids=case_name)
 def test_config_file(name, changes, expected, sentence, tiny_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -335,7 +347,8 @@ def test_a_rollout_whose_reward_fails_is_dropped_and_counted(name, fail, reason,
 
 
 def test_a_round_in_which_every_reward_fails_ends_the_run_with_a_sentence(tiny_base, tmp_path):
-    changes = {"environment__fail": "nan", "environment__fail_episodes": list(range(6, 12)), "max_steps": 3}
+    rows = epoch_order(512, 0, 2, 2)  # the second round's
+    changes = {"environment__fail": "nan", "environment__fail_on": [f"tiny_world train row {row}" for row in rows]}
     with pytest.raises(InputError, match=r"no rollout of the round has a reward \(reward_not_finite 6\)"):
         run("opsd", small_config("opsd", tiny_base, tmp_path, **changes))
     assert [row["step"] for row in metrics(tmp_path)] == [1]
@@ -360,6 +373,28 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_counted_and_dumped(tiny_base
     assert len(rollouts) == 6 and {rollout["group"] for rollout in rollouts} == {0, 1}
     assert all(len(r["completion"]) == len(r["policy_mask"]) == len(r["sampled_logprobs"]) for r in rollouts)
     assert sum(sum(rollout["policy_mask"]) for rollout in rollouts) == rows[1]["policy_tokens"]
+
+
+def test_a_skipped_step_moves_no_moving_average(tiny_base, tmp_path):
+    averages = []
+
+    def poison_and_watch(recipe):
+        token_loss, update = recipe._objective.token_loss, recipe._updates.step
+
+        def poisoned_loss(batch, scores, step):
+            result = token_loss(batch, scores, step)
+            return dataclasses.replace(result, loss=result.loss * (float("nan") if step == 1 else 1.0))
+
+        def watch(*arguments):
+            averages.append(recipe._teacher.state_dict()["output.weight"].clone())  # before each step
+            return update(*arguments)
+
+        recipe._objective.token_loss, recipe._updates.step = poisoned_loss, watch
+
+    teacher = {"_component_": "pidistill.teachers.EMATeacher", "rate": 0.5}
+    run("opsd", small_config("opsd", tiny_base, tmp_path, teacher=teacher), poison_and_watch)
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(averages)]
+    assert moved == [True, False, True]
 
 
 def test_too_many_steps_in_a_row_end_the_run_with_a_sentence(tiny_base, tmp_path):

@@ -34,7 +34,8 @@ ROUNDS = {"max_steps": 7, "save_every_steps": 2, "eval_every_steps": 3, "eval_sa
 METHODS = {
     # Two updates per round, each on one of its two groups; three does not divide into rounds, so 4 and 6 are saved.
     "pi_distill": ROUNDS | {"save_every_steps": 3, "updates_per_round": 2, "minibatch_rollouts": 3},
-    "opsd": ROUNDS | {"teacher": EMA},
+    # Rewards with noise from a random stream of the process, which a checkpoint therefore holds.
+    "opsd": ROUNDS | {"teacher": EMA, "environment__noise": 0.5},
     "sft": {"max_steps": 7, "save_every_steps": 2, "eval_every_steps": 3, **EVALUATION},
 }
 SAVED = {"pi_distill": [4, 6, 7], "opsd": [2, 4, 6, 7], "sft": [2, 4, 6, 7]}
@@ -157,7 +158,7 @@ def test_a_killed_process_resumes_exactly(method, tiny_base, tmp_path, uninterru
     more = {"eval_every_steps": 1} if method == "sft" else {}
     slow = METHODS[method] | more | {"environment__wait_s": 0.03}
     config = save_config(small_config(method, tiny_base, tmp_path / "run", **slow), tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "torchtune._cli.tune", "run", f"recipes/{RECIPES[method][0]}.py", "--config", str(config)]
+    command = [sys.executable, "-m", "torchtune._cli.tune", "run", f"recipes/{RECIPES[method]}.py", "--config", str(config)]
     log = (tmp_path / "log").open("w")
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
     try:
@@ -208,7 +209,7 @@ def test_the_checkpoint_of_another_objective_is_refused(tiny_base, tmp_path, uni
 def test_a_checkpoint_that_lacks_a_needed_state_is_refused(key, tiny_base, tmp_path, uninterrupted):
     """Silently starting an average or a schedule anew would be another run."""
     shutil.copytree(uninterrupted("opsd"), tmp_path / "copy", symlinks=True)
-    state = training_state(tmp_path / "copy")
+    state = torch.load(tmp_path / "copy" / "latest" / checkpoints.STATE_FILE, weights_only=True)
     state["teacher" if key == "teacher" else "scheduler"] = {} if key == "teacher" else None
     torch.save(state, tmp_path / "copy" / "latest" / checkpoints.STATE_FILE)
     with pytest.raises(InputError, match=f"lacks a state of `{key}` and this config needs it"):
@@ -221,10 +222,29 @@ def test_a_checkpoint_with_a_state_that_nothing_takes_is_refused(tiny_base, tmp_
         resume("opsd", tiny_base, tmp_path / "copy", teacher={"_component_": "pidistill.teachers.FrozenTeacher"})
 
 
-def test_a_new_run_in_an_old_folder_does_not_resume_from_the_old_run(tiny_base, tmp_path, uninterrupted):
-    """Killed before its own first checkpoint, it has none, whatever an earlier run left."""
+def test_a_run_killed_before_its_first_checkpoint_starts_over(tiny_base, tmp_path, uninterrupted):
+    """Also in a folder where an older run left checkpoints: those are not its own."""
     shutil.copytree(uninterrupted("opsd"), tmp_path / "copy", symlinks=True)
     run("opsd", small_config("opsd", tiny_base, tmp_path / "copy", **METHODS["opsd"]), stop_after_row(1))
     assert [row["step"] for row in metrics(tmp_path / "copy")] == [0, 1]
-    with pytest.raises(InputError, match="holds no training_state.pt"):
-        resume("opsd", tiny_base, tmp_path / "copy")
+    resume("opsd", tiny_base, tmp_path / "copy")
+    assert_same_run(tmp_path / "copy", uninterrupted("opsd"))
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"prompts_per_round": 3}, {"group_size": 2}, {"dataset__max_rows": 40}])
+def test_a_run_with_another_order_of_the_data_is_refused(changes, tiny_base, tmp_path, uninterrupted):
+    shutil.copytree(uninterrupted("opsd"), tmp_path / "copy", symlinks=True)
+    with pytest.raises(InputError, match=r"was trained with \w+=\d+, this run has \d+; the order of the data would differ"):
+        resume("opsd", tiny_base, tmp_path / "copy", **changes)
+
+
+def test_a_longer_run_continues_a_finished_one_as_if_it_had_been_longer(tiny_base, tmp_path, uninterrupted):
+    run("opsd", small_config("opsd", tiny_base, tmp_path, **METHODS["opsd"] | {"max_steps": 3, "eval_every_steps": 3}))
+    resume("opsd", tiny_base, tmp_path)
+    assert_same_run(tmp_path, uninterrupted("opsd"))
+
+
+def test_a_run_that_ended_inside_a_round_is_not_continued(tiny_base, tmp_path, uninterrupted):
+    shutil.copytree(uninterrupted("pi_distill"), tmp_path / "copy", symlinks=True)
+    with pytest.raises(InputError, match="the checkpoint at step 7 ended inside a round of 2 updates"):
+        resume("pi_distill", tiny_base, tmp_path / "copy", max_steps=8)

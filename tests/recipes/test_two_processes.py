@@ -37,6 +37,7 @@ MAIN = {
     "max_steps": 6, "prompts_per_round": 3, "updates_per_round": 2, "minibatch_rollouts": 6, "micro_batch_rollouts": 2,
     "save_every_steps": 2, "eval_every_steps": 4, "rollout_log_steps": 4, **EVALUATION,
 }  # fmt: skip
+DROPPED = [f"tiny_world train row {row}" for row in epoch_order(512, 0, 0, 4)[1:2]]  # rank 1's in the first of two rounds
 SCENARIOS = {
     # One group: a rank has no rollout at all. Its head, embedding and teacher stay gathered between forwards.
     "one_group": ("opsd", {"prompts_per_round": 1, "teacher": EMA, "fsdp_reshard_after_forward": False, "save_every_steps": 2}),
@@ -46,7 +47,7 @@ SCENARIOS = {
     "checkpointing": ("rl", {"enable_activation_checkpointing": True, "max_steps": 2}),
     "supervised": ("sft", {"max_steps": 3, **EVALUATION, "eval_every_steps": 2}),
     "supervised_one_row": ("sft", {"max_steps": 3, "batch_size": 1, "micro_batch_size": 1}),
-    "dropped": ("rl", {"prompts_per_round": 2, "max_steps": 2, "environment__fail": "raise", "environment__fail_on": "EVEN"}),
+    "dropped": ("rl", {"prompts_per_round": 2, "max_steps": 2, "environment__fail": "raise", "environment__fail_on": DROPPED}),
     # The loss is NaN on the one rank that has rollouts.
     "poisoned": ("rl", {"prompts_per_round": 1, "max_steps": 3, "objective": {
         "_component_": "tests.recipes.worlds.PoisonedGRPO", "steps": [1], "report_teacher_kl": True,
@@ -58,8 +59,6 @@ SCENARIOS = {
 def scenario_config(name: str, base: Path, output_dir: Path, **more):
     method, changes = ("pi_distill", MAIN) if name == "main" else SCENARIOS[name]
     changes = changes | {"environment__record": str(output_dir / "episodes")} | more
-    if changes.get("environment__fail_on") == "EVEN":
-        changes["environment__fail_on"] = [f"tiny_world train row {row}" for row in range(0, 512, 2)]
     return method, small_config(method, base, output_dir, **changes)
 
 
@@ -171,8 +170,8 @@ def played(path: Path) -> set[int]:
 
 def test_dropped_rollouts_are_counted_over_both_ranks(two):
     rows = metrics(two / "dropped")
-    assert sum(row["dropped/reward_error"] for row in rows) > 0
-    assert all(row["dropped/reward_error"] + row["policy_tokens"] / row["completion_tokens_mean"] == 6 for row in rows)
+    assert [row["dropped/reward_error"] for row in rows] == [3, 0]
+    assert [round(row["policy_tokens"] / row["completion_tokens_mean"]) for row in rows] == [3, 6]
 
 
 def test_evaluation_of_two_processes_is_that_of_one(one, two):
@@ -213,7 +212,7 @@ def test_a_loss_that_is_nan_on_one_rank_is_skipped_by_both(two):
 def test_an_error_that_both_ranks_meet_is_said_once_and_ends_both(tiny_base, tmp_path):
     config = save_config(small_config("opsd", tiny_base, tmp_path / "run", objective__clip_low=1.5), tmp_path / "config.yaml")
     begin = time.monotonic()
-    done = launch(f"recipes/{RECIPES['opsd'][0]}.py", "--config", str(config))
+    done = launch(f"recipes/{RECIPES['opsd']}.py", "--config", str(config))
     assert done.returncode != 0
     assert time.monotonic() - begin < 120
     assert done.stderr.count("error: objective.clip_low=1.5 must lie in [0, 1)") == 1, done.stderr[-2000:]
@@ -224,6 +223,6 @@ def test_an_error_that_one_rank_meets_is_said_and_ends_both(tiny_base, tmp_path)
     refused = f"tiny_world train row {epoch_order(512, 0, 0, 2)[1]}"
     fail = {"environment__fail": "refuse", "environment__fail_on": [refused]}
     config = save_config(small_config("opsd", tiny_base, tmp_path / "run", **fail), tmp_path / "config.yaml")
-    done = launch(f"recipes/{RECIPES['opsd'][0]}.py", "--config", str(config))
+    done = launch(f"recipes/{RECIPES['opsd']}.py", "--config", str(config))
     assert done.returncode != 0
     assert done.stderr.count(f"error: {refused} is refused by the environment") == 1, done.stderr[-2000:]

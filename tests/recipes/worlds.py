@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pidistill.envs.base import EnvStep
 from pidistill.errors import InputError
 from pidistill.objectives import GRPO
@@ -27,12 +29,14 @@ class VariedEnvironment:
     Attributes:
         record: a folder; every rank appends (example, turns, reward) of its episodes to a file of its own there.
         wait_s: seconds that every step takes.
-        fail: "raise", "nan" or "refuse" (an InputError on reset), for the example ids in ``fail_on`` and the n-th episode
-            that ends, n in ``fail_episodes``.
+        noise: how much of the reward is drawn from numpy's global random stream.
+        fail: "raise", "nan" or "refuse" (an InputError on reset), for the example ids in ``fail_on`` and, but for the last,
+            the n-th episode that ends here, n in ``fail_episodes``.
     """
 
     record: str | None = None
     wait_s: float = 0.0
+    noise: float = 0.0
     fail: str | None = None
     fail_on: Sequence[str] = ()
     fail_episodes: Sequence[int] = ()
@@ -46,16 +50,22 @@ class VariedEnvironment:
     def step(self, state: Episode, turn: Message, *, truncated: bool) -> EnvStep:
         time.sleep(self.wait_s)
         state.turns.append(turn["content"])
+        if state.example.id in self.fail_on:
+            return self._failure()
         if not truncated and len(state.turns) == 1:
             return EnvStep([{"role": "tool", "content": "obs 5"}], 0.0, done=False)
         words = " ".join(state.turns).split()
         reward = len(set(words)) % 3 / 2
-        failing = state.example.id in self.fail_on or self.ended in self.fail_episodes
+        if self.noise:
+            reward += self.noise * np.random.rand()
         self.ended += 1
-        if failing:
-            reward = {"raise": lambda: 1 / 0, "nan": lambda: float("nan")}[self.fail]()
+        if self.ended - 1 in self.fail_episodes:
+            return self._failure()
         self._write({"example": state.example.id, "turns": state.turns, "reward": reward})
         return EnvStep([], reward, done=True, reward_parts={"words": reward})
+
+    def _failure(self) -> EnvStep:
+        return EnvStep([], 1 / 0 if self.fail == "raise" else float("nan"), done=True)
 
     def _write(self, row: dict) -> None:
         if self.record is not None:

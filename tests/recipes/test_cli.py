@@ -1,0 +1,167 @@
+"""The recipes as commands: from a checkout, installed, from another folder, copied and edited, and as a wheel."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from pidistill import _cli
+from tests.recipes.runs import (
+    OVERRIDES,
+    RECIPES,
+    ROOT,
+    metrics,
+    pidistill_command,
+    save_config,
+    shell,
+    small_config,
+    tune_command,
+)
+
+
+def as_overrides(settings: dict) -> list[str]:
+    return [f"{key}={'null' if value is None else value}" for key, value in settings.items()]
+
+
+def small_overrides(name: str, base: Path, output_dir: Path, **more) -> list[str]:
+    """What small_config does, as a user would type it."""
+    checkpoint = {"checkpointer.checkpoint_dir": base, "checkpointer.checkpoint_files": "[model.safetensors]"}
+    return as_overrides(OVERRIDES[RECIPES[name]] | {"output_dir": output_dir} | checkpoint | more)
+
+
+@pytest.fixture
+def pidistill(monkeypatch):
+    """`pidistill` with arguments, in this process, for what runs no recipe."""
+
+    def main(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["pidistill", *arguments])
+        registered = list(_cli._ALL_RECIPES)
+        try:
+            _cli.main()
+        finally:
+            _cli._ALL_RECIPES[:] = registered
+
+    return main
+
+
+def test_ls_shows_ours_first_and_then_torchtunes(pidistill, capsys):
+    pidistill("ls")
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["RECIPE", "CONFIG"]
+    listed: dict[str, list[str]] = {}
+    for words in map(str.split, lines):  # a recipe's name stands in front of its first config only
+        listed.setdefault(words[0] if len(words) == 2 else list(listed)[-1], []).append(words[-1])
+    ours = sorted(path.stem for path in (ROOT / "recipes").glob("*_distributed.py"))
+    assert list(listed)[: len(ours)] == ours
+    assert "full_finetune_distributed" in listed
+    found = {config for recipe in ours for config in listed[recipe]}
+    assert found == {str(path.relative_to(ROOT / "configs").with_suffix("")) for path in (ROOT / "configs").rglob("*.yaml")}
+
+
+def test_run_by_name_from_another_folder_with_a_reward_of_ones_own(tiny_base, tmp_path):
+    (tmp_path / "my_rewards.py").write_text(
+        "class Length:\n"
+        "    def __init__(self, unit=1.0):\n"
+        "        self.unit = unit\n"
+        "    def __call__(self, example, turns):\n"
+        "        return self.unit * (len(turns[-1]['content'].split()) % 3)\n"
+    )
+    own = {"environment._component_": "pidistill.envs.SingleTurn", "environment.reward._component_": "my_rewards.Length"}
+    overrides = small_overrides("opsd", tiny_base, "out", max_steps=2, **own, **{"environment.reward.unit": 0.5})
+    done = shell(pidistill_command("run", "opsd_distributed", "--config", "tiny/opsd", *overrides), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2]
+    assert (tmp_path / "out" / "latest" / "model-00001-of-00001.safetensors").is_file()
+    assert any(row["reward_std"] > 0 for row in metrics(tmp_path / "out"))
+
+
+def test_tune_run_from_the_checkout(tmp_path):
+    settings = {"output_dir": tmp_path / "out", "checkpointer.checkpoint_dir": tmp_path / "init", "max_steps": 2}
+    settings |= {"batch_size": 4, "dataset.n": 8}
+    command = ["run", "--nproc_per_node", "1", "recipes/sft_distributed.py", "--config", "configs/tiny/base.yaml"]
+    done = shell(tune_command(*command, *as_overrides(settings)), cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2]
+
+
+def test_a_copied_and_edited_recipe_runs_elsewhere(pidistill, capsys, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pidistill("cp", "opsd_distributed", "my_recipe.py")
+    pidistill("cp", "tiny/opsd", "my_config.yaml")
+    assert "Copied file to my_recipe.py" in capsys.readouterr().out
+    recipe, line = Path("my_recipe.py").read_text(), '        row = {"loss": total_loss,'
+    assert recipe.count(line) == 1
+    Path("my_recipe.py").write_text(recipe.replace(line, line + ' "longest": max(r.policy_tokens for r, _ in kept),'))
+    assert OmegaConf.load("my_config.yaml") == OmegaConf.load(ROOT / "configs" / "tiny" / "opsd.yaml")
+    overrides = small_overrides("opsd", tiny_base, "out", max_steps=2)
+    overrides = [text for text in overrides if not text.startswith("environment.")]
+    done = shell(tune_command("run", "my_recipe.py", "--config", "my_config.yaml", *overrides), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2]
+    assert all(1 <= row["longest"] <= 16 for row in metrics(tmp_path / "out"))
+
+
+def test_the_first_command_of_a_new_user_without_the_base_says_what_to_do(tmp_path):
+    done = shell(pidistill_command("run", "opsd_distributed", "--config", "tiny/opsd"), cwd=tmp_path)
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and said[0].startswith(
+        "error: checkpoint folder runs/tiny/base/latest does not exist; run `make base`"
+    )
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_the_recipe_file_itself_is_a_program(tiny_base, tmp_path):
+    """`python recipes/x.py` and `torchrun recipes/x.py` are what a debugger or a cluster's launcher starts."""
+    config = save_config(small_config("evaluate", tiny_base, tmp_path / "out", dataset__max_rows=2), tmp_path / "config.yaml")
+    done = shell([sys.executable, "recipes/evaluate_distributed.py", "--config", str(config)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "out" / "results.json").read_text()).keys() == {"student greedy", "student", "student + PI"}
+    assert "student + PI" in done.stdout and str(tmp_path / "out" / "results.json") in done.stdout
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_recipes_and_configs_inside_the_package(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pidistill", "recipes", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        "dist",
+        str(source),
+    ]
+    environment = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"pidistill"}, "something is installed beside the package"
+    expected = {f"pidistill/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.py")}
+    expected |= {f"pidistill/configs/{path.relative_to(ROOT / 'configs')}" for path in (ROOT / "configs").rglob("*.yaml")}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "pidistill").rglob("*.py")}
+    assert len(expected) > 60
+    assert expected <= set(names)
+
+    # Unpacked somewhere else, it lists and runs without the checkout.
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    program = "import sys; sys.path.insert(0, 'installed'); import pidistill._cli as c; print(c.__file__); c.main()"
+    listed = shell([sys.executable, "-c", program, "ls"], cwd=tmp_path)
+    assert listed.returncode == 0, listed.stderr[-2000:]
+    assert str(tmp_path / "installed") in listed.stdout.splitlines()[0]
+    assert "tiny/pi_distill" in listed.stdout and "pi_distill_distributed" in listed.stdout

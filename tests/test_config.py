@@ -1,0 +1,169 @@
+"""Configs: nested components are built; what nothing reads, finds or gives is named before anything runs."""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from pidistill.config import build, check_config, resolve
+from pidistill.errors import InputError
+
+
+@dataclass
+class Box:
+    """A component with an argument of every kind."""
+
+    first: Any
+    second: int = 2
+    inner: Any = None
+
+
+def anything(first, **rest):
+    return first, rest
+
+
+BOX, ANYTHING = "tests.test_config.Box", "tests.test_config.anything"
+
+
+def node(**arguments):
+    return {"_component_": BOX, **arguments}
+
+
+# ------------------------------------------------------------------------------------------- build
+
+
+def test_nested_components_are_built_inside_out():
+    cfg = OmegaConf.create(
+        {"seven": 7, "box": node(first=node(first="${seven}"), inner=[node(first=1), {"plain": node(first=2)}])}
+    )
+    assert build(cfg.box) == Box(Box(7), inner=[Box(1), {"plain": Box(2)}])
+
+
+def test_what_is_no_component_comes_back_as_plain_containers():
+    cfg = OmegaConf.create({"a": {"b": [1, 2, None], "c": "${a.b}"}})
+    built = build(cfg.a)
+    assert built == {"b": [1, 2, None], "c": [1, 2, None]}
+    assert type(built) is dict and type(built["b"]) is list
+
+
+def test_arguments_of_the_call_are_added_and_win():
+    assert build(node(first=1, second=3), second=4) == Box(1, 4)
+    assert build({"_component_": BOX, "second": 3}, "positional") == Box("positional", 3)
+    assert build({"_component_": ANYTHING, "x": 1}, 0, y=2) == (0, {"x": 1, "y": 2})
+
+
+def test_a_config_is_not_changed_by_building_from_it():
+    cfg = OmegaConf.create({"box": node(first=node(first=1))})
+    before = OmegaConf.to_yaml(cfg)
+    build(cfg.box, second=9)
+    assert OmegaConf.to_yaml(cfg) == before
+
+
+# ------------------------------------------------------------------------------------------- resolve
+
+
+def test_a_module_of_the_working_directory_is_found(tmp_path, monkeypatch):
+    (tmp_path / "my_own_rewards.py").write_text("def reward(example, turns):\n    return 1.0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".")])
+    assert resolve("my_own_rewards.reward")(None, None) == 1.0
+    assert sys.path[-1] == str(tmp_path), "behind everything else: it must not shadow an installed package"
+
+
+@pytest.mark.parametrize("path", ["nowhere.Thing", "pidistill.Nothing", "", ".relative.Thing", "torch..optim"])
+def test_a_path_that_leads_nowhere_is_named(path):
+    with pytest.raises(InputError, match=r"component .* cannot be found \(.*check the dotted path"):
+        resolve(path)
+
+
+def test_a_module_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
+    (tmp_path / "broken_module.py").write_text("import a_module_that_is_not_there\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        InputError, match=r"broken_module.Thing cannot be found \(No module named 'a_module_that_is_not_there'\)"
+    ):
+        resolve("broken_module.Thing")
+
+
+# ------------------------------------------------------------------------------------------- check_config
+
+
+def check(known=("box", "optimizer", "lr_scheduler", "checkpointer"), required=(), **cfg):
+    check_config(OmegaConf.create(cfg), known, required)
+
+
+def test_a_right_config_passes():
+    check(box=node(first=1, second=None, inner=node(first=2)), required=["box"])
+    check(box={"_component_": ANYTHING, "first": 1, "unknown": 2})
+    check(box=[1, 2], optimizer=None)
+
+
+def test_a_key_that_nothing_reads_is_refused_with_the_closest_one():
+    with pytest.raises(InputError, match="config key bocks is read by nothing in this recipe; did you mean box"):
+        check(bocks=1)
+    with pytest.raises(InputError, match="zzzz is read by nothing .*; known here: box, checkpointer, lr_scheduler, optimizer"):
+        check(zzzz=1)
+
+
+def test_a_key_that_others_interpolate_is_read_by_them():
+    check(size=4, box=node(first="${size}"))
+    check(sizes={"a": 4}, box=node(first="${sizes.a}"))
+    with pytest.raises(InputError, match="config key size is read by nothing"):
+        check(size=4, box=node(first="${box.second}"))
+
+
+@pytest.mark.parametrize("missing", [{}, {"box": None}])
+def test_a_required_key_must_have_a_value(missing):
+    with pytest.raises(InputError, match="config key box is missing"):
+        check(required=["box"], **missing)
+
+
+def test_an_argument_that_a_component_does_not_have_is_refused_at_every_depth():
+    with pytest.raises(InputError, match=r"box.secund is not an argument of tests.test_config.Box; did you mean second\?"):
+        check(box=node(first=1, secund=2))
+    with pytest.raises(InputError, match=r"box.inner.frist is not an argument .*; did you mean first\?"):
+        check(box=node(first=1, inner={"_component_": BOX, "frist": 2}))
+    with pytest.raises(InputError, match=r"box.inner\[1\].frist is not an argument .*; did you mean first\?"):
+        check(box=node(first=1, inner=[{}, {"_component_": BOX, "frist": 2}]))
+
+
+def test_an_argument_that_a_component_needs_must_be_there():
+    with pytest.raises(InputError, match="config key box.first is missing; tests.test_config.Box needs it"):
+        check(box=node(second=1))
+    with pytest.raises(InputError, match="config key box.inner.first is missing"):
+        check(box=node(first=1, inner=node()))
+    with pytest.raises(InputError, match="config key box.first is missing; tests.test_config.anything needs it"):
+        check(box={"_component_": ANYTHING, "x": 1})
+
+
+def test_arguments_that_recipes_add_need_not_be_there():
+    check(optimizer={"_component_": "torch.optim.SGD", "lr": 0.1})
+    check(optimizer={"_component_": BOX})  # its first argument is given by position
+    check(lr_scheduler={"_component_": "torch.optim.lr_scheduler.StepLR", "step_size": 3})
+    with pytest.raises(InputError, match="config key lr_scheduler.step_size is missing"):
+        check(lr_scheduler={"_component_": "torch.optim.lr_scheduler.StepLR"})
+    folder = {"checkpoint_dir": "a", "checkpoint_files": ["b"], "model_type": "LLAMA3"}
+    check(checkpointer={"_component_": "torchtune.training.FullModelHFCheckpointer", **folder})
+    with pytest.raises(InputError, match="config key box.output_dir is missing"):
+        check(box={"_component_": "torchtune.training.FullModelHFCheckpointer", **folder})
+
+
+def test_a_component_without_a_signature_is_let_through():
+    check(box={"_component_": "builtins.dict", "a": 1})
+
+
+@pytest.mark.parametrize("path", [{"_component_": BOX, "first": 1}, 3, ["a"]])
+def test_a_component_that_is_no_path_is_refused(path):
+    with pytest.raises(InputError, match="config key box._component_ is .*, not a dotted path; .* write box=dotted.path"):
+        check(box={"_component_": path})
+
+
+def test_what_passes_the_check_can_be_built():
+    """The check and the call agree on which arguments a component takes."""
+    cfg = OmegaConf.create({"optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.1, "betas": [0.9, 0.95]}})
+    check(**cfg)
+    optimizer = build(cfg.optimizer, [torch.nn.Parameter(torch.zeros(2))])
+    assert optimizer.param_groups[0]["lr"] == 0.1

@@ -1,0 +1,123 @@
+"""Every config under configs/: its first line runs it, nothing in it is unread, and its parts can be made."""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from pidistill import _cli
+from pidistill.config import COMPONENT, build, check_config, resolve
+from pidistill.data.dataset import ExampleDataset
+from pidistill.envs import Environment
+from pidistill.rollouts import Sampler
+from pidistill.training import EVALUATION_KEYS
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+TINY = [path for path in CONFIGS if path.parent.name == "tiny"]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT / "configs").with_suffix(""))
+
+
+def recipe_of(path: Path) -> str:
+    """The recipe's name in the command that the first line gives."""
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    command = re.fullmatch(r"# tune run --nproc_per_node \d+ recipes/(\w+)\.py --config (\S+)", first)
+    assert command, f"{path} does not begin with the command that runs it: {first!r}"
+    assert command[2] == str(path.relative_to(ROOT)), f"{path} names another config: {first!r}"
+    return command[1]
+
+
+def keys_of(path: Path) -> tuple[frozenset[str], tuple[str, ...]]:
+    module = importlib.import_module(f"recipes.{recipe_of(path)}")
+    return getattr(module, "KEYS", EVALUATION_KEYS), module.REQUIRED
+
+
+def test_there_are_configs():
+    assert len(CONFIGS) >= 10 and len(TINY) >= 5
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*_distributed.py")}
+    assert {recipe_of(path) for path in CONFIGS} == recipes, "a recipe without a config, or a config without its recipe"
+    assert {recipe_of(path) for path in TINY} == recipes
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_the_first_line_is_the_command_that_runs_it(path):
+    assert (ROOT / "recipes" / f"{recipe_of(path)}.py").is_file()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_the_recipe_takes_every_key_and_every_component_its_arguments(path):
+    known, required = keys_of(path)
+    check_config(OmegaConf.load(path), known, required)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_interpolations_lead_somewhere(path):
+    OmegaConf.to_container(OmegaConf.load(path), resolve=True, throw_on_missing=True)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_what_needs_no_files_can_be_made(path):
+    cfg = OmegaConf.load(path)
+    with torch.device("meta"):
+        model = build(cfg.model)
+    assert model.tok_embeddings.num_embeddings > 0
+    if "sampler" in cfg:
+        assert isinstance(build(cfg.sampler), Sampler)
+        assert isinstance(build(cfg.environment), Environment)
+    if "privileged" in cfg:
+        assert list(build(cfg.privileged).leak_phrases)
+    if "objective" in cfg:
+        objective = build(cfg.objective)
+        recipe = importlib.import_module(f"recipes.{recipe_of(path)}")
+        assert objective.sampling_view() == recipe.SAMPLING_VIEW
+        assert objective.advantages([], 0) == []
+    if cfg.get("teacher"):
+        assert hasattr(build(cfg.teacher), "attach")
+    if "optimizer" in cfg:
+        optimizer = build(cfg.optimizer, [nn.Parameter(torch.zeros(2))])
+        lr = optimizer.param_groups[0]["lr"]
+        assert lr > 0
+        if cfg.get("lr_scheduler"):
+            build(cfg.lr_scheduler, optimizer)
+            assert 0 < optimizer.param_groups[0]["lr"] <= lr, "the first step would not move"
+
+
+@pytest.mark.parametrize("path", TINY, ids=name_of)
+def test_the_tiny_worlds_rows_and_words_can_be_made(path):
+    cfg = OmegaConf.load(path)
+    tokenizer = build(cfg.tokenizer)
+    assert tokenizer.vocab_size == cfg.model.vocab_size
+    for key in {"dataset", "eval_dataset"} & set(cfg):
+        node = cfg[key] if "n" not in cfg[key] else OmegaConf.merge(cfg[key], {"n": 4})
+        rows = build(node)
+        assert isinstance(rows, ExampleDataset) and len(rows) > 0
+        assert tokenizer.encode_prompt(rows[0].messages)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_the_files_of_a_checkpoint_are_named_and_written_elsewhere(path):
+    cfg = OmegaConf.load(path)
+    node = cfg.checkpointer
+    inspect.signature(resolve(node[COMPONENT])).bind(**{key: node[key] for key in node if key != COMPONENT})
+    assert Path(node.output_dir) == Path(cfg.output_dir) != Path(node.checkpoint_dir)
+
+
+def test_output_folders_differ():
+    folders = [OmegaConf.load(path).output_dir for path in CONFIGS]
+    assert len(set(folders)) == len(folders)
+    assert folders == [f"runs/{name_of(path)}" for path in CONFIGS]
+
+
+def test_every_config_is_offered_with_its_recipe(monkeypatch):
+    monkeypatch.setattr(_cli, "_ALL_RECIPES", [])
+    _cli.register()
+    offered = {config.name: recipe.name for recipe in _cli._ALL_RECIPES for config in recipe.configs}
+    assert offered == {name_of(path): recipe_of(path) for path in CONFIGS}

@@ -1,0 +1,157 @@
+"""Whose weights teach: none of their own, the first ones for ever, or a moving average that is exactly the formula's."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import mse_loss
+from torchtune import modules, training
+
+from pidistill.errors import InputError
+from pidistill.teachers import EMATeacher, FrozenTeacher, LiveTeacher
+from tests.builders import model
+
+TOKENS = torch.arange(12).view(2, 6)
+
+
+def step(trained, scale=0.1, seed=0):
+    """Move every weight by a random amount, as an optimiser step would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def state(module):
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def slow_average(initial, history, rate):
+    """(1−r)^n·φ₀ + Σ_k r·(1−r)^(n−k)·θ_k, in float64."""
+    n = len(history)
+    average = {name: (1 - rate) ** n * value.double() for name, value in initial.items()}
+    for k, weights in enumerate(history, start=1):
+        for name, value in weights.items():
+            average[name] += rate * (1 - rate) ** (n - k) * value.double()
+    return average
+
+
+def attached(teacher, initial):
+    teacher.attach(lambda: copy.deepcopy(initial))
+    return teacher
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5, 1.0])
+def test_the_moving_average_is_the_formula_after_any_number_of_steps(rate):
+    trained = model()
+    teacher, initial, history = attached(EMATeacher(rate), trained), state(trained), []
+    for seed in range(6):
+        step(trained, seed=seed)
+        teacher.update(trained)
+        history.append(state(trained))
+        expected = slow_average(initial, history, rate)
+        for name, parameter in teacher.module.named_parameters():
+            torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_before_the_first_step_the_average_is_the_initial_weights():
+    trained = model()
+    teacher = attached(EMATeacher(), trained)
+    torch.testing.assert_close(teacher.module(TOKENS), trained.eval()(TOKENS), rtol=0, atol=0)
+
+
+def test_a_small_rate_is_not_rounded_away_in_bf16():
+    """One step of 1% of a weight's last bit moves no bf16 weight; a hundred of them must."""
+    trained = model().to(torch.bfloat16)
+    teacher, initial = attached(EMATeacher(0.01), trained), state(trained)
+    step(trained, scale=0.05)
+    history = []
+    for _ in range(100):
+        teacher.update(trained)
+        history.append(state(trained))
+    expected = slow_average(initial, history, 0.01)
+    moved = 0
+    for name, parameter in teacher.module.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        torch.testing.assert_close(parameter.float(), expected[name].float(), rtol=2**-8, atol=1e-6, msg=name)
+        moved += (parameter != initial[name]).sum().item()
+    assert moved > 0.5 * sum(p.numel() for p in trained.parameters())
+
+
+def test_the_average_comes_back_from_its_state():
+    trained = model()
+    first = attached(EMATeacher(0.3), trained)
+    for seed in range(3):
+        step(trained, seed=seed)
+        first.update(trained)
+    saved = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    second = attached(EMATeacher(0.3), model(seed=5))
+    second.load_state_dict(saved)
+    step(trained, seed=9)
+    for teacher in (first, second):
+        teacher.update(trained)
+    assert state(first.module).keys() == saved.keys()
+    assert all(torch.equal(a, b) for a, b in zip(first.module.parameters(), second.module.parameters(), strict=True))
+
+
+def test_the_state_of_a_bf16_teacher_keeps_its_fp32_average():
+    trained = model().to(torch.bfloat16)
+    first = attached(EMATeacher(0.01), trained)
+    step(trained, scale=0.05)
+    for _ in range(3):
+        first.update(trained)
+    second = attached(EMATeacher(0.01), model().to(torch.bfloat16))
+    second.load_state_dict(first.state_dict())
+    for name, average in second.state_dict().items():
+        assert average.dtype == torch.float32
+        assert torch.equal(average, first.state_dict()[name])
+
+
+def test_activation_checkpointing_of_the_trained_model_does_not_hide_its_weights():
+    plain, wrapped = model(), model()
+    training.set_activation_checkpointing(wrapped, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
+    assert any("_checkpoint_wrapped_module" in name for name, _ in wrapped.named_parameters())
+    teachers = [attached(EMATeacher(0.5), model()) for _ in range(2)]
+    for trained, teacher in zip((plain, wrapped), teachers, strict=True):
+        step(trained)
+        teacher.update(trained)
+    assert all(torch.equal(a, b) for a, b in zip(*(t.module.parameters() for t in teachers), strict=True))
+
+
+@pytest.mark.parametrize("teacher", [FrozenTeacher(), EMATeacher(0.5)], ids=["frozen", "ema"])
+def test_a_teacher_with_weights_of_its_own_takes_no_gradient_and_shares_nothing(teacher):
+    trained = model()
+    attached(teacher, trained)
+    assert not teacher.live and teacher.module is not trained
+    assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
+    assert not teacher.module.training
+    mse_loss(trained(TOKENS), teacher.module(TOKENS) + 1).backward()
+    assert all(parameter.grad is None for parameter in teacher.module.parameters())
+    shared = {p.data_ptr() for p in trained.parameters()} & {p.data_ptr() for p in teacher.module.parameters()}
+    assert not shared
+
+
+def test_a_frozen_teacher_never_changes_and_has_no_state():
+    trained = model()
+    teacher, before = attached(FrozenTeacher(), trained), state(trained)
+    for seed in range(3):
+        step(trained, seed=seed)
+        teacher.update(trained)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in teacher.module.named_parameters())
+    assert not any(torch.equal(parameter, before[name]) for name, parameter in trained.named_parameters())
+    assert teacher.state_dict() == {}
+    teacher.load_state_dict({})
+
+
+def test_a_live_teacher_is_the_trained_model():
+    teacher = LiveTeacher()
+    teacher.attach(lambda: pytest.fail("a live teacher loads no weights"))
+    teacher.update(model())
+    teacher.load_state_dict({})
+    assert teacher.live and teacher.module is None and teacher.state_dict() == {}
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.1])
+def test_a_rate_outside_its_range_is_refused(rate):
+    with pytest.raises(InputError, match=rf"teacher.rate={rate} is outside \(0, 1\]"):
+        EMATeacher(rate)
