@@ -1,7 +1,5 @@
 """A random tiny-world checkpoint, made in milliseconds, and a process that a recipe leaves as it found it."""
 
-import functools
-import gc
 import logging
 import random
 from pathlib import Path
@@ -15,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pidistill.config import build
 from pidistill.envs import tiny_world
-from tests.recipes.runs import MODEL, ROOT
+from tests.recipes.runs import MODEL, ROOT, quick_setup
 
 
 @pytest.fixture(scope="session")
@@ -44,14 +42,8 @@ def tiny_base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def fast_setup():
-    """Two things that take most of a small run's time: torchtune's gc.collect(), and drawing all tasks of the tiny world."""
-    gc.collect()
-    gc.freeze()
-    splits = functools.cache(functools.partial(tiny_world.make_split, tiny_world.World()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny_world, "make_split", lambda world: splits())
+    with quick_setup():
         yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

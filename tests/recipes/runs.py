@@ -1,20 +1,25 @@
 """How the tests of this folder run recipes: in this process (about a second), or as users do, on the command line."""
 
+import contextlib
+import functools
+import gc
 import importlib
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
 from pidistill.checkpoints import STATE_FILE
+from pidistill.envs import tiny_world
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "configs" / "tiny"
@@ -50,6 +55,17 @@ EVALUATION = {  # what turns the evaluation of a small run on again
 }
 
 TIMES = ("time_", "tokens_per_s")
+
+
+@contextlib.contextmanager
+def quick_setup() -> Iterator[None]:
+    """Without what takes most of a small run's time: torchtune's gc.collect(), and drawing all tasks of the tiny world anew."""
+    gc.collect()
+    gc.freeze()
+    splits = functools.cache(functools.partial(tiny_world.make_split, tiny_world.World()))
+    with mock.patch.object(tiny_world, "make_split", lambda world: splits()):
+        yield
+    gc.unfreeze()
 
 
 class Stop(BaseException):

@@ -11,14 +11,15 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 
 from pidistill.training import cleanup, one_sentence_errors
-from tests.recipes.runs import run
+from tests.recipes.runs import quick_setup, run
 
 
 @config.parse
 @one_sentence_errors
 def recipe_main(cfg: DictConfig) -> None:
-    for name, path in cfg.runs.values():
-        run(name, OmegaConf.load(path))
+    with quick_setup():
+        for name, path in cfg.runs.values():
+            run(name, OmegaConf.load(path))
     cleanup()
 
 
