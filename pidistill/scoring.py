@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torchtune.modules import TransformerDecoder
 
 from pidistill.divergences import divergence, entropy
+from pidistill.errors import InputError
 from pidistill.types import Batch, Divergence, ScoreRequest, Scores, View
 
 # fp32 elements of one [chunk, vocabulary] matrix; about ten such matrices live at once. On CPU just above the 32 MiB from which
@@ -139,7 +140,7 @@ def _head_module(model: TransformerDecoder) -> nn.Module:
 def _local_weight(model: TransformerDecoder) -> Float[Tensor, "V H"]:
     weight = _head_module(model).weight
     if isinstance(weight, DTensor):
-        raise TypeError(
+        raise InputError(
             "the output head is sharded on its own, so its weight is not gathered in the model's forward; remove `output` and "
             "`tok_embeddings` from custom_sharded_layers"
         )

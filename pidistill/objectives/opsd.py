@@ -70,6 +70,8 @@ class OPSD:
                 "advantage: group_mean, or a kl_mode that is a loss"
             )
         reward_free = self.reward_weight.start == self.reward_weight.end == 0.0
+        if reward_free and self.beta.start == self.beta.end == 0.0:
+            raise InputError("objective.beta=0 and objective.reward_weight=0 leave nothing to train; raise one of them")
         self.advantage, self.drop_zero_advantage = advantage, drop_zero_advantage
         self.no_pi = no_pi or ("drop" if reward_free else "rl")
 

@@ -234,6 +234,13 @@ def test_no_pi_distill_keeps_the_kl_in_every_mode():
         assert any(any(a.kl) for a in by_policy["distill"]), kl_mode
 
 
+def test_opsd_that_would_train_nothing_and_weights_that_are_no_numbers_are_refused():
+    with pytest.raises(InputError, match="leave nothing to train"):
+        OPSD(beta=0.0, reward_weight=0.0)
+    with pytest.raises(InputError, match="objective.alpha=True is no number"):
+        PiDistill(alpha=True)
+
+
 def test_opsd_without_a_reward_drops_rows_without_pi():
     assert OPSD(reward_weight=0.0).no_pi == "drop"
     assert OPSD().no_pi == "rl"
