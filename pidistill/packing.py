@@ -58,11 +58,17 @@ def make_batch(
         sampled_logprobs=per_token([r.sampled_logprobs[t] for r, ts in zip(rollouts, positions, strict=True) for t in ts])
         if sampled
         else None,
-        advantages=per_token([a.reward for a, ts in zip(advantages, positions, strict=True) for _ in ts])
+        rewards=per_token([r.reward for r, ts in zip(rollouts, positions, strict=True) for _ in ts])
+        if all(r.reward is not None for r in rollouts)
+        else None,
+        advantages=per_token([x for a, ts in zip(advantages, positions, strict=True) for x in a.tokens or [a.reward] * len(ts)])
         if advantages is not None
         else None,
         kl_advantages=per_token([x for a in advantages for x in a.kl])
         if advantages is not None and all(a.kl is not None for a in advantages)
+        else None,
+        weights=per_token([a.weight for a, ts in zip(advantages, positions, strict=True) for _ in ts])
+        if advantages is not None and all(a.weight is not None for a in advantages)
         else None,
         has_privileged=torch.tensor(
             [r.prompts.has_privileged for r, ts in zip(rollouts, positions, strict=True) for _ in ts],

@@ -70,8 +70,10 @@ class Rollout:
         turns: the messages of the episode: assistant turns and observations.
         reward: sum of the environment's rewards; None when the reward raised or was not finite (such a rollout is dropped).
         reward_parts: each part of the reward under its own name, for the log.
-        behaviour_kl_nats: one value per policy token, filled when the objective asks for it: its estimate of
-            kl(sampling view||other view) at that token under the weights that sampled.
+        turn_rewards: the environment's reward of each assistant turn; sums to ``reward``.
+        turn_policy_tokens: policy tokens of each assistant turn.
+        behaviour_nats: one value per policy token, filled when the objective asks for it: a number under the weights that
+            sampled, as :meth:`Objective.behaviour_values` makes it.
     """
 
     example: Example
@@ -85,7 +87,9 @@ class Rollout:
     turns: list[Message]
     reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
-    behaviour_kl_nats: list[float] | None = None
+    turn_rewards: list[float] = field(default_factory=list)
+    turn_policy_tokens: list[int] = field(default_factory=list)
+    behaviour_nats: list[float] | None = None
 
     @property
     def policy_tokens(self) -> int:
@@ -98,6 +102,8 @@ class RolloutAdvantage:
 
     Attributes:
         reward: the advantage from the reward alone, the same for every policy token.
+        tokens: [policy tokens] in its place, where turns have advantages of their own; None elsewhere.
+        weight: the rollout's self-normalised importance weight × the group's size; None where none was asked for.
         kl: [policy tokens] what the objective's `kl_mode` adds for the view that sampled; None where it adds nothing.
         keep: False drops the rollout from every loss term and from the token count.
     """
@@ -105,6 +111,8 @@ class RolloutAdvantage:
     reward: float
     kl: list[float] | None = None
     keep: bool = True
+    tokens: list[float] | None = None
+    weight: float | None = None
 
 
 @dataclass
@@ -130,8 +138,10 @@ class Batch:
         rollout_index: [N] which rollout of the batch (0..B-1) the token belongs to.
         token_index: [N] index of the token among its rollout's policy tokens.
         sampled_logprobs: [N] fp32 nats, log μ; None for demonstrations.
+        rewards: [N] fp32, the rollout's reward; None for demonstrations.
         advantages: [N] fp32, from the reward alone; None for demonstrations.
         kl_advantages: [N] fp32, what the objective's `kl_mode` adds for the view that sampled; None where it adds nothing.
+        weights: [N] fp32, the rollout's self-normalised importance weight; None where none was asked for.
         has_privileged: [N] True where the rollout's example has privileged information.
     """
 
@@ -141,8 +151,10 @@ class Batch:
     rollout_index: Int[Tensor, " N"]
     token_index: Int[Tensor, " N"]
     sampled_logprobs: Float[Tensor, " N"] | None
+    rewards: Float[Tensor, " N"] | None
     advantages: Float[Tensor, " N"] | None
     kl_advantages: Float[Tensor, " N"] | None
+    weights: Float[Tensor, " N"] | None
     has_privileged: Bool[Tensor, " N"]
 
 
@@ -154,11 +166,15 @@ class Divergence:
         name: ``kl_teacher_student``, ``kl_student_teacher`` or ``jsd`` (generalised, see :mod:`pidistill.divergences`).
         grad: the side that gradient reaches; the other side's log-probs are constants.
         beta: weight of the teacher in the mixture; only for ``jsd``.
+        entry_clip: upper bound of each vocabulary entry's term before the sum; only for the two KLs.
+        top_k: the divergence after merging all but the student's K most probable tokens into one tail bucket.
     """
 
     name: Literal["kl_teacher_student", "kl_student_teacher", "jsd"]
     grad: Literal["student", "teacher", "both", "none"]
     beta: float | None = None
+    entry_clip: float | None = None
+    top_k: int | None = None
 
 
 @dataclass(frozen=True)

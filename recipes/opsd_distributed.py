@@ -140,10 +140,10 @@ class OPSDRecipe:
         for chunk in self._round_sizes.micro_batches(rollouts, self._run):
             batch = make_batch(chunk, None, pad_id=self._data.tokenizer.pad_id, device=self._run.device)
             with self._timer.phase("score"):
-                kl = self._objective.behaviour_kl(self._score(batch, request))
+                kl = self._objective.behaviour_values(self._score(batch, request))
             lengths = [rollout.policy_tokens for rollout in chunk]
             for rollout, values in zip(chunk, kl.split(lengths), strict=True):
-                rollout.behaviour_kl_nats = values.tolist()
+                rollout.behaviour_nats = values.tolist()
 
     def update(self, minibatch: list[Pair], report: dict[str, float]) -> None:
         """One optimiser step."""

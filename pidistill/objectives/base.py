@@ -50,7 +50,7 @@ class Objective(Protocol):
     def behaviour_request(self) -> ScoreRequest | None:
         """Numbers needed of a whole round, without gradient, before its first update; None for nothing."""
 
-    def behaviour_kl(self, scores: Scores) -> Float[Tensor, " N"]:
+    def behaviour_values(self, scores: Scores) -> Float[Tensor, " N"]:
         """From those numbers, the estimate of kl(sampling view||other view) at each policy token."""
 
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
@@ -134,7 +134,7 @@ class SamplingKL:
         divergences = () if self.mode == "reward_k1" else (self.divergence(),)
         return ScoreRequest(student_grad=False, teacher_grad=False, divergences=divergences, entropy=False)
 
-    def behaviour_kl(self, scores: Scores) -> Float[Tensor, " N"]:
+    def behaviour_values(self, scores: Scores) -> Float[Tensor, " N"]:
         if self.mode == "reward_k1":
             return self._log_ratio(scores)
         return scores.divergences[self.divergence()]
@@ -152,7 +152,7 @@ class SamplingKL:
         if not self.needs_behaviour:
             return None
         kls = [
-            _fp32(r.behaviour_kl_nats if r.prompts.has_privileged or no_pi == "distill" else [0.0] * r.policy_tokens)
+            _fp32(r.behaviour_nats if r.prompts.has_privileged or no_pi == "distill" else [0.0] * r.policy_tokens)
             for r in rollouts
         ]
         groups = [r.group for r in rollouts]

@@ -57,7 +57,7 @@ class GRPO:
     def behaviour_request(self) -> ScoreRequest | None:
         return None
 
-    def behaviour_kl(self, scores: Scores) -> Float[Tensor, " N"]:
+    def behaviour_values(self, scores: Scores) -> Float[Tensor, " N"]:
         raise NotImplementedError("GRPO has no KL term")
 
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:

@@ -113,8 +113,8 @@ class PiDistill:
     def behaviour_request(self) -> ScoreRequest | None:
         return self.kl.behaviour_request()
 
-    def behaviour_kl(self, scores: Scores) -> Float[Tensor, " N"]:
-        return self.kl.behaviour_kl(scores)
+    def behaviour_values(self, scores: Scores) -> Float[Tensor, " N"]:
+        return self.kl.behaviour_values(scores)
 
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
         kl = self.kl.advantages(rollouts, self.beta(step), self.advantage, self.no_pi)

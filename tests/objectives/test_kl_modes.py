@@ -34,9 +34,9 @@ def expected_gradient(objective, chain: MarkovChain) -> torch.Tensor:
 
     request = objective.behaviour_request()
     if request is not None:
-        kl = objective.behaviour_kl(scores_of(chain.W, request))
+        kl = objective.behaviour_values(scores_of(chain.W, request))
         for rollout, values in zip(rollouts, kl.split([len(r.completion) for r in rollouts]), strict=True):
-            rollout.behaviour_kl_nats = values.tolist()
+            rollout.behaviour_nats = values.tolist()
     batch = batch_of(rollouts, objective.advantages(rollouts, 0))
     batch.sampled_logprobs = batch.sampled_logprobs.double()
     log_probability = torch.stack([chain.logprob(chain.sampler, chain.W, tuple(r.completion)) for r in rollouts])

@@ -41,7 +41,7 @@ DROPPED = [f"tiny_world train row {row}" for row in epoch_order(512, 0, 0, 4)[1:
 SCENARIOS = {
     # One group: a rank has no rollout at all. Its head, embedding and teacher stay gathered between forwards.
     "one_group": ("opsd", {"prompts_per_round": 1, "teacher": EMA, "fsdp_reshard_after_forward": False, "save_every_steps": 2}),
-    "behaviour_kl": ("opsd", {"prompts_per_round": 1, "objective__kl_mode": "reward_k1", "max_steps": 2}),
+    "behaviour_values": ("opsd", {"prompts_per_round": 1, "objective__kl_mode": "reward_k1", "max_steps": 2}),
     "complete_kl": ("pi_distill", {"prompts_per_round": 3, "objective__kl_mode": "loss_rb_complete", "max_steps": 2}),
     "other_teacher": ("pi_distill", {"teacher": EMA, "max_steps": 3}),  # of the student half; the teacher half is live
     "checkpointing": ("rl", {"enable_activation_checkpointing": True, "max_steps": 2}),
