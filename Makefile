@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TUNE := $(BIN)/tune run --nproc_per_node 1
 
-.PHONY: install base demo test test-all lint clean
+.PHONY: install base demo compare test test-all lint clean
 
 install: $(VENV)/.installed  ## create .venv and install the package with its test extra
 
@@ -18,11 +18,17 @@ base: runs/tiny/base/latest/config.json  ## train the tiny base, once
 runs/tiny/base/latest/config.json: | install
 	$(TUNE) recipes/sft_distributed.py --config configs/tiny/base.yaml
 
-demo: install base  ## pi-Distill against RL at equal rollouts: a table, runs/demo/results.json, runs/demo/results.png
+demo: install base  ## pi-Distill against RL at equal rollouts: runs/demo/results.md and its pictures
 	$(BIN)/pidistill demo
 
-test: install  ## all tests
+compare: install base  ## every method, its controls, three seeds: runs/sweeps/methods/results.md; goes on where it was stopped
+	$(BIN)/pidistill sweep configs/sweeps/methods.yaml --workers 2
+
+test: install  ## all tests but those marked all_processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+test-all: install  ## all tests, every config with two processes among them
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m ''
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

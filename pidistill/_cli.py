@@ -1,23 +1,18 @@
-"""The `pidistill` command: torchtune's own command line with our recipes and configs registered, plus `demo`.
+"""The `pidistill` command: torchtune's own command line with our recipes and configs registered, plus `sweep` and `demo`.
 
 pidistill ls                                          our recipes and configs, then torchtune's
 pidistill run pi_distill_distributed --config tiny/pi_distill max_steps=20
 pidistill cp opsd_distributed my_recipe.py
+pidistill sweep tiny/opsd objective.beta=0.5,1 seed=0..2
 pidistill demo                                        the comparison that `make demo` prints
 """
 
 import sys
-from pathlib import Path
 
 from torchtune._cli.tune import TuneCLIParser
 from torchtune._recipe_registry import _ALL_RECIPES, Config, Recipe
 
-
-def folders() -> tuple[Path, Path]:
-    """(recipes, configs): inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    root = package if (package / "recipes").is_dir() else package.parent
-    return root / "recipes", root / "configs"
+from pidistill.places import folders
 
 
 def register() -> None:
@@ -50,6 +45,11 @@ def main() -> None:
         from pidistill.demo import main as demo
 
         demo(sys.argv[2:])
+        return
+    if sys.argv[1:2] == ["sweep"]:
+        from pidistill.sweeps.command import main as sweep
+
+        sweep(sys.argv[2:])
         return
     parser = TuneCLIParser()
     parser._parser.prog = "pidistill"

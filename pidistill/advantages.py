@@ -5,6 +5,9 @@ mean over a shard would be another number. A group whose rewards are all equal, 
 Nothing here carries gradient.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -43,6 +46,22 @@ def standardised(rewards: Float[Tensor, " R"], groups: Int[Tensor, " R"], eps: f
     slot, size = group_slots(groups)
     variance = _group_sum(centred**2, slot, size) / (size - 1).clamp(min=1)
     return centred / (variance.sqrt() + eps)[slot]
+
+
+def turn_returns(turn_rewards: Sequence[Sequence[float]], groups: Sequence[int]) -> list[list[float]]:
+    """Per turn k of each rollout, its return from turn k on minus the group's mean return from turn k on.
+
+    Process rewards as advantages: a turn is credited with what followed it, not with what came before. The mean is over the
+    group's rollouts that reached turn k, i included; alone there, a rollout gets 0.
+    """
+    to_go = [[math.fsum(rewards[k:]) for k in range(len(rewards))] for rewards in turn_rewards]
+    cells: dict[tuple[int, int], list[float]] = {}
+    for group, returns in zip(groups, to_go, strict=True):
+        for k, value in enumerate(returns):
+            cells.setdefault((group, k), []).append(value)
+    # Exactly 0 where all are equal, whatever the rounding of the mean.
+    means = {cell: values[0] if len(set(values)) == 1 else math.fsum(values) / len(values) for cell, values in cells.items()}
+    return [[value - means[group, k] for k, value in enumerate(returns)] for group, returns in zip(groups, to_go, strict=True)]
 
 
 def zero_advantage_groups(rewards: Float[Tensor, " R"], groups: Int[Tensor, " R"]) -> Bool[Tensor, " R"]:

@@ -1,8 +1,9 @@
 """Save and exact resume. A checkpoint is a folder `output_dir/step_N`, complete or absent:
 
-    the weights in their own format, as the configured torchtune checkpointer writes them (loads in transformers),
+    the weights in their own format, as the configured torchtune checkpointer writes them (loads in transformers); of a
+    model with LoRA adapters the merged ones,
     the files that came with the initial checkpoint (config.json, tokenizer), and
-    training_state.pt: optimizer, scheduler, teacher, step, round, random state of every rank, the objective's name.
+    training_state.pt: optimizer, scheduler, adapters, teacher, step, round, random state of every rank, the objective's name.
 
 `output_dir/latest` points to the newest. Checkpoints fall on round ends, so no half-used rollouts need saving.
 """
@@ -26,7 +27,9 @@ from torch.distributed.tensor import DTensor
 from torchtune import training
 from torchtune.models import convert_weights
 from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import get_adapter_state_dict
 
+from pidistill.adapters import has_adapters, merged
 from pidistill.config import build
 from pidistill.errors import InputError
 from pidistill.teachers import Teacher
@@ -107,19 +110,33 @@ class Checkpoints:
         self._writing = self.run.output_dir / ".writing"
         # Read by the checkpointer at construction; only rank 0 writes into it.
         overrides: dict[str, Any] = {"output_dir": str(self._writing)}
-        if folder is not None:
+        # With adapters the folder's weights are merged ones: the base's come from the initial checkpoint.
+        if folder is not None and not self.state.get("adapters"):
             weights = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
             overrides |= {"checkpoint_dir": str(folder), "checkpoint_files": weights}
         return build(self._node, **overrides)
 
     def load_weights(self) -> dict[str, Any]:
         """The full state dict that the run starts from, on CPU."""
-        return self._checkpointer.load_checkpoint()[training.MODEL_KEY]
+        weights = self._checkpointer.load_checkpoint()[training.MODEL_KEY]
+        adapters = (self.state or {}).get("adapters") or {}
+        if adapters and not torch.equal(_base_mark(weights, adapters).to(self.state["base"].dtype), self.state["base"]):
+            raise InputError(
+                f"checkpointer.checkpoint_dir={self._node.get('checkpoint_dir')} holds other weights than the adapters in "
+                f"{self.run.output_dir / LATEST} were trained beside; set it to the run's first checkpoint"
+            )
+        return weights | adapters
 
     def restore(self, model: TransformerDecoder, updates: Updates, teacher: Teacher | None) -> dict[str, Any]:
         """Put optimizer, scheduler, teacher and random state back; returns {"step", "round"} (zeros for a fresh run)."""
         if self.state is None:
             return {"step": 0, "round": 0}
+        wanted = has_adapters(model)
+        if wanted != bool(self.state.get("adapters")):
+            raise InputError(
+                f"the checkpoint in {self.run.output_dir / LATEST} was trained {'without' if wanted else 'with'} LoRA "
+                "adapters, unlike this config's; resume with the `model` that it was trained with, or set another output_dir"
+            )
         self._refuse_other_state("lr_scheduler", updates.scheduler is not None, self.state["scheduler"] is not None)
         self._refuse_other_state("teacher", bool(teacher and teacher.state_dict()), bool(self.state["teacher"]))
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.run.world_size > 1)
@@ -156,14 +173,17 @@ class Checkpoints:
         rng: list[Any] = [None] * self.run.world_size
         dist.all_gather_object(rng, _random_state())
         if self.run.is_main:
+            adapters = get_adapter_state_dict(weights)
             shutil.rmtree(self._writing, ignore_errors=True)
-            self._checkpointer.save_checkpoint({training.MODEL_KEY: weights}, epoch=0)
+            self._checkpointer.save_checkpoint({training.MODEL_KEY: merged(model, weights)}, epoch=0)
             state = {
                 "method": self.method,
                 "must_match": self.must_match,
                 "step": step,
                 "round": round_,
                 "optimizer": optimizer,
+                "adapters": adapters,  # a resumed run puts them beside the base's weights again
+                "base": _base_mark(weights, adapters) if adapters else None,
                 "scheduler": updates.scheduler.state_dict() if updates.scheduler is not None else None,
                 "skipped_steps": (updates.nonfinite_steps, updates.nonfinite_in_a_row, updates.empty_steps),
                 "teacher": teacher_state,
@@ -192,6 +212,12 @@ class Checkpoints:
             if self.run.is_main:
                 full[name] = whole.cpu().contiguous()
         return full
+
+
+def _base_mark(weights: Mapping[str, torch.Tensor], adapters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A row of a frozen weight, which tells one base from another."""
+    first = min(name for name in adapters if name.endswith(".lora_a.weight"))
+    return weights[first.replace(".lora_a.weight", ".weight")][0].clone()
 
 
 def _random_state() -> dict[str, Any]:

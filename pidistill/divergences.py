@@ -123,26 +123,48 @@ def divergence(
 ) -> Float[Tensor, "*tokens"]:
     """The divergence that ``request`` names, with gradient to the side(s) that ``request.grad`` names and to no other.
 
-    ``kl_teacher_student`` is KL(T||S), ``kl_student_teacher`` KL(S||T), ``jsd`` the generalised JSD with ``request.beta``.
+    ``kl_teacher_student`` is KL(T||S), ``kl_student_teacher`` KL(S||T), ``jsd`` the generalised JSD with ``request.beta``. With
+    ``top_k`` it is that of the (K+1)-way distributions of :func:`with_tail` over the student's K most probable tokens, a choice
+    without gradient; ``entry_clip`` then bounds each of the K+1 terms.
 
     Raises:
-        InputError: unknown name or side; ``beta`` missing for ``jsd`` or given for another.
+        InputError: what :func:`check_divergence` refuses; ``top_k`` above the vocabulary.
     """
+    check_divergence(request)
+    teacher = teacher_logp if request.grad in ("teacher", "both") else teacher_logp.detach()
+    student = student_logp if request.grad in ("student", "both") else student_logp.detach()
+    if request.top_k is not None:
+        if request.top_k > student.shape[-1]:
+            raise InputError(
+                f"divergence {request.name}: top_k={request.top_k} is more than the vocabulary's {student.shape[-1]} ids; "
+                "lower it, or leave it out for the full-vocabulary divergence"
+            )
+        ids = student.detach().topk(request.top_k, dim=-1).indices
+        teacher, student = with_tail(teacher, ids), with_tail(student, ids)
+    if request.name == "jsd":
+        return generalised_jsd(teacher, student, request.beta)
+    p, q = (teacher, student) if request.name == "kl_teacher_student" else (student, teacher)
+    return kl(p, q, request.entry_clip)
+
+
+def check_divergence(request: Divergence) -> None:
+    """Refuse an unknown name or side, and options that the named divergence does not have."""
+    if request.name not in ("kl_teacher_student", "kl_student_teacher", "jsd"):
+        raise InputError(f"unknown divergence {request.name!r}; choose kl_teacher_student, kl_student_teacher or jsd")
     if request.grad not in ("student", "teacher", "both", "none"):
         raise InputError(f"divergence {request.name}: grad={request.grad!r} is not one of student, teacher, both, none")
     if (request.beta is not None) != (request.name == "jsd"):
         raise InputError(
             f"divergence {request.name}: beta={request.beta}, but jsd needs a beta and no other divergence takes one"
         )
-    teacher = teacher_logp if request.grad in ("teacher", "both") else teacher_logp.detach()
-    student = student_logp if request.grad in ("student", "both") else student_logp.detach()
-    if request.name == "kl_teacher_student":
-        return kl(teacher, student)
-    if request.name == "kl_student_teacher":
-        return kl(student, teacher)
-    if request.name == "jsd":
-        return generalised_jsd(teacher, student, request.beta)
-    raise InputError(f"unknown divergence {request.name!r}; choose kl_teacher_student, kl_student_teacher or jsd")
+    if request.entry_clip is not None and request.name == "jsd":
+        raise InputError(f"divergence jsd: entry_clip={request.entry_clip} bounds the terms of a KL; remove it, or choose a KL")
+    if request.entry_clip is not None and not request.entry_clip > 0:
+        raise InputError(
+            f"divergence {request.name}: entry_clip={request.entry_clip} must be above 0; at most 0 nothing is left"
+        )
+    if request.top_k is not None and request.top_k < 1:
+        raise InputError(f"divergence {request.name}: top_k={request.top_k} must be at least 1")
 
 
 def _require_fp32(*logps: Tensor) -> None:

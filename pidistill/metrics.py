@@ -22,6 +22,12 @@ that was not computed is absent; nothing stands in for it.
 | round | the round that the step's rollouts were sampled in, from 0 |
 | policy_tokens | policy tokens in the step, all ranks: the loss's denominator |
 | completion_tokens_mean | policy tokens per rollout |
+| rollouts | sampled in this round, all ranks, dropped and replaced ones included |
+| guided_groups | groups of this round sampled again with privileged information, because all had failed (Guide-GRPO) |
+| rollouts_with_pi_frac | share of this round's rollouts for which hindsight found privileged information |
+| hindsight_too_long | rollouts of this round whose hindsight did not fit, and was left out |
+| snis_ess | effective sample size of SNIS's weights, in rollouts: 1 to the group's size |
+| sft_loss | mean −log S per token of the demonstrations behind `sft_weight` |
 | zero_advantage_frac | share of rollouts whose advantage from the reward is 0 |
 | truncated_frac | share of rollouts cut off by the token limit |
 | rows_without_pi | rows of the training data without privileged information |
@@ -55,10 +61,12 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pidistill.advantages import group_slots
 from pidistill.config import build
 from pidistill.messages import message_text, messages_text
+from pidistill.policy_gradient import effective_sample_size
 from pidistill.training import Run, log, write_jsonl
-from pidistill.types import Batch, Message, Rollout, Scores
+from pidistill.types import Batch, Message, Rollout, RolloutAdvantage, Scores
 
 
 class MetricsLog:
@@ -247,6 +255,18 @@ def rollout_sums(rollouts: Sequence[Rollout], success_threshold: float, leak_phr
     for rollout in rollouts:
         for name, part in rollout.reward_parts.items():
             sums[f"reward/{name}"] = sums.get(f"reward/{name}", 0.0) + part
+    return sums
+
+
+def advantage_sums(pairs: Sequence[tuple[Rollout, RolloutAdvantage]]) -> dict[str, float]:
+    """Sums over rollouts, to be added over ranks; see :func:`rollout_means`."""
+    sums = {"zero_advantage_frac": float(sum(advantage.reward == 0.0 for _, advantage in pairs))}
+    weighted = [(rollout.group, advantage.weight) for rollout, advantage in pairs if advantage.weight is not None]
+    if weighted:
+        groups = torch.tensor([group for group, _ in weighted])
+        slot, size = group_slots(groups)
+        weights = torch.tensor([weight for _, weight in weighted]) / size[slot]
+        sums["snis_ess"] = float(effective_sample_size(weights, groups)[slot].sum())
     return sums
 
 

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from omegaconf import DictConfig
+from torch import nn
 
+from pidistill.adapters import has_adapters
+from pidistill.divergences import check_divergence
 from pidistill.errors import InputError
 from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
-from pidistill.teachers import EMATeacher, Teacher
-from pidistill.training import Run, crossed, write_jsonl
+from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, Teacher
+from pidistill.training import Run, crossed, empty_model, write_jsonl
 from pidistill.types import Rollout, RolloutAdvantage, ViewName
 
 Item = TypeVar("Item")
@@ -19,8 +22,8 @@ Item = TypeVar("Item")
 ROUND_KEYS = frozenset(
     {
         "prompts_per_round", "group_size", "updates_per_round", "minibatch_rollouts", "micro_batch_rollouts", "objective",
-        "teacher", "teacher_model", "teacher_checkpointer", "rollout_log_steps", "rollout_log_samples",
-        "rollout_log_max_new_tokens", "rollout_log_max_chars",
+        "teacher", "teacher_model", "teacher_checkpointer", "teacher_tokenizer", "rollout_log_steps", "rollout_log_samples",
+        "rollout_log_max_new_tokens", "rollout_log_max_chars", "sft_weight", "sft_batch_size",
     }
 )  # fmt: skip
 
@@ -126,12 +129,30 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
         raise InputError("teacher_model needs a teacher_checkpointer: the student's weights are not the teacher's")
     if isinstance(teacher, EMATeacher) and has_own_teacher(cfg):
         raise InputError("an EMA teacher averages the student's own weights; remove teacher_model and teacher_checkpointer")
-    for key in ("teacher_model", "teacher_checkpointer"):
-        if teacher.live and cfg.get(key):
+    for key in ("teacher_model", "teacher_checkpointer", "teacher_tokenizer"):
+        if not teacher.own_weights and cfg.get(key):
             raise InputError(
                 f"config key {key} is read by nothing while the trained model is the teacher; remove it, or set "
                 "teacher._component_=pidistill.teachers.FrozenTeacher"
             )
+    steps = range(int(cfg.max_steps))
+    if not teacher.can_sample and any(objective.samples_from_teacher_weights(step) for step in steps):
+        raise InputError(
+            f"{type(teacher).__name__} mixes the logits of two models and cannot sample, which {method} asks of the teacher "
+            "(at alpha=0); keep objective.alpha above 0, or set another teacher"
+        )
+    for request in objective.score_request(0).divergences:
+        check_divergence(request)
+    _check_adapters(empty_model(cfg.model), teacher)
+
+
+def _check_adapters(model: nn.Module, teacher: Teacher) -> None:
+    if isinstance(teacher, AdapterOffTeacher) and not has_adapters(model):
+        raise InputError(NO_ADAPTERS)
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        raise InputError(
+            "dropout in the training forward would score another policy than the one that sampled; set model.lora_dropout=0"
+        )
 
 
 def has_own_teacher(cfg: DictConfig) -> bool:

@@ -20,6 +20,7 @@ from torchtune.modules import TransformerDecoder
 
 from pidistill.divergences import divergence, entropy
 from pidistill.errors import InputError
+from pidistill.teachers import Teacher, Voice
 from pidistill.types import Batch, Divergence, ScoreRequest, Scores, View
 
 # fp32 elements of one [chunk, vocabulary] matrix; about ten such matrices live at once. On CPU just above the 32 MiB from which
@@ -33,19 +34,23 @@ def score(
     request: ScoreRequest,
     *,
     temperature: float = 1.0,
-    teacher: TransformerDecoder | None = None,
+    teacher: Teacher | TransformerDecoder | None = None,
     chunk_tokens: int | None = None,
 ) -> Scores:
     """Per-token numbers of ``batch`` in both views, at the sampling temperature.
+
+    Where the sides' vocabularies differ in size (padded rows), divergences are between the two distributions cropped to the
+    smaller one and renormalised. Log-probs and entropies stay those of the side's whole vocabulary: the sampler drew from it,
+    and the ratio to what it recorded stays 1. A sampled id that a side lacks has log-prob −inf there.
 
     Args:
         model: scores the student view, and the teacher view where that is trained or no ``teacher`` is given.
         request: which views, divergences and entropies, and which sides gradient reaches. A side without gradient is computed
             under ``no_grad`` and costs no gradient memory.
         temperature: divides the logits before the softmax; the one the rollouts were sampled with.
-        teacher: other weights (frozen, EMA) for the teacher view; never receive gradient. Where the request trains the live
-            teacher view too, they take part only in the divergences whose gradient reaches the student alone (the sg T of
-            π-Distill's student half).
+        teacher: whose weights score the teacher view; a live one is as None, a model stands for itself. Others never receive
+            gradient. Where the request trains the live teacher view too, they take part only in the divergences whose gradient
+            reaches the student alone (the sg T of π-Distill's student half).
         chunk_tokens: tokens whose logits exist at once; by default sized to about 40 MiB per matrix on CPU, 256 on CUDA.
 
     Returns:
@@ -55,42 +60,40 @@ def score(
         request = replace(request, student_grad=False, teacher_grad=False)
     plan = _Plan(batch.targets, request, temperature, chunk_tokens)
     with torch.set_grad_enabled(request.student_grad or request.teacher_grad):
-        if len(request.views) == 1:
-            outputs = _score_one_view(plan, model if request.views[0] == "student" else teacher or model, batch)
-        elif request.student_grad and request.teacher_grad:
-            outputs = _score_both_trained(plan, model, batch, teacher)
-        else:
-            outputs = _score_one_trained(plan, model, batch, teacher)
-    return plan.as_scores(outputs)
+        return plan.as_scores(_score(plan, model, batch, _voices(teacher, model)))
 
 
-def _score_one_view(plan: "_Plan", model: TransformerDecoder, batch: Batch) -> Float[Tensor, "K N"]:
-    (name,) = plan.request.views
-    view = batch.student if name == "student" else batch.teacher
-    return _forward(model, view, lambda h, w: _head(plan, {name: h}, w))
+def _voices(teacher: Teacher | TransformerDecoder | None, model: TransformerDecoder) -> list[Voice]:
+    """The given teacher's, none of them where the trained model is the teacher."""
+    if isinstance(teacher, nn.Module):
+        return [Voice(1.0, teacher)]
+    return [] if teacher is None or teacher.live else teacher.mixture(model)
 
 
-def _score_both_trained(
-    plan: "_Plan", model: TransformerDecoder, batch: Batch, teacher: TransformerDecoder | None
-) -> Float[Tensor, "K N"]:
-    """Both views in one call of the model: under FSDP2 every layer is gathered once, and so is the head."""
-    both, n = _concatenate(batch.student, batch.teacher), batch.targets.numel()
-    given, own = {}, {}
-    if teacher is not None and any(d.grad == "student" for d in plan.request.divergences):
-        given["given_teacher"], own["given_teacher"] = _constant(teacher, batch.teacher)
-    return _forward(model, both, lambda h, w: _head(plan, {"student": h[:n], "teacher": h[n:], **given}, w, own))
+def _score(plan: "_Plan", model: TransformerDecoder, batch: Batch, voices: list[Voice]) -> Float[Tensor, "K N"]:
+    """Constant sides first, under no_grad; then one forward of the model for the sides it trains, with the head inside.
 
+    Both views in one call: under FSDP2 every layer is gathered once, and so is the head.
+    """
+    request, views = plan.request, {"student": batch.student, "teacher": batch.teacher}
+    live = [side for side in request.views if side == "student" or not voices or request.teacher_grad]
+    called = [side for side in live if plan.side_has_gradient(side)] or live
+    constants = {side: [_constant(Voice(1.0, model), views[side], model)] for side in live if side not in called}
+    if voices and "teacher" in request.views:
+        given = "given_teacher" if "teacher" in live else "teacher"
+        # What the live teacher view is about to compute anyway is not computed twice.
+        ready = model if "teacher" in called else None
+        if given == "teacher" or any(d.grad == "student" for d in request.divergences):
+            shared = model if called else None
+            constants[given] = [_constant(v, views["teacher"], shared, ready) for v in voices]
+    if not called:
+        return _head(plan, {}, constants["teacher"][0].weight, constants)
 
-def _score_one_trained(
-    plan: "_Plan", model: TransformerDecoder, batch: Batch, teacher: TransformerDecoder | None
-) -> Float[Tensor, "K N"]:
-    """The view without gradient first, under no_grad; its hidden states then stand beside the other's as constants."""
-    if plan.request.teacher_grad:
-        hidden, _ = _constant(model, batch.student)
-        return _forward(model, batch.teacher, lambda h, w: _head(plan, {"student": hidden, "teacher": h}, w))
-    hidden, weight = _constant(teacher or model, batch.teacher)
-    own = {} if teacher is None else {"teacher": weight}
-    return _forward(model, batch.student, lambda h, w: _head(plan, {"student": h, "teacher": hidden}, w, own))
+    def use(h: Float[Tensor, "M H"], weight: Tensor) -> Tensor:
+        of_sides = h.split([batch.targets.numel()] * len(called))
+        return _head(plan, dict(zip(called, of_sides, strict=True)), weight, constants)
+
+    return _forward(model, _concatenate([views[side] for side in called]), use)
 
 
 # ---------------------------------------------------------------------------------------------- the model up to the head
@@ -118,22 +121,25 @@ def _unembedding(model: TransformerDecoder, unembed: Callable[[Tensor], Tensor])
         del model.unembed
 
 
-def _concatenate(first: View, second: View) -> View:
-    """Two views as the rows of one batch, the policy tokens of ``first`` before those of ``second``."""
-    length = max(first.tokens.shape[1], second.tokens.shape[1])
+def _concatenate(views: list[View]) -> View:
+    """Views as the rows of one batch, the policy tokens of the first before those of the second."""
+    length, heights = max(v.tokens.shape[1] for v in views), [v.tokens.shape[0] for v in views]
     # The filling id is never looked at: padding stands right of every policy token.
-    tokens = [nn.functional.pad(v.tokens, (0, length - v.tokens.shape[1])) for v in (first, second)]
-    rows = torch.cat([first.rows, second.rows + first.tokens.shape[0]])
-    return View(torch.cat(tokens), rows, torch.cat([first.columns, second.columns]))
+    tokens = torch.cat([nn.functional.pad(v.tokens, (0, length - v.tokens.shape[1])) for v in views])
+    rows = torch.cat([v.rows + sum(heights[:i]) for i, v in enumerate(views)])
+    return View(tokens, rows, torch.cat([v.columns for v in views]))
 
 
 def _head_module(model: TransformerDecoder) -> nn.Module:
     """The module that owns the head's weight: the output layer, or the embedding it is tied to."""
     head = getattr(model.output, "tied_module", model.output)
     if type(head) not in (nn.Linear, nn.Embedding) and not hasattr(head, "unshard"):
-        raise TypeError(f"cannot score with an output layer of type {type(head).__name__}; use a plain (or tied) linear head")
+        raise InputError(
+            f"cannot score with an output layer of type {type(head).__name__}; use a plain or tied linear head (a LoRA model "
+            "with apply_lora_to_output=False)"
+        )
     if getattr(head, "bias", None) is not None:
-        raise TypeError("cannot score with an output layer that has a bias")
+        raise InputError("cannot score with an output layer that has a bias; choose a `model` whose output has none")
     return head
 
 
@@ -147,12 +153,37 @@ def _local_weight(model: TransformerDecoder) -> Float[Tensor, "V H"]:
     return weight
 
 
+@dataclass(frozen=True)
+class _Term:
+    """One summand of a constant side's logits: share · hidden @ weightᵀ.
+
+    hidden: None is that of the teacher view which the trained model computes. weight: None is the trained model's head.
+    """
+
+    share: float
+    hidden: Float[Tensor, "N H"] | None
+    weight: Float[Tensor, "V H"] | None
+
+    def logits(self, live_hidden: Tensor | None, head: Float[Tensor, "V1 H1"], chunk: slice) -> Float[Tensor, "C V"]:
+        hidden = live_hidden if self.hidden is None else self.hidden
+        return hidden[chunk] @ (head if self.weight is None else self.weight).T
+
+
 @torch.no_grad()
-def _constant(model: TransformerDecoder, view: View) -> tuple[Float[Tensor, "N H"], Float[Tensor, "V H"]]:
-    """Hidden states of a view that gets no gradient, and the whole head of its model; under FSDP2 one more all-gather."""
-    hidden = _forward(model, view, lambda h, w: h)
-    weight = _head_module(model).weight.detach()
-    return hidden, weight.full_tensor() if isinstance(weight, DTensor) else weight
+def _constant(voice: Voice, view: View, shared: nn.Module | None, ready: nn.Module | None = None) -> _Term:
+    """A voice on a view that gets no gradient.
+
+    Under FSDP2 this is one more gathering of its layers, and of its head, unless that is the head of ``shared``, which is at
+    hand in the forward to come. A voice of ``ready`` needs no forward.
+    """
+    if voice.module is ready and voice.adapters:
+        return _Term(voice.share, None, None)
+    with voice.weights() as module:
+        hidden = _forward(module, view, lambda h, w: h)
+    if voice.module is shared:
+        return _Term(voice.share, hidden, None)
+    weight = _head_module(voice.module).weight.detach()
+    return _Term(voice.share, hidden, weight.full_tensor() if isinstance(weight, DTensor) else weight)
 
 
 # ---------------------------------------------------------------------------------------------- the head, chunk by chunk
@@ -197,10 +228,10 @@ class _Plan:
                 # Where no gradient is recorded, requests that differ only in their gradient are one number.
                 wanted = name if torch.is_grad_enabled() else replace(name, grad="none")
                 if (wanted, teacher) not in values:
-                    values[wanted, teacher] = divergence(wanted, logp[teacher], logp["student"])
+                    values[wanted, teacher] = divergence(wanted, *_cropped(logp[teacher], logp["student"]))
                 values[name] = values[wanted, teacher]
             elif name.endswith("_logprobs"):
-                values[name] = logp[name.removesuffix("_logprobs")].gather(-1, targets[:, None]).squeeze(-1)
+                values[name] = _at(logp[name.removesuffix("_logprobs")], targets)
             else:
                 values[name] = entropy(logp[name.removesuffix("_entropy")].detach())
         return [values[name] for name in names]
@@ -220,36 +251,61 @@ def _at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _cropped(*logps: Float[Tensor, "C _"]) -> list[Float[Tensor, "C V"]]:
+    """Both sides over the ids that both have, renormalised; unchanged where they have the same."""
+    size = min(logp.shape[-1] for logp in logps)
+    return [logp if logp.shape[-1] == size else torch.log_softmax(logp[:, :size], dim=-1) for logp in logps]
+
+
+def _at(logp: Float[Tensor, "C V"], targets: Int[Tensor, " C"]) -> Float[Tensor, " C"]:
+    """Log-prob of each target; −inf for an id beyond this side's vocabulary, which a model with more padded rows may sample."""
+    last = logp.shape[-1] - 1
+    return logp.gather(-1, targets.clamp(max=last)[:, None]).squeeze(-1).masked_fill(targets > last, -torch.inf)
+
+
+# The given teacher is a constant that stands beside a live, trained teacher view.
+_LIVE_SIDES = ("student", "teacher")
+
+
 def _head(
     plan: _Plan,
     hidden: dict[str, Float[Tensor, "N H"]],
     weight: Float[Tensor, "V H"],
-    own_weights: dict[str, Float[Tensor, "V H"]] | None = None,
+    constants: dict[str, list[_Term]] | None = None,
 ) -> Float[Tensor, "K N"]:
-    """Stacked per-token numbers from the hidden states of the :data:`_SIDES`.
-
-    ``weight`` is the head shared by the sides, except where ``own_weights`` names another (constant) one for a side.
-    """
-    return _ChunkedHead.apply(plan, own_weights or {}, weight, *[hidden.get(side) for side in _SIDES])
+    """Stacked per-token numbers from the hidden states of the live sides, which share ``weight``, and constant ones."""
+    return _ChunkedHead.apply(plan, constants or {}, weight, *[hidden.get(side) for side in _LIVE_SIDES])
 
 
-# The given teacher is a constant that stands beside a live, trained teacher view.
-_SIDES = ("student", "teacher", "given_teacher")
+def _logits(
+    hidden: dict[str, Float[Tensor, "N H"]], weight: Float[Tensor, "V H"], constants: dict[str, list[_Term]], chunk: slice
+) -> dict[str, Float[Tensor, "C _"]]:
+    """Of one chunk, per side; a mixture has the ids that all its terms have."""
+    logits = {side: h[chunk] @ weight.T for side, h in hidden.items()}
+    for side, terms in constants.items():
+        parts = [term.logits(hidden.get("teacher"), weight, chunk) for term in terms]
+        logits[side] = parts[0] if len(parts) == 1 else _mixed([term.share for term in terms], parts)
+    return logits
+
+
+def _mixed(shares: list[float], parts: list[Float[Tensor, "C _"]]) -> Float[Tensor, "C V"]:
+    size = min(part.shape[-1] for part in parts)
+    return sum(share * _at_least_fp32(part[:, :size]) for share, part in zip(shares, parts, strict=True))
 
 
 class _ChunkedHead(torch.autograd.Function):
     """[K, N] numbers of :class:`_Plan`, with logits recomputed per chunk in the backward."""
 
     @staticmethod
-    def forward(ctx, plan: _Plan, own: dict, weight: Tensor, *sides: Tensor | None) -> Float[Tensor, "K N"]:
-        ctx.plan, ctx.own = plan, own
+    def forward(ctx, plan: _Plan, constants: dict, weight: Tensor, *sides: Tensor | None) -> Float[Tensor, "K N"]:
+        ctx.plan, ctx.constants = plan, constants
         ctx.save_for_backward(weight, *sides)
-        hidden = {side: h for side, h in zip(_SIDES, sides, strict=True) if h is not None}
+        hidden = {side: h for side, h in zip(_LIVE_SIDES, sides, strict=True) if h is not None}
         names, targets = plan.names, plan.targets
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         outputs = torch.empty(len(names), targets.numel(), dtype=dtype, device=weight.device)
         for chunk in plan.chunks(weight.shape[0]):
-            logits = {view: h[chunk] @ own.get(view, weight).T for view, h in hidden.items()}
+            logits = _logits(hidden, weight, constants, chunk)
             for k, value in enumerate(plan.from_logits(logits, targets[chunk], names)):
                 outputs[k, chunk] = value
         return outputs
@@ -257,22 +313,24 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_outputs: Float[Tensor, "K N"]):
         weight, *sides = ctx.saved_tensors
-        plan, own = ctx.plan, ctx.own
-        hidden = {side: h for side, h in zip(_SIDES, sides, strict=True) if h is not None}
-        trained = [view for view in hidden if plan.side_has_gradient(view)]
+        plan = ctx.plan
+        hidden = {side: h for side, h in zip(_LIVE_SIDES, sides, strict=True) if h is not None}
         names = plan.names
         rows = [k for k, name in enumerate(names) if plan.has_gradient(name)]
-        # Chunks are summed in fp32 also for a bf16 head.
-        grad_weight = torch.zeros_like(weight, dtype=_at_least_fp32(weight[:0]).dtype)
-        grad_hidden = {view: torch.zeros_like(hidden[view]) for view in trained}
+        # Chunks are summed in fp32 also for a bf16 head. A frozen one (LoRA) has no buffer.
+        trained_head = ctx.needs_input_grad[2]
+        grad_weight = torch.zeros_like(weight, dtype=_at_least_fp32(weight[:0]).dtype) if trained_head else None
+        grad_hidden = {view: torch.zeros_like(h) for view, h in hidden.items()}
         for chunk in plan.chunks(weight.shape[0]):
-            logits = {view: (h[chunk] @ own.get(view, weight).T).detach() for view, h in hidden.items()}
-            leaves = [logits[view].requires_grad_() for view in trained]
+            logits = {side: x.detach() for side, x in _logits(hidden, weight, ctx.constants, chunk).items()}
+            leaves = [logits[view].requires_grad_() for view in hidden]
             with torch.enable_grad():
                 values = plan.from_logits(logits, plan.targets[chunk], [names[k] for k in rows])
             grads = torch.autograd.grad(values, leaves, [grad_outputs[k, chunk] for k in rows])
             del values
-            for view, grad_logits in zip(trained, grads, strict=True):
+            for view, grad_logits in zip(hidden, grads, strict=True):
                 grad_hidden[view][chunk] = grad_logits @ weight
-                grad_weight.addmm_(grad_logits.T.to(grad_weight.dtype), hidden[view][chunk].to(grad_weight.dtype))
-        return None, None, grad_weight.to(weight.dtype), *[grad_hidden.get(side) for side in _SIDES]
+                if trained_head:
+                    grad_weight.addmm_(grad_logits.T.to(grad_weight.dtype), hidden[view][chunk].to(grad_weight.dtype))
+        grad_weight = grad_weight.to(weight.dtype) if trained_head else None
+        return None, None, grad_weight, *[grad_hidden.get(side) for side in _LIVE_SIDES]

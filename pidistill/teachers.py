@@ -1,9 +1,11 @@
-"""Whose weights score the teacher view: the trained model's own, its initial ones, or a moving average of it.
+"""Whose weights score the teacher view: the trained model's own, its initial ones, an average, a mixture, or another model's.
 
 A teacher has the weights only; what it *knows* (privileged information) is in its prompt. Its state is part of a checkpoint.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,10 +13,38 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import disable_adapter
 
+from pidistill.adapters import has_adapters
 from pidistill.errors import InputError
 
 LoadCopy = Callable[[], TransformerDecoder]
+
+
+@dataclass(frozen=True)
+class Voice:
+    """One summand of a teacher's logits: ``share`` times those of ``module``, its LoRA adapters on or off."""
+
+    share: float
+    module: TransformerDecoder
+    adapters: bool = True
+
+    @contextmanager
+    def weights(self) -> Iterator[TransformerDecoder]:
+        """The module as this voice speaks, to sample or score with inside the `with`."""
+        if self.adapters:
+            yield self.module
+            return
+        if not has_adapters(self.module):
+            raise InputError(NO_ADAPTERS)
+        with disable_adapter(self.module):
+            yield self.module
+
+
+NO_ADAPTERS = (
+    "the teacher is the trained model without its LoRA adapters, and the model has none; set `model` to a lora_ builder "
+    "(torchtune.models.llama3.lora_llama3, torchtune.models.qwen2.lora_qwen2), or another teacher"
+)
 
 
 @runtime_checkable
@@ -22,17 +52,25 @@ class Teacher(Protocol):
     """Attributes:
 
     live: True where the trained model itself is the teacher; only then can the teacher view be trained.
-    module: the model that scores the teacher view; None where live.
+    own_weights: True where it holds weights beside the trained model's; only then can they be another checkpoint's.
+    can_sample: False where its distribution is no single model's, so that the sampler cannot draw from it.
     """
 
     live: bool
-    module: TransformerDecoder | None
+    own_weights: bool
+    can_sample: bool
 
     def attach(self, load_copy: LoadCopy) -> None:
         """Called once, after the trained model is set up; ``load_copy`` loads (and shards) the initial weights again."""
 
     def update(self, model: nn.Module) -> None:
         """Called after every optimiser step."""
+
+    def mixture(self, model: TransformerDecoder) -> list[Voice]:
+        """The voices whose logits add up to the teacher's, ``model`` being the trained one; their shares sum to 1."""
+
+    def sampling_weights(self, model: TransformerDecoder) -> AbstractContextManager[TransformerDecoder]:
+        """`with` these weights the teacher samples."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold (tensors may be sharded); empty if the teacher can be rebuilt from the config."""
@@ -44,13 +82,21 @@ class LiveTeacher:
     """The trained weights themselves, seeing the privileged information (π-Distill, OPSD)."""
 
     live = True
-    module: TransformerDecoder | None = None
+    own_weights = False
+    can_sample = True
 
     def attach(self, load_copy: LoadCopy) -> None:
         pass
 
     def update(self, model: nn.Module) -> None:
         pass
+
+    def mixture(self, model: TransformerDecoder) -> list[Voice]:
+        return [Voice(1.0, model)]
+
+    def sampling_weights(self, model: TransformerDecoder) -> AbstractContextManager[TransformerDecoder]:
+        (voice,) = self.mixture(model)
+        return voice.weights()
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -59,19 +105,60 @@ class LiveTeacher:
         pass
 
 
-class FrozenTeacher(LiveTeacher):
-    """The initial weights (or those of `teacher_checkpointer`), never changed."""
+class AdapterOffTeacher(LiveTeacher):
+    """The trained model with its LoRA adapters switched off: the initial weights, without a second copy of them."""
 
     live = False
 
+    def mixture(self, model: TransformerDecoder) -> list[Voice]:
+        return [Voice(1.0, model, adapters=False)]
+
+
+class FrozenTeacher(LiveTeacher):
+    """The initial weights, never changed; with `teacher_checkpointer` (and `teacher_model`) another model's.
+
+    Another model may be of another size and have more or fewer padded rows in its output, see :func:`pidistill.scoring.score`;
+    its tokenizer must be the student's.
+    """
+
+    live = False
+    own_weights = True
+
     def attach(self, load_copy: LoadCopy) -> None:
         self.module = load_copy().requires_grad_(False).eval()
+
+    def mixture(self, model: TransformerDecoder) -> list[Voice]:
+        return [Voice(1.0, self.module)]
+
+
+class TrustRegionTeacher(FrozenTeacher):
+    """Teacher logits = (1 − live_share)·reference + live_share·live, a step from the reference towards the student.
+
+    SDPO's (arXiv 2601.20802) at .01. The reference is the initial model or that of `teacher_checkpointer`; both see the teacher
+    view, and neither gets gradient. A distribution of two models' logits is no model's own: it scores, and cannot sample.
+    """
+
+    can_sample = False
+
+    def __init__(self, live_share: float = 0.01) -> None:
+        if not 0.0 < live_share < 1.0:
+            raise InputError(
+                f"teacher.live_share={live_share} is outside (0, 1); use FrozenTeacher for 0 and LiveTeacher for 1"
+            )
+        self.live_share = live_share
+
+    def mixture(self, model: TransformerDecoder) -> list[Voice]:
+        return [Voice(1.0 - self.live_share, self.module), Voice(self.live_share, model)]
+
+    def sampling_weights(self, model: TransformerDecoder) -> AbstractContextManager[TransformerDecoder]:
+        raise InputError("a trust-region teacher mixes two models' logits and cannot sample; choose another teacher")
 
 
 class EMATeacher(FrozenTeacher):
     """φ ← (1−rate)·φ + rate·θ after every optimiser step, starting from the initial weights.
 
-    The average is kept in fp32 whatever the model's dtype: in bf16 a small rate would round every step away.
+    The average is kept in fp32 whatever the model's dtype: in bf16 a small rate would round every step away. Of a model with
+    LoRA adapters these alone are averaged; the rest never moves.
     """
 
     def __init__(self, rate: float = 0.05) -> None:
@@ -82,8 +169,9 @@ class EMATeacher(FrozenTeacher):
         self.rate = rate
 
     def attach(self, load_copy: LoadCopy) -> None:
-        super().attach(load_copy)
-        self._average = {name: p.detach().float() for name, p in self.module.named_parameters()}
+        module = load_copy()
+        self._average = {name: p.detach().float() for name, p in module.named_parameters() if p.requires_grad}
+        super().attach(lambda: module)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -91,9 +179,9 @@ class EMATeacher(FrozenTeacher):
         _reshard(model)
         # Activation checkpointing wraps layers of the trained model and shows in its parameter names.
         trained = {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
-        for name, parameter in self.module.named_parameters():
-            average = self._average[name].lerp_(trained[name].float(), self.rate)
-            parameter.copy_(average)
+        for name, average in self._average.items():
+            average.lerp_(trained[name].float(), self.rate)
+            self.module.get_parameter(name).copy_(average)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._average)
@@ -101,9 +189,9 @@ class EMATeacher(FrozenTeacher):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         _reshard(self.module)
-        for name, parameter in self.module.named_parameters():
-            self._average[name].copy_(_like(state[name], self._average[name]))
-            parameter.copy_(self._average[name])
+        for name, average in self._average.items():
+            average.copy_(_like(state[name], average))
+            self.module.get_parameter(name).copy_(average)
 
 
 def _reshard(model: nn.Module) -> None:

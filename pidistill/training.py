@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchtune import modules, training, utils
 from torchtune.modules import TransformerDecoder
 
+from pidistill.adapters import train_adapters_only, with_initial_adapters
 from pidistill.config import build, check_config
 from pidistill.errors import InputError
 
@@ -37,7 +38,7 @@ EVALUATION_KEYS = frozenset(
     {
         "output_dir", "seed", "device", "dtype", "threads", "model", "tokenizer", "checkpointer", "dataset", "environment",
         "privileged", "sampler", "max_turns", "on_overflow", "eval_samples", "eval_success_threshold",
-        "fsdp_reshard_after_forward", "fsdp_cpu_offload", "custom_sharded_layers",
+        "fsdp_reshard_after_forward", "fsdp_cpu_offload", "custom_sharded_layers", "fallback_checkpoint_dir",
     }
 )  # fmt: skip
 # and in every one that trains.
@@ -54,7 +55,8 @@ LEAST = {
     "seed": 0, "threads": 1, "max_steps": 1, "batch_size": 1, "micro_batch_size": 1, "prompts_per_round": 1, "group_size": 1,
     "updates_per_round": 1, "minibatch_rollouts": 1, "micro_batch_rollouts": 1, "score_chunk_tokens": 1, "max_turns": 1,
     "max_nonfinite_steps": 1, "eval_samples": 1, "eval_every_steps": 0, "save_every_steps": 0, "rollout_log_steps": 0,
-    "rollout_log_samples": 1, "rollout_log_max_new_tokens": 1, "rollout_log_max_chars": 1,
+    "samples_per_prompt": 1, "prompts_per_batch": 1, "rollout_log_samples": 1, "sft_batch_size": 1,
+    "rollout_log_max_new_tokens": 1, "rollout_log_max_chars": 1,
 }  # fmt: skip
 
 
@@ -115,6 +117,7 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     _drop_null_components(cfg)
     check_config(cfg, known, required)
     _check_numbers(cfg)
+    use_fallback_checkpoint(cfg)
     for key in ("checkpointer", "teacher_checkpointer"):
         check_checkpoint_folder(cfg, key)
     device = _device(cfg.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
@@ -213,6 +216,31 @@ def _first_to_fail() -> bool:
 # ---------------------------------------------------------------------------------------------- model
 
 
+def use_fallback_checkpoint(cfg: DictConfig) -> None:
+    """Where `checkpointer.checkpoint_dir` does not exist, write `fallback_checkpoint_dir` into its place, and say so.
+
+    For methods of several stages: the config of a later one starts from the base if the earlier one was not run. A resumed
+    run keeps the folder that it began with, which the config.yaml in its output folder records: its frozen teacher and the
+    weights that training began with stay the same, whatever has come into being since.
+    """
+    fallback = cfg.get("fallback_checkpoint_dir")
+    if fallback is None:
+        return
+    folder = cfg.checkpointer.checkpoint_dir
+    began_with = _recorded_checkpoint_dir(cfg) if cfg.get("resume_from_checkpoint", False) else None
+    missing = not Path(folder).is_dir() and began_with != folder
+    if folder != fallback and (began_with == fallback or missing):
+        if os.environ.get("RANK", "0") == "0":
+            why = "the run began there" if began_with == fallback else f"{folder} does not exist: the stage before was not run"
+            log.warning(f"starting from fallback_checkpoint_dir {fallback}, since {why}")
+        cfg.checkpointer.checkpoint_dir = fallback
+
+
+def _recorded_checkpoint_dir(cfg: DictConfig) -> str | None:
+    path = Path(cfg.output_dir) / "config.yaml"
+    return OmegaConf.load(path).checkpointer.checkpoint_dir if path.is_file() else None
+
+
 def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
     """Refuse a checkpoint folder that lacks its files before anything is loaded."""
     node = cfg.get(key)
@@ -237,10 +265,13 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
 def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str, Any], *, trained: bool) -> TransformerDecoder:
     """Build a model on the meta device, shard it where there is more than one rank, and fill it from a full state dict.
 
-    ``trained`` models get activation checkpointing and compilation as the config says; teachers do not.
+    ``trained`` models get activation checkpointing and compilation as the config says; teachers do not. Of a model with LoRA
+    adapters these alone can be trained, and a state dict without them starts them anew.
     """
-    with training.set_default_dtype(run.dtype), torch.device("meta"):
-        model = build(model_node)
+    with training.set_default_dtype(run.dtype):
+        model = empty_model(model_node)
+    train_adapters_only(model)
+    state_dict = with_initial_adapters(model, state_dict, run.seed)
     if trained and cfg.get("compile", False):
         training.compile_model(model, verbose=run.is_main)
     if trained and cfg.get("enable_activation_checkpointing", False):
@@ -260,6 +291,12 @@ def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str,
     _fill(model, run, state_dict, cpu_offload=cfg.get("fsdp_cpu_offload", False))
     training.validate_no_params_on_meta_device(model)
     return model.train(trained)
+
+
+def empty_model(node: Any) -> TransformerDecoder:
+    """A model's shape without its weights, on the meta device."""
+    with torch.device("meta"):
+        return build(node)
 
 
 def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: bool) -> None:
@@ -298,7 +335,7 @@ class Updates:
 
     def __init__(self, cfg: DictConfig, run: Run, model: nn.Module) -> None:
         self.run, self.model = run, model
-        self.optimizer: Optimizer = build(cfg.optimizer, model.parameters())
+        self.optimizer: Optimizer = build(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
         self.scheduler: LRScheduler | None = build(cfg.lr_scheduler, self.optimizer) if cfg.get("lr_scheduler") else None
         self.clip_grad_norm = float(cfg.get("clip_grad_norm") or math.inf)
         self.max_nonfinite_steps = int(cfg.get("max_nonfinite_steps") or 3)

@@ -11,7 +11,9 @@
 """
 
 import functools
+import random
 import sys
+from dataclasses import replace
 
 import torch
 from omegaconf import DictConfig
@@ -19,22 +21,24 @@ from torchtune import config
 
 from pidistill.checkpoints import Checkpoints
 from pidistill.config import build
-from pidistill.data import epoch_order, load_prompts
+from pidistill.data import epoch_order, load_prompts, row_completions, sft_demonstrations
 from pidistill.evaluation import evaluate, sample_texts
-from pidistill.metrics import MetricsLog, rollout_means, rollout_sums, token_means, token_sums
+from pidistill.hindsight import add_hindsight
+from pidistill.metrics import MetricsLog, advantage_sums, rollout_means, rollout_sums, token_means, token_sums
 from pidistill.packing import make_batch
 from pidistill.reductions import token_mean
-from pidistill.rollouts import collect_rollouts, rollout_seed
+from pidistill.rollouts import DROP_REASONS, collect_rollouts, rollout_seed
 from pidistill.rounds import ROUND_KEYS, Round, check_method, check_rewards, dump_rollouts, no_pi
 from pidistill.scoring import score
 from pidistill.teachers import LiveTeacher
 from pidistill.training import COMMON_KEYS, Timer, Updates, cleanup, load_model, load_teacher, one_sentence_errors, start
 from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
 
-KEYS = COMMON_KEYS | ROUND_KEYS
+KEYS = COMMON_KEYS | ROUND_KEYS | {"hindsight"}
 REQUIRED = ("output_dir", "max_steps", "model", "tokenizer", "checkpointer", "dataset", "environment", "privileged", "sampler",
             "objective", "optimizer", "prompts_per_round", "group_size")  # fmt: skip
 SAMPLING_VIEW: ViewName = "student"
+SFT_REQUEST = ScoreRequest(student_grad=True, teacher_grad=False, views=("student",), entropy=False)
 SHOWN = ("reward_mean", "kl_teacher_student_nats", "leak_frac", "eval_student_success_greedy")
 
 Pair = tuple[Rollout, RolloutAdvantage]
@@ -47,13 +51,17 @@ class OPSDRecipe:
         self._run = start(cfg, KEYS, REQUIRED)
         self._round_sizes = Round(cfg)
         self._max_steps = int(cfg.max_steps)
+        self._sft_weight, self._sft_batch = float(cfg.get("sft_weight") or 0.0), int(cfg.get("sft_batch_size") or 64)
         self._timer = Timer(self._run.device)
 
     def setup(self, cfg: DictConfig) -> None:
         # Everything that can be wrong is built and looked at before weights are loaded.
         self._objective = build(cfg.objective)
         self._sampler = build(cfg.sampler)
-        self._data = load_prompts(cfg, no_pi=no_pi(cfg, self._objective))
+        # Hindsight comes with the rollouts: rows need no privileged information of their own.
+        self._hindsight, self._privileged = build(cfg.get("hindsight")), build(cfg.privileged)
+        rows_without_pi = no_pi(cfg, self._objective)
+        self._data = load_prompts(cfg, no_pi="rl" if self._hindsight else rows_without_pi)
         self._collect = functools.partial(
             collect_rollouts,
             sampler=self._sampler,
@@ -61,6 +69,8 @@ class OPSDRecipe:
             environment=build(cfg.environment),
             max_turns=cfg.get("max_turns"),
         )
+        self._demonstrations = sft_demonstrations(cfg, self._data)
+        self._completions = row_completions(self._data) if self._objective.on_policy_frac < 1.0 else []
         must_match = self._round_sizes.must_match | {"rows": len(self._data.prompts)}
         self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_, must_match=must_match)
         self._teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
@@ -114,35 +124,64 @@ class OPSDRecipe:
         sizes = self._round_sizes
         order = epoch_order(len(self._data.prompts), self._run.seed, self._round * sizes.prompts, sizes.prompts)
         groups = self._run.share(list(enumerate(order)))
+        given = self.dataset_completions(groups)
+        answered = {rollout.group for rollout in given}
+        self._counts = dict.fromkeys(("rollouts", "guided_groups", *DROP_REASONS), 0.0)
         with self._timer.phase("rollout"):
-            collected = self._collect(
-                self._model,
-                examples=[self._data.prompts[row][0] for _, row in groups],
-                prompts=[self._data.prompts[row][1] for _, row in groups],
-                view=SAMPLING_VIEW,
-                group_size=sizes.group_size,
-                groups=[group for group, _ in groups],
-                seeds=[
-                    rollout_seed(self._run.seed, self._round, group, member)
-                    for group, _ in groups
-                    for member in range(sizes.group_size)
-                ],
-            )
-        self._dropped = self._run.sums(collected.dropped)
+            rollouts = self.sample_groups([g for g in groups if g[0] not in answered], SAMPLING_VIEW)
+            if self._objective.guides_failed_groups:
+                rollouts = self.guide_failed_groups(groups, rollouts)
+        if self._hindsight is not None:
+            limits = {"run": self._run, "max_seq_len": self._data.max_seq_len}
+            self._counts |= add_hindsight(self._hindsight, rollouts, self._privileged, self._data.tokenizer, **limits)
+        self._counts = self._run.sums(self._counts)
+        return rollouts + given
+
+    def sample_groups(self, groups: list[tuple[int, int]], view: ViewName, first_member: int = 0) -> list[Rollout]:
+        """`group_size` rollouts of each (group, row), in ``view``."""
+        size = self._round_sizes.group_size
+        members = range(first_member, first_member + size)
+        collected = self._collect(
+            self._model,
+            examples=[self._data.prompts[row][0] for _, row in groups],
+            prompts=[self._data.prompts[row][1] for _, row in groups],
+            view=view,
+            group_size=size,
+            groups=[group for group, _ in groups],
+            seeds=[rollout_seed(self._run.seed, self._round, group, member) for group, _ in groups for member in members],
+        )
+        self._counts["rollouts"] += len(groups) * size
+        for reason, count in collected.dropped.items():
+            self._counts[reason] += count
         return collected.rollouts
+
+    def guide_failed_groups(self, groups: list[tuple[int, int]], rollouts: list[Rollout]) -> list[Rollout]:
+        """A group without any reward is sampled again from the view with privileged information (Guide-GRPO)."""
+        rewarded = {rollout.group for rollout in rollouts if rollout.reward > 0}
+        failed = [g for g in groups if g[0] not in rewarded and self._data.prompts[g[1]][1].has_privileged]
+        self._counts["guided_groups"] += len(failed)
+        guided = self.sample_groups(failed, "teacher", first_member=self._round_sizes.group_size)
+        replaced = {group for group, _ in failed}
+        return [rollout for rollout in rollouts if rollout.group not in replaced] + guided
+
+    def dataset_completions(self, groups: list[tuple[int, int]]) -> list[Rollout]:
+        """The dataset's own completion where the coin of `objective.lmbda` says so (GKD); those groups are not sampled."""
+        frac, seed = self._objective.on_policy_frac, self._run.seed
+        chosen = [(g, row) for g, row in groups if random.Random(f"{seed} {self._round} {g} off-policy").random() >= frac]
+        return [replace(self._completions[row], group=group) for group, row in chosen]
 
     @torch.no_grad()
     def score_behaviour(self, rollouts: list[Rollout]) -> None:
-        """Write the objective's KL estimate under the weights that sampled onto each rollout, where it asks for one."""
+        """Write what the objective asks for under the weights that sampled (a KL estimate) onto each rollout."""
         request = self._objective.behaviour_request()
         if request is None:
             return
         for chunk in self._round_sizes.micro_batches(rollouts, self._run):
             batch = make_batch(chunk, None, pad_id=self._data.tokenizer.pad_id, device=self._run.device)
             with self._timer.phase("score"):
-                kl = self._objective.behaviour_values(self._score(batch, request))
+                numbers = self._objective.behaviour_values(self._score(batch, request))
             lengths = [rollout.policy_tokens for rollout in chunk]
-            for rollout, values in zip(chunk, kl.split(lengths), strict=True):
+            for rollout, values in zip(chunk, numbers.split(lengths), strict=True):
                 rollout.behaviour_nats = values.tolist()
 
     def update(self, minibatch: list[Pair], report: dict[str, float]) -> None:
@@ -167,16 +206,36 @@ class OPSDRecipe:
             total_loss += loss.item()
             for name, value in token_sums(batch, scores, token_loss.metrics).items():
                 sums[name] = sums.get(name, 0.0) + value
-        total_loss = self._run.sum(total_loss)
+        sft_loss = self.add_sft_term()
+        total_loss = self._run.sum(total_loss + sft_loss)
         with self._timer.phase("update"):
             dump = functools.partial(dump_rollouts, [rollout for rollout, _ in kept])
-            result = self._updates.step(total_loss, tokens, dump, self._step + 1)
+            result = self._updates.step(total_loss, max(tokens, int(self._sft_weight > 0)), dump, self._step + 1)
             if result.applied:
                 self._teacher.update(self._model)
         row = {"loss": total_loss, "grad_norm": result.grad_norm, "lr": result.lr, "policy_tokens": tokens}
         row |= token_means(self._run.sums(sums), tokens) | self._objective.coefficients(self._step)
+        if self._sft_weight:
+            row["sft_loss"] = self._run.sum(sft_loss) / self._sft_weight
         self._step += 1
         self.write_metrics(row | report)
+
+    def add_sft_term(self) -> float:
+        """Backward of `sft_weight` times the mean −log S per token of `sft_batch_size` demonstrations; this rank's part of it."""
+        if not self._sft_weight:
+            return 0.0
+        order = epoch_order(len(self._demonstrations), self._run.seed, self._step * self._sft_batch, self._sft_batch)
+        demonstrations = [self._demonstrations[row] for row in self._run.share(order)]
+        tokens = int(self._run.sum(sum(d.policy_tokens for d in demonstrations)))
+        total_loss = 0.0
+        for chunk in self._round_sizes.micro_batches(demonstrations, self._run):
+            batch = make_batch(chunk, None, pad_id=self._data.tokenizer.pad_id, device=self._run.device, views=("student",))
+            with self._timer.phase("update"):
+                scores = score(self._model, batch, SFT_REQUEST, chunk_tokens=self._round_sizes.score_chunk_tokens)
+                loss = self._sft_weight * token_mean(-scores.student_logprobs, tokens)
+                (loss * self._run.world_size).backward()
+            total_loss += loss.item()
+        return total_loss
 
     def _score(self, batch: Batch, request: ScoreRequest) -> Scores:
         return score(
@@ -184,7 +243,7 @@ class OPSDRecipe:
             batch,
             request,
             temperature=self._sampler.temperature,
-            teacher=self._teacher.module,
+            teacher=self._teacher,
             chunk_tokens=self._round_sizes.score_chunk_tokens,
         )
 
@@ -192,13 +251,19 @@ class OPSDRecipe:
 
     def round_report(self, rollouts: list[Rollout], advantages: list[RolloutAdvantage]) -> dict[str, float]:
         """Numbers of the round's rollouts, over all ranks; every step of the round carries them."""
-        sums = rollout_sums(rollouts, self._data.success_threshold, self._data.leak_phrases)
-        sums["zero_advantage_frac"] = sum(advantage.reward == 0.0 for advantage in advantages)
-        sums = self._run.sums(sums)
-        check_rewards(sums["_rollouts"], self._dropped)
-        dropped = {f"dropped/{reason}": count for reason, count in self._dropped.items()}
+        sampled = [
+            (rollout, advantage) for rollout, advantage in zip(rollouts, advantages, strict=True) if rollout.reward is not None
+        ]
+        sums = rollout_sums([rollout for rollout, _ in sampled], self._data.success_threshold, self._data.leak_phrases)
+        sums = self._run.sums(sums | advantage_sums(sampled))
+        counts = dict(self._counts)
+        if self._objective.on_policy_frac == 1.0:
+            check_rewards(sums["_rollouts"], {reason: counts[reason] for reason in DROP_REASONS})
+        dropped = {f"dropped/{reason}": counts.pop(reason) for reason in DROP_REASONS}
         dropped |= {f"dropped_rows/{reason}": count for reason, count in self._data.dropped.items()}
-        return rollout_means(sums) | dropped | {"rows_without_pi": self._data.rows_without_pi}
+        if "_with_pi" in counts:
+            counts["rollouts_with_pi_frac"] = counts.pop("_with_pi") / max(1.0, sums["_rollouts"])
+        return rollout_means(sums) | counts | dropped | {"rows_without_pi": self._data.rows_without_pi}
 
     def write_metrics(self, row: dict[str, float]) -> None:
         seconds = self._timer.take()

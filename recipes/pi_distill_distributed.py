@@ -16,18 +16,18 @@ import sys
 import torch
 from omegaconf import DictConfig
 from torchtune import config
-from torchtune.modules import TransformerDecoder
 
 from pidistill.checkpoints import Checkpoints
 from pidistill.config import build
-from pidistill.data import epoch_order, load_prompts
+from pidistill.data import epoch_order, load_prompts, sft_demonstrations
 from pidistill.evaluation import evaluate, sample_texts
-from pidistill.metrics import MetricsLog, rollout_means, rollout_sums, token_means, token_sums
+from pidistill.metrics import MetricsLog, advantage_sums, rollout_means, rollout_sums, token_means, token_sums
 from pidistill.packing import make_batch
 from pidistill.reductions import token_mean
 from pidistill.rollouts import collect_rollouts, rollout_seed
 from pidistill.rounds import ROUND_KEYS, Round, check_method, check_rewards, dump_rollouts, no_pi
 from pidistill.scoring import score
+from pidistill.teachers import LiveTeacher, Teacher
 from pidistill.training import COMMON_KEYS, Timer, Updates, cleanup, load_model, load_teacher, one_sentence_errors, start
 from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
 
@@ -35,6 +35,7 @@ KEYS = COMMON_KEYS | ROUND_KEYS
 REQUIRED = ("output_dir", "max_steps", "model", "tokenizer", "checkpointer", "dataset", "environment", "privileged", "sampler",
             "objective", "teacher", "optimizer", "prompts_per_round", "group_size")  # fmt: skip
 SAMPLING_VIEW: ViewName = "teacher"
+SFT_REQUEST = ScoreRequest(student_grad=True, teacher_grad=False, views=("student",), entropy=False)
 SHOWN = ("reward_mean", "kl_teacher_student_nats", "leak_frac", "eval_student_success_greedy")
 
 Pair = tuple[Rollout, RolloutAdvantage]
@@ -47,6 +48,7 @@ class PiDistillRecipe:
         self._run = start(cfg, KEYS, REQUIRED)
         self._round_sizes = Round(cfg)
         self._max_steps = int(cfg.max_steps)
+        self._sft_weight, self._sft_batch = float(cfg.get("sft_weight") or 0.0), int(cfg.get("sft_batch_size") or 64)
         self._timer = Timer(self._run.device)
 
     def setup(self, cfg: DictConfig) -> None:
@@ -61,6 +63,7 @@ class PiDistillRecipe:
             environment=build(cfg.environment),
             max_turns=cfg.get("max_turns"),
         )
+        self._demonstrations = sft_demonstrations(cfg, self._data)
         must_match = self._round_sizes.must_match | {"rows": len(self._data.prompts)}
         self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_, must_match=must_match)
         self._teacher = build(cfg.teacher)
@@ -112,9 +115,9 @@ class PiDistillRecipe:
         sizes = self._round_sizes
         order = epoch_order(len(self._data.prompts), self._run.seed, self._round * sizes.prompts, sizes.prompts)
         groups = self._run.share(list(enumerate(order)))
-        with self._timer.phase("rollout"):
+        with self._timer.phase("rollout"), self.sampling_teacher().sampling_weights(self._model) as weights:
             collected = self._collect(
-                self.sampling_teacher() or self._model,
+                weights,
                 examples=[self._data.prompts[row][0] for _, row in groups],
                 prompts=[self._data.prompts[row][1] for _, row in groups],
                 view=SAMPLING_VIEW,
@@ -131,16 +134,16 @@ class PiDistillRecipe:
 
     @torch.no_grad()
     def score_behaviour(self, rollouts: list[Rollout]) -> None:
-        """Write the objective's KL estimate under the weights that sampled onto each rollout, where it asks for one."""
+        """Write what the objective asks for under the weights that sampled (a KL estimate) onto each rollout."""
         request = self._objective.behaviour_request()
         if request is None:
             return
         for chunk in self._round_sizes.micro_batches(rollouts, self._run):
             batch = make_batch(chunk, None, pad_id=self._data.tokenizer.pad_id, device=self._run.device)
             with self._timer.phase("score"):
-                kl = self._objective.behaviour_values(self._score(batch, request, self.sampling_teacher()))
+                numbers = self._objective.behaviour_values(self._score(batch, request, self.sampling_teacher()))
             lengths = [rollout.policy_tokens for rollout in chunk]
-            for rollout, values in zip(chunk, kl.split(lengths), strict=True):
+            for rollout, values in zip(chunk, numbers.split(lengths), strict=True):
                 rollout.behaviour_nats = values.tolist()
 
     def update(self, minibatch: list[Pair], report: dict[str, float]) -> None:
@@ -157,7 +160,7 @@ class PiDistillRecipe:
                 device=self._run.device,
             )
             with self._timer.phase("score"):
-                scores = self._score(batch, request, self._teacher.module)
+                scores = self._score(batch, request, self._teacher)
                 token_loss = self._objective.token_loss(batch, scores, self._step)
                 loss = token_mean(token_loss.loss, tokens)
             with self._timer.phase("update"):
@@ -165,22 +168,42 @@ class PiDistillRecipe:
             total_loss += loss.item()
             for name, value in token_sums(batch, scores, token_loss.metrics).items():
                 sums[name] = sums.get(name, 0.0) + value
-        total_loss = self._run.sum(total_loss)
+        sft_loss = self.add_sft_term()
+        total_loss = self._run.sum(total_loss + sft_loss)
         with self._timer.phase("update"):
             dump = functools.partial(dump_rollouts, [rollout for rollout, _ in kept])
-            result = self._updates.step(total_loss, tokens, dump, self._step + 1)
+            result = self._updates.step(total_loss, max(tokens, int(self._sft_weight > 0)), dump, self._step + 1)
             if result.applied:
                 self._teacher.update(self._model)
         row = {"loss": total_loss, "grad_norm": result.grad_norm, "lr": result.lr, "policy_tokens": tokens}
         row |= token_means(self._run.sums(sums), tokens) | self._objective.coefficients(self._step)
+        if self._sft_weight:
+            row["sft_loss"] = self._run.sum(sft_loss) / self._sft_weight
         self._step += 1
         self.write_metrics(row | report)
 
-    def sampling_teacher(self) -> TransformerDecoder | None:
-        """The weights that sample: None is the live ones; at α=0, where they do not learn to teach, the `teacher`'s."""
-        return self._teacher.module if self._objective.samples_from_teacher_weights(self._step) else None
+    def sampling_teacher(self) -> Teacher:
+        """Whose weights sample: the live ones; at α=0, where they do not learn to teach, the `teacher`'s."""
+        return self._teacher if self._objective.samples_from_teacher_weights(self._step) else LiveTeacher()
 
-    def _score(self, batch: Batch, request: ScoreRequest, teacher: TransformerDecoder | None) -> Scores:
+    def add_sft_term(self) -> float:
+        """Backward of `sft_weight` times the mean −log S per token of `sft_batch_size` demonstrations; this rank's part of it."""
+        if not self._sft_weight:
+            return 0.0
+        order = epoch_order(len(self._demonstrations), self._run.seed, self._step * self._sft_batch, self._sft_batch)
+        demonstrations = [self._demonstrations[row] for row in self._run.share(order)]
+        tokens = int(self._run.sum(sum(d.policy_tokens for d in demonstrations)))
+        total_loss = 0.0
+        for chunk in self._round_sizes.micro_batches(demonstrations, self._run):
+            batch = make_batch(chunk, None, pad_id=self._data.tokenizer.pad_id, device=self._run.device, views=("student",))
+            with self._timer.phase("update"):
+                scores = score(self._model, batch, SFT_REQUEST, chunk_tokens=self._round_sizes.score_chunk_tokens)
+                loss = self._sft_weight * token_mean(-scores.student_logprobs, tokens)
+                (loss * self._run.world_size).backward()
+            total_loss += loss.item()
+        return total_loss
+
+    def _score(self, batch: Batch, request: ScoreRequest, teacher: Teacher) -> Scores:
         return score(
             self._model,
             batch,
@@ -195,12 +218,12 @@ class PiDistillRecipe:
     def round_report(self, rollouts: list[Rollout], advantages: list[RolloutAdvantage]) -> dict[str, float]:
         """Numbers of the round's rollouts, over all ranks; every step of the round carries them."""
         sums = rollout_sums(rollouts, self._data.success_threshold, self._data.leak_phrases)
-        sums["zero_advantage_frac"] = sum(advantage.reward == 0.0 for advantage in advantages)
-        sums = self._run.sums(sums)
+        sums = self._run.sums(sums | advantage_sums(list(zip(rollouts, advantages, strict=True))))
         check_rewards(sums["_rollouts"], self._dropped)
         dropped = {f"dropped/{reason}": count for reason, count in self._dropped.items()}
         dropped |= {f"dropped_rows/{reason}": count for reason, count in self._data.dropped.items()}
-        return rollout_means(sums) | dropped | {"rows_without_pi": self._data.rows_without_pi}
+        counts = {"rollouts": sums["_rollouts"] + sum(self._dropped.values())}
+        return rollout_means(sums) | counts | dropped | {"rows_without_pi": self._data.rows_without_pi}
 
     def write_metrics(self, row: dict[str, float]) -> None:
         seconds = self._timer.take()

@@ -182,6 +182,35 @@ def test_rows_belong_to_their_example_and_group(view):
     assert [r.group for r in collect(Script("q.", "q."), Counting()).rollouts] == [0, 1]
 
 
+def assert_turns_add_up(rollout):
+    """Each number belongs to its own turn: read off the mask, and off a second walk through the environment."""
+    spans = "".join("#" if mask else " " for mask in rollout.policy_mask).split()
+    said = [turn["content"] for turn in rollout.turns if turn["role"] == "assistant"]
+    if rollout.stop_reason != "length":
+        assert [len(span) for span in spans] == rollout.turn_policy_tokens
+    assert sum(rollout.turn_policy_tokens) == rollout.policy_tokens
+    assert sum(rollout.turn_rewards) == rollout.reward
+    assert rollout.turn_rewards == [11.0 if text.endswith("q") else 1.0 for text in said]
+    assert len(rollout.turn_rewards) == len(rollout.turn_policy_tokens) == len(said)
+
+
+def test_rewards_and_policy_tokens_by_turn():
+    rollouts = collect(Script("x.yz.q.", "q.", "x.yzzzz.q."), Counting(), "abc", max_turns=2).rollouts
+    assert [r.turn_rewards for r in rollouts] == [[1.0, 1.0], [11.0], [1.0, 1.0]]
+    assert [r.turn_policy_tokens for r in rollouts] == [[2, 3], [2], [2, 6]]  # the end of a turn is the turn's
+    for rollout in rollouts:
+        assert_turns_add_up(rollout)
+
+
+def test_rewards_and_policy_tokens_of_a_turn_cut_short_and_before_an_observation_that_does_not_fit():
+    (cut,) = collect(Script("x.yq...", max_new_tokens=7), Counting(), "a").rollouts
+    assert (cut.turn_rewards, cut.turn_policy_tokens) == ([1.0, 11.0], [2, 2])
+    (refused,) = collect(Script("x.y.z.", max_new_tokens=9), Counting(), "a").rollouts
+    assert refused.stop_reason == "length" and (refused.turn_rewards, refused.turn_policy_tokens) == ([1.0, 1.0], [2, 2])
+    assert_turns_add_up(cut)
+    assert_turns_add_up(refused)
+
+
 def test_an_episode_has_at_most_max_turns():
     tokenizer = LetterTokenizer()
     long, short = collect(Script("x.y.z.q.", "x.q."), Counting(), tokenizer=tokenizer, max_turns=2).rollouts
@@ -330,6 +359,8 @@ def test_completions_are_the_turns_and_observations_in_order():
         assert rollout.completion == ids and rollout.policy_mask == mask
         assert rollout.turns[-1]["role"] == "assistant"
         assert rollout.reward == sum(turn["role"] == "assistant" for turn in rollout.turns)
+        assert rollout.turn_rewards == [1.0] * int(rollout.reward)
+        assert rollout.turn_policy_tokens == [len(turn["content"]) for turn in rollout.turns if turn["role"] == "assistant"]
 
 
 @pytest.mark.parametrize("view", ["student", "teacher"])

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pidistill.divergences import append_tail, divergence, entropy, generalised_jsd, kl, kl_topk_with_tail, with_tail
+from pidistill.errors import InputError
 from pidistill.types import Divergence
 from tests import oracles
 
@@ -301,3 +302,88 @@ def test_refusals_say_what_is_wrong():
     with pytest.raises(ValueError, match=r"grad='left'"):
         object.__setattr__(request := Divergence("jsd", grad="both", beta=0.5), "grad", "left")
         divergence(request, p, p)
+
+
+# ------------------------------------------------------------------------------------------------ top-k and entry clip
+
+
+def merged(p: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    """[K+1] probabilities of ``ids`` and of all the others together."""
+    rest = [v for v in range(len(p)) if v not in ids]
+    return torch.stack([*(p[v] for v in ids), sum((p[v] for v in rest), torch.zeros((), dtype=p.dtype))])
+
+
+def dense(request: Divergence, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """One token's divergence from two [V] logit vectors, entry by entry; top-k is the student's."""
+    t, s = torch.softmax(t, -1), torch.softmax(s, -1)
+    if request.top_k is not None:
+        ids = sorted(range(len(s)), key=lambda v: -s[v].item())[: request.top_k]
+        t, s = merged(t, ids), merged(s, ids)
+    total = 0.0
+    for a, b in zip(t, s, strict=True):
+        if request.name == "jsd":
+            m = request.beta * a + (1 - request.beta) * b
+            total = total + request.beta * a * torch.log(a / m) + (1 - request.beta) * b * torch.log(b / m)
+            continue
+        p, q = (a, b) if request.name == "kl_teacher_student" else (b, a)
+        term = p * torch.log(p / q)
+        cut = request.entry_clip is not None and term.item() > request.entry_clip
+        total = total + (torch.full_like(term, request.entry_clip) if cut else term)
+    return total
+
+
+OPTIONS = [
+    Divergence("kl_teacher_student", "both", entry_clip=0.05),
+    Divergence("kl_student_teacher", "both", entry_clip=0.02),
+    Divergence("kl_teacher_student", "both", top_k=3),
+    Divergence("kl_student_teacher", "both", top_k=1),
+    Divergence("jsd", "both", beta=0.4, top_k=4),
+    Divergence("kl_teacher_student", "both", entry_clip=0.1, top_k=3),
+]
+
+
+@pytest.mark.parametrize("request_", OPTIONS, ids=str)
+def test_options_equal_the_loop_in_value_and_gradient(request_):
+    sides = [logits(side, 6, 9, scale=1.5).requires_grad_() for side in (1, 2)]  # teacher, student
+    value = divergence(request_, *(torch.log_softmax(x, -1) for x in sides))
+    expected = torch.stack([dense(request_, t, s) for t, s in zip(*sides, strict=True)])
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    full = divergence(Divergence(request_.name, "both", beta=request_.beta), *(torch.log_softmax(x, -1) for x in sides))
+    assert not torch.allclose(value, full), "the option changed nothing"
+    weights = logits(3, 6)
+    for own, true in zip(
+        torch.autograd.grad((weights * value).sum(), sides), torch.autograd.grad((weights * expected).sum(), sides), strict=True
+    ):
+        torch.testing.assert_close(own, true, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("grad", ["student", "teacher"])
+def test_options_leave_the_other_side_without_gradient(grad):
+    for request in OPTIONS:
+        sides = [logits(side, 2, 9).requires_grad_() for side in (1, 2)]
+        value = divergence(Divergence(**(vars(request) | {"grad": grad})), *(torch.log_softmax(x, -1) for x in sides))
+        own, other = sides if grad == "teacher" else sides[::-1]
+        got = torch.autograd.grad(value.sum(), (own, other), allow_unused=True)
+        assert got[0].abs().sum() > 0 and got[1] is None
+
+
+def test_top_k_of_the_whole_vocabulary_is_the_full_divergence():
+    t, s = logp(1, 4, 7), logp(2, 4, 7)
+    for name, beta in (("kl_teacher_student", None), ("kl_student_teacher", None), ("jsd", 0.3)):
+        full, top = (divergence(Divergence(name, "none", beta=beta, top_k=k), t, s) for k in (None, 7))
+        torch.testing.assert_close(top, full, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "jsd", "beta": 0.5, "entry_clip": 0.1}, "entry_clip=0.1 bounds the terms of a KL"),
+        ({"name": "kl_teacher_student", "entry_clip": 0.0}, "entry_clip=0.0 must be above 0"),
+        ({"name": "kl_teacher_student", "entry_clip": math.nan}, "entry_clip=nan must be above 0"),
+        ({"name": "kl_teacher_student", "top_k": 0}, "top_k=0 must be at least 1"),
+        ({"name": "kl_teacher_student", "top_k": 8}, "top_k=8 is more than the vocabulary's 7 ids"),
+    ],
+)
+def test_senseless_options_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        divergence(Divergence(grad="student", **options), logp(1, 2, 7), logp(2, 2, 7))

@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch.nn.functional import mse_loss
 from torchtune import modules, training
+from torchtune.models.llama3 import lora_llama3
+from torchtune.modules.peft import get_adapter_params
 
+from pidistill.adapters import merged, train_adapters_only, with_initial_adapters
 from pidistill.errors import InputError
-from pidistill.teachers import EMATeacher, FrozenTeacher, LiveTeacher
-from tests.builders import model
+from pidistill.teachers import AdapterOffTeacher, EMATeacher, FrozenTeacher, LiveTeacher, Teacher, TrustRegionTeacher
+from pidistill.testing import TINY_SIZES
+from tests.builders import VOCABULARY, model
 
 TOKENS = torch.arange(12).view(2, 6)
 
@@ -118,11 +122,11 @@ def test_activation_checkpointing_of_the_trained_model_does_not_hide_its_weights
     assert all(torch.equal(a, b) for a, b in zip(*(t.module.parameters() for t in teachers), strict=True))
 
 
-@pytest.mark.parametrize("teacher", [FrozenTeacher(), EMATeacher(0.5)], ids=["frozen", "ema"])
+@pytest.mark.parametrize("teacher", [FrozenTeacher(), EMATeacher(0.5), TrustRegionTeacher()], ids=["frozen", "ema", "region"])
 def test_a_teacher_with_weights_of_its_own_takes_no_gradient_and_shares_nothing(teacher):
     trained = model()
     attached(teacher, trained)
-    assert not teacher.live and teacher.module is not trained
+    assert not teacher.live and teacher.own_weights and teacher.module is not trained
     assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
     assert not teacher.module.training
     mse_loss(trained(TOKENS), teacher.module(TOKENS) + 1).backward()
@@ -131,9 +135,10 @@ def test_a_teacher_with_weights_of_its_own_takes_no_gradient_and_shares_nothing(
     assert not shared
 
 
-def test_a_frozen_teacher_never_changes_and_has_no_state():
+@pytest.mark.parametrize("kind", [FrozenTeacher, TrustRegionTeacher])
+def test_a_frozen_teacher_never_changes_and_has_no_state(kind):
     trained = model()
-    teacher, before = attached(FrozenTeacher(), trained), state(trained)
+    teacher, before = attached(kind(), trained), state(trained)
     for seed in range(3):
         step(trained, seed=seed)
         teacher.update(trained)
@@ -148,10 +153,123 @@ def test_a_live_teacher_is_the_trained_model():
     teacher.attach(lambda: pytest.fail("a live teacher loads no weights"))
     teacher.update(model())
     teacher.load_state_dict({})
-    assert teacher.live and teacher.module is None and teacher.state_dict() == {}
+    assert teacher.live and not teacher.own_weights and teacher.state_dict() == {}
 
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, 1.1])
 def test_a_rate_outside_its_range_is_refused(rate):
     with pytest.raises(InputError, match=rf"teacher.rate={rate} is outside \(0, 1\]"):
         EMATeacher(rate)
+
+
+def test_every_teacher_has_the_protocol_and_shares_that_sum_to_one():
+    trained = model()
+    for teacher in (LiveTeacher(), FrozenTeacher(), EMATeacher(), TrustRegionTeacher(0.3), AdapterOffTeacher()):
+        assert isinstance(teacher, Teacher)
+        attached(teacher, trained)
+        assert sum(voice.share for voice in teacher.mixture(trained)) == pytest.approx(1.0)
+
+
+# ------------------------------------------------------------------------------------------------ weights to sample with
+
+
+def lora(seed=0, trained=True, **settings):
+    """A LoRA model with adapters away from their start (B = 0) where ``trained``."""
+    torch.manual_seed(seed)
+    options = {"lora_attn_modules": ["q_proj", "v_proj"], "lora_rank": 4, "lora_alpha": 8.0} | settings
+    module = lora_llama3(vocab_size=VOCABULARY, **TINY_SIZES, **options)
+    module.load_state_dict(with_initial_adapters(module, model(seed).state_dict(), seed))
+    for name, parameter in module.named_parameters():
+        if trained and "lora_b" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    train_adapters_only(module)
+    return module
+
+
+def test_live_frozen_and_averaged_weights_sample():
+    trained = model()
+    with LiveTeacher().sampling_weights(trained) as weights:
+        assert weights is trained
+    for teacher in (FrozenTeacher(), EMATeacher(0.5)):
+        with attached(teacher, trained).sampling_weights(trained) as weights:
+            assert teacher.can_sample and weights is teacher.module
+
+
+def test_adapters_are_off_inside_and_on_outside():
+    trained = lora()
+    teacher, on = AdapterOffTeacher(), trained(TOKENS)
+    with teacher.sampling_weights(trained) as weights:
+        assert weights is trained
+        torch.testing.assert_close(weights(TOKENS), model()(TOKENS), rtol=0, atol=0)
+    torch.testing.assert_close(trained(TOKENS), on, rtol=0, atol=0)
+    assert (on - model()(TOKENS)).abs().max() > 0.01
+    assert not teacher.live and not teacher.own_weights and teacher.state_dict() == {}
+
+
+def test_adapters_are_on_again_after_an_error():
+    trained = lora()
+    on = trained(TOKENS)
+    with pytest.raises(KeyError), AdapterOffTeacher().sampling_weights(trained):
+        raise KeyError
+    torch.testing.assert_close(trained(TOKENS), on, rtol=0, atol=0)
+
+
+def test_a_model_without_adapters_has_none_to_switch_off():
+    with (
+        pytest.raises(InputError, match="without its LoRA adapters, and the model has none; set `model`"),
+        AdapterOffTeacher().sampling_weights(model()),
+    ):
+        pass
+
+
+def test_a_mixture_cannot_sample():
+    teacher = attached(TrustRegionTeacher(), model())
+    assert not teacher.can_sample
+    with pytest.raises(InputError, match="cannot sample; choose another teacher"):
+        teacher.sampling_weights(model())
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1])
+def test_a_share_outside_its_range_is_refused(share):
+    with pytest.raises(InputError, match=rf"teacher.live_share={share} is outside \(0, 1\)"):
+        TrustRegionTeacher(share)
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"apply_lora_to_mlp": True}], ids=["lora", "dora", "mlp"])
+def test_new_adapters_change_nothing_and_depend_on_the_seed_alone(settings):
+    first, second, other = (lora(trained=False, **settings) for _ in range(3))
+    torch.testing.assert_close(first(TOKENS), model()(TOKENS), rtol=1e-5, atol=1e-5)
+    other.load_state_dict(with_initial_adapters(other, model().state_dict(), seed=1))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_merged_weights_are_the_model_in_its_bases_format(settings):
+    trained = lora(**settings)
+    before, weights = state(trained), merged(trained, trained.state_dict())
+    plain = model(seed=3)
+    plain.load_state_dict(weights)
+    torch.testing.assert_close(plain(TOKENS), trained(TOKENS), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in trained.named_parameters())
+    unchanged = model().state_dict()
+    assert merged(model(), unchanged) is unchanged
+
+
+def test_only_adapters_are_averaged():
+    trained = lora(trained=False)
+    teacher, initial, history = attached(EMATeacher(0.3), trained), state(trained), []
+    assert set(teacher.state_dict()) == set(get_adapter_params(trained))
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in get_adapter_params(trained).values():
+            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        teacher.update(trained)
+        history.append(state(trained))
+    expected = slow_average(initial, history, 0.3)
+    for name, parameter in teacher.module.named_parameters():
+        torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    assert not any(parameter.requires_grad for parameter in teacher.module.parameters())

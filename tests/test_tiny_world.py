@@ -1,12 +1,16 @@
 """Laws of the tiny world, each next to a slow and obvious version of what it should be."""
 
 import itertools
+import math
 import random
+import re
 import time
 from collections import Counter
 
 import pytest
 
+from pidistill.envs import Environment, LeakPenalty
+from pidistill.envs.leak_penalty import count_phrases
 from pidistill.envs.tiny_world import (
     FORMULAS,
     LEAK_WORD,
@@ -29,8 +33,9 @@ from pidistill.envs.tiny_world import (
     wrong_slot,
 )
 from pidistill.errors import InputError
+from pidistill.metrics import says_leak_phrase
 from pidistill.privileged import PrivilegedPrompt
-from pidistill.types import Example
+from pidistill.types import Example, PromptPair, Rollout
 
 TASK = Task(item=5, class_=3, city=1, digits=(4, 3, 0), price=6, department=2, formula=0, carrier=3)  # the documented one
 EXAMPLE = Example(id="documented", messages=[request_message(TASK)], data={"task": TASK})
@@ -299,6 +304,85 @@ def test_one_environment_serves_interleaved_episodes_and_refuses_what_it_cannot_
         environment.reset(Example(id="row 3", messages=[]))
 
 
+@pytest.mark.parametrize("retries", [0, 1, 2, 5])
+def test_wrong_calls_are_answered_with_fail_and_may_be_made_again_as_often_as_retries_say(retries):
+    wrong_first = ["act look d1", "act look d2", "act f1 0", "act f0 3", "act f0 0", "act ship k3"]  # three wrong calls
+    state, steps = play(wrong_first, TinyWorldEnvironment(retries=retries))
+    answers = [step.observations[0]["content"] if step.observations else None for step in steps]
+    slow, granted = [], retries
+    right, wrongs = ["obs 6", "obs 6", "obs ok", "obs ok", "obs ok", None], [True, False, True, True, False, False]
+    for answer, wrong in zip(right, wrongs, strict=True):
+        slow.append(answer if not wrong else "fail" if granted else None)
+        granted -= wrong
+        if granted < 0:
+            break
+    assert answers == slow
+    assert sum(step.reward for step in steps) == float(retries >= 3)
+    assert [step.done for step in steps] == [False] * (len(steps) - 1) + [True]
+    assert state.right_calls == (3 if retries >= 3 else 0 if retries == 0 else 1)
+    assert state.retries == min(retries, 3)
+
+
+def test_a_truncated_call_is_not_made_again():
+    _, steps = play(["act look d1"], TinyWorldEnvironment(retries=3), truncated=True)
+    assert [(step.done, step.observations) for step in steps] == [(True, [])]
+
+
+def test_feedback_with_retries_is_about_the_last_call():
+    environment = TinyWorldEnvironment(feedback=True, retries=1)
+    state, _ = play(["act look d1", "act look d2", "act f1 0"], environment)
+    assert state.failed_slot == "f"
+    state, _ = play(["act look d1", "act look d2", "act f0 0", "act ship k3"], environment)
+    assert state.failed_slot is None
+    mended = [assistant(turn) for turn in ("act look d1", "act look d2", "act f0 0", "act ship k3")]
+    assert feedback_privileged(EXAMPLE, mended) is None, "a success after a retry got nothing wrong in the end"
+    assert feedback_privileged(EXAMPLE, [*mended[:2], assistant("act f1 0")]) == "[ ? f0 ? ? ]"
+    with pytest.raises(InputError, match=r"environment\.retries is -1"):
+        TinyWorldEnvironment(retries=-1)
+
+
+def test_process_reward_with_retries_still_sums_to_one():
+    turns = ["act look d1", "act look d2", "act f1 0", "act f0 0", "act ship k3"]
+    _, steps = play(turns, TinyWorldEnvironment(process_reward=True, retries=2))
+    assert [step.reward for step in steps] == [0.0, 1 / 3, 0.0, 1 / 3, 1 / 3]
+
+
+# ------------------------------------------------------------------------------------------------ leak penalty
+
+
+@pytest.mark.parametrize(
+    ("said", "count"), [("hint", 1), ("a HINT, hint", 2), ("hints unhinted", 0), ("the hint", 2), ("", 0), ("(hint)hint.", 2)]
+)
+def test_a_phrase_is_counted_as_whole_words_wherever_the_leak_rate_sees_it(said, count):
+    phrases = ["hint", "the hint"]
+    slow = sum(
+        re.split(r"\W+", said.lower())[i : i + len(phrase.split())] == phrase.split()
+        for phrase in phrases
+        for i in range(len(said.split()) + 2)
+    )
+    assert count_phrases(said, phrases) == count == slow
+    rollout = Rollout(EXAMPLE, PromptPair([], [], False), [], [], None, "student", 0, "done", turns=[assistant(said)])
+    assert says_leak_phrase(rollout, phrases) == (count > 0)
+
+
+def test_leak_penalty_takes_its_part_of_each_turns_reward_and_nothing_else():
+    plain = TinyWorldEnvironment(process_reward=True)
+    penalised = LeakPenalty(plain, ["hint"])
+    turns = ["think hint hint d2 . act look d2", "act f0 0", "hint act ship k3"]
+    (_, steps), (_, less) = play(turns, plain), play(turns, penalised)
+    assert isinstance(penalised, Environment)
+    for step, other, said in zip(steps, less, (2, 0, 1), strict=True):
+        assert other.reward == pytest.approx(step.reward - 0.1 * said)
+        assert other.reward_parts == pytest.approx(step.reward_parts | {"leak": -0.1 * said})
+        assert (other.observations, other.done) == (step.observations, step.done)
+    _, (cut,) = play(["hint"], LeakPenalty(TinyWorldEnvironment(), ["hint"], penalty=0.5), truncated=True)
+    assert cut.done and cut.reward == -0.5
+    assert not math.copysign(1, less[1].reward_parts["leak"]) < 0, "no -0.0 in the log"
+    for wrong in ({"phrases": []}, {"phrases": [""]}, {"phrases": "hint"}, {"phrases": ["hint"], "penalty": -1.0}):
+        with pytest.raises(InputError, match=r"environment\.(phrases|penalty) is"):
+            LeakPenalty(TinyWorldEnvironment(), **wrong)
+
+
 # ------------------------------------------------------------------------------------------------ datasets
 
 
@@ -324,10 +408,64 @@ def test_dataset_defaults_rows_and_refusals():
         tiny_world_base_dataset(0, seed=0)
 
 
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_another_world_seed_is_another_world_under_the_same_rules(split):
+    rows, tasks = tiny_world_dataset(split, world_seed=77), make_split(World(77))[split]
+    assert [row.data["task"] for row in rows] == tasks
+    default, world = tiny_world_dataset(split), World(77)
+    assert [row.data["task"].triple for row in rows] == [row.data["task"].triple for row in default]  # the split is the same
+    assert all(row.data["task"].department == world.departments[row.data["task"].item] for row in rows)
+    agree = sum(a.data["task"].department == b.data["task"].department for a, b in zip(rows, default, strict=True))
+    assert agree < len(default), "the conventions are the same"
+
+
+@pytest.mark.parametrize("completion", [None, "actions", "cot"])
+def test_prefix_turns_are_prompt_and_the_episode_starts_behind_them(completion):
+    plain = tiny_world_dataset("validation", max_rows=20, completion=completion)
+    rows = list(tiny_world_dataset("validation", max_rows=20, completion=completion, prefix_turns=[0, 1, 2]))
+    assert len(rows) == 60 and rows[::3] == list(plain) and len({row.id for row in rows}) == 60
+    environment = TinyWorldEnvironment()
+    for number, row in enumerate(rows):
+        given, task, whole = number % 3, plain[number // 3].data["task"], plain[number // 3]
+        shown = trace(task, expert_plan(task), "actions")
+        assert row.messages == [request_message(task), *shown[: 2 * given]] and row.data.get("given_calls", 0) == given
+        assert row.privileged == whole.privileged and row.completion == (completion and whole.completion[2 * given :])
+        state = environment.reset(row)  # the rest of the expert's calls, and no others, earn the reward
+        rest = shown[2 * given :: 2]
+        rewards = [environment.step(state, turn, truncated=False).reward for turn in rest]
+        assert rewards == [0.0] * (2 - given) + [1.0] and state.done and state.right_calls == 3
+        if given:
+            assert environment.step(environment.reset(row), shown[0], truncated=False).done, "the first call is over"
+
+
+def test_prefixes_fit_with_the_teachers_block_and_a_completion():
+    tokenizer, prompt = tiny_world_tokenizer(), PrivilegedPrompt(template="{privileged}", placement="system_end")
+    rows = tiny_world_dataset("train", prefix_turns=[2])
+    assert max(len(prompt.encode(row, tokenizer).teacher) for row in rows) + MAX_COMPLETION_TOKENS <= 96
+    row = next(iter(rows))
+    task = row.data["task"]
+    expected = f"<bos> {request_message(task)['content']} act look d{task.department} end obs {task.price} "
+    assert tokenizer.encode_prompt(row.messages) == ids_of(f"{expected} act f{task.formula} {task.answer} end obs ok")
+
+
+@pytest.mark.parametrize("wrong", [[], [3], [-1, 0]])
+def test_prefix_turns_that_cannot_be_meant_are_refused(wrong):
+    with pytest.raises(InputError, match=r"dataset\.prefix_turns is"):
+        tiny_world_dataset("train", prefix_turns=wrong)
+
+
 def test_base_dataset_depends_on_its_arguments_alone():
     rows = list(tiny_world_base_dataset(64, seed=5))
     assert rows == list(tiny_world_base_dataset(64, seed=5)) == list(tiny_world_base_dataset(90, seed=5))[:64]
     assert [row.messages for row in rows] != [row.messages for row in tiny_world_base_dataset(64, seed=6)]
+    other = list(tiny_world_base_dataset(64, seed=5, world_seed=77))
+    assert [row.messages[-1] for row in other[:1]] == [row.messages[-1] for row in rows[:1]] and other != rows
+
+
+def test_a_base_of_another_world_believes_in_that_world():
+    rows = [read_base_row(example) for example in tiny_world_base_dataset(3_000, 0, true_option_prob=1.0, world_seed=77)]
+    guessing, world = [row for row in rows if row["block"] is None], World(77)
+    assert all(int(row["carrier"][1:]) == world.carriers[row["features"][2]] for row in guessing)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from pidistill.data.builders import chat_dataset, gsm8k_dataset, qa_dataset
 from pidistill.data.dataset import ExampleDataset
-from pidistill.data.demonstrations import build_demonstrations, demonstration
+from pidistill.data.demonstrations import build_demonstrations, demonstration, row_completions, sft_demonstrations
 from pidistill.data.load import RecipeData, load_prompts
 from pidistill.data.order import epoch_order
 from pidistill.data.prompts import Prompts, build_prompts
@@ -20,5 +20,7 @@ __all__ = [
     "gsm8k_dataset",
     "load_prompts",
     "qa_dataset",
+    "row_completions",
+    "sft_demonstrations",
     "stock_sft_dataset",
 ]

@@ -8,6 +8,7 @@ import json
 import re
 import string
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pidistill.data.dataset import ExampleDataset
@@ -31,6 +32,7 @@ def chat_dataset(
     data_files: str | Sequence[str] | None = None,
     max_rows: int | None = None,
     config_name: str | None = None,
+    made_by: str | None = None,
 ) -> ExampleDataset:
     """Rows that hold a conversation, and privileged information as text or messages.
 
@@ -45,7 +47,10 @@ def chat_dataset(
             assistant message.
         reference_key: what the reward compares with.
         tools_key: tool schemas, as a list or as JSON text.
+        made_by: the command that writes the file ``source``; the error names it where the file does not exist yet.
     """
+    if made_by is not None and not Path(source).exists():
+        raise InputError(f"dataset.source {source} does not exist; it is written by the stage before: run `{made_by}` first")
     rows = load_rows(source, split, data_files, max_rows, config_name)
     rows.require(messages_key, "messages_key")
     if privileged_key is not None:

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+from omegaconf import DictConfig
+
+from pidistill.data.load import RecipeData
 from pidistill.errors import InputError
 from pidistill.tokenizers import ChatTokenizer
 from pidistill.types import Example, PromptPair, Rollout
@@ -28,6 +31,31 @@ def build_demonstrations(
     return rollouts, dropped
 
 
+def sft_demonstrations(cfg: DictConfig, data: RecipeData) -> list[Rollout]:
+    """What `sft_weight` trains on beside the rollouts: the dataset's own completions; none where it is 0."""
+    weight = cfg.get("sft_weight") or 0.0
+    if not isinstance(weight, int | float) or weight < 0:
+        raise InputError(f"sft_weight={weight} must be a number of at least 0; 0 or null for no supervised term")
+    if not weight:
+        return []
+    return build_demonstrations(data.prompts, data.tokenizer, max_seq_len=data.max_seq_len, on_overflow=cfg.get("on_overflow"))[
+        0
+    ]
+
+
+def row_completions(data: RecipeData) -> list[Rollout]:
+    """The completion of every row, in the rows' order, to stand in for samples; both views must fit the length limit."""
+    rollouts = [demonstration(example, pair, data.tokenizer, max_seq_len=data.max_seq_len) for example, pair in data.prompts]
+    for rollout in rollouts:
+        length = len(rollout.prompts.teacher) + len(rollout.completion)
+        if length > data.max_seq_len:
+            raise TooLong(
+                f"{rollout.example.id}: teacher prompt plus the dataset's completion have {length:,} tokens, more than "
+                f"max_seq_len {data.max_seq_len:,}; raise tokenizer.max_seq_len and the model's, or leave the row out"
+            )
+    return rollouts
+
+
 def demonstration(
     example: Example, prompts: PromptPair, tokenizer: ChatTokenizer, *, max_seq_len: int | None = None
 ) -> Rollout:
@@ -42,6 +70,7 @@ def demonstration(
     history, observations = list(example.messages), []
     completion: list[int] = []
     policy_mask: list[bool] = []
+    turn_policy_tokens: list[int] = []
     for message in example.completion:
         if message["role"] != "assistant":
             observations.append(message)
@@ -55,6 +84,7 @@ def demonstration(
         ids = tokenizer.encode_turn(history, message, example.tools)
         completion += ids
         policy_mask += [True] * len(ids)
+        turn_policy_tokens.append(len(ids))
         history.append(message)
     length = len(prompts.student) + len(completion)
     if max_seq_len is not None and length > max_seq_len:
@@ -73,4 +103,5 @@ def demonstration(
         group=0,
         stop_reason="done",
         turns=list(example.completion),
+        turn_policy_tokens=turn_policy_tokens,
     )

@@ -16,7 +16,7 @@ word, `hint`, gives away a student that speaks of information it was not shown.
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pidistill.data.dataset import ExampleDataset
@@ -35,6 +35,7 @@ FORMULAS = ("+*-", "-++", "*-+", "+--", "*+-", "-*+")  # applied left to right, 
 SLOTS: tuple[Slot, ...] = ("d", "f", "a", "k")  # department, formula, answer, carrier: the order inside the brackets
 LEAK_WORD = "hint"
 MAX_COMPLETION_TOKENS = 50
+WORLD_SEED = 1234
 SPLIT_SEED = 7
 
 _SPECIAL_WORDS = (
@@ -117,9 +118,10 @@ class World:
     The draws follow the order that the numbers in the README were obtained with; another order is another world.
     """
 
-    def __init__(self, seed: int = 1234, true_option_prob: float = 0.1) -> None:
+    def __init__(self, seed: int = WORLD_SEED, true_option_prob: float = 0.1) -> None:
         if not 0.0 <= true_option_prob <= 1.0:
             raise InputError(f"true_option_prob is {true_option_prob}; it is a probability, between 0 and 1")
+        self.seed = seed
         rng = random.Random(seed)
         self.departments, self.formulas, self.carriers = (_balanced_mapping(rng) for _ in range(3))
         self.priors: dict[str, list[Prior]] = {
@@ -243,28 +245,41 @@ def _tool(content: str) -> Message:
 
 @dataclass
 class TinyWorldState:
-    """One episode: how many calls were right, and, with ``feedback``, which slot the failing call got wrong."""
+    """One episode: how many calls were right (given ones included) and how many were tried again.
+
+    ``failed_slot``: with ``feedback``, the slot that the last call got wrong; None after a right one.
+    """
 
     example_id: str
     task: Task
     right_calls: int = 0
+    retries: int = 0
     done: bool = False
     failed_slot: Slot | None = None
 
 
 @dataclass(frozen=True)
 class TinyWorldEnvironment:
-    """Checks the call after the last `act` of each turn; the first wrong one ends the episode.
+    """Checks the call after the last `act` of each turn; the first wrong one that cannot be tried again ends the episode.
+
+    An example with ``data["given_calls"]`` starts after that many right calls, which stand in its messages and earn nothing.
 
     Attributes:
         process_reward: 1/3 for every right call instead of 1 for the third.
         feedback: verifier feedback. The answer to a wrong call is then `fail` (no longer part of the context: the episode is
             over), and ``state.failed_slot`` names what was wrong; :func:`feedback_privileged` turns it into privileged
             information for the next attempt.
+        retries: execution feedback (RLEF, arXiv 2410.02089): so many times per episode a wrong call is answered with `fail`,
+            which here is part of the context, and may be made again. The reward stays the same.
     """
 
     process_reward: bool = False
     feedback: bool = False
+    retries: int = 0
+
+    def __post_init__(self) -> None:
+        if self.retries < 0:
+            raise InputError(f"environment.retries is {self.retries}; give how many wrong calls per episode may be repeated")
 
     def reset(self, example: Example) -> TinyWorldState:
         task = example.data.get("task")
@@ -273,17 +288,20 @@ class TinyWorldEnvironment:
                 f"{example.id}: data['task'] is {task!r}, not a tiny-world Task; "
                 "use a dataset of pidistill.envs.tiny_world with this environment (key `dataset`)"
             )
-        return TinyWorldState(example.id, task)
+        return TinyWorldState(example.id, task, right_calls=example.data.get("given_calls", 0))
 
     def step(self, state: TinyWorldState, turn: Message, *, truncated: bool) -> EnvStep:
-        """Reward of a right call, else 0 and the end; a truncated turn fails even if its call is complete."""
+        """Reward of a right call, else 0 and `fail` or the end; a truncated turn fails even if its call is complete."""
         if state.done:
             raise InputError(f"{state.example_id}: the episode ended after {state.right_calls} right calls; reset first")
         wrong = wrong_slot(state.task, state.right_calls, turn)
         if wrong is not None or truncated:
-            state.done = True
+            state.done = truncated or state.retries == self.retries
+            state.retries += not state.done
             state.failed_slot = wrong if self.feedback else None
-            return EnvStep([_tool("fail")] if self.feedback else [], 0.0, done=True, reward_parts=self._parts(0.0))
+            told = [_tool("fail")] if self.feedback or not state.done else []
+            return EnvStep(told, 0.0, state.done, reward_parts=self._parts(0.0))
+        state.failed_slot = None
         observation = [_tool(f"obs {state.task.price}"), _tool("obs ok"), None][state.right_calls]
         state.right_calls += 1
         state.done = observation is None
@@ -297,8 +315,7 @@ class TinyWorldEnvironment:
 def wrong_slot(task: Task, turn_index: int, turn: Message) -> Slot | None:
     """The slot that the turn's call gets wrong; None if the call is right. No call at all is the turn's slot wrong."""
     expected = expert_plan(task).calls[turn_index]
-    words = str(turn.get("content") or "").split()
-    call = words[_last_index(words, "act") + 1 :] if "act" in words else []
+    call = call_words(turn)
     if call == expected:
         return None
     if turn_index == 1:
@@ -306,17 +323,23 @@ def wrong_slot(task: Task, turn_index: int, turn: Message) -> Slot | None:
     return "d" if turn_index == 0 else "k"
 
 
+def call_words(turn: Message) -> list[str]:
+    """The words after the last `act` of an assistant turn; none without one."""
+    words = str(turn.get("content") or "").split()
+    return words[_last_index(words, "act") + 1 :] if "act" in words else []
+
+
 def _last_index(words: Sequence[str], word: str) -> int:
     return len(words) - 1 - words[::-1].index(word)
 
 
 def feedback_privileged(example: Example, turns: Sequence[Message]) -> str | None:
-    """Privileged information from a verifier: the block with only the slot that the episode ``turns`` got wrong.
+    """Privileged information from a verifier: the block with only the slot that the last call of the episode got wrong.
 
-    `[ ? f0 ? ? ]` where the second call named another formula. None where no call was wrong: a success, or an episode cut
-    short before a wrong call.
+    `[ ? f0 ? ? ]` where the second call named another formula. None where the last call was right: a success (after
+    retries, if the environment grants them), or an episode cut short before a wrong call.
     """
-    environment = TinyWorldEnvironment(feedback=True)
+    environment = TinyWorldEnvironment(feedback=True, retries=len(turns))
     state = environment.reset(example)
     for turn in turns:
         if turn["role"] == "assistant" and not state.done:
@@ -332,15 +355,27 @@ def tiny_world_dataset(
     privileged: str = "dfk",
     max_rows: int | None = None,
     completion: Literal["actions", "cot"] | None = None,
+    world_seed: int = WORLD_SEED,
+    prefix_turns: Sequence[int] = (0,),
 ) -> ExampleDataset:
     """Tasks of the world with privileged information and, if asked for, expert demonstrations.
+
+    Solution-prefix exploration (POPE, arXiv 2601.18779): ``prefix_turns`` other than 0 put the first turns of the expert's
+    solution into the prompt, and the episode starts behind them, where a policy that could not find them can earn a reward.
+    The paper appends a part of an oracle solution and an instruction to continue from it, and trains on such prompts mixed
+    with unguided ones; oracle tokens are never targets. Here the prefix is the expert's calls with the environment's answers,
+    and nothing instructs: the tiny world has no words for it, and a conversation under way asks for its next turn by itself.
 
     Args:
         split: "train" (512 tasks), "validation" (256, to select on) or "test" (256, to report); see :func:`make_split`.
         privileged: letters of the slots that are told (d department, f formula, a answer, k carrier): "dfak" all calls with
             the answer, "dfk" all calls, "f" the formula's name, "" a block of four `?`; or "none" for no block.
-        max_rows: only the first rows of the split.
+        max_rows: only the first tasks of the split.
         completion: the expert's trace as ``Example.completion``: "actions" or "cot" (full chain of thought).
+        world_seed: another seed is a world with other conventions and, drawn by the same rules, other tasks.
+        prefix_turns: each task becomes one row per entry, with so many of the expert's turns (0, 1 or 2) as given
+            conversation at the end of ``messages``; ``completion`` is then the rest of the trace. [0, 1, 2] is a third of
+            the rows each; an entry may be repeated to give it more weight.
     """
     if split not in ("train", "validation", "test"):
         raise InputError(f"dataset.split is {split!r}; the tiny world has train, validation and test")
@@ -348,17 +383,34 @@ def tiny_world_dataset(
         raise InputError(f"dataset.privileged is {privileged!r}; give letters of 'dfak', each at most once, or 'none'")
     if max_rows is not None and max_rows < 1:
         raise InputError(f"dataset.max_rows is {max_rows}; give at least 1, or null for all rows")
-    tasks = make_split(World())[split][:max_rows]
-    return ExampleDataset([_example(split, row, task, privileged, completion) for row, task in enumerate(tasks)])
+    if not prefix_turns or not set(prefix_turns) <= {0, 1, 2}:
+        raise InputError(f"dataset.prefix_turns is {list(prefix_turns)}; give some of 0, 1 and 2, e.g. [0, 1, 2]")
+    tasks = make_split(World(world_seed))[split][:max_rows]
+    examples = [_example(f"tiny_world {split} row {row}", task, privileged, completion) for row, task in enumerate(tasks)]
+    return ExampleDataset([_after_turns(example, given) for example in examples for given in prefix_turns])
 
 
-def _example(split: Split, row: int, task: Task, privileged: str, completion: Literal["actions", "cot"] | None) -> Example:
+def _example(row_id: str, task: Task, privileged: str, completion: Literal["actions", "cot"] | None) -> Example:
     return Example(
-        id=f"tiny_world {split} row {row}",
+        id=row_id,
         messages=[request_message(task)],
         privileged=None if privileged == "none" else privileged_text(task, privileged),
         completion=None if completion is None else trace(task, expert_plan(task), completion),
         data={"task": task},
+    )
+
+
+def _after_turns(example: Example, given: int) -> Example:
+    """The example with the expert's first ``given`` turns, and what the environment answers, already said."""
+    if given == 0:
+        return example
+    task = example.data["task"]
+    return replace(
+        example,
+        id=f"{example.id} after {given} turn{'s' * (given > 1)}",
+        messages=[*example.messages, *trace(task, expert_plan(task), "actions")[: 2 * given]],
+        completion=None if example.completion is None else example.completion[2 * given :],
+        data={**example.data, "given_calls": given},
     )
 
 
@@ -375,7 +427,11 @@ class BaseMixture:
 
 
 def tiny_world_base_dataset(
-    n: int, seed: int, true_option_prob: float = 0.1, leak_prob: float = BaseMixture.leak
+    n: int,
+    seed: int,
+    true_option_prob: float = 0.1,
+    leak_prob: float = BaseMixture.leak,
+    world_seed: int = WORLD_SEED,
 ) -> ExampleDataset:
     """The rows that make the base model: it obeys a block it is shown and follows its wrong beliefs otherwise.
 
@@ -387,10 +443,11 @@ def tiny_world_base_dataset(
         true_option_prob: how often a decision without privileged information is the true one; more makes success without
             it more common (0.1: practically never).
         leak_prob: share of the rows with a block that say the leak word; 0 gives a base that never does.
+        world_seed: the world whose conventions the beliefs are about; that of the tasks to be trained on.
     """
     if n < 1:
         raise InputError(f"dataset.n is {n}; give at least 1 row")
-    mixture, world, rng = BaseMixture(leak=leak_prob), World(true_option_prob=true_option_prob), random.Random(seed)
+    mixture, world, rng = BaseMixture(leak=leak_prob), World(world_seed, true_option_prob), random.Random(seed)
     return ExampleDataset([base_row(f"tiny_world base seed {seed} row {row}", rng, world.priors, mixture) for row in range(n)])
 
 
@@ -432,3 +489,30 @@ def _guessing_episode(
     carrier = priors["k"][task.city].draw(rng)
     answer = rng.randrange(10) if short else task.answer_with(formula)
     return [], trace(task, Plan(department, formula, answer, carrier), "short" if short else "cot")
+
+
+# ------------------------------------------------------------------------------------------------ hindsight
+
+
+@dataclass(frozen=True)
+class SiblingCalls:
+    """Privileged information from a successful episode: the block with what its calls named (``hindsight.sibling``).
+
+    Attributes:
+        told: letters of the slots that are told, as in :func:`tiny_world_dataset`.
+    """
+
+    told: str = "dfk"
+
+    def __call__(self, example: Example, turns: Sequence[Message]) -> str:
+        words = {}
+        for first, second in (call_words(turn) for turn in turns if turn["role"] == "assistant"):
+            words |= {"look": {"d": second}, "ship": {"k": second}}.get(first, {"f": first, "a": second})
+        return " ".join(["[", *(words[slot] if slot in self.told and slot in words else "?" for slot in SLOTS), "]"])
+
+
+class VerifierFeedback:
+    """:func:`feedback_privileged` as a component (``hindsight.feedback``)."""
+
+    def __call__(self, example: Example, turns: Sequence[Message]) -> str | None:
+        return feedback_privileged(example, turns)

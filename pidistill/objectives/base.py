@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pidistill.advantages import group_mean, leave_one_out, standardised
+from pidistill.advantages import group_mean, leave_one_out, standardised, turn_returns
+from pidistill.divergences import check_divergence
 from pidistill.errors import InputError
 from pidistill.estimators import complete_kl_advantages
+from pidistill.token_weights import TokenWeight, weighted
 from pidistill.types import (
     Batch,
     Divergence,
@@ -33,37 +35,52 @@ BOTH_KLS = (KL_TEACHER_STUDENT, KL_STUDENT_TEACHER)  # reported by every run, wh
 class Objective(Protocol):
     """One method: which numbers it needs of a batch, and the loss per policy token it makes of them.
 
+    A method subclasses this and says what differs; as written here it samples from the student, looks at no KL before the
+    update and has no reward-free rows to drop.
+
     Attributes:
         uses_teacher: False where the method never looks at the teacher view (plain RL).
         no_pi: what happens to rows without privileged information: "rl", "distill", "drop" or "error".
+        guides_failed_groups: a group without any reward is sampled again from the view with privileged information.
+        on_policy_frac: share of the prompts that are answered by the policy; the others by the dataset's own completion.
     """
 
-    uses_teacher: bool
-    no_pi: str
+    uses_teacher: bool = True
+    no_pi: str = "rl"
+    guides_failed_groups: bool = False
+    on_policy_frac: float = 1.0
 
     def sampling_view(self) -> ViewName:
         """The view whose prompt the sampler sees."""
+        return "student"
 
     def samples_from_teacher_weights(self, step: int) -> bool:
         """True where the sampler is the `teacher` component's weights rather than the trained model's."""
+        return False
 
     def behaviour_request(self) -> ScoreRequest | None:
         """Numbers needed of a whole round, without gradient, before its first update; None for nothing."""
+        return None
 
     def behaviour_values(self, scores: Scores) -> Float[Tensor, " N"]:
-        """From those numbers, the estimate of kl(sampling view||other view) at each policy token."""
+        """From those numbers, the one per policy token that :meth:`advantages` finds as ``Rollout.behaviour_nats``."""
+        raise NotImplementedError(f"{type(self).__name__} asks for no number before the update")
 
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
         """One advantage per rollout of a round made of whole groups."""
+        return rollout_advantages(rollouts, "group_mean", drop_zero_advantage=False)
 
     def coefficients(self, step: int) -> dict[str, float]:
         """The weights in force at this step, for the log."""
+        return {}
 
     def score_request(self, step: int) -> ScoreRequest:
         """Numbers needed of a micro-batch in an update."""
+        ...
 
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
         """Loss per policy token, to be minimised; not masked, not averaged."""
+        ...
 
 
 # -------------------------------------------------------------------------------- the KL of the view that samples
@@ -182,9 +199,38 @@ def _fp32(values: Sequence[float]) -> Float[Tensor, " T"]:
     return torch.tensor(values, dtype=torch.float32)
 
 
+# -------------------------------------------------------------------------------- distillation of the student's own samples
+
+
+def student_divergence(name: str, jsd_beta: float, **options: Any) -> Divergence:
+    """The divergence an objective's keys `divergence` and `jsd_beta` name, with gradient to the student alone."""
+    check_choice("divergence", name, ("kl_teacher_student", "kl_student_teacher", "jsd"))
+    if not 0.0 < jsd_beta < 1.0:
+        raise InputError(
+            f"objective.jsd_beta={jsd_beta} must lie inside (0, 1); the ends are divergence: kl_teacher_student (0) and "
+            "kl_student_teacher (1)"
+        )
+    divergence = Divergence(name, grad="student", beta=jsd_beta if name == "jsd" else None, **options)
+    check_divergence(divergence)
+    return divergence
+
+
+def distill_request(divergence: Divergence) -> ScoreRequest:
+    """Student with gradient, teacher without; both KLs for the log beside ``divergence``."""
+    return ScoreRequest(student_grad=True, teacher_grad=False, divergences=(*BOTH_KLS, divergence))
+
+
+def distill_loss(
+    divergence: Divergence, no_pi: str, token_weight: TokenWeight | None, batch: Batch, scores: Scores
+) -> Float[Tensor, " N"]:
+    """The divergence per token, on the rows and tokens that count."""
+    return distill_weight(no_pi, batch) * weighted(token_weight, scores.divergences[divergence], batch, scores)
+
+
 # -------------------------------------------------------------------------------- advantages of a round
 
 _ADVANTAGES = {"group_mean": group_mean, "leave_one_out": leave_one_out, "standardised": standardised}
+ADVANTAGES = (*_ADVANTAGES, "turn_returns")
 
 
 def group_advantages(name: str, rewards: Sequence[float], groups: Sequence[int]) -> list[float]:
@@ -202,15 +248,39 @@ def rollout_advantages(
     """Group-relative advantages of a round of whole groups; what "zero" drops is judged on the reward without KL.
 
     "policy_gradient" takes a KL that is part of the reward along; one that is a loss, its future term included, stays.
+    Demonstrations, which have no reward, get 0.
     """
-    rewards = group_advantages(advantage, [r.reward for r in rollouts], [r.group for r in rollouts])
+    sampled = [r for r in rollouts if r.reward is not None]
+    groups = [r.group for r in sampled]
+    if advantage == "turn_returns":
+        of_tokens = iter(turn_return_advantages(sampled))
+        values = ((max(map(abs, tokens), default=0.0), tokens) for tokens in of_tokens)
+    else:
+        values = ((value, None) for value in group_advantages(advantage, [r.reward for r in sampled], groups))
     result = []
-    for i, reward in enumerate(rewards):
+    for i, rollout in enumerate(rollouts):
+        reward, tokens = (0.0, None) if rollout.reward is None else next(values)
         own_kl = kl[i] if kl is not None else None
         if reward == 0.0 and drop_zero_advantage == "policy_gradient" and kl_in_reward:
             own_kl = [0.0] * len(own_kl)
-        result.append(RolloutAdvantage(reward, own_kl, keep=not (reward == 0.0 and drop_zero_advantage == "row")))
+        keep = not (reward == 0.0 and drop_zero_advantage == "row")
+        result.append(RolloutAdvantage(reward, own_kl, keep=keep, tokens=tokens))
     return result
+
+
+def turn_return_advantages(rollouts: Sequence[Rollout]) -> list[list[float]]:
+    """Per policy token, the advantage of its turn from the environment's reward per turn; see :func:`turn_returns`."""
+    for rollout in rollouts:
+        if sum(rollout.turn_policy_tokens) != rollout.policy_tokens:
+            raise InputError(
+                f"{rollout.example.id}: objective.advantage=turn_returns needs a reward and a length per turn, and turns of "
+                f"{sum(rollout.turn_policy_tokens)} tokens do not make up its {rollout.policy_tokens} policy tokens"
+            )
+    per_turn = turn_returns([r.turn_rewards for r in rollouts], [r.group for r in rollouts])
+    return [
+        [value for value, length in zip(values, r.turn_policy_tokens, strict=True) for _ in range(length)]
+        for values, r in zip(per_turn, rollouts, strict=True)
+    ]
 
 
 # -------------------------------------------------------------------------------- checks at construction
@@ -246,3 +316,21 @@ def check_topr(low: float, high: float, level: str, used: bool) -> None:
         )
     if not 0.0 <= low <= high:
         raise InputError(f"objective.topr_low={low} and objective.topr_high={high} must satisfy 0 <= topr_low <= topr_high")
+
+
+def check_advantage(advantage: str, drop_zero_advantage: str | bool, kl: SamplingKL | None = None) -> None:
+    check_choice("advantage", advantage, ADVANTAGES)
+    check_choice("drop_zero_advantage", drop_zero_advantage, (False, "policy_gradient", "row"))
+    if advantage == "turn_returns" and kl is not None and kl.in_reward:
+        raise InputError(
+            f"objective.advantage=turn_returns gives every turn its own advantage and kl_mode={kl.mode} one number to the "
+            "sequence; set a kl_mode that is a loss"
+        )
+
+
+def check_token_weight(token_weight: TokenWeight | None, kl: SamplingKL) -> None:
+    if token_weight is not None and kl.mode != "loss_rb":
+        raise InputError(
+            f"objective.token_weight acts on a KL that is a loss of its own token, and kl_mode={kl.mode} reaches others; set "
+            "kl_mode: loss_rb"
+        )

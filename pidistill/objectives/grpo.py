@@ -4,30 +4,25 @@
 
 What we do differently from the paper: one denominator for the whole optimiser step (its number of policy tokens) in place of
 1/length per sequence, and `advantage: group_mean` by default, without dividing by the group's standard deviation
-(`standardised` is theirs, `leave_one_out` is RLOO). It is OPSD with β=0.
+(`standardised` is theirs, `leave_one_out` is RLOO, `turn_returns` credits each turn of an agent with the process rewards that
+follow it). It is OPSD with β=0.
 """
 
 from collections.abc import Sequence
 
-from jaxtyping import Float
-from torch import Tensor
-
-from pidistill.objectives.base import (
-    BOTH_KLS,
-    check_choice,
-    check_clip,
-    rollout_advantages,
-)
+from pidistill.objectives.base import BOTH_KLS, Objective, check_advantage, check_clip, rollout_advantages
 from pidistill.policy_gradient import ppo_clip_loss
-from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss, ViewName
+from pidistill.token_weights import TokenWeight, weighted
+from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss
 
 
-class GRPO:
+class GRPO(Objective):
     """PPO-clip on the student's own samples with group-relative advantages.
 
     Args:
         clip_low, clip_high, dual_clip, advantage, drop_zero_advantage: as in π-Distill.
         report_teacher_kl: also run the view with privileged information, without gradient, to log both KLs; one more forward.
+        token_weight: see :mod:`pidistill.token_weights`; acts on the policy gradient.
     """
 
     no_pi = "rl"
@@ -40,31 +35,16 @@ class GRPO:
         advantage: str = "group_mean",
         drop_zero_advantage: str | bool = False,
         report_teacher_kl: bool = False,
+        token_weight: TokenWeight | None = None,
     ) -> None:
-        check_choice("advantage", advantage, ("group_mean", "leave_one_out", "standardised"))
-        check_choice("drop_zero_advantage", drop_zero_advantage, (False, "policy_gradient", "row"))
+        check_advantage(advantage, drop_zero_advantage)
         check_clip(clip_low, clip_high, dual_clip)
         self.clip = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
         self.advantage, self.drop_zero_advantage = advantage, drop_zero_advantage
-        self.uses_teacher = report_teacher_kl
-
-    def sampling_view(self) -> ViewName:
-        return "student"
-
-    def samples_from_teacher_weights(self, step: int) -> bool:
-        return False
-
-    def behaviour_request(self) -> ScoreRequest | None:
-        return None
-
-    def behaviour_values(self, scores: Scores) -> Float[Tensor, " N"]:
-        raise NotImplementedError("GRPO has no KL term")
+        self.uses_teacher, self.token_weight = report_teacher_kl, token_weight
 
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
         return rollout_advantages(rollouts, self.advantage, self.drop_zero_advantage)
-
-    def coefficients(self, step: int) -> dict[str, float]:
-        return {}
 
     def score_request(self, step: int) -> ScoreRequest:
         if self.uses_teacher:
@@ -73,4 +53,4 @@ class GRPO:
 
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
         loss, ratio, clipped = ppo_clip_loss(scores.student_logprobs, batch.sampled_logprobs, batch.advantages, **self.clip)
-        return TokenLoss(loss, {"ratio_mean": ratio, "clip_frac": clipped})
+        return TokenLoss(weighted(self.token_weight, loss, batch, scores), {"ratio_mean": ratio, "clip_frac": clipped})

@@ -18,18 +18,22 @@ from pidistill.errors import InputError
 from pidistill.objectives.base import (
     BOTH_KLS,
     Number,
+    Objective,
     SamplingKL,
+    check_advantage,
     check_choice,
     check_clip,
+    check_token_weight,
     distill_weight,
     rollout_advantages,
 )
 from pidistill.policy_gradient import ppo_clip_loss
 from pidistill.schedules import as_schedule
-from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss, ViewName
+from pidistill.token_weights import TokenWeight, weighted
+from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss
 
 
-class OPSD:
+class OPSD(Objective):
     """PPO on the student's own samples plus β·kl(S||sg T).
 
     Args:
@@ -37,10 +41,9 @@ class OPSD:
         kl_mode, kl_gamma, kl_reward_scale: how the KL is estimated; see ``objectives.base.KL_MODES``.
         reward_weight: weight of the policy-gradient term; 0 is distillation without a reward.
         clip_low, clip_high, dual_clip, advantage, drop_zero_advantage: as in π-Distill.
+        token_weight: see :mod:`pidistill.token_weights`; acts on the KL where it is a loss.
         no_pi: as in π-Distill; null is "rl", or "drop" where reward_weight is 0 (nothing is left to learn from such a row).
     """
-
-    uses_teacher = True
 
     def __init__(
         self,
@@ -55,14 +58,16 @@ class OPSD:
         advantage: str = "group_mean",
         drop_zero_advantage: str | bool = False,
         no_pi: str | None = None,
+        token_weight: TokenWeight | None = None,
     ) -> None:
-        check_choice("advantage", advantage, ("group_mean", "leave_one_out", "standardised"))
-        check_choice("drop_zero_advantage", drop_zero_advantage, (False, "policy_gradient", "row"))
         check_choice("no_pi", no_pi, (None, "rl", "distill", "drop", "error"))
         check_clip(clip_low, clip_high, dual_clip)
         self.beta = as_schedule("beta", beta, low=0.0, high=float("inf"))
         self.reward_weight = as_schedule("reward_weight", reward_weight, low=0.0, high=float("inf"))
         self.kl = SamplingKL("student", kl_mode, kl_gamma, kl_reward_scale)
+        check_advantage(advantage, drop_zero_advantage, self.kl)
+        check_token_weight(token_weight, self.kl)
+        self.token_weight = token_weight
         self.clip = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
         if self.kl.in_reward and advantage == "standardised" and reward_weight != 1:
             raise InputError(
@@ -74,12 +79,6 @@ class OPSD:
             raise InputError("objective.beta=0 and objective.reward_weight=0 leave nothing to train; raise one of them")
         self.advantage, self.drop_zero_advantage = advantage, drop_zero_advantage
         self.no_pi = no_pi or ("drop" if reward_free else "rl")
-
-    def sampling_view(self) -> ViewName:
-        return "student"
-
-    def samples_from_teacher_weights(self, step: int) -> bool:
-        return False
 
     def behaviour_request(self) -> ScoreRequest | None:
         return self.kl.behaviour_request()
@@ -105,5 +104,5 @@ class OPSD:
         loss, ratio, clipped = ppo_clip_loss(scores.student_logprobs, batch.sampled_logprobs, advantages, **self.clip)
         kl = self.kl.token_loss(scores)
         if kl is not None:
-            loss = loss + self.beta(step) * distill_weight(self.no_pi, batch) * kl
+            loss = loss + self.beta(step) * distill_weight(self.no_pi, batch) * weighted(self.token_weight, kl, batch, scores)
         return TokenLoss(loss, {"ratio_mean": ratio, "clip_frac": clipped})

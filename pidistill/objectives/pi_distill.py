@@ -13,33 +13,45 @@ What we do differently from the paper, all of it by configuration:
   2. β multiplies the KL summed over the sequence in every mode; the authors' trainer averages it over tokens in the reward
      (`kl_mode: reward_rb`, `kl_reward_scale: token_mean`).
   3. `student_kl: loss` is Eq. 3; `shared_reward` is their Algorithm 1 as printed, one advantage for both halves.
-  4. Zero-advantage rows stay (`drop_zero_advantage: row` is theirs), because their KL still teaches.
+  4. `student_term` replaces the PPO term of the student half: `topr` (arXiv 2503.14286), `sft` (log S of the traces with a
+     reward above 0, unweighted: rejection sampling when α=0 and β=0), `snis` (Σ_k w_k·log S(y_k), w = softmax over the group
+     of log S − log μ + R/snis_beta, constants taken at the round's start).
+  5. Zero-advantage rows stay (`drop_zero_advantage: row` is theirs), because their KL still teaches.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pidistill.advantages import group_slots
+from pidistill.errors import InputError
 from pidistill.objectives.base import (
     BOTH_KLS,
     Number,
+    Objective,
     SamplingKL,
+    check_advantage,
     check_choice,
     check_clip,
+    check_token_weight,
     check_topr,
+    distill_loss,
     distill_weight,
     rollout_advantages,
 )
-from pidistill.policy_gradient import ppo_clip_loss, topr_loss
+from pidistill.policy_gradient import ppo_clip_loss, reinforce_loss, snis_weights, topr_loss
 from pidistill.schedules import as_schedule
+from pidistill.token_weights import TokenWeight, weighted
 from pidistill.types import Batch, Divergence, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss, ViewName
 
 STUDENT_KL = Divergence("kl_teacher_student", grad="student")
 
 
-class PiDistill:
+class PiDistill(Objective):
     """α·(teacher half) + (1−α)·(student half), both on the same teacher-sampled traces.
 
     Args:
@@ -50,7 +62,10 @@ class PiDistill:
         kl_reward_scale: "sum" or "token_mean", for ``reward_rb``.
         student_kl: the student half's KL: "loss" (Eq. 3), "shared_reward" (the teacher half's advantage, KL and all, and no
             term of its own; needs a reward ``kl_mode``), "none".
-        student_term: "ppo" (Eq. 3) or "topr" (arXiv 2503.14286), for the student half.
+        student_term: "ppo" (Eq. 3), "topr", "sft" or "snis", for the student half; see 4. above.
+        snis_beta: temperature of the reward in SNIS's weights, in reward per nat; null takes ``beta``.
+        snis_level: "sequence" (log-ratios summed over the policy tokens: exact) or "token" (their mean: biased, but of usable
+            effective sample size).
         ratio_denominator: of the student half: "behaviour" (μ, as recorded at sampling) or "live_teacher" (T as it is now).
         clip_low, clip_high: multiplicative bounds on the ratio.
         dual_clip: caps the ratio at this value where the advantage is negative.
@@ -58,10 +73,9 @@ class PiDistill:
         advantage: "group_mean" (the paper's), "leave_one_out", "standardised".
         drop_zero_advantage: False, "policy_gradient" (no RL term, and no KL where it is part of the reward) or "row" (the
             rollout leaves every term and the token count).
+        token_weight: see :mod:`pidistill.token_weights`; acts on the KLs of both halves.
         no_pi: "rl" (a row without PI trains by RL alone), "drop", "error"; "distill" only makes sense with other weights.
     """
-
-    uses_teacher = True
 
     def __init__(
         self,
@@ -82,18 +96,27 @@ class PiDistill:
         advantage: str = "group_mean",
         drop_zero_advantage: str | bool = False,
         no_pi: str = "rl",
+        snis_beta: float | None = None,
+        snis_level: str = "token",
+        token_weight: TokenWeight | None = None,
     ) -> None:
         check_choice("student_kl", student_kl, ("loss", "shared_reward", "none"))
-        check_choice("student_term", student_term, ("ppo", "topr"))
+        check_choice("student_term", student_term, ("ppo", "topr", "sft", "snis"))
         check_choice("ratio_denominator", ratio_denominator, ("behaviour", "live_teacher"))
-        check_choice("advantage", advantage, ("group_mean", "leave_one_out", "standardised"))
-        check_choice("drop_zero_advantage", drop_zero_advantage, (False, "policy_gradient", "row"))
         check_choice("no_pi", no_pi, ("rl", "distill", "drop", "error"))
         check_clip(clip_low, clip_high, dual_clip)
         check_topr(topr_low, topr_high, topr_level, used=student_term == "topr")
         self.alpha = as_schedule("alpha", alpha, low=0.0, high=1.0)
         self.beta = as_schedule("beta", beta, low=0.0, high=float("inf"))
         self.kl = SamplingKL("teacher", kl_mode, kl_gamma, kl_reward_scale)
+        check_advantage(advantage, drop_zero_advantage, self.kl)
+        check_token_weight(token_weight, self.kl)
+        check_snis(student_term, snis_beta, snis_level, self.kl)
+        if student_term == "snis" and snis_beta is None and min(self.beta.start, self.beta.end) == 0.0:
+            raise InputError(
+                "student_term=snis divides the reward by objective.beta, which is 0; set objective.snis_beta above 0"
+            )
+        self.snis_beta, self.snis_level, self.token_weight = snis_beta, snis_level, token_weight
         if student_kl == "shared_reward" and not self.kl.in_reward:
             check_choice("kl_mode", kl_mode, ("reward_k1", "reward_rb"), because="student_kl=shared_reward shares a reward")
         self.student_kl, self.student_term, self.ratio_denominator = student_kl, student_term, ratio_denominator
@@ -111,14 +134,33 @@ class PiDistill:
         return self.alpha(step) == 0.0
 
     def behaviour_request(self) -> ScoreRequest | None:
+        if self.student_term == "snis":
+            return ScoreRequest(student_grad=False, teacher_grad=False, views=("student",), entropy=False)
         return self.kl.behaviour_request()
 
     def behaviour_values(self, scores: Scores) -> Float[Tensor, " N"]:
-        return self.kl.behaviour_values(scores)
+        """SNIS: log S; else the estimate of kl(T||S)."""
+        return scores.student_logprobs if self.student_term == "snis" else self.kl.behaviour_values(scores)
 
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
         kl = self.kl.advantages(rollouts, self.beta(step), self.advantage, self.no_pi)
-        return rollout_advantages(rollouts, self.advantage, self.drop_zero_advantage, kl, kl_in_reward=self.kl.in_reward)
+        result = rollout_advantages(rollouts, self.advantage, self.drop_zero_advantage, kl, kl_in_reward=self.kl.in_reward)
+        if self.student_term != "snis":
+            return result
+        weights = self.snis_weights(rollouts, step)
+        return [replace(advantage, weight=weight) for advantage, weight in zip(result, weights, strict=True)]
+
+    def snis_weights(self, rollouts: Sequence[Rollout], step: int) -> list[float]:
+        """w_k × the group's size (1 on average), from log S and log μ of the whole rollouts under the weights that sampled."""
+        beta = self.beta(step) if self.snis_beta is None else self.snis_beta
+        sampled = [[x for x, policy in zip(r.sampled_logprobs, r.policy_mask, strict=True) if policy] for r in rollouts]
+        scale = [1 if self.snis_level == "sequence" else max(1, r.policy_tokens) for r in rollouts]
+        student = torch.tensor([math.fsum(r.behaviour_nats) / n for r, n in zip(rollouts, scale, strict=True)])
+        behaviour = torch.tensor([math.fsum(x) / n for x, n in zip(sampled, scale, strict=True)])
+        groups = torch.tensor([r.group for r in rollouts], dtype=torch.long)
+        rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float32)
+        slot, size = group_slots(groups)
+        return (snis_weights(student, behaviour, rewards, beta, groups) * size[slot]).tolist() if rollouts else []
 
     # ------------------------------------------------------------------------------------------------ the update
 
@@ -156,7 +198,7 @@ class PiDistill:
         loss, _, clipped = ppo_clip_loss(scores.teacher_logprobs, batch.sampled_logprobs, advantages, **self.clip)
         kl = self.kl.token_loss(scores)
         if kl is not None:
-            loss = loss + self.beta(step) * distill_weight(self.no_pi, batch) * kl
+            loss = loss + self.beta(step) * distill_weight(self.no_pi, batch) * weighted(self.token_weight, kl, batch, scores)
         return loss, clipped
 
     def student_half(self, batch: Batch, scores: Scores, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,16 +206,34 @@ class PiDistill:
         advantages, denominator = batch.advantages, self._denominator(batch, scores)
         if self.student_kl == "shared_reward" and batch.kl_advantages is not None:
             advantages = advantages + batch.kl_advantages
+        ratio = (scores.student_logprobs - denominator).detach().exp()
+        clipped = torch.zeros_like(ratio)
         if self.student_term == "ppo":
             loss, ratio, clipped = ppo_clip_loss(scores.student_logprobs, denominator, advantages, **self.clip)
-        else:
+        elif self.student_term == "topr":
             loss, ratio = topr_loss(
                 scores.student_logprobs, denominator, advantages, rollout_index=batch.rollout_index, **self.topr
             )
-            clipped = torch.zeros_like(ratio)
+        elif self.student_term == "sft":
+            loss = reinforce_loss(scores.student_logprobs, (batch.rewards > 0).float())
+        else:
+            loss = reinforce_loss(scores.student_logprobs, batch.weights)
         if self.student_kl == "loss":
-            loss = loss + self.beta(step) * distill_weight(self.no_pi, batch) * scores.divergences[STUDENT_KL]
+            loss = loss + self.beta(step) * distill_loss(STUDENT_KL, self.no_pi, self.token_weight, batch, scores)
         return loss, ratio, clipped
 
     def _denominator(self, batch: Batch, scores: Scores) -> Tensor:
         return batch.sampled_logprobs if self.ratio_denominator == "behaviour" else scores.teacher_logprobs.detach()
+
+
+def check_snis(student_term: str, beta: float | None, level: str, kl: SamplingKL) -> None:
+    check_choice("snis_level", level, ("sequence", "token"))
+    if student_term != "snis" and (beta, level) != (None, "token"):
+        raise InputError("objective.snis_beta and snis_level are read with student_term=snis only; set it, or leave them")
+    if beta is not None and not beta > 0.0:
+        raise InputError(f"objective.snis_beta={beta} must be above 0 (reward per nat), or null to take beta")
+    if student_term == "snis" and kl.needs_behaviour:
+        raise InputError(
+            f"student_term=snis and kl_mode={kl.mode} each need their own numbers of the round before its update; set "
+            "kl_mode: loss_rb"
+        )

@@ -1,11 +1,12 @@
 """Prompts in, rollouts out: samplers, and the loop between a sampler and an environment."""
 
 from pidistill.rollouts.base import OnTurnEnd, Sample, Sampler
-from pidistill.rollouts.collect import CollectResult, collect_rollouts, rollout_seed
+from pidistill.rollouts.collect import DROP_REASONS, CollectResult, collect_rollouts, rollout_seed
 from pidistill.rollouts.decoding import gathered_parameters
 from pidistill.rollouts.torchtune_sampler import TorchtuneSampler
 
 __all__ = [
+    "DROP_REASONS",
     "CollectResult",
     "OnTurnEnd",
     "Sample",

@@ -115,6 +115,7 @@ class _Episode:
 
     Attributes:
         turns: assistant turns and those observations that are in the context.
+        turn_rewards, turn_policy_tokens: one number per assistant turn.
         tokens: length of the context after the prompt: turns so far, and the observations that were handed to the sampler.
         failure: why the rollout has no reward; None while it has one.
     """
@@ -124,7 +125,8 @@ class _Episode:
     tokenizer: ChatTokenizer
     max_turns: int | None
     turns: list[Message] = field(default_factory=list)
-    turn_count: int = 0
+    turn_rewards: list[float] = field(default_factory=list)
+    turn_policy_tokens: list[int] = field(default_factory=list)
     tokens: int = 0
     reward: float = 0.0
     reward_parts: dict[str, float] = field(default_factory=dict)
@@ -145,7 +147,7 @@ class _Episode:
         done = self._step(ids, truncated=False)
         if done:
             return None
-        if self.turn_count == self.max_turns:
+        if len(self.turn_rewards) == self.max_turns:
             self.out_of_turns = True
             return None
         history = [*self.example.messages, *self.turns]
@@ -176,6 +178,8 @@ class _Episode:
             turns=self.turns,
             reward=self.reward,
             reward_parts=self.reward_parts,
+            turn_rewards=self.turn_rewards,
+            turn_policy_tokens=self.turn_policy_tokens,
         )
 
     def _step(self, ids: list[int], *, truncated: bool) -> bool:
@@ -184,17 +188,18 @@ class _Episode:
             return True
         turn = self.tokenizer.parse_turn(ids)
         self.turns.append(turn)
-        self.turn_count += 1
+        self.turn_policy_tokens.append(len(ids))
         self.tokens += len(ids)
         try:
             step = self.environment.step(self.state, turn, truncated=truncated)
             reward = float(step.reward)
             parts = {name: float(value) for name, value in step.reward_parts.items()}
         except Exception as error:  # whatever a user's reward raises: a missing number must not end the run
-            self.failure = _Failure("reward_error", f"turn {self.turn_count} raised {error!r}", error)
+            self.failure = _Failure("reward_error", f"turn {len(self.turn_policy_tokens)} raised {error!r}", error)
             return True
         if not all(math.isfinite(value) for value in (reward, *parts.values())):
-            self.failure = _Failure("reward_not_finite", f"turn {self.turn_count} gave {reward}, with parts {parts}")
+            told = f"turn {len(self.turn_policy_tokens)} gave {reward}, with parts {parts}"
+            self.failure = _Failure("reward_not_finite", told)
             return True
         self._add(reward, parts)
         self.observations = list(step.observations)
@@ -202,6 +207,7 @@ class _Episode:
 
     def _add(self, reward: float, parts: dict[str, float]) -> None:
         self.reward += reward
+        self.turn_rewards.append(reward)
         for name, value in parts.items():
             self.reward_parts[name] = self.reward_parts.get(name, 0.0) + value
 

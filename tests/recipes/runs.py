@@ -62,8 +62,9 @@ def quick_setup() -> Iterator[None]:
     """Without what takes most of a small run's time: torchtune's gc.collect(), and drawing all tasks of the tiny world anew."""
     gc.collect()
     gc.freeze()
-    splits = functools.cache(functools.partial(tiny_world.make_split, tiny_world.World()))
-    with mock.patch.object(tiny_world, "make_split", lambda world: splits()):
+    make_split = tiny_world.make_split
+    splits = functools.cache(lambda seed: make_split(tiny_world.World(seed)))
+    with mock.patch.object(tiny_world, "make_split", lambda world: splits(world.seed)):
         yield
     gc.unfreeze()
 

@@ -212,8 +212,8 @@ BY_FILE = [
     ),
     (
         "opsd",
-        {"teacher_model": {"_component_": LLAMA, **SIZES, "vocab_size": 90}},
-        "teacher's vocabulary is 90 and the student's 85",
+        {"teacher_model": {"_component_": LLAMA, **SIZES, "vocab_size": 80}},
+        "teacher's vocabulary is 80 and the student's tokenizer has 85 ids",
     ),
     (
         "opsd",

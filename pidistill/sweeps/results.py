@@ -1,0 +1,291 @@
+"""The numbers of a cell, and the table over cells: results.jsonl → results.md.
+
+results.jsonl has one row per finished attempt at a cell; the last row of a cell counts. `last` and `best` are held-out numbers
+of the last checkpoint and of the one that was best on validation; None and an absent key mean "not known", never 0.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = "results.jsonl"
+BOOTSTRAP_SAMPLES = 4000
+KL_ROWS = 5  # a step's KL is noisy; the final one is the mean over so many last steps
+VIEWS = {
+    "student greedy": "student_greedy_success",
+    "student": "student_success",
+    "student + PI": "student_with_pi_success",
+}
+Row = dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------- what a run left
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    if not path.is_file():
+        return []
+    # Not splitlines(): a text may hold U+2028. A last line without its end is one that a kill cut off.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+
+
+def total(values: Sequence[float | None]) -> float | None:
+    """The sum; None if there is nothing to add or if any part is not known."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
+
+
+def run_numbers(folder: Path) -> Row:
+    """Steps, rounds, rollouts, tokens sampled and trained, and the final KL of one run, from its metrics.jsonl.
+
+    Every step of a round repeats the round's numbers, so that those are counted once per round.
+    """
+    rows = read_jsonl(folder / "metrics.jsonl")
+    rounds = {row["round"]: row for row in rows if "round" in row}
+    rounds |= {("sampled", i): row for i, row in enumerate(rows) if "rollouts" in row and "round" not in row}
+    tokens = total([_tokens_sampled(row) for row in rounds.values()])
+    kls = [row["kl_teacher_student_nats"] for row in rows if "kl_teacher_student_nats" in row]
+    return {
+        "steps": max((row["step"] for row in rows), default=None),
+        "rounds": len(rounds),
+        "rollouts": total([row.get("rollouts") for row in rounds.values()]),
+        "policy_tokens_sampled": None if tokens is None else round(tokens),
+        "policy_tokens_trained": total([row["policy_tokens"] for row in rows if {"policy_tokens", "loss"} <= row.keys()]),
+        "kl_teacher_student_nats": statistics.fmean(kls[-KL_ROWS:]) if kls else None,
+    }
+
+
+def _tokens_sampled(row: Row) -> float | None:
+    """Of one round. A row without a loss is a run that only samples: its policy tokens are the sampled ones."""
+    if "loss" not in row:
+        return row.get("policy_tokens")
+    if "rollouts" not in row or "completion_tokens_mean" not in row:
+        return None
+    return row["rollouts"] * row["completion_tokens_mean"]
+
+
+def best_step(folder: Path, select: str) -> tuple[Row, int | None]:
+    """({metric, last, best, best_step} on validation, the step): the best among the steps that have a saved checkpoint.
+
+    Of several equally good ones the latest, which is the last checkpoint where that is one of them.
+    """
+    values = [(row["step"], row[select]) for row in read_jsonl(folder / "metrics.jsonl") if select in row]
+    saved = [(value, step) for step, value in values if (folder / f"step_{step}").is_dir()]
+    best, step = max(saved, default=(None, None))
+    return {"metric": select, "last": values[-1][1] if values else None, "best": best, "best_step": step}, step
+
+
+def evaluation_numbers(folder: Path) -> Row:
+    """Held-out numbers from an evaluation's results.json; a view that was not sampled is absent."""
+    views = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    numbers = {name: views[view]["success"] for view, name in VIEWS.items() if "success" in views.get(view, {})}
+    if "leak_frac" in views.get("student", {}):
+        numbers["leak_frac"] = views["student"]["leak_frac"]
+    return numbers
+
+
+def success_by_task(output_dir: Path, evaluated: Row) -> dict[str, float] | None:
+    """Mean success of the student view per held-out task, where the evaluation wrote them (`rows.json`: view → task → mean)."""
+    path = output_dir / evaluated.get("folder", "") / "rows.json"
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8")).get("student")
+
+
+def read_results(output_dir: Path) -> dict[str, Row]:
+    """The last row of each cell."""
+    return {row["cell"]: row for row in read_jsonl(output_dir / RESULTS)}
+
+
+def append_result(output_dir: Path, row: Row) -> None:
+    with (output_dir / RESULTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+# ------------------------------------------------------------------------------------------- groups: cells that differ by seed
+
+
+@dataclass(frozen=True)
+class Group:
+    """One line of the table: the cells of an arm with the same swept values, one per seed."""
+
+    title: str
+    arm: str
+    settings: Mapping[str, str]
+    rows: list[Row]  # those that ended well
+    failed: int
+
+    def values(self, part: str, name: str) -> list[float]:
+        """One number per cell that has it; ``part`` is last, best, validation, or "" for the row itself."""
+        nodes = [(row.get(part) if part else row) or {} for row in self.rows]
+        return [node[name] for node in nodes if node.get(name) is not None]
+
+
+def groups_of(rows: Sequence[Row]) -> list[Group]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(json.dumps([row["arm"], row["settings"]], sort_keys=True), []).append(row)
+    groups = []
+    for members in found.values():
+        first, good = members[0], [row for row in members if row["status"] == "ok"]
+        title = " ".join([first["title"], *(f"{key}={value}" for key, value in first["settings"].items())])
+        groups.append(Group(title, first["arm"], first["settings"], good, len(members) - len(good)))
+    return groups
+
+
+def bootstrap_interval(values: Sequence[Sequence[float]], samples: int = BOOTSTRAP_SAMPLES) -> tuple[float, float] | None:
+    """95% percentile interval of the mean of a seeds × tasks table, seeds and tasks resampled with replacement.
+
+    A dimension of length 1 has no spread to resample; None if both have.
+    """
+    table = np.asarray(values, dtype=float)
+    if table.ndim != 2 or table.size < 2:
+        return None
+    generator = np.random.default_rng(0)
+    seeds, tasks = table.shape
+    means = [
+        table[generator.integers(seeds, size=seeds)][:, generator.integers(tasks, size=tasks)].mean() for _ in range(samples)
+    ]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def group_interval(output_dir: Path, group: Group) -> tuple[tuple[float, float] | None, str]:
+    """The interval of the last checkpoint's held-out success at the sampling temperature, and what was resampled for it."""
+    rows = [row for row in group.rows if (row.get("last") or {}).get("student_success") is not None]
+    tables = [success_by_task(output_dir, row["last"]) for row in rows]
+    if rows and all(table is not None and table.keys() == tables[0].keys() for table in tables):
+        names = list(tables[0])
+        what = "seeds × tasks" if len(rows) > 1 else "tasks"
+        return bootstrap_interval([[table[name] for name in names] for table in tables]), what
+    return bootstrap_interval([[row["last"]["student_success"]] for row in rows]), "seeds"
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def mean_and_sd(values: Sequence[float]) -> str:
+    """`mean ± sd` (n − 1); the mean alone for one value, a dash for none."""
+    if not values:
+        return "–"
+    mean = f"{statistics.fmean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+def count(values: Sequence[float]) -> str:
+    """The mean of a count over seeds, short."""
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    return f"{mean / 1e6:.2f}M" if mean >= 1e6 else f"{mean:,.0f}"
+
+
+def interval_text(output_dir: Path, group: Group) -> str:
+    interval, what = group_interval(output_dir, group)
+    return "–" if interval is None else f"[{interval[0]:.3f}, {interval[1]:.3f}] {what}"
+
+
+def success_columns(output_dir: Path) -> dict[str, Callable[[Group], str]]:
+    return {
+        "arm": lambda g: g.title,
+        "seeds": lambda g: f"{len(g.rows)}" + (f" ({g.failed} failed)" if g.failed else ""),
+        "greedy": lambda g: mean_and_sd(g.values("last", "student_greedy_success")),
+        "T=1, last": lambda g: mean_and_sd(g.values("last", "student_success")),
+        "95% interval over": lambda g: interval_text(output_dir, g),
+        "T=1, best on validation": lambda g: mean_and_sd(g.values("best", "student_success")),
+        "with PI": lambda g: mean_and_sd(g.values("last", "student_with_pi_success")),
+        "leak rate": lambda g: mean_and_sd(g.values("last", "leak_frac")),
+        "validation, last": lambda g: mean_and_sd(g.values("validation", "last")),
+    }
+
+
+def cost_columns() -> dict[str, Callable[[Group], str]]:
+    return {
+        "arm": lambda g: g.title,
+        "steps": lambda g: count(g.values("", "steps")),
+        "rollouts": lambda g: count(g.values("", "rollouts")),
+        "tokens sampled": lambda g: count(g.values("", "policy_tokens_sampled")),
+        "tokens trained": lambda g: count(g.values("", "policy_tokens_trained")),
+        "CPU-s": lambda g: count(g.values("", "cpu_seconds")),
+        "kl(T‖S), nats": lambda g: mean_and_sd(g.values("", "kl_teacher_student_nats")),
+        "config": lambda g: " → ".join(stage["config"] for stage in g.rows[0]["stages"]) if g.rows else "–",
+    }
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What a reader must know to read the tables."""
+    seeds = sorted({row["seed"] for row in rows if row["seed"] is not None})
+    commits = sorted({str(stage["commit"]) for row in rows for stage in row["stages"]})
+    selected = ", ".join(sorted({row["select"] for row in rows}))
+    return [
+        "Success without privileged information on the held-out split, greedy and at the sampling temperature (T=1); `with PI` "
+        "is the ceiling; mean ± sd over seeds (no sd for one); `last` is the last checkpoint.",
+        f"Chosen on validation only: {selected}, among the checkpoints that the run saved. CPU-s: training, all stages.",
+        f"Seeds: {', '.join(map(str, seeds)) or 'as in the configs'}. Commits: {', '.join(commits) or '–'}.",
+    ]
+
+
+def best_on_validation(groups: Sequence[Group]) -> str | None:
+    """The line of the table with the best last validation value; there is nothing to choose from if fewer than two have one."""
+    scored = [(statistics.fmean(values), group) for group in groups if (values := group.values("validation", "last"))]
+    if len(scored) < 2:
+        return None
+    value, group = max(scored, key=lambda pair: pair[0])
+    metric = group.rows[0]["select"]
+    return (
+        f"Best on validation ({metric} at the last evaluation, mean over {len(group.rows)} seeds): {group.title}, {value:.3f}"
+    )
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    return [f"FAILED {row['cell']}: {row['error']}" for row in rows if row["status"] != "ok"]
+
+
+def write_report(output_dir: Path) -> list[Row]:
+    """Print the tables, write them to results.md; returns the rows behind them."""
+    rows = list(read_results(output_dir).values())
+    groups = groups_of(rows)
+    tables = {"Success": success_columns(output_dir), "Cost": cost_columns()}
+    text = [f"# {output_dir.name}", ""]
+    for title, columns in tables.items():
+        cells = [[column(group) for column in columns.values()] for group in groups]
+        _print(title, list(columns), cells)
+        text += _markdown(list(columns), cells)
+    ending = [*filter(None, [best_on_validation(groups)]), *failures(rows)]
+    text += [line for note in [*notes(rows), *ending] for line in (note, "")]
+    (output_dir / "results.md").write_text("\n".join(text), encoding="utf-8")
+    for line in [*notes(rows)[2:], *ending]:
+        print(line)
+    return rows
+
+
+def _print(title: str, headers: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title)
+    for header in headers:
+        table.add_column(header, justify="left" if header in ("arm", "config") else "right", overflow="fold")
+    for row in cells:
+        table.add_row(*[text.replace("[", "\\[") for text in row])  # rich takes [shuffled] for markup
+    console = Console()
+    # A pipe has no width of its own: 80 would break every cell in two.
+    (console if console.is_terminal else Console(width=180)).print(table)
+
+
+def _markdown(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in [headers, *cells]]
+    rule = "| " + " | ".join("---" if header in ("arm", "config") else "---:" for header in headers) + " |"
+    return [lines[0], rule, *lines[1:], ""]
+
+
+def is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
