@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TUNE := $(BIN)/tune run --nproc_per_node 1
 
-.PHONY: install base demo compare test test-all lint clean
+.PHONY: install base base_easy base_world demo compare sft_rl rft int test test-all test-peers lint clean
 
 install: $(VENV)/.installed  ## create .venv and install the package with its test extra
 
@@ -18,17 +18,43 @@ base: runs/tiny/base/latest/config.json  ## train the tiny base, once
 runs/tiny/base/latest/config.json: | install
 	$(TUNE) recipes/sft_distributed.py --config configs/tiny/base.yaml
 
+base_easy: install  ## a base that is right twice as often, for configs/sweeps/easier_base.yaml
+	test -f runs/tiny/base_easy/latest/config.json || $(TUNE) recipes/sft_distributed.py --config configs/tiny/base.yaml \
+	  output_dir=runs/tiny/base_easy dataset.true_option_prob=0.2
+
+base_world: install  ## the base of another world, for configs/sweeps/other_world.yaml
+	test -f runs/tiny/base_world/latest/config.json || $(TUNE) recipes/sft_distributed.py --config configs/tiny/base.yaml \
+	  output_dir=runs/tiny/base_world dataset.world_seed=4321
+
+sft_rl: install base  ## SFT on the expert's actions, then RL
+	$(TUNE) recipes/sft_distributed.py --config configs/tiny/sft.yaml
+	$(TUNE) recipes/opsd_distributed.py --config configs/tiny/sft_rl.yaml
+
+rft: install base  ## sample with PI, keep the successes, SFT without PI
+	$(TUNE) recipes/sample_distributed.py --config configs/tiny/rft_sample.yaml
+	$(TUNE) recipes/sft_distributed.py --config configs/tiny/rft.yaml
+
+int: install base  ## interventions, SFT on them, RL
+	$(TUNE) recipes/sample_distributed.py --config configs/tiny/int_sample.yaml
+	$(TUNE) recipes/sft_distributed.py --config configs/tiny/int_sft.yaml
+	$(TUNE) recipes/opsd_distributed.py --config configs/tiny/int_rl.yaml
+
 demo: install base  ## pi-Distill against RL at equal rollouts: runs/demo/results.md and its pictures
 	$(BIN)/pidistill demo
 
-compare: install base  ## every method, its controls, three seeds: runs/sweeps/methods/results.md; goes on where it was stopped
-	$(BIN)/pidistill sweep configs/sweeps/methods.yaml --workers 2
+compare: install base base_easy base_world  ## all methods, controls, questions, second base and world; goes on where it stopped
+	for sweep in methods questions easier_base other_world; do \
+	  $(BIN)/pidistill sweep configs/sweeps/$$sweep.yaml --workers 2; done
 
 test: install  ## all tests but those marked all_processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 test-all: install  ## all tests, every config with two processes among them
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m ''
+
+test-peers: install  ## TRL and Liger as independent references (extra `peers`)
+	$(BIN)/python -m pip install -q -e '.[test,peers]'
+	PIDISTILL_PEERS=1 $(BIN)/python -m pytest tests/test_peers.py -q
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

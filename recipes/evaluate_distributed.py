@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: student (without privileged information), student greedy, and the ceiling with it.
 
-every row of `dataset` × `eval_samples` samples per view → avg@k, pass@k, length, leak rate, one table and `results.json`
+every row of `dataset` × `eval_samples` samples per view → avg@k, pass@k, length, leak rate, one table, `results.json`, and
+`rows.json` with the success of every row
 
 tune run --nproc_per_node 1 recipes/evaluate_distributed.py --config configs/tiny/evaluate.yaml
 """
@@ -50,7 +51,7 @@ class EvaluateRecipe:
         self._model = load_model(cfg, self._run, cfg.model, weights, trained=False)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        results = {}
+        results, self._rows = {}, {}
         for name, (view, temperature) in VIEWS.items():
             if view == "teacher" and self._data.rows_without_pi == len(self._data.prompts):
                 continue
@@ -60,6 +61,7 @@ class EvaluateRecipe:
             )
             rollouts = self._run.gather(collected.rollouts)
             results[name] = self.summarise(rollouts, samples) | eval_dropped([collected], self._run)
+            self._rows[name] = self.row_success(rollouts)
         return results
 
     def summarise(self, rollouts: list[Rollout], samples: int) -> dict[str, float]:
@@ -77,11 +79,19 @@ class EvaluateRecipe:
                 result[f"pass@{k}"] = sum(pass_at_k(sum(row), len(row), k) for row in rows) / len(rows)
         return result
 
+    def row_success(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """Row id → share of its samples that succeeded."""
+        successes: dict[str, list[bool]] = {}
+        for rollout in rollouts:
+            successes.setdefault(rollout.example.id, []).append(rollout.reward >= self._data.success_threshold)
+        return {row: sum(values) / len(values) for row, values in successes.items()}
+
     def report(self, results: dict[str, dict[str, float]]) -> None:
         if not self._run.is_main:
             return
         path = self._run.output_dir / "results.json"
         path.write_text(json.dumps(results, indent=2))
+        path.with_name("rows.json").write_text(json.dumps(self._rows, indent=1))
         table = Table(title=f"{len(self._data.prompts)} rows, per view", show_edge=False)
         for column in ["", *results]:
             table.add_column(column, justify="right" if column else "left")

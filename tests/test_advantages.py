@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pidistill.advantages import group_mean, group_slots, leave_one_out, standardised, zero_advantage_groups
+from pidistill.advantages import group_mean, group_slots, leave_one_out, standardised, turn_returns, zero_advantage_groups
 from tests import oracles
 
 ADVANTAGES = {"group_mean": group_mean, "leave_one_out": leave_one_out, "standardised": standardised}
@@ -108,3 +108,67 @@ def test_a_reward_that_is_not_finite_is_refused_by_name():
     for function in ADVANTAGES.values():
         with pytest.raises(ValueError, match=r"rollout 1 of 3 has reward nan"):
             function(rewards, torch.zeros(3, dtype=torch.long))
+
+
+# ---------------------------------------------------------------------------------------- turns with rewards of their own
+
+episodes = st.lists(
+    st.tuples(st.lists(st.sampled_from([0.0, 1.0, 1 / 3, -0.1]), min_size=1, max_size=4), st.integers(0, 2)), max_size=8
+)
+
+
+def returns_by_loop(turn_rewards: list[list[float]], groups: list[int]) -> list[list[float]]:
+    result = []
+    for own, group in zip(turn_rewards, groups, strict=True):
+        values = []
+        for k in range(len(own)):
+            reached = [sum(r[k:]) for r, g in zip(turn_rewards, groups, strict=True) if g == group and len(r) > k]
+            values.append(sum(own[k:]) - sum(reached) / len(reached))
+        result.append(values)
+    return result
+
+
+def flat(nested: list[list[float]]) -> torch.Tensor:
+    return torch.tensor([x for values in nested for x in values], dtype=torch.float64)
+
+
+@settings(deadline=None)
+@given(episodes, st.randoms())
+def test_turn_returns_equal_the_loop_in_any_order(case, random):
+    random.shuffle(case)
+    rewards, groups = [r for r, _ in case], [g for _, g in case]
+    ours = turn_returns(rewards, groups)
+    assert [len(values) for values in ours] == [len(r) for r in rewards]
+    torch.testing.assert_close(flat(ours), flat(returns_by_loop(rewards, groups)), rtol=1e-12, atol=1e-12)
+    order = list(range(len(case)))
+    random.shuffle(order)
+    again = turn_returns([rewards[i] for i in order], [groups[i] for i in order])
+    assert again == [ours[i] for i in order]
+
+
+@settings(deadline=None)
+@given(episodes)
+def test_turn_returns_sum_to_0_over_the_rollouts_that_reached_the_turn(case):
+    rewards, groups = [r for r, _ in case], [g for _, g in case]
+    ours = turn_returns(rewards, groups)
+    for group in set(groups):
+        for k in range(4):
+            reached = [values[k] for values, g in zip(ours, groups, strict=True) if g == group and len(values) > k]
+            assert abs(sum(reached)) < 1e-12
+            if len(set(reached)) == 1:
+                assert reached[0] == 0.0  # alone there, or equal: exactly
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0, 0.25]), st.integers(0, 2)), min_size=1, max_size=8), st.integers(1, 4))
+def test_turn_returns_are_the_group_mean_where_all_is_paid_at_the_end(case, turns):
+    """Every rollout reaches the last turn, which alone is rewarded: each of its turns has the whole advantage."""
+    rewards, groups = as_tensors(case)
+    ours = turn_returns([[0.0] * (turns - 1) + [r] for r in rewards.tolist()], groups.tolist())
+    expected = group_mean(rewards, groups)[:, None].expand(-1, turns)
+    torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_turn_returns_credit_a_turn_with_what_follows_it():
+    assert turn_returns([[1.0, 0.0], [0.0, 1.0]], [0, 0]) == [[0.0, -0.5], [0.0, 0.5]]
+    assert turn_returns([], []) == []

@@ -506,7 +506,8 @@ class SiblingCalls:
 
     def __call__(self, example: Example, turns: Sequence[Message]) -> str:
         words = {}
-        for first, second in (call_words(turn) for turn in turns if turn["role"] == "assistant"):
+        said = [call_words(turn) for turn in turns if turn["role"] == "assistant"]
+        for first, second in (call for call in said if len(call) == 2):  # where calls may be made again, some are malformed
             words |= {"look": {"d": second}, "ship": {"k": second}}.get(first, {"f": first, "a": second})
         return " ".join(["[", *(words[slot] if slot in self.told and slot in words else "?" for slot in SLOTS), "]"])
 

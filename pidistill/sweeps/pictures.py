@@ -177,10 +177,21 @@ def draw_heat_maps(groups: Sequence[Group]):
     figure, axes = plt.subplots(1, len(arms), figsize=(5.2 * len(arms), 4.2), squeeze=False, layout="constrained")
     for axis, (arm, members) in zip(axes.flat, arms.items(), strict=True):
         x, y = numeric_keys(members)[:2]
-        _heat_map(axis, *heat_table(members, x, y))
+        xs, ys, table = heat_table(members, x, y)
+        if np.isnan(table).mean() > 0.5:  # a search over ranges: hardly two trials share a value
+            _scatter_map(axis, xs, ys, table)
+        else:
+            _heat_map(axis, xs, ys, table)
         axis.set(xlabel=x, ylabel=y, title=arm)
     figure.suptitle(f"{final_label(groups)}, mean over seeds", fontsize=9)
     return figure
+
+
+def _scatter_map(axis: Axes, xs: Sequence[float], ys: Sequence[float], table: np.ndarray) -> None:
+    rows, columns = np.nonzero(~np.isnan(table))
+    values = table[rows, columns]
+    points = axis.scatter(np.asarray(xs)[columns], np.asarray(ys)[rows], c=values, vmin=0, vmax=1, cmap="viridis", s=45)
+    axis.figure.colorbar(points, ax=axis)
 
 
 def _heat_map(axis: Axes, xs: Sequence[float], ys: Sequence[float], table: np.ndarray) -> None:

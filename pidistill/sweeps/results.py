@@ -228,7 +228,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
     return [
         "Success without privileged information on the held-out split, greedy and at the sampling temperature (T=1); `with PI` "
         "is the ceiling; mean ± sd over seeds (no sd for one); `last` is the last checkpoint.",
-        f"Chosen on validation only: {selected}, among the checkpoints that the run saved. CPU-s: training, all stages.",
+        f"Chosen on validation only: {selected}, among the checkpoints that the run saved. "
+        "CPU-s: training, all stages, each with its start-up.",
         f"Seeds: {', '.join(map(str, seeds)) or 'as in the configs'}. Commits: {', '.join(commits) or '–'}.",
     ]
 

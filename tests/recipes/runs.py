@@ -105,6 +105,9 @@ def run(name: str, cfg: DictConfig, before_training: Callable[[Any], None] | Non
     if RECIPES[name] == "evaluate_distributed":
         recipe.report(recipe.evaluate())
         return recipe
+    if RECIPES[name] == "sample_distributed":
+        recipe.report(recipe.sample())
+        return recipe
     try:
         if before_training is not None:
             before_training(recipe)

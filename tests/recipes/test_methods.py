@@ -33,6 +33,16 @@ class PickyEnvironment(VariedEnvironment):
         return replace(answer, reward=float(answer.reward == 1.0))
 
 
+@dataclass
+class SteppedEnvironment(VariedEnvironment):
+    """A reward for the first of the two turns too."""
+
+    def step(self, state: Episode, turn: Message, *, truncated: bool) -> EnvStep:
+        answer = super().step(state, turn, truncated=truncated)
+        return answer if answer.done else replace(answer, reward=len(state.turns[0]) % 4 / 4)
+
+
+STEPPED = {"environment___component_": "tests.recipes.test_methods.SteppedEnvironment"}
 PICKY = {"environment___component_": "tests.recipes.test_methods.PickyEnvironment"}
 GUIDE = {"prompts_per_round": 4, "group_size": 2, "max_steps": 3, **PICKY}
 HINDSIGHT = {"prompts_per_round": 4, "group_size": 3, "max_steps": 3}
@@ -154,6 +164,7 @@ def test_gkds_coin_is_fair_per_prompt_and_the_same_on_every_rank(tiny_base, tmp_
         assert sorted(r.group for r in own) == list(range(8))
         sampled = [r for r in own if r.sampled_logprobs is not None]
         assert row["rollouts"] == len(sampled)
+        assert ("ess_frac" in row) == (len(sampled) == len(own)), "a ratio to nobody"
     given = [[r.group for r in own if r.sampled_logprobs is None] for own in rollouts]
     assert len({tuple(g) for g in given}) > 1, "every round tosses the same"
     groups = [(g, g % 512) for g in range(3000)]
@@ -233,7 +244,7 @@ def test_the_control_none_of_hindsight_is_grpo(tiny_base, tmp_path):
 
 
 def test_the_control_shuffled_of_hindsight_never_shows_the_own_group(tiny_base, tmp_path):
-    _, plain, recipe = hindsight_rounds(tiny_base, tmp_path / "plain", max_steps=1)
+    _, plain, _ = hindsight_rounds(tiny_base, tmp_path / "plain", max_steps=1)
     _, after, _ = hindsight_rounds(tiny_base, tmp_path / "shuffled", max_steps=1, privileged__control="shuffled")
     shown = 0
     for r, own in zip(after[0], plain[0], strict=True):
@@ -316,7 +327,7 @@ SCENARIOS = {
         "pi_distill",
         {"objective__student_term": "snis", "objective__snis_beta": 0.5, "prompts_per_round": 3, "max_steps": 2},
     ),
-    "turn_returns": ("rl_process", {"prompts_per_round": 3, "max_steps": 2}),
+    "turn_returns": ("rl", {"prompts_per_round": 3, "max_steps": 2, "objective__advantage": "turn_returns", **STEPPED}),
 }
 
 
@@ -366,7 +377,7 @@ def test_two_processes_do_what_one_does(name, two, tiny_base, tmp_path):
 def test_those_scenarios_say_something(two):
     assert sum(row["guided_groups"] for row in metrics(two / "guide")) > 0
     for name in ("hindsight", "hindsight_shuffled"):
-        assert all(0 < row["rollouts_with_pi_frac"] for row in metrics(two / name))
+        assert all(row["rollouts_with_pi_frac"] > 0 for row in metrics(two / name))
     assert 0 < sum(row["rollouts"] for row in metrics(two / "gkd")) < 15
     assert all(row["sft_loss"] > 0 for row in metrics(two / "sft_term"))
     assert all(1.0 <= row["snis_ess"] <= 3.0 for row in metrics(two / "snis"))

@@ -1,4 +1,4 @@
-"""What a run of every tiny config reads and leaves: no key unread, no number undocumented, none made up."""
+"""What a run of each recipe reads and leaves: no key unread, no number undocumented, none made up."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ from pidistill.evaluation import pass_at_k
 from pidistill.training import EVALUATION_KEYS
 from tests.recipes.runs import EVALUATION, RECIPES, metrics, recipe_module, run, small_config
 
-TRAINED = [name for name, recipe in RECIPES.items() if recipe != "evaluate_distributed"]
+TRAINED = ["base", "sft", "rl", "opsd", "pi_distill"]  # the others: test_every_config.py
 SHARDED = {"fsdp_reshard_after_forward", "custom_sharded_layers"}  # read where there is more than one rank
 STARTED = {"output_dir", "seed", "device", "dtype", "threads"}  # read by `start`, with the numbers that it checks
 
@@ -135,7 +135,7 @@ def test_torchtunes_own_loggers_get_the_numbers(tiny_base, tmp_path):
     assert "reward_mean:" in lines[0] and "grad_norm:" in lines[0]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*TRAINED, "evaluate"])
 def test_the_config_in_the_folder_is_the_one_that_ran(name, left):
     """Complete: nothing in it refers to something outside it."""
     text = (left(name) / "config.yaml").read_text()
@@ -149,6 +149,9 @@ def test_evaluation_counts_every_view(left):
     assert samples == {"student greedy": (1, 256), "student": (4, 1024), "student + PI": (4, 1024)}
     for row in results.values():
         assert 0 <= row["success"] <= 1
+    rows = json.loads((left("evaluate") / "rows.json").read_text())
+    for view, row in results.items():
+        assert len(rows[view]) == 256 and sum(rows[view].values()) / 256 == pytest.approx(row["success"])
     for row in (results["student"], results["student + PI"]):
         assert row["success"] < row["pass@2"] < row["pass@4"]
 
