@@ -183,7 +183,9 @@ def token_sums(batch: Batch, scores: Scores, extra: dict[str, Tensor]) -> dict[s
         sums |= _by_quarter("kl_teacher_student_q", kl.detach(), batch)
     if batch.sampled_logprobs is not None and scores.student_logprobs is not None:
         ratio = (scores.student_logprobs.detach() - batch.sampled_logprobs).double().exp()
-        sums |= {"_ratio": ratio.sum().item(), "_ratio_squared": (ratio**2).sum().item(), "_ratio_tokens": float(len(ratio))}
+        sums |= {"_ratio": ratio.sum().item(), "_ratio_squared": (ratio**2).sum().item()}
+    else:
+        sums["_without_ratio"] = float(len(batch.targets))
     return sums
 
 
@@ -208,7 +210,7 @@ def token_means(sums: dict[str, float], tokens: float) -> dict[str, float]:
             if count:
                 means[name] = value / count
     # Demonstrations among the rollouts (GKD) have no ratio, nor has the micro-batch that they are in.
-    if sums.get("_ratio_squared") and sums.get("_ratio_tokens", tokens) == tokens:
+    if sums.get("_ratio_squared") and not sums.get("_without_ratio"):
         means["ess_frac"] = sums["_ratio"] ** 2 / sums["_ratio_squared"] / tokens
     return means
 

@@ -221,7 +221,7 @@ class OPSDRecipe:
         self.write_metrics(row | report)
 
     def add_sft_term(self) -> float:
-        """Backward of `sft_weight` times the mean −log S per token of `sft_batch_size` demonstrations; this rank's part of it."""
+        """Backward of `sft_weight` × the mean −log S per token of `sft_batch_size` demonstrations; this rank's part of it."""
         if not self._sft_weight:
             return 0.0
         order = epoch_order(len(self._demonstrations), self._run.seed, self._step * self._sft_batch, self._sft_batch)

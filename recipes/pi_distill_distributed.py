@@ -187,7 +187,7 @@ class PiDistillRecipe:
         return self._teacher if self._objective.samples_from_teacher_weights(self._step) else LiveTeacher()
 
     def add_sft_term(self) -> float:
-        """Backward of `sft_weight` times the mean −log S per token of `sft_batch_size` demonstrations; this rank's part of it."""
+        """Backward of `sft_weight` × the mean −log S per token of `sft_batch_size` demonstrations; this rank's part of it."""
         if not self._sft_weight:
             return 0.0
         order = epoch_order(len(self._demonstrations), self._run.seed, self._step * self._sft_batch, self._sft_batch)

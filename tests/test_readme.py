@@ -10,6 +10,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from pidistill.config import check_config, resolve
+from pidistill.sweeps.cells import grid_cells, read_sweep, stage_runs
+from pidistill.sweeps.command import parse
+from pidistill.sweeps.search import Plan, check_plan
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,6 +25,8 @@ def code_lines() -> list[str]:
     return [re.sub(r"\s{2,}#.*", "", line).strip() for line in lines]
 
 
+SWEEPS = [line for line in code_lines() if re.match(r"pidistill sweep (?!--)", line)]
+SWEEPS = [line for line in code_lines() if re.match(r"pidistill sweep (?!--)", line)]
 COMMANDS = [line for line in code_lines() if re.match(r"(tune|pidistill) run", line)]
 
 
@@ -43,6 +48,35 @@ def test_a_run_command_names_a_recipe_a_config_and_real_keys(command):
     cfg = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
     module = importlib.import_module(f"recipes.{name}")
     check_config(cfg, getattr(module, "KEYS", None) or module.EVALUATION_KEYS)
+
+
+@pytest.mark.parametrize("command", SWEEPS)
+def test_a_sweep_command_of_the_readme_can_be_planned(command):
+    arguments = parse(shlex.split(command)[2:])
+    sweep = read_sweep(
+        arguments.config,
+        arguments.overrides,
+        output_dir=arguments.output_dir,
+        arms=arguments.arms,
+        seeds=arguments.seeds,
+        base=arguments.base,
+        evaluate=arguments.evaluate,
+        select=arguments.select,
+    )
+    check_plan(Plan(sweep, arguments.search, arguments.trials))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_run_of_a_bundled_sweep_passes_its_recipes_check(path):
+    sweep = read_sweep(str(path), [], output_dir=None, arms=None, seeds=[0], base=None, evaluate=None, select=None)
+    runs = [run for cell in grid_cells(sweep) for run in stage_runs(sweep, cell)]
+    assert len(runs) >= 2
+    for run in runs:
+        config = run.command[run.command.index("--config") + 1]
+        dots = [word for word in run.command if "=" in word]
+        cfg = OmegaConf.merge(OmegaConf.load(ROOT / "configs" / f"{config}.yaml"), OmegaConf.from_dotlist(dots))
+        recipe = next(word for word in run.command if word.endswith("_distributed"))
+        check_config(cfg, importlib.import_module(f"recipes.{recipe}").KEYS)
 
 
 def test_make_targets_exist():
@@ -74,3 +108,19 @@ def test_files_that_are_named_exist():
     assert len(paths) >= 4
     for path in paths:
         assert (ROOT / path).exists(), path
+
+
+def test_the_table_of_methods_names_every_objective_and_every_config_of_the_tiny_world():
+    table = README.split("## Methods")[1].split("## Run")[0]
+    objectives = {path.name for path in (ROOT / "pidistill" / "objectives").glob("*.py")} - {"__init__.py", "base.py"}
+    configs = {f"tiny/{path.stem}" for path in (ROOT / "configs" / "tiny").glob("*.yaml")} - {"tiny/base", "tiny/evaluate"}
+    assert len(objectives) > 8 and len(configs) > 15
+    assert objectives == set(re.findall(r"`(\w+\.py)`", table))
+    assert configs == set(re.findall(r"`(tiny/\w+)`", table))
+    recipes = set(re.findall(r"`(\w+_distributed)`", table))
+    assert recipes == {path.stem for path in (ROOT / "recipes").glob("*_distributed.py")} - {"evaluate_distributed"}
+
+
+def test_links_lead_to_files():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links and all((ROOT / link).exists() for link in links)

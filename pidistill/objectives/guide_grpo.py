@@ -6,11 +6,11 @@
 The student samples without privileged information; a group without any reward is sampled once more with it, and the ratio turns
 what the hinted model wrote into an update of the model without the hint.
 
-As in the authors' code, the samples with the hint replace the failed ones, whose group has no advantage: a round trains on as many
-rollouts as plain GRPO and samples more; `rollouts` counts them all.
+As in the authors' code, the samples with the hint replace the failed ones, whose group has no advantage: a round trains on as
+many rollouts as plain GRPO and samples more; `rollouts` counts them all.
 
-What we do differently from that code: one pair of clip bounds for both kinds of group, where it clips hinted ones wider (.8) and
-reshapes their weights.
+What we do differently from that code: one pair of clip bounds for both kinds of group, where it clips hinted ones wider (.8)
+and reshapes their weights.
 """
 
 from collections.abc import Sequence

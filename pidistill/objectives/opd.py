@@ -4,8 +4,8 @@
     a divergence            J = −E_{y~S}[ Σ_t D(T_t, S_t) ], over the full vocabulary, or the student's top-k tokens and a tail
 
 The first form is the sampled kl(S||T) of each step as that token's own advantage: its expected gradient is that of
-Σ_t kl(S||T)_t with the prefixes held fixed. (As an advantage the *log-ratio* is right; the full-vocabulary KL, a number that does
-not depend on the token, has zero expected gradient.) Published runs use groups of 4 and a LoRA at 1e-4.
+Σ_t kl(S||T)_t with the prefixes held fixed. (As an advantage the *log-ratio* is right; the full-vocabulary KL, a number that
+does not depend on the token, has zero expected gradient.) Published runs use groups of 4 and a LoRA at 1e-4.
 
 `teacher: FrozenTeacher` with `teacher_model` and `teacher_checkpointer`: any model with the student's tokenizer. Every row
 distils, privileged information or not; `privileged.control: none` keeps it from the teacher.

@@ -3,8 +3,8 @@
     J = E_{y~μ}[ Σ_t clip-min(ρ_t, A_t) ] − β·kl(μ||S),  A_t = sg(log T − log S)(y_t),  ρ_t = S(y_t)/sg μ(y_t)
 
 Several updates on one round of samples stay near it by the clip, and by the kl(behaviour||student): with y ~ μ its gradient is
-that of −log S(y_t), so the term is estimated by log S of the sampled tokens, which costs nothing. Any teacher: another model, or
-the model itself with privileged information.
+that of −log S(y_t), so the term is estimated by log S of the sampled tokens, which costs nothing. Any teacher: another model,
+or the model itself with privileged information.
 
 What we do differently: rows without privileged information leave the objective (`no_pi: drop`) unless another model teaches.
 """

@@ -2,8 +2,8 @@
 
     J = −E_{y~S}[ Σ_t kl(sg T||S)_t ],  T = the live θ with the ground-truth answer in its prompt
 
-The source takes the full-vocabulary kl, several samples per prompt at temperature 1, learning rate 1e-6, one epoch per batch, and
-calls the divergence reverse; the formula beside the word is kl(T||S), which is what this is.
+The source takes the full-vocabulary kl, several samples per prompt at temperature 1, learning rate 1e-6, one epoch per batch,
+and calls the divergence reverse; the formula beside the word is kl(T||S), which is what this is.
 
 What we do differently: softmax and kl are taken in fp32, and the mean is over the policy tokens of the whole step.
 """

@@ -8,9 +8,9 @@ The privileged information does not exist before the round is sampled: `hindsigh
 the JSD (α = .5); θ̄ a moving average (`EMATeacher`, rate .05) or the trust region (`TrustRegionTeacher`, .99 of the initial
 logits).
 
-What we do differently: rollouts without privileged information (no sibling succeeded, no feedback) fall back to GRPO on the reward
-(`no_pi: rl`), where the source leaves them out (`no_pi: drop`, out of the denominator too); `rollouts_with_pi_frac` tells how
-many had any.
+What we do differently: rollouts without privileged information (no sibling succeeded, no feedback) fall back to GRPO on the
+reward (`no_pi: rl`), where the source leaves them out (`no_pi: drop`, out of the denominator too); `rollouts_with_pi_frac`
+tells how many had any.
 """
 
 from collections.abc import Sequence

@@ -96,10 +96,10 @@ def only_with_pi(term: Callable[[Token], Tensor]) -> Callable[[Token], Tensor]:
     return lambda token: term(token) if token.has_pi else 0.0 * token.log_s
 
 
-def ppo(token: Token, advantage: float | None = None) -> Tensor:
+def ppo(token: Token, advantage: float | None = None, low: float = 0.8, high: float = 1.2) -> Tensor:
     a = token.advantage if advantage is None else advantage
     rho = token.ratio
-    return -torch.minimum(rho * a, rho.clamp(0.8, 1.2) * a)
+    return -torch.minimum(rho * a, rho.clamp(low, high) * a)
 
 
 def sdpo(token: Token, bound: float | None, k: int) -> Tensor:
@@ -160,6 +160,12 @@ CASES: dict[str, tuple[Objective, Callable[[Token], Tensor]]] = {
     "sdpo_unweighted": (SDPO(top_k=3, importance_clip=None), lambda x: sdpo(x, None, 3)),
     "grpo": (GRPO(), ppo),
     "guide_grpo": (GuideGRPO(), ppo),
+    "grpo_other_clip": (GRPO(clip_low=0.3, clip_high=2.5), lambda x: ppo(x, low=0.3, high=2.5)),
+    "guide_grpo_other_clip": (GuideGRPO(clip_low=0.3, clip_high=2.5), lambda x: ppo(x, low=0.3, high=2.5)),
+    "opd_ppo_other_clip": (
+        OPDPPO(clip_low=0.3, clip_high=2.5, no_pi="distill"),
+        lambda x: ppo(x, x.log_t - x.log_s.item(), low=0.3, high=2.5),
+    ),
 }
 
 
