@@ -1,6 +1,7 @@
 """Privileged information that exists only once a round is sampled: a sibling that succeeded, what the environment answered.
 
-Each rollout's teacher prompt is written anew, from its own example with the information found for it; the student's prompt and
+For SDPO, which trains rollouts without any on their reward; with the other self-distillation objectives these rollouts get weight 0
+and stay in the denominator. Each rollout's teacher prompt is written anew, from its own example with the information found for it; the student's prompt and
 the completion stay, id for id. A rollout for which nothing is found has no privileged information, and is counted.
 """
 

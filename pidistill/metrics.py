@@ -23,7 +23,7 @@ that was not computed is absent; nothing stands in for it.
 | policy_tokens | policy tokens in the step, all ranks: the loss's denominator |
 | completion_tokens_mean | policy tokens per rollout |
 | rollouts | sampled in this round, all ranks, dropped and replaced ones included |
-| guided_groups | groups of this round sampled again with privileged information, because all had failed (Guide-GRPO) |
+| guided_groups | groups sampled again with the hint; the round's reward and leak numbers hold the hinted samples (Guide-GRPO) |
 | rollouts_with_pi_frac | share of this round's rollouts for which hindsight found privileged information |
 | hindsight_too_long | rollouts of this round whose hindsight did not fit, and was left out |
 | snis_ess | effective sample size of SNIS's weights, in rollouts: 1 to the group's size |

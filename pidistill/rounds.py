@@ -141,9 +141,27 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
             f"{type(teacher).__name__} mixes the logits of two models and cannot sample, which {method} asks of the teacher "
             "(at alpha=0); keep objective.alpha above 0, or set another teacher"
         )
+    if objective.on_policy_frac < 1.0 and cfg.group_size != 1:
+        raise InputError(
+            f"objective.lmbda={objective.on_policy_frac} answers some prompts once, from the dataset, and group_size="
+            f"{cfg.group_size} the others several times, so lmbda would not be the share of either; set group_size=1 and raise "
+            "prompts_per_round"
+        )
+    if cfg.get("hindsight"):
+        _check_hindsight(cfg, objective, method)
     for request in objective.score_request(0).divergences:
         check_divergence(request)
     _check_adapters(empty_model(cfg.model), teacher)
+
+
+def _check_hindsight(cfg: DictConfig, objective: Objective, method: str) -> None:
+    if not objective.uses_teacher:
+        raise InputError(f"{method} never looks at a teacher, so nobody would see what hindsight finds; remove `hindsight`")
+    if cfg.privileged.get("control") == "none" and objective.no_pi in ("drop", "error"):
+        raise InputError(
+            f"privileged.control=none takes hindsight from every rollout, and objective.no_pi={objective.no_pi} leaves nothing "
+            "to train; set objective.no_pi=rl or distill"
+        )
 
 
 def _check_adapters(model: nn.Module, teacher: Teacher) -> None:

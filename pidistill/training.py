@@ -176,6 +176,9 @@ def _check_numbers(cfg: DictConfig) -> None:
     norm = cfg.get("clip_grad_norm")
     if norm is not None and (not isinstance(norm, int | float) or norm <= 0):
         raise InputError(f"clip_grad_norm={norm} must be a number above 0, or null for no clipping")
+    weight = cfg.get("sft_weight")
+    if weight is not None and (type(weight) not in (int, float) or not 0 <= weight < math.inf):
+        raise InputError(f"sft_weight={weight} must be a number of at least 0; 0 or null for no supervised term")
 
 
 def _local_world_size() -> int:

@@ -33,10 +33,7 @@ def build_demonstrations(
 
 def sft_demonstrations(cfg: DictConfig, data: RecipeData) -> list[Rollout]:
     """What `sft_weight` trains on beside the rollouts: the dataset's own completions; none where it is 0."""
-    weight = cfg.get("sft_weight") or 0.0
-    if not isinstance(weight, int | float) or weight < 0:
-        raise InputError(f"sft_weight={weight} must be a number of at least 0; 0 or null for no supervised term")
-    if not weight:
+    if not cfg.get("sft_weight"):
         return []
     return build_demonstrations(data.prompts, data.tokenizer, max_seq_len=data.max_seq_len, on_overflow=cfg.get("on_overflow"))[
         0

@@ -70,7 +70,7 @@ class PiDistill(Objective):
         clip_low, clip_high: multiplicative bounds on the ratio.
         dual_clip: caps the ratio at this value where the advantage is negative.
         topr_low, topr_high, topr_level: truncation of TOPR's weight, per "token" or "sequence".
-        advantage: "group_mean" (the paper's), "leave_one_out", "standardised".
+        advantage: "group_mean" (the paper's), "leave_one_out", "standardised", or "turn_returns" for process rewards.
         drop_zero_advantage: False, "policy_gradient" (no RL term, and no KL where it is part of the reward) or "row" (the
             rollout leaves every term and the token count).
         token_weight: see :mod:`pidistill.token_weights`; acts on the KLs of both halves.
