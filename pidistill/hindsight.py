@@ -1,8 +1,8 @@
 """Privileged information that exists only once a round is sampled: a sibling that succeeded, what the environment answered.
 
-For SDPO, which trains rollouts without any on their reward; with the other self-distillation objectives these rollouts get weight 0
-and stay in the denominator. Each rollout's teacher prompt is written anew, from its own example with the information found for it; the student's prompt and
-the completion stay, id for id. A rollout for which nothing is found has no privileged information, and is counted.
+Each rollout's teacher prompt is written anew, from its own example with the information found for it; the student's prompt and
+the completion stay, id for id. A rollout for which nothing is found has no privileged information, and is counted: SDPO trains
+it on its reward; with the other self-distillation objectives it gets weight 0 and stays in the denominator.
 """
 
 from collections.abc import Callable, Sequence

@@ -15,7 +15,7 @@ that was not computed is absent; nothing stands in for it.
 | entropy_nats, teacher_entropy_nats | entropy per policy token of the student and of the teacher view |
 | leak_frac | share of rollouts in which an assistant turn says a leak phrase |
 | clip_frac | share of policy tokens whose policy gradient is clipped to zero (halves weighted by α and 1−α) |
-| ratio_mean | mean of sampling view / μ; 1 on the first update after sampling unless top-p or top-k is on |
+| ratio_mean | mean of sampling view / μ (hinted rollouts: S/μ); 1 on the first update unless top-p or top-k is on |
 | student_ratio_mean | mean of S/μ (or S/T) in π-Distill's student half |
 | ess_frac | effective sample size of the student's token ratios S/μ, as a share of the policy tokens |
 | grad_norm, lr | before clipping; of this step |
@@ -23,6 +23,7 @@ that was not computed is absent; nothing stands in for it.
 | policy_tokens | policy tokens in the step, all ranks: the loss's denominator |
 | completion_tokens_mean | policy tokens per rollout |
 | rollouts | sampled in this round, all ranks, dropped and replaced ones included |
+| sampled_tokens | policy tokens sampled in this round, all ranks, those of replaced rollouts included |
 | guided_groups | groups sampled again with the hint; the round's reward and leak numbers hold the hinted samples (Guide-GRPO) |
 | rollouts_with_pi_frac | share of this round's rollouts for which hindsight found privileged information |
 | hindsight_too_long | rollouts of this round whose hindsight did not fit, and was left out |
@@ -51,7 +52,6 @@ that was not computed is absent; nothing stands in for it.
 """
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ from tqdm.auto import tqdm
 
 from pidistill.advantages import group_slots
 from pidistill.config import build
+from pidistill.envs.leak_penalty import count_phrases
 from pidistill.messages import message_text, messages_text
 from pidistill.policy_gradient import effective_sample_size
 from pidistill.training import Run, log, write_jsonl
@@ -224,8 +225,7 @@ def assistant_text(turns: Sequence[Message]) -> str:
 
 def says_leak_phrase(rollout: Rollout, phrases: Sequence[str]) -> bool:
     """True if an assistant turn says one of the phrases as whole words, whatever the case."""
-    text = assistant_text(rollout.turns)
-    return any(re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE) for phrase in phrases)
+    return count_phrases(assistant_text(rollout.turns), phrases) > 0
 
 
 def privileged_overlap(rollout: Rollout, n: int = 4) -> tuple[int, int]:

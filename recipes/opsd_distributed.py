@@ -1,9 +1,12 @@
 """On-policy distillation from the student's own samples: OPSD (arXiv 2602.04942) and, without a teacher term, the RL baseline.
 
     round:   the student, which never sees the privileged information, answers each prompt `group_size` times
+             (Guide-GRPO: a group that fails once more with it; GKD: some prompts from the dataset; SDPO: what the round
+             itself reveals becomes the privileged information)
              → rewards → group-relative advantages
     update:  the teacher (itself with the privileged information, frozen, EMA) scores what the student wrote
-             → policy gradient and KL per policy token → mean over the policy tokens of the whole step → backward → clip → step
+             → policy gradient and KL per policy token → mean over the policy tokens of the whole step
+             (+ `sft_weight` × −log S of demonstrations) → backward → clip → step
 
 `diff recipes/pi_distill_distributed.py recipes/opsd_distributed.py` is the difference between the two families.
 
@@ -126,7 +129,7 @@ class OPSDRecipe:
         groups = self._run.share(list(enumerate(order)))
         given = self.dataset_completions(groups)
         answered = {rollout.group for rollout in given}
-        self._counts = dict.fromkeys(("rollouts", "guided_groups", *DROP_REASONS), 0.0)
+        self._counts = dict.fromkeys(("rollouts", "sampled_tokens", *DROP_REASONS), 0.0)
         with self._timer.phase("rollout"):
             rollouts = self.sample_groups([g for g in groups if g[0] not in answered], SAMPLING_VIEW)
             if self._objective.guides_failed_groups:
@@ -151,15 +154,17 @@ class OPSDRecipe:
             seeds=[rollout_seed(self._run.seed, self._round, group, member) for group, _ in groups for member in members],
         )
         self._counts["rollouts"] += len(groups) * size
+        self._counts["sampled_tokens"] += sum(rollout.policy_tokens for rollout in collected.rollouts)
         for reason, count in collected.dropped.items():
             self._counts[reason] += count
         return collected.rollouts
 
     def guide_failed_groups(self, groups: list[tuple[int, int]], rollouts: list[Rollout]) -> list[Rollout]:
         """A group without any reward is sampled again from the view with privileged information (Guide-GRPO)."""
+        present = {rollout.group for rollout in rollouts}
         rewarded = {rollout.group for rollout in rollouts if rollout.reward > 0}
-        failed = [g for g in groups if g[0] not in rewarded and self._data.prompts[g[1]][1].has_privileged]
-        self._counts["guided_groups"] += len(failed)
+        failed = [g for g in groups if g[0] in present - rewarded and self._data.prompts[g[1]][1].has_privileged]
+        self._counts["guided_groups"] = float(len(failed))
         guided = self.sample_groups(failed, "teacher", first_member=self._round_sizes.group_size)
         replaced = {group for group, _ in failed}
         return [rollout for rollout in rollouts if rollout.group not in replaced] + guided

@@ -32,7 +32,10 @@ def build_demonstrations(
 
 
 def sft_demonstrations(cfg: DictConfig, data: RecipeData) -> list[Rollout]:
-    """What `sft_weight` trains on beside the rollouts: the dataset's own completions; none where it is 0."""
+    """What `sft_weight` trains on beside the rollouts: the dataset's own completions; none where it is 0.
+
+    Rows that `on_overflow: drop` leaves out of them are counted as dropped rows.
+    """
     if not cfg.get("sft_weight"):
         return []
     return build_demonstrations(data.prompts, data.tokenizer, max_seq_len=data.max_seq_len, on_overflow=cfg.get("on_overflow"))[

@@ -26,7 +26,8 @@ class LeakPenalty:
     """``environment`` less ``penalty`` for every leak phrase that an assistant turn says, truncated turns included.
 
     The part is logged as ``reward/leak``. A success is told by the whole reward, so a success that leaks is none as long as
-    `eval_success_threshold` is the full reward: set it to what a success is still worth with the penalty, e.g. 0.5.
+    `eval_success_threshold` is the full reward: set it to what a success is still worth with the penalty, e.g. 0.5, and so
+    `hindsight.success_threshold` and `selection.threshold`.
 
     Attributes:
         phrases: usually ``${privileged.leak_phrases}``, so that what is counted is what is punished.

@@ -337,7 +337,8 @@ def feedback_privileged(example: Example, turns: Sequence[Message]) -> str | Non
     """Privileged information from a verifier: the block with only the slot that the last call of the episode got wrong.
 
     `[ ? f0 ? ? ]` where the second call named another formula. None where the last call was right: a success (after
-    retries, if the environment grants them), or an episode cut short before a wrong call.
+    retries, if the environment grants them), or an episode whose turns were all right. A turn cut off by the token limit has no
+    call, so that its slot counts as wrong.
     """
     environment = TinyWorldEnvironment(feedback=True, retries=len(turns))
     state = environment.reset(example)

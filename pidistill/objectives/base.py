@@ -28,7 +28,7 @@ Number = float | Mapping[str, float]  # a constant, or {start, end, steps}
 
 KL_TEACHER_STUDENT = Divergence("kl_teacher_student", grad="none")
 KL_STUDENT_TEACHER = Divergence("kl_student_teacher", grad="none")
-BOTH_KLS = (KL_TEACHER_STUDENT, KL_STUDENT_TEACHER)  # reported by every run, whatever is trained
+BOTH_KLS = (KL_TEACHER_STUDENT, KL_STUDENT_TEACHER)  # reported by every run that looks at both views, whatever is trained
 
 
 @runtime_checkable
@@ -224,7 +224,8 @@ def distill_loss(
     divergence: Divergence, no_pi: str, token_weight: TokenWeight | None, batch: Batch, scores: Scores
 ) -> Float[Tensor, " N"]:
     """The divergence per token, on the rows and tokens that count."""
-    return distill_weight(no_pi, batch) * weighted(token_weight, scores.divergences[divergence], batch, scores)
+    term = weighted(token_weight, scores.divergences[divergence], batch, scores)
+    return term.masked_fill(distill_weight(no_pi, batch) == 0, 0.0)  # 0 · inf would be NaN
 
 
 # -------------------------------------------------------------------------------- advantages of a round
@@ -329,7 +330,7 @@ def check_advantage(advantage: str, drop_zero_advantage: str | bool, kl: Samplin
 
 
 def check_token_weight(token_weight: TokenWeight | None, kl: SamplingKL) -> None:
-    if token_weight is not None and kl.mode != "loss_rb":
+    if token_weight is not None and kl.mode not in ("loss_rb", "loss_k2"):
         raise InputError(
             f"objective.token_weight acts on a KL that is a loss of its own token, and kl_mode={kl.mode} reaches others; set "
             "kl_mode: loss_rb"

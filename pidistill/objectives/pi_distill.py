@@ -104,6 +104,11 @@ class PiDistill(Objective):
         check_choice("student_term", student_term, ("ppo", "topr", "sft", "snis"))
         check_choice("ratio_denominator", ratio_denominator, ("behaviour", "live_teacher"))
         check_choice("no_pi", no_pi, ("rl", "distill", "drop", "error"))
+        if ratio_denominator != "behaviour" and student_term in ("sft", "snis"):
+            raise InputError(
+                f"objective.ratio_denominator={ratio_denominator} is read by nothing with student_term={student_term}, which "
+                "has no ratio; leave it at behaviour"
+            )
         check_clip(clip_low, clip_high, dual_clip)
         check_topr(topr_low, topr_high, topr_level, used=student_term == "topr")
         self.alpha = as_schedule("alpha", alpha, low=0.0, high=1.0)

@@ -70,7 +70,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Cell:
-    """An arm with one value for every swept key (already in the stages' overrides) and one seed."""
+    """An arm with its overrides from the command line (already in the stages') and one seed."""
 
     arm: Arm
     settings: Overrides
@@ -378,7 +378,8 @@ def make_cell(sweep: Sweep, arm: Arm, settings: Overrides, seed: int | None) -> 
     if not arm.stages:
         return Cell(arm, {}, None)
     seeds = {} if seed is None else {"seed": str(seed)}
-    return Cell(with_overrides(arm, {**sweep.fixed, **settings, **seeds}), dict(settings), seed)
+    settings = {**sweep.fixed, **settings}  # both tell a cell from another one in the same folder
+    return Cell(with_overrides(arm, {**settings, **seeds}), settings, seed)
 
 
 def grid_cells(sweep: Sweep) -> list[Cell]:

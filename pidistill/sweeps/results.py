@@ -6,6 +6,7 @@ of the last checkpoint and of the one that was best on validation; None and an a
 
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ def run_numbers(folder: Path) -> Row:
 
 def _tokens_sampled(row: Row) -> float | None:
     """Of one round. A row without a loss is a run that only samples: its policy tokens are the sampled ones."""
+    if "sampled_tokens" in row:
+        return row["sampled_tokens"]
     if "loss" not in row:
         return row.get("policy_tokens")
     if "rollouts" not in row or "completion_tokens_mean" not in row:
@@ -216,8 +219,21 @@ def cost_columns() -> dict[str, Callable[[Group], str]]:
         "tokens trained": lambda g: count(g.values("", "policy_tokens_trained")),
         "CPU-s": lambda g: count(g.values("", "cpu_seconds")),
         "kl(T‖S), nats": lambda g: mean_and_sd(g.values("", "kl_teacher_student_nats")),
-        "config": lambda g: " → ".join(stage["config"] for stage in g.rows[0]["stages"]) if g.rows else "–",
+        "config": lambda g: " → ".join(map(config_text, g.rows[0]["stages"])) if g.rows else "–",
     }
+
+
+NOT_THE_METHOD = {
+    *("output_dir", "seed", "save_every_steps", "rollout_log_steps", "dataset.source", "checkpointer.checkpoint_dir"),
+    "teacher_checkpointer.checkpoint_dir",
+}
+
+
+def config_text(stage: Row) -> str:
+    """A stage's config with the overrides that make it what it is; folders, seeds and logging are left out."""
+    words = [word for word in shlex.split(stage.get("command", "")) if "=" in word]
+    own = [word for word in words if word.partition("=")[0] not in NOT_THE_METHOD]
+    return " ".join([stage["config"], *own])
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -229,7 +245,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
         "Success without privileged information on the held-out split, greedy and at the sampling temperature (T=1); `with PI` "
         "is the ceiling; mean ± sd over seeds (no sd for one); `last` is the last checkpoint.",
         f"Chosen on validation only: {selected}, among the checkpoints that the run saved. "
-        "CPU-s: training, all stages, each with its start-up.",
+        "CPU-s: training, all stages, each with its start-up. An interval over few seeds is too narrow for what seeds do.",
         f"Seeds: {', '.join(map(str, seeds)) or 'as in the configs'}. Commits: {', '.join(commits) or '–'}.",
     ]
 

@@ -160,11 +160,13 @@ def work_on_a_cell(sweep: Sweep) -> bool:
         row = finish_cell(sweep, cells[trial.user_attrs["cell"]])
         value = (row.get("validation") or {}).get("last")
         if row["status"] != "ok":
-            study.tell(trial.number, state=TrialState.FAIL)
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         elif value is None:
-            study.tell(trial.number, state=TrialState.PRUNED)  # finished, but Optuna has no "complete without a value"
+            study.tell(
+                trial.number, state=TrialState.PRUNED, skip_if_finished=True
+            )  # finished, but Optuna has no "complete without a value"
         else:
-            study.tell(trial.number, value)
+            study.tell(trial.number, value, skip_if_finished=True)
     return True
 
 
@@ -206,9 +208,9 @@ def work_on_a_trial(plan: Plan, arm: Arm) -> bool:
         settings = {key: setting_text(value) for key, value in params.items()}
         value = mean_validation([finish_cell(sweep, make_cell(sweep, arm, settings, seed)) for seed in sweep.seeds])
         if value is None:
-            study.tell(number, state=TrialState.FAIL)
+            study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
         else:
-            study.tell(number, value)
+            study.tell(number, value, skip_if_finished=True)
     return True
 
 
@@ -222,7 +224,9 @@ def next_trial(plan: Plan, arm: Arm) -> tuple[optuna.Study, int, dict[str, Any],
         if trial.state == TrialState.RUNNING and (lock := claim(plan.sweep, study, trial)) is not None:
             if trial.params.keys() == plan.sweep.axes.keys():
                 return study, trial.number, trial.params, lock
-            study.tell(trial.number, state=TrialState.FAIL)  # its worker died while the values were drawn
+            study.tell(
+                trial.number, state=TrialState.FAIL, skip_if_finished=True
+            )  # its worker died while the values were drawn
     if len(trials) >= (plan.trials or 0):
         return None
     study = open_study(plan.sweep, name, sampler(plan, len(trials)))
