@@ -612,7 +612,7 @@ def test_numbers_of_a_run_are_counted_once_per_round_and_unknown_ones_are_none(t
     assert numbers["rollouts"] is numbers["policy_tokens_sampled"] is None
     # A run that only samples (recipes/sample_distributed.py) trains on nothing.
     numbers = run_numbers(metrics(tmp_path, [{"step": 0, "rollouts": 512, "policy_tokens": 9000}]))
-    assert (numbers["rollouts"], numbers["policy_tokens_sampled"], numbers["policy_tokens_trained"]) == (512, 9000, None)
+    assert (numbers["rollouts"], numbers["policy_tokens_sampled"], numbers["policy_tokens_trained"]) == (512, 9000, 0)
     (tmp_path / "metrics.jsonl").unlink()
     assert run_numbers(tmp_path)["steps"] is None
     assert total([1, 2]) == 3 and total([1, None]) is None and total([]) is None

@@ -95,6 +95,7 @@ class Sweep:
     evaluate: str | None
     evaluate_overrides: Overrides
     select: str
+    order: tuple[str, ...] = ()  # of the tables: every arm, chosen or not
 
 
 # ------------------------------------------------------------------------------------------- values on the command line
@@ -273,6 +274,7 @@ def read_sweep(
         evaluate=evaluate,
         evaluate_overrides=_texts(content.get("evaluate_overrides")),
         select=select,
+        order=tuple(arm.name for arm in made),
     )
 
 

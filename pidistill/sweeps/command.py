@@ -18,7 +18,7 @@ from pathlib import Path
 from pidistill.errors import InputError
 from pidistill.sweeps.cells import Sweep, grid_cells, read_sweep, stage_runs
 from pidistill.sweeps.pictures import draw
-from pidistill.sweeps.results import read_results, write_report
+from pidistill.sweeps.results import read_results, write_order, write_report
 from pidistill.sweeps.search import SEARCHES, Plan, check_plan, run_sweep
 
 
@@ -80,6 +80,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     plan = Plan(sweep, arguments.search, arguments.trials)
     check_plan(plan)
+    sweep.output_dir.mkdir(parents=True, exist_ok=True)
+    write_order(sweep.output_dir, sweep.order)
     run_sweep(plan, arguments.workers)
     report(sweep.output_dir)
 

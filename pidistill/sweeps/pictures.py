@@ -111,6 +111,7 @@ def draw_success(output_dir: Path, groups: Sequence[Group]):
         if interval is not None:
             axis.plot(interval, [y, y], color="k", linewidth=1)
     axis.set_yticks(range(len(found)), [group.title for group in found], fontsize=8)
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     axis.set(xlim=(0, 1.02), xlabel=final_label(found))
     axis.grid(alpha=0.3, axis="x")

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = "results.jsonl"
+ORDER = "arms.json"
 BOOTSTRAP_SAMPLES = 4000
 KL_ROWS = 5  # a step's KL is noisy; the final one is the mean over so many last steps
 VIEWS = {
@@ -59,7 +60,8 @@ def run_numbers(folder: Path) -> Row:
         "rounds": len(rounds),
         "rollouts": total([row.get("rollouts") for row in rounds.values()]),
         "policy_tokens_sampled": None if tokens is None else round(tokens),
-        "policy_tokens_trained": total([row["policy_tokens"] for row in rows if {"policy_tokens", "loss"} <= row.keys()]),
+        # A run that only samples trains nothing.
+        "policy_tokens_trained": sum(row["policy_tokens"] for row in rows if {"policy_tokens", "loss"} <= row.keys()),
         "kl_teacher_student_nats": statistics.fmean(kls[-KL_ROWS:]) if kls else None,
     }
 
@@ -104,8 +106,16 @@ def success_by_task(output_dir: Path, evaluated: Row) -> dict[str, float] | None
 
 
 def read_results(output_dir: Path) -> dict[str, Row]:
-    """The last row of each cell."""
-    return {row["cell"]: row for row in read_jsonl(output_dir / RESULTS)}
+    """The last row of each cell, in the order of the sweep's arms."""
+    rows = {row["cell"]: row for row in read_jsonl(output_dir / RESULTS)}
+    path = output_dir / ORDER
+    names = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    place = {name: i for i, name in enumerate(names)}
+    return {row["cell"]: row for row in sorted(rows.values(), key=lambda row: place.get(row["arm"], len(names)))}
+
+
+def write_order(output_dir: Path, names: Sequence[str]) -> None:
+    (output_dir / ORDER).write_text(json.dumps(list(names), indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def append_result(output_dir: Path, row: Row) -> None:
