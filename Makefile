@@ -42,7 +42,7 @@ int: install base  ## interventions, SFT on them, RL
 demo: install base  ## pi-Distill against RL at equal rollouts: runs/demo/results.md and its pictures
 	$(BIN)/pidistill demo
 
-compare: install base base_easy base_world  ## all methods, controls, questions, second base and world; goes on where it stopped
+compare: install base base_easy base_world  ## all methods, controls, questions, second base and world; finished runs are kept
 	for sweep in methods questions easier_base other_world; do \
 	  $(BIN)/pidistill sweep configs/sweeps/$$sweep.yaml --workers 2; done
 

@@ -53,6 +53,8 @@ def main() -> None:
         return
     parser = TuneCLIParser()
     parser._parser.prog = "pidistill"
+    parser._parser.description = "torchtune's command line, with the recipes and configs of pidistill in front"
+    parser._parser.epilog = "also: pidistill sweep --help, pidistill demo --help"
     parser.run(parser.parse_args())
 
 

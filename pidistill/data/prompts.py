@@ -86,9 +86,9 @@ def _check_no_pi(examples: Sequence[Example], no_pi: str, privileged: Privileged
             f"{without.id} has no privileged information{control} and no_pi is error; fill the row, or set no_pi to drop or rl"
         )
     if no_pi == "drop" and examples and not any(example.privileged for example in examples):
+        advice = "set objective.no_pi=distill for this control arm" if control else "check the dataset's privileged key"
         raise InputError(
-            f"none of the {len(examples)} rows has privileged information{control}, so no_pi: drop leaves nothing; "
-            "check the dataset's privileged key"
+            f"none of the {len(examples)} rows has privileged information{control}, so no_pi: drop leaves nothing; {advice}"
         )
 
 

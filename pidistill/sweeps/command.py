@@ -76,6 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
         select=arguments.select,
     )
     if arguments.dry_run:
+        if arguments.search != "grid":
+            raise InputError("--dry-run prints a grid's commands; a random or TPE search draws its values as it goes")
         print("\n".join(commands(sweep)))
         return
     plan = Plan(sweep, arguments.search, arguments.trials)
