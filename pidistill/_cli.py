@@ -9,6 +9,7 @@ pidistill demo                                        the comparison that `make 
 
 import sys
 
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torchtune._cli.tune import TuneCLIParser
 from torchtune._recipe_registry import _ALL_RECIPES, Config, Recipe
 
@@ -55,7 +56,10 @@ def main() -> None:
     parser._parser.prog = "pidistill"
     parser._parser.description = "torchtune's command line, with the recipes and configs of pidistill in front"
     parser._parser.epilog = "also: pidistill sweep --help, pidistill demo --help"
-    parser.run(parser.parse_args())
+    try:
+        parser.run(parser.parse_args())
+    except ChildFailedError as error:  # the recipe has said what is wrong; torchrun's own traceback would bury it
+        sys.exit(error.get_first_failure()[1].exitcode or 1)
 
 
 if __name__ == "__main__":

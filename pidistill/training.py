@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -251,8 +252,11 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
         return
     folder = Path(node.checkpoint_dir)
     hint = f"check {key}.checkpoint_dir"
-    if "tiny/base" in folder.as_posix():
+    stage = re.search(r"runs/tiny/(\w+)/latest$", folder.as_posix())
+    if stage is not None and stage[1] == "base":
         hint = "run `make base` (or `pidistill run sft_distributed --config tiny/base`) first"
+    elif stage is not None:
+        hint = f"it is what configs/tiny/{stage[1]}.yaml leaves: run that first, or {hint}"
     if not folder.is_dir():
         raise InputError(f"checkpoint folder {folder} does not exist; {hint}")
     files = node.checkpoint_files
