@@ -394,8 +394,11 @@ def test_a_checkpoint_folder_is_looked_at_before_it_is_loaded(tmp_path):
         check_checkpoint_folder(folder_config(tmp_path, ["model.safetensors", "model-2.safetensors"]), "checkpointer")
     with pytest.raises(InputError, match="does not exist; check checkpointer.checkpoint_dir"):
         check_checkpoint_folder(folder_config(tmp_path / "gone", []), "checkpointer")
-    with pytest.raises(InputError, match="tiny/base does not exist; run `make base`"):
-        check_checkpoint_folder(folder_config(tmp_path / "tiny" / "base", []), "checkpointer")
+    runs = tmp_path / "runs" / "tiny"
+    with pytest.raises(InputError, match="tiny/base/latest does not exist; run `make base`"):
+        check_checkpoint_folder(folder_config(runs / "base" / "latest", []), "checkpointer")
+    with pytest.raises(InputError, match="does not exist; it is what configs/tiny/sft.yaml leaves: run that first"):
+        check_checkpoint_folder(folder_config(runs / "sft" / "latest", []), "checkpointer")
     check_checkpoint_folder(
         OmegaConf.create({"checkpointer": {"_component_": "x", "checkpoint_dir": "made later"}}), "checkpointer"
     )
