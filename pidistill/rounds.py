@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from omegaconf import DictConfig
 from torch import nn
@@ -14,14 +13,12 @@ from pidistill.errors import InputError
 from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
 from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, Teacher
-from pidistill.training import Run, crossed, empty_model, write_jsonl
+from pidistill.training import crossed, empty_model, write_jsonl
 from pidistill.types import Rollout, RolloutAdvantage, ViewName
-
-Item = TypeVar("Item")
 
 ROUND_KEYS = frozenset(
     {
-        "prompts_per_round", "group_size", "updates_per_round", "minibatch_rollouts", "micro_batch_rollouts", "objective",
+        "prompts_per_round", "group_size", "updates_per_round", "minibatch_rollouts", "objective",
         "teacher", "teacher_model", "teacher_checkpointer", "teacher_tokenizer", "rollout_log_steps", "rollout_log_samples",
         "rollout_log_max_new_tokens", "rollout_log_max_chars", "sft_weight", "sft_batch_size",
     }
@@ -39,17 +36,16 @@ class TextLog:
 
 
 class Round:
-    """Sizes of a round, counted over all ranks, and how its rollouts are cut into steps and micro-batches.
+    """Sizes of a round, counted over all ranks, and how its rollouts are cut into steps.
 
     Config keys: ``prompts_per_round`` × ``group_size`` rollouts are sampled, then ``updates_per_round`` optimiser steps are
-    taken, each on ``minibatch_rollouts`` of them (null: on all), in micro-batches of ``micro_batch_rollouts`` per rank.
+    taken, each on ``minibatch_rollouts`` of them (null: on all).
     """
 
     def __init__(self, cfg: DictConfig) -> None:
         self.prompts: int = cfg.prompts_per_round
         self.group_size: int = cfg.group_size
         self.updates: int = cfg.get("updates_per_round") or 1
-        self.micro_batch: int = cfg.get("micro_batch_rollouts") or 8
         self.minibatch: int = cfg.get("minibatch_rollouts") or self.prompts * self.group_size
         if self.minibatch % self.group_size or self.minibatch > self.prompts * self.group_size:
             raise InputError(
@@ -90,20 +86,11 @@ class Round:
             chosen = {(update * groups + i) % self.prompts for i in range(groups)}
             yield [pair for pair in pairs if pair[0].group in chosen]
 
-    def micro_batches(self, items: Sequence[Item], run: Run) -> Iterator[list[Item]]:
-        return micro_batches(items, self.micro_batch, run)
-
     def eval_due(self, before: int, now: int) -> bool:
         return crossed(self._eval_every, before, now)
 
     def texts_due(self, before: int, now: int) -> bool:
         return crossed(self.texts.steps, before, now)
-
-
-def micro_batches(items: Sequence[Item], size: int, run: Run) -> Iterator[list[Item]]:
-    """Equally many lists on every rank (the last ones may be empty, at least one), so that collectives match."""
-    for i in range(max(1, run.max(-(-len(items) // size)))):
-        yield list(items[i * size : (i + 1) * size])
 
 
 RECIPE_OF_VIEW: dict[ViewName, str] = {"teacher": "pi_distill_distributed", "student": "opsd_distributed"}

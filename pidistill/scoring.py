@@ -21,6 +21,7 @@ from torchtune.modules import TransformerDecoder
 from pidistill.divergences import divergence, entropy
 from pidistill.errors import InputError
 from pidistill.teachers import Teacher, Voice
+from pidistill.tree_attention import read_trees
 from pidistill.types import Batch, Divergence, ScoreRequest, Scores, View
 
 # fp32 elements of one [chunk, vocabulary] matrix; about ten such matrices live at once. On CPU just above the 32 MiB from which
@@ -75,17 +76,17 @@ def _score(plan: "_Plan", model: TransformerDecoder, batch: Batch, voices: list[
 
     Both views in one call: under FSDP2 every layer is gathered once, and so is the head.
     """
-    request, views = plan.request, {"student": batch.student, "teacher": batch.teacher}
+    request, views = plan.request, batch.views
     live = [side for side in request.views if side == "student" or not voices or request.teacher_grad]
     called = [side for side in live if plan.side_has_gradient(side)] or live
-    constants = {side: [_constant(Voice(1.0, model), views[side], model)] for side in live if side not in called}
+    constants = {side: [_constant(Voice(1.0, model), views.of(side), model)] for side in live if side not in called}
     if voices and "teacher" in request.views:
         given = "given_teacher" if "teacher" in live else "teacher"
         # What the live teacher view is about to compute anyway is not computed twice.
         ready = model if "teacher" in called else None
         if given == "teacher" or any(d.grad == "student" for d in request.divergences):
             shared = model if called else None
-            constants[given] = [_constant(v, views["teacher"], shared, ready) for v in voices]
+            constants[given] = [_constant(v, views.of("teacher"), shared, ready) for v in voices]
     if not called:
         return _head(plan, {}, constants["teacher"][0].weight, constants)
 
@@ -93,7 +94,7 @@ def _score(plan: "_Plan", model: TransformerDecoder, batch: Batch, voices: list[
         of_sides = h.split([batch.targets.numel()] * len(called))
         return _head(plan, dict(zip(called, of_sides, strict=True)), weight, constants)
 
-    return _forward(model, _concatenate([views[side] for side in called]), use)
+    return _forward(model, views.of(*called), use)
 
 
 # ---------------------------------------------------------------------------------------------- the model up to the head
@@ -104,30 +105,29 @@ def _forward(
 ) -> Float[Tensor, "..."]:
     """Run ``use(normed hidden states that predict policy tokens, head weight)`` in place of the model's unembedding."""
 
-    def unembed(h: Float[Tensor, "B L H"]) -> Tensor:
+    def unembed(h: Float[Tensor, "R L H"]) -> Tensor:
         return use(model.norm(h[view.rows, view.columns]), _local_weight(model))
 
-    with _unembedding(model, unembed):
-        return model(view.tokens)
+    if view.mask is not None:
+        read_trees(model)
+    with _unembedding(model, unembed, length=view.tokens.shape[1]):
+        return model(view.tokens, mask=view.mask, input_pos=view.positions)
 
 
 @contextmanager
-def _unembedding(model: TransformerDecoder, unembed: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Shadow ``model.unembed`` on the instance; torchtune and the state dict stay as they are."""
-    model.unembed = unembed
+def _unembedding(model: TransformerDecoder, unembed: Callable[[Tensor], Tensor], length: int) -> Iterator[None]:
+    """Shadow ``model.unembed`` on the instance; torchtune and the state dict stay as they are.
+
+    torchtune refuses rows longer than ``max_seq_len``; of a packed row it is the longest path that counts, which the data
+    checks.
+    """
+    longest = model.max_seq_len
+    model.unembed, model.max_seq_len = unembed, max(longest, length)
     try:
         yield
     finally:
         del model.unembed
-
-
-def _concatenate(views: list[View]) -> View:
-    """Views as the rows of one batch, the policy tokens of the first before those of the second."""
-    length, heights = max(v.tokens.shape[1] for v in views), [v.tokens.shape[0] for v in views]
-    # The filling id is never looked at: padding stands right of every policy token.
-    tokens = torch.cat([nn.functional.pad(v.tokens, (0, length - v.tokens.shape[1])) for v in views])
-    rows = torch.cat([v.rows + sum(heights[:i]) for i, v in enumerate(views)])
-    return View(tokens, rows, torch.cat([v.columns for v in views]))
+        model.max_seq_len = longest
 
 
 def _head_module(model: TransformerDecoder) -> nn.Module:

@@ -47,14 +47,14 @@ COMMON_KEYS = EVALUATION_KEYS | frozenset(
     {
         "max_steps", "optimizer", "lr_scheduler", "clip_grad_norm", "max_nonfinite_steps", "save_every_steps",
         "resume_from_checkpoint", "metric_logger", "enable_activation_checkpointing", "compile", "score_chunk_tokens",
-        "eval_dataset", "eval_every_steps",
+        "eval_dataset", "eval_every_steps", "packing", "micro_batch_tokens",
     }
 )  # fmt: skip
 
 # Whole numbers, and the least that each may be; null leaves the default.
 LEAST = {
-    "seed": 0, "threads": 1, "max_steps": 1, "batch_size": 1, "micro_batch_size": 1, "prompts_per_round": 1, "group_size": 1,
-    "updates_per_round": 1, "minibatch_rollouts": 1, "micro_batch_rollouts": 1, "score_chunk_tokens": 1, "max_turns": 1,
+    "seed": 0, "threads": 1, "max_steps": 1, "batch_size": 1, "micro_batch_tokens": 1, "prompts_per_round": 1, "group_size": 1,
+    "updates_per_round": 1, "minibatch_rollouts": 1, "score_chunk_tokens": 1, "max_turns": 1,
     "max_nonfinite_steps": 1, "eval_samples": 1, "eval_every_steps": 0, "save_every_steps": 0, "rollout_log_steps": 0,
     "samples_per_prompt": 1, "prompts_per_batch": 1, "rollout_log_samples": 1, "sft_batch_size": 1,
     "rollout_log_max_new_tokens": 1, "rollout_log_max_chars": 1,

@@ -2,16 +2,21 @@
 
     row ─► Example ─► PromptPair ─► Rollout ─► Batch ─► Scores
 
-Letters used in shapes: B rollouts in a batch, L padded length, N policy tokens of a batch (of all its rollouts, in order),
-T tokens of one completion, V vocabulary, H hidden size.
+Letters used in shapes: B rollouts in a batch, R rows and L columns of what the model reads, N policy tokens of a batch (of all
+its rollouts, in order), T tokens of one completion, V vocabulary, H hidden size.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from pidistill.tree_attention import TreeMask
+
+if TYPE_CHECKING:
+    from pidistill.packing import Views
 
 Message = dict[str, Any]  # OpenAI chat format: {"role": ..., "content": ..., "tool_calls"?, "tool_call_id"?, "name"?}
 ViewName = Literal["student", "teacher"]
@@ -117,16 +122,20 @@ class RolloutAdvantage:
 
 @dataclass
 class View:
-    """One view of a batch: right-padded token ids, and where each policy token is predicted.
+    """What a model reads for one or more views of a batch, and where each policy token is predicted.
 
     Attributes:
-        tokens: [B, L] prompt + completion; padding only on the right, so a causal model needs no mask.
-        rows, columns: [N] the hidden state at (row, column) predicts policy token n: the column *before* the token's own.
+        tokens: [R, L] prompts + completions: one packed row (a tree), or a row per rollout and view with padding on the right.
+        rows, columns: [N] the hidden state at (row, column) predicts policy token n; in a tree several tokens may share one.
+        positions: [R, L] distance from the beginning of the sequence; None where that is the column.
+        mask: which columns each token of a packed row sees; None is causal.
     """
 
-    tokens: Int[Tensor, "B L"]
+    tokens: Int[Tensor, "R L"]
     rows: Int[Tensor, " N"]
     columns: Int[Tensor, " N"]
+    positions: Int[Tensor, "R L"] | None = None
+    mask: TreeMask | None = None
 
 
 @dataclass
@@ -134,6 +143,7 @@ class Batch:
     """Rollouts side by side. Everything the objectives see is flat over the N policy tokens of the batch.
 
     Attributes:
+        views: the rollouts as model inputs; ``views.of("student")`` is a :class:`View`.
         targets: [N] the policy tokens.
         rollout_index: [N] which rollout of the batch (0..B-1) the token belongs to.
         token_index: [N] index of the token among its rollout's policy tokens.
@@ -145,8 +155,7 @@ class Batch:
         has_privileged: [N] True where the rollout's example has privileged information.
     """
 
-    student: View
-    teacher: View | None
+    views: "Views"
     targets: Int[Tensor, " N"]
     rollout_index: Int[Tensor, " N"]
     token_index: Int[Tensor, " N"]

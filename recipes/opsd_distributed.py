@@ -28,7 +28,7 @@ from pidistill.data import epoch_order, load_prompts, row_completions, sft_demon
 from pidistill.evaluation import evaluate, sample_texts
 from pidistill.hindsight import add_hindsight
 from pidistill.metrics import MetricsLog, advantage_sums, rollout_means, rollout_sums, token_means, token_sums
-from pidistill.packing import make_batch
+from pidistill.packing import Packer
 from pidistill.reductions import token_mean
 from pidistill.rollouts import DROP_REASONS, collect_rollouts, rollout_seed
 from pidistill.rounds import ROUND_KEYS, Round, check_method, check_rewards, dump_rollouts, no_pi
@@ -72,6 +72,7 @@ class OPSDRecipe:
             environment=build(cfg.environment),
             max_turns=cfg.get("max_turns"),
         )
+        self._packer = Packer(cfg, self._run, self._data.tokenizer.pad_id)
         self._demonstrations = sft_demonstrations(cfg, self._data)
         self._completions = row_completions(self._data) if self._objective.on_policy_frac < 1.0 else []
         must_match = self._round_sizes.must_match | {"rows": len(self._data.prompts)}
@@ -181,8 +182,8 @@ class OPSDRecipe:
         request = self._objective.behaviour_request()
         if request is None:
             return
-        for chunk in self._round_sizes.micro_batches(rollouts, self._run):
-            batch = make_batch(chunk, None, pad_id=self._data.tokenizer.pad_id, device=self._run.device)
+        for chunk in self._packer.micro_batches(rollouts):
+            batch = self._packer.batch(chunk)
             with self._timer.phase("score"):
                 numbers = self._objective.behaviour_values(self._score(batch, request))
             lengths = [rollout.policy_tokens for rollout in chunk]
@@ -194,14 +195,10 @@ class OPSDRecipe:
         kept = [(rollout, advantage) for rollout, advantage in minibatch if advantage.keep]
         tokens = int(self._run.sum(sum(rollout.policy_tokens for rollout, _ in kept)))
         request = self._objective.score_request(self._step)
+        kept = self._packer.balanced(kept, request.views)
         total_loss, sums = 0.0, {}
-        for chunk in self._round_sizes.micro_batches(kept, self._run):
-            batch = make_batch(
-                [rollout for rollout, _ in chunk],
-                [advantage for _, advantage in chunk],
-                pad_id=self._data.tokenizer.pad_id,
-                device=self._run.device,
-            )
+        for chunk in self._packer.micro_batches(kept, request.views):
+            batch = self._packer.batch(chunk)
             with self._timer.phase("score"):
                 scores = self._score(batch, request)
                 token_loss = self._objective.token_loss(batch, scores, self._step)
@@ -233,8 +230,8 @@ class OPSDRecipe:
         demonstrations = [self._demonstrations[row] for row in self._run.share(order)]
         tokens = int(self._run.sum(sum(d.policy_tokens for d in demonstrations)))
         total_loss = 0.0
-        for chunk in self._round_sizes.micro_batches(demonstrations, self._run):
-            batch = make_batch(chunk, None, pad_id=self._data.tokenizer.pad_id, device=self._run.device, views=("student",))
+        for chunk in self._packer.micro_batches(demonstrations, SFT_REQUEST.views):
+            batch = self._packer.batch(chunk)
             with self._timer.phase("update"):
                 scores = score(self._model, batch, SFT_REQUEST, chunk_tokens=self._round_sizes.score_chunk_tokens)
                 loss = self._sft_weight * token_mean(-scores.student_logprobs, tokens)

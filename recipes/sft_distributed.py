@@ -20,15 +20,15 @@ from pidistill.config import build
 from pidistill.data import build_demonstrations, epoch_order, load_prompts
 from pidistill.evaluation import evaluate
 from pidistill.metrics import MetricsLog, token_means, token_sums
-from pidistill.packing import make_batch
+from pidistill.packing import Packer
 from pidistill.reductions import token_mean
 from pidistill.rollouts import collect_rollouts
-from pidistill.rounds import dump_rollouts, micro_batches
+from pidistill.rounds import dump_rollouts
 from pidistill.scoring import score
 from pidistill.training import COMMON_KEYS, Timer, Updates, cleanup, crossed, load_model, one_sentence_errors, start
 from pidistill.types import Rollout, ScoreRequest
 
-KEYS = COMMON_KEYS | {"batch_size", "micro_batch_size"}
+KEYS = COMMON_KEYS | {"batch_size"}
 REQUIRED = ("output_dir", "max_steps", "model", "tokenizer", "checkpointer", "dataset", "optimizer", "batch_size")
 REQUEST = ScoreRequest(student_grad=True, teacher_grad=False, views=("student",))
 SHOWN = ("loss", "entropy_nats", "eval_student_success_greedy")
@@ -40,7 +40,7 @@ class SFTRecipe:
     def __init__(self, cfg: DictConfig) -> None:
         self._run = start(cfg, KEYS, REQUIRED)
         self._max_steps = int(cfg.max_steps)
-        self._batch_size, self._micro_batch = int(cfg.batch_size), int(cfg.get("micro_batch_size") or cfg.batch_size)
+        self._batch_size = int(cfg.batch_size)
         self._eval_every = cfg.get("eval_every_steps")
         self._chunk_tokens = cfg.get("score_chunk_tokens")
         self._timer = Timer(self._run.device)
@@ -48,6 +48,7 @@ class SFTRecipe:
     def setup(self, cfg: DictConfig) -> None:
         # Everything that can be wrong is built and looked at before weights are loaded.
         self._data = load_prompts(cfg, no_pi="rl", samples=False)
+        self._packer = Packer(cfg, self._run, self._data.tokenizer.pad_id)
         self._demonstrations, too_long = build_demonstrations(
             self._data.prompts,
             self._data.tokenizer,
@@ -104,8 +105,8 @@ class SFTRecipe:
         """One optimiser step."""
         tokens = int(self._run.sum(sum(d.policy_tokens for d in demonstrations)))
         total_loss, sums = 0.0, {}
-        for chunk in micro_batches(demonstrations, self._micro_batch, self._run):
-            batch = make_batch(chunk, None, pad_id=self._data.tokenizer.pad_id, device=self._run.device, views=("student",))
+        for chunk in self._packer.micro_batches(demonstrations, REQUEST.views):
+            batch = self._packer.batch(chunk)
             with self._timer.phase("score"):
                 scores = score(self._model, batch, REQUEST, chunk_tokens=self._chunk_tokens)
                 loss = token_mean(-scores.student_logprobs, tokens)

@@ -121,7 +121,7 @@ def hidden_states(module, view) -> torch.Tensor:
 @pytest.mark.parametrize("peer", [trl_chunked, liger_fused])
 def test_the_scorer_against_a_fused_linear_jsd_with_the_heads_gradient(peer):
     """Every parameter's gradient through the chunked scorer, head included, against the peer's own head backward."""
-    batch = batch_of(random_rollouts(4))
+    batch = batch_of(random_rollouts(4), packing="padded")
     student, teacher = model(0), model(1)
     tokens = batch.targets.numel()
     for beta, temperature in itertools.product(BETAS, (1.0, 0.7)):
@@ -133,9 +133,9 @@ def test_the_scorer_against_a_fused_linear_jsd_with_the_heads_gradient(peer):
         ours.backward()
         own = gradients(student)
         with torch.no_grad():
-            h_teacher = hidden_states(teacher, batch.teacher)
+            h_teacher = hidden_states(teacher, batch.views.of("teacher"))
         theirs = peer(
-            hidden_states(student, batch.student),
+            hidden_states(student, batch.views.of("student")),
             student.output.weight,
             h_teacher,
             teacher.output.weight.detach(),

@@ -688,7 +688,7 @@ def test_the_report_of_twenty_five_arms_and_two_keys_is_drawn(tmp_path, capsys):
 def test_two_cells_of_two_steps_from_random_weights_to_the_table(tmp_path):
     small = {"model.num_layers": 1, "model.embed_dim": 32, "model.intermediate_dim": 64}
     first = small | {"max_steps": 2, "batch_size": 4, "dataset.n": 8, "checkpointer.checkpoint_dir": str(tmp_path / "init")}
-    few_rows = {"sampler.max_new_tokens": 8, "eval_dataset.max_rows": 3, "micro_batch_rollouts": 4, "rollout_log_steps": 0}
+    few_rows = {"sampler.max_new_tokens": 8, "eval_dataset.max_rows": 3, "micro_batch_tokens": 400, "rollout_log_steps": 0}
     then = small | few_rows | {"checkpointer.checkpoint_dir": "{init}/latest", "max_steps": 2, "group_size": 2}
     then |= {"eval_every_steps": 1, "save_every_steps": 1}
     stages = [

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from pidistill.errors import InputError
-from pidistill.rounds import Round, dump_rollouts, micro_batches
+from pidistill.rounds import Round, dump_rollouts
 from pidistill.schedules import (
     LinearSchedule,
     as_schedule,
@@ -205,22 +205,6 @@ def test_shares_are_a_partition_in_turn(items, world_size):
 def test_alone_every_sum_is_its_own():
     assert ALONE.sum(3) == 3.0 and ALONE.max(4) == 4
     assert ALONE.sums({"a": 1.5}) == {"a": 1.5} and ALONE.gather([1, 2]) == [1, 2]
-
-
-@given(st.integers(0, 20), st.integers(1, 8))
-def test_micro_batches_hold_everything_once_and_there_is_at_least_one(items, size):
-    cut = list(micro_batches(list(range(items)), size, ALONE))
-    assert [item for chunk in cut for item in chunk] == list(range(items))
-    assert all(len(chunk) <= size for chunk in cut) and len(cut) == max(1, math.ceil(items / size))
-
-
-def test_micro_batches_of_the_rank_with_less_work_end_empty():
-    class Busier(Run):
-        def max(self, value):
-            return 4
-
-    busier = Busier(CPU, torch.float32, 0, 2, 0, Path("unused"))
-    assert list(micro_batches([1, 2, 3], 2, busier)) == [[1, 2], [3], [], []]
 
 
 @pytest.mark.parametrize(

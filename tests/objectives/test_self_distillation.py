@@ -12,7 +12,7 @@ from pidistill.errors import InputError
 from pidistill.objectives import GKD, GRPO, OPD, OPDPPO, OPSDUCLA, PCSD, SDFT, SDPO, GuideGRPO, Objective
 from pidistill.objectives.base import BOTH_KLS
 from pidistill.token_weights import ClipTerm
-from pidistill.types import Batch, Rollout, Scores, View
+from pidistill.types import Batch, Rollout, Scores
 from tests import oracles
 from tests.builders import batch_of, model, random_rollouts, relative_difference
 from tests.objectives.test_pi_distill import gradient, on_policy
@@ -370,7 +370,6 @@ def test_no_case_asks_for_a_divergence_that_the_scorer_refuses():
 
 def test_views_without_a_teacher_are_enough_for_grpo():
     rollouts = random_rollouts(2)
-    batch = batch_of(rollouts, GRPO().advantages(rollouts, 0), views=("student",))
-    assert batch.teacher is None and isinstance(batch.student, View)
+    batch = batch_of(rollouts, GRPO().advantages(rollouts, 0))
     scores, _, _ = dense_scores(GRPO(), batch)
     assert torch.isfinite(GRPO().token_loss(batch, scores, 0).loss).all()

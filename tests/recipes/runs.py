@@ -39,11 +39,11 @@ SMALL_ROUNDS = SMALL | {
     "max_steps": 4,
     "prompts_per_round": 2,
     "group_size": 3,
-    "micro_batch_rollouts": 4,
+    "micro_batch_tokens": 400,
     "rollout_log_steps": 0,
     "save_every_steps": None,
 }
-SMALL_SFT = SMALL | {"max_steps": 6, "batch_size": 5, "micro_batch_size": 3, "save_every_steps": None}
+SMALL_SFT = SMALL | {"max_steps": 6, "batch_size": 5, "micro_batch_tokens": 150, "save_every_steps": None}
 OVERRIDES = {
     "pi_distill_distributed": SMALL_ROUNDS,
     "opsd_distributed": SMALL_ROUNDS,

@@ -31,12 +31,12 @@ ROWS = 4  # few enough to be learned by heart in a second
 ROUND = {
     "max_steps": 3,
     "prompts_per_round": 2,
-    "micro_batch_rollouts": 4,
+    "micro_batch_tokens": 400,
     "eval_every_steps": None,
     "save_every_steps": None,
     "rollout_log_steps": 0,
 }
-SFT = {"max_steps": 3, "batch_size": 5, "micro_batch_size": 3, "eval_every_steps": None, "save_every_steps": None}
+SFT = {"max_steps": 3, "batch_size": 5, "micro_batch_tokens": 150, "eval_every_steps": None, "save_every_steps": None}
 SIZES: dict[str, dict[str, Any]] = {
     "pi_distill_distributed": ROUND,
     "opsd_distributed": ROUND,
@@ -107,7 +107,7 @@ def able_base(tiny_base, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("able_base")
     cfg = OmegaConf.load(TINY / "sft.yaml")
     settings = MODEL | SFT | {
-        "output_dir": str(folder), "max_steps": 150, "batch_size": 4 * ROWS, "micro_batch_size": 4 * ROWS, "eval_dataset": None,
+        "output_dir": str(folder), "max_steps": 150, "batch_size": 4 * ROWS, "eval_dataset": None,
         "checkpointer.checkpoint_dir": str(tiny_base), "checkpointer.checkpoint_files": ["model.safetensors"],
         "dataset": {"_component_": "tests.recipes.test_every_config.both_views"}, "optimizer.lr": 1e-2,
     }  # fmt: skip

@@ -134,7 +134,7 @@ def test_sft_on_jsonl_conversations(qwen, tmp_path):
         for conversation, answer in zip(CONVERSATIONS, ANSWERS, strict=True)
     ]
     dataset = chat_rows(tmp_path / "chat.jsonl", answered) | {"completion": "after_last_user"}
-    overrides = ["batch_size=4", "micro_batch_size=4"]
+    overrides = ["batch_size=4"]
     recipe, row = one_step("sft_distributed", "0.5B_sft", qwen, tmp_path / "run", dataset, *overrides)
     check_views(recipe, qwen, CONVERSATIONS, [*SOLUTIONS[:3], None])
     reference = PreTrainedTokenizerFast.from_pretrained(qwen)

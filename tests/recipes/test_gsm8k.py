@@ -74,7 +74,7 @@ def small(qwen, output_dir):
 
 
 def small_round(qwen, output_dir):
-    return [*small(qwen, output_dir), "prompts_per_round=4", "minibatch_rollouts=10", "micro_batch_rollouts=4"]
+    return [*small(qwen, output_dir), "prompts_per_round=4", "minibatch_rollouts=10", "micro_batch_tokens=1200"]
 
 
 @pytest.fixture(scope="session")
@@ -211,8 +211,8 @@ def test_no_student_prompt_holds_privileged_text(qwen, tmp_path, process_group, 
     rollouts = recipe.sample_round()
     assert len(rollouts) == 20 and {r.sampled_by for r in rollouts} == {"teacher" if method == "pi_distill" else "student"}
     batch = make_batch(rollouts, None, pad_id=recipe._data.tokenizer.pad_id, device=torch.device("cpu"))
-    assert not any(SENTINEL in decode(ids) for ids in batch.student.tokens.tolist())
-    assert all(SENTINEL in decode(ids) for ids in batch.teacher.tokens.tolist())
+    assert not any(SENTINEL in decode(ids) for ids in batch.views.of("student").tokens.tolist())
+    assert all(SENTINEL in decode(ids) for ids in batch.views.of("teacher").tokens.tolist())
 
 
 def reference_prompt(tokenizer, question):
@@ -254,7 +254,7 @@ def test_the_policy_gradient_is_there_exactly_when_rewards_differ(qwen, tmp_path
 
 def test_sft_on_worked_solutions_starts_at_the_loss_that_transformers_computes(qwen, tmp_path, transformers_tokenizer):
     batch = 4
-    overrides = [*small(qwen, tmp_path), f"batch_size={batch}", "micro_batch_size=3", "max_steps=2"]
+    overrides = [*small(qwen, tmp_path), f"batch_size={batch}", "micro_batch_tokens=900", "max_steps=2"]
     tune_run("sft_distributed", "qwen2_5/0.5B_sft", overrides)
     steps = [row for row in read_metrics(tmp_path) if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2]

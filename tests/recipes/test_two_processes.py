@@ -34,7 +34,7 @@ EMA = {"_component_": "pidistill.teachers.EMATeacher", "rate": 0.3}
 
 # Three groups for two ranks; two updates per round; micro-batches that are empty on the rank with one group.
 MAIN = {
-    "max_steps": 6, "prompts_per_round": 3, "updates_per_round": 2, "minibatch_rollouts": 6, "micro_batch_rollouts": 2,
+    "max_steps": 6, "prompts_per_round": 3, "updates_per_round": 2, "minibatch_rollouts": 6, "micro_batch_tokens": 200,
     "save_every_steps": 2, "eval_every_steps": 4, "rollout_log_steps": 4, **EVALUATION,
 }  # fmt: skip
 DROPPED = [f"tiny_world train row {row}" for row in epoch_order(512, 0, 0, 4)[1:2]]  # rank 1's in the first of two rounds
@@ -46,7 +46,7 @@ SCENARIOS = {
     "other_teacher": ("pi_distill", {"teacher": EMA, "max_steps": 3}),  # of the student half; the teacher half is live
     "checkpointing": ("rl", {"enable_activation_checkpointing": True, "max_steps": 2}),
     "supervised": ("sft", {"max_steps": 3, **EVALUATION, "eval_every_steps": 2}),
-    "supervised_one_row": ("sft", {"max_steps": 3, "batch_size": 1, "micro_batch_size": 1}),
+    "supervised_one_row": ("sft", {"max_steps": 3, "batch_size": 1}),
     "dropped": ("rl", {"prompts_per_round": 2, "max_steps": 2, "environment__fail": "raise", "environment__fail_on": DROPPED}),
     # The loss is NaN on the one rank that has rollouts.
     "poisoned": ("rl", {"prompts_per_round": 1, "max_steps": 3, "objective": {
