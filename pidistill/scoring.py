@@ -29,6 +29,7 @@ def score(
     temperature: float = 1.0,
     teacher: Teacher | TransformerDecoder | None = None,
     chunk_tokens: int | None = None,
+    loss: Callable[[Batch, Scores], Float[Tensor, " N"]] | None = None,
 ) -> Scores:
     """Per-token numbers of ``batch`` in both views, at the sampling temperature.
 
@@ -44,14 +45,19 @@ def score(
         teacher: whose weights score the teacher view; a live one is as None, a model stands for itself. Others never receive
             gradient. Where the request trains the live teacher view too, they take part only in the divergences whose gradient
             reaches the student alone (the sg T of π-Distill's student half).
-        chunk_tokens: tokens whose logits exist at once; by default sized to about 40 MiB per matrix on CPU, 256 on CUDA.
+        chunk_tokens: tokens whose logits exist at once; by default as many as make 256 MiB over all sides, in fp32 on CPU and
+            bf16 on CUDA.
+        loss: the loss per token that the caller is about to make of the scores, from any slice of the batch; the head's
+            gradients are then formed on the way, and each logit is computed once. It changes no result: where another loss is
+            differentiated (up to one factor for all tokens), or none is given, the backward computes the logits again.
 
     Returns:
         ``Scores``, fp32. With gradient for the sides that the request names, where grad mode is on.
     """
     if not torch.is_grad_enabled():
         request = replace(request, student_grad=False, teacher_grad=False)
-    plan = Plan(batch.targets, request, temperature, chunk_tokens)
+    of_slice = None if loss is None else lambda part, scores: loss(batch.tokens(part), scores)
+    plan = Plan(batch.targets, request, temperature, chunk_tokens, of_slice)
     with torch.set_grad_enabled(request.student_grad or request.teacher_grad):
         return plan.as_scores(_score(plan, model, batch, _voices(teacher, model)))
 
