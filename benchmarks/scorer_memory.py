@@ -22,7 +22,7 @@ def measure(implementation: str, tokens: int, hidden: int, vocabulary: int, chun
     import torch
 
     from pidistill.divergences import generalised_jsd
-    from pidistill.scoring import _head, _Plan
+    from pidistill.head import Plan, apply_head
     from pidistill.types import Divergence, ScoreRequest
 
     torch.manual_seed(0)
@@ -38,8 +38,8 @@ def measure(implementation: str, tokens: int, hidden: int, vocabulary: int, chun
             logp = [torch.log_softmax(h @ weight.T, dim=-1) for h in (teacher, student)]
             loss = generalised_jsd(*logp, 0.5).mean()
         else:
-            plan = _Plan(targets, request, 1.0, chunk_tokens)
-            scores = plan.as_scores(_head(plan, {"student": student, "teacher": teacher}, weight))
+            plan = Plan(targets, request, 1.0, chunk_tokens)
+            scores = plan.as_scores(apply_head(plan, {"student": student, "teacher": teacher}, weight))
             loss = scores.divergences[divergence].mean()
         loss.backward()
         seconds = time.perf_counter() - begin

@@ -1,32 +1,25 @@
-"""The one place where logits meet tokens.
+"""Both views of a batch through the model, up to per-token numbers.
 
-``score`` runs the model on both views of a batch and returns per-token numbers (log-probs of the sampled tokens,
-full-vocabulary divergences, entropies). The output head is applied inside the model's own forward, where FSDP2 has its weight
-unsharded, to the hidden states that predict policy tokens only, and chunk by chunk: a [tokens, vocabulary] tensor never
-exists. The backward recomputes a chunk's logits and adds its share to one gradient buffer of the head, so peak memory does not
-grow with tokens.
+``score`` returns log-probs of the sampled tokens, full-vocabulary divergences and entropies. The output head
+(:mod:`pidistill.head`) is applied inside the model's own forward, where FSDP2 has its weight unsharded, to the hidden states
+that predict policy tokens only.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtune.modules import TransformerDecoder
 
-from pidistill.divergences import divergence, entropy
 from pidistill.errors import InputError
+from pidistill.head import Plan, Term, apply_head
 from pidistill.teachers import Teacher, Voice
 from pidistill.tree_attention import read_trees
-from pidistill.types import Batch, Divergence, ScoreRequest, Scores, View
-
-# fp32 elements of one [chunk, vocabulary] matrix; about ten such matrices live at once. On CPU just above the 32 MiB from which
-# glibc returns memory to the system when it is freed: smaller ones fragment its heap to twice the peak.
-_CHUNK_ELEMENTS = {"cpu": 10 * 2**20, "cuda": 2**26}
+from pidistill.types import Batch, ScoreRequest, Scores, View
 
 
 def score(
@@ -37,6 +30,7 @@ def score(
     temperature: float = 1.0,
     teacher: Teacher | TransformerDecoder | None = None,
     chunk_tokens: int | None = None,
+    loss: Callable[[Batch, Scores], Float[Tensor, " N"]] | None = None,
 ) -> Scores:
     """Per-token numbers of ``batch`` in both views, at the sampling temperature.
 
@@ -52,14 +46,19 @@ def score(
         teacher: whose weights score the teacher view; a live one is as None, a model stands for itself. Others never receive
             gradient. Where the request trains the live teacher view too, they take part only in the divergences whose gradient
             reaches the student alone (the sg T of π-Distill's student half).
-        chunk_tokens: tokens whose logits exist at once; by default sized to about 40 MiB per matrix on CPU, 256 on CUDA.
+        chunk_tokens: tokens whose logits exist at once; by default as many as make 256 MiB over all sides, in fp32 on CPU and
+            bf16 on CUDA.
+        loss: the loss per token that the caller is about to make of the scores, from any slice of the batch; the head's
+            gradients are then formed on the way, and each logit is computed once. It changes no result: where another loss is
+            differentiated (up to one factor for all tokens), or none is given, the backward computes the logits again.
 
     Returns:
         ``Scores``, fp32. With gradient for the sides that the request names, where grad mode is on.
     """
     if not torch.is_grad_enabled():
         request = replace(request, student_grad=False, teacher_grad=False)
-    plan = _Plan(batch.targets, request, temperature, chunk_tokens)
+    of_slice = None if loss is None else lambda part, scores: loss(batch.tokens(part), scores)
+    plan = Plan(batch.targets, request, temperature, chunk_tokens, of_slice)
     with torch.set_grad_enabled(request.student_grad or request.teacher_grad):
         return plan.as_scores(_score(plan, model, batch, _voices(teacher, model)))
 
@@ -71,7 +70,7 @@ def _voices(teacher: Teacher | TransformerDecoder | None, model: TransformerDeco
     return [] if teacher is None or teacher.live else teacher.mixture(model)
 
 
-def _score(plan: "_Plan", model: TransformerDecoder, batch: Batch, voices: list[Voice]) -> Float[Tensor, "K N"]:
+def _score(plan: Plan, model: TransformerDecoder, batch: Batch, voices: list[Voice]) -> Float[Tensor, "K N"]:
     """Constant sides first, under no_grad; then one forward of the model for the sides it trains, with the head inside.
 
     Both views in one call: under FSDP2 every layer is gathered once, and so is the head.
@@ -88,11 +87,11 @@ def _score(plan: "_Plan", model: TransformerDecoder, batch: Batch, voices: list[
             shared = model if called else None
             constants[given] = [_constant(v, views.of("teacher"), shared, ready) for v in voices]
     if not called:
-        return _head(plan, {}, constants["teacher"][0].weight, constants)
+        return apply_head(plan, {}, constants["teacher"][0].weight, constants)
 
     def use(h: Float[Tensor, "M H"], weight: Tensor) -> Tensor:
         of_sides = h.split([batch.targets.numel()] * len(called))
-        return _head(plan, dict(zip(called, of_sides, strict=True)), weight, constants)
+        return apply_head(plan, dict(zip(called, of_sides, strict=True)), weight, constants)
 
     return _forward(model, views.of(*called), use)
 
@@ -153,184 +152,18 @@ def _local_weight(model: TransformerDecoder) -> Float[Tensor, "V H"]:
     return weight
 
 
-@dataclass(frozen=True)
-class _Term:
-    """One summand of a constant side's logits: share · hidden @ weightᵀ.
-
-    hidden: None is that of the teacher view which the trained model computes. weight: None is the trained model's head.
-    """
-
-    share: float
-    hidden: Float[Tensor, "N H"] | None
-    weight: Float[Tensor, "V H"] | None
-
-    def logits(self, live_hidden: Tensor | None, head: Float[Tensor, "V1 H1"], chunk: slice) -> Float[Tensor, "C V"]:
-        hidden = live_hidden if self.hidden is None else self.hidden
-        return hidden[chunk] @ (head if self.weight is None else self.weight).T
-
-
 @torch.no_grad()
-def _constant(voice: Voice, view: View, shared: nn.Module | None, ready: nn.Module | None = None) -> _Term:
+def _constant(voice: Voice, view: View, shared: nn.Module | None, ready: nn.Module | None = None) -> Term:
     """A voice on a view that gets no gradient.
 
     Under FSDP2 this is one more gathering of its layers, and of its head, unless that is the head of ``shared``, which is at
     hand in the forward to come. A voice of ``ready`` needs no forward.
     """
     if voice.module is ready and voice.adapters:
-        return _Term(voice.share, None, None)
+        return Term(voice.share, None, None)
     with voice.weights() as module:
         hidden = _forward(module, view, lambda h, w: h)
     if voice.module is shared:
-        return _Term(voice.share, hidden, None)
+        return Term(voice.share, hidden, None)
     weight = _head_module(voice.module).weight.detach()
-    return _Term(voice.share, hidden, weight.full_tensor() if isinstance(weight, DTensor) else weight)
-
-
-# ---------------------------------------------------------------------------------------------- the head, chunk by chunk
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What to compute from a chunk's logits, and in which order the results are stacked."""
-
-    targets: Int[Tensor, " N"]
-    request: ScoreRequest
-    temperature: float
-    chunk_tokens: int | None
-
-    @property
-    def names(self) -> list[str | Divergence]:
-        logprobs = [f"{view}_logprobs" for view in self.request.views]
-        entropies = [f"{view}_entropy" for view in self.request.views if self.request.entropy]
-        return [*logprobs, *self.request.divergences, *entropies]
-
-    def has_gradient(self, name: str | Divergence) -> bool:
-        if isinstance(name, Divergence):
-            return name.grad != "none"
-        return name.endswith("_logprobs") and self.side_has_gradient(name.removesuffix("_logprobs"))
-
-    def side_has_gradient(self, side: str) -> bool:
-        return {"student": self.request.student_grad, "teacher": self.request.teacher_grad}.get(side, False)
-
-    def chunks(self, vocabulary: int) -> Iterator[slice]:
-        elements = _CHUNK_ELEMENTS.get(self.targets.device.type, 2**26)
-        size = self.chunk_tokens or max(1, elements // vocabulary)
-        for start in range(0, self.targets.numel(), size):
-            yield slice(start, start + size)
-
-    def from_logits(self, logits: dict[str, Float[Tensor, "C V"]], targets: Int[Tensor, " C"], names: list) -> list[Tensor]:
-        """The named per-token numbers of one chunk, each [C]; softmax and divergences in fp32 (float64 stays float64)."""
-        logp = {view: torch.log_softmax(_at_least_fp32(x) / self.temperature, dim=-1) for view, x in logits.items()}
-        values: dict[Any, Tensor] = {}
-        for name in names:
-            if isinstance(name, Divergence):
-                teacher = "given_teacher" if name.grad == "student" and "given_teacher" in logp else "teacher"
-                # Where no gradient is recorded, requests that differ only in their gradient are one number.
-                wanted = name if torch.is_grad_enabled() else replace(name, grad="none")
-                if (wanted, teacher) not in values:
-                    values[wanted, teacher] = divergence(wanted, *_cropped(logp[teacher], logp["student"]))
-                values[name] = values[wanted, teacher]
-            elif name.endswith("_logprobs"):
-                values[name] = _at(logp[name.removesuffix("_logprobs")], targets)
-            else:
-                values[name] = entropy(logp[name.removesuffix("_entropy")].detach())
-        return [values[name] for name in names]
-
-    def as_scores(self, outputs: Float[Tensor, "K N"]) -> Scores:
-        named = dict(zip(self.names, outputs, strict=True))
-        return Scores(
-            student_logprobs=named.get("student_logprobs"),
-            teacher_logprobs=named.get("teacher_logprobs"),
-            divergences={name: value for name, value in named.items() if isinstance(name, Divergence)},
-            student_entropy=named.get("student_entropy"),
-            teacher_entropy=named.get("teacher_entropy"),
-        )
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _cropped(*logps: Float[Tensor, "C _"]) -> list[Float[Tensor, "C V"]]:
-    """Both sides over the ids that both have, renormalised; unchanged where they have the same."""
-    size = min(logp.shape[-1] for logp in logps)
-    return [logp if logp.shape[-1] == size else torch.log_softmax(logp[:, :size], dim=-1) for logp in logps]
-
-
-def _at(logp: Float[Tensor, "C V"], targets: Int[Tensor, " C"]) -> Float[Tensor, " C"]:
-    """Log-prob of each target; −inf for an id beyond this side's vocabulary, which a model with more padded rows may sample."""
-    last = logp.shape[-1] - 1
-    return logp.gather(-1, targets.clamp(max=last)[:, None]).squeeze(-1).masked_fill(targets > last, -torch.inf)
-
-
-# The given teacher is a constant that stands beside a live, trained teacher view.
-_LIVE_SIDES = ("student", "teacher")
-
-
-def _head(
-    plan: _Plan,
-    hidden: dict[str, Float[Tensor, "N H"]],
-    weight: Float[Tensor, "V H"],
-    constants: dict[str, list[_Term]] | None = None,
-) -> Float[Tensor, "K N"]:
-    """Stacked per-token numbers from the hidden states of the live sides, which share ``weight``, and constant ones."""
-    return _ChunkedHead.apply(plan, constants or {}, weight, *[hidden.get(side) for side in _LIVE_SIDES])
-
-
-def _logits(
-    hidden: dict[str, Float[Tensor, "N H"]], weight: Float[Tensor, "V H"], constants: dict[str, list[_Term]], chunk: slice
-) -> dict[str, Float[Tensor, "C _"]]:
-    """Of one chunk, per side; a mixture has the ids that all its terms have."""
-    logits = {side: h[chunk] @ weight.T for side, h in hidden.items()}
-    for side, terms in constants.items():
-        parts = [term.logits(hidden.get("teacher"), weight, chunk) for term in terms]
-        logits[side] = parts[0] if len(parts) == 1 else _mixed([term.share for term in terms], parts)
-    return logits
-
-
-def _mixed(shares: list[float], parts: list[Float[Tensor, "C _"]]) -> Float[Tensor, "C V"]:
-    size = min(part.shape[-1] for part in parts)
-    return sum(share * _at_least_fp32(part[:, :size]) for share, part in zip(shares, parts, strict=True))
-
-
-class _ChunkedHead(torch.autograd.Function):
-    """[K, N] numbers of :class:`_Plan`, with logits recomputed per chunk in the backward."""
-
-    @staticmethod
-    def forward(ctx, plan: _Plan, constants: dict, weight: Tensor, *sides: Tensor | None) -> Float[Tensor, "K N"]:
-        ctx.plan, ctx.constants = plan, constants
-        ctx.save_for_backward(weight, *sides)
-        hidden = {side: h for side, h in zip(_LIVE_SIDES, sides, strict=True) if h is not None}
-        names, targets = plan.names, plan.targets
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        outputs = torch.empty(len(names), targets.numel(), dtype=dtype, device=weight.device)
-        for chunk in plan.chunks(weight.shape[0]):
-            logits = _logits(hidden, weight, constants, chunk)
-            for k, value in enumerate(plan.from_logits(logits, targets[chunk], names)):
-                outputs[k, chunk] = value
-        return outputs
-
-    @staticmethod
-    def backward(ctx, grad_outputs: Float[Tensor, "K N"]):
-        weight, *sides = ctx.saved_tensors
-        plan = ctx.plan
-        hidden = {side: h for side, h in zip(_LIVE_SIDES, sides, strict=True) if h is not None}
-        names = plan.names
-        rows = [k for k, name in enumerate(names) if plan.has_gradient(name)]
-        # Chunks are summed in fp32 also for a bf16 head. A frozen one (LoRA) has no buffer.
-        trained_head = ctx.needs_input_grad[2]
-        grad_weight = torch.zeros_like(weight, dtype=_at_least_fp32(weight[:0]).dtype) if trained_head else None
-        grad_hidden = {view: torch.zeros_like(h) for view, h in hidden.items()}
-        for chunk in plan.chunks(weight.shape[0]):
-            logits = {side: x.detach() for side, x in _logits(hidden, weight, ctx.constants, chunk).items()}
-            leaves = [logits[view].requires_grad_() for view in hidden]
-            with torch.enable_grad():
-                values = plan.from_logits(logits, plan.targets[chunk], [names[k] for k in rows])
-            grads = torch.autograd.grad(values, leaves, [grad_outputs[k, chunk] for k in rows])
-            del values
-            for view, grad_logits in zip(hidden, grads, strict=True):
-                grad_hidden[view][chunk] = grad_logits @ weight
-                if trained_head:
-                    grad_weight.addmm_(grad_logits.T.to(grad_weight.dtype), hidden[view][chunk].to(grad_weight.dtype))
-        grad_weight = grad_weight.to(weight.dtype) if trained_head else None
-        return None, None, grad_weight, *[grad_hidden.get(side) for side in _LIVE_SIDES]
+    return Term(voice.share, hidden, weight.full_tensor() if isinstance(weight, DTensor) else weight)

@@ -7,7 +7,7 @@ its rollouts, in order), T tokens of one completion, V vocabulary, H hidden size
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtyping import Bool, Float, Int
@@ -165,6 +165,10 @@ class Batch:
     kl_advantages: Float[Tensor, " N"] | None
     weights: Float[Tensor, " N"] | None
     has_privileged: Bool[Tensor, " N"]
+
+    def tokens(self, part: slice) -> "Batch":
+        """The policy tokens of ``part`` as objectives see them; the views stay whole, and rollouts keep their numbers."""
+        return replace(self, **{name: value[part] for name, value in vars(self).items() if isinstance(value, Tensor)})
 
 
 @dataclass(frozen=True)
