@@ -94,16 +94,16 @@ class Views:
     """
 
     def __init__(self, rollouts: Sequence[Rollout], packing: str, pad_id: int, device: torch.device) -> None:
-        self._rollouts, self._packing, self._pad_id, self._device = rollouts, packing, pad_id, device
+        self.rollouts, self._packing, self._pad_id, self._device = rollouts, packing, pad_id, device
         self._made: dict[tuple[ViewName, ...], View] = {}
 
     def of(self, *names: ViewName) -> View:
         """``names`` as one input; the policy tokens of the first view before those of the second, each in batch order."""
         if names not in self._made:
-            sequences = [(r.prompts.of(name) + r.completion)[:-1] for name in names for r in self._rollouts]
+            sequences = [(r.prompts.of(name) + r.completion)[:-1] for name in names for r in self.rollouts]
             # The token at index t of the completion is predicted by the one before it.
             predicted = [
-                [len(r.prompts.of(name)) + t - 1 for t in policy_positions(r)] for name in names for r in self._rollouts
+                [len(r.prompts.of(name)) + t - 1 for t in policy_positions(r)] for name in names for r in self.rollouts
             ]
             self._made[names] = (self._packed if self._packing == "tree" else self._padded)(sequences, predicted)
         return self._made[names]

@@ -17,9 +17,10 @@ from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
 from pidistill.head import Plan, Term, apply_head
+from pidistill.packing import Views
 from pidistill.teachers import Teacher, Voice
 from pidistill.tree_attention import read_trees
-from pidistill.types import Batch, ScoreRequest, Scores, View
+from pidistill.types import Batch, ScoreRequest, Scores, View, ViewName
 
 
 def score(
@@ -78,14 +79,14 @@ def _score(plan: Plan, model: TransformerDecoder, batch: Batch, voices: list[Voi
     request, views = plan.request, batch.views
     live = [side for side in request.views if side == "student" or not voices or request.teacher_grad]
     called = [side for side in live if plan.side_has_gradient(side)] or live
-    constants = {side: [_constant(Voice(1.0, model), views.of(side), model)] for side in live if side not in called}
+    constants = {side: [_constant(Voice(1.0, model), views, side, model)] for side in live if side not in called}
     if voices and "teacher" in request.views:
         given = "given_teacher" if "teacher" in live else "teacher"
         # What the live teacher view is about to compute anyway is not computed twice.
         ready = model if "teacher" in called else None
         if given == "teacher" or any(d.grad == "student" for d in request.divergences):
             shared = model if called else None
-            constants[given] = [_constant(v, views.of("teacher"), shared, ready) for v in voices]
+            constants[given] = [_constant(v, views, "teacher", shared, ready) for v in voices]
     if not called:
         return apply_head(plan, {}, constants["teacher"][0].weight, constants)
 
@@ -153,7 +154,7 @@ def _local_weight(model: TransformerDecoder) -> Float[Tensor, "V H"]:
 
 
 @torch.no_grad()
-def _constant(voice: Voice, view: View, shared: nn.Module | None, ready: nn.Module | None = None) -> Term:
+def _constant(voice: Voice, views: Views, side: ViewName, shared: nn.Module | None, ready: nn.Module | None = None) -> Term:
     """A voice on a view that gets no gradient.
 
     Under FSDP2 this is one more gathering of its layers, and of its head, unless that is the head of ``shared``, which is at
@@ -161,9 +162,17 @@ def _constant(voice: Voice, view: View, shared: nn.Module | None, ready: nn.Modu
     """
     if voice.module is ready and voice.adapters:
         return Term(voice.share, None, None)
-    with voice.weights() as module:
-        hidden = _forward(module, view, lambda h, w: h)
+
+    def read() -> Float[Tensor, "N H"]:
+        with voice.weights() as module:
+            return _forward(module, views.of(side), lambda h, w: h)
+
+    head = _head_module(voice.module).weight
+    if voice.memory is None:
+        hidden = read()
+    else:
+        hidden = voice.memory.of(views.rollouts, torch.empty(0, head.shape[1], dtype=head.dtype, device=head.device), read)
     if voice.module is shared:
         return Term(voice.share, hidden, None)
-    weight = _head_module(voice.module).weight.detach()
+    weight = head.detach()
     return Term(voice.share, hidden, weight.full_tensor() if isinstance(weight, DTensor) else weight)

@@ -3,13 +3,16 @@
 A teacher has the weights only; what it *knows* (privileged information) is in its prompt. Its state is part of a checkpoint.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtune.modules import TransformerDecoder
@@ -17,17 +20,22 @@ from torchtune.modules.peft import disable_adapter
 
 from pidistill.adapters import has_adapters
 from pidistill.errors import InputError
+from pidistill.types import Rollout, RolloutKey
 
 LoadCopy = Callable[[], TransformerDecoder]
 
 
 @dataclass(frozen=True)
 class Voice:
-    """One summand of a teacher's logits: ``share`` times those of ``module``, its LoRA adapters on or off."""
+    """One summand of a teacher's logits: ``share`` times those of ``module``, its LoRA adapters on or off.
+
+    memory: hidden states computed before, where the weights never change.
+    """
 
     share: float
     module: TransformerDecoder
     adapters: bool = True
+    memory: "HiddenMemory | None" = None
 
     @contextmanager
     def weights(self) -> Iterator[TransformerDecoder]:
@@ -105,13 +113,62 @@ class LiveTeacher:
         pass
 
 
+class HiddenMemory:
+    """Hidden states [policy tokens, H] of rollouts that a teacher has read before, for weights that never change.
+
+    A rollout is read once though it is scored several times: by the behaviour's KL and the update, by several updates of a
+    round, or, a dataset's completion, once per epoch. What is kept goes with the rollout; what does not fit is not kept.
+    Another packing rounds differently, so that a resumed run, which has forgotten, may differ in the last digits.
+
+    Args:
+        gib: host memory per rank for it.
+    """
+
+    def __init__(self, gib: float) -> None:
+        if not 0.0 <= gib < float("inf"):
+            raise InputError(f"teacher.cache_gib={gib} must be a number of at least 0: host memory for hidden states, in GiB")
+        self._bytes = int(gib * 2**30)
+        self._kept: WeakKeyDictionary[RolloutKey, torch.Tensor] = WeakKeyDictionary()
+
+    def of(
+        self, rollouts: Sequence[Rollout], none: Float[Tensor, "0 H"], read: Callable[[], Float[Tensor, "N H"]]
+    ) -> Float[Tensor, "N H"]:
+        """Of the policy tokens of ``rollouts``: kept ones if that is all of them on every rank, else what ``read`` gives."""
+        kept = [self._kept.get(rollout.key) for rollout in rollouts]
+        if _on_all_ranks(all(hidden is not None for hidden in kept), none.device):
+            return torch.cat([none, *(hidden.to(none.device) for hidden in kept)])
+        whole = read()
+        used = sum(hidden.nbytes for hidden in self._kept.values())
+        for rollout, hidden in zip(rollouts, whole.split([r.policy_tokens for r in rollouts]), strict=True):
+            if rollout.key not in self._kept and used + hidden.nbytes <= self._bytes:
+                self._kept[rollout.key] = hidden.cpu().clone()
+                used += hidden.nbytes
+        return whole
+
+
+def _on_all_ranks(yes: bool, device: torch.device) -> bool:
+    """Reading is a collective where the teacher is sharded: all ranks read, or none does."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return yes
+    answer = torch.tensor(int(yes), device=device)
+    dist.all_reduce(answer, op=dist.ReduceOp.MIN)
+    return bool(answer)
+
+
 class AdapterOffTeacher(LiveTeacher):
-    """The trained model with its LoRA adapters switched off: the initial weights, without a second copy of them."""
+    """The trained model with its LoRA adapters switched off: the initial weights, without a second copy of them.
+
+    Args:
+        cache_gib: see :class:`HiddenMemory`; 0 keeps nothing.
+    """
 
     live = False
 
+    def __init__(self, cache_gib: float = 0.0) -> None:
+        self._memory = HiddenMemory(cache_gib) if cache_gib else None
+
     def mixture(self, model: TransformerDecoder) -> list[Voice]:
-        return [Voice(1.0, model, adapters=False)]
+        return [Voice(1.0, model, adapters=False, memory=self._memory)]
 
 
 class FrozenTeacher(LiveTeacher):
@@ -119,16 +176,22 @@ class FrozenTeacher(LiveTeacher):
 
     Another model may be of another size and have more or fewer padded rows in its output, see :func:`pidistill.scoring.score`;
     its tokenizer must be the student's.
+
+    Args:
+        cache_gib: see :class:`HiddenMemory`; 0 keeps nothing.
     """
 
     live = False
     own_weights = True
 
+    def __init__(self, cache_gib: float = 0.0) -> None:
+        self._memory = HiddenMemory(cache_gib) if cache_gib else None
+
     def attach(self, load_copy: LoadCopy) -> None:
         self.module = load_copy().requires_grad_(False).eval()
 
     def mixture(self, model: TransformerDecoder) -> list[Voice]:
-        return [Voice(1.0, self.module)]
+        return [Voice(1.0, self.module, memory=self._memory)]
 
 
 class TrustRegionTeacher(FrozenTeacher):
@@ -167,6 +230,9 @@ class EMATeacher(FrozenTeacher):
                 f"teacher.rate={rate} is outside (0, 1]; it is the share of the new weights in each step's average"
             )
         self.rate = rate
+
+    def mixture(self, model: TransformerDecoder) -> list[Voice]:
+        return [Voice(1.0, self.module)]
 
     def attach(self, load_copy: LoadCopy) -> None:
         module = load_copy()

@@ -60,6 +60,10 @@ class PromptPair:
         return self.student if view == "student" else self.teacher
 
 
+class RolloutKey:
+    """An identity that can be referred to weakly: what is kept under it goes when the last copy of the rollout does."""
+
+
 @dataclass
 class Rollout:
     """One completion with everything that belongs to it: it cannot be scored under another row's privileged information.
@@ -77,6 +81,7 @@ class Rollout:
         reward_parts: each part of the reward under its own name, for the log.
         turn_rewards: the environment's reward of each assistant turn; sums to ``reward``.
         turn_policy_tokens: policy tokens of each assistant turn.
+        key: what stays the same when a rollout is copied with other fields; see :class:`pidistill.teachers.HiddenMemory`.
         behaviour_nats: one value per policy token, filled when the objective asks for it: a number under the weights that
             sampled, as :meth:`Objective.behaviour_values` makes it.
     """
@@ -95,6 +100,7 @@ class Rollout:
     turn_rewards: list[float] = field(default_factory=list)
     turn_policy_tokens: list[int] = field(default_factory=list)
     behaviour_nats: list[float] | None = None
+    key: "RolloutKey" = field(default_factory=lambda: RolloutKey(), repr=False, compare=False)
 
     @property
     def policy_tokens(self) -> int:

@@ -1,6 +1,8 @@
 """Whose weights teach: none of their own, the first ones for ever, or a moving average that is exactly the formula's."""
 
 import copy
+import dataclasses
+import gc
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from torchtune.modules.peft import get_adapter_params
 
 from pidistill.adapters import merged, train_adapters_only, with_initial_adapters
 from pidistill.errors import InputError
+from pidistill.scoring import score
 from pidistill.teachers import AdapterOffTeacher, EMATeacher, FrozenTeacher, LiveTeacher, Teacher, TrustRegionTeacher
 from pidistill.testing import TINY_SIZES
-from tests.builders import VOCABULARY, model
+from pidistill.types import Divergence, ScoreRequest
+from tests.builders import VOCABULARY, batch_of, model, random_rollouts
 
 TOKENS = torch.arange(12).view(2, 6)
 
@@ -273,3 +277,63 @@ def test_only_adapters_are_averaged():
     for name, parameter in teacher.module.named_parameters():
         torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
     assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
+
+
+# ------------------------------------------------------------------------------------------- hidden states read before
+
+
+def frozen_with_memory(gib: float) -> FrozenTeacher:
+    teacher = FrozenTeacher(cache_gib=gib)
+    teacher.attach(lambda: model(7))
+    return teacher
+
+
+def reads(teacher: FrozenTeacher) -> list:
+    """A list that grows with every forward of the teacher."""
+    seen: list = []
+    teacher.module.register_forward_pre_hook(lambda *_: seen.append(None))
+    return seen
+
+
+DISTIL = ScoreRequest(student_grad=True, teacher_grad=False, divergences=(Divergence("kl_teacher_student", "student"),))
+
+
+def test_a_rollout_is_read_once_however_often_it_is_scored():
+    teacher, trained, rollouts = frozen_with_memory(1.0), model(0), random_rollouts(6)
+    seen, first = reads(teacher), score(trained, batch_of(rollouts), DISTIL, teacher=teacher)
+    again = score(trained, batch_of([dataclasses.replace(r, group=9) for r in rollouts]), DISTIL, teacher=teacher)
+    assert len(seen) == 1
+    assert torch.equal(first.teacher_logprobs, again.teacher_logprobs)
+    assert all(torch.equal(a, b) for a, b in zip(first.divergences.values(), again.divergences.values(), strict=True))
+    others = [rollouts[i] for i in (5, 0, 3)]
+    expected = score(trained, batch_of(others), DISTIL, teacher=frozen_with_memory(0.0))
+    other = score(trained, batch_of(others), DISTIL, teacher=teacher)
+    assert len(seen) == 1
+    torch.testing.assert_close(other.teacher_logprobs, expected.teacher_logprobs, rtol=1e-5, atol=1e-5)
+    score(trained, batch_of([*others, *random_rollouts(1, seed=4)]), DISTIL, teacher=teacher)
+    assert len(seen) == 2
+    score(trained, batch_of([]), DISTIL, teacher=teacher)
+    assert len(seen) == 2
+
+
+def test_what_does_not_fit_is_not_kept_and_what_is_kept_goes_with_its_rollout():
+    rollouts = random_rollouts(6)
+    bytes_each = [r.policy_tokens * 64 * 4 for r in rollouts]
+    teacher = frozen_with_memory(sum(bytes_each[:3]) / 2**30)
+    seen = reads(teacher)
+    for _ in range(2):
+        score(model(0), batch_of(rollouts), DISTIL, teacher=teacher)
+    assert len(seen) == 2
+    kept = teacher._memory._kept
+    assert 1 <= len(kept) < 6 and sum(h.nbytes for h in kept.values()) <= sum(bytes_each[:3])
+    del rollouts
+    gc.collect()
+    assert len(kept) == 0
+    with pytest.raises(InputError, match="teacher.cache_gib=-1 must be a number of at least 0"):
+        FrozenTeacher(cache_gib=-1)
+
+
+def test_a_teacher_that_moves_remembers_nothing():
+    moving = EMATeacher(rate=0.5)
+    moving.attach(lambda: model(7))
+    assert [voice.memory for voice in moving.mixture(model(0))] == [None]
