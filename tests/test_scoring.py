@@ -62,11 +62,13 @@ def tied_model(seed: int):
 @pytest.mark.parametrize("build", [model, tied_model], ids=["untied", "tied"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk_tokens", [None, 1, 5])
-def test_scores_and_gradients_equal_the_dense_computation(build, temperature, chunk_tokens):
-    """T-a (padding, chunk size), T-h (alignment in both views, ragged prompts, several turns)."""
+@pytest.mark.parametrize("packing", ["tree", "padded"])
+def test_scores_and_gradients_equal_the_dense_computation(build, temperature, chunk_tokens, packing):
+    """T-a (padding, packing, chunk size), T-h (alignment in both views, ragged prompts, several turns)."""
     module, rollouts = build(0), random_rollouts(5)
     request = ScoreRequest(student_grad=True, teacher_grad=True, divergences=DIVERGENCES)
-    scores = score(module, batch_of(rollouts), request, temperature=temperature, chunk_tokens=chunk_tokens)
+    batch = batch_of(rollouts, packing=packing)
+    scores = score(module, batch, request, temperature=temperature, chunk_tokens=chunk_tokens)
     dense = dense_scores(module, module, rollouts, temperature)
     weights = torch.randn(len(DIVERGENCES) + 2, len(scores.student_logprobs), generator=torch.Generator().manual_seed(1))
 

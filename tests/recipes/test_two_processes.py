@@ -99,13 +99,15 @@ def two(tiny_base, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def one(tiny_base, tmp_path_factory):
-    """name → the folder of the same scenario in this one process."""
+    """name → the folder of the same scenario in this one process, as padded rows in other micro-batches (T-a)."""
     folders = {}
+    otherwise = {"packing": "padded", "micro_batch_tokens": 700}
 
     def folder(name):
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp(name)
-            run(*scenario_config(name, tiny_base, folders[name]))
+            more = {} if name == "evaluate" else otherwise
+            run(*scenario_config(name, tiny_base, folders[name], **more))
         return folders[name]
 
     return folder
