@@ -21,10 +21,12 @@ from rich.table import Table
 GIB = 2**30
 
 
-def by_turns(contenders: Mapping[str, Callable[[], Any]], turns: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each contender in each turn: A B C A B C …, after one turn that is not counted."""
+def by_turns(
+    contenders: Mapping[str, Callable[[], Any]], turns: int, device: torch.device, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each turn: A B C A B C …, after one turn that is not counted (the caller's, without it)."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(turns + 1):
+    for turn in range(0 if warm_up else 1, turns + 1):
         for name, run in contenders.items():
             synchronize(device)
             begin = time.perf_counter()

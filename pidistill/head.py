@@ -12,6 +12,7 @@ what arrives in the backward is not that loss's gradient up to one factor, a sec
 the gradients are right for any use of the numbers.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -81,9 +82,12 @@ class Plan:
         return {"student": self.request.student_grad, "teacher": self.request.teacher_grad}.get(side, False)
 
     def chunks(self, elements_per_token: int) -> Iterator[slice]:
-        size = self.chunk_tokens or max(1, _CHUNK_ELEMENTS.get(self.targets.device.type, 2**26) // elements_per_token)
-        for start in range(0, self.targets.numel(), size):
-            yield slice(start, min(start + size, self.targets.numel()))
+        """Of nearly equal size: a small last one would read the whole head for little."""
+        tokens = self.targets.numel()
+        most = self.chunk_tokens or max(1, _CHUNK_ELEMENTS.get(self.targets.device.type, 2**26) // elements_per_token)
+        size = math.ceil(tokens / math.ceil(tokens / most)) if tokens else 1
+        for start in range(0, tokens, size):
+            yield slice(start, min(start + size, tokens))
 
     def as_scores(self, outputs: Float[Tensor, "K N"]) -> Scores:
         named = dict(zip(self.names, outputs, strict=True))
@@ -194,8 +198,9 @@ def _chunk_by_chunk(
     if coefficients is not None:
         done.coefficients = numbers.new_zeros(len(plan.rows_with_gradient), tokens)
         done.grad_hidden = {side: torch.zeros_like(h) for side, h in hidden.items()}
-        # Chunks are summed in fp32 also for a bf16 head. A frozen one (LoRA) has no buffer.
-        done.grad_weight = torch.zeros_like(weight, dtype=numbers.dtype) if trained_head else None
+        # Chunks are summed in fp32 also for a bf16 head; the first one overwrites. A frozen head (LoRA) has no buffer.
+        allocate = torch.empty_like if tokens else torch.zeros_like
+        done.grad_weight = allocate(weight, dtype=numbers.dtype) if trained_head else None
     chunks = list(plan.chunks(len(own | others) * weight.shape[0]))
     buffer = weight.new_empty(len(own) * max((c.stop - c.start for c in chunks), default=0), weight.shape[0])
     for chunk in chunks:
@@ -214,7 +219,8 @@ def _chunk_by_chunk(
         for side, grad in zip(hidden, (grad_logits @ weight).split(size), strict=True):
             done.grad_hidden[side][chunk] = grad
         if trained_head:
-            done.grad_weight.addmm_(grad_logits.T.to(numbers.dtype), stacked[: live * size].to(numbers.dtype))
+            trained = stacked[: live * size].to(numbers.dtype)
+            done.grad_weight.addmm_(grad_logits.T.to(numbers.dtype), trained, beta=float(chunk.start > 0))
     return done
 
 

@@ -20,7 +20,7 @@ from pidistill.head import Plan, Term, apply_head
 from pidistill.packing import Views
 from pidistill.teachers import Teacher, Voice
 from pidistill.tree_attention import read_trees
-from pidistill.types import Batch, ScoreRequest, Scores, View, ViewName
+from pidistill.types import Batch, PerTokenLoss, ScoreRequest, Scores, View, ViewName
 
 
 def score(
@@ -31,7 +31,7 @@ def score(
     temperature: float = 1.0,
     teacher: Teacher | TransformerDecoder | None = None,
     chunk_tokens: int | None = None,
-    loss: Callable[[Batch, Scores], Float[Tensor, " N"]] | None = None,
+    loss: PerTokenLoss | None = None,
 ) -> Scores:
     """Per-token numbers of ``batch`` in both views, at the sampling temperature.
 
@@ -62,6 +62,11 @@ def score(
     plan = Plan(batch.targets, request, temperature, chunk_tokens, of_slice)
     with torch.set_grad_enabled(request.student_grad or request.teacher_grad):
         return plan.as_scores(_score(plan, model, batch, _voices(teacher, model)))
+
+
+def student_nll(batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
+    """−log S: the supervised loss."""
+    return -scores.student_logprobs
 
 
 def _voices(teacher: Teacher | TransformerDecoder | None, model: TransformerDecoder) -> list[Voice]:

@@ -6,7 +6,7 @@ Letters used in shapes: B rollouts in a batch, R rows and L columns of what the 
 its rollouts, in order), T tokens of one completion, V vocabulary, H hidden size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -231,3 +231,6 @@ class TokenLoss:
 
     loss: Float[Tensor, " N"]
     metrics: dict[str, Float[Tensor, " N"]]
+
+
+PerTokenLoss = Callable[[Batch, Scores], Float[Tensor, " N"]]  # of any slice of a batch

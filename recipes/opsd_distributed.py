@@ -32,10 +32,10 @@ from pidistill.packing import Packer
 from pidistill.reductions import token_mean
 from pidistill.rollouts import DROP_REASONS, collect_rollouts, rollout_seed
 from pidistill.rounds import ROUND_KEYS, Round, check_method, check_rewards, dump_rollouts, no_pi
-from pidistill.scoring import score
+from pidistill.scoring import score, student_nll
 from pidistill.teachers import LiveTeacher
 from pidistill.training import COMMON_KEYS, Timer, Updates, cleanup, load_model, load_teacher, one_sentence_errors, start
-from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
+from pidistill.types import Batch, PerTokenLoss, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
 
 KEYS = COMMON_KEYS | ROUND_KEYS | {"hindsight"}
 REQUIRED = ("output_dir", "max_steps", "model", "tokenizer", "checkpointer", "dataset", "environment", "privileged", "sampler",
@@ -200,7 +200,7 @@ class OPSDRecipe:
         for chunk in self._packer.micro_batches(kept, request.views):
             batch = self._packer.batch(chunk)
             with self._timer.phase("score"):
-                scores = self._score(batch, request)
+                scores = self._score(batch, request, loss=self._objective.per_token_loss(self._step))
                 token_loss = self._objective.token_loss(batch, scores, self._step)
                 loss = token_mean(token_loss.loss, tokens)
             with self._timer.phase("update"):
@@ -233,13 +233,14 @@ class OPSDRecipe:
         for chunk in self._packer.micro_batches(demonstrations, SFT_REQUEST.views):
             batch = self._packer.batch(chunk)
             with self._timer.phase("update"):
-                scores = score(self._model, batch, SFT_REQUEST, chunk_tokens=self._round_sizes.score_chunk_tokens)
-                loss = self._sft_weight * token_mean(-scores.student_logprobs, tokens)
+                chunk_tokens = self._round_sizes.score_chunk_tokens
+                scores = score(self._model, batch, SFT_REQUEST, chunk_tokens=chunk_tokens, loss=student_nll)
+                loss = self._sft_weight * token_mean(student_nll(batch, scores), tokens)
                 (loss * self._run.world_size).backward()
             total_loss += loss.item()
         return total_loss
 
-    def _score(self, batch: Batch, request: ScoreRequest) -> Scores:
+    def _score(self, batch: Batch, request: ScoreRequest, loss: PerTokenLoss | None = None) -> Scores:
         return score(
             self._model,
             batch,
@@ -247,6 +248,7 @@ class OPSDRecipe:
             temperature=self._sampler.temperature,
             teacher=self._teacher,
             chunk_tokens=self._round_sizes.score_chunk_tokens,
+            loss=loss,
         )
 
     # ------------------------------------------------------------------------------------------------ reports

@@ -24,7 +24,7 @@ from pidistill.packing import Packer
 from pidistill.reductions import token_mean
 from pidistill.rollouts import collect_rollouts
 from pidistill.rounds import dump_rollouts
-from pidistill.scoring import score
+from pidistill.scoring import score, student_nll
 from pidistill.training import COMMON_KEYS, Timer, Updates, cleanup, crossed, load_model, one_sentence_errors, start
 from pidistill.types import Rollout, ScoreRequest
 
@@ -108,8 +108,8 @@ class SFTRecipe:
         for chunk in self._packer.micro_batches(demonstrations, REQUEST.views):
             batch = self._packer.batch(chunk)
             with self._timer.phase("score"):
-                scores = score(self._model, batch, REQUEST, chunk_tokens=self._chunk_tokens)
-                loss = token_mean(-scores.student_logprobs, tokens)
+                scores = score(self._model, batch, REQUEST, chunk_tokens=self._chunk_tokens, loss=student_nll)
+                loss = token_mean(student_nll(batch, scores), tokens)
             with self._timer.phase("update"):
                 (loss * self._run.world_size).backward()  # FSDP2 averages gradients over ranks; the loss is already global
             total_loss += loss.item()

@@ -16,6 +16,7 @@ from pidistill.token_weights import TokenWeight, weighted
 from pidistill.types import (
     Batch,
     Divergence,
+    PerTokenLoss,
     Rollout,
     RolloutAdvantage,
     ScoreRequest,
@@ -81,6 +82,13 @@ class Objective(Protocol):
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
         """Loss per policy token, to be minimised; not masked, not averaged."""
         ...
+
+    def per_token_loss(self, step: int) -> PerTokenLoss | None:
+        """The loss as :func:`pidistill.scoring.score` takes it, on any slice of a batch.
+
+        None where a token's loss depends on the numbers of other tokens; the head then runs a second time in the backward.
+        """
+        return lambda batch, scores: self.token_loss(batch, scores, step).loss
 
 
 # -------------------------------------------------------------------------------- the KL of the view that samples

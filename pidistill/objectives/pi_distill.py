@@ -46,7 +46,17 @@ from pidistill.objectives.base import (
 from pidistill.policy_gradient import ppo_clip_loss, reinforce_loss, snis_weights, topr_loss
 from pidistill.schedules import as_schedule
 from pidistill.token_weights import TokenWeight, weighted
-from pidistill.types import Batch, Divergence, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss, ViewName
+from pidistill.types import (
+    Batch,
+    Divergence,
+    PerTokenLoss,
+    Rollout,
+    RolloutAdvantage,
+    ScoreRequest,
+    Scores,
+    TokenLoss,
+    ViewName,
+)
 
 STUDENT_KL = Divergence("kl_teacher_student", grad="student")
 
@@ -196,6 +206,10 @@ class PiDistill(Objective):
             metrics["clip_frac"] = metrics["clip_frac"] + (1 - alpha) * clipped
             metrics["student_ratio_mean"] = ratio
         return TokenLoss(loss, metrics)
+
+    def per_token_loss(self, step: int) -> PerTokenLoss | None:
+        """None with `topr_level: sequence`, whose ratio is of the whole rollout."""
+        return None if self.topr["level"] == "sequence" else super().per_token_loss(step)
 
     def teacher_half(self, batch: Batch, scores: Scores, step: int) -> tuple[Tensor, Tensor]:
         """−J_T per token: PPO on T/μ plus, in the loss modes, β·kl(T||sg S). Gradient through T only."""
