@@ -89,7 +89,7 @@ class Plan:
         for start in range(0, tokens, size):
             yield slice(start, min(start + size, tokens))
 
-    def as_scores(self, outputs: Float[Tensor, "K N"]) -> Scores:
+    def as_scores(self, outputs: Float[Tensor, "K N"] | list[Float[Tensor, " N"]]) -> Scores:
         named = dict(zip(self.names, outputs, strict=True))
         return Scores(
             student_logprobs=named.get("student_logprobs"),

@@ -1,9 +1,5 @@
 """The scorer against the whole [tokens, vocabulary] computation: values, gradients, and who gets none."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torchtune.models.llama3 import lora_llama3
@@ -422,14 +418,3 @@ def test_a_head_with_adapters_is_refused():
 
 def test_device_of_batches_is_the_one_asked_for():
     assert batch_of(random_rollouts(2)).targets.device == CPU
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_tokens():
-    """The bound of benchmarks/scorer_memory.py at a size that takes seconds: twice the tokens, the same peak."""
-    script = Path(__file__).parents[1] / "benchmarks" / "scorer_memory.py"
-    sizes = ["--hidden", "64", "--vocabulary", "65536", "--chunk-tokens", "160", "--tokens", "320", "640"]
-    done = subprocess.run([sys.executable, str(script), *sizes], capture_output=True, text=True, check=True, timeout=300)
-    peaks = [float(line.split("peak ")[1].split()[0]) for line in done.stdout.splitlines() if "peak " in line]
-    few, many = peaks
-    assert many < few + 0.1
