@@ -88,7 +88,7 @@ class Problem:
             return request, lambda _, scores: scores.divergences[divergence]
         objective, zeros = PiDistill(alpha=0.5), torch.zeros_like(self.targets)
         sampled = torch.full_like(self.advantages, -12.0)
-        batch = Batch(None, None, self.targets, zeros, zeros, sampled, zeros, self.advantages, None, None, zeros == 0)
+        batch = Batch(None, self.targets, zeros, zeros, sampled, zeros, self.advantages, None, None, zeros == 0)
         return objective.score_request(0), lambda part, scores: objective.token_loss(batch.tokens(part), scores, 0).loss
 
     def liger(self) -> Tensor:

@@ -225,7 +225,7 @@ def test_a_slice_of_a_batch_has_the_fields_of_its_tokens():
     assert part.targets.tolist() == [r.completion[t] for r in rollouts for t in policy_positions(r)][2:5]
     assert part.rollout_index.tolist() == batch.rollout_index[2:5].tolist()
     assert len(part.kl_advantages) == len(part.has_privileged) == 3
-    assert part.student is batch.student
+    assert part.views is batch.views
 
 
 @pytest.mark.slow
