@@ -31,6 +31,11 @@ _CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**27}
 # small enough that glibc does not return them to the system each time, which costs several times the arithmetic.
 _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
 
+OTHER_LOSS = (
+    "the loss given to the scorer is not the one that was differentiated (up to one factor), so the head runs twice: right, "
+    "but slower than with the loss that is used, or with none"
+)
+
 Name = str | Divergence  # "student_logprobs", "teacher_entropy" …, or the divergence asked for
 
 
@@ -125,7 +130,7 @@ class _ChunkedHead(torch.autograd.Function):
         if plan.loss is None or not any(ctx.needs_input_grad):
             return _chunk_by_chunk(plan, hidden, weight, constants).numbers
         done = _chunk_by_chunk(plan, hidden, weight, constants, _coefficients_of_loss(plan), ctx.needs_input_grad[2])
-        ctx.ready = done
+        ctx.ready = replace(done, numbers=None)  # an output kept here would keep its own graph alive
         return done.numbers
 
     @staticmethod
@@ -135,20 +140,15 @@ class _ChunkedHead(torch.autograd.Function):
         # Freed with the first use: a second backward of a retained graph runs the second pass.
         done, ctx.ready = ctx.ready, None
         scale = None if done is None else _common_factor(wanted, done.coefficients)
-        if done is not None and scale is None:
-            warnings.warn(
-                "the loss given to the scorer is not the one that was differentiated (up to one factor), so the head runs "
-                "twice: right, but slower than with the loss that is used, or with none",
-                stacklevel=1,
-            )
         if scale is None:
-            done = _chunk_by_chunk(
-                ctx.plan, _named(sides), weight, ctx.constants, lambda chunk, _: wanted[:, chunk], ctx.needs_input_grad[2]
-            )
-            scale = 1.0
+            if done is not None:
+                warnings.warn(OTHER_LOSS, stacklevel=1)
+            done, scale = None, 1.0  # its memory before the next one's
+            of_chunk = lambda chunk, _: wanted[:, chunk]  # noqa: E731
+            done = _chunk_by_chunk(ctx.plan, _named(sides), weight, ctx.constants, of_chunk, ctx.needs_input_grad[2])
         grads = [done.grad_weight, *[done.grad_hidden.get(side) for side in _LIVE_SIDES]]
-        grads = [g if g is None or scale == 1.0 else g.mul_(scale) for g in grads]
-        return None, None, grads[0] if grads[0] is None else grads[0].to(weight.dtype), *grads[1:]
+        grad_weight, *grad_sides = [g if g is None or scale == 1.0 else g.mul_(scale) for g in grads]
+        return None, None, None if grad_weight is None else grad_weight.to(weight.dtype), *grad_sides
 
 
 def _named(sides: Sequence[Tensor | None]) -> dict[str, Tensor]:
@@ -174,7 +174,7 @@ Coefficients = Callable[[slice, Float[Tensor, "K C"]], Float[Tensor, "R C"]]
 class _Pass:
     """numbers [K, N]; where coefficients were given, those [R, N] and the gradients (the head's in fp32 at least)."""
 
-    numbers: Float[Tensor, "K N"]
+    numbers: Float[Tensor, "K N"] | None
     coefficients: Float[Tensor, "R N"] | None
     grad_hidden: dict[str, Float[Tensor, "N H"]]
     grad_weight: Float[Tensor, "V H"] | None
@@ -190,17 +190,9 @@ def _chunk_by_chunk(
     trained_head: bool = False,
 ) -> _Pass:
     """Numbers of all tokens and, with ``coefficients``, the gradients of Σ coefficient · number on the way."""
-    tokens, live = plan.targets.numel(), len(hidden)
     own = hidden | _constants_of_head(constants)
     others = {side: terms for side, terms in constants.items() if side not in own}
-    numbers = _at_least_fp32(weight[:0]).new_empty(len(plan.names), tokens)
-    done = _Pass(numbers, None, {}, None)
-    if coefficients is not None:
-        done.coefficients = numbers.new_zeros(len(plan.rows_with_gradient), tokens)
-        done.grad_hidden = {side: torch.zeros_like(h) for side, h in hidden.items()}
-        # Chunks are summed in fp32 also for a bf16 head; the first one overwrites. A frozen head (LoRA) has no buffer.
-        allocate = torch.empty_like if tokens else torch.zeros_like
-        done.grad_weight = allocate(weight, dtype=numbers.dtype) if trained_head else None
+    done = _nothing_yet(plan, hidden, weight, coefficients is not None, trained_head)
     chunks = list(plan.chunks(len(own | others) * weight.shape[0]))
     buffer = weight.new_empty(len(own) * max((c.stop - c.start for c in chunks), default=0), weight.shape[0])
     for chunk in chunks:
@@ -208,27 +200,53 @@ def _chunk_by_chunk(
         logits = {side: _term_logits(terms, hidden.get("teacher"), weight, chunk) for side, terms in others.items()}
         if own:
             stacked = torch.cat([h[chunk] for h in own.values()])
-            products = torch.mm(stacked, weight.T, out=buffer[: len(stacked)]).split(size)
-            logits |= dict(zip(own, products, strict=True))
-        normalisers = _chunk_numbers(plan, chunk, logits, numbers)
-        if coefficients is None:
-            continue
-        done.coefficients[:, chunk] = coefficients(chunk, numbers[:, chunk])
-        _logits_to_gradients(plan, chunk, logits, normalisers, done.coefficients[:, chunk], list(hidden))
-        grad_logits = buffer[: live * size]
-        for side, grad in zip(hidden, (grad_logits @ weight).split(size), strict=True):
-            done.grad_hidden[side][chunk] = grad
-        if trained_head:
-            trained = stacked[: live * size].to(numbers.dtype)
-            done.grad_weight.addmm_(grad_logits.T.to(numbers.dtype), trained, beta=float(chunk.start > 0))
+            products = torch.mm(stacked, weight.T, out=buffer[: len(stacked)])
+            logits |= dict(zip(own, products.split(size), strict=True))
+        normalisers = _chunk_numbers(plan, chunk, logits, done.numbers)
+        if coefficients is not None:
+            done.coefficients[:, chunk] = coefficients(chunk, done.numbers[:, chunk])
+            _logits_to_gradients(plan, chunk, logits, normalisers, done.coefficients[:, chunk], list(hidden))
+            # The live sides are the first of the stack.
+            trained = len(hidden) * size
+            _add_gradients(done, chunk, products[:trained], stacked[:trained], weight)
     return done
+
+
+def _nothing_yet(
+    plan: Plan, hidden: dict[str, Float[Tensor, "N H"]], weight: Float[Tensor, "V H"], gradients: bool, trained_head: bool
+) -> _Pass:
+    tokens = plan.targets.numel()
+    numbers = _at_least_fp32(weight[:0]).new_empty(len(plan.names), tokens)
+    if not gradients:
+        return _Pass(numbers, None, {}, None)
+    coefficients = numbers.new_zeros(len(plan.rows_with_gradient), tokens)
+    # Chunks are summed in fp32 also for a bf16 head; the first one overwrites. A frozen head (LoRA) has no buffer.
+    allocate = torch.empty_like if tokens else torch.zeros_like
+    grad_weight = allocate(weight, dtype=numbers.dtype) if trained_head else None
+    return _Pass(numbers, coefficients, {side: torch.zeros_like(h) for side, h in hidden.items()}, grad_weight)
+
+
+def _add_gradients(
+    done: _Pass, chunk: slice, grad_logits: Float[Tensor, "M V"], hidden: Float[Tensor, "M H"], weight: Float[Tensor, "V H"]
+) -> None:
+    """Those of a chunk's hidden states, and its share of the head's; M = live sides · C."""
+    for side, grad in zip(done.grad_hidden, (grad_logits @ weight).split(chunk.stop - chunk.start), strict=True):
+        done.grad_hidden[side][chunk] = grad
+    total, beta = done.grad_weight, float(chunk.start > 0)
+    if total is None:
+        return
+    if total.dtype == weight.dtype:
+        total.addmm_(grad_logits.T, hidden, beta=beta)
+    elif weight.is_cuda:
+        torch.addmm(total, grad_logits.T, hidden, beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(grad_logits.T.to(total.dtype), hidden.to(total.dtype), beta=beta)
 
 
 def _constants_of_head(constants: dict[str, list[Term]]) -> dict[str, Float[Tensor, "N H"]]:
     """Hidden states of the constant sides that are one product with the trained model's head."""
-    return {
-        side: t[0].hidden for side, t in constants.items() if len(t) == 1 and t[0].weight is None and t[0].hidden is not None
-    }
+    single = {side: terms[0] for side, terms in constants.items() if len(terms) == 1}
+    return {side: term.hidden for side, term in single.items() if term.weight is None and term.hidden is not None}
 
 
 def _term_logits(terms: list[Term], live_teacher: Tensor | None, weight: Tensor, chunk: slice) -> Float[Tensor, "C V"]:
