@@ -22,18 +22,25 @@ GIB = 2**30
 
 
 def by_turns(
-    contenders: Mapping[str, Callable[[], Any]], turns: int, device: torch.device, warm_up: bool = True
+    contenders: Mapping[str, Callable[[], Any]],
+    turns: int,
+    device: torch.device,
+    warm_up: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each turn: A B C A B C …, after one turn that is not counted (the caller's, without it)."""
+    """Seconds of each contender in each turn: A B C A B C …, after one turn that is not counted (the caller's, without it).
+
+    On one thread of a machine that others use too, ``time.process_time`` counts this process's own seconds.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(0 if warm_up else 1, turns + 1):
         for name, run in contenders.items():
             synchronize(device)
-            begin = time.perf_counter()
+            begin = clock()
             run()
             synchronize(device)
             if turn:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(clock() - begin)
     return seconds
 
 
@@ -47,13 +54,19 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.5) -> float:
+def matmul_flops_per_s(
+    device: torch.device,
+    dtype: torch.dtype,
+    size: int = 1024,
+    seconds: float = 0.5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """The rate of a large square matmul: what a floor in FLOPs is divided by."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     a @ b
     synchronize(device)
-    begin, done = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - begin) < seconds:
+    begin, done = clock(), 0
+    while (elapsed := clock() - begin) < seconds:
         for _ in range(8):
             a @ b
         synchronize(device)

@@ -20,6 +20,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -127,24 +128,29 @@ def rows_of(work: str, tokens: int, arguments: argparse.Namespace) -> list[list[
     contenders = problem.contenders()
     if tokens > arguments.dense_tokens:
         contenders = {name: run for name, run in contenders.items() if name not in (TRL, DENSE)}
+    if arguments.contenders:
+        contenders = {name: run for name, run in contenders.items() if name.startswith(tuple(arguments.contenders))}
     warm = Problem(work, 256, arguments).contenders()
     for name in contenders:
         warm[name]()
     del warm
-    rate = matmul_flops_per_s(device, problem.weight.dtype)
-    seconds = by_turns(contenders, arguments.turns, device, warm_up=False)
+    clock = time.process_time if arguments.own_seconds else time.perf_counter
+    rate = matmul_flops_per_s(device, problem.weight.dtype, clock=clock)
+    seconds = by_turns(contenders, arguments.turns, device, warm_up=False, clock=clock)
     del problem
     flops = (4 + 4 * WORK[work]) * tokens * arguments.hidden * arguments.vocabulary
     gradient = arguments.hidden * arguments.vocabulary * (4 if arguments.dtype == "fp32" else 2)
-    print(f"{work}, N={tokens}: floor {flops / rate:.1f} s ({flops:.2e} FLOPs at {rate:.2e}/s), {gradient / GIB:.2f} GiB")
+    floor = f"floor {flops / rate:.1f} s ({flops:.2e} FLOPs at {rate:.2e}/s), {gradient / GIB:.2f} GiB"
+    print(f"{work}, N={tokens}: {floor}", flush=True)
     rows = []
     for name, times in seconds.items():
-        flags = ["--case", f"{work}:{name}:{tokens}", *sys.argv[1:]]
-        peak = in_own_process(__file__, flags)
-        share = flops / rate / statistics.median(times)
-        ratio = median_ratio(times, seconds[OURS])
-        numbers = [f"{statistics.median(times):.1f}", f"{ratio:.2f}×", f"{share:.0%}", f"{peak['bytes'] / GIB:.2f}"]
-        rows.append([work, str(tokens), name, *numbers, f"{peak['loss']:.6f}"])
+        share, ratio = flops / rate / statistics.median(times), median_ratio(times, seconds[OURS])
+        row = [work, str(tokens), name, f"{statistics.median(times):.1f}", f"{ratio:.2f}×", f"{share:.0%}", "", ""]
+        if not arguments.no_memory:
+            peak = in_own_process(__file__, [*sys.argv[1:], "--case", f"{work}:{name}:{tokens}"])
+            row[-2:] = [f"{peak['bytes'] / GIB:.2f}", f"{peak['loss']:.6f}"]
+        rows.append(row)
+        print("  ".join(row), flush=True)
     return rows
 
 
@@ -157,6 +163,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--chunk-tokens", type=int, default=None, help="ours; by default by size")
     parser.add_argument("--dense-tokens", type=int, default=0, help="dense contenders take part up to so many tokens")
+    parser.add_argument("--contenders", nargs="+", default=None, help="names that start so, e.g. pidistill Liger")
+    parser.add_argument("--own-seconds", action="store_true", help="CPU time of the process: one thread on a shared machine")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peaks, a process per contender")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--case", help=argparse.SUPPRESS)
