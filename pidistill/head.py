@@ -156,8 +156,11 @@ def _named(sides: Sequence[Tensor | None]) -> dict[str, Tensor]:
 
 
 def _common_factor(wanted: Float[Tensor, "R N"], ready: Float[Tensor, "R N"]) -> float | None:
-    """s with wanted = s · ready up to rounding, or None."""
-    wanted, ready = wanted.double(), ready.double()
+    """s with wanted = s · ready up to rounding, or None. Not finite (a broken loss): in the same places."""
+    finite = ready.isfinite()
+    if not torch.equal(finite, wanted.isfinite()):
+        return None
+    wanted, ready = wanted.double().where(finite, 0.0), ready.double().where(finite, 0.0)
     factor = (wanted * ready).sum() / (ready * ready).sum().clamp(min=torch.finfo(torch.float64).tiny)
     expected = factor * ready
     slack = 1e-5 * expected.abs() + 1e-6 * expected.abs().sum() / max(1, expected.numel())

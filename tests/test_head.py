@@ -100,6 +100,17 @@ def test_any_other_use_of_the_numbers_is_exact_too_and_said(monkeypatch):
         torch.testing.assert_close(own, other, rtol=0, atol=0)
 
 
+def test_a_loss_that_is_not_finite_stays_so_without_a_word_about_another_loss():
+    leaves, targets = inputs(), torch.arange(TOKENS) % IDS
+    poison = torch.ones(TOKENS).double()
+    poison[5] = torch.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = run(lambda part, s: poison[part] * mixed_loss(s), *leaves, targets=targets)
+        grads = torch.autograd.grad((poison * mixed_loss(scores)).sum() / 7, leaves)
+    assert grads[0].isnan().all() and grads[1].isnan().any(1).tolist() == [n == 5 for n in range(TOKENS)]
+
+
 def test_a_second_backward_of_a_retained_graph_is_the_same_gradient():
     leaves, targets = inputs(), torch.arange(TOKENS) % IDS
     loss = 3.0 * mixed_loss(run(lambda _, s: mixed_loss(s), *leaves, targets=targets)).sum()
