@@ -1,10 +1,11 @@
 """The sampler protocol: prompts in, sampled ids with their log-probs out. Samplers know nothing of environments."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-OnTurnEnd = Callable[[int, list[int]], list[int] | None]
+OnTurnEnd = Callable[[int, list[int]], list[int] | None | Future[list[int] | None]]
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Sampler(Protocol):
 
         Row ``p * group_size + g`` is completion g of prompt p and draws from its own stream, seeded with ``seeds[row]``: what
         it samples does not depend on which rows share its batch. When a row samples a stop id, ``on_turn_end(row, ids of the
-        turn including the stop id)`` returns the ids to force next (an observation), or None to end the row.
+        turn including the stop id)`` returns the ids to force next (an observation), or None to end the row; or a Future of
+        either, and the other rows go on until it is there.
         ``max_new_tokens`` counts sampled and forced tokens of a row together. ``temperature`` 0 is greedy.
         """

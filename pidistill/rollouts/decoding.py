@@ -1,12 +1,15 @@
-"""A torchtune decoder while it samples: growing KV caches, a head for the last position only, gathered FSDP2 parameters.
+"""A torchtune decoder while it samples: KV caches with a length per row, a head for the last token only, gathered parameters.
 
 Everything is put on the instance for the duration and taken away again; torchtune's classes stay as they are.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -15,109 +18,217 @@ from torchtune.modules import TransformerDecoder
 from pidistill.errors import InputError
 
 
-class _GrowingKVCache(nn.Module):
-    """Keys and values of the columns read so far: what a torchtune attention module calls its ``kv_cache``.
+# Prompts are read in forwards of at most this many tokens, padding included: more is no faster, and costs memory.
+_TOKENS_PER_READ = 8192
 
-    Stock caches hand the attention their whole allocated length in every step; this one hands out what is filled.
-    A Module because torch accepts nothing else under a name that once held one (a model that `generate` has used); its tensors
-    are no buffers, so no state dict sees them.
+
+@dataclass(frozen=True)
+class _Step:
+    """Where one forward reads and writes; the same in every layer.
+
+    Attributes:
+        slots: [n] the cache row of each row of the forward.
+        contiguous: the slots are 0 to n - 1.
+        starts: [n] how many columns each row holds already; ``start`` is their common value, None where they differ.
+        end: the number of columns that are attended.
+        mask: [n, s, end] True where a query may look; None where it may look at all of them.
+        copies: where prompts are read, (slots, rows of the forward): which rows' keys and values go where. A prompt attends
+            to itself alone. None afterwards.
     """
 
-    def __init__(self, max_columns: int) -> None:
+    slots: Int[Tensor, " n"]
+    contiguous: bool
+    starts: Int[Tensor, " n"]
+    start: int | None
+    end: int
+    mask: Bool[Tensor, "n s end"] | None
+    copies: tuple[Int[Tensor, " R"], Int[Tensor, " R"]] | None = None
+
+
+class _Cache(nn.Module):
+    """Keys and values of one layer, [slots, kv heads, columns, head dim]; each row fills its own columns from 0 on.
+
+    A Module because torch accepts nothing else as ``kv_cache`` of a model that once had one (`generate` has used it); its
+    tensors are no buffers, so no state dict sees them.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self.length = 0
-        self._max_columns = max_columns
+        self.step: _Step | None = None
+        self.slots = 0  # how many the next growth makes room for
         self._k: Tensor | None = None
         self._v: Tensor | None = None
 
-    def update(self, k_val: Tensor, v_val: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [B, heads, s, d] and return everything so far, [B, heads, length, d]."""
-        end = self.length + k_val.shape[2]
-        if self._k is None or end > self._k.shape[2]:
-            capacity = min(self._max_columns, end + max(64, end // 4))
-            self._k, self._v = (self._grown(old, new, capacity) for old, new in ((self._k, k_val), (self._v, v_val)))
-        self._k[:, :, self.length : end] = k_val
-        self._v[:, :, self.length : end] = v_val
-        self.length = end
-        return self._k[:, :, :end], self._v[:, :, :end]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, kv_heads: int, **_) -> Tensor:
+        """In place of a torchtune attention's ``_attention_call``: q, k, v [n, heads, s, d], keys repeated per query head."""
+        repeats = q.shape[1] // kv_heads
+        self._write(k[:, ::repeats], v[:, ::repeats])
+        if self.step.copies is not None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        # A key head's query heads become more queries of it, so that nothing is repeated over the length of the cache.
+        queries = q.reshape(q.shape[0], kv_heads, -1, q.shape[3])
+        mask = self.step.mask
+        mask = None if mask is None else mask[:, None, None].expand(-1, 1, repeats, -1, -1).flatten(2, 3)
+        return F.scaled_dot_product_attention(queries, *self._read(), attn_mask=mask).view(q.shape)
 
-    def _grown(self, old: Tensor | None, new: Tensor, capacity: int) -> Tensor:
-        grown = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As torchtune's caches do, for an attention that has no ``_attention_call``: append [n, heads, s, d], return all."""
+        self._write(k, v)
+        return (k, v) if self.step.copies is not None else self._read()
+
+    def move(self, source: Int[Tensor, " m"], target: Int[Tensor, " m"]) -> None:
+        self._k[target], self._v[target] = self._k[source], self._v[source]
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        rows = slice(len(self.step.slots)) if self.step.contiguous else self.step.slots
+        return self._k[rows, :, : self.step.end], self._v[rows, :, : self.step.end]
+
+    def _write(self, k: Tensor, v: Tensor) -> None:
+        step, s = self.step, k.shape[2]
+        self._reserve(step.end, k)
+        for stored, new in ((self._k, k), (self._v, v)):
+            if step.copies is not None:
+                slots, rows = step.copies
+                stored[slots, :, :s] = new[rows]
+            elif step.contiguous and step.start is not None:
+                stored[: len(step.slots), :, step.start : step.end] = new
+            else:
+                columns = step.starts[:, None] + torch.arange(s, device=k.device)
+                stored[step.slots[:, None], :, columns] = new.transpose(1, 2)
+
+    def _reserve(self, columns: int, like: Tensor) -> None:
+        if self._k is None or columns > self._k.shape[2]:
+            wanted = columns + max(64, columns // 4)
+            self._k, self._v = (self._grown(old, wanted, like) for old in (self._k, self._v))
+
+    def _grown(self, old: Tensor | None, columns: int, like: Tensor) -> Tensor:
+        grown = like.new_empty(self.slots, like.shape[1], columns, like.shape[3])
+        filled = 0 if old is None else old.shape[2]
         if old is not None:
-            grown[:, :, : self.length] = old[:, :, : self.length]
+            grown[:, :, :filled] = old[: self.slots]
+        # Not whatever memory held: what a row may not see has weight 0 in its attention, and 0 · NaN is NaN.
+        grown[:, :, filled:] = 0
         return grown
-
-    def select(self, rows: Int[Tensor, " B"]) -> None:
-        self._k, self._v = self._k[rows], self._v[rows]
 
 
 class Context:
-    """What the model has read in this batch: one cache per layer, and how far each row is padded on the left."""
+    """What the model has read: one cache per layer. Each row has a slot and its own length, and advances on its own."""
 
-    def __init__(self, model: TransformerDecoder, caches: list[_GrowingKVCache]) -> None:
+    def __init__(self, model: TransformerDecoder, caches: list[_Cache], pad_id: int, *, needs_mask: bool) -> None:
         self._model = model
         self._caches = caches
+        self._pad_id = pad_id
+        self._needs_mask = needs_mask
         self._device = next(model.parameters()).device
+        self._lengths: list[int] = []  # of the rows in slots 0, 1, …
 
-    def tensor(self, values: list) -> Int[Tensor, "..."]:
+    def reserve(self, slots: int) -> None:
+        """From the next growth on, room for this many rows."""
+        for cache in self._caches:
+            cache.slots = slots
+
+    def read_prompts(self, prompts: list[Sequence[int]], prompt_of: list[int]) -> Float[Tensor, "P V"]:
+        """Read each prompt once, and begin a row with ``prompts[prompt_of[i]]`` in each of the next slots.
+
+        Returns:
+            fp32 logits of each prompt's next token.
+        """
+        first, logits = len(self._lengths), [None] * len(prompts)
+        self._lengths += [len(prompts[prompt]) for prompt in prompt_of]
+        for chunk in of_like_length([len(prompt) for prompt in prompts]):
+            rows = [(first + i, chunk.index(prompt)) for i, prompt in enumerate(prompt_of) if prompt in chunk]
+            slots, sources = (self._tensor(list(numbers)) for numbers in zip(*rows, strict=True))
+            tokens = [prompts[prompt] for prompt in chunk]
+            step = self._step(range(len(chunk)), [0] * len(chunk), max(map(len, tokens)), prompts=True)
+            read = self._forward(tokens, replace(step, copies=(slots, sources)))
+            for prompt, row in zip(chunk, read, strict=True):
+                logits[prompt] = row
+        return torch.stack(logits)
+
+    def read(self, slots: Sequence[int], tokens: list[list[int]]) -> Float[Tensor, "n V"]:
+        """Feed each of the rows in ``slots`` its next ids, of any number; the fp32 logits of each one's next token."""
+        step = self._step(slots, [self._lengths[slot] for slot in slots], max(map(len, tokens)))
+        for slot, ids in zip(slots, tokens, strict=True):
+            self._lengths[slot] += len(ids)
+        return self._forward(tokens, step)
+
+    def rearrange(self, order: list[int]) -> None:
+        """Slot i takes the row of slot ``order[i]``; rows that are not in ``order`` are dropped."""
+        moved = [(source, target) for target, source in enumerate(order) if source != target]
+        self._lengths = [self._lengths[source] for source in order]
+        if moved:
+            source, target = (self._tensor(list(numbers)) for numbers in zip(*moved, strict=True))
+            for cache in self._caches:
+                cache.move(source, target)
+
+    def unembed(self, h: Float[Tensor, "n s H"]) -> Float[Tensor, "n 1 V"]:
+        """In place of the model's own: only each row's last token reaches the head."""
+        last = h[torch.arange(len(h), device=self._device), self._last][:, None]
+        return self._model.output(self._model.norm(last)).float()
+
+    def _step(self, slots: Sequence[int], starts: list[int], s: int, *, prompts: bool = False) -> _Step:
+        start = starts[0] if min(starts) == max(starts) else None
+        end, positions = max(starts) + s, self._tensor(starts)
+        everything_seen = prompts or (s == 1 and start is not None)
+        mask = attention_mask(positions, s, end) if self._needs_mask or not everything_seen else None
+        return _Step(self._tensor(list(slots)), list(slots) == list(range(len(slots))), positions, start, end, mask)
+
+    def _forward(self, tokens: list[Sequence[int]], step: _Step) -> Float[Tensor, "n V"]:
+        """Rows are padded on the right: what a padding column writes is never seen, and the row's next ids replace it."""
+        s = max(map(len, tokens))
+        padded = self._tensor([[*ids, *[self._pad_id] * (s - len(ids))] for ids in tokens])
+        self._last = self._tensor([len(ids) - 1 for ids in tokens])
+        positions = step.starts[:, None] + torch.arange(s, device=self._device)
+        for cache in self._caches:
+            cache.step = step
+        return self._model(padded, mask=step.mask, input_pos=positions.clamp(max=self._model.max_seq_len - 1))[:, 0]
+
+    def _tensor(self, values: list) -> Int[Tensor, "..."]:
         return torch.tensor(values, dtype=torch.long, device=self._device)
 
-    def select(self, rows: Int[Tensor, " B"]) -> None:
-        """Keep the given rows, in this order; a row may be taken several times."""
-        for cache in self._caches:
-            cache.select(rows)
-        self._padding = self._padding[rows]
 
-    def read_prompts(self, prompts: list[Sequence[int]], pad_id: int) -> Float[Tensor, "B V"]:
-        """Start the batch; the logits of each prompt's next token."""
-        longest = max(len(prompt) for prompt in prompts)
-        self._padding = self.tensor([longest - len(prompt) for prompt in prompts])
-        padded = [[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        return self.read(padded, list(range(len(prompts))))
-
-    def read(self, tokens: list[list[int]], due: list[int]) -> Float[Tensor, "N V"]:
-        """Feed the next columns of every row; the fp32 logits of the next token of the rows that are ``due``."""
-        start = self._caches[0].length
-        end = start + len(tokens[0])
-        self._due = self.tensor(due)
-        positions = (torch.arange(start, end, device=self._device) - self._padding[:, None]).clamp(min=0)
-        mask = attention_mask(self._padding, start, end)
-        return self._model(self.tensor(tokens), mask=mask, input_pos=positions)[:, 0]
-
-    def unembed(self, h: Float[Tensor, "B s H"]) -> Float[Tensor, "N 1 V"]:
-        """In place of the model's own: only the last position, and only of the rows that sample now, reaches the head."""
-        return self._model.output(self._model.norm(h[self._due, -1:])).float()
+def of_like_length(lengths: list[int]) -> list[list[int]]:
+    """Which of them to read in one forward: those of like length, so that padding is little and memory bounded."""
+    chunks: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if chunks and (len(chunks[-1]) + 1) * lengths[i] <= _TOKENS_PER_READ:
+            chunks[-1].append(i)
+        else:
+            chunks.append([i])
+    return chunks
 
 
-def attention_mask(padding: Int[Tensor, " B"], start: int, end: int) -> Bool[Tensor, "B s end"]:
-    """True where the queries at columns ``start`` to ``end`` may look: the row's own columns up to the query's.
-
-    A query on padding looks at itself: a softmax over nothing is NaN, and 0 · NaN would reach the other columns through the
-    cached values.
-    """
-    columns = torch.arange(end, device=padding.device)
-    queries = columns[start:, None]
-    return ((columns <= queries) & (columns >= padding[:, None, None])) | (columns == queries)
+def attention_mask(starts: Int[Tensor, " n"], s: int, end: int) -> Bool[Tensor, "n s end"]:
+    """True where the query at place i of a row may look: the row's columns up to its own, ``starts + i``."""
+    queries = starts[:, None] + torch.arange(s, device=starts.device)
+    return torch.arange(end, device=starts.device) <= queries[..., None]
 
 
 @contextmanager
-def decoding(model: TransformerDecoder, max_columns: int) -> Iterator[Context]:
+def decoding(model: TransformerDecoder, max_columns: int, pad_id: int) -> Iterator[Context]:
     """Give the model caches and the sampler's head, and take them away again whatever happens.
 
     Caches left behind would make every later forward without a mask attend in both directions, silently.
     """
     attentions = [m for m in model.modules() if hasattr(m, "kv_cache") and hasattr(m, "cache_enabled")]
     _check_attentions(attentions, max_columns)
-    caches = [_GrowingKVCache(max_columns) for _ in attentions]
-    context = Context(model, caches)
+    caches = [_Cache() for _ in attentions]
+    through_update = [m for m in attentions if "_attention_call" not in vars(m)]
+    context = Context(model, caches, pad_id, needs_mask=bool(through_update))
+    shadowed = [(m, vars(m)["_attention_call"]) for m in attentions if "_attention_call" in vars(m)]
     try:
         for attention, cache in zip(attentions, caches, strict=True):
-            attention.kv_cache, attention.cache_enabled = cache, True
+            if attention in through_update:
+                attention.kv_cache, attention.cache_enabled = cache, True
+            else:
+                attention._attention_call = partial(cache.attend, kv_heads=attention.num_kv_heads)
         model.unembed = context.unembed  # shadows the method on this instance; torchtune stays as it is
         yield context
     finally:
-        for attention in attentions:
+        for attention in through_update:
             attention.kv_cache, attention.cache_enabled = None, False
+        for attention, call in shadowed:
+            attention._attention_call = call
         model.__dict__.pop("unembed", None)
 
 

@@ -1,29 +1,33 @@
 """Sampling from any torchtune decoder, sharded or not, without changing it.
 
 `torchtune.generation.generate` keeps every logit of every step, runs until the last row stops and gives no log-probs. This
-loop keeps one step's logits at a time, lets finished rows leave the batch, records the log-prob of each token under the
-distribution it was drawn from, and forces the observations of multi-turn episodes between the sampled turns.
+loop keeps one step's logits at a time, records the log-prob of each token under the distribution it was drawn from, and forces
+the observations of multi-turn episodes between the sampled turns.
 
-A batch is a rectangle: prompts are padded on the left, and every row advances by the same number of columns in each forward.
-A row that waits for the end of a forced observation reads it while the other rows sample.
+Every row has its own length. Each step reads one token of every row that has one: finished rows have left, and the next ones
+of the queue have entered. A prompt is read once for its group, an observation in one forward of its own; a row that waits for
+its environment keeps its keys and values while the others go on.
 """
 
+import math
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
 from pidistill.rollouts.base import OnTurnEnd, Sample
-from pidistill.rollouts.decoding import Context, decoding, evaluating, gathered_parameters
-from pidistill.rollouts.distribution import inverse_cdf, sampling_logprobs
+from pidistill.rollouts.decoding import Context, decoding, evaluating, gathered_parameters, of_like_length
+from pidistill.rollouts.distribution import draw, sampling_logprobs
 
-# Copying the caches of the rows that go on costs about one step of attention; the finished rows cost that in every step.
-_COMPACT_AT_FRAC = 0.25
+# New rows enter once this share of the batch is free: a prompt then is read for several rows of its group at once.
+_ENTER_AT_FRAC = 0.25
 
 
 @dataclass(kw_only=True)
@@ -36,7 +40,8 @@ class TorchtuneSampler:
         top_k: keep the k most probable tokens, and those tied with the last of them; null keeps all.
         top_p: keep the fewest most probable tokens that together reach this probability, after temperature and top_k; null
             keeps all. Either one makes the sampling distribution differ from the one that is trained.
-        max_batch_size: rows in one batch; null is all of them. Less needs less memory for keys and values.
+        max_batch_size: rows that are sampled at once, the others wait until some have ended; null is all. Less needs less
+            memory for keys and values.
     """
 
     max_new_tokens: int
@@ -93,11 +98,9 @@ class TorchtuneSampler:
         if group_size < 1 or len(seeds) != len(prompts) * group_size:
             raise InputError(f"{len(prompts)} prompts x group_size {group_size} need as many seeds, not {len(seeds)}")
         rows = [_Row(r, r // group_size, seed) for r, seed in enumerate(seeds)]
-        size = self.max_batch_size or max(len(rows), 1)
         # Not inference_mode: parameters gathered in it could not be trained afterwards.
         with torch.no_grad(), gathered_parameters(model), evaluating(model):
-            for start in range(0, len(rows), size):
-                _sample_rows(model, prompts, rows[start : start + size], request)
+            _sample_rows(model, prompts, rows, request, self.max_batch_size or len(rows))
         return [row.sample for row in rows]
 
 
@@ -124,8 +127,9 @@ class _Row:
 
     Attributes:
         index, prompt: its number among all rows, and which prompt it answers.
-        unread: ids of ``sample.tokens`` that the model has not read yet; never empty between steps unless finished.
+        unread: ids of ``sample.tokens`` that the model has not read yet; between steps empty only if finished or waiting.
         turn_start: where the current turn begins in ``sample.tokens``.
+        answer: what is awaited from ``on_turn_end``; None while nothing is.
     """
 
     index: int
@@ -134,6 +138,7 @@ class _Row:
     sample: Sample = field(default_factory=lambda: Sample([], [], [], ""))
     unread: list[int] = field(default_factory=list)
     turn_start: int = 0
+    answer: Future | None = None
 
     @property
     def finished(self) -> bool:
@@ -153,46 +158,90 @@ class _Row:
         self.sample.logprobs += [logprob] * len(ids)
         self.unread += ids
 
-    def read(self, n: int) -> list[int]:
-        """The next n ids for the model."""
-        ids, self.unread = self.unread[:n], self.unread[n:]
+    def read(self) -> list[int]:
+        """What the model has not read yet, and is about to."""
+        ids, self.unread = self.unread, []
         return ids
 
 
-def _sample_rows(model: TransformerDecoder, prompts: Sequence[Sequence[int]], rows: list[_Row], request: _Request) -> None:
-    """Sample the rows of one batch to their ends."""
+def _sample_rows(
+    model: TransformerDecoder, prompts: Sequence[Sequence[int]], rows: list[_Row], request: _Request, size: int
+) -> None:
+    """Sample the rows to their ends, at most ``size`` at once."""
+    queue, rows = deque(rows), []
+    longest = max(map(len, prompts), default=0)
+    with decoding(model, longest + request.max_new_tokens, request.pad_id) as context:
+        while queue or rows:
+            _hear_answers(rows, request)
+            rows = _going_on(rows, context)
+            context.reserve(min(size, len(rows) + len(queue)))
+            _advance(rows, context, request)
+            rows += _begin(queue, size, len(rows), prompts, context, request)
+
+
+def _hear_answers(rows: list[_Row], request: _Request) -> None:
+    """Take the answers that have come; wait for one only where every row waits."""
+    waiting = [row for row in rows if row.answer is not None]
+    if waiting and len(waiting) == len(rows):
+        wait([row.answer for row in waiting], return_when=FIRST_COMPLETED)
+    for row in waiting:
+        if row.answer.done():
+            answer, row.answer = row.answer, None
+            _follow(row, answer.result(), request)
+
+
+def _going_on(rows: list[_Row], context: Context) -> list[_Row]:
+    """Finished rows leave, and those with one token to read come first, so that a step reads its part of the cache in place."""
+    one = [slot for slot, row in enumerate(rows) if not row.finished and len(row.unread) == 1]
+    others = [slot for slot, row in enumerate(rows) if not row.finished and len(row.unread) != 1]
+    order = _few_moves(one, 0) + _few_moves(others, len(one))
+    context.rearrange(order)
+    return [rows[slot] for slot in order]
+
+
+def _few_moves(slots: list[int], first: int) -> list[int]:
+    """The slots in the order for places ``first``, ``first + 1`` …, each in its own place if that is among them."""
+    places = range(first, first + len(slots))
+    staying = set(slots) & set(places)
+    moving = iter([slot for slot in slots if slot not in staying])
+    return [place if place in staying else next(moving) for place in places]
+
+
+def _advance(rows: list[_Row], context: Context, request: _Request) -> None:
+    """Every row that has something to read reads all of it, and samples its next token."""
+    one = [slot for slot, row in enumerate(rows) if len(row.unread) == 1]
+    several = [slot for slot, row in enumerate(rows) if len(row.unread) > 1]
+    together = of_like_length([len(rows[slot].unread) for slot in several])
+    for slots in (one, *([several[i] for i in chunk] for chunk in together)):
+        if slots:
+            due = [rows[slot] for slot in slots]
+            _draw(context.read(slots, [row.read() for row in due]), due, request)
+
+
+def _begin(
+    queue: deque[_Row], size: int, taken: int, prompts: Sequence[Sequence[int]], context: Context, request: _Request
+) -> list[_Row]:
+    """Rows that enter now, with their first token; each prompt is read once, whatever the size of its group."""
+    free = size - taken
+    if not queue or (taken and free < max(1, _ENTER_AT_FRAC * size)):
+        return []
+    rows = [queue.popleft() for _ in range(min(free, len(queue)))]
     used = sorted({row.prompt for row in rows})
-    slot_of = {prompt: slot for slot, prompt in enumerate(used)}
+    prompt_of = [used.index(row.prompt) for row in rows]
     for row in rows:
         row.draw_uniforms(request.max_new_tokens)
-    longest = max(len(prompts[p]) for p in used)
-    with decoding(model, longest + request.max_new_tokens) as context:
-        # Each prompt is read once, whatever the size of its group.
-        logits = context.read_prompts([prompts[p] for p in used], request.pad_id)
-        slots = context.tensor([slot_of[row.prompt] for row in rows])
-        context.select(slots)
-        _draw(logits[slots], rows, request)
-        while not all(row.finished for row in rows):
-            rows = _without_finished(rows, context)
-            n = min(len(row.unread) for row in rows if not row.finished)
-            tokens = [[request.pad_id] * n if row.finished else row.read(n) for row in rows]
-            due = [b for b, row in enumerate(rows) if not row.finished and not row.unread]
-            _draw(context.read(tokens, due), [rows[b] for b in due], request)
-
-
-def _without_finished(rows: list[_Row], context: Context) -> list[_Row]:
-    """The rows that go on, once enough have finished to be worth the copy; until then the finished ones read padding."""
-    going_on = [b for b, row in enumerate(rows) if not row.finished]
-    if len(rows) - len(going_on) < max(1, _COMPACT_AT_FRAC * len(rows)):
-        return rows
-    context.select(context.tensor(going_on))
-    return [rows[b] for b in going_on]
+    logits = context.read_prompts([prompts[prompt] for prompt in used], prompt_of)
+    _draw(logits[prompt_of], rows, request)
+    return rows
 
 
 def _draw(logits: Float[Tensor, "B V"], rows: list[_Row], request: _Request) -> None:
-    """Give each row its next token, and what follows from it."""
+    """Give each row its next token, and what follows from it. ``logits`` is overwritten."""
     ids, logprobs = _choose(logits, rows, request)
-    for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
+    # Together: on a GPU each of these is a wait for the device. float64 holds every id.
+    ids, logprobs = torch.stack([ids.double(), logprobs]).tolist()
+    _check_finite(logprobs, rows)
+    for row, token, logprob in zip(rows, map(int, ids), logprobs, strict=True):
         row.append([token], sampled=True, logprob=logprob)
         if token in request.stop_ids:
             _end_turn(row, request)
@@ -200,25 +249,31 @@ def _draw(logits: Float[Tensor, "B V"], rows: list[_Row], request: _Request) -> 
             row.sample.stop_reason = "length"
 
 
-def _choose(logits: Float[Tensor, "B V"], rows: list[_Row], request: _Request) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """One token per row, and its log-prob under the distribution it was drawn from."""
+def _choose(logits: Float[Tensor, "B V"], rows: list[_Row], request: _Request) -> tuple[Int[Tensor, " B"], Float64[Tensor, " B"]]:
+    """One token per row, and its log-prob under the distribution it was drawn from; not finite where the logits are not."""
     if request.temperature == 0:
         best, ids = logits.max(dim=-1)
-        _check_finite(best, rows)
-        return ids, torch.zeros_like(best)
-    logprobs = sampling_logprobs(logits, request.temperature, request.top_k, request.top_p)
+        return ids, (best - best).double()
+    if request.top_k is None and request.top_p is None:
+        scores = logits.div_(request.temperature)
+    else:
+        scores = sampling_logprobs(logits, request.temperature, request.top_k, request.top_p)
     # numpy: stacking one-element tensors row by row would take longer than a small model's forward.
     uniforms = torch.from_numpy(np.array([row.uniform for row in rows])).to(logits.device)
-    ids = inverse_cdf(logprobs, uniforms)
-    chosen = logprobs.gather(1, ids[:, None])[:, 0]
-    _check_finite(chosen, rows)
-    return ids, chosen
+    return draw(scores, uniforms)
 
 
 def _end_turn(row: _Row, request: _Request) -> None:
-    """Ask what follows the turn that just ended; an observation that leaves no room for an answer is not begun."""
-    turn = row.sample.tokens[row.turn_start :]
-    forced = request.on_turn_end(row.index, list(turn))
+    """Ask what follows the turn that just ended."""
+    answer = request.on_turn_end(row.index, row.sample.tokens[row.turn_start :])
+    if isinstance(answer, Future):
+        row.answer = answer
+    else:
+        _follow(row, answer, request)
+
+
+def _follow(row: _Row, forced: Sequence[int] | None, request: _Request) -> None:
+    """End the row or force an observation; one that leaves no room for an answer is not begun."""
     if forced is None:
         row.sample.stop_reason = "done"
         return
@@ -264,12 +319,11 @@ def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def _check_finite(values: Float[Tensor, " B"], rows: list[_Row]) -> None:
-    bad = (~values.isfinite()).nonzero().flatten().tolist()
+def _check_finite(logprobs: list[float], rows: list[_Row]) -> None:
+    bad = [row for row, logprob in zip(rows, logprobs, strict=True) if not math.isfinite(logprob)]
     if bad:
-        row = rows[bad[0]]
         raise InputError(
-            f"the model's logits are not finite for {len(bad)} of {len(rows)} rows (row {row.index}, completion token "
-            f"{len(row.sample.tokens)}); training has diverged or the checkpoint is broken: lower optimizer.lr, or check "
+            f"the model's logits are not finite for {len(bad)} of {len(rows)} rows (row {bad[0].index}, completion token "
+            f"{len(bad[0].sample.tokens)}); training has diverged or the checkpoint is broken: lower optimizer.lr, or check "
             "checkpointer"
         )
