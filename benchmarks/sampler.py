@@ -233,7 +233,9 @@ def observations(arguments: argparse.Namespace) -> None:
     contenders = {
         "one turn": Counted(partial(ours, model, single)),
         f"observation of 1 token, second turn": Counted(partial(ours, model, single, 1)),
-        f"observation of {arguments.observation} tokens, second turn": Counted(partial(ours, model, single, arguments.observation)),
+        f"observation of {arguments.observation} tokens, second turn": Counted(
+            partial(ours, model, single, arguments.observation)
+        ),
     }
     seconds = by_turns(contenders, arguments.turns, device)
     rows = []

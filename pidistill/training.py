@@ -38,7 +38,7 @@ log = utils.get_logger("INFO")
 EVALUATION_KEYS = frozenset(
     {
         "output_dir", "seed", "device", "dtype", "threads", "model", "tokenizer", "checkpointer", "dataset", "environment",
-        "privileged", "sampler", "max_turns", "on_overflow", "eval_samples", "eval_success_threshold",
+        "privileged", "sampler", "max_turns", "environment_threads", "on_overflow", "eval_samples", "eval_success_threshold",
         "fsdp_reshard_after_forward", "fsdp_cpu_offload", "custom_sharded_layers", "fallback_checkpoint_dir",
     }
 )  # fmt: skip
@@ -54,7 +54,7 @@ COMMON_KEYS = EVALUATION_KEYS | frozenset(
 # Whole numbers, and the least that each may be; null leaves the default.
 LEAST = {
     "seed": 0, "threads": 1, "max_steps": 1, "batch_size": 1, "micro_batch_tokens": 1, "prompts_per_round": 1, "group_size": 1,
-    "updates_per_round": 1, "minibatch_rollouts": 1, "score_chunk_tokens": 1, "max_turns": 1,
+    "updates_per_round": 1, "minibatch_rollouts": 1, "score_chunk_tokens": 1, "max_turns": 1, "environment_threads": 1,
     "max_nonfinite_steps": 1, "eval_samples": 1, "eval_every_steps": 0, "save_every_steps": 0, "rollout_log_steps": 0,
     "samples_per_prompt": 1, "prompts_per_batch": 1, "rollout_log_samples": 1, "sft_batch_size": 1,
     "rollout_log_max_new_tokens": 1, "rollout_log_max_chars": 1,

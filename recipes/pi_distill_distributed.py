@@ -62,6 +62,7 @@ class PiDistillRecipe:
             tokenizer=self._data.tokenizer,
             environment=build(cfg.environment),
             max_turns=cfg.get("max_turns"),
+            environment_threads=cfg.get("environment_threads"),
         )
         self._packer = Packer(cfg, self._run, self._data.tokenizer.pad_id)
         self._demonstrations = sft_demonstrations(cfg, self._data)

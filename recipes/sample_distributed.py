@@ -48,7 +48,12 @@ class SampleRecipe:
         self._data = load_prompts(cfg, no_pi="rl")
         self._selection = build(cfg.selection)
         sampler, environment = build(cfg.sampler), build(cfg.environment)
-        collect = functools.partial(collect_rollouts, sampler=sampler, tokenizer=self._data.tokenizer)
+        collect = functools.partial(
+            collect_rollouts,
+            sampler=sampler,
+            tokenizer=self._data.tokenizer,
+            environment_threads=cfg.get("environment_threads"),
+        )
         weights = build(cfg.checkpointer, output_dir=str(self._run.output_dir)).load_checkpoint()[training.MODEL_KEY]
         model = load_model(cfg, self._run, cfg.model, weights, trained=False)
         self._collect = functools.partial(collect, model, environment=environment, max_turns=cfg.get("max_turns"))

@@ -63,6 +63,7 @@ class SFTRecipe:
                 tokenizer=self._data.tokenizer,
                 environment=build(cfg.environment),
                 max_turns=cfg.get("max_turns"),
+                environment_threads=cfg.get("environment_threads"),
             )
             self._evaluate = functools.partial(
                 evaluate,

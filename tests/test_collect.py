@@ -2,6 +2,7 @@
 
 import logging
 import math
+import threading
 
 import pytest
 import torch
@@ -361,6 +362,58 @@ def test_completions_are_the_turns_and_observations_in_order():
         assert rollout.reward == sum(turn["role"] == "assistant" for turn in rollout.turns)
         assert rollout.turn_rewards == [1.0] * int(rollout.reward)
         assert rollout.turn_policy_tokens == [len(turn["content"]) for turn in rollout.turns if turn["role"] == "assistant"]
+
+
+def test_slow_environments_and_the_sampler_work_at_the_same_time():
+    """An answer to `a` comes only after `b`'s last turn: in one thread it would never come. The rollouts are the same."""
+    tokenizer, model = LetterTokenizer(), tiny_model(128)
+    tokenizer.stop_ids = frozenset(range(1, 60))
+    tokenizer.parse_turn = lambda ids: assistant(tokenizer.decode(ids))
+    b_ended = threading.Event()
+
+    class Patient(Counting):
+        def __init__(self, waits: bool):
+            super().__init__()
+            self.waits = waits
+
+        def step(self, state, turn, *, truncated):
+            answer = super().step(state, turn, truncated=truncated)
+            if self.waits and state["id"] == "row a" and not b_ended.wait(timeout=30):
+                raise TimeoutError("b did not end while a waited")
+            answer.done = state["turns"] == 3
+            if state["id"] == "row b" and (answer.done or truncated):
+                b_ended.set()
+            return answer
+
+    def play(waits, threads):
+        sampler = TorchtuneSampler(max_new_tokens=60)
+        return collect(sampler, Patient(waits), tokenizer=tokenizer, model=model, environment_threads=threads).rollouts
+
+    expected, rollouts = play(False, None), play(True, 2)
+    assert len(expected) == 2 and max(len(rollout.turn_rewards) for rollout in expected) > 1
+    for one, other in zip(expected, rollouts, strict=True):
+        assert (one.completion, one.policy_mask, one.turns, one.reward) == (
+            other.completion,
+            other.policy_mask,
+            other.turns,
+            other.reward,
+        )
+
+
+def test_an_environment_that_fails_in_its_thread_is_counted_as_ever(caplog):
+    class Fails(Counting):
+        def step(self, state, turn, *, truncated):
+            if state["id"] == "row a":
+                raise ConnectionError("no sandbox")
+            return super().step(state, turn, truncated=truncated)
+
+    tokenizer = LetterTokenizer()
+    tokenizer.stop_ids = frozenset(range(1, 60))
+    sampler = TorchtuneSampler(max_new_tokens=8)
+    result = collect(sampler, Fails(), tokenizer=tokenizer, model=tiny_model(128), environment_threads=2)
+    assert result.dropped == {"reward_error": 1, "reward_not_finite": 0}
+    assert [rollout.example.id for rollout in result.rollouts] == ["row b"]
+    assert "no sandbox" in caplog.text
 
 
 @pytest.mark.parametrize("view", ["student", "teacher"])

@@ -4,6 +4,7 @@ import math
 import re
 import time
 from collections import defaultdict
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
 
@@ -334,6 +335,36 @@ def test_an_observation_that_every_row_reads_is_fed_at_once(model, widths):
     assert largest_error(results, model, 1.0, 1) < 1e-5
 
 
+def test_a_long_observation_costs_one_forward_of_its_row(model, widths):
+    """Its row reads it and goes on with the others, which take one step each meanwhile."""
+    seen, _ = widths
+    every_id_ends_a_turn, turns = frozenset(range(VOCAB)), dict.fromkeys(range(4), 0)
+
+    def on_turn_end(row, turn):
+        turns[row] += 1
+        return list(range(5, 35)) if row == 2 and turns[row] == 3 else []
+
+    sampler = TorchtuneSampler(max_new_tokens=40)
+    results = sample(model, sampler, on_turn_end=on_turn_end, stop_ids=every_id_ends_a_turn)
+    assert [len(result.tokens) for result in results] == [40] * 4
+    assert seen[:4] == [(4, 7), (4, 1), (4, 1), (3, 1)] and seen[4] == (1, 31)
+    assert seen[5:11] == [(4, 1)] * 6 and sum(s > 1 for _, s in seen[5:]) == 0
+    assert len(seen) == 2 + 39  # prompts, observation, and a step for each other token of the rows that read none
+    assert largest_error(results, model, 1.0, 1) < 1e-5
+
+
+def test_waiting_rows_enter_as_others_end(model, widths):
+    seen, _ = widths
+    results = sample(model, TorchtuneSampler(max_new_tokens=40, max_batch_size=4), group_size=6)
+    lengths = sorted(len(result.tokens) for result in results)
+    assert lengths[0] < 10 < lengths[-1]
+    steps = [rows for rows, columns in seen if columns == 1]
+    assert max(steps) == 4 and sum(steps) <= sum(lengths)
+    busy = sum(steps[:-40]) / len(steps[:-40])  # until the queue is empty
+    assert busy > 3.5  # batch after batch, the rows of each waiting for its longest, would be about half full
+    assert largest_error(results, model, 1.0, 6) < 1e-5
+
+
 # ---------------------------------------------------------------------------------------------- turns and limits
 
 
@@ -391,11 +422,60 @@ def test_an_empty_observation_starts_the_next_turn(model):
     assert [len(turn) for turn in turns] == [1, 1, 1, 1]
 
 
+# ---------------------------------------------------------------------------------------------- answers that take their time
+
+
+@pytest.mark.parametrize("max_batch_size", [None, 3])
+def test_answers_that_come_later_change_nothing(any_model, max_batch_size):
+    def play(ask):
+        talk, sampler = Talk(), TorchtuneSampler(max_new_tokens=40, max_batch_size=max_batch_size)
+        return sample(any_model, sampler, group_size=2, on_turn_end=lambda row, turn: ask(talk, row, turn))
+
+    with ThreadPoolExecutor(2) as threads:
+
+        def later(talk, row, turn):
+            time.sleep(0.002 * (row % 3))
+            return talk(row, turn)
+
+        at_once = play(lambda talk, row, turn: talk(row, turn))
+        results = play(lambda *question: threads.submit(later, *question))
+    assert [(r.tokens, r.policy_mask, r.stop_reason) for r in results] == [
+        (r.tokens, r.policy_mask, r.stop_reason) for r in at_once
+    ]
+    assert largest_error(results, any_model, 1.0, 2) < 1e-5
+
+
+def test_rows_go_on_while_one_waits(model):
+    """The first row's answer comes once another has ended; a sampler that waits for it would wait for ever."""
+    first, ended = Future(), []
+
+    def on_turn_end(row, turn):
+        if row == 0 and not ended:
+            return first
+        ended.append(row)
+        if not first.done():
+            first.set_result([20, 21])
+        return None
+
+    results = sample(model, TorchtuneSampler(max_new_tokens=60), PROMPTS[:2], on_turn_end=on_turn_end, stop_ids=frozenset({20}))
+    assert ended == [1, 0]
+    assert [result.stop_reason for result in results] == ["done", "done"]
+
+
+def test_an_error_in_an_answer_is_raised_where_it_was_awaited():
+    model, failed = build("llama3"), Future()
+    failed.set_exception(KeyError("environment"))
+    before = model_state(model)
+    with pytest.raises(KeyError, match="environment"):
+        sample(model, TorchtuneSampler(max_new_tokens=60), on_turn_end=lambda row, turn: failed)
+    assert model_state(model) == before
+
+
 # ---------------------------------------------------------------------------------------------- the model is left as it was
 
 
 def model_state(model):
-    attention = [(m.kv_cache, m.cache_enabled) for m in model.modules() if hasattr(m, "kv_cache")]
+    attention = [(m.kv_cache, m.cache_enabled, vars(m)["_attention_call"]) for m in model.modules() if hasattr(m, "kv_cache")]
     return attention, "unembed" in vars(model), [m.training for m in model.modules()], sorted(model.state_dict())
 
 
@@ -415,7 +495,7 @@ def test_the_model_is_left_as_it_was(fails):
     with pytest.raises(KeyError, match="environment") if fails else nullcontext():
         sample(model, TorchtuneSampler(max_new_tokens=30), on_turn_end=on_turn_end, stop_ids=frozenset(range(0, VOCAB, 2)))
     assert model_state(model) == before
-    assert before[0] == [(None, False)] * 2 and not before[1]
+    assert [state[:2] for state in before[0]] == [(None, False)] * 2 and not before[1]
     assert torch.equal(model(tokens), logits)  # causal without a mask, as before
     assert model(tokens).requires_grad
 

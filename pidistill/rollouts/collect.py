@@ -5,7 +5,10 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pidistill.envs.base import Environment
@@ -45,6 +48,7 @@ def collect_rollouts(
     temperature: float | None = None,
     max_turns: int | None = None,
     max_new_tokens: int | None = None,
+    environment_threads: int | None = None,
 ) -> CollectResult:
     """Play ``group_size`` episodes of every example, the model seeing the prompt of ``view``.
 
@@ -56,6 +60,9 @@ def collect_rollouts(
         groups: the group number of each example's rollouts; by default its position.
         temperature, max_new_tokens: instead of the sampler's own.
         max_turns: assistant turns per episode; an episode that wants more stops with "max_turns". None is no limit.
+        environment_threads: so many episodes talk to the environment at once, and the others go on sampling meanwhile; it
+            and the tokenizer are then used from several threads. None asks the environment in the sampler's own thread. The
+            rollouts are the same.
 
     Returns:
         rollouts in the order of ``seeds``.
@@ -68,21 +75,28 @@ def collect_rollouts(
         raise InputError(f"{len(examples)} examples, {len(prompts)} prompts and {len(groups)} group numbers do not match")
     if max_turns is not None and max_turns < 1:
         raise InputError(f"max_turns is {max_turns}; give at least 1, or null for no limit")
-    episodes = [_Episode(example, environment, tokenizer, max_turns) for example in examples for _ in range(group_size)]
-    samples = sampler.sample(
-        model,
-        [pair.of(view) for pair in prompts],
-        group_size=group_size,
-        seeds=seeds,
-        stop_ids=tokenizer.stop_ids,
-        pad_id=tokenizer.pad_id,
-        on_turn_end=lambda row, ids: episodes[row].on_turn_end(ids),
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-    )
+    with ThreadPoolExecutor(environment_threads) if environment_threads else nullcontext() as threads:
+        each = threads.map if threads else map
+        begin = partial(_Episode, environment=environment, tokenizer=tokenizer, max_turns=max_turns)
+        episodes = list(each(begin, [example for example in examples for _ in range(group_size)]))
+
+        def answer(row: int, ids: list[int]) -> list[int] | None:
+            return episodes[row].on_turn_end(ids)
+
+        samples = sampler.sample(
+            model,
+            [pair.of(view) for pair in prompts],
+            group_size=group_size,
+            seeds=seeds,
+            stop_ids=tokenizer.stop_ids,
+            pad_id=tokenizer.pad_id,
+            on_turn_end=partial(threads.submit, answer) if threads else answer,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+        )
+        list(each(_Episode.finish, episodes, samples))
     rollouts = []
     for row, (episode, sample) in enumerate(zip(episodes, samples, strict=True)):
-        episode.finish(sample)
         if episode.failure is None:
             rollouts.append(episode.rollout(sample, prompts[row // group_size], view, groups[row // group_size]))
     _warn([episode for episode in episodes if episode.failure is not None])

@@ -127,7 +127,7 @@ class _Row:
 
     Attributes:
         index, prompt: its number among all rows, and which prompt it answers.
-        unread: ids of ``sample.tokens`` that the model has not read yet; between steps empty only if finished or waiting.
+        unread: ids of ``sample.tokens`` that the model has not read yet; never empty between steps.
         turn_start: where the current turn begins in ``sample.tokens``.
         answer: what is awaited from ``on_turn_end``; None while nothing is.
     """
@@ -143,6 +143,11 @@ class _Row:
     @property
     def finished(self) -> bool:
         return self.sample.stop_reason != ""
+
+    @property
+    def to_read(self) -> int:
+        """How many ids the model is to read next: none where the row has finished or waits."""
+        return 0 if self.finished or self.answer is not None else len(self.unread)
 
     def draw_uniforms(self, n: int) -> None:
         """The row's own stream: token t of the completion, if sampled, is decided by number t of it."""
@@ -192,8 +197,8 @@ def _hear_answers(rows: list[_Row], request: _Request) -> None:
 
 def _going_on(rows: list[_Row], context: Context) -> list[_Row]:
     """Finished rows leave, and those with one token to read come first, so that a step reads its part of the cache in place."""
-    one = [slot for slot, row in enumerate(rows) if not row.finished and len(row.unread) == 1]
-    others = [slot for slot, row in enumerate(rows) if not row.finished and len(row.unread) != 1]
+    one = [slot for slot, row in enumerate(rows) if row.to_read == 1]
+    others = [slot for slot, row in enumerate(rows) if not row.finished and row.to_read != 1]
     order = _few_moves(one, 0) + _few_moves(others, len(one))
     context.rearrange(order)
     return [rows[slot] for slot in order]
@@ -209,9 +214,9 @@ def _few_moves(slots: list[int], first: int) -> list[int]:
 
 def _advance(rows: list[_Row], context: Context, request: _Request) -> None:
     """Every row that has something to read reads all of it, and samples its next token."""
-    one = [slot for slot, row in enumerate(rows) if len(row.unread) == 1]
-    several = [slot for slot, row in enumerate(rows) if len(row.unread) > 1]
-    together = of_like_length([len(rows[slot].unread) for slot in several])
+    one = [slot for slot, row in enumerate(rows) if row.to_read == 1]
+    several = [slot for slot, row in enumerate(rows) if row.to_read > 1]
+    together = of_like_length([rows[slot].to_read for slot in several])
     for slots in (one, *([several[i] for i in chunk] for chunk in together)):
         if slots:
             due = [rows[slot] for slot in slots]
@@ -249,7 +254,9 @@ def _draw(logits: Float[Tensor, "B V"], rows: list[_Row], request: _Request) -> 
             row.sample.stop_reason = "length"
 
 
-def _choose(logits: Float[Tensor, "B V"], rows: list[_Row], request: _Request) -> tuple[Int[Tensor, " B"], Float64[Tensor, " B"]]:
+def _choose(
+    logits: Float[Tensor, "B V"], rows: list[_Row], request: _Request
+) -> tuple[Int[Tensor, " B"], Float64[Tensor, " B"]]:
     """One token per row, and its log-prob under the distribution it was drawn from; not finite where the logits are not."""
     if request.temperature == 0:
         best, ids = logits.max(dim=-1)
