@@ -230,13 +230,9 @@ def observations(arguments: argparse.Namespace) -> None:
     """What one observation of many tokens costs, against rows that read none: the same rows, sampled tokens counted."""
     model, device = build(arguments), torch.device(arguments.device)
     single = make_case(arguments, long_tailed=True)
-    contenders = {
-        "one turn": Counted(partial(ours, model, single)),
-        f"observation of 1 token, second turn": Counted(partial(ours, model, single, 1)),
-        f"observation of {arguments.observation} tokens, second turn": Counted(
-            partial(ours, model, single, arguments.observation)
-        ),
-    }
+    contenders = {"one turn": Counted(partial(ours, model, single))}
+    for n in (1, arguments.observation):
+        contenders[f"two turns, {n} tokens between them"] = Counted(partial(ours, model, single, n))
     seconds = by_turns(contenders, arguments.turns, device)
     rows = []
     for name, counted in contenders.items():

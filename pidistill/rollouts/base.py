@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-OnTurnEnd = Callable[[int, list[int]], list[int] | None | Future[list[int] | None]]
+OnTurnEnd = Callable[[int, list[int]], list[int] | Future[list[int] | None] | None]
 
 
 @dataclass

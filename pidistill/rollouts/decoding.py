@@ -17,7 +17,6 @@ from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
 
-
 # Prompts are read in forwards of at most this many tokens, padding included: more is no faster, and costs memory.
 _TOKENS_PER_READ = 8192
 
