@@ -30,37 +30,35 @@ def sampling_logprobs(
 def draw(scores: Float[Tensor, "B V"], uniforms: Float64[Tensor, " B"]) -> tuple[Int[Tensor, " B"], Float64[Tensor, " B"]]:
     """By inverse CDF from softmax(scores): the first id at which the cumulative probability exceeds the uniform of [0, 1).
 
-    An id of probability 0 (score -inf) adds nothing to the sum, so it is never the first to exceed anything. The sum runs in
-    float64 over blocks, then over the ids of one block: one pass over the vocabulary, no copy of it. ``scores`` is overwritten.
+    An id of probability 0 (score -inf) adds nothing to the sum, so it is never the first to exceed anything. The sum runs over
+    blocks, then over the ids of one block, in float64; no copy of the vocabulary is made. ``scores`` is overwritten.
 
     Returns:
         ids, and their log-probs in nats: log softmax(scores) at the id. Not finite where the scores are not.
     """
     weights = scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_()
-    blocks = _block_sums(weights).cumsum(dim=-1)
-    total = blocks[:, -1:]
-    block, rest = _first_above(blocks, uniforms[:, None] * total)
+    sums = _block_sums(weights).double()
+    total = sums.sum(dim=-1, keepdim=True)
+    block, rest = _first_above(sums, uniforms[:, None] * total)
     columns = block * _BLOCK + torch.arange(_BLOCK, device=scores.device)
     inside = weights.gather(1, columns.clamp(max=scores.shape[1] - 1)).double().masked_fill(columns >= scores.shape[1], 0.0)
-    place, _ = _first_above(inside.cumsum(dim=-1), rest)
-    chosen = inside.gather(1, place)
-    # A GPU's parallel sum may step by a rounding error where the probability is 0.
-    ids = torch.where(chosen == 0, weights.argmax(dim=-1, keepdim=True), block * _BLOCK + place)
-    return ids[:, 0], (weights.gather(1, ids).double() / total).log()[:, 0]
+    place, _ = _first_above(inside, rest)
+    return (block * _BLOCK + place)[:, 0], (inside.gather(1, place) / total).log()[:, 0]
 
 
-def _block_sums(weights: Float[Tensor, "B V"]) -> Float64[Tensor, "B blocks"]:
+def _block_sums(weights: Float[Tensor, "B V"]) -> Float[Tensor, "B blocks"]:
     whole = weights.shape[1] // _BLOCK * _BLOCK
-    sums = weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(dim=-1, dtype=torch.float64)
-    return torch.cat([sums, weights[:, whole:].sum(dim=-1, keepdim=True, dtype=torch.float64)], dim=1)
+    return torch.cat([weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(dim=-1), weights[:, whole:].sum(dim=-1, keepdim=True)], 1)
 
 
 def _first_above(
-    cdf: Float64[Tensor, "B n"], target: Float64[Tensor, "B 1"]
+    weights: Float64[Tensor, "B n"], target: Float64[Tensor, "B 1"]
 ) -> tuple[Int[Tensor, "B 1"], Float64[Tensor, "B 1"]]:
-    """The first place where ``cdf`` exceeds the target, and how far the target lies above the place before it."""
+    """The first place at which the running sum of the weights exceeds the target, and the target minus the sum before it."""
+    cdf = weights.cumsum(dim=-1)
     # Sums that were rounded in another order may end below the target: staying below the end keeps the last place reachable.
     target = torch.minimum(target, torch.nextafter(cdf[:, -1:], torch.zeros_like(target)))
     place = torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[1] - 1)
-    before = torch.where(place > 0, cdf.gather(1, (place - 1).clamp(min=0)), 0.0)
-    return place, target - before
+    # A GPU's parallel sum may step by a rounding error where the weight is 0.
+    place = torch.where(weights.gather(1, place) == 0, weights.argmax(dim=-1, keepdim=True), place)
+    return place, (target - (cdf.gather(1, place) - weights.gather(1, place))).clamp(min=0)

@@ -262,7 +262,7 @@ def _choose(
         best, ids = logits.max(dim=-1)
         return ids, (best - best).double()
     if request.top_k is None and request.top_p is None:
-        scores = logits.div_(request.temperature)
+        scores = logits if request.temperature == 1 else logits.div_(request.temperature)
     else:
         scores = sampling_logprobs(logits, request.temperature, request.top_k, request.top_p)
     # numpy: stacking one-element tensors row by row would take longer than a small model's forward.
