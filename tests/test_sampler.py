@@ -2,6 +2,7 @@
 
 import math
 import re
+import threading
 import time
 from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.modules.common_utils import local_kv_cache
 
 from pidistill.errors import InputError
-from pidistill.rollouts import TorchtuneSampler, gathered_parameters
+from pidistill.rollouts import TorchtuneSampler, decoding, gathered_parameters
 from pidistill.rollouts.decoding import _parameter_groups, attention_mask
 from pidistill.rollouts.distribution import draw, sampling_logprobs
 from pidistill.testing import TINY_SIZES, perturb_weights
@@ -299,6 +300,17 @@ def test_prompts_are_read_once_and_finished_rows_leave(model, widths):
     assert len(seen) == max(lengths) and seen[-1][0] < 8
 
 
+def test_prompts_of_like_length_are_read_together_within_a_token_budget(model, widths, monkeypatch):
+    seen, _ = widths
+    expected = sample(model, TorchtuneSampler(max_new_tokens=5), group_size=2, stop_ids=frozenset())
+    assert seen[0] == (4, 7)
+    seen.clear()
+    monkeypatch.setattr(decoding, "_TOKENS_PER_READ", 8)
+    results = sample(model, TorchtuneSampler(max_new_tokens=5), group_size=2, stop_ids=frozenset())
+    assert seen[:4] == [(2, 3), (1, 4), (1, 7), (8, 1)]  # prompts of 1 and 3 tokens, of 4, of 7; a step of all rows
+    assert [result.tokens for result in results] == [result.tokens for result in expected]
+
+
 def test_positions_are_counted_from_each_rows_first_token(model):
     """Rotary attention sees only differences of positions, so no log-prob would tell; a learned embedding would."""
     positions = []
@@ -457,7 +469,10 @@ def test_rows_go_on_while_one_waits(model):
             first.set_result([20, 21])
         return None
 
+    alarm = threading.Timer(30, lambda: first.done() or first.set_exception(TimeoutError("the other row did not go on")))
+    alarm.start()
     results = sample(model, TorchtuneSampler(max_new_tokens=60), PROMPTS[:2], on_turn_end=on_turn_end, stop_ids=frozenset({20}))
+    alarm.cancel()
     assert ended == [1, 0]
     assert [result.stop_reason for result in results] == ["done", "done"]
 

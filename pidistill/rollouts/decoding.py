@@ -135,7 +135,8 @@ class Context:
         first, logits = len(self._lengths), [None] * len(prompts)
         self._lengths += [len(prompts[prompt]) for prompt in prompt_of]
         for chunk in of_like_length([len(prompt) for prompt in prompts]):
-            rows = [(first + i, chunk.index(prompt)) for i, prompt in enumerate(prompt_of) if prompt in chunk]
+            place = {prompt: row for row, prompt in enumerate(chunk)}
+            rows = [(first + i, place[prompt]) for i, prompt in enumerate(prompt_of) if prompt in place]
             slots, sources = (self._tensor(list(numbers)) for numbers in zip(*rows, strict=True))
             tokens = [prompts[prompt] for prompt in chunk]
             step = self._step(range(len(chunk)), [0] * len(chunk), max(map(len, tokens)), prompts=True)
