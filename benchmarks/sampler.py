@@ -59,12 +59,15 @@ class Case:
 
 
 class Counted:
-    """A contender that adds up its useful tokens."""
+    """A contender that adds up its useful tokens; ``cold`` ones sit out the turn that is not counted."""
 
-    def __init__(self, run):
-        self._run, self.tokens, self.calls = run, 0, 0
+    def __init__(self, run, cold: bool = False):
+        self._run, self._sit_out, self.tokens, self.calls = run, cold, 0, 0
 
     def __call__(self) -> None:
+        if self._sit_out:
+            self._sit_out = False
+            return
         self.tokens += self._run()
         self.calls += 1
 
@@ -207,7 +210,8 @@ def compare(arguments: argparse.Namespace) -> None:
             "transformers generate": Counted(partial(transformers_generate, peer, case)),
         }
         if not arguments.no_torchtune:
-            contenders["torchtune generate"] = Counted(partial(torchtune_generate, model, case))
+            # A run takes a minute here: there is nothing to warm up.
+            contenders["torchtune generate"] = Counted(partial(torchtune_generate, model, case), cold=True)
         seconds = by_turns(contenders, arguments.turns, device)
         report(name, case, model, contenders, seconds, rate)
 
