@@ -32,4 +32,5 @@ class Environment(Protocol):
         """Answer one assistant turn, changing ``state`` in place.
 
         ``truncated``: the turn hit the token limit before its end-of-turn token; the episode ends whatever is answered.
+        With ``environment_threads`` this is called from several threads, each episode from one at a time.
         """

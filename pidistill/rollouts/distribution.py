@@ -48,7 +48,9 @@ def draw(scores: Float[Tensor, "B V"], uniforms: Float64[Tensor, " B"]) -> tuple
 
 def _block_sums(weights: Float[Tensor, "B V"]) -> Float[Tensor, "B blocks"]:
     whole = weights.shape[1] // _BLOCK * _BLOCK
-    return torch.cat([weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(dim=-1), weights[:, whole:].sum(dim=-1, keepdim=True)], 1)
+    return torch.cat(
+        [weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(dim=-1), weights[:, whole:].sum(dim=-1, keepdim=True)], 1
+    )
 
 
 def _first_above(
