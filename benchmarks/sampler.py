@@ -59,15 +59,12 @@ class Case:
 
 
 class Counted:
-    """A contender that adds up its useful tokens; ``cold`` ones sit out the turn that is not counted."""
+    """A contender that adds up its useful tokens."""
 
-    def __init__(self, run, cold: bool = False):
-        self._run, self._sit_out, self.tokens, self.calls = run, cold, 0, 0
+    def __init__(self, run):
+        self._run, self.tokens, self.calls = run, 0, 0
 
     def __call__(self) -> None:
-        if self._sit_out:
-            self._sit_out = False
-            return
         self.tokens += self._run()
         self.calls += 1
 
@@ -178,13 +175,13 @@ def useful(completions: torch.Tensor, stop_ids: tuple[int, ...]) -> int:
 # ---------------------------------------------------------------------------------------------- what is compared
 
 
-def make_case(arguments: argparse.Namespace, long_tailed: bool) -> Case:
+def make_case(arguments: argparse.Namespace, long_tailed: bool, new_tokens: int | None = None) -> Case:
     generator = torch.Generator().manual_seed(1)
     shape = (arguments.prompts, arguments.prompt_tokens)
     # A geometric length with stop probability p, cut at n, has mean (1 − (1−p)^n) / p: 0.32 n for p = 3 / n.
     n_stops = round(3 * arguments.vocabulary / arguments.new_tokens) if long_tailed else 0
     prompts = torch.randint(n_stops, arguments.vocabulary, shape, generator=generator).tolist()
-    return Case(prompts, arguments.group_size, arguments.new_tokens, tuple(range(n_stops)))
+    return Case(prompts, arguments.group_size, new_tokens or arguments.new_tokens, tuple(range(n_stops)))
 
 
 def floor_s(model: nn.Module, case: Case, tokens: float, rate: float) -> float:
@@ -199,7 +196,7 @@ def compare(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
     model = build(arguments)
     peer = as_transformers(model, arguments)
-    rate = matmul_flops_per_s(device, arguments.torch_dtype)
+    rate = matmul_flops_per_s(device, arguments.torch_dtype, clock=arguments.clock)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters / 1e6:.1f}M parameters, {len(model.layers)} layers, V={arguments.vocabulary}, {arguments.dtype}")
     print(f"{arguments.device}, {torch.get_num_threads()} threads, large matmul at {rate / 1e9:.0f} GFLOP/s")
@@ -210,9 +207,11 @@ def compare(arguments: argparse.Namespace) -> None:
             "transformers generate": Counted(partial(transformers_generate, peer, case)),
         }
         if not arguments.no_torchtune:
-            # A run takes a minute here: there is nothing to warm up.
-            contenders["torchtune generate"] = Counted(partial(torchtune_generate, model, case), cold=True)
-        seconds = by_turns(contenders, arguments.turns, device)
+            contenders["torchtune generate"] = Counted(partial(torchtune_generate, model, case))
+        # A warm-up turn of each would take longer than what it evens out.
+        short = make_case(arguments, long_tailed=False, new_tokens=2)
+        ours(model, short), transformers_generate(peer, short)
+        seconds = by_turns(contenders, arguments.turns, device, warm_up=False, clock=arguments.clock)
         report(name, case, model, contenders, seconds, rate)
 
 
@@ -237,7 +236,7 @@ def observations(arguments: argparse.Namespace) -> None:
     contenders = {"one turn": Counted(partial(ours, model, single))}
     for n in (1, arguments.observation):
         contenders[f"two turns, {n} tokens between them"] = Counted(partial(ours, model, single, n))
-    seconds = by_turns(contenders, arguments.turns, device)
+    seconds = by_turns(contenders, arguments.turns, device, clock=arguments.clock)
     rows = []
     for name, counted in contenders.items():
         tokens, total = counted.tokens / counted.calls, sum(seconds[name]) / len(seconds[name])
@@ -267,7 +266,7 @@ def _rank(rank: int, arguments: argparse.Namespace) -> None:
         return ours(model, case)
 
     contenders = {"unsharded": Counted(partial(together, model)), "FSDP2": Counted(partial(together, split))}
-    seconds = by_turns(contenders, arguments.turns, torch.device(arguments.device))
+    seconds = by_turns(contenders, arguments.turns, torch.device(arguments.device))  # waits for the other rank count
     if rank == 0:
         rows = []
         for name, counted in contenders.items():
@@ -292,13 +291,14 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--cases", nargs="+", choices=("equal", "long-tailed"), default=["equal", "long-tailed"])
-    parser.add_argument("--turns", type=int, default=2, help="measured turns of each contender, after one that is not counted")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--turns", type=int, default=1, help="measured turns of each contender")
+    parser.add_argument("--threads", type=int, help="1 also counts the process's own seconds, for a CPU that others use too")
     parser.add_argument("--no-torchtune", action="store_true")
     parser.add_argument("--ranks", type=int, help="compare sharded with unsharded in this many processes instead")
     parser.add_argument("--observation", type=int, help="compare two turns with one instead; tokens between them")
     arguments = parser.parse_args()
     arguments.torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
+    arguments.clock = time.process_time if arguments.threads == 1 and arguments.device == "cpu" else time.perf_counter
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with contextlib.suppress(KeyboardInterrupt):
