@@ -72,7 +72,7 @@ class Counted:
 def build(arguments: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
     sizes = SHAPES[arguments.shape] | ({"num_layers": arguments.layers} if arguments.layers else {})
-    length = arguments.prompt_tokens + arguments.new_tokens + 8
+    length = arguments.prompt_tokens + arguments.new_tokens + (arguments.observation or 0) + 8
     with torch.device(arguments.device), training.set_default_dtype(arguments.torch_dtype):
         model = qwen2(vocab_size=arguments.vocabulary, max_seq_len=length, tie_word_embeddings=True, **sizes)
     nn.init.normal_(model.tok_embeddings.weight, std=0.02)  # a nearly flat head
@@ -121,7 +121,7 @@ def ours(model: nn.Module, case: Case, observation: int = 0, **settings) -> int:
         turns[row] += 1
         return [len(case.stop_ids)] * observation if observation and turns[row] == 1 else None
 
-    samples = TorchtuneSampler(max_new_tokens=case.new_tokens, **settings).sample(
+    samples = TorchtuneSampler(max_new_tokens=case.new_tokens + observation, **settings).sample(
         model,
         case.prompts,
         group_size=case.group_size,
