@@ -28,8 +28,8 @@ from pidistill.types import Example, PromptPair, Rollout
 SHAPES = {
     "small": {"num_layers": 6, "embed_dim": 512, "num_heads": 8, "num_kv_heads": 2, "intermediate_dim": 2752,
               "vocab_size": 8192},
-    # Qwen3-4B's widths on Qwen2's layers: 32 heads of 80 where Qwen3 has 32 of 128.
-    "qwen3_4b": {"num_layers": 36, "embed_dim": 2560, "num_heads": 32, "num_kv_heads": 8, "intermediate_dim": 9728,
+    # Qwen3-4B's widths on Qwen2's layers: 20 heads of 128 where Qwen3 has 32.
+    "qwen3_4b": {"num_layers": 36, "embed_dim": 2560, "num_heads": 20, "num_kv_heads": 4, "intermediate_dim": 9728,
                  "vocab_size": 151_936},
 }  # fmt: skip
 OBJECTIVE = PiDistill(alpha=0.5, beta=1.0, kl_mode="loss_rb", student_kl="loss", student_term="ppo")
