@@ -102,7 +102,7 @@ class Problem:
         from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
         student, teacher = ((h @ self.weight.T).float()[None] for h in self.both())
-        return GKDTrainer.generalized_jsd_loss(student, teacher, beta=0.5)
+        return GKDTrainer.generalized_jsd_loss(student, teacher, beta=0.5) / len(self.targets)  # theirs: ÷ the batch of one
 
     def dense(self) -> Tensor:
         student, teacher = (torch.log_softmax((h @ self.weight.T).float(), -1) for h in self.both())
