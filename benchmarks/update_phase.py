@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import random
+import time
 
 import torch
 from measure import GIB, PeakMemory, by_turns, in_own_process, matmul_flops_per_s, median_ratio, print_table
@@ -122,15 +123,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--own-seconds", action="store_true", help="one thread's CPU seconds, for a machine that others use")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.own_seconds:
+        arguments.threads = 1
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    arguments.clock = time.process_time if arguments.own_seconds else time.perf_counter
     if arguments.case:
         memory_case(arguments)
         return
     device, model, rows = torch.device(arguments.device), build_model(arguments), []
-    rate = matmul_flops_per_s(device, next(model.parameters()).dtype)
+    rate = matmul_flops_per_s(device, next(model.parameters()).dtype, clock=arguments.clock)
     for privileged in arguments.privileged:
         rows.append(measure(arguments, model, privileged, device, rate))
     order = "PI before the question" if arguments.question_last else "PI after the question"
@@ -162,6 +167,7 @@ def measure(
         {packing: lambda packing=packing: update(model, rollouts, packing, device) for packing in ("padded", "tree")},
         arguments.turns,
         device,
+        clock=arguments.clock,
     )
     speed_up, fastest = median_ratio(seconds["padded"], seconds["tree"]), min(seconds["tree"])
     memory = ["–"] * 3
