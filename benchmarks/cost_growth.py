@@ -4,7 +4,8 @@
 
 Packed trees cut into micro-batches of `--budget` tokens, as the recipes do. Expected: time per policy token falls towards a
 constant as a group shares its prompt, and is flat in the number of groups; memory depends on the budget alone. Every point
-is a process of its own; times are relative to the first point of a row of points, the fastest of `--turns`.
+is a process of its own; times are CPU seconds of one thread, relative to the first point of a row of points, the fastest of
+`--turns`.
 """
 
 import argparse
@@ -46,6 +47,7 @@ def one_step(model: torch.nn.Module, packer: Packer, pairs: list) -> None:
 
 
 def point(groups: int, group: int, budget: int, turns: int) -> dict[str, float]:
+    torch.set_num_threads(1)
     sizes = argparse.Namespace(**SIZES, groups=groups, group=group)
     model, device = build_model(sizes), torch.device("cpu")
     packer = Packer(OmegaConf.create({"micro_batch_tokens": budget}), Run(device, torch.float32, 0, 1, 0, Path()), pad_id=0)
@@ -58,9 +60,9 @@ def point(groups: int, group: int, budget: int, turns: int) -> dict[str, float]:
     seconds = []
     with PeakMemory() as peak:
         for _ in range(turns):
-            begin = time.perf_counter()
+            begin = time.process_time()
             one_step(model, packer, pairs)
-            seconds.append(time.perf_counter() - begin)
+            seconds.append(time.process_time() - begin)
     return {"ms_per_token": 1e3 * min(seconds) / sum(r.policy_tokens for r in rollouts), "gib": peak.bytes / GIB}
 
 

@@ -26,7 +26,6 @@ def code_lines() -> list[str]:
 
 
 SWEEPS = [line for line in code_lines() if re.match(r"pidistill sweep (?!--)", line)]
-SWEEPS = [line for line in code_lines() if re.match(r"pidistill sweep (?!--)", line)]
 COMMANDS = [line for line in code_lines() if re.match(r"(tune|pidistill) run", line)]
 
 
