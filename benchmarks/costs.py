@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "pi_distill, large head": ("pi_distill_distributed", {"objective": "PiDistill", "model.vocab_size": 65536}),
     "pi_distill, small micro-batches": (
         "pi_distill_distributed",
-        {"objective": "PiDistill", "micro_batch_rollouts": 2},
+        {"objective": "PiDistill", "micro_batch_tokens": 1024},
     ),
     "pi_distill, checkpointing": (
         "pi_distill_distributed",

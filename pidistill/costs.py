@@ -9,6 +9,7 @@ time of environment and reward, evaluation. How close this comes is measured by 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 from typing import Literal
 
@@ -18,6 +19,8 @@ from torchtune.modules import TransformerDecoder
 
 from pidistill.adapters import train_adapters_only
 from pidistill.devices import Device
+from pidistill.scoring import _CHUNK_ELEMENTS
+from pidistill.tree_attention import FLEX_BLOCK
 from pidistill.types import ViewName
 
 PHASES = ("rollout", "teacher", "forward", "head", "backward", "optimizer")
@@ -137,7 +140,8 @@ class Workload:
         student, teacher: prompts of the two views; ``shared``: what they have in common at the start.
         completion: of every rollout.
         groups: sampled in a round; ``trained_groups``: counted again for every update that trains them.
-        micro_batch_tokens: of one packed forward; ``micro_batch_rollouts``: of one padded forward.
+        views: that the update looks at.
+        micro_batch_tokens: of one forward, both packings alike.
         sampler_rows: sampled at once; None is all.
         chunk_tokens: whose logits exist at once; None is the scorer's own choice.
     """
@@ -150,10 +154,10 @@ class Workload:
     groups: int
     trained_groups: int
     updates: int = 1
+    views: tuple[ViewName, ...] = ("student", "teacher")
     sampled_view: ViewName = "student"
     packing: Literal["tree", "padded"] = "tree"
     micro_batch_tokens: int = 8192
-    micro_batch_rollouts: int = 8
     sampler_rows: int | None = None
     chunk_tokens: int | None = None
 
@@ -183,7 +187,7 @@ class Tokens:
     Attributes:
         fed: tokens, padding included. ``pairs``: of a query and a key that it sees.
         policy: hidden states that reach the head, all views together.
-        micro_batches, fed_at_once, policy_at_once: how many forwards, and the largest of them.
+        micro_batches, fed_at_once, pairs_at_once, policy_at_once: how many forwards, and the largest of them.
     """
 
     fed: int
@@ -191,46 +195,61 @@ class Tokens:
     policy: int
     micro_batches: int
     fed_at_once: int
+    pairs_at_once: int
     policy_at_once: int
 
 
 def count_tokens(work: Workload, views: tuple[ViewName, ...], groups: int) -> Tokens:
-    return (_tree if work.packing == "tree" else _padded)(work, views, groups)
+    """Of a pass that reads ``views``, in micro-batches that are cut by the tokens of all the views of ``work``."""
+    parts = [_fed(work, views, *part) for part in _micro_batches(work, groups)]
+    policy = groups * work.group_size * len(views) * work.completion
+    fed, pairs, policies = (list(column) for column in zip(*parts, strict=True))
+    return Tokens(sum(fed), sum(pairs), policy, len(parts), max(fed), max(pairs), max(policies))
 
 
-def _padded(work: Workload, views: tuple[ViewName, ...], groups: int) -> Tokens:
-    """Every view of every rollout is a row as long as the longest view; the last token predicts nothing and is not fed."""
-    rollouts = groups * work.group_size
-    length = max(work.prompt(view) for view in views) + work.completion - 1
-    rows, at_once = rollouts * len(views), min(work.micro_batch_rollouts, rollouts) * len(views)
-    return Tokens(
-        fed=rows * length,
-        pairs=rows * _path_pairs(0, length),
-        policy=rows * work.completion,
-        micro_batches=ceil(rows / max(at_once, 1)),
-        fed_at_once=at_once * length,
-        policy_at_once=at_once * work.completion,
-    )
-
-
-def _tree(work: Workload, views: tuple[ViewName, ...], groups: int) -> Tokens:
-    """Shared text once per row, completions as leaves; a group that exceeds the budget is cut, each part with its prompts."""
+def _fed(work: Workload, views: tuple[ViewName, ...], rollouts: int, groups: int) -> tuple[int, int, int]:
+    """(tokens, pairs, policy tokens) of one forward over ``rollouts`` of ``groups`` groups."""
+    policy = rollouts * len(views) * work.completion
+    if work.packing == "padded":  # a row per rollout and view, all as long as the longest; the last token is not fed
+        rows, length = rollouts * len(views), max(work.prompt(view) for view in views) + work.completion - 1
+        return rows * length, rows * _path_pairs(0, length), policy
     trunk, leaf = _trunk(work, views), _leaf(work, views)
-    trunk_tokens, leaf_tokens = (sum(n for _, n in branches) for branches in (trunk, leaf))
-    members = min(work.group_size, max(1, (work.micro_batch_tokens - trunk_tokens) // max(leaf_tokens, 1)))
-    parts = ceil(work.group_size / members)
-    group = parts * trunk_tokens + work.group_size * leaf_tokens
-    together = min(groups, max(1, work.micro_batch_tokens // group)) if parts == 1 else 1
-    at_once = together * (trunk_tokens + members * leaf_tokens)
-    pairs = parts * _branch_pairs(trunk) + work.group_size * _branch_pairs(leaf)
-    return Tokens(
-        fed=groups * group,
-        pairs=groups * pairs,
-        policy=groups * work.group_size * len(views) * work.completion,
-        micro_batches=ceil(groups / together) * parts,
-        fed_at_once=at_once,
-        policy_at_once=together * members * len(views) * work.completion,
-    )
+    tokens, pairs = (groups * total(trunk) + rollouts * total(leaf) for total in (_branch_tokens, _branch_pairs))
+    # Blocks of queries and keys are computed whole.
+    return tokens, pairs + tokens * FLEX_BLOCK, policy
+
+
+@lru_cache(maxsize=256)
+def _micro_batches(work: Workload, groups: int) -> tuple[tuple[int, int], ...]:
+    """(rollouts, groups that they belong to) of each, as :class:`pidistill.packing.Packer` cuts them: as few lists as the
+    budget allows, spread evenly."""
+    rollouts = groups * work.group_size
+    low, high = 1, max(1, work.micro_batch_tokens)
+    most = len(_cut(work, rollouts, high))
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_cut(work, rollouts, middle)) <= most else (middle + 1, high)
+    return tuple(_cut(work, rollouts, high))
+
+
+def _cut(work: Workload, rollouts: int, budget: int) -> list[tuple[int, int]]:
+    """Consecutive rollouts as long as they fit, at least one."""
+    parts, first = [], 0
+    while first < rollouts:
+        n = 1
+        while first + n < rollouts and _load(work, first, n + 1) <= budget:
+            n += 1
+        parts.append((n, _groups_of(work, first, n)))
+        first += n
+    return parts or [(0, 0)]
+
+
+def _groups_of(work: Workload, first: int, rollouts: int) -> int:
+    return (first + rollouts - 1) // work.group_size - first // work.group_size + 1
+
+
+def _load(work: Workload, first: int, rollouts: int) -> int:
+    return _fed(work, work.views, rollouts, _groups_of(work, first, rollouts))[0]
 
 
 Branch = tuple[int, int]  # (position of its first token, tokens)
@@ -246,6 +265,10 @@ def _leaf(work: Workload, views: tuple[ViewName, ...]) -> list[Branch]:
     """One completion under each view; views with the same prompt are one path."""
     same = len(views) == 2 and work.shared == work.student == work.teacher
     return [(work.prompt(view), work.completion - 1) for view in views[: 1 if same else None]]
+
+
+def _branch_tokens(branches: list[Branch]) -> int:
+    return sum(n for _, n in branches)
 
 
 def _branch_pairs(branches: list[Branch]) -> int:
@@ -296,9 +319,8 @@ class Setup:
 
 # Python, torch and the data on a CPU; the context and the libraries' workspaces on CUDA.
 _LIBRARIES_BYTES = {"cpu": 0.5 * 2**30, "cuda": 0.8 * 2**30}
-# fp32 matrices [chunk, vocabulary] that the head holds at once for each view, and the size of one of them.
+# fp32 matrices [chunk, vocabulary] that the head holds at once for each view.
 _HEAD_MATRICES = 5
-_CHUNK_ELEMENTS = {"cpu": 10 * 2**20, "cuda": 2**26}
 # Of each row's next-token distribution: logits, log-probs, and their float64 sum in id order.
 _SAMPLER_BYTES_PER_LOGIT = 32
 
@@ -371,7 +393,7 @@ def _gathered_bytes(setup: Setup, *, whole: bool) -> float:
 def _teacher_bytes(setup: Setup, work: Workload) -> dict[str, float]:
     """Forwards without gradient; between micro-batches of an update the gradients are there too."""
     passes = (*setup.constant_passes, *setup.behaviour)
-    forwards = [count_tokens(work, one.views, 1).fed_at_once * _passing_bytes(one.model) for one in passes]
+    forwards = [count_tokens(work, one.views, work.trained_groups).fed_at_once * _passing_bytes(one.model) for one in passes]
     return {
         "gathered weights": _gathered_bytes(setup, whole=False),
         "gradients": _gradient_bytes(setup),
@@ -389,6 +411,8 @@ def _update_bytes(setup: Setup, work: Workload) -> dict[str, float]:
     gathered = _gathered_bytes(setup, whole=False)
     accumulated = _gradient_bytes(setup)
     activations = tokens.fed_at_once * _activation_bytes(model, setup.checkpointing)
+    if setup.device == "cpu" and work.packing == "tree":
+        activations += 4 * tokens.pairs_at_once  # the mask, an fp32 bias for each block of queries
     if tokens.micro_batches == 1:  # gradients come as activations go; the head's, and the layer at work, stand beside both
         accumulated, activations = (0.0, activations) if activations > accumulated else (accumulated, 0.0)
     return {
@@ -424,9 +448,14 @@ def _head_gradient_bytes(setup: Setup) -> float:
 
 def _head_matrices_bytes(setup: Setup, work: Workload) -> float:
     views = {view for one in setup.update for view in one.views}
-    chunk = work.chunk_tokens or max(1, _CHUNK_ELEMENTS[setup.device] // setup.model.vocabulary)
+    chunk = work.chunk_tokens or chunk_tokens(setup.model, setup.device)
     policy = count_tokens(work, ("student",), work.trained_groups).policy_at_once
     return len(views) * _HEAD_MATRICES * min(chunk, policy) * setup.model.vocabulary * 4
+
+
+def chunk_tokens(model: ModelShape, device: str) -> int:
+    """The scorer's own choice of tokens whose logits exist at once."""
+    return max(1, _CHUNK_ELEMENTS[device] // model.vocabulary)
 
 
 def _optimizer_bytes(setup: Setup) -> dict[str, float]:
@@ -463,19 +492,19 @@ def seconds(setup: Setup, work: Workload, device: Device) -> dict[str, float]:
 
 
 def _forward_s(model: ModelShape, tokens: Tokens, device: Device) -> float:
-    flops = 2 * model.maps * tokens.fed + _attention_flops(model, tokens, device)
+    flops = 2 * model.maps * tokens.fed + _attention_flops(model, tokens)
     crossed = _CROSSINGS * model.saved_bytes * tokens.fed
     return flops / device.flops_per_s + crossed / device.bytes_per_s + model.layers * device.layer_s * tokens.micro_batches
 
 
 def _backward_s(model: ModelShape, tokens: Tokens, device: Device) -> float:
     """Gradients of every input and of the trained weights; attention computes its scores again: five products, not two."""
-    flops = 2 * (model.maps + model.trained_maps) * tokens.fed + 2.5 * _attention_flops(model, tokens, device)
+    flops = 2 * (model.maps + model.trained_maps) * tokens.fed + 2.5 * _attention_flops(model, tokens)
     crossed = 2 * _CROSSINGS * model.saved_bytes * tokens.fed
     return flops / device.flops_per_s + crossed / device.bytes_per_s + 2 * model.layers * device.layer_s * tokens.micro_batches
 
 
-def _attention_flops(model: ModelShape, tokens: Tokens, device: Device) -> float:
+def _attention_flops(model: ModelShape, tokens: Tokens) -> float:
     return 4 * model.layers * model.heads * model.head_dim * tokens.pairs
 
 
@@ -499,7 +528,7 @@ def _rollout_s(model: ModelShape, work: Workload, device: Device) -> float:
     prompt, rows = work.prompt(work.sampled_view), work.groups * work.group_size
     batches = ceil(rows / (work.sampler_rows or rows))
     steps = batches * work.completion
-    prefill = Tokens(work.groups * prompt, work.groups * _path_pairs(0, prompt), 0, batches, 0, 0)
+    prefill = Tokens(work.groups * prompt, work.groups * _path_pairs(0, prompt), 0, batches, 0, 0, 0)
     context = rows * (work.completion * prompt + _path_pairs(0, work.completion))  # keys that all rows' steps look at
     weights = (model.maps + model.head) * max(
         2 * rows * work.completion / device.flops_per_s, steps * model.item_bytes / device.bytes_per_s

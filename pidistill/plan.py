@@ -31,7 +31,7 @@ from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
 from pidistill.adapters import has_adapters
 from pidistill.config import build, resolve
-from pidistill.costs import ModelShape, Pass, Setup, Workload, count_tokens, memory, model_shape, peak, seconds
+from pidistill.costs import ModelShape, Pass, Setup, Workload, chunk_tokens, count_tokens, memory, model_shape, peak, seconds
 from pidistill.data import demonstration
 from pidistill.devices import GIB, PRESETS, Device, measured, preset
 from pidistill.errors import InputError
@@ -43,7 +43,7 @@ from pidistill.tokenizers import as_chat_tokenizer
 from pidistill.training import COMMON_KEYS, check_run, empty_model
 from pidistill.types import ScoreRequest
 
-KEYS = COMMON_KEYS | ROUND_KEYS | {"hindsight", "batch_size", "micro_batch_size", "packing", "micro_batch_tokens"}
+KEYS = COMMON_KEYS | ROUND_KEYS | {"hindsight", "batch_size"}
 SFT_REQUEST = ScoreRequest(student_grad=True, teacher_grad=False, views=("student",))
 
 
@@ -161,9 +161,7 @@ def workload_of(cfg: DictConfig, lengths: Lengths, ranks: int) -> Workload:
         "chunk_tokens": cfg.get("score_chunk_tokens"),
     }
     if "batch_size" in cfg:
-        demonstrations = -(-cfg.batch_size // ranks)
-        micro_batch = cfg.get("micro_batch_size") or cfg.batch_size
-        return Workload(group_size=1, groups=0, trained_groups=demonstrations, micro_batch_rollouts=micro_batch, **common)
+        return Workload(group_size=1, groups=0, trained_groups=-(-cfg.batch_size // ranks), views=SFT_REQUEST.views, **common)
     sizes = Round(cfg)
     objective = build(cfg.objective)
     return Workload(
@@ -171,8 +169,8 @@ def workload_of(cfg: DictConfig, lengths: Lengths, ranks: int) -> Workload:
         groups=-(-sizes.prompts // ranks),
         trained_groups=-(-sizes.minibatch // sizes.group_size // ranks) * sizes.updates,
         updates=sizes.updates,
+        views=objective.score_request(0).views,
         sampled_view=objective.sampling_view(),
-        micro_batch_rollouts=sizes.micro_batch,
         sampler_rows=cfg.sampler.get("max_batch_size"),
         **common,
     )
@@ -317,11 +315,18 @@ def _fewer_rows_sampled(run: Run, device: Device) -> list[Run]:
     return [run.with_(f"sampler.max_batch_size={n}") for n in _halves(run.cfg.sampler.get("max_batch_size") or rows)]
 
 
+def _packed(run: Run, device: Device) -> list[Run]:
+    return [run.with_("packing=tree")] if _packing(run.cfg) == "padded" else []
+
+
 def _smaller_micro_batches(run: Run, device: Device) -> list[Run]:
-    if _packing(run.cfg) == "tree":
-        return [run.with_(f"micro_batch_tokens={n}") for n in _halves(_budget(run.cfg), least=256)]
-    key = "micro_batch_size" if "batch_size" in run.cfg else "micro_batch_rollouts"
-    return [run.with_(f"{key}={n}") for n in _halves(run.cfg.get(key) or run.cfg.get("batch_size") or 8)]
+    return [run.with_(f"micro_batch_tokens={n}") for n in _halves(_budget(run.cfg), least=256)]
+
+
+def _smaller_chunks(run: Run, device: Device) -> list[Run]:
+    """Of the head's logits."""
+    size = run.cfg.get("score_chunk_tokens") or chunk_tokens(_shape(run.cfg.model, _dtype(run.cfg)), device.kind)
+    return [run.with_(f"score_chunk_tokens={n}") for n in _halves(size, least=32)]
 
 
 def _checkpointing(run: Run, device: Device) -> list[Run]:
@@ -360,7 +365,10 @@ def _lora(run: Run, device: Device) -> list[Run]:
 
 
 # From what changes nothing but time to what changes the method.
-KINDS = (_fewer_rows_sampled, _smaller_micro_batches, _checkpointing, _no_second_copy, _more_ranks, _offload, _bf16, _lora)
+KINDS = (
+    _fewer_rows_sampled, _packed, _smaller_micro_batches, _smaller_chunks, _checkpointing, _no_second_copy, _more_ranks,
+    _offload, _bf16, _lora,
+)  # fmt: skip
 
 
 def _halves(largest: int, least: int = 1) -> list[int]:
@@ -480,7 +488,8 @@ def _show(result: Estimate, rows: Rows, device: Device, ranks: int, changes: lis
         highlight=False,
     )
     for change, with_it in changes:
-        console.print(f"  {_gib(with_it)}{' fits' if fits(with_it, device) else ''}: {change}", highlight=False, soft_wrap=True)
+        told = f"  {_gib(with_it)}{' fits' if fits(with_it, device) else ''}: {change}"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def _memory_table(result: Estimate, device: Device, ranks: int) -> Table:
