@@ -8,8 +8,9 @@ Every term is one line with its reason. All rollouts have the same lengths here.
 time of environment and reward, evaluation. How close this comes is measured by benchmarks/costs.py.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import ceil
 from typing import Literal
 
@@ -224,8 +225,9 @@ def _micro_batches(work: Workload, groups: int) -> tuple[tuple[int, int], ...]:
     """(rollouts, groups that they belong to) of each, as :class:`pidistill.packing.Packer` cuts them: as few lists as the
     budget allows, spread evenly."""
     rollouts = groups * work.group_size
-    low, high = 1, max(1, work.micro_batch_tokens)
+    high = max(1, work.micro_batch_tokens)
     most = len(_cut(work, rollouts, high))
+    low = min(high, _load(work, 0, rollouts) // most)  # less cannot hold all of them
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if len(_cut(work, rollouts, middle)) <= most else (middle + 1, high)
@@ -236,9 +238,8 @@ def _cut(work: Workload, rollouts: int, budget: int) -> list[tuple[int, int]]:
     """Consecutive rollouts as long as they fit, at least one."""
     parts, first = [], 0
     while first < rollouts:
-        n = 1
-        while first + n < rollouts and _load(work, first, n + 1) <= budget:
-            n += 1
+        fitting = bisect_right(range(1, rollouts - first + 1), budget, key=partial(_load, work, first))
+        n = max(1, fitting)
         parts.append((n, _groups_of(work, first, n)))
         first += n
     return parts or [(0, 0)]
