@@ -72,7 +72,11 @@ def model_shape(model: TransformerDecoder) -> ModelShape:
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     embedding = model.tok_embeddings.weight
     head = getattr(model.output, "tied_module", model.output).weight
-    saved = [_saved_bytes(layer, embedding.shape[1], embedding.dtype) for layer in model.layers]
+    alike: dict[tuple, float] = {}  # by the shapes of their weights: most layers are like the first
+    for layer in model.layers:
+        if (key := _signature(layer)) not in alike:
+            alike[key] = _saved_bytes(layer, embedding.shape[1], embedding.dtype)
+    saved = [alike[_signature(layer)] for layer in model.layers]
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -93,6 +97,10 @@ def model_shape(model: TransformerDecoder) -> ModelShape:
         layer_saved_bytes=max(saved),
         item_bytes=embedding.element_size(),
     )
+
+
+def _signature(layer: nn.Module) -> tuple:
+    return tuple((name, p.shape, p.requires_grad) for name, p in layer.named_parameters())
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -202,55 +210,61 @@ class Tokens:
 
 def count_tokens(work: Workload, views: tuple[ViewName, ...], groups: int) -> Tokens:
     """Of a pass that reads ``views``, in micro-batches that are cut by the tokens of all the views of ``work``."""
-    parts = [_fed(work, views, *part) for part in _micro_batches(work, groups)]
-    policy = groups * work.group_size * len(views) * work.completion
-    fed, pairs, policies = (list(column) for column in zip(*parts, strict=True))
-    return Tokens(sum(fed), sum(pairs), policy, len(parts), max(fed), max(pairs), max(policies))
+    group, rollout = _shares(work, views)
+    parts = _micro_batches(work, groups)
+    fed = [touched * group.tokens + n * rollout.tokens for n, touched in parts]
+    pairs = [touched * group.pairs + n * rollout.pairs for n, touched in parts]
+    if work.packing == "tree":  # blocks of queries and keys are computed whole
+        pairs = [own + FLEX_BLOCK * tokens for own, tokens in zip(pairs, fed, strict=True)]
+    policy = [n * len(views) * work.completion for n, _ in parts]
+    return Tokens(sum(fed), sum(pairs), sum(policy), len(parts), max(fed), max(pairs), max(policy))
 
 
-def _fed(work: Workload, views: tuple[ViewName, ...], rollouts: int, groups: int) -> tuple[int, int, int]:
-    """(tokens, pairs, policy tokens) of one forward over ``rollouts`` of ``groups`` groups."""
-    policy = rollouts * len(views) * work.completion
-    if work.packing == "padded":  # a row per rollout and view, all as long as the longest; the last token is not fed
-        rows, length = rollouts * len(views), max(work.prompt(view) for view in views) + work.completion - 1
-        return rows * length, rows * _path_pairs(0, length), policy
-    trunk, leaf = _trunk(work, views), _leaf(work, views)
-    tokens, pairs = (groups * total(trunk) + rollouts * total(leaf) for total in (_branch_tokens, _branch_pairs))
-    # Blocks of queries and keys are computed whole.
-    return tokens, pairs + tokens * FLEX_BLOCK, policy
+@dataclass(frozen=True)
+class _Share:
+    tokens: int
+    pairs: int
+
+
+def _shares(work: Workload, views: tuple[ViewName, ...]) -> tuple[_Share, _Share]:
+    """What each group that a micro-batch touches adds to it, and each rollout; a completion's last token is not fed."""
+    if work.packing == "padded":  # a row per rollout and view, all as long as the longest
+        length = max(work.prompt(view) for view in views) + work.completion - 1
+        return _Share(0, 0), _Share(len(views) * length, len(views) * _path_pairs(0, length))
+    return tuple(
+        _Share(sum(n for _, n in branches), sum(_path_pairs(start, n) for start, n in branches))
+        for branches in (_trunk(work, views), _leaf(work, views))
+    )
 
 
 @lru_cache(maxsize=256)
 def _micro_batches(work: Workload, groups: int) -> tuple[tuple[int, int], ...]:
     """(rollouts, groups that they belong to) of each, as :class:`pidistill.packing.Packer` cuts them: as few lists as the
     budget allows, spread evenly."""
-    rollouts = groups * work.group_size
+    rollouts, (group, rollout) = groups * work.group_size, _shares(work, work.views)
+
+    def touched(first: int, n: int) -> int:
+        return (first + n - 1) // work.group_size - first // work.group_size + 1
+
+    def tokens(first: int, n: int) -> int:
+        return touched(first, n) * group.tokens + n * rollout.tokens
+
+    def cut(budget: int) -> list[tuple[int, int]]:
+        """Consecutive rollouts as long as they fit, at least one."""
+        parts, first = [], 0
+        while first < rollouts:
+            n = max(1, bisect_right(range(1, rollouts - first + 1), budget, key=partial(tokens, first)))
+            parts.append((n, touched(first, n)))
+            first += n
+        return parts or [(0, 0)]
+
     high = max(1, work.micro_batch_tokens)
-    most = len(_cut(work, rollouts, high))
-    low = min(high, _load(work, 0, rollouts) // most)  # less cannot hold all of them
+    most = len(cut(high))
+    low = min(high, tokens(0, rollouts) // most)  # less cannot hold all of them
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_cut(work, rollouts, middle)) <= most else (middle + 1, high)
-    return tuple(_cut(work, rollouts, high))
-
-
-def _cut(work: Workload, rollouts: int, budget: int) -> list[tuple[int, int]]:
-    """Consecutive rollouts as long as they fit, at least one."""
-    parts, first = [], 0
-    while first < rollouts:
-        fitting = bisect_right(range(1, rollouts - first + 1), budget, key=partial(_load, work, first))
-        n = max(1, fitting)
-        parts.append((n, _groups_of(work, first, n)))
-        first += n
-    return parts or [(0, 0)]
-
-
-def _groups_of(work: Workload, first: int, rollouts: int) -> int:
-    return (first + rollouts - 1) // work.group_size - first // work.group_size + 1
-
-
-def _load(work: Workload, first: int, rollouts: int) -> int:
-    return _fed(work, work.views, rollouts, _groups_of(work, first, rollouts))[0]
+        low, high = (low, middle) if len(cut(middle)) <= most else (middle + 1, high)
+    return tuple(cut(high))
 
 
 Branch = tuple[int, int]  # (position of its first token, tokens)
@@ -266,14 +280,6 @@ def _leaf(work: Workload, views: tuple[ViewName, ...]) -> list[Branch]:
     """One completion under each view; views with the same prompt are one path."""
     same = len(views) == 2 and work.shared == work.student == work.teacher
     return [(work.prompt(view), work.completion - 1) for view in views[: 1 if same else None]]
-
-
-def _branch_tokens(branches: list[Branch]) -> int:
-    return sum(n for _, n in branches)
-
-
-def _branch_pairs(branches: list[Branch]) -> int:
-    return sum(_path_pairs(start, n) for start, n in branches)
 
 
 def _path_pairs(start: int, tokens: int) -> int:

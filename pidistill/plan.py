@@ -289,7 +289,8 @@ def advice(run: Run, rows: Rows, device: Device) -> list[tuple[str, float]]:
     """(change, peak bytes with it): one of each kind that helps, and where none is enough alone, as many as it takes."""
 
     def size(run: Run) -> float:
-        return estimate(run.cfg, rows, run.ranks, device).peak[1]
+        setup, longest = setup_of(run.cfg, run.ranks, device.kind), workload_of(run.cfg, rows.longest, run.ranks)
+        return peak(memory(setup, longest))[1]
 
     def enough(steps: list[Run]) -> tuple[Run, float]:
         """The first step that fits, else the last."""
