@@ -1,13 +1,13 @@
 """The cost model against what recipes take: the same config goes to `pidistill.plan.estimate` and to the recipe itself.
 
     python benchmarks/costs.py            # every case: about five minutes on two cores
-    python benchmarks/costs.py opsd lora  # some of them
+    python benchmarks/costs.py opsd lora  # two of them
     python benchmarks/costs.py --device cuda --dtype bf16 --layers 36 --width 2560 --vocabulary 151936
 
 A small Qwen2.5 shape with random weights is trained for a few rounds; prompts, privileged information and completions have
 the lengths that the model is told. Memory is what the process holds above what it held once everything was imported, at the
 peak of the recipe's own phases; seconds are the recipe's own `time_*_s`. On CPU, memory is read in a process of its own with
-an allocator that gives back at once what is freed (glibc otherwise keeps blocks below 32 MiB, which no model can know of).
+an allocator that gives back at once what is freed (glibc otherwise keeps blocks below 32 MiB for later).
 """
 
 import argparse
@@ -39,18 +39,18 @@ ROUND = {"prompts_per_round": 4, "group_size": 8}
 # recipe and what differs from the base config.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "pi_distill": ("pi_distill_distributed", {"objective": "PiDistill"}),
-    "pi_distill, large head": ("pi_distill_distributed", {"objective": "PiDistill", "model.vocab_size": 65536}),
-    "pi_distill, small micro-batches": (
+    "large_head": ("pi_distill_distributed", {"objective": "PiDistill", "model.vocab_size": 65536}),
+    "small_budget": (
         "pi_distill_distributed",
         {"objective": "PiDistill", "micro_batch_tokens": 1024},
     ),
-    "pi_distill, checkpointing": (
+    "checkpointing": (
         "pi_distill_distributed",
         {"objective": "PiDistill", "enable_activation_checkpointing": True},
     ),
     "opsd": ("opsd_distributed", {"objective": "OPSD"}),
-    "opsd, EMA teacher": ("opsd_distributed", {"objective": "SDFT", "teacher": "EMATeacher"}),
-    "opsd, LoRA": (
+    "ema_teacher": ("opsd_distributed", {"objective": "SDFT", "teacher": "EMATeacher"}),
+    "lora": (
         "opsd_distributed",
         {
             "objective": "OPSD",
@@ -195,7 +195,7 @@ def predicted(cfg: DictConfig, device: Device) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="case", help=f"words that occur in: {'; '.join(CASES)}")
+    parser.add_argument("cases", nargs="*", metavar="case", default=list(CASES), help=f"of: {', '.join(CASES)}")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--layers", type=int, default=6)
@@ -210,8 +210,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     device = measured(torch.device(arguments.device), {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype])
-    chosen = [case for case in CASES if not arguments.cases or any(word in case for word in arguments.cases)]
-    table = [row(case, arguments, device) for case in chosen]
+    table = [row(case, arguments, device) for case in arguments.cases]
     print_table(
         f"{device.name}: {device.flops_per_s / 1e9:.0f} GFLOP/s, {device.bytes_per_s / 1e9:.0f} GB/s, "
         f"{device.layer_s * 1e6:.0f} µs per layer; predicted / measured",
@@ -238,7 +237,7 @@ def row(case: str, arguments: argparse.Namespace, device: Device) -> list[str]:
 def measure(case: str, arguments: argparse.Namespace, weigh: bool) -> dict[str, Any]:
     """Of a process of its own; ``weigh``: with an allocator that keeps nothing, which costs time."""
     words = [f"--{key}={getattr(arguments, key)}" for key in ("device", "dtype", "layers", "width", "vocabulary")]
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"} if weigh else {}
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "0"} if weigh else {}
     try:
         return in_own_process(__file__, [*words, "--case", case])
     finally:

@@ -20,7 +20,7 @@ from torchtune.modules import TransformerDecoder
 
 from pidistill.adapters import train_adapters_only
 from pidistill.devices import Device
-from pidistill.scoring import _CHUNK_ELEMENTS
+from pidistill.head import _BLOCK_ELEMENTS, _CHUNK_ELEMENTS
 from pidistill.tree_attention import FLEX_BLOCK
 from pidistill.types import ViewName
 
@@ -326,8 +326,8 @@ class Setup:
 
 # Python, torch and the data on a CPU; the context and the libraries' workspaces on CUDA.
 _LIBRARIES_BYTES = {"cpu": 0.5 * 2**30, "cuda": 0.8 * 2**30}
-# fp32 matrices [chunk, vocabulary] that the head holds at once for each view.
-_HEAD_MATRICES = 5
+# Temporaries of the rows whose numbers the head makes at once; see _BLOCK_ELEMENTS there.
+_HEAD_TEMPORARIES = 8
 # Of each row's next-token distribution: logits, log-probs, and their float64 sum in id order.
 _SAMPLER_BYTES_PER_LOGIT = 32
 
@@ -454,15 +454,18 @@ def _head_gradient_bytes(setup: Setup) -> float:
 
 
 def _head_matrices_bytes(setup: Setup, work: Workload) -> float:
-    views = {view for one in setup.update for view in one.views}
-    chunk = work.chunk_tokens or chunk_tokens(setup.model, setup.device)
+    """Logits of a chunk, all views; temporaries of a block of them; in bf16 an fp32 copy to add to the head's gradient."""
+    model, views = setup.model, len({view for one in setup.update for view in one.views})
     policy = count_tokens(work, ("student",), work.trained_groups).policy_at_once
-    return len(views) * _HEAD_MATRICES * min(chunk, policy) * setup.model.vocabulary * 4
+    logits = views * min(work.chunk_tokens or chunk_tokens(model, views, setup.device), policy) * model.vocabulary
+    block = min(_BLOCK_ELEMENTS[setup.device], logits)
+    copy = 4 if model.item_bytes < 4 and model.head_trained else 0
+    return logits * (model.item_bytes + copy) + _HEAD_TEMPORARIES * block * 4
 
 
-def chunk_tokens(model: ModelShape, device: str) -> int:
-    """The scorer's own choice of tokens whose logits exist at once."""
-    return max(1, _CHUNK_ELEMENTS[device] // model.vocabulary)
+def chunk_tokens(model: ModelShape, views: int, device: str) -> int:
+    """The head's own choice of tokens whose logits exist at once."""
+    return max(1, _CHUNK_ELEMENTS[device] // (views * model.vocabulary))
 
 
 def _optimizer_bytes(setup: Setup) -> dict[str, float]:

@@ -57,6 +57,9 @@ class Lengths:
     completion: int
 
 
+_ONE_TOKEN = Lengths(1, 1, 1, 1)
+
+
 @dataclass(frozen=True)
 class Rows:
     """``mean`` decides the time, ``longest`` the memory; ``source`` says where they come from."""
@@ -326,7 +329,8 @@ def _smaller_micro_batches(run: Run, device: Device) -> list[Run]:
 
 def _smaller_chunks(run: Run, device: Device) -> list[Run]:
     """Of the head's logits."""
-    size = run.cfg.get("score_chunk_tokens") or chunk_tokens(_shape(run.cfg.model, _dtype(run.cfg)), device.kind)
+    model, views = _shape(run.cfg.model, _dtype(run.cfg)), len(workload_of(run.cfg, _ONE_TOKEN, run.ranks).views)
+    size = run.cfg.get("score_chunk_tokens") or chunk_tokens(model, views, device.kind)
     return [run.with_(f"score_chunk_tokens={n}") for n in _halves(size, least=32)]
 
 
