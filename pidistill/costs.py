@@ -5,7 +5,7 @@
       ─► seconds  {phase: seconds}          FLOPs and bytes of the phase over a device's rates
 
 Every term is one line with its reason. All rollouts have the same lengths here. Not counted: communication between ranks, the
-time of environment and reward, evaluation. How close this comes is measured by benchmarks/costs.py.
+time of environment and reward, evaluation, `sft_weight`'s demonstrations, groups that are sampled again.
 """
 
 from bisect import bisect_right
@@ -148,7 +148,7 @@ class Workload:
     Attributes:
         student, teacher: prompts of the two views; ``shared``: what they have in common at the start.
         completion: of every rollout.
-        groups: sampled in a round; ``trained_groups``: counted again for every update that trains them.
+        groups: sampled in a round; ``trained_groups``: in one of the ``updates`` of it.
         views: that the update looks at.
         micro_batch_tokens: of one forward, both packings alike.
         sampler_rows: sampled at once; None is all.
@@ -488,15 +488,17 @@ def seconds(setup: Setup, work: Workload, device: Device) -> dict[str, float]:
     result = dict.fromkeys(PHASES, 0.0)
     if work.groups:
         result["rollout"] = _rollout_s(setup.model, work, device)
-    for groups, passes in ((work.groups, setup.behaviour), (work.trained_groups, setup.constant_passes)):
-        for one in passes:
-            result["teacher"] += _forward_s(one.model, count_tokens(work, one.views, groups), device)
-            result["head"] += _head_s(one, count_tokens(work, one.views, groups), device)
+    constants = [(one, 1, work.groups) for one in setup.behaviour]
+    constants += [(one, work.updates, work.trained_groups) for one in setup.constant_passes]
+    for one, times, groups in constants:
+        tokens = count_tokens(work, one.views, groups)
+        result["teacher"] += times * _forward_s(one.model, tokens, device)
+        result["head"] += times * _head_s(one, tokens, device)
     one = setup.trained_pass
     tokens = count_tokens(work, one.views, work.trained_groups)
-    result["forward"] = _forward_s(one.model, tokens, device)
-    result["head"] += _head_s(one, tokens, device)
-    result["backward"] = _backward_s(one.model, tokens, device) + setup.checkpointing * result["forward"]
+    result["forward"] = work.updates * _forward_s(one.model, tokens, device)
+    result["head"] += work.updates * _head_s(one, tokens, device)
+    result["backward"] = work.updates * _backward_s(one.model, tokens, device) + setup.checkpointing * result["forward"]
     result["optimizer"] = work.updates * _optimizer_s(setup, device)
     return result
 

@@ -101,17 +101,14 @@ def read(config: str, overrides: Sequence[str]) -> DictConfig:
 
 def estimate(cfg: DictConfig, rows: Rows, ranks: int, device: Device) -> Estimate:
     setup = setup_of(cfg, ranks, device.kind)
-    typical = workload_of(cfg, rows.mean, ranks)
-    tokens = {
-        packing: sum(
-            count_tokens(dataclasses.replace(typical, packing=packing), one.views, typical.trained_groups).fed
-            for one in setup.update
-        )
-        for packing in ("tree", "padded")
-    }
-    return Estimate(
-        memory(setup, workload_of(cfg, rows.longest, ranks)), seconds(setup, typical, device), tokens["tree"], tokens["padded"]
-    )
+    typical, longest = (workload_of(cfg, lengths, ranks) for lengths in (rows.mean, rows.longest))
+    tree, padded = (_fed(setup, dataclasses.replace(typical, packing=packing)) for packing in ("tree", "padded"))
+    return Estimate(memory(setup, longest), seconds(setup, typical, device), tree, padded)
+
+
+def _fed(setup: Setup, work: Workload) -> int:
+    """Tokens that the updates of a round feed to models."""
+    return work.updates * sum(count_tokens(work, one.views, work.trained_groups).fed for one in setup.update)
 
 
 def setup_of(cfg: DictConfig, ranks: int, device: str) -> Setup:
@@ -170,7 +167,7 @@ def workload_of(cfg: DictConfig, lengths: Lengths, ranks: int) -> Workload:
     return Workload(
         group_size=sizes.group_size,
         groups=-(-sizes.prompts // ranks),
-        trained_groups=-(-sizes.minibatch // sizes.group_size // ranks) * sizes.updates,
+        trained_groups=-(-sizes.minibatch // sizes.group_size // ranks),
         updates=sizes.updates,
         views=objective.score_request(0).views,
         sampled_view=objective.sampling_view(),

@@ -231,6 +231,8 @@ def test_time_is_linear_in_the_round_and_the_tree_is_cheaper():
     one, two = (seconds(setup(), workload(groups=n, trained_groups=n, micro_batch_tokens=10**9), FAST) for n in (512, 1024))
     for phase in ("forward", "head", "backward"):
         assert two[phase] == pytest.approx(2 * one[phase], rel=0.05)
+    again = seconds(setup(), workload(groups=512, trained_groups=512, updates=3, micro_batch_tokens=10**9), FAST)
+    assert again == pytest.approx({phase: one[phase] * (1 if phase == "rollout" else 3) for phase in one})
     padded = seconds(setup(), workload(groups=512, trained_groups=512, packing="padded", micro_batch_tokens=10**9), FAST)
     assert padded["forward"] > one["forward"]
     assert padded["head"] == one["head"]
