@@ -5,7 +5,7 @@
       ─► seconds  {phase: seconds}          FLOPs and bytes of the phase over a device's rates
 
 Every term is one line with its reason. All rollouts have the same lengths here. Not counted: communication between ranks, the
-time of environment and reward, evaluation, `sft_weight`'s demonstrations, groups that are sampled again.
+time of environment and reward, evaluation, `sft_weight`'s demonstrations, groups that are sampled again, a teacher's memory.
 """
 
 from bisect import bisect_right
@@ -21,6 +21,7 @@ from torchtune.modules import TransformerDecoder
 from pidistill.adapters import train_adapters_only
 from pidistill.devices import Device
 from pidistill.head import _BLOCK_ELEMENTS, _CHUNK_ELEMENTS
+from pidistill.rollouts.decoding import _TOKENS_PER_READ
 from pidistill.tree_attention import FLEX_BLOCK
 from pidistill.types import ViewName
 
@@ -328,8 +329,8 @@ class Setup:
 _LIBRARIES_BYTES = {"cpu": 0.5 * 2**30, "cuda": 0.8 * 2**30}
 # Temporaries of the rows whose numbers the head makes at once; see _BLOCK_ELEMENTS there.
 _HEAD_TEMPORARIES = 8
-# Of each row's next-token distribution: logits, log-probs, and their float64 sum in id order.
-_SAMPLER_BYTES_PER_LOGIT = 32
+# Of each row's next-token distribution while it is drawn from: logits, in fp32, and their weights. Passes over it are more.
+_LOGIT_BYTES, _LOGIT_CROSSED_BYTES = 12, 32
 
 
 def memory(setup: Setup, work: Workload) -> dict[str, dict[str, float]]:
@@ -366,14 +367,22 @@ def _resident_bytes(setup: Setup) -> dict[str, float]:
 def _rollout_bytes(setup: Setup, work: Workload) -> dict[str, float]:
     model, prompt = setup.model, work.prompt(work.sampled_view)
     rows = min(work.sampler_rows or work.groups * work.group_size, work.groups * work.group_size)
-    prompts = ceil(rows / work.group_size)
-    step = rows * model.vocabulary * _SAMPLER_BYTES_PER_LOGIT
+    # Prompts are read together up to a number of tokens; a longer one goes alone.
+    read_at_once = max(prompt, min(ceil(rows / work.group_size) * prompt, _TOKENS_PER_READ))
     return {
         # Gathered once per rollout on every rank, beside its shard.
         "gathered weights": _gathered_bytes(setup, whole=True),
-        "keys and values": rows * (prompt + work.completion) * _kv_bytes(model),
-        "prefill or step": max(prompts * prompt * _passing_bytes(model), step),
+        "keys and values": rows * _columns(prompt, prompt + work.completion - 1) * _kv_bytes(model),
+        "prefill or step": max(read_at_once * _passing_bytes(model), rows * model.vocabulary * _LOGIT_BYTES),
     }
+
+
+def _columns(prompt: int, needed: int) -> int:
+    """Of the cache in the end: it grows by a quarter, at least by 64, whenever it is full."""
+    columns = prompt + max(64, prompt // 4)
+    while columns < needed:
+        columns += 1 + max(64, (columns + 1) // 4)
+    return columns
 
 
 def _kv_bytes(model: ModelShape) -> int:
@@ -545,7 +554,7 @@ def _rollout_s(model: ModelShape, work: Workload, device: Device) -> float:
     weights = (model.maps + model.head) * max(
         2 * rows * work.completion / device.flops_per_s, steps * model.item_bytes / device.bytes_per_s
     )
-    crossed = context * _kv_bytes(model) + rows * work.completion * model.vocabulary * _SAMPLER_BYTES_PER_LOGIT
+    crossed = context * _kv_bytes(model) + rows * work.completion * model.vocabulary * _LOGIT_CROSSED_BYTES
     launches = steps * model.layers * device.layer_s
     work_s = weights + crossed / device.bytes_per_s
     # Launches run ahead of a GPU, and take turns with the work on a CPU.

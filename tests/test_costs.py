@@ -213,7 +213,7 @@ def test_ranks_divide_what_is_sharded_and_gather_the_whole_model_to_sample():
 
 def test_keys_and_values_are_those_of_the_rows_sampled_at_once():
     work = workload(groups=4, group_size=3, sampler_rows=6)
-    expected = 6 * (5 + 4) * 2 * 2 * (2 * 16) * 4  # rows, columns, keys and values, layers, kv heads x head dim, fp32
+    expected = 6 * (5 + 64) * 2 * 2 * (2 * 16) * 4  # rows, columns, keys and values, layers, kv heads x head dim, fp32
     assert memory(setup(), work)["rollout"]["keys and values"] == expected
 
 
