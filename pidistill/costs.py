@@ -463,12 +463,12 @@ def _head_gradient_bytes(setup: Setup) -> float:
 
 
 def _head_matrices_bytes(setup: Setup, work: Workload) -> float:
-    """Logits of a chunk, all views; temporaries of a block of them; in bf16 an fp32 copy to add to the head's gradient."""
+    """Logits of a chunk, all views; temporaries of a block of them; on CPU in bf16 an fp32 copy to add to the head's gradient."""
     model, views = setup.model, len({view for one in setup.update for view in one.views})
     policy = count_tokens(work, ("student",), work.trained_groups).policy_at_once
     logits = views * min(work.chunk_tokens or chunk_tokens(model, views, setup.device), policy) * model.vocabulary
     block = min(_BLOCK_ELEMENTS[setup.device], logits)
-    copy = 4 if model.item_bytes < 4 and model.head_trained else 0
+    copy = 4 if setup.device == "cpu" and model.item_bytes < 4 and model.head_trained else 0
     return logits * (model.item_bytes + copy) + _HEAD_TEMPORARIES * block * 4
 
 
