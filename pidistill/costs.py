@@ -463,7 +463,7 @@ def _head_gradient_bytes(setup: Setup) -> float:
 
 
 def _head_matrices_bytes(setup: Setup, work: Workload) -> float:
-    """Logits of a chunk, all views; temporaries of a block of them; on CPU in bf16 an fp32 copy to add to the head's gradient."""
+    """Logits of a chunk, all views; temporaries of a block; on CPU in bf16 an fp32 copy to add to the head's gradient."""
     model, views = setup.model, len({view for one in setup.update for view in one.views})
     policy = count_tokens(work, ("student",), work.trained_groups).policy_at_once
     logits = views * min(work.chunk_tokens or chunk_tokens(model, views, setup.device), policy) * model.vocabulary
