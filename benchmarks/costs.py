@@ -57,6 +57,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "teacher": "AdapterOffTeacher",
             "model._component_": "torchtune.models.qwen2.lora_qwen2",
             "model.lora_attn_modules": ["q_proj", "v_proj"],
+            "model.lora_rank": 8,
+            "model.lora_alpha": 16,
         },
     ),
     "rl": ("opsd_distributed", {"objective": "GRPO"}),

@@ -363,7 +363,8 @@ def _lora(run: Run, device: Device) -> list[Run]:
         resolve(f"{module}.lora_{name}")
     except InputError:
         return []
-    return [run.with_(f"model._component_={module}.lora_{name}", "model.lora_attn_modules=[q_proj,v_proj]")]
+    sizes = ("model.lora_attn_modules=[q_proj,v_proj]", "model.lora_rank=8", "model.lora_alpha=16")
+    return [run.with_(f"model._component_={module}.lora_{name}", *sizes)]
 
 
 # From what changes nothing but time to what changes the method.

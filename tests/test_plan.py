@@ -87,6 +87,11 @@ def test_where_no_single_change_is_enough_they_are_combined(capsys):
     assert len(result["changes"][-1]["change"].split()) > 1 and result["changes"][-1]["fits"]
 
 
+def test_a_builder_without_sizes_of_its_own_has_adapters_offered_too(capsys):
+    result = numbers(capsys, "tiny/opsd", *GIVEN, "--memory-gib", "0.1")
+    assert any("lora_llama3 " in offered["change"] for offered in result["changes"])
+
+
 def test_a_second_copy_of_the_weights_is_seen_and_an_adapter_off_teacher_offered(capsys):
     lora = ("model._component_=torchtune.models.qwen2_5.lora_qwen2_5_0_5b", "model.lora_attn_modules=[q_proj]")
     frozen = "teacher._component_=pidistill.teachers.FrozenTeacher"
