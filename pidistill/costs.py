@@ -551,12 +551,13 @@ def _rollout_s(model: ModelShape, work: Workload, device: Device) -> float:
     steps = batches * work.completion
     prefill = Tokens(work.groups * prompt, work.groups * _path_pairs(0, prompt), 0, batches, 0, 0, 0)
     context = rows * (work.completion * prompt + _path_pairs(0, work.completion))  # keys that all rows' steps look at
-    weights = (model.maps + model.head) * max(
-        2 * rows * work.completion / device.flops_per_s, steps * model.item_bytes / device.bytes_per_s
-    )
+    elements = model.maps + model.head
+    products = 2 * elements * rows * work.completion + 4 * model.layers * model.heads * model.head_dim * context
+    weights = elements * model.item_bytes * steps
     crossed = context * _kv_bytes(model) + rows * work.completion * model.vocabulary * _LOGIT_CROSSED_BYTES
+    # Rows share a weight that is read: products hide that, or it hides them.
+    work_s = max(products / device.thin_flops_per_s, weights / device.bytes_per_s) + crossed / device.bytes_per_s
     launches = steps * model.layers * device.layer_s
-    work_s = weights + crossed / device.bytes_per_s
     # Launches run ahead of a GPU, and take turns with the work on a CPU.
     decode = max(launches, work_s) if device.kind == "cuda" else launches + work_s
     return _forward_s(model, prefill, device) + decode

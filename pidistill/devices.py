@@ -18,6 +18,7 @@ class Device:
 
     Attributes:
         flops_per_s: of large matrix products in the run's dtype.
+        thin_flops_per_s: of products with few rows, as in decoding.
         bytes_per_s: of the memory.
         layer_s: seconds of Python and kernel launches per decoder layer forward, whatever its size.
         memory_bytes: what there is.
@@ -26,6 +27,7 @@ class Device:
     name: str
     kind: Literal["cpu", "cuda"]
     flops_per_s: float
+    thin_flops_per_s: float
     bytes_per_s: float
     layer_s: float
     memory_bytes: float
@@ -40,12 +42,13 @@ _PEAKS = {
 # 0.4 ms for the some thirty kernels that an eager decoder layer launches from Python.
 _MATMUL_SHARE, _COPY_SHARE, _EAGER_LAYER_S = 0.5, 0.8, 4e-4
 PRESETS = tuple(_PEAKS)
+_THIN = 32  # rows
 
 
 def preset(name: str, dtype: torch.dtype) -> Device:
     peaks = _PEAKS[name]
-    flops = peaks["bf16" if dtype.itemsize == 2 else "fp32"]
-    return Device(name, "cuda", flops * _MATMUL_SHARE, peaks["bytes"] * _COPY_SHARE, _EAGER_LAYER_S, 79 * GIB)
+    flops = peaks["bf16" if dtype.itemsize == 2 else "fp32"] * _MATMUL_SHARE
+    return Device(name, "cuda", flops, flops, peaks["bytes"] * _COPY_SHARE, _EAGER_LAYER_S, 79 * GIB)
 
 
 @torch.no_grad()
@@ -61,6 +64,7 @@ def measured(device: torch.device, dtype: torch.dtype) -> Device:
         name=torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU",
         kind=device.type,
         flops_per_s=2 * size**3 / _fastest(lambda: a @ b, device),
+        thin_flops_per_s=2 * _THIN * size**2 / _fastest(lambda: a[:_THIN] @ b, device),
         bytes_per_s=2 * x.numel() / _fastest(lambda: y.copy_(x), device),
         layer_s=_fastest(lambda: layer(one), device),
         memory_bytes=_memory_bytes(device),

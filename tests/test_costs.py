@@ -39,7 +39,7 @@ BUILDERS = {
     "lora": lambda: lora_qwen2(["q_proj", "v_proj"], apply_lora_to_mlp=True, lora_rank=4, lora_alpha=8, vocab_size=50, **SIZES),
 }
 BOTH = ("student", "teacher")
-FAST = Device("fast", "cuda", flops_per_s=1e14, bytes_per_s=1e12, layer_s=0.0, memory_bytes=2**36)
+FAST = Device("fast", "cuda", flops_per_s=1e14, thin_flops_per_s=1e14, bytes_per_s=1e12, layer_s=0.0, memory_bytes=2**36)
 
 
 def on_meta(name: str, dtype: torch.dtype = torch.float32):
