@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--no-memory", action="store_true", help="shares of time only")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1]))  # `recipes`: ours, not torchtune's
@@ -216,24 +217,30 @@ def main() -> None:
     print_table(
         f"{device.name}: {device.flops_per_s / 1e9:.0f} GFLOP/s, {device.bytes_per_s / 1e9:.0f} GB/s, "
         f"{device.layer_s * 1e6:.0f} µs per layer; predicted / measured",
-        ["case", "rollout GiB", "training GiB", "ratio", "rollout share", "score share", "update share", "seconds, ratio"],
+        ["case", "rollout", "score", "update", "seconds, ratio"]
+        + ([] if arguments.no_memory else ["rollout GiB", "training GiB", "ratio"]),
         table,
     )
 
 
 def row(case: str, arguments: argparse.Namespace, device: Device) -> list[str]:
     model = predicted(config(case, arguments, "runs/costs"), device)
-    timed, weighed = (measure(case, arguments, weigh) for weigh in (False, True))
-    training_bytes = max(size for phase, size in weighed["bytes"].items() if phase != "rollout")
-    sizes = [(model["bytes"]["rollout"], weighed["bytes"]["rollout"]), (model["bytes"]["training"], training_bytes)]
-    larger = max(sizes, key=lambda pair: pair[1])
+    seconds = measure(case, arguments, weigh=False)["seconds"]
     shares = [
-        f"{model['seconds'][p] / sum(model['seconds'].values()):.0%} / {s / sum(timed['seconds'].values()):.0%}"
-        for p, s in timed["seconds"].items()
+        f"{model['seconds'][p] / sum(model['seconds'].values()):.0%} / {s / sum(seconds.values()):.0%}"
+        for p, s in seconds.items()
     ]
-    total = sum(model["seconds"].values()) / sum(timed["seconds"].values())
-    gib = [f"{a / GIB:.2f} / {b / GIB:.2f}" for a, b in sizes]
-    return [case, *gib, f"{larger[0] / larger[1]:.2f}", *shares, f"{total:.2f}"]
+    total = sum(model["seconds"].values()) / sum(seconds.values())
+    sizes = [] if arguments.no_memory else memory_columns(model["bytes"], measure(case, arguments, weigh=True)["bytes"])
+    return [case, *shares, f"{total:.2f}", *sizes]
+
+
+def memory_columns(model: dict[str, float], measured: dict[str, float]) -> list[str]:
+    """Of sampling and of the rest, and the ratio of the larger of the two, which decides whether the run fits."""
+    measured = {"rollout": measured["rollout"], "training": max(measured["score"], measured["update"])}
+    larger = max(measured, key=measured.get)
+    columns = [f"{model[phase] / GIB:.2f} / {measured[phase] / GIB:.2f}" for phase in ("rollout", "training")]
+    return [*columns, f"{model[larger] / measured[larger]:.2f}"]
 
 
 def measure(case: str, arguments: argparse.Namespace, weigh: bool) -> dict[str, Any]:
