@@ -21,6 +21,7 @@ from torchtune.modules import TransformerDecoder
 from pidistill.adapters import train_adapters_only
 from pidistill.devices import Device
 from pidistill.head import _BLOCK_ELEMENTS, _CHUNK_ELEMENTS
+from pidistill.rollouts.decoding import _TOKENS_PER_READ
 from pidistill.tree_attention import FLEX_BLOCK
 from pidistill.types import ViewName
 
@@ -328,8 +329,6 @@ class Setup:
 _LIBRARIES_BYTES = {"cpu": 0.5 * 2**30, "cuda": 0.8 * 2**30}
 # Temporaries of the rows whose numbers the head makes at once; see _BLOCK_ELEMENTS there.
 _HEAD_TEMPORARIES = 8
-# The sampler reads prompts together up to so many tokens.
-_PREFILL_TOKENS = 8192
 # Of each row's next-token distribution while it is drawn from: logits, in fp32, and their weights. Passes over it are more.
 _LOGIT_BYTES, _LOGIT_CROSSED_BYTES = 12, 32
 
@@ -368,7 +367,7 @@ def _resident_bytes(setup: Setup) -> dict[str, float]:
 def _rollout_bytes(setup: Setup, work: Workload) -> dict[str, float]:
     model, prompt = setup.model, work.prompt(work.sampled_view)
     rows = min(work.sampler_rows or work.groups * work.group_size, work.groups * work.group_size)
-    read_at_once = max(prompt, min(ceil(rows / work.group_size) * prompt, _PREFILL_TOKENS))
+    read_at_once = max(prompt, min(ceil(rows / work.group_size) * prompt, _TOKENS_PER_READ))
     return {
         # Gathered once per rollout on every rank, beside its shard.
         "gathered weights": _gathered_bytes(setup, whole=True),
