@@ -115,9 +115,7 @@ class Run:
 
 def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Run:
     """Check the config, join the process group (also for one process), set device, dtype, threads and seeds."""
-    _drop_null_components(cfg)
-    check_config(cfg, known, required)
-    _check_numbers(cfg)
+    check_run(cfg, known, required)
     use_fallback_checkpoint(cfg)
     for key in ("checkpointer", "teacher_checkpointer"):
         check_checkpoint_folder(cfg, key)
@@ -145,6 +143,13 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     if run.is_main:
         OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
     return run
+
+
+def check_run(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> None:
+    """What can be wrong with a config by itself; a component that was set to null on the command line is taken out of it."""
+    _drop_null_components(cfg)
+    check_config(cfg, known, required)
+    _check_numbers(cfg)
 
 
 def _drop_null_components(cfg: DictConfig) -> None:

@@ -10,6 +10,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from pidistill.config import check_config, resolve
+from pidistill.plan import parser as plan_parser
+from pidistill.plan import read
 from pidistill.sweeps.cells import grid_cells, read_sweep, stage_runs
 from pidistill.sweeps.command import parse
 from pidistill.sweeps.search import Plan, check_plan
@@ -25,12 +27,13 @@ def code_lines() -> list[str]:
     return [re.sub(r"\s{2,}#.*", "", line).strip() for line in lines]
 
 
+PLANS = [line for line in code_lines() if line.startswith("pidistill plan ")]
 SWEEPS = [line for line in code_lines() if re.match(r"pidistill sweep (?!--)", line)]
 COMMANDS = [line for line in code_lines() if re.match(r"(tune|pidistill) run", line)]
 
 
 def test_the_readme_has_commands():
-    assert len(COMMANDS) >= 6
+    assert len(COMMANDS) >= 6 and len(PLANS) >= 2
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -63,6 +66,13 @@ def test_a_sweep_command_of_the_readme_can_be_planned(command):
         select=arguments.select,
     )
     check_plan(Plan(sweep, arguments.search, arguments.trials))
+
+
+@pytest.mark.parametrize("command", PLANS)
+def test_a_plan_command_of_the_readme_names_a_config_and_real_keys(command):
+    words = shlex.split(command)[2:]
+    arguments = plan_parser().parse_args([word for word in words if "=" not in word])
+    assert read(arguments.config, [word for word in words if "=" in word]).model
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
