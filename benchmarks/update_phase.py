@@ -163,14 +163,7 @@ def measure(
 ) -> list[str]:
     rollouts = rollouts_of(arguments, privileged)
     padded, tree = (tokens_of(rollouts, packing) for packing in ("padded", "tree"))
-    seconds = by_turns(
-        {packing: lambda packing=packing: update(model, rollouts, packing, device) for packing in ("padded", "tree")},
-        arguments.turns,
-        device,
-        clock=arguments.clock,
-    )
-    speed_up, fastest = median_ratio(seconds["padded"], seconds["tree"]), min(seconds["tree"])
-    memory = ["–"] * 3
+    memory = ["–"] * 3  # first: this process is still small
     if not arguments.no_memory:
         own = [
             in_own_process(__file__, [*options(arguments), "--case", f"{packing}:{privileged}"])
@@ -178,6 +171,13 @@ def measure(
         ]
         assert abs(own[0]["loss"] - own[1]["loss"]) < 1e-3 * max(1.0, abs(own[0]["loss"])), own
         memory = [f"{own[0]['gib']:.2f}", f"{own[1]['gib']:.2f}", f"{own[0]['gib'] / own[1]['gib']:.1f}×"]
+    seconds = by_turns(
+        {packing: lambda packing=packing: update(model, rollouts, packing, device) for packing in ("padded", "tree")},
+        arguments.turns,
+        device,
+        clock=arguments.clock,
+    )
+    speed_up, fastest = median_ratio(seconds["padded"], seconds["tree"]), min(seconds["tree"])
     floor = padded / tree
     return [
         str(privileged), f"{padded:,}", f"{tree:,}", f"{floor:.2f}×", f"{speed_up:.2f}×", f"{speed_up / floor:.0%}",
