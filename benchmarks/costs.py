@@ -1,4 +1,4 @@
-"""The cost model against what recipes take: the same config goes to `pidistill.plan.estimate` and to the recipe itself.
+"""The cost model against what recipes take: the same config goes to `pidistill.planning.estimate` and to the recipe itself.
 
     python benchmarks/costs.py            # every case: about ten minutes on two cores
     python benchmarks/costs.py opsd lora  # two of them
@@ -30,8 +30,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from pidistill import training
-from pidistill.devices import Device, measured
-from pidistill.plan import Estimate, estimate, rows_of
+from pidistill.planning.devices import Device, measured
+from pidistill.planning.estimate import Estimate, estimate
+from pidistill.planning.lengths import rows_of
 from pidistill.tokenizers import WordTokenizer
 from pidistill.types import Example
 

@@ -49,7 +49,7 @@ def main() -> None:
         demo(sys.argv[2:])
         return
     if sys.argv[1:2] == ["plan"]:
-        from pidistill.plan import main as plan
+        from pidistill.planning.command import main as plan
 
         plan(sys.argv[2:])
         return

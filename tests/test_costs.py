@@ -13,19 +13,12 @@ from torchtune.models.llama3 import llama3
 from torchtune.models.qwen2 import lora_qwen2, qwen2
 
 from pidistill.adapters import train_adapters_only
-from pidistill.costs import (
-    Pass,
-    Setup,
-    Workload,
-    _attention_flops,
-    _micro_batches,
-    count_tokens,
-    memory,
-    model_shape,
-    seconds,
-)
-from pidistill.devices import Device
 from pidistill.packing import Packer, make_tree, rollout_of
+from pidistill.planning.devices import Device
+from pidistill.planning.memory import memory
+from pidistill.planning.seconds import attention_flops, seconds
+from pidistill.planning.shape import model_shape
+from pidistill.planning.workload import Pass, Setup, Workload, count_tokens, micro_batches
 from pidistill.scoring import _forward
 from pidistill.training import Run
 from pidistill.tree_attention import FLEX_BLOCK
@@ -109,7 +102,7 @@ def test_flops_are_those_that_torch_counts():
         model(torch.zeros(1, tokens, dtype=torch.long))
     work = workload(student=tokens, teacher=tokens, shared=tokens, completion=1, group_size=1, packing="padded")
     counted = count_tokens(work, ("student",), 1)
-    whole_square = 2 * _attention_flops(shape, counted) * tokens / (tokens + 1)  # torch does not see that it is causal
+    whole_square = 2 * attention_flops(shape, counted) * tokens / (tokens + 1)  # torch does not see that it is causal
     assert counter.get_total_flops() == 2 * (shape.maps + shape.head) * tokens + whole_square
 
 
@@ -163,7 +156,7 @@ def test_tokens_are_those_of_the_packer(case, packing, views):
     batches = [packed.batch(items) for items in lists]
     counted = count_tokens(work, views, work.trained_groups)
     fed = [batch.views.of(*views).tokens.numel() for batch in batches]
-    assert _micro_batches(work, work.trained_groups) == tuple(
+    assert micro_batches(work, work.trained_groups) == tuple(
         (len(items), len({rollout_of(item).group for item in items})) for items in lists
     )
     assert (counted.fed, counted.fed_at_once, counted.micro_batches) == (sum(fed), max(fed), len(lists))

@@ -9,8 +9,10 @@ from omegaconf import OmegaConf
 
 from pidistill import _cli
 from pidistill.data import load_prompts
-from pidistill.devices import GIB
-from pidistill.plan import main, read, rows_of
+from pidistill.planning.command import main
+from pidistill.planning.devices import GIB
+from pidistill.planning.lengths import rows_of
+from pidistill.planning.reading import read
 from tests.test_configs import CONFIGS, name_of
 
 TRAINING = [name_of(path) for path in CONFIGS if "optimizer" in OmegaConf.load(path)]

@@ -10,8 +10,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from pidistill.config import check_config, resolve
-from pidistill.plan import parser as plan_parser
-from pidistill.plan import read
+from pidistill.planning.command import parser as plan_parser
+from pidistill.planning.reading import read
 from pidistill.sweeps.cells import grid_cells, read_sweep, stage_runs
 from pidistill.sweeps.command import parse
 from pidistill.sweeps.search import Plan, check_plan
