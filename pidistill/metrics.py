@@ -38,7 +38,7 @@ that was not computed is absent; nothing stands in for it.
 | nonfinite_steps | steps skipped so far because the loss or the gradient was not finite |
 | empty_steps | steps skipped so far because no policy token was left |
 | tokens_per_s | policy tokens sampled and trained per second of the step, all ranks |
-| time_rollout_s, time_score_s, time_update_s | sampling and rewards; scoring forwards; backward and optimiser |
+| time_rollout_s, time_score_s, time_update_s | sampling and rewards; forward and the head's gradient; backward, optimiser |
 | alpha, beta | the objective's weights at this step |
 | eval_student_success_greedy | mean success at temperature 0, without privileged information |
 | eval_student_success | the same at the sampling temperature |

@@ -121,6 +121,7 @@ class Views:
             columns=self._ids(columns),
             positions=self._ids([tree.positions + [0] * len(pads)]),
             mask=TreeMask(self._ids(tree.ends + [column + 1 for column in pads])),
+            depth=max(tree.positions, default=0) + 1,
         )
 
     def _padded(self, sequences: list[list[int]], predicted: list[list[int]]) -> View:
@@ -128,7 +129,7 @@ class Views:
         length = max((len(s) for s in sequences), default=0) or 1
         tokens = [s + [self._pad_id] * (length - len(s)) for s in sequences] or [[self._pad_id]]
         rows = [row for row, indices in enumerate(predicted) for _ in indices]
-        return View(self._ids(tokens), self._ids(rows), self._ids([i for indices in predicted for i in indices]))
+        return View(self._ids(tokens), self._ids(rows), self._ids([i for indices in predicted for i in indices]), depth=length)
 
     def _ids(self, values: list) -> Int[Tensor, "..."]:
         return torch.tensor(values, dtype=torch.long, device=self._device)
@@ -246,7 +247,10 @@ class Packer:
     def balanced(
         self, items: list[tuple[Rollout, RolloutAdvantage]], views: tuple[ViewName, ...] = BOTH
     ) -> list[tuple[Rollout, RolloutAdvantage]]:
-        """Whole groups moved between ranks where one has a tenth more tokens than the mean: the others would wait for it."""
+        """Whole groups moved between ranks where one has a tenth more tokens than the mean: the others would wait for it.
+
+        Groups that stay are the same objects as before.
+        """
         own: dict[int, int] = {}
         for (rollout, _), size in zip(items, _sizes([rollout for rollout, _ in items], views), strict=True):
             own[rollout.group] = own.get(rollout.group, size.prompt_tokens) + size.completion_tokens
@@ -259,7 +263,13 @@ class Packer:
             load, rank = heapq.heappop(free)
             owner[group] = rank
             heapq.heappush(free, (load + tokens, rank))
-        return [item for item in self._run.gather(items) if owner[item[0].group] == self._run.rank]
+        if max(load for load, _ in free) >= max(loads):
+            return items
+        home = {group: rank for _, group, rank in groups}
+        leaving = [item for item in items if owner[item[0].group] != self._run.rank]
+        arriving = [item for item in self._run.gather(leaving) if owner[item[0].group] == self._run.rank]
+        staying = [item for item in items if owner[item[0].group] == home[item[0].group]]
+        return staying + arriving
 
 
 def rollout_of(item: Any) -> Rollout:

@@ -154,9 +154,10 @@ def _check_hindsight(cfg: DictConfig, objective: Objective, method: str) -> None
 def _check_adapters(model: nn.Module, teacher: Teacher) -> None:
     if isinstance(teacher, AdapterOffTeacher) and not has_adapters(model):
         raise InputError(NO_ADAPTERS)
-    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+    if any(getattr(module, "attn_dropout", 0) or (isinstance(module, nn.Dropout) and module.p) for module in model.modules()):
         raise InputError(
-            "dropout in the training forward would score another policy than the one that sampled; set model.lora_dropout=0"
+            "dropout in the training forward would score another policy than the one that sampled; set model.lora_dropout=0 "
+            "and model.attn_dropout=0"
         )
 
 

@@ -113,21 +113,27 @@ def _forward(
     def unembed(h: Float[Tensor, "R L H"]) -> Tensor:
         return use(model.norm(h[view.rows, view.columns]), _local_weight(model))
 
-    if view.mask is not None:
-        read_trees(model)
-    with _unembedding(model, unembed, length=view.tokens.shape[1]):
+    if view.mask is None:
+        with _unembedding(model, unembed, model.max_seq_len):
+            return model(view.tokens)
+    read_trees(model)
+    if view.depth > model.max_seq_len:
+        raise InputError(
+            f"a prompt with its completion has {view.depth} tokens, above the model's max_seq_len {model.max_seq_len}; raise "
+            "model.max_seq_len, or drop long rows"
+        )
+    with _unembedding(model, unembed, max(model.max_seq_len, view.tokens.shape[1])):
         return model(view.tokens, mask=view.mask, input_pos=view.positions)
 
 
 @contextmanager
-def _unembedding(model: TransformerDecoder, unembed: Callable[[Tensor], Tensor], length: int) -> Iterator[None]:
+def _unembedding(model: TransformerDecoder, unembed: Callable[[Tensor], Tensor], max_seq_len: int) -> Iterator[None]:
     """Shadow ``model.unembed`` on the instance; torchtune and the state dict stay as they are.
 
-    torchtune refuses rows longer than ``max_seq_len``; of a packed row it is the longest path that counts, which the data
-    checks.
+    torchtune refuses rows longer than ``max_seq_len``; of a packed row it is the longest path that counts.
     """
     longest = model.max_seq_len
-    model.unembed, model.max_seq_len = unembed, max(longest, length)
+    model.unembed, model.max_seq_len = unembed, max_seq_len
     try:
         yield
     finally:

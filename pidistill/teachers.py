@@ -116,9 +116,10 @@ class LiveTeacher:
 class HiddenMemory:
     """Hidden states [policy tokens, H] of rollouts that a teacher has read before, for weights that never change.
 
-    A rollout is read once though it is scored several times: by the behaviour's KL and the update, by several updates of a
-    round, or, a dataset's completion, once per epoch. What is kept goes with the rollout; what does not fit is not kept.
-    Another packing rounds differently, so that a resumed run, which has forgotten, may differ in the last digits.
+    For rollouts that are scored several times: by the behaviour's KL and the update, by several updates of a round, or, a
+    dataset's completions, in every epoch. A micro-batch is read again where one of its rollouts is not kept, on any rank. What
+    is kept goes with the rollout; what does not fit is not kept. Another packing rounds differently, so that a resumed run,
+    which has forgotten, may differ in the last digits.
 
     Args:
         gib: host memory per rank for it.

@@ -97,6 +97,11 @@ def read_trees(model: TransformerDecoder) -> None:
                 f"{type(module).__name__} attends in a way that packed trees do not know (a sliding window, or its own kind of "
                 "mask); set packing: padded"
             )
+        if module.attn_dropout > 0:
+            raise InputError(
+                f"packed trees have no attention dropout, and the model has {module.attn_dropout}; set model.attn_dropout=0, "
+                "or packing: padded"
+            )
         module._attention_call = partial(_attend, module._attention_call)
 
 

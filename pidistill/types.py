@@ -135,6 +135,7 @@ class View:
         rows, columns: [N] the hidden state at (row, column) predicts policy token n; in a tree several tokens may share one.
         positions: [R, L] distance from the beginning of the sequence; None where that is the column.
         mask: which columns each token of a packed row sees; None is causal.
+        depth: tokens of the longest sequence, which the model must be able to read.
     """
 
     tokens: Int[Tensor, "R L"]
@@ -142,6 +143,7 @@ class View:
     columns: Int[Tensor, " N"]
     positions: Int[Tensor, "R L"] | None = None
     mask: TreeMask | None = None
+    depth: int = 0
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """A packed tree is the padded rows in another arrangement: same numbers, same gradients, fewer tokens."""
 
+import dataclasses
+import pickle
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -121,6 +123,17 @@ def test_an_attention_that_trees_do_not_know_is_refused():
                    max_seq_len=32)  # fmt: skip
     with pytest.raises(InputError, match="Gemma2Attention attends in a way .* set packing: padded"):
         read_trees(gemma)
+    with pytest.raises(InputError, match="no attention dropout, and the model has 0.1; set model.attn_dropout=0"):
+        read_trees(model(0, attn_dropout=0.1))
+
+
+@pytest.mark.parametrize("packing", ["tree", "padded"])
+def test_a_sequence_longer_than_the_model_reads_is_refused(packing):
+    rollouts = forest(0)
+    depth = max(len(r.prompts.teacher) + len(r.completion) - 1 for r in rollouts)
+    score(model(0, max_seq_len=depth), batch_of(rollouts, packing=packing), REQUEST)
+    with pytest.raises((InputError, ValueError), match=f"max_seq_len.*{depth - 1}"):
+        score(model(0, max_seq_len=depth - 1), batch_of(rollouts, packing=packing), REQUEST)
 
 
 # ------------------------------------------------------------------------------------------------- trees
@@ -239,13 +252,21 @@ def test_groups_move_whole_to_the_rank_that_has_less():
     pairs = [(r, RolloutAdvantage(float(i))) for i, r in enumerate(random_rollouts(12, group_size=2))]
     shares = [[pair for pair in pairs if pair[0].group < 5], [pair for pair in pairs if pair[0].group == 5]]
     moved = both_ranks(lambda p, rank: p.balanced(shares[rank]))
-    assert sorted(id(pair[0]) for share in moved for pair in share) == sorted(id(pair[0]) for pair in pairs)
+    assert sorted(pair[0].example.id for share in moved for pair in share) == sorted(pair[0].example.id for pair in pairs)
+    assert all(pair[1].reward == float(pair[0].example.id.split()[1]) for share in moved for pair in share)
+    # What stays is the same object: a teacher's memory of it holds.
+    assert all(any(pair[0] is own[0] for own in shares[0]) for pair in moved[0]) and moved[1][0][0] is shares[1][0][0]
     groups = [{pair[0].group for pair in share} for share in moved]
     assert groups[0].isdisjoint(groups[1]) and min(map(len, groups)) >= 2
     even = [[pair for pair in pairs if pair[0].group % 2 == rank] for rank in (0, 1)]
     tokens = [sum(len(r.completion) for r, _ in share) for share in even]
     assert max(tokens) < 1.1 * sum(tokens) / 2  # the case below is one that stays
     assert both_ranks(lambda p, rank: p.balanced(even[rank])) == even
+    # Three equal groups on two ranks: no other way is better.
+    equal = [(dataclasses.replace(pairs[0][0], group=group), pairs[0][1]) for group in range(3)]
+    dealt = [[equal[0], equal[2]], [equal[1]]]
+    stayed = both_ranks(lambda p, rank: p.balanced(dealt[rank]))
+    assert all(a[0] is b[0] for ours, theirs in zip(stayed, dealt, strict=True) for a, b in zip(ours, theirs, strict=True))
 
 
 def both_ranks(call):
@@ -256,9 +277,9 @@ def both_ranks(call):
         def gather(self, items):
             boxes[self.rank] = items
             barrier.wait(timeout=20)
-            both = boxes[0] + boxes[1]
+            both = pickle.loads(pickle.dumps([boxes[0], boxes[1]]))  # as a gather between processes
             barrier.wait(timeout=20)
-            return both
+            return both[0] + both[1]
 
     packers = [Packer(OmegaConf.create({}), Meeting(CPU, torch.float32, rank, 2, 0, Path("unused")), 0) for rank in (0, 1)]
     with ThreadPoolExecutor(2) as pool:

@@ -1,5 +1,6 @@
 """The sampler against a plain forward over prompt + completion, one row at a time, without cache, padding or mask."""
 
+import functools
 import math
 import re
 import threading
@@ -24,8 +25,9 @@ from torchtune.modules.common_utils import local_kv_cache
 from pidistill.errors import InputError
 from pidistill.rollouts import TorchtuneSampler, decoding, gathered_parameters
 from pidistill.rollouts.decoding import _parameter_groups, attention_mask
+from pidistill.rollouts.decoding import decoding as decode
 from pidistill.rollouts.distribution import draw, sampling_logprobs
-from pidistill.testing import TINY_SIZES, perturb_weights
+from pidistill.testing import TINY_SIZES, perturb_weights, tiny_model
 
 VOCAB = 40
 PAD = 0
@@ -653,3 +655,34 @@ def _check_sharded(rank: int, model: nn.Module, reshard: bool) -> None:
 def _reshard_flags(model: nn.Module) -> list[bool]:
     groups = [group for m in model.modules() if isinstance(m, FSDPModule) for group in _parameter_groups(m)]
     return [group.post_forward_mesh_info is not None for group in groups]
+
+
+def test_any_layout_of_what_the_attention_returns_will_do(monkeypatch):
+    """CUDA's memory-efficient kernel lays its result out by [row, place, head], the CPU's by [row, head, place]."""
+    model, prompts = tiny_model(40), [[1, 2, 3], [4]]
+    sample = functools.partial(
+        TorchtuneSampler(max_new_tokens=12).sample,
+        model,
+        prompts,
+        group_size=2,
+        seeds=range(4),
+        stop_ids=frozenset(),
+        pad_id=0,
+        on_turn_end=lambda *_: None,
+    )
+    expected, attend = sample(), torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **kwargs: attend(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    assert [s.tokens for s in sample()] == [s.tokens for s in expected]
+
+
+def test_a_cache_has_no_more_columns_than_a_row_can_fill():
+    with decode(tiny_model(40), 90, 0) as context:
+        context.reserve(2)
+        context.read_prompts([list(range(1, 31))], [0, 0])
+        for _ in range(60):
+            context.read([0, 1], [[1], [2]])
+        assert {cache._k.shape[2] for cache in context._caches} == {90}

@@ -51,8 +51,9 @@ class _Cache(nn.Module):
     tensors are no buffers, so no state dict sees them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_columns: int) -> None:
         super().__init__()
+        self._max_columns = max_columns
         self.step: _Step | None = None
         self.slots = 0  # how many the next growth makes room for
         self._k: Tensor | None = None
@@ -68,7 +69,7 @@ class _Cache(nn.Module):
         queries = q.reshape(q.shape[0], kv_heads, -1, q.shape[3])
         mask = self.step.mask
         mask = None if mask is None else mask[:, None, None].expand(-1, 1, repeats, -1, -1).flatten(2, 3)
-        return F.scaled_dot_product_attention(queries, *self._read(), attn_mask=mask).view(q.shape)
+        return F.scaled_dot_product_attention(queries, *self._read(), attn_mask=mask).reshape(q.shape)
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As torchtune's caches do, for an attention that has no ``_attention_call``: append [n, heads, s, d], return all."""
@@ -97,7 +98,7 @@ class _Cache(nn.Module):
 
     def _reserve(self, columns: int, like: Tensor) -> None:
         if self._k is None or columns > self._k.shape[2]:
-            wanted = columns + max(64, columns // 4)
+            wanted = max(columns, min(self._max_columns, columns + max(64, columns // 4)))
             self._k, self._v = (self._grown(old, wanted, like) for old in (self._k, self._v))
 
     def _grown(self, old: Tensor | None, columns: int, like: Tensor) -> Tensor:
@@ -212,7 +213,7 @@ def decoding(model: TransformerDecoder, max_columns: int, pad_id: int) -> Iterat
     """
     attentions = [m for m in model.modules() if hasattr(m, "kv_cache") and hasattr(m, "cache_enabled")]
     _check_attentions(attentions, max_columns)
-    caches = [_Cache() for _ in attentions]
+    caches = [_Cache(max_columns) for _ in attentions]
     through_update = [m for m in attentions if "_attention_call" not in vars(m)]
     context = Context(model, caches, pad_id, needs_mask=bool(through_update))
     shadowed = [(m, vars(m)["_attention_call"]) for m in attentions if "_attention_call" in vars(m)]
