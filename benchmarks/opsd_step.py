@@ -1,6 +1,6 @@
-"""A whole training step of SDFT, ours against TRL's `SDFTTrainer`, on the same checkpoint, prompts and distribution of lengths.
+"""A whole step of SDFT, ours against TRL's `SDFTTrainer`, on the same checkpoint, prompts and distribution of lengths.
 
-    python benchmarks/opsd_step.py                                   # 15M-parameter body, V = 8,192: 4 prompts x 8, both lengths
+    python benchmarks/opsd_step.py             # 15M-parameter body, V = 8,192, 4 prompts x 8, both kinds of lengths
     python benchmarks/opsd_step.py --lengths long-tailed --privileged 1024
     python benchmarks/opsd_step.py --vocabulary 151936 --prompts 2 --group 4 --micro-batch 4
 
@@ -9,8 +9,9 @@ without the first 3 tokens, backward, clip, AdamW, move the EMA teacher. Ours is
 config; TRL's is `trainer.train()`. They take turns in one process: ours runs where TRL's callbacks say that its step has ended.
 
 Alike: the files (random Qwen2-shaped weights, tied embeddings, made on the spot), prompt ids in both views (checked), rollouts
-per step and per micro-batch, fp32, sdpa attention, threads, learning rate, clipping, teacher. Completions are sampled with other
-random numbers, so their lengths agree in distribution only; where they differ, time per completion token is the fair figure.
+per step and per micro-batch, fp32, sdpa attention, threads, fused AdamW, learning rate, clipping, teacher. Completions are
+drawn with other random numbers, so lengths agree in distribution only: where they differ, time per completion token is the fair
+figure. CPU seconds stand beside wall seconds: other work on the machine stretches them less.
 
     equal        the stop token's logit is so low that every row runs to --new-tokens
     long-tailed  the stop token has the same probability everywhere (geometric lengths), with a mean of a third of --new-tokens
@@ -58,15 +59,12 @@ PHASES = ("rollout", "score", "update")
 
 @dataclass
 class Step:
-    """One optimiser step: seconds of the whole and by phase, and completion tokens sampled."""
+    """One optimiser step: wall seconds of the whole and by phase, CPU seconds, and completion tokens sampled."""
 
     seconds: float
+    cpu_seconds: float
     tokens: float
     phases: dict[str, float]
-
-    @property
-    def per_token(self) -> float:
-        return self.seconds / self.tokens
 
 
 # ---------------------------------------------------------------------------------------------- what both sides load
@@ -75,8 +73,8 @@ class Step:
 def write_model(folder: Path, arguments: argparse.Namespace) -> None:
     """A Qwen2 with random weights as the Hub would hold it, whose stop token comes as ``arguments.lengths`` says.
 
-    Residual dimension 0 is a constant: every embedding has it, no block writes to it. What the stop token's (tied) embedding has
-    more of it is a logit that hardly depends on the context, since the final norm divides by a length that hardly varies.
+    Residual dimension 0 is a constant: every embedding has it, no block writes to it. What the stop token's (tied) embedding
+    has more of it is a logit that hardly depends on the context, since the final norm divides by a length that hardly varies.
     """
     from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -107,7 +105,7 @@ def write_model(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def stop_probability(arguments: argparse.Namespace) -> float:
-    """p per token: 1e-12, or that for which min(geometric(p), limit) has a mean of limit / 3, which is (1 - (1-p)^limit) / p."""
+    """Per token: 1e-12, or the p for which min(geometric(p), limit), whose mean is (1 - (1-p)^limit) / p, has limit / 3."""
     if arguments.lengths == "equal":
         return 1e-12
     limit = arguments.new_tokens
@@ -183,7 +181,7 @@ def our_config(folder: Path, arguments: argparse.Namespace) -> DictConfig:
     cfg.sampler.max_new_tokens = arguments.new_tokens
     cfg.objective.skip_first_tokens = SKIPPED
     cfg.teacher.rate = EMA_RATE
-    cfg.optimizer = {"_component_": "torch.optim.AdamW", "lr": LEARNING_RATE, "weight_decay": 0.0}
+    cfg.optimizer = {"_component_": "torch.optim.AdamW", "lr": LEARNING_RATE, "weight_decay": 0.0, "fused": True}
     del cfg.lr_scheduler
     cfg |= {"prompts_per_round": arguments.prompts, "group_size": arguments.group, "clip_grad_norm": CLIP}
     cfg |= {"micro_batch_rollouts": arguments.micro_batch, "threads": arguments.threads, "output_dir": str(folder / "ours")}
@@ -209,11 +207,11 @@ class Ours:
 
     def step(self) -> Step:
         self._recipe._max_steps = self._recipe._step + 1
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         self._recipe.train()
-        seconds = time.perf_counter() - begin
+        seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
         row = json.loads(self._metrics.read_text().splitlines()[-1])
-        return Step(seconds, row["policy_tokens"], {phase: row[f"time_{phase}_s"] for phase in PHASES})
+        return Step(seconds, cpu_seconds, row["policy_tokens"], {phase: row[f"time_{phase}_s"] for phase in PHASES})
 
 
 # ---------------------------------------------------------------------------------------------- TRL's
@@ -226,6 +224,7 @@ class Clock:
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     begin: float = 0.0
+    cpu_begin: float = 0.0
 
     def timed(self, phase: str, method: Callable) -> Callable:
         @functools.wraps(method)
@@ -240,12 +239,14 @@ class Clock:
         return wrapper
 
     def start(self) -> None:
-        self.seconds, self.tokens, self.begin = {}, 0, time.perf_counter()
+        self.seconds, self.tokens = {}, 0
+        self.begin, self.cpu_begin = time.perf_counter(), time.process_time()
 
     def stop(self) -> Step:
         """What is neither rollout nor score is the update: backward, clip, AdamW, EMA, and the trainer's own loop."""
         whole = time.perf_counter() - self.begin
-        return Step(whole, self.tokens, self.seconds | {"update": whole - sum(self.seconds.values())})
+        cpu_seconds = time.process_time() - self.cpu_begin
+        return Step(whole, cpu_seconds, self.tokens, self.seconds | {"update": whole - sum(self.seconds.values())})
 
 
 def trl_trainer(folder: Path, arguments: argparse.Namespace, steps: int) -> Any:
@@ -322,10 +323,10 @@ def by_turns(folder: Path, arguments: argparse.Namespace) -> dict[str, list[Step
     trainer, ours = trl_trainer(folder, arguments, arguments.turns + 1), Ours(folder, arguments)
     if ours.prompts() != trl_prompts(trainer):
         raise RuntimeError("the two sides' prompt ids differ")
-    steps: dict[str, list[Step]] = {"TRL 1.16 SDFTTrainer": [], "pidistill": []}
+    steps: dict[str, list[Step]] = {"TRL": [], "pidistill": []}
 
     def turn(theirs: Step) -> None:
-        steps["TRL 1.16 SDFTTrainer"].append(theirs)
+        steps["TRL"].append(theirs)
         steps["pidistill"].append(ours.step())
 
     train_trl(trainer, turn)
@@ -359,36 +360,38 @@ def floor_flops(arguments: argparse.Namespace, tokens: float) -> float:
     return 2.0 * (sampling + scoring)
 
 
-def rows_of(name: str, steps: list[Step], peak: int, arguments: argparse.Namespace, rate: float) -> list[str]:
-    seconds = sum(step.seconds for step in steps)
-    shares = [sum(step.phases[phase] for step in steps) / seconds for phase in PHASES]
+def row_of(name: str, steps: list[Step], peak: int, arguments: argparse.Namespace, rate: float) -> list[str]:
+    seconds, tokens = sum(step.seconds for step in steps), sum(step.tokens for step in steps)
     floor = sum(floor_flops(arguments, step.tokens) for step in steps) / rate
     return [
         arguments.lengths,
         name,
+        f"{tokens / len(steps) / (arguments.prompts * arguments.group):.1f}",
         f"{statistics.median(step.seconds for step in steps):.2f}",
-        f"{statistics.mean(step.tokens for step in steps) / (arguments.prompts * arguments.group):.1f}",
-        f"{1e3 * statistics.median(step.per_token for step in steps):.2f}",
-        *(f"{share:.0%}" for share in shares),
-        f"{peak / GIB:.2f}",
+        f"{1e3 * seconds / tokens:.2f}",
+        *(f"{sum(step.phases[phase] for step in steps) / seconds:.0%}" for phase in PHASES),
         f"{floor / seconds:.0%}",
+        f"{peak / GIB:.2f}",
     ]
 
 
 def compare(arguments: argparse.Namespace, rate: float) -> tuple[list[list[str]], str]:
     """Two rows of the table, and the sentence with the ratios."""
-    command = [*sys.argv[1:], "--lengths", arguments.lengths]
     with files(arguments) as folder:
-        torch.set_num_threads(arguments.threads)
         steps = by_turns(folder, arguments)
-    peaks = {name: in_own_process(__file__, [*command, "--case", name])["bytes"] for name in steps}
-    rows = [rows_of(name, taken, peaks[name], arguments, rate) for name, taken in steps.items()]
-    (theirs, ours), (their_peak, our_peak) = steps.values(), peaks.values()
-    step = median_ratio([s.seconds for s in theirs], [s.seconds for s in ours])
-    token = median_ratio([s.per_token for s in theirs], [s.per_token for s in ours])
+    command = [*sys.argv[1:], "--lengths", arguments.lengths, "--case"]
+    peaks = {name: in_own_process(__file__, [*command, name])["bytes"] for name in steps}
+    rows = [row_of(name, taken, peaks[name], arguments, rate) for name, taken in steps.items()]
+    theirs, ours = steps["TRL"], steps["pidistill"]
+
+    def times(value: Callable[[Step], float]) -> str:
+        return f"{median_ratio([value(step) for step in theirs], [value(step) for step in ours]):.2f}x"
+
     return rows, (
-        f"{arguments.lengths}: pidistill is {step:.2f}x as fast per step, {token:.2f}x per completion token (medians of "
-        f"{arguments.turns} turns), with {our_peak / their_peak:.2f}x the peak memory"
+        f"{arguments.lengths}: pidistill is {times(lambda s: s.seconds)} as fast per step, "
+        f"{times(lambda s: s.seconds / s.tokens)} per completion token (CPU seconds: {times(lambda s: s.cpu_seconds)}, "
+        f"{times(lambda s: s.cpu_seconds / s.tokens)}), medians of {arguments.turns} turns; peak memory "
+        f"{peaks['pidistill'] / peaks['TRL']:.2f}x TRL's"
     )
 
 
@@ -437,10 +440,10 @@ def main() -> None:
         rows, sentences = rows + more, [*sentences, sentence]
     title = (
         f"One SDFT step: {arguments.prompts} prompts x {arguments.group}, question {arguments.question}, privileged "
-        f"{arguments.privileged}, up to {arguments.new_tokens} new, V={arguments.vocabulary}, fp32, {arguments.threads} thread(s), "
-        f"matmul {rate / 1e9:.0f} GFLOP/s"
+        f"{arguments.privileged}, up to {arguments.new_tokens} new, V={arguments.vocabulary}, fp32, "
+        f"{arguments.threads} thread(s), matmul {rate / 1e9:.0f} GFLOP/s"
     )
-    columns = ["lengths", "", "s/step", "tokens/rollout", "ms/token", *PHASES, "peak GiB", "of the floor"]
+    columns = ["lengths", "", "tokens/rollout", "s/step", "ms/token", *PHASES, "floor/time", "peak GiB"]
     print_table(title, columns, rows)
     print("\n".join(sentences))
 
