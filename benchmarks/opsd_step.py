@@ -9,8 +9,8 @@ without the first 3 tokens, backward, clip, AdamW, move the EMA teacher. Ours is
 config; TRL's is `trainer.train()`. They take turns in one process: ours runs where TRL's callbacks say that its step has ended.
 
 Alike: the files (random Qwen2-shaped weights, tied embeddings, made on the spot), prompt ids in both views (checked), rollouts
-per step and per micro-batch, fp32, sdpa attention, threads, fused AdamW, learning rate, clipping, teacher. Completions are
-drawn with other random numbers, so lengths agree in distribution only: where they differ, time per completion token is the fair
+per step, tokens that one forward may hold, fp32, threads, fused AdamW, learning rate, clipping, teacher. Completions are drawn
+with other random numbers, so lengths agree in distribution only: where they differ, time per completion token is the fair
 figure. CPU seconds stand beside wall seconds: other work on the machine stretches them less.
 
     equal        the stop token's logit is so low that every row runs to --new-tokens
@@ -184,7 +184,11 @@ def our_config(folder: Path, arguments: argparse.Namespace) -> DictConfig:
     cfg.optimizer = {"_component_": "torch.optim.AdamW", "lr": LEARNING_RATE, "weight_decay": 0.0, "fused": True}
     del cfg.lr_scheduler
     cfg |= {"prompts_per_round": arguments.prompts, "group_size": arguments.group, "clip_grad_norm": CLIP}
-    cfg |= {"micro_batch_rollouts": arguments.micro_batch, "threads": arguments.threads, "output_dir": str(folder / "ours")}
+    cfg |= {
+        "micro_batch_tokens": arguments.micro_batch * max_seq_len(arguments),
+        "threads": arguments.threads,
+        "output_dir": str(folder / "ours"),
+    }
     cfg |= {"rollout_log_steps": 0, "save_every_steps": None, "max_steps": 1_000_000}
     return OmegaConf.merge(cfg, OmegaConf.from_dotlist(arguments.ours))
 
@@ -360,7 +364,7 @@ def floor_flops(arguments: argparse.Namespace, tokens: float) -> float:
     return 2.0 * (sampling + scoring)
 
 
-def row_of(name: str, steps: list[Step], peak: int, arguments: argparse.Namespace, rate: float) -> list[str]:
+def row_of(name: str, steps: list[Step], peak: int | None, arguments: argparse.Namespace, rate: float) -> list[str]:
     seconds, tokens = sum(step.seconds for step in steps), sum(step.tokens for step in steps)
     floor = sum(floor_flops(arguments, step.tokens) for step in steps) / rate
     return [
@@ -371,7 +375,7 @@ def row_of(name: str, steps: list[Step], peak: int, arguments: argparse.Namespac
         f"{1e3 * seconds / tokens:.2f}",
         *(f"{sum(step.phases[phase] for step in steps) / seconds:.0%}" for phase in PHASES),
         f"{floor / seconds:.0%}",
-        f"{peak / GIB:.2f}",
+        f"{peak / GIB:.2f}" if peak is not None else "",
     ]
 
 
@@ -380,8 +384,8 @@ def compare(arguments: argparse.Namespace, rate: float) -> tuple[list[list[str]]
     with files(arguments) as folder:
         steps = by_turns(folder, arguments)
     command = [*sys.argv[1:], "--lengths", arguments.lengths, "--case"]
-    peaks = {name: in_own_process(__file__, [*command, name])["bytes"] for name in steps}
-    rows = [row_of(name, taken, peaks[name], arguments, rate) for name, taken in steps.items()]
+    peaks = {name: in_own_process(__file__, [*command, name])["bytes"] for name in steps if arguments.memory}
+    rows = [row_of(name, taken, peaks.get(name), arguments, rate) for name, taken in steps.items()]
     theirs, ours = steps["TRL"], steps["pidistill"]
 
     def times(value: Callable[[Step], float]) -> str:
@@ -390,8 +394,8 @@ def compare(arguments: argparse.Namespace, rate: float) -> tuple[list[list[str]]
     return rows, (
         f"{arguments.lengths}: pidistill is {times(lambda s: s.seconds)} as fast per step, "
         f"{times(lambda s: s.seconds / s.tokens)} per completion token (CPU seconds: {times(lambda s: s.cpu_seconds)}, "
-        f"{times(lambda s: s.cpu_seconds / s.tokens)}), medians of {arguments.turns} turns; peak memory "
-        f"{peaks['pidistill'] / peaks['TRL']:.2f}x TRL's"
+        f"{times(lambda s: s.cpu_seconds / s.tokens)}), medians of {arguments.turns} turns"
+        + (f"; peak memory {peaks['pidistill'] / peaks['TRL']:.2f}x TRL's" if peaks else "")
     )
 
 
@@ -411,13 +415,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--prompts", type=int, default=4, help="per optimiser step")
     parser.add_argument("--group", type=int, default=8, help="completions per prompt")
-    parser.add_argument("--micro-batch", type=int, default=None, help="rollouts per forward; default: all of the step")
+    parser.add_argument(
+        "--micro-batch",
+        type=int,
+        default=None,
+        help="rollouts in a forward of TRL's; ours holds as many tokens; default: all of the step",
+    )
     parser.add_argument("--question", type=int, default=128, help="tokens both views see")
     parser.add_argument("--privileged", type=int, default=256, help="tokens only the teacher sees")
     parser.add_argument("--new-tokens", type=int, default=128, help="limit of a completion")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="changes to our config, e.g. packing=padded")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory of each side")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.micro_batch = arguments.micro_batch or arguments.prompts * arguments.group
