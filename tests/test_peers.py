@@ -8,6 +8,9 @@ import importlib
 import itertools
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -293,3 +296,17 @@ def test_sdpos_loss_with_top_k_tail_and_importance_clip():
     )
     theirs = sdpo.apply_importance_sampling_clipping(term, picked, batch.sampled_logprobs, 2.0)
     assert_same(objective.token_loss(batch, scores, 0).loss, theirs, (student,))
+
+
+def test_a_whole_step_runs_beside_trls_trainer():
+    """benchmarks/opsd_step.py at a size of seconds; it refuses to compare where the two sides' prompt ids differ."""
+    root = Path(__file__).parents[1]
+    sizes = {"vocabulary": 64, "prompts": 2, "group": 2, "question": 8, "privileged": 8, "new-tokens": 6, "turns": 1}
+    options = [f"--{name}={value}" for name, value in sizes.items()]
+    command = [sys.executable, "benchmarks/opsd_step.py", "--lengths=equal", "--no-memory", *options]
+    done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split("│")[1:-1] for line in done.stdout.splitlines() if line.startswith("│")]
+    assert [(row[1].strip(), float(row[2])) for row in rows] == [("TRL", 6.0), ("pidistill", 6.0)]  # tokens per rollout
+    for row in rows:
+        assert 90 <= sum(int(share.strip().removesuffix("%")) for share in row[5:8]) <= 101
