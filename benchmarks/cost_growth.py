@@ -29,7 +29,7 @@ from pidistill.scoring import score
 from pidistill.training import Run
 
 SIZES = {"question": 128, "privileged": 256, "completion": 64, "question_last": False, "shape": "small", "vocabulary": None,
-         "device": "cpu", "dtype": "fp32"}  # fmt: skip
+         "layers": None, "device": "cpu", "dtype": "fp32"}  # fmt: skip
 
 
 def one_step(model: torch.nn.Module, packer: Packer, pairs: list) -> None:

@@ -57,7 +57,8 @@ def rollouts_of(arguments: argparse.Namespace, privileged: int) -> list[Rollout]
 
 
 def build_model(arguments: argparse.Namespace) -> torch.nn.Module:
-    shape = SHAPES[arguments.shape] | ({"vocab_size": arguments.vocabulary} if arguments.vocabulary else {})
+    given = {"vocab_size": arguments.vocabulary, "num_layers": arguments.layers}
+    shape = SHAPES[arguments.shape] | {key: value for key, value in given.items() if value}
     torch.manual_seed(0)
     with torch.device(arguments.device):
         model = qwen2(**shape, max_seq_len=32768, tie_word_embeddings=True)
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=1)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--vocabulary", type=int, default=None)
+    parser.add_argument("--layers", type=int, default=None, help="instead of the shape's own number")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=None)
@@ -187,7 +189,7 @@ def measure(
 
 def options(arguments: argparse.Namespace) -> list[str]:
     """The same sizes for a process of its own."""
-    names = ("question", "completion", "group", "groups", "shape", "vocabulary", "device", "dtype", "threads")
+    names = ("question", "completion", "group", "groups", "shape", "vocabulary", "layers", "device", "dtype", "threads")
     given = [f"--{name}={getattr(arguments, name)}" for name in names if getattr(arguments, name) is not None]
     return given + ["--question-last"] * arguments.question_last
 
