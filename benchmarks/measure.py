@@ -57,11 +57,12 @@ def synchronize(device: torch.device) -> None:
 def matmul_flops_per_s(
     device: torch.device,
     dtype: torch.dtype,
-    size: int = 1024,
+    size: int | None = None,
     seconds: float = 0.5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """The rate of a large square matmul: what a floor in FLOPs is divided by."""
+    size = size or (8192 if device.type == "cuda" else 1024)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     a @ b
     synchronize(device)

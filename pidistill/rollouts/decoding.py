@@ -6,7 +6,7 @@ Everything is put on the instance for the duration and taken away again; torchtu
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ class _Step:
         mask: [n, s, end] True where a query may look; None where it may look at all of them.
         copies: where prompts are read, (slots, rows of the forward): which rows' keys and values go where. A prompt attends
             to itself alone. None afterwards.
+        columns: [n, s] where each row writes.
     """
 
     slots: Int[Tensor, " n"]
@@ -41,7 +42,18 @@ class _Step:
     start: int | None
     end: int
     mask: Bool[Tensor, "n s end"] | None
+    columns: Int[Tensor, "n s"]
     copies: tuple[Int[Tensor, " R"], Int[Tensor, " R"]] | None = None
+
+    @cached_property
+    def masks(self) -> dict[int, Bool[Tensor, "n 1 q end"]]:
+        """The mask for queries of so many heads in a row, made for the first layer and used in all."""
+        return {}
+
+    def mask_of(self, repeats: int) -> Bool[Tensor, "n 1 q end"] | None:
+        if self.mask is not None and repeats not in self.masks:
+            self.masks[repeats] = self.mask[:, None, None].expand(-1, 1, repeats, -1, -1).flatten(2, 3)
+        return self.masks.get(repeats)
 
 
 class _Cache(nn.Module):
@@ -67,8 +79,7 @@ class _Cache(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         # A key head's query heads become more queries of it, so that nothing is repeated over the length of the cache.
         queries = q.reshape(q.shape[0], kv_heads, -1, q.shape[3])
-        mask = self.step.mask
-        mask = None if mask is None else mask[:, None, None].expand(-1, 1, repeats, -1, -1).flatten(2, 3)
+        mask = self.step.mask_of(repeats)
         return F.scaled_dot_product_attention(queries, *self._read(), attn_mask=mask).reshape(q.shape)
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,8 +104,7 @@ class _Cache(nn.Module):
             elif step.contiguous and step.start is not None:
                 stored[: len(step.slots), :, step.start : step.end] = new
             else:
-                columns = step.starts[:, None] + torch.arange(s, device=k.device)
-                stored[step.slots[:, None], :, columns] = new.transpose(1, 2)
+                stored[step.slots[:, None], :, step.columns] = new.transpose(1, 2)
 
     def _reserve(self, columns: int, like: Tensor) -> None:
         if self._k is None or columns > self._k.shape[2]:
@@ -172,17 +182,18 @@ class Context:
         end, positions = max(starts) + s, self._tensor(starts)
         everything_seen = prompts or (s == 1 and start is not None)
         mask = attention_mask(positions, s, end) if self._needs_mask or not everything_seen else None
-        return _Step(self._tensor(list(slots)), list(slots) == list(range(len(slots))), positions, start, end, mask)
+        columns = positions[:, None] + torch.arange(s, device=self._device)
+        contiguous = list(slots) == list(range(len(slots)))
+        return _Step(self._tensor(list(slots)), contiguous, positions, start, end, mask, columns)
 
     def _forward(self, tokens: list[Sequence[int]], step: _Step) -> Float[Tensor, "n V"]:
         """Rows are padded on the right: what a padding column writes is never seen, and the row's next ids replace it."""
         s = max(map(len, tokens))
         padded = self._tensor([[*ids, *[self._pad_id] * (s - len(ids))] for ids in tokens])
         self._last = self._tensor([len(ids) - 1 for ids in tokens])
-        positions = step.starts[:, None] + torch.arange(s, device=self._device)
         for cache in self._caches:
             cache.step = step
-        return self._model(padded, mask=step.mask, input_pos=positions.clamp(max=self._model.max_seq_len - 1))[:, 0]
+        return self._model(padded, mask=step.mask, input_pos=step.columns.clamp(max=self._model.max_seq_len - 1))[:, 0]
 
     def _tensor(self, values: list) -> Int[Tensor, "..."]:
         return torch.tensor(values, dtype=torch.long, device=self._device)
