@@ -104,6 +104,12 @@ def _check_component(path: str, node: Any) -> None:
             raise InputError(f"config key {path}.{parameter.name} is missing; {node[COMPONENT]} needs it")
 
 
+# Keys of earlier versions, and what does their work now.
+_REPLACED = {"micro_batch_rollouts": "micro_batch_tokens", "micro_batch_size": "micro_batch_tokens"}
+
+
 def _closest(key: str, candidates: Collection[str]) -> str:
+    if _REPLACED.get(key) in candidates:
+        return f"; set {_REPLACED[key]} in its place"
     matches = difflib.get_close_matches(key, list(candidates), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else f"; known here: {', '.join(sorted(candidates))}"

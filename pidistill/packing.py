@@ -24,7 +24,6 @@ from jaxtyping import Int
 from omegaconf import DictConfig
 from torch import Tensor
 
-from pidistill.errors import InputError
 from pidistill.training import Run, empty_model
 from pidistill.tree_attention import FLEX_BLOCK, TreeMask, read_trees
 from pidistill.types import Batch, Rollout, RolloutAdvantage, View, ViewName
@@ -201,8 +200,6 @@ class Packer:
 
     def __init__(self, cfg: DictConfig, run: Run, pad_id: int) -> None:
         self.packing: str = cfg.get("packing") or "tree"
-        if self.packing not in ("tree", "padded"):
-            raise InputError(f"packing={self.packing} is unknown; choose tree or padded")
         self.budget: int = cfg.get("micro_batch_tokens") or 8192
         for key in ("model", "teacher_model"):
             if self.packing == "tree" and cfg.get(key):

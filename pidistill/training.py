@@ -179,6 +179,8 @@ def _check_numbers(cfg: DictConfig) -> None:
         value = cfg.get(key)
         if value is not None and (type(value) is not int or value < least):
             raise InputError(f"{key}={value} must be a whole number of at least {least}")
+    if cfg.get("packing") not in (None, "tree", "padded"):
+        raise InputError(f"packing={cfg.packing} is unknown; choose tree or padded")
     norm = cfg.get("clip_grad_norm")
     if norm is not None and (not isinstance(norm, int | float) or norm <= 0):
         raise InputError(f"clip_grad_norm={norm} must be a number above 0, or null for no clipping")

@@ -286,11 +286,6 @@ def both_ranks(call):
         return list(pool.map(call, packers, (0, 1)))
 
 
-def test_an_unknown_packing_is_refused():
-    with pytest.raises(InputError, match="packing=trees is unknown; choose tree or padded"):
-        packer(10, "trees")
-
-
 def test_an_empty_micro_batch_has_every_field_that_an_objective_reads():
     batch = packer(10).batch([])
     assert batch.advantages.shape == batch.kl_advantages.shape == batch.weights.shape == (0,)

@@ -33,6 +33,8 @@ def read(config: str, overrides: Sequence[str]) -> DictConfig:
     """The config as a run would read it; wrong keys and numbers are refused as there."""
     try:
         cfg = _merge_yaml_and_cli_args(argparse.Namespace(**load_config(config)), list(overrides))
+    except InputError:
+        raise
     except (ValueError, OmegaConfBaseException) as error:
         raise InputError(f"config {config} does not take {' '.join(overrides)} ({' '.join(str(error).split())})") from error
     if "optimizer" not in cfg:

@@ -88,6 +88,12 @@ BY_COMMAND_LINE = [
     ("rl", ["objective.clip_high=1.0"], "objective.clip_high=1.0 must be above 1"),
     ("pi_distill", ["objective.clip_high=0.9"], "objective.clip_high=0.9 must be above 1"),
     ("opsd", ["prompts_per_round=0"], "prompts_per_round=0 must be a whole number of at least 1"),
+    ("opsd", ["packing=trees"], "packing=trees is unknown; choose tree or padded"),
+    (
+        "pi_distill",
+        ["micro_batch_rollouts=4"],
+        "micro_batch_rollouts is read by nothing .*; set micro_batch_tokens in its place",
+    ),
     ("opsd", ["group_size=2.5"], "group_size=2.5 must be a whole number of at least 1"),
     ("opsd", ["minibatch_rollouts=4"], "minibatch_rollouts=4 must be a multiple of group_size=3"),
     ("opsd", ["minibatch_rollouts=9"], "minibatch_rollouts=9 must be .* at most prompts_per_round × group_size = 6"),
