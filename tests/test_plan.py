@@ -113,11 +113,10 @@ def test_overrides_are_those_of_a_run(capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("tiny/nothing",), "neither a file nor a bundled config"),
         (("tiny/evaluate",), "trains nothing"),
         (("tiny/opsd", "micro_batch_token=5"), "did you mean micro_batch_tokens?"),
         (("tiny/opsd", "packing=trees"), "packing=trees is unknown; choose tree or padded"),
-        (("tiny/opsdd",), "error: config tiny/opsdd is neither a file nor a bundled config"),
+        (("tiny/nothing",), "error: config tiny/nothing is neither a file nor a bundled config"),
         (("tiny/opsd", "group_size=0"), "group_size=0"),
         (("tiny/opsd", "group_size=1=2"), "key=value"),
         (("tiny/opsd", "dtype=int3"), "dtype=int3"),
