@@ -1,8 +1,10 @@
 """Success with and without privileged information: what every comparison rests on."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from pidistill.metrics import privileged_overlap, rollout_means, rollout_sums
 from pidistill.rollouts import CollectResult, rollout_seed
@@ -89,12 +91,46 @@ def sample_view(
 def mean_success(rollouts: Sequence[Rollout], threshold: float, run: Run) -> float:
     """Over all ranks; NaN without rollouts."""
     total = run.sum(len(rollouts))
-    return run.sum(sum(r.reward >= threshold for r in rollouts)) / total if total else math.nan
+    return run.sum(sum(r.task_reward >= threshold for r in rollouts)) / total if total else math.nan
 
 
 def pass_at_k(successes: int, samples: int, k: int) -> float:
     """Unbiased estimate of P(at least one of k samples succeeds): 1 − C(n−c, k)/C(n, k) (arXiv 2107.03374, Eq. 1)."""
     return 1.0 - math.comb(samples - successes, k) / math.comb(samples, k)
+
+
+def pass_hat_k(successes: int, samples: int, k: int) -> float:
+    """pass^k: unbiased estimate of P(all of k samples succeed), C(c, k)/C(n, k) (τ-bench, arXiv 2406.12045): reliability."""
+    return math.comb(successes, k) / math.comb(samples, k)
+
+
+def bootstrap_interval(values: Sequence[float], seed: int, resamples: int = 2000) -> tuple[float, float]:
+    """95% percentile interval of the mean when rows are drawn anew; ``values`` has one number per row, at least one.
+
+    Rows are what a held-out set is a sample of; more samples per row narrow each value, not the choice of rows.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    means = [numbers[generator.integers(len(numbers), size=len(numbers))].mean() for _ in range(resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def success_numbers(rows: Mapping[int, Sequence[bool]], samples: int, seed: int) -> dict[str, Any]:
+    """avg@k, pass@k and pass^k of rows with up to ``samples`` samples each, k = 2, 4, ..., with `<name>_interval` beside.
+
+    A dropped rollout can leave a row fewer than k samples: it then does not count towards those of k.
+    """
+    result: dict[str, Any] = {}
+    measures = {"pass@": pass_at_k, "pass^": pass_hat_k}
+    per_row = {"success": [sum(row) / len(row) for row in rows.values()]}
+    for k in (2**i for i in range(1, samples.bit_length())):
+        whole = [row for row in rows.values() if len(row) >= k]
+        per_row |= {f"{name}{k}": [measure(sum(row), len(row), k) for row in whole] for name, measure in measures.items()}
+    for name, values in per_row.items():
+        if values:
+            result |= {name: sum(values) / len(values), f"{name}_interval": bootstrap_interval(values, seed)}
+    return result
 
 
 def sample_texts(

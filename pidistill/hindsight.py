@@ -64,7 +64,7 @@ class Hindsight:
         own = rollouts[i]
         place = members.index(i)
         others = [rollouts[j] for j in members[place + 1 :] + members[:place]]
-        succeeded = next((r for r in others if r.reward >= self.success_threshold), None)
+        succeeded = next((r for r in others if r.task_reward >= self.success_threshold), None)
         sibling = self.sibling(own.example, succeeded.turns) if self.sibling and succeeded else None
         feedback = (
             self.feedback(own.example, own.turns) if self.feedback and (self.feedback_with_sibling or not sibling) else None

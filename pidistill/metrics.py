@@ -7,8 +7,8 @@ that was not computed is absent; nothing stands in for it.
 | --- | --- |
 | step | optimiser steps done, this one included |
 | loss | the minimised loss, per policy token of the whole step, nats where it is a KL |
-| reward_mean, reward_std | of this round's rollouts; parts of a reward as `reward/<name>` |
-| success_frac | share of this round's rollouts with reward ≥ `eval_success_threshold` |
+| reward_mean, reward_std | of this round's rollouts; parts of a reward, `reward_shaping` among them, as `reward/<name>` |
+| success_frac | share of this round's rollouts with reward ≥ `eval_success_threshold`, `reward_shaping` left out |
 | kl_teacher_student_nats | kl(teacher||student) per policy token, full vocabulary, on the sampled traces |
 | kl_student_teacher_nats | kl(student||teacher), likewise |
 | kl_teacher_student_q1 … q4 | the same by quarter of the completion |
@@ -63,9 +63,9 @@ from tqdm.auto import tqdm
 
 from pidistill.advantages import group_slots
 from pidistill.config import build
-from pidistill.envs.leak_penalty import count_phrases
 from pidistill.messages import message_text, messages_text
 from pidistill.policy_gradient import effective_sample_size
+from pidistill.rewards.shaping import count_phrases
 from pidistill.training import Run, log, write_jsonl
 from pidistill.types import Batch, Message, Rollout, RolloutAdvantage, Scores
 
@@ -249,7 +249,7 @@ def rollout_sums(rollouts: Sequence[Rollout], success_threshold: float, leak_phr
         "_rollouts": float(len(rollouts)),
         "reward_mean": sum(r.reward for r in rollouts),
         "_reward_squared": sum(r.reward**2 for r in rollouts),
-        "success_frac": float(sum(r.reward >= success_threshold for r in rollouts)),
+        "success_frac": float(sum(r.task_reward >= success_threshold for r in rollouts)),
         "completion_tokens_mean": float(sum(r.policy_tokens for r in rollouts)),
         "truncated_frac": float(sum(r.stop_reason == "length" for r in rollouts)),
     }

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from pidistill.envs.base import Environment, EnvStep
-from pidistill.envs.leak_penalty import count_phrases
 from pidistill.errors import InputError
 from pidistill.metrics import assistant_text
 from pidistill.privileged import PrivilegedPrompt
+from pidistill.rewards.shaping import count_phrases
 from pidistill.rollouts import CollectResult, rollout_seed
 from pidistill.tokenizers import ChatTokenizer
 from pidistill.training import Run
@@ -108,7 +108,7 @@ class Successes:
         _check_limit(self.max_per_prompt)
 
     def select(self, rollouts: Sequence[Rollout], leak_phrases: Sequence[str], rewrite: Rewrite, seed: int) -> Selected:
-        whole = [r for r in rollouts if r.reward >= self.threshold and r.stop_reason != "length"]
+        whole = [r for r in rollouts if r.task_reward >= self.threshold and r.stop_reason != "length"]
         traces = [Trace(r.example, r.turns, r.reward, r.group, {"sampled_by": r.sampled_by}) for r in whole]
         return Selected(_filtered(traces, leak_phrases if self.drop_leaks else (), self.max_per_prompt))
 
@@ -150,7 +150,7 @@ class Interventions:
         members: Counter[int] = Counter()
         cuts = []
         for rollout in rollouts:
-            if rollout.reward < self.threshold and rollout.stop_reason == "done":
+            if rollout.task_reward < self.threshold and rollout.stop_reason == "done":
                 own = rollout_seed(seed, REWRITING_STREAM, rollout.group, members[rollout.group])
                 cuts.append(Cut(rollout, rollout.turns[:-1], own))
             members[rollout.group] += 1

@@ -47,7 +47,7 @@ COMMON_KEYS = EVALUATION_KEYS | frozenset(
     {
         "max_steps", "optimizer", "lr_scheduler", "clip_grad_norm", "max_nonfinite_steps", "save_every_steps",
         "resume_from_checkpoint", "metric_logger", "enable_activation_checkpointing", "compile", "score_chunk_tokens",
-        "eval_dataset", "eval_every_steps", "packing", "micro_batch_tokens",
+        "eval_dataset", "eval_every_steps", "packing", "micro_batch_tokens", "reward_shaping",
     }
 )  # fmt: skip
 

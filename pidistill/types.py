@@ -77,13 +77,15 @@ class Rollout:
         group: rollouts with the same group number answer the same example in the same round.
         stop_reason: "done" (the environment ended the episode), "length" (token limit), "max_turns".
         turns: the messages of the episode: assistant turns and observations.
-        reward: sum of the environment's rewards; None when the reward raised or was not finite (such a rollout is dropped).
+        reward: sum of the environment's rewards and of `reward_shaping`; None when the reward raised or was not finite (such a
+            rollout is dropped).
         reward_parts: each part of the reward under its own name, for the log.
-        turn_rewards: the environment's reward of each assistant turn; sums to ``reward``.
+        turn_rewards: the reward of each assistant turn; sums to ``reward``.
         turn_policy_tokens: policy tokens of each assistant turn.
         key: what stays the same when a rollout is copied with other fields; see :class:`pidistill.teachers.HiddenMemory`.
         behaviour_nats: one value per policy token, filled when the objective asks for it: a number under the weights that
             sampled, as :meth:`Objective.behaviour_values` makes it.
+        task_reward: the environment's alone, on which success is judged; ``reward`` where it is not given.
     """
 
     example: Example
@@ -100,7 +102,11 @@ class Rollout:
     turn_rewards: list[float] = field(default_factory=list)
     turn_policy_tokens: list[int] = field(default_factory=list)
     behaviour_nats: list[float] | None = None
+    task_reward: float | None = None
     key: "RolloutKey" = field(default_factory=lambda: RolloutKey(), repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.task_reward = self.reward if self.task_reward is None else self.task_reward
 
     @property
     def policy_tokens(self) -> int:

@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: student (without privileged information), student greedy, and the ceiling with it.
 
-every row of `dataset` × `eval_samples` samples per view → avg@k, pass@k, length, leak rate, one table, `results.json`, and
-`rows.json` with the success of every row
+every row of `dataset` × `eval_samples` samples per view → avg@k, pass@k, pass^k with bootstrap intervals, length, leak rate;
+the same for every entry of `domains` → a table each, `results.json`, and `rows.json` with the success of every row
 
 tune run --nproc_per_node 1 recipes/evaluate_distributed.py --config configs/tiny/evaluate.yaml
 """
@@ -9,97 +9,145 @@ tune run --nproc_per_node 1 recipes/evaluate_distributed.py --config configs/tin
 import functools
 import json
 import sys
+from dataclasses import dataclass
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torchtune import config, training
 
 from pidistill.config import build
-from pidistill.data import load_prompts
-from pidistill.evaluation import eval_dropped, pass_at_k, sample_view
+from pidistill.data import RecipeData, load_prompts
+from pidistill.errors import InputError
+from pidistill.evaluation import Collect, eval_dropped, sample_view, success_numbers
 from pidistill.metrics import rollout_means, rollout_sums
 from pidistill.rollouts import collect_rollouts
 from pidistill.training import EVALUATION_KEYS, cleanup, load_model, one_sentence_errors, start
 from pidistill.types import Rollout
 
+KEYS = EVALUATION_KEYS | {"domains", "reward_shaping"}
 REQUIRED = ("output_dir", "model", "tokenizer", "checkpointer", "dataset", "environment", "sampler")
 VIEWS = {  # name: (view, temperature; None is the sampler's)
     "student greedy": ("student", 0.0),
     "student": ("student", None),
     "student + PI": ("teacher", None),
 }
+# What an entry of `domains` may say in the config's place; it must have a dataset.
+DOMAIN_KEYS = ("dataset", "environment", "privileged", "max_turns", "eval_success_threshold")
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Rows, and what plays episodes on them. ``prefix`` stands before a view's name in the results; "" for the config's own."""
+
+    prefix: str
+    data: RecipeData
+    collect: Collect
 
 
 class EvaluateRecipe:
-    """Samples a checkpoint with and without privileged information and counts successes."""
+    """Samples a checkpoint with and without privileged information and counts successes, in its domain and in others."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        self._run = start(cfg, EVALUATION_KEYS, REQUIRED)
+        self._run = start(cfg, KEYS, REQUIRED)
         self._samples = int(cfg.get("eval_samples") or 1)
 
     def setup(self, cfg: DictConfig) -> None:
-        self._data = load_prompts(cfg, no_pi="rl")
-        self._collect = functools.partial(
-            collect_rollouts,
-            sampler=build(cfg.sampler),
-            tokenizer=self._data.tokenizer,
-            environment=build(cfg.environment),
-            max_turns=cfg.get("max_turns"),
-            environment_threads=cfg.get("environment_threads"),
-        )
+        sampler = build(cfg.sampler)
+        self._domains = [load_domain(own, prefix, sampler) for prefix, own in domain_configs(cfg)]
         weights = build(cfg.checkpointer, output_dir=str(self._run.output_dir)).load_checkpoint()[training.MODEL_KEY]
         self._model = load_model(cfg, self._run, cfg.model, weights, trained=False)
 
-    def evaluate(self) -> dict[str, dict[str, float]]:
+    def evaluate(self) -> dict[str, dict[str, Any]]:
         results, self._rows = {}, {}
-        for name, (view, temperature) in VIEWS.items():
-            if view == "teacher" and self._data.rows_without_pi == len(self._data.prompts):
-                continue
-            samples = 1 if temperature == 0.0 else self._samples
-            collected = sample_view(
-                self._model, self._data.prompts, self._collect, self._run, view=view, samples=samples, temperature=temperature
-            )
-            rollouts = self._run.gather(collected.rollouts)
-            results[name] = self.summarise(rollouts, samples) | eval_dropped([collected], self._run)
-            self._rows[name] = self.row_success(rollouts)
+        for domain in self._domains:
+            for name, (view, temperature) in VIEWS.items():
+                if view == "teacher" and domain.data.rows_without_pi == len(domain.data.prompts):
+                    continue
+                samples = 1 if temperature == 0.0 else self._samples
+                prompts, settings = domain.data.prompts, {"view": view, "samples": samples, "temperature": temperature}
+                collected = sample_view(self._model, prompts, domain.collect, self._run, **settings)
+                rollouts = self._run.gather(collected.rollouts)
+                results[domain.prefix + name] = self.summarise(domain, rollouts, samples) | eval_dropped([collected], self._run)
+                self._rows[domain.prefix + name] = self.row_success(domain, rollouts)
         return results
 
-    def summarise(self, rollouts: list[Rollout], samples: int) -> dict[str, float]:
-        """Means over rollouts (`success` is avg@samples), and pass@k for k = 1, 2, 4, ... up to the samples per row."""
-        threshold = self._data.success_threshold
-        means = rollout_means(rollout_sums(rollouts, threshold, self._data.leak_phrases))
+    def summarise(self, domain: Domain, rollouts: list[Rollout], samples: int) -> dict[str, Any]:
+        """Means over rollouts; `success` (avg@samples), pass@k and pass^k over rows."""
+        threshold = domain.data.success_threshold
+        means = rollout_means(rollout_sums(rollouts, threshold, domain.data.leak_phrases))
+        means.pop("success_frac", None)
         successes: dict[int, list[bool]] = {}
         for rollout in rollouts:
-            successes.setdefault(rollout.group, []).append(rollout.reward >= threshold)
+            successes.setdefault(rollout.group, []).append(rollout.task_reward >= threshold)
         result = {"samples": samples, "rollouts": len(rollouts)}
-        result |= {{"success_frac": "success"}.get(name, name): value for name, value in means.items()}
-        for k in (2**i for i in range(1, samples.bit_length())):
-            rows = [row for row in successes.values() if len(row) >= k]  # a dropped rollout can leave fewer than k
-            if rows:
-                result[f"pass@{k}"] = sum(pass_at_k(sum(row), len(row), k) for row in rows) / len(rows)
-        return result
+        return result | success_numbers(successes, samples, self._run.seed) | means
 
-    def row_success(self, rollouts: list[Rollout]) -> dict[str, float]:
+    def row_success(self, domain: Domain, rollouts: list[Rollout]) -> dict[str, float]:
         """Row id → share of its samples that succeeded."""
         successes: dict[str, list[bool]] = {}
         for rollout in rollouts:
-            successes.setdefault(rollout.example.id, []).append(rollout.reward >= self._data.success_threshold)
+            successes.setdefault(rollout.example.id, []).append(rollout.task_reward >= domain.data.success_threshold)
         return {row: sum(values) / len(values) for row, values in successes.items()}
 
-    def report(self, results: dict[str, dict[str, float]]) -> None:
+    def report(self, results: dict[str, dict[str, Any]]) -> None:
         if not self._run.is_main:
             return
         path = self._run.output_dir / "results.json"
         path.write_text(json.dumps(results, indent=2))
         path.with_name("rows.json").write_text(json.dumps(self._rows, indent=1))
-        table = Table(title=f"{len(self._data.prompts)} rows, per view", show_edge=False)
-        for column in ["", *results]:
-            table.add_column(column, justify="right" if column else "left")
-        for key in dict.fromkeys(key for row in results.values() for key in row):
-            table.add_row(key, *[f"{row[key]:.4g}" if key in row else "–" for row in results.values()])
-        Console().print(table)
+        for domain in self._domains:
+            columns = {name: results[domain.prefix + name] for name in VIEWS if domain.prefix + name in results}
+            title = f"{domain.prefix.removesuffix('/')} ".lstrip() + f"{len(domain.data.prompts)} rows, per view"
+            Console().print(table_of(title, columns))
         print(path)
+
+
+def domain_configs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
+    """(prefix, config) of the config's own rows, then of each entry of `domains` with what it says in the config's place."""
+    found = [("", cfg)]
+    for name, entry in OmegaConf.to_container(cfg.get("domains") or OmegaConf.create({}), resolve=True).items():
+        unknown = sorted(set(entry or {}) - set(DOMAIN_KEYS))
+        if unknown or not (entry or {}).get("dataset"):
+            wrong = f"has the key {unknown[0]}" if unknown else "has no dataset"
+            raise InputError(f"domains.{name} {wrong}; an entry has a dataset, and may have {', '.join(DOMAIN_KEYS[1:])}")
+        own = cfg.copy()
+        for key, value in entry.items():
+            own[key] = value
+        found.append((f"{name}/", own))
+    return found
+
+
+def load_domain(cfg: DictConfig, prefix: str, sampler: Any) -> Domain:
+    data = load_prompts(cfg, no_pi="rl")
+    collect = functools.partial(
+        collect_rollouts,
+        sampler=sampler,
+        tokenizer=data.tokenizer,
+        environment=build(cfg.environment),
+        max_turns=cfg.get("max_turns"),
+        environment_threads=cfg.get("environment_threads"),
+        shaping=build(cfg.get("reward_shaping")) or (),
+    )
+    return Domain(prefix, data, collect)
+
+
+def table_of(title: str, columns: dict[str, dict[str, Any]]) -> Table:
+    """A row per number, with its interval where it has one."""
+    table = Table(title=title, show_edge=False)
+    for column in ["", *columns]:
+        table.add_column(column, justify="right" if column else "left")
+    for key in dict.fromkeys(key for column in columns.values() for key in column if not key.endswith("_interval")):
+        table.add_row(key, *[shown(column, key) for column in columns.values()])
+    return table
+
+
+def shown(column: dict[str, Any], key: str) -> str:
+    if key not in column:
+        return "–"
+    low_high = column.get(f"{key}_interval")
+    return f"{column[key]:.4g}" + (" [{:.3g}, {:.3g}]".format(*low_high) if low_high else "")
 
 
 @config.parse

@@ -72,6 +72,7 @@ class OPSDRecipe:
             environment=build(cfg.environment),
             max_turns=cfg.get("max_turns"),
             environment_threads=cfg.get("environment_threads"),
+            shaping=build(cfg.get("reward_shaping")) or (),
         )
         self._packer = Packer(cfg, self._run, self._data.tokenizer.pad_id)
         self._demonstrations = sft_demonstrations(cfg, self._data)
@@ -164,7 +165,7 @@ class OPSDRecipe:
     def guide_failed_groups(self, groups: list[tuple[int, int]], rollouts: list[Rollout]) -> list[Rollout]:
         """A group without any reward is sampled again from the view with privileged information (Guide-GRPO)."""
         present = {rollout.group for rollout in rollouts}
-        rewarded = {rollout.group for rollout in rollouts if rollout.reward > 0}
+        rewarded = {rollout.group for rollout in rollouts if rollout.task_reward > 0}
         failed = [g for g in groups if g[0] in present - rewarded and self._data.prompts[g[1]][1].has_privileged]
         self._counts["guided_groups"] = float(len(failed))
         guided = self.sample_groups(failed, "teacher", first_member=self._round_sizes.group_size)

@@ -63,6 +63,7 @@ class PiDistillRecipe:
             environment=build(cfg.environment),
             max_turns=cfg.get("max_turns"),
             environment_threads=cfg.get("environment_threads"),
+            shaping=build(cfg.get("reward_shaping")) or (),
         )
         self._packer = Packer(cfg, self._run, self._data.tokenizer.pad_id)
         self._demonstrations = sft_demonstrations(cfg, self._data)

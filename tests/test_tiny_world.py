@@ -1,7 +1,6 @@
 """Laws of the tiny world, each next to a slow and obvious version of what it should be."""
 
 import itertools
-import math
 import random
 import re
 import time
@@ -9,8 +8,6 @@ from collections import Counter
 
 import pytest
 
-from pidistill.envs import Environment, LeakPenalty
-from pidistill.envs.leak_penalty import count_phrases
 from pidistill.envs.tiny_world import (
     FORMULAS,
     LEAK_WORD,
@@ -35,6 +32,7 @@ from pidistill.envs.tiny_world import (
 from pidistill.errors import InputError
 from pidistill.metrics import says_leak_phrase
 from pidistill.privileged import PrivilegedPrompt
+from pidistill.rewards import count_phrases
 from pidistill.types import Example, PromptPair, Rollout
 
 TASK = Task(item=5, class_=3, city=1, digits=(4, 3, 0), price=6, department=2, formula=0, carrier=3)  # the documented one
@@ -363,24 +361,6 @@ def test_a_phrase_is_counted_as_whole_words_wherever_the_leak_rate_sees_it(said,
     assert count_phrases(said, phrases) == count == slow
     rollout = Rollout(EXAMPLE, PromptPair([], [], False), [], [], None, "student", 0, "done", turns=[assistant(said)])
     assert says_leak_phrase(rollout, phrases) == (count > 0)
-
-
-def test_leak_penalty_takes_its_part_of_each_turns_reward_and_nothing_else():
-    plain = TinyWorldEnvironment(process_reward=True)
-    penalised = LeakPenalty(plain, ["hint"])
-    turns = ["think hint hint d2 . act look d2", "act f0 0", "hint act ship k3"]
-    (_, steps), (_, less) = play(turns, plain), play(turns, penalised)
-    assert isinstance(penalised, Environment)
-    for step, other, said in zip(steps, less, (2, 0, 1), strict=True):
-        assert other.reward == pytest.approx(step.reward - 0.1 * said)
-        assert other.reward_parts == pytest.approx(step.reward_parts | {"leak": -0.1 * said})
-        assert (other.observations, other.done) == (step.observations, step.done)
-    _, (cut,) = play(["hint"], LeakPenalty(TinyWorldEnvironment(), ["hint"], penalty=0.5), truncated=True)
-    assert cut.done and cut.reward == -0.5
-    assert not math.copysign(1, less[1].reward_parts["leak"]) < 0, "no -0.0 in the log"
-    for wrong in ({"phrases": []}, {"phrases": [""]}, {"phrases": "hint"}, {"phrases": ["hint"], "penalty": -1.0}):
-        with pytest.raises(InputError, match=r"environment\.(phrases|penalty) is"):
-            LeakPenalty(TinyWorldEnvironment(), **wrong)
 
 
 # ------------------------------------------------------------------------------------------------ datasets

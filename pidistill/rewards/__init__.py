@@ -1,7 +1,22 @@
-"""Rewards: (example, the turns of its episode) → float in a stated range."""
+"""Rewards: (example, the turns of its episode) → float in a stated range; and parts that shape it once an episode is over."""
 
-from pidistill.rewards.base import Reward, last_answer
+from pidistill.rewards.base import Reward, RewardWithParts, last_answer
+from pidistill.rewards.constraints import Constraints
 from pidistill.rewards.exact_match import ExactMatch
 from pidistill.rewards.gsm8k import GSM8KReward, final_answer
+from pidistill.rewards.shaping import LeakPenalty, LengthPenalty, Shaping, add_shaping, count_phrases
 
-__all__ = ["ExactMatch", "GSM8KReward", "Reward", "final_answer", "last_answer"]
+__all__ = [
+    "Constraints",
+    "ExactMatch",
+    "GSM8KReward",
+    "LeakPenalty",
+    "LengthPenalty",
+    "Reward",
+    "RewardWithParts",
+    "Shaping",
+    "add_shaping",
+    "count_phrases",
+    "final_answer",
+    "last_answer",
+]

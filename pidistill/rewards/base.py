@@ -1,13 +1,22 @@
 """What a reward is, and what rewards have in common."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from pidistill.errors import InputError
 from pidistill.messages import message_text
 from pidistill.types import Example, Message
 
-Reward = Callable[[Example, Sequence[Message]], float]
-"""(example, the turns of its episode) → a number within the range that its docstring states.
+
+class RewardWithParts(NamedTuple):
+    """A reward and what is logged beside it, as ``reward/<name>``."""
+
+    reward: float
+    parts: Mapping[str, float]
+
+
+Reward = Callable[[Example, Sequence[Message]], float | RewardWithParts]
+"""(example, the turns of its episode) → a number within the range that its docstring states, with parts or without.
 
 A reward that raises, or gives a number that is not finite, drops the rollout; it never counts as 0.
 """

@@ -13,6 +13,7 @@ from typing import Any
 
 from pidistill.envs.base import Environment
 from pidistill.errors import InputError
+from pidistill.rewards.shaping import Shaping, add_shaping
 from pidistill.rollouts.base import Sample, Sampler
 from pidistill.tokenizers.base import ChatTokenizer
 from pidistill.types import Example, Message, PromptPair, Rollout, ViewName
@@ -49,6 +50,7 @@ def collect_rollouts(
     max_turns: int | None = None,
     max_new_tokens: int | None = None,
     environment_threads: int | None = None,
+    shaping: Sequence[Shaping] = (),
 ) -> CollectResult:
     """Play ``group_size`` episodes of every example, the model seeing the prompt of ``view``.
 
@@ -63,6 +65,7 @@ def collect_rollouts(
         environment_threads: so many episodes talk to the environment at once, and the others go on sampling meanwhile; it
             and the tokenizer are then used from several threads. None asks the environment in the sampler's own thread. The
             rollouts are the same.
+        shaping: parts added to the reward of every whole episode; see :mod:`pidistill.rewards.shaping`.
 
     Returns:
         rollouts in the order of ``seeds``.
@@ -98,7 +101,10 @@ def collect_rollouts(
     rollouts = []
     for row, (episode, sample) in enumerate(zip(episodes, samples, strict=True)):
         if episode.failure is None:
-            rollouts.append(episode.rollout(sample, prompts[row // group_size], view, groups[row // group_size]))
+            rollout = episode.rollout(sample, prompts[row // group_size], view, groups[row // group_size])
+            episode.failure = _shape(rollout, shaping)
+            if episode.failure is None:
+                rollouts.append(rollout)
     _warn([episode for episode in episodes if episode.failure is not None])
     counts = Counter(episode.failure.reason for episode in episodes if episode.failure is not None)
     return CollectResult(rollouts, {reason: counts[reason] for reason in DROP_REASONS})
@@ -224,6 +230,19 @@ class _Episode:
         self.turn_rewards.append(reward)
         for name, value in parts.items():
             self.reward_parts[name] = self.reward_parts.get(name, 0.0) + value
+
+
+def _shape(rollout: Rollout, parts: Sequence[Shaping]) -> _Failure | None:
+    """Add the parts; what goes wrong costs the rollout, as an environment's reward would."""
+    try:
+        add_shaping(rollout, parts)
+    except InputError:
+        raise
+    except Exception as error:
+        return _Failure("reward_error", f"reward_shaping raised {error!r}", error)
+    if not math.isfinite(rollout.reward):
+        return _Failure("reward_not_finite", f"reward_shaping gave {rollout.reward}, with parts {rollout.reward_parts}")
+    return None
 
 
 def _warn(failed: list[_Episode]) -> None:

@@ -1,0 +1,132 @@
+"""Reward shaping: parts added to an episode's reward once it has ended, each under its own name.
+
+    R' = R + Σ_parts part,   part = Σ over the assistant turns of a number per turn
+
+Listed under the key `reward_shaping`; each part is logged as ``reward/<name>``. Advantages are taken from R'. What counts as a
+success is judged on R alone (``Rollout.task_reward``), so that a penalty never turns a success into a failure.
+
+| part | arXiv 2602.04942 | here |
+| --- | --- | --- |
+| LengthPenalty | where R > 0: 0 to −0.2 per turn, mean over turns, at least −0.3 | the same; the last slope's end is ours |
+| LeakPenalty | −0.1 for each leak phrase in an assistant message | the same, a phrase counted as often as it is said |
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+from pidistill.errors import InputError
+from pidistill.messages import message_text
+from pidistill.types import Rollout
+
+
+@runtime_checkable
+class Shaping(Protocol):
+    """``name`` is what the part is logged as."""
+
+    name: str
+
+    def __call__(self, rollout: Rollout) -> list[float]:
+        """One number per assistant turn of a whole episode, truncated turns included; added to the turns' rewards."""
+
+
+def add_shaping(rollout: Rollout, parts: Sequence[Shaping]) -> None:
+    """Add every part to the rollout's reward, turn rewards and reward parts, in place; ``task_reward`` stays.
+
+    Raises:
+        InputError: two parts, or a part and the environment's own, have one name.
+    """
+    for part in parts:
+        if part.name in rollout.reward_parts:
+            raise InputError(f"two parts of the reward are called {part.name!r}; give one of `reward_shaping` another name")
+        values = [float(value) for value in part(rollout)]
+        rollout.turn_rewards = [a + b for a, b in zip(rollout.turn_rewards, values, strict=True)]
+        rollout.reward_parts = {**rollout.reward_parts, part.name: math.fsum(values)}
+        rollout.reward += math.fsum(values)
+
+
+def count_phrases(text: str, phrases: Sequence[str]) -> int:
+    """How often ``text`` says any of the phrases as whole words, whatever the case; a phrase inside another counts too."""
+    return sum(len(re.findall(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE)) for phrase in phrases)
+
+
+@dataclass(frozen=True)
+class LengthPenalty:
+    """A price on long turns of episodes that earned something.
+
+        f(n) = 0                                     n ≤ free_tokens
+               −first · (1 − cos(π·x)) / 2           x = (n − free_tokens) / (knee_tokens − free_tokens) in (0, 1]
+               −first − (last − first) · x           x = (n − knee_tokens) / (end_tokens − knee_tokens) in (0, 1]
+               −last                                 beyond
+        part = max(floor, mean of f over the assistant turns)   where R > 0, else 0
+
+    Attributes:
+        free_tokens, knee_tokens, end_tokens: policy tokens of a turn. The paper does not say where its second slope ends;
+            ``end_tokens`` makes it as wide as the first.
+        first, last: the penalty at ``knee_tokens`` and from ``end_tokens`` on.
+        floor: the least that the mean may be; with the paper's numbers it is never reached.
+    """
+
+    free_tokens: int = 2000
+    knee_tokens: int = 5000
+    end_tokens: int = 8000
+    first: float = 0.1
+    last: float = 0.2
+    floor: float = -0.3
+    name: ClassVar[str] = "length"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.free_tokens < self.knee_tokens < self.end_tokens:
+            raise InputError(
+                f"reward_shaping: free_tokens {self.free_tokens}, knee_tokens {self.knee_tokens} and end_tokens "
+                f"{self.end_tokens} of LengthPenalty must rise"
+            )
+        if not 0.0 <= self.first <= self.last < math.inf or not self.floor <= 0.0:
+            raise InputError(
+                f"reward_shaping: first {self.first}, last {self.last} and floor {self.floor} of LengthPenalty must satisfy "
+                "0 <= first <= last and floor <= 0; the first two are subtracted"
+            )
+
+    def __call__(self, rollout: Rollout) -> list[float]:
+        lengths = rollout.turn_policy_tokens
+        if not lengths or not rollout.task_reward > 0:
+            return [0.0] * len(lengths)
+        each = [self.of_turn(n) / len(lengths) for n in lengths]
+        total = math.fsum(each)
+        return [value * self.floor / total for value in each] if total < self.floor else each
+
+    def of_turn(self, n: int) -> float:
+        """f(n)."""
+        if n <= self.free_tokens:
+            return 0.0
+        if n <= self.knee_tokens:
+            x = (n - self.free_tokens) / (self.knee_tokens - self.free_tokens)
+            return -self.first * (1.0 - math.cos(math.pi * x)) / 2.0
+        x = min(1.0, (n - self.knee_tokens) / (self.end_tokens - self.knee_tokens))
+        return -self.first - (self.last - self.first) * x
+
+
+@dataclass(frozen=True)
+class LeakPenalty:
+    """−``penalty`` for every leak phrase that an assistant turn says, truncated turns included.
+
+    Attributes:
+        phrases: usually ``${privileged.leak_phrases}``, so that what is counted is what is punished.
+        penalty: subtracted per phrase said; 0 only counts.
+    """
+
+    phrases: Sequence[str]
+    penalty: float = 0.1
+    name: ClassVar[str] = "leak"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.phrases, str) or not self.phrases or not all(self.phrases):
+            raise InputError(f"reward_shaping: phrases of LeakPenalty is {self.phrases!r}; give a list of phrases, none empty")
+        if not 0.0 <= self.penalty < math.inf:
+            raise InputError(f"reward_shaping: penalty of LeakPenalty is {self.penalty}; it is subtracted: give at least 0")
+
+    def __call__(self, rollout: Rollout) -> list[float]:
+        turns = [turn for turn in rollout.turns if turn["role"] == "assistant"]
+        return [0.0 - self.penalty * count_phrases(message_text(turn), self.phrases) for turn in turns]

@@ -1,0 +1,88 @@
+"""avg@k, pass@k and pass^k against drawing the samples out, intervals against theory, and other domains end to end."""
+
+import itertools
+import json
+import math
+import random
+
+import pytest
+from omegaconf import OmegaConf
+
+from pidistill.errors import InputError
+from pidistill.evaluation import bootstrap_interval, pass_at_k, pass_hat_k, success_numbers
+from recipes.evaluate_distributed import domain_configs
+from tests.recipes.runs import run, small_config
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_pass_at_k_and_pass_hat_k_are_means_over_all_choices_of_k_samples(n):
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+        draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
+        assert pass_at_k(c, n, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+        assert pass_hat_k(c, n, k) == pytest.approx(sum(map(all, draws)) / len(draws))
+
+
+def test_intervals_are_as_wide_as_the_standard_error_says_and_depend_on_the_seed_alone():
+    rng = random.Random(0)
+    values = [float(rng.random() < 0.3) for _ in range(400)]
+    low, high = bootstrap_interval(values, seed=1)
+    mean = sum(values) / len(values)
+    assert low < mean < high
+    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(mean * (1 - mean) / 400), rel=0.1)
+    assert bootstrap_interval(values, seed=1) == (low, high) != bootstrap_interval(values, seed=2)
+    assert bootstrap_interval([0.5] * 9, seed=0) == (0.5, 0.5) == bootstrap_interval([0.5], seed=0)
+
+
+def test_rows_count_alike_and_those_with_too_few_samples_do_not_count_for_k():
+    rows = {0: [True, True, False, True], 1: [False] * 4, 2: [True]}
+    numbers = success_numbers(rows, samples=4, seed=0)
+    assert numbers["success"] == pytest.approx((0.75 + 0.0 + 1.0) / 3)
+    assert (numbers["pass@2"], numbers["pass^2"]) == (0.5, pytest.approx(0.5 * 3 / 6))
+    assert (numbers["pass@4"], numbers["pass^4"]) == (0.5, 0.0)
+    assert {name for name in numbers if not name.endswith("_interval")} == {
+        *("success", "pass@2", "pass^2", "pass@4", "pass^4")
+    }
+    assert all(
+        numbers[f"{name}_interval"][0] <= numbers[name] <= numbers[f"{name}_interval"][1] for name in ("pass@2", "pass^2")
+    )
+    assert success_numbers({}, samples=2, seed=0) == {}
+
+
+def test_other_domains_are_evaluated_beside_the_own_one(tiny_base, tmp_path, capsys):
+    world = "pidistill.envs.tiny_world.tiny_world_dataset"
+    cfg = small_config(
+        "evaluate",
+        tiny_base,
+        tmp_path,
+        dataset__max_rows=3,
+        eval_samples=2,
+        reward_shaping=[{"_component_": "pidistill.rewards.LeakPenalty", "phrases": ["hint"]}],
+        domains={
+            "other_world": {"dataset": {"_component_": world, "split": "test", "max_rows": 2, "world_seed": 4321}},
+            "no_pi": {"dataset": {"_component_": world, "split": "test", "max_rows": 1, "privileged": "none"}},
+        },
+    )
+    run("evaluate", cfg)
+    results = json.loads((tmp_path / "results.json").read_text())
+    views = ("student greedy", "student", "student + PI")
+    expected = [*views, *(f"other_world/{view}" for view in views), "no_pi/student greedy", "no_pi/student"]
+    assert list(results) == expected
+    assert [results[name]["rollouts"] for name in expected] == [3, 6, 6, 2, 4, 4, 1, 2]
+    assert all("reward/leak" in row for row in results.values())
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert list(rows) == expected and set(rows["other_world/student"]) != set(rows["student"])
+    printed = capsys.readouterr().out
+    assert "3 rows, per view" in printed and "other_world 2 rows, per view" in printed and "[" in printed
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({}, "other has no dataset"),
+        ({"dataset": {"a": 1}, "sampler": {}}, "other has the key sampler"),
+        (None, "has no dataset"),
+    ],
+)
+def test_a_domain_that_lacks_rows_or_says_too_much_is_refused(entry, message):
+    with pytest.raises(InputError, match=message):
+        domain_configs(OmegaConf.create({"domains": {"other": entry}}))
