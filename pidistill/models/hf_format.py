@@ -4,7 +4,7 @@ Llama's query and key rows are permuted (torchtune rotates neighbouring pairs, H
 Qwen3 is Qwen2 without biases and with two norms more in every layer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +45,11 @@ def head_dim(config: Config) -> int:
 def is_tied(config: Config) -> bool:
     """True if the output head is the embedding."""
     return bool(config.get("tie_word_embeddings", False))
+
+
+def not_loaded(names: Iterable[str], config: Config) -> set[str]:
+    """Those of a folder's tensors that no model has: a tied head's copy, and the rotations' frequencies in old exports."""
+    return {name for name in names if name.endswith("rotary_emb.inv_freq") or (name == TIED_HEAD and is_tied(config))}
 
 
 def from_hf(state: State, config: Config) -> State:
