@@ -66,8 +66,8 @@ def test_the_sizes_that_differ_are_named_on_both_sides(folder):
     said = refusal("qwen3", folder, **sizes, vocab_size=99)
     assert (
         "config.json says hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32, "
-        "intermediate_size=128, vocab_size=128, and the.builder has hidden_size=32, num_hidden_layers=3, num_attention_heads=8, "
-        "num_key_value_heads=1, head_dim=8, intermediate_size=64, vocab_size=99; set `model`"
+        "intermediate_size=128, vocab_size=128, and the.builder has hidden_size=32, num_hidden_layers=3, "
+        "num_attention_heads=8, num_key_value_heads=1, head_dim=8, intermediate_size=64, vocab_size=99; set `model`"
     ) in said
     assert str(folder) in said and "checkpointer.checkpoint_dir" in said
 
