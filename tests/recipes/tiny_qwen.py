@@ -16,8 +16,9 @@ from torchtune.config._utils import _merge_yaml_and_cli_args
 from torchtune.models.qwen2._tokenizer import PRETOKENIZE_REGEX
 
 from pidistill.testing import TINY_SIZES
+from tests.chat_templates import QWEN25
 from tests.hub_models import MODELS, hub_folder
-from tests.tiny_tokenizers import QWEN25, QWEN_ADDED, QWEN_SPECIAL
+from tests.tiny_tokenizers import QWEN_ADDED, QWEN_SPECIAL
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 2048
