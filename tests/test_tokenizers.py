@@ -390,7 +390,7 @@ def test_stop_pad_and_size_come_from_the_models_files(folders, tmp_path):
 
 def test_template_of_a_file_a_name_and_a_text(tmp_path):
     folder = qwen_folder(tmp_path, None)
-    with pytest.raises(InputError, match="no chat template; give tokenizer.chat_template"):
+    with pytest.raises(InputError, match="no chat template; set tokenizer.chat_template to"):
         HFChatTokenizer(str(folder))
     (folder / "chat_template.jinja").write_text("file {{ messages[0].content }}", encoding="utf-8")
     config = json.loads((folder / "tokenizer_config.json").read_text())
