@@ -235,6 +235,17 @@ def test_there_is_a_step_of_every_family():
 # ------------------------------------------------------------------------------------------- refusals
 
 
+def test_a_folder_of_another_model_is_refused_before_anything_else(qwen, tmp_path):
+    cfg = load_config("qwen2_5/0.5B_opsd", small_model(qwen, tmp_path))
+    cfg.model = {"_component_": "pidistill.models.qwen3_0_6b"}
+    folder = {key: cfg.checkpointer[key] for key in ("checkpoint_dir", "output_dir")}
+    cfg.checkpointer = {"_component_": "pidistill.models.HFCheckpointer", **folder}
+    with pytest.raises(
+        InputError, match=r"config.json says model_type=qwen2, hidden_size=64, .*pidistill.models.qwen3_0_6b has"
+    ):
+        set_up("opsd_distributed", cfg)
+
+
 def test_a_device_that_the_machine_lacks_is_refused(qwen, tmp_path):
     """torchtune would take another one; a run meant for a GPU would go on for days on the CPU."""
     cfg = load_config("qwen2_5/0.5B_opsd", [*small_model(qwen, tmp_path), "device=xpu"])
