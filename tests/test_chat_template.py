@@ -21,8 +21,8 @@ def user(content):
     return {"role": "user", "content": content}
 
 
-def assistant(content, **fields):
-    return {"role": "assistant", "content": content, **fields}
+def assistant(content):
+    return {"role": "assistant", "content": content}
 
 
 def tool(content):
@@ -44,7 +44,7 @@ CONVERSATIONS = {
     "question": ([user("How many clips?")], None),
     "system": ([system(" Be brief. "), user("How many clips?")], None),
     "finished turns with reasoning": ([user("a"), assistant(THOUGHT + "b"), user("c"), assistant("d"), user("e")], None),
-    "reasoning in a field": ([user("a"), assistant("b", reasoning="hm"), user("c")], None),
+    "reasoning in a field": ([user("a"), call("b") | {"reasoning": "hm, hm"}, tool("c")], TOOLS),
     "tools": ([user("Who?")], TOOLS),
     "tools, system": ([system("Be brief."), user("Who?")], TOOLS),
     "a call and its result": ([system("s"), user("Who?"), call("Mia"), tool('{"name": "Mia"}')], TOOLS),
@@ -119,6 +119,7 @@ def test_the_conversations_reach_what_the_templates_distinguish(made):
         return tokenizer.decode(tokenizer.encode_prompt(*CONVERSATIONS[name]))
 
     assert "hm, hm" in prompt("qwen3", "steps")  # kept while tools answer
+    assert "hm, hm" in prompt("qwen3", "reasoning in a field")
     assert "hm, hm" not in prompt("qwen3", "steps, then a question")
     assert "hm, hm" in prompt("qwen3", "a result as user text")
     assert prompt("qwen3, no thinking", "steps").endswith("<think>\n\n</think>\n\n")
