@@ -112,8 +112,9 @@ class Checkpoints:
         overrides: dict[str, Any] = {"output_dir": str(self._writing)}
         # With adapters the folder's weights are merged ones: the base's come from the initial checkpoint.
         if folder is not None and not self.state.get("adapters"):
-            weights = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
-            overrides |= {"checkpoint_dir": str(folder), "checkpoint_files": weights}
+            overrides |= {"checkpoint_dir": str(folder)}
+            if self._node.get("checkpoint_files"):  # else the folder's own index names them
+                overrides["checkpoint_files"] = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
         return build(self._node, **overrides)
 
     def load_weights(self) -> dict[str, Any]:

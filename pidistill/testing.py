@@ -28,6 +28,9 @@ TINY_SIZES: dict[str, Any] = {
 }
 """Arguments of torchtune's ``llama3``, ``llama3_2`` and ``qwen2`` builders, next to ``vocab_size``, for the models below."""
 
+QWEN3_HEAD_DIM = 32
+"""``head_dim`` of the small Qwen3, whose heads are wider than embed_dim / num_heads, as in the real ones."""
+
 
 def tiny_model(vocab_size: int, *, seed: int = 0, **overrides: Any) -> nn.Module:
     """A torchtune ``llama3`` of :data:`TINY_SIZES` in fp32: 0.1M parameters.
@@ -56,22 +59,25 @@ def perturb_weights(model: nn.Module) -> None:
 
 def tiny_hf_checkpoint(
     directory: str | Path,
-    family: Literal["qwen2", "llama"] = "qwen2",
+    family: Literal["qwen2", "qwen3", "llama"] = "qwen2",
     *,
     tied: bool = False,
     vocab_size: int = 128,
     tokenizer: Any = None,
     seed: int = 0,
+    max_shard_size: str | int | None = None,
+    **overrides: Any,
 ) -> Path:
     """Write a small random model as the Hugging Face hub would hold it: config.json and model.safetensors, in fp32.
 
-    torchtune loads it with ``FullModelHFCheckpointer(checkpoint_files=["model.safetensors"], model_type=...)`` into the
-    builder given here, called with ``**TINY_SIZES, vocab_size=vocab_size``:
+    ``pidistill.models.HFCheckpointer`` loads it into the builder given here, called with ``**TINY_SIZES,
+    vocab_size=vocab_size``; torchtune's own does, but for Qwen3, with this ``model_type``:
 
     ========  ======  ==============  =============================================================
     family    tied    ``model_type``  builder
     ========  ======  ==============  =============================================================
     qwen2     either  ``QWEN2``       ``torchtune.models.qwen2.qwen2(tie_word_embeddings=tied)``
+    qwen3     either                  ``pidistill.models.qwen3(head_dim=QWEN3_HEAD_DIM, tie_word_embeddings=tied)``
     llama     False   ``LLAMA3``      ``torchtune.models.llama3.llama3``
     llama     True    ``LLAMA3_2``    ``torchtune.models.llama3_2.llama3_2`` (rotary scaling included)
     ========  ======  ==============  =============================================================
@@ -80,6 +86,8 @@ def tiny_hf_checkpoint(
         directory: made if it does not exist.
         tokenizer: saved next to the model: a ``tokenizers.Tokenizer`` (as tokenizer.json) or anything that has
             ``save_pretrained``, such as a transformers tokenizer.
+        max_shard_size: bytes, or a size such as "200KB"; larger models are several files and an index.
+        overrides: config.json's values in place of those of TINY_SIZES, e.g. ``num_hidden_layers=1``.
 
     Returns:
         the directory.
@@ -89,17 +97,17 @@ def tiny_hf_checkpoint(
     """
     from transformers import AutoModelForCausalLM  # a test extra: the rest of this module works without it
 
-    if family not in ("qwen2", "llama"):
-        raise InputError(f"family is {family!r}; tiny_hf_checkpoint writes 'qwen2' and 'llama'")
+    if family not in ("qwen2", "qwen3", "llama"):
+        raise InputError(f"family is {family!r}; tiny_hf_checkpoint writes 'qwen2', 'qwen3' and 'llama'")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         _save_tokenizer(directory, tokenizer, vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(_hf_config(family, tied, vocab_size)).float()
+        model = AutoModelForCausalLM.from_config(_hf_config(family, tied, vocab_size, overrides)).float()
         perturb_weights(model)
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
     return directory
 
 
@@ -114,27 +122,30 @@ def _save_tokenizer(directory: Path, tokenizer: Any, vocab_size: int) -> None:
         tokenizer.save_pretrained(directory)
 
 
-def _hf_config(family: str, tied: bool, vocab_size: int) -> "PretrainedConfig":
-    from transformers import LlamaConfig, Qwen2Config
+def _hf_config(family: str, tied: bool, vocab_size: int, overrides: dict[str, Any]) -> "PretrainedConfig":
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(TINY_SIZES["rope_base"])}
     scaled = family == "llama" and tied  # as torchtune's llama3_2, whose values these are
     if scaled:
         rope |= {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         rope["original_max_position_embeddings"] = 8192
-    return {"qwen2": Qwen2Config, "llama": LlamaConfig}[family](
-        vocab_size=vocab_size,
-        num_hidden_layers=TINY_SIZES["num_layers"],
-        num_attention_heads=TINY_SIZES["num_heads"],
-        num_key_value_heads=TINY_SIZES["num_kv_heads"],
-        hidden_size=TINY_SIZES["embed_dim"],
-        intermediate_size=TINY_SIZES["intermediate_dim"],
-        max_position_embeddings=131_072 if scaled else TINY_SIZES["max_seq_len"],
-        rms_norm_eps=TINY_SIZES["norm_eps"],
-        rope_parameters=rope,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,  # the usual 0.02 leaves every logit near 0, where any two models agree
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    values = {
+        "vocab_size": vocab_size,
+        "num_hidden_layers": TINY_SIZES["num_layers"],
+        "num_attention_heads": TINY_SIZES["num_heads"],
+        "num_key_value_heads": TINY_SIZES["num_kv_heads"],
+        "hidden_size": TINY_SIZES["embed_dim"],
+        "intermediate_size": TINY_SIZES["intermediate_dim"],
+        "max_position_embeddings": 131_072 if scaled else TINY_SIZES["max_seq_len"],
+        "rms_norm_eps": TINY_SIZES["norm_eps"],
+        "rope_parameters": rope,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.2,  # the usual 0.02 leaves every logit near 0, where any two models agree
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if family == "qwen3":
+        values["head_dim"] = QWEN3_HEAD_DIM
+    return {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[family](**(values | overrides))

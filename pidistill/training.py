@@ -27,10 +27,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import modules, training, utils
 from torchtune.modules import TransformerDecoder
+from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
 from pidistill.adapters import train_adapters_only, with_initial_adapters
 from pidistill.config import build, check_config
 from pidistill.errors import InputError
+from pidistill.models.fits import check_fits
 
 log = utils.get_logger("INFO")
 
@@ -253,9 +255,10 @@ def _recorded_checkpoint_dir(cfg: DictConfig) -> str | None:
 
 
 def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
-    """Refuse a checkpoint folder that lacks its files before anything is loaded."""
+    """Refuse a checkpoint folder that lacks its files, or is another model's, before anything is loaded."""
     node = cfg.get(key)
-    if node is None or "checkpoint_dir" not in node or "checkpoint_files" not in node:
+    in_hf_format = node is not None and str(node.get("_component_")).endswith("HFCheckpointer")
+    if node is None or "checkpoint_dir" not in node or not (in_hf_format or "checkpoint_files" in node):
         return
     folder = Path(node.checkpoint_dir)
     hint = f"check {key}.checkpoint_dir"
@@ -266,14 +269,24 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
         hint = f"it is what configs/tiny/{stage[1]}.yaml leaves: run that first, or {hint}"
     if not folder.is_dir():
         raise InputError(f"checkpoint folder {folder} does not exist; {hint}")
-    files = node.checkpoint_files
-    names = list(files) if not isinstance(files, DictConfig) else []
-    for name in ["config.json", *names] if "HF" in str(node.get("_component_")) else names:
+    for name in [*(["config.json"] if in_hf_format else []), *_checkpoint_files(node)]:
         if not (folder / name).is_file():
             present = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
             raise InputError(
                 f"checkpoint folder {folder} has no {name} (it holds {present}); {hint}, or check {key}.checkpoint_files"
             )
+    if in_hf_format:
+        model = (cfg.get("teacher_model") if key == "teacher_checkpointer" else None) or cfg.model
+        files = {"checkpoint_files": _checkpoint_files(node)}
+        check_fits(empty_model(model), {**node, **files}, builder=str(model._component_), key=key)
+
+
+def _checkpoint_files(node: DictConfig) -> list[str]:
+    """Those that the config names; none where the folder's index does."""
+    files = node.get("checkpoint_files")
+    if isinstance(files, DictConfig):  # torchtune's {filename_format, max_filename}
+        return FormattedCheckpointFiles.from_dict(dict(files)).build_checkpoint_filenames()
+    return list(files or [])
 
 
 def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str, Any], *, trained: bool) -> TransformerDecoder:

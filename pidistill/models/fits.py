@@ -1,0 +1,148 @@
+"""Is this folder the checkpoint of this model? Answered from config.json and the tensors' names and shapes, before any weight
+is loaded: a folder of another size, of another family, or with other rotations is refused in one sentence."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torchtune.modules import FeedForward, MultiHeadAttention, TiedLinear, TransformerDecoder
+
+from pidistill.errors import InputError
+from pidistill.models.hf_folder import Stored, read_json, stored_tensors, weight_files
+from pidistill.models.hf_format import FAMILIES, family, head_dim, is_tied, not_loaded, to_hf
+
+log = logging.getLogger(__name__)
+
+_ADAPTER = ("lora_a.weight", "lora_b.weight", "magnitude")
+_LLAMA3_SCALING = {
+    "factor": "scale_factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "old_context_len",
+}
+
+
+def check_fits(model: nn.Module, checkpointer: Mapping[str, Any], builder: str, key: str) -> None:
+    """Refuse the folder of a config's ``checkpointer`` node if it is not ``model``'s; see the two functions below.
+
+    Silent where this cannot tell: a family that only torchtune's own checkpointer converts, a model of other modules.
+    """
+    folder = Path(checkpointer["checkpoint_dir"])
+    config = read_json(folder / "config.json")
+    torchtunes = not str(checkpointer["_component_"]).endswith(".HFCheckpointer")
+    if torchtunes and config.get("model_type") not in FAMILIES:
+        return
+    if not isinstance(model, TransformerDecoder) or not isinstance(getattr(model.layers[0], "mlp", None), FeedForward):
+        return
+    if not isinstance(model.layers[0].attn, MultiHeadAttention):
+        return
+    check_config_fits(model, config, folder, builder, key)
+    files = list(checkpointer.get("checkpoint_files") or weight_files(folder))
+    if all(name.endswith(".safetensors") for name in files):
+        check_tensors_fit(model, config, stored_tensors(folder, files), folder, builder)
+
+
+def check_config_fits(model: TransformerDecoder, config: Mapping[str, Any], folder: Path, builder: str, key: str) -> None:
+    """Refuse a config.json of another architecture than ``model``, which may stand on the meta device.
+
+    Args:
+        builder: what ``model`` was built by, as the config names it.
+        key: the config key of the checkpointer.
+    """
+    ours, theirs = model_facts(model), config_facts(config)
+    other = [name for name in theirs if name in ours and theirs[name] != ours[name]]
+    if other:
+        said, built = (", ".join(f"{name}={_shown(facts[name])}" for name in other) for facts in (theirs, ours))
+        node = "teacher_model" if key == "teacher_checkpointer" else "model"
+        raise InputError(
+            f"the checkpoint in {folder} is another model than {builder} builds: its config.json says {said}, and {builder} "
+            f"has {built}; set `{node}` to the builder and arguments of that checkpoint, or {key}.checkpoint_dir to another one"
+        )
+    eps = config.get("rms_norm_eps")
+    if eps is not None and eps != model.norm.eps:
+        log.warning(f"{folder}/config.json says rms_norm_eps={eps}, and {builder} has {model.norm.eps}")
+
+
+def model_facts(model: TransformerDecoder) -> dict[str, Any]:
+    """What a torchtune decoder is, in config.json's words; rotations only of the kinds that are known here."""
+    attention = model.layers[0].attn
+    rope = getattr(attention, "pos_embeddings", None)
+    facts = {
+        "model_type": _family_of(attention),
+        "hidden_size": model.tok_embeddings.embedding_dim,
+        "num_hidden_layers": len(model.layers),
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
+        "intermediate_size": model.layers[0].mlp.w1.weight.shape[0],
+        "vocab_size": model.tok_embeddings.num_embeddings,
+        "tie_word_embeddings": isinstance(model.output, TiedLinear),
+    }
+    if hasattr(rope, "base"):
+        scaled = hasattr(rope, "scale_factor")
+        facts["rope_theta"] = float(rope.base)
+        facts["rope_scaling"] = {name: float(getattr(rope, own)) for name, own in _LLAMA3_SCALING.items()} if scaled else None
+    return facts
+
+
+def config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a config.json, in either of the layouts that transformers has had for rotations."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+    scaling: Any = None if kind == "default" else str(kind)
+    if kind == "llama3":
+        scaling = {name: float(rope[name]) for name in _LLAMA3_SCALING}
+    return {
+        "model_type": family(config),
+        "hidden_size": config["hidden_size"],
+        "num_hidden_layers": config["num_hidden_layers"],
+        "num_attention_heads": config["num_attention_heads"],
+        "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+        "head_dim": head_dim(config),
+        "intermediate_size": config["intermediate_size"],
+        "vocab_size": config["vocab_size"],
+        "tie_word_embeddings": is_tied(config),
+        "rope_theta": float(theta),
+        "rope_scaling": scaling,
+    }
+
+
+def check_tensors_fit(
+    model: TransformerDecoder, config: Mapping[str, Any], stored: Mapping[str, Stored], folder: Path, builder: str
+) -> None:
+    """Refuse a folder that lacks a tensor of ``model``, has one more, or one of another shape; adapters are not looked for."""
+    base = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(_ADAPTER)}
+    wanted = {name: tuple(tensor.shape) for name, tensor in to_hf(base, dict(config)).items()}
+    needless = not_loaded(stored, config)
+    found = {name: tensor for name, tensor in stored.items() if name not in needless}
+    hint = "the folder is incomplete, or of another model: check checkpoint_dir and `model`"
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise InputError(f"checkpoint folder {folder} has no tensor {_first(missing)}, which {builder} needs; {hint}")
+    if unexpected := sorted(found.keys() - wanted.keys()):
+        at = f"{_first(unexpected)} ({found[unexpected[0]].file})"
+        raise InputError(f"checkpoint folder {folder} has tensor {at}, which has no place in {builder}; {hint}")
+    for name, shape in wanted.items():
+        if found[name].shape != shape:
+            raise InputError(
+                f"tensor {name} in {folder / found[name].file} has shape {list(found[name].shape)}, and {builder} needs "
+                f"{list(shape)}; check checkpoint_dir and `model`"
+            )
+
+
+def _family_of(attention: nn.Module) -> str:
+    if attention.q_norm is not None:
+        return "qwen3"
+    return "qwen2" if getattr(attention.q_proj, "bias", None) is not None else "llama"
+
+
+def _first(names: list[str]) -> str:
+    return names[0] + (f" (and {len(names) - 1:,} more)" if len(names) > 1 else "")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "llama3(" + ", ".join(f"{name} {number:g}" for name, number in value.items()) + ")"
+    return f"{value:g}" if isinstance(value, float) else str(value)

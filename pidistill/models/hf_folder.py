@@ -1,0 +1,87 @@
+"""What a folder in Hugging Face's format holds, from config.json, the index and the files' headers, without their weights."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from pidistill.errors import InputError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is, and its shape."""
+
+    file: str
+    shape: tuple[int, ...]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises InputError where the file is absent or is no JSON object."""
+    if not path.is_file():
+        raise InputError(f"checkpoint folder {path.parent} has no {path.name} ({_holds(path.parent)}); check checkpoint_dir")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); copy or download it again") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds a {type(found).__name__}, not a JSON object; copy or download it again")
+    return found
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The files that make up the model: model.safetensors, or those that the index names, whichever transformers would take.
+
+    Raises:
+        InputError: there is neither, or a file of the index is absent.
+    """
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    if not (folder / INDEX).is_file():
+        old = any(folder.glob("*.bin"))
+        advice = (
+            "its weights are in an older format: load and save it once with transformers, which writes safetensors"
+            if old
+            else "check checkpoint_dir"
+        )
+        raise InputError(f"checkpoint folder {folder} has neither {SINGLE} nor {INDEX} ({_holds(folder)}); {advice}")
+    names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent or not names:
+        missing = f"{len(absent)} of {len(names)} weight files, {', '.join(absent[:3])}{', …' if len(absent) > 3 else ''},"
+        raise InputError(
+            f"checkpoint folder {folder} lacks {missing if names else 'weight files:'} that its {INDEX} names"
+            f"{'' if names else ' none'}; download or copy the folder again"
+        )
+    return names
+
+
+def stored_tensors(folder: Path, files: Sequence[str]) -> dict[str, Stored]:
+    """Every tensor of the safetensors files, by name.
+
+    Raises:
+        InputError: a file is cut short or is something else.
+    """
+    found: dict[str, Stored] = {}
+    for name in files:
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                found |= {key: Stored(name, tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{folder / name} ({(folder / name).stat().st_size:,} bytes) is not a whole safetensors file "
+                f"({' '.join(str(error).split())}): a download was cut short, or this is a git-lfs pointer; fetch it again"
+            ) from error
+    return found
+
+
+def _holds(folder: Path) -> str:
+    if not folder.is_dir():
+        return "it does not exist"
+    return f"it holds {', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}"
