@@ -22,7 +22,8 @@ from pidistill.training import EVALUATION_KEYS
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweeps")
-REAL = [path for path in CONFIGS if path.parent.name != "tiny"]
+FAMILIES = ("qwen3", "qwen2_5", "llama3_2", "r1_distill_llama")
+REAL = [path for path in CONFIGS if path.parent.name in FAMILIES]
 TINY = [path for path in CONFIGS if path.parent.name == "tiny"]
 
 
