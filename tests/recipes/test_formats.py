@@ -48,7 +48,7 @@ def one_step(recipe, config, qwen, output_dir, dataset, *overrides):
     made.train()
     (row,) = read_metrics(output_dir)
     assert all(math.isfinite(value) for value in row.values()) and row["grad_norm"] > 0 and row["policy_tokens"] > 0
-    assert (output_dir / "latest" / "model-00001-of-00001.safetensors").is_file()
+    assert (output_dir / "latest" / "model.safetensors").is_file()
     return made, row
 
 
