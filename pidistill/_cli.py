@@ -1,9 +1,11 @@
-"""The `pidistill` command: torchtune's own command line with our recipes and configs registered, plus `plan`, `sweep`, `demo`.
+"""The `pidistill` command: torchtune's own command line with our recipes and configs registered, plus `plan`, `preview` ...
 
 pidistill ls                                          our recipes and configs, then torchtune's
 pidistill run pi_distill_distributed --config tiny/pi_distill max_steps=20
 pidistill cp opsd_distributed my_recipe.py
 pidistill plan tiny/opsd                              will it fit, where does its time go, what would make it fit
+pidistill preview tiny/opsd                           both prompts as the model will see them, lengths, budget, leaks
+pidistill prepare gsm8k --output train.parquet        GSM8K into verl's layout, with what the teacher sees
 pidistill sweep tiny/opsd objective.beta=0.5,1 seed=0..2
 pidistill demo                                        the comparison that `make demo` prints
 """
@@ -53,6 +55,16 @@ def main() -> None:
 
         plan(sys.argv[2:])
         return
+    if sys.argv[1:2] == ["preview"]:
+        from pidistill.preview.command import main as preview
+
+        preview(sys.argv[2:])
+        return
+    if sys.argv[1:2] == ["prepare"]:
+        from pidistill.data.prepare import main as prepare
+
+        prepare(sys.argv[2:])
+        return
     if sys.argv[1:2] == ["sweep"]:
         from pidistill.sweeps.command import main as sweep
 
@@ -61,7 +73,7 @@ def main() -> None:
     parser = TuneCLIParser()
     parser._parser.prog = "pidistill"
     parser._parser.description = "torchtune's command line, with the recipes and configs of pidistill in front"
-    parser._parser.epilog = "also: pidistill plan --help, pidistill sweep --help, pidistill demo --help"
+    parser._parser.epilog = "also: pidistill plan, preview, prepare, sweep and demo, each with --help"
     try:
         parser.run(parser.parse_args())
     except ChildFailedError as error:  # the recipe has said what is wrong; torchrun's own traceback would bury it

@@ -167,7 +167,7 @@ class PrivilegedPrompt:
         if self.placement == "system_end":
             has_system = messages and messages[0]["role"] == "system"
             head = messages[0] if has_system else {"role": "system", "content": ""}
-            return [with_text(head, self._block(example)), *messages[1 if has_system else 0 :]]
+            return [with_text(head, self.block(example)), *messages[1 if has_system else 0 :]]
         user = last_user_index(messages)
         if user is None:
             raise InputError(
@@ -175,7 +175,7 @@ class PrivilegedPrompt:
                 "set privileged.placement: system_end"
             )
         if self.placement == "user_end":
-            return [*messages[:user], with_text(messages[user], self._block(example)), *messages[user + 1 :]]
+            return [*messages[:user], with_text(messages[user], self.block(example)), *messages[user + 1 :]]
         at = user if self.placement == "before_user" else user + 1
         return [*messages[:at], *self._extra_messages(example), *messages[at:]]
 
@@ -190,13 +190,14 @@ class PrivilegedPrompt:
             "dataset gives, or set `privileged.on_overflow: drop`"
         )
 
-    def _block(self, example: Example) -> str:
+    def block(self, example: Example) -> str:
+        """The template with the example's privileged information in it, as text."""
         given = example.privileged
         return self.template.format(privileged=given if isinstance(given, str) else messages_text(given or []))
 
     def _extra_messages(self, example: Example) -> list[Message]:
         if isinstance(example.privileged, str):
-            return [{"role": self.role, "content": self._block(example)}]
+            return [{"role": self.role, "content": self.block(example)}]
         extra = list(example.privileged or [])
         if self.placement == "after_user" and extra[-1]["role"] == "assistant":
             raise InputError(

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -14,11 +15,15 @@ from pidistill import _cli
 from pidistill.config import COMPONENT, build, check_config, resolve
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs import Environment
+from pidistill.planning.command import main as plan
+from pidistill.planning.devices import GIB
 from pidistill.rollouts import Sampler
 from pidistill.training import EVALUATION_KEYS
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweeps")
+FAMILIES = ("qwen3", "qwen2_5", "llama3_2", "r1_distill_llama")
+REAL = [path for path in CONFIGS if path.parent.name in FAMILIES]
 TINY = [path for path in CONFIGS if path.parent.name == "tiny"]
 
 
@@ -33,6 +38,11 @@ def recipe_of(path: Path) -> str:
     assert command, f"{path} does not begin with the command that runs it: {first!r}"
     assert command[2] == str(path.relative_to(ROOT)), f"{path} names another config: {first!r}"
     return command[1]
+
+
+def ranks_of(path: Path) -> int:
+    """Processes in the command that the first line gives."""
+    return int(re.search(r"--nproc_per_node (\d+)", path.read_text(encoding="utf-8"))[1])
 
 
 def keys_of(path: Path) -> tuple[frozenset[str], tuple[str, ...]]:
@@ -109,6 +119,47 @@ def test_the_files_of_a_checkpoint_are_named_and_written_elsewhere(path):
     node = cfg.checkpointer
     inspect.signature(resolve(node[COMPONENT])).bind(**{key: node[key] for key in node if key != COMPONENT})
     assert Path(node.output_dir) == Path(cfg.output_dir) != Path(node.checkpoint_dir)
+
+
+def test_there_are_configs_for_the_models_that_people_train():
+    methods: dict[str, set[str]] = {}
+    for path in REAL:
+        size, _, method = path.stem.partition("_")
+        methods.setdefault(f"{path.parent.name}/{size}", set()).add(method)
+    assert len(methods) >= 10
+    assert all({"pi_distill", "opsd", "rl", "evaluate"} <= own for own in methods.values()), methods
+
+
+@pytest.mark.parametrize("path", REAL, ids=name_of)
+def test_the_second_line_downloads_what_the_checkpointer_reads(path):
+    command = re.fullmatch(r"# tune download (\S+) --output-dir (\S+)", path.read_text(encoding="utf-8").splitlines()[1])
+    assert command and command[2] == OmegaConf.load(path).checkpointer.checkpoint_dir == f"/tmp/{Path(command[1]).name}"
+
+
+@pytest.mark.parametrize("path", REAL, ids=name_of)
+def test_full_fine_tuning_at_a_small_learning_rate_is_in_fp32(path):
+    cfg = OmegaConf.load(path)
+    adapters = "lora_rank" in cfg.model
+    assert adapters == path.stem.endswith("_lora") == (".lora_" in cfg.model._component_)
+    if "optimizer" in cfg:
+        assert cfg.dtype == ("bf16" if adapters else "fp32")
+        assert adapters == (cfg.optimizer.lr >= 1e-4)
+
+
+@pytest.mark.parametrize("path", [path for path in REAL if "evaluate" not in path.stem], ids=name_of)
+def test_the_memory_that_a_config_states_is_what_plan_says(path, capsys):
+    said = re.search(
+        r"# Memory per GPU: (\d+) GiB at the peak, in phase (\w+), on (\d+) GPUs? of 80 GB \(H100 or A100\)\. "
+        r"Predicted, not measured, by\n# pidistill plan (.+)\n",
+        path.read_text(encoding="utf-8"),
+    )
+    gib, phase, gpus, words = said.groups()
+    assert int(gpus) == ranks_of(path) and words.split()[0] == name_of(path)
+    with pytest.raises(SystemExit) as ended:
+        plan([*words.split(), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 0 and found["peak_phase"] == phase
+    assert round(found["peak_bytes"] / GIB) == int(gib)
 
 
 def test_output_folders_differ():

@@ -13,9 +13,9 @@ from pidistill.planning.command import main
 from pidistill.planning.devices import GIB
 from pidistill.planning.lengths import rows_of
 from pidistill.planning.reading import read
-from tests.test_configs import CONFIGS, name_of
+from tests.test_configs import CONFIGS, name_of, ranks_of
 
-TRAINING = [name_of(path) for path in CONFIGS if "optimizer" in OmegaConf.load(path)]
+TRAINING = {name_of(path): ranks_of(path) for path in CONFIGS if "optimizer" in OmegaConf.load(path)}
 GIVEN = ("--device", "a100", "--prompt-tokens", "150", "--privileged-tokens", "200", "--completion-tokens", "300")
 OPSD = ("qwen2_5/0.5B_opsd", *GIVEN)
 
@@ -37,7 +37,7 @@ def test_there_are_training_configs():
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_every_training_config_can_be_planned(capsys, name):
-    result = numbers(capsys, name, *GIVEN)
+    result = numbers(capsys, name, *GIVEN, "--ranks", str(TRAINING[name]))
     assert result["fits"] and result["changes"] == []
     assert set(result["seconds"]) == {"rollout", "teacher", "forward", "head", "backward", "optimizer"}
     assert result["seconds"]["forward"] > 0 and result["seconds"]["backward"] > 0
@@ -100,6 +100,13 @@ def test_a_second_copy_of_the_weights_is_seen_and_an_adapter_off_teacher_offered
     live, copy = numbers(capsys, *OPSD, *lora), numbers(capsys, *OPSD, *lora, frozen, "--memory-gib", "1")
     assert copy["peak_bytes"] - live["peak_bytes"] == pytest.approx(494e6 * 4, rel=0.02)
     assert any("AdapterOffTeacher" in offered["change"] for offered in copy["changes"])
+
+
+def test_a_model_whose_positions_are_scaled_has_their_table_counted(capsys):
+    """Llama 3's table exists on real devices only: 131,072 positions of 32 pairs in fp32."""
+    llama = numbers(capsys, "llama3_2/1B_opsd", *GIVEN)
+    weights = 1_235_814_400 * 4
+    assert llama["memory"]["update"]["weights"] == weights + 131_072 * 64 * 4
 
 
 def test_overrides_are_those_of_a_run(capsys):

@@ -49,8 +49,7 @@ def chat_dataset(
         tools_key: tool schemas, as a list or as JSON text.
         made_by: the command that writes the file ``source``; the error names it where the file does not exist yet.
     """
-    if made_by is not None and not Path(source).exists():
-        raise InputError(f"dataset.source {source} does not exist; it is written by the stage before: run `{made_by}` first")
+    _check_made(source, made_by)
     rows = load_rows(source, split, data_files, max_rows, config_name)
     rows.require(messages_key, "messages_key")
     if privileged_key is not None:
@@ -81,6 +80,11 @@ def chat_dataset(
             )
         )
     return ExampleDataset(examples)
+
+
+def _check_made(source: str, made_by: str | None) -> None:
+    if made_by is not None and not Path(source).exists():
+        raise InputError(f"dataset.source {source} does not exist; it is written by the stage before: run `{made_by}` first")
 
 
 COMPLETIONS = (None, "after_last_user", "from_first_assistant")
@@ -155,6 +159,7 @@ def qa_dataset(
     data_files: str | Sequence[str] | None = None,
     max_rows: int | None = None,
     config_name: str | None = None,
+    made_by: str | None = None,
 ) -> ExampleDataset:
     """Rows with a question, an answer to compare with, and privileged information.
 
@@ -167,7 +172,9 @@ def qa_dataset(
         completion_key: a demonstration, as text or messages.
         system_prompt: system message for rows that bring none.
         question_template: the user message; ``{question}`` stands for the question.
+        made_by: as in :func:`chat_dataset`.
     """
+    _check_made(source, made_by)
     _check_question_template(question_template)
     rows = load_rows(source, split, data_files, max_rows, config_name)
     rows.require(question_key, "question_key")

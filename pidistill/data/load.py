@@ -49,7 +49,7 @@ def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True) -> Recipe
         InputError: whatever is wrong with rows, lengths or vocabularies; nothing large has been loaded by then.
     """
     tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
-    max_seq_len = _check_models(cfg, tokenizer)
+    max_seq_len = check_models(cfg, tokenizer)
     privileged = build(cfg.privileged) if cfg.get("privileged") else PrivilegedPrompt()
     room = int(cfg.sampler.max_new_tokens) if cfg.get("sampler") else 0
     limits = {"on_overflow": cfg.get("on_overflow"), "max_seq_len": max_seq_len}
@@ -72,7 +72,7 @@ def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True) -> Recipe
     )
 
 
-def _check_models(cfg: DictConfig, tokenizer: ChatTokenizer) -> int:
+def check_models(cfg: DictConfig, tokenizer: ChatTokenizer) -> int:
     """The length limit; refused if the tokenizer has ids that a model lacks, or the teacher another tokenizer."""
     vocabulary, max_seq_len = _inspect(cfg.model)
     if tokenizer.vocab_size > vocabulary:

@@ -57,7 +57,7 @@ def build_prompts(
     max_seq_len = tokenizer.max_seq_len if max_seq_len is None else max_seq_len
     examples = privileged.apply_control(list(dataset))
     rows_without_pi = sum(not example.privileged for example in examples)
-    _check_no_pi(examples, no_pi, privileged)
+    check_no_pi(examples, no_pi, privileged)
     dropped = Counter(getattr(dataset, "dropped", {}))
     prompts = []
     for example in examples:
@@ -65,7 +65,7 @@ def build_prompts(
             dropped["rows_without_pi"] += 1
             continue
         views = privileged.build(example, tokenizer)
-        too_long = _overflow(example, views, privileged, max_new_tokens, max_seq_len)
+        too_long = row_overflow(example, views, privileged, max_new_tokens, max_seq_len)
         if too_long is None:
             prompts.append((example, views.pair))
         elif on_overflow == "error":
@@ -78,7 +78,8 @@ def build_prompts(
     return Prompts(prompts, dict(dropped), rows_without_pi)
 
 
-def _check_no_pi(examples: Sequence[Example], no_pi: str, privileged: PrivilegedPrompt) -> None:
+def check_no_pi(examples: Sequence[Example], no_pi: str, privileged: PrivilegedPrompt) -> None:
+    """Refuse rows without privileged information where ``no_pi`` is error, or where drop would leave none."""
     without = next((example for example in examples if not example.privileged), None)
     control = " (privileged.control: none takes it from every row)" if privileged.control == "none" else ""
     if no_pi == "error" and without is not None:
@@ -92,7 +93,7 @@ def _check_no_pi(examples: Sequence[Example], no_pi: str, privileged: Privileged
         )
 
 
-def _overflow(
+def row_overflow(
     example: Example, views: PromptViews, privileged: PrivilegedPrompt, max_new_tokens: int, max_seq_len: int | None
 ) -> tuple[str, str] | None:
     """(reason to count, sentence) of what is too long; None where everything fits."""

@@ -29,14 +29,21 @@ KEYS = COMMON_KEYS | ROUND_KEYS | {"hindsight", "batch_size"}
 SFT_REQUEST = ScoreRequest(student_grad=True, teacher_grad=False, views=("student",))
 
 
-def read(config: str, overrides: Sequence[str]) -> DictConfig:
-    """The config as a run would read it; wrong keys and numbers are refused as there."""
+def merged(config: str, overrides: Sequence[str]) -> DictConfig:
+    """A bundled config or a file, with overrides as torchtune's command line takes them."""
     try:
         cfg = _merge_yaml_and_cli_args(argparse.Namespace(**load_config(config)), list(overrides))
+        OmegaConf.to_container(cfg, resolve=True)  # an interpolation that leads nowhere
     except InputError:
         raise
     except (ValueError, OmegaConfBaseException) as error:
         raise InputError(f"config {config} does not take {' '.join(overrides)} ({' '.join(str(error).split())})") from error
+    return cfg
+
+
+def read(config: str, overrides: Sequence[str]) -> DictConfig:
+    """The config as a run would read it; wrong keys and numbers are refused as there."""
+    cfg = merged(config, overrides)
     if "optimizer" not in cfg:
         raise InputError(f"config {config} trains nothing (it has no optimizer); plan one of a recipe that trains")
     rounds = ("objective", "sampler", "privileged", "prompts_per_round", "group_size")

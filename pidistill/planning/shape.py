@@ -51,6 +51,7 @@ class ModelShape:
 def model_shape(model: TransformerDecoder) -> ModelShape:
     """Read a model that stands on the meta device; of one with LoRA adapters these alone are trained, as in the recipes."""
     train_adapters_only(model)
+    _shape_positions(model)
     attention = model.layers[0].attn
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     embedding = model.tok_embeddings.weight
@@ -80,6 +81,15 @@ def model_shape(model: TransformerDecoder) -> ModelShape:
         layer_saved_bytes=max(saved),
         item_bytes=embedding.element_size(),
     )
+
+
+def _shape_positions(model: TransformerDecoder) -> None:
+    """Llama 3's scaled positions make their table of real numbers only; on the meta device they get its shape here."""
+    for module in model.modules():
+        if getattr(module, "is_cache_built", True) is False:
+            table = torch.empty(module.max_seq_len, module.dim // 2, 2, dtype=torch.float32, device="meta")
+            module.register_buffer("cache", table, persistent=False)
+            module.is_cache_built = True
 
 
 def kv_bytes(model: ModelShape) -> int:

@@ -159,10 +159,24 @@ def test_the_wheel_holds_recipes_and_configs_inside_the_package(tmp_path):
     assert len(expected) > 60
     assert expected <= set(names)
 
-    # Unpacked somewhere else, it lists and runs without the checkout.
+    # Unpacked somewhere else, it lists, copies, previews and runs without the checkout.
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    program = "import sys; sys.path.insert(0, 'installed'); import pidistill._cli as c; print(c.__file__); c.main()"
-    listed = shell([sys.executable, "-c", program, "ls"], cwd=tmp_path)
-    assert listed.returncode == 0, listed.stderr[-2000:]
-    assert str(tmp_path / "installed") in listed.stdout.splitlines()[0]
-    assert "tiny/pi_distill" in listed.stdout and "pi_distill_distributed" in listed.stdout
+    program = "import sys, pidistill._cli as c; print(c.__file__); c.main()"
+
+    def installed(*words: str) -> str:
+        done = shell([sys.executable, "-c", program, *words], cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed"))
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert str(tmp_path / "installed") in done.stdout.splitlines()[0]
+        return done.stdout
+
+    listed = installed("ls")
+    assert "pi_distill_distributed" in listed and all(
+        name in listed for name in ("tiny/pi_distill", "qwen3/8B_pi_distill_paper")
+    )
+    installed("cp", "llama3_2/1B_opsd", "mine.yaml")
+    assert (tmp_path / "mine.yaml").read_bytes() == (ROOT / "configs" / "llama3_2" / "1B_opsd.yaml").read_bytes()
+    assert "⟦" in installed("preview", "tiny/opsd", "--rows", "1", "--scan", "1")
+    settings = {"output_dir": tmp_path / "out", "checkpointer.checkpoint_dir": tmp_path / "init", "max_steps": 1}
+    settings |= {"batch_size": 4, "dataset.n": 8}
+    installed("run", "sft_distributed", "--config", "tiny/base", *as_overrides(settings))
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [1]

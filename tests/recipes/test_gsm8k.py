@@ -168,7 +168,6 @@ def test_the_saved_checkpoint_is_a_transformers_model_with_the_trained_weights(t
 def test_evaluation_of_the_saved_checkpoint(trained, tmp_path):
     overrides = [
         *small_model(trained("pi_distill") / "latest", tmp_path),
-        "checkpointer.checkpoint_files=[model-00001-of-00001.safetensors]",
         f"dataset.source={Path(DATA) / 'gsm8k_test_400.jsonl'}",
         "dataset.max_rows=6",
         "eval_samples=2",
