@@ -88,7 +88,7 @@ class VLLMEngine:
         for name, value in _ENVIRONMENT_DEFAULTS.items():
             os.environ.setdefault(name, value)
         several = dist.is_initialized() and dist.get_world_size() > 1
-        with _process_kept():
+        with _process_kept(device):
             from vllm import LLM
             from vllm.platforms import current_platform
 
@@ -195,7 +195,7 @@ def _quietly(shutdown: Callable[[], None]) -> None:
 
 
 @contextmanager
-def _process_kept() -> Iterator[None]:
+def _process_kept(device: torch.device) -> Iterator[None]:
     """Random state, torch's threads and a few environment variables as they were."""
     python, numpy, set_threads, threads = (
         random.getstate(),
@@ -205,7 +205,7 @@ def _process_kept() -> Iterator[None]:
     )
     variables = {name: os.environ.get(name) for name in _KEPT_VARIABLES}
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
         random.setstate(python)
