@@ -140,9 +140,8 @@ class TruncatedImportanceWeights:
 
     def weigh(self, rollouts: Sequence[Rollout], batch: Batch, scores: Scores) -> None:
         """Write π's log-probs and the weights onto each of the batch's rollouts, before the first update after sampling."""
-        teacher = torch.tensor(
-            [r.sampled_by == "teacher" for r in rollouts for _ in range(r.policy_tokens)], device=batch.targets.device
-        )
+        by_teacher = [r.sampled_by == "teacher" for r in rollouts for _ in range(r.policy_tokens)]
+        teacher = torch.tensor(by_teacher, dtype=torch.bool, device=batch.targets.device)
         both = [x for x in (scores.student_logprobs, scores.teacher_logprobs) if x is not None]
         trainer = torch.where(teacher, both[-1], both[0])
         weights, cut = truncated_weights(trainer, batch.sampled_logprobs, batch.rollout_index, self.level, self.cap)
