@@ -58,6 +58,12 @@ class Settings:
 class Engine(Protocol):
     """Sampling of single turns, many at once."""
 
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Sample with these weights (Hugging Face's names, whole tensors) from now on."""
+
+    def rest(self) -> None:
+        """Called when a call's rows are done."""
+
     def begin(self, row: int, ids: Sequence[int], seed: int, max_tokens: int, settings: Settings) -> None:
         """Sample after ``ids`` until a stop id or ``max_tokens``."""
 
@@ -119,7 +125,6 @@ class VLLMEngine:
         self._begun = 0
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Sample with these weights (Hugging Face's names, whole tensors) from now on."""
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
@@ -130,7 +135,6 @@ class VLLMEngine:
             raise RuntimeError("vLLM kept its prefix cache, whose keys and values are of the weights before")
 
     def rest(self) -> None:
-        """Between rollouts: with ``sleep``, give weights and cache back to the device."""
         if self._sleep:
             self._llm.sleep(level=2)
             self._asleep = True

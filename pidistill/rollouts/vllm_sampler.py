@@ -70,7 +70,7 @@ class VLLMSampler:
     max_batch_size: int | None = None
     enforce_eager: bool = False
     sleep: bool = False
-    _engine: VLLMEngine | None = field(default=None, init=False, repr=False, compare=False)
+    _engine: Engine | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_vllm()
@@ -136,7 +136,7 @@ class VLLMSampler:
             self._engine.rest()
         return [row.sample for row in rows]
 
-    def _start(self, model: TransformerDecoder) -> VLLMEngine:
+    def _start(self, model: TransformerDecoder) -> Engine:
         weight = next(model.parameters())
         settings: dict[str, Any] = {} if self.max_batch_size is None else {"max_num_seqs": self.max_batch_size}
         if self.kv_cache_gib is not None:
