@@ -163,7 +163,10 @@ class VLLMEngine:
         self._rows[name] = row
 
     def step(self) -> list[Turn]:
-        return [self._turn(output) for output in self._engine.step() if output.finished]
+        # vLLM on CPU draws from torch's global stream too, and leaves those draws unused where a request has a seed.
+        with torch.random.fork_rng(devices=[]):
+            outputs = self._engine.step()
+        return [self._turn(output) for output in outputs if output.finished]
 
     def abort(self) -> None:
         if self._rows:
