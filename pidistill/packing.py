@@ -152,6 +152,7 @@ def make_batch(
     """
     positions = [policy_positions(r) for r in rollouts]
     sampled = all(r.sampled_logprobs is not None for r in rollouts)
+    weighed = len(rollouts) > 0 and all(r.importance_weights is not None for r in rollouts)
 
     def ids(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
@@ -164,7 +165,9 @@ def make_batch(
         targets=ids([r.completion[t] for r, ts in zip(rollouts, positions, strict=True) for t in ts]),
         rollout_index=ids([row for row, ts in enumerate(positions) for _ in ts]),
         token_index=ids([n for ts in positions for n in range(len(ts))]),
-        sampled_logprobs=per_token([r.sampled_logprobs[t] for r, ts in zip(rollouts, positions, strict=True) for t in ts])
+        sampled_logprobs=per_token([x for r in rollouts for x in r.trainer_logprobs])
+        if weighed
+        else per_token([r.sampled_logprobs[t] for r, ts in zip(rollouts, positions, strict=True) for t in ts])
         if sampled
         else None,
         rewards=per_token([r.reward for r, ts in zip(rollouts, positions, strict=True) for _ in ts])
@@ -184,6 +187,7 @@ def make_batch(
             dtype=torch.bool,
             device=device,
         ),
+        importance_weights=per_token([x for r in rollouts for x in r.importance_weights]) if weighed else None,
     )
 
 

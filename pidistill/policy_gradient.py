@@ -108,6 +108,11 @@ def reinforce_loss(logprobs: Float[Tensor, " N"], advantages: Float[Tensor, " N"
     return -advantages * logprobs.masked_fill(advantages == 0, 0.0)
 
 
+def importance_weighted(loss: Float[Tensor, " N"], weights: Float[Tensor, " N"] | None) -> Float[Tensor, " N"]:
+    """``loss``, each token's times its weight (a constant; see :mod:`pidistill.mismatch`); unchanged where there are none."""
+    return loss if weights is None else weights.detach() * loss
+
+
 def snis_weights(
     student_logprobs: Float[Tensor, " R"],
     behaviour_logprobs: Float[Tensor, " R"],

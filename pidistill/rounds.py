@@ -20,7 +20,8 @@ ROUND_KEYS = frozenset(
     {
         "prompts_per_round", "group_size", "updates_per_round", "minibatch_rollouts", "objective",
         "teacher", "teacher_model", "teacher_checkpointer", "teacher_tokenizer", "rollout_log_steps", "rollout_log_samples",
-        "rollout_log_max_new_tokens", "rollout_log_max_chars", "sft_weight", "sft_batch_size",
+        "rollout_log_max_new_tokens", "rollout_log_max_chars", "sft_weight", "sft_batch_size", "max_sampler_mismatch_nats",
+        "importance_weights",
     }
 )  # fmt: skip
 
@@ -133,6 +134,11 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
             f"objective.lmbda={objective.on_policy_frac} answers some prompts once, from the dataset, and group_size="
             f"{cfg.group_size} the others several times, so lmbda would not be the share of either; set group_size=1 and raise "
             "prompts_per_round"
+        )
+    if cfg.get("importance_weights") and not objective.takes_importance_weights:
+        raise InputError(
+            f"{method} as configured has no policy-gradient loss for importance_weights to multiply (a divergence, a "
+            "supervised term, or importance weights of its own); remove importance_weights, or set another objective"
         )
     if cfg.get("hindsight"):
         _check_hindsight(cfg, objective, method)

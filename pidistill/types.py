@@ -86,6 +86,8 @@ class Rollout:
         behaviour_nats: one value per policy token, filled when the objective asks for it: a number under the weights that
             sampled, as :meth:`Objective.behaviour_values` makes it.
         task_reward: the environment's alone, on which success is judged; ``reward`` where it is not given.
+        trainer_logprobs, importance_weights: one value per policy token, with `importance_weights` in the config: the trainer's
+            own log-probs under the weights that sampled, and min(π/μ, cap); see :mod:`pidistill.mismatch`.
     """
 
     example: Example
@@ -103,6 +105,8 @@ class Rollout:
     turn_policy_tokens: list[int] = field(default_factory=list)
     behaviour_nats: list[float] | None = None
     task_reward: float | None = None
+    trainer_logprobs: list[float] | None = None
+    importance_weights: list[float] | None = None
     key: "RolloutKey" = field(default_factory=lambda: RolloutKey(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -161,7 +165,9 @@ class Batch:
         targets: [N] the policy tokens.
         rollout_index: [N] which rollout of the batch (0..B-1) the token belongs to.
         token_index: [N] index of the token among its rollout's policy tokens.
-        sampled_logprobs: [N] fp32 nats, log μ; None for demonstrations.
+        sampled_logprobs: [N] fp32 nats, log μ: the denominator of the ratios. None for demonstrations. With importance weights,
+            the trainer's own log-probs under the weights that sampled.
+        importance_weights: [N] fp32, what the policy-gradient loss of the token is multiplied with; None where that is off.
         rewards: [N] fp32, the rollout's reward; None for demonstrations.
         advantages: [N] fp32, from the reward alone; None for demonstrations.
         kl_advantages: [N] fp32, what the objective's `kl_mode` adds for the view that sampled; None where it adds nothing.
@@ -179,6 +185,7 @@ class Batch:
     kl_advantages: Float[Tensor, " N"] | None
     weights: Float[Tensor, " N"] | None
     has_privileged: Bool[Tensor, " N"]
+    importance_weights: Float[Tensor, " N"] | None = None
 
     def tokens(self, part: slice) -> "Batch":
         """The policy tokens of ``part`` as objectives see them; the views stay whole, and rollouts keep their numbers."""

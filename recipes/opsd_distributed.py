@@ -28,12 +28,13 @@ from pidistill.data import epoch_order, load_prompts, row_completions, sft_demon
 from pidistill.evaluation import evaluate, sample_texts
 from pidistill.hindsight import add_hindsight
 from pidistill.metrics import MetricsLog, advantage_sums, rollout_means, rollout_sums, token_means, token_sums
+from pidistill.mismatch import MismatchMeter
 from pidistill.packing import Packer
 from pidistill.reductions import token_mean
 from pidistill.rollouts import DROP_REASONS, collect_rollouts, rollout_seed
 from pidistill.rounds import ROUND_KEYS, Round, check_method, check_rewards, dump_rollouts, no_pi
 from pidistill.scoring import score, student_nll
-from pidistill.teachers import LiveTeacher
+from pidistill.teachers import LiveTeacher, Teacher
 from pidistill.training import COMMON_KEYS, Timer, Updates, cleanup, load_model, load_teacher, one_sentence_errors, start
 from pidistill.types import Batch, PerTokenLoss, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
 
@@ -80,6 +81,8 @@ class OPSDRecipe:
         must_match = self._round_sizes.must_match | {"rows": len(self._data.prompts)}
         self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_, must_match=must_match)
         self._teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
+        self._mismatch = MismatchMeter(cfg, self._run, self._sampler, SAMPLING_VIEW)
+        self._importance = build(cfg.get("importance_weights"))
         check_method(cfg, self._objective, self._sampler, self._teacher, SAMPLING_VIEW)
 
         self._model = load_model(cfg, self._run, cfg.model, self._checkpoints.load_weights(), trained=True)
@@ -180,12 +183,24 @@ class OPSDRecipe:
 
     @torch.no_grad()
     def score_behaviour(self, rollouts: list[Rollout]) -> None:
-        """Write what the objective asks for under the weights that sampled (a KL estimate) onto each rollout."""
+        """Write what the objective asks for under the weights that sampled (a KL estimate) onto each rollout.
+
+        And, with `importance_weights`, the weights that turn the sampler's distribution into the trainer's.
+        """
+        self._mismatch.start_round()
         request = self._objective.behaviour_request()
-        if request is None:
+        if request is None and self._importance is None:
             return
         for chunk in self._packer.micro_batches(rollouts):
             batch = self._packer.batch(chunk)
+            if self._importance is not None:
+                # Guide-GRPO's hinted samples are drawn from the live weights in the other view.
+                views = ("student", "teacher") if self._objective.guides_failed_groups else (SAMPLING_VIEW,)
+                with self._timer.phase("score"):
+                    scores = self._score(batch, self._importance.request(*views), teacher=LiveTeacher())
+                self._importance.weigh(chunk, batch, scores)
+            if request is None:
+                continue
             with self._timer.phase("score"):
                 numbers = self._objective.behaviour_values(self._score(batch, request))
             lengths = [rollout.policy_tokens for rollout in chunk]
@@ -207,18 +222,20 @@ class OPSDRecipe:
                 loss = token_mean(token_loss.loss, tokens)
             with self._timer.phase("update"):
                 (loss * self._run.world_size).backward()  # FSDP2 averages gradients over ranks; the loss is already global
+            self._mismatch.look(batch, scores)
             total_loss += loss.item()
             for name, value in token_sums(batch, scores, token_loss.metrics).items():
                 sums[name] = sums.get(name, 0.0) + value
         sft_loss = self.add_sft_term()
         total_loss = self._run.sum(total_loss + sft_loss)
+        mismatch = self._mismatch.report()  # before the step: beyond the limit nothing is learned from these samples
         with self._timer.phase("update"):
             dump = functools.partial(dump_rollouts, [rollout for rollout, _ in kept])
             result = self._updates.step(total_loss, max(tokens, int(self._sft_weight > 0)), dump, self._step + 1)
             if result.applied:
                 self._teacher.update(self._model)
         row = {"loss": total_loss, "grad_norm": result.grad_norm, "lr": result.lr, "policy_tokens": tokens}
-        row |= token_means(self._run.sums(sums), tokens) | self._objective.coefficients(self._step)
+        row |= token_means(self._run.sums(sums), tokens) | self._objective.coefficients(self._step) | mismatch
         if self._sft_weight:
             row["sft_loss"] = self._run.sum(sft_loss) / self._sft_weight
         self._step += 1
@@ -242,13 +259,15 @@ class OPSDRecipe:
             total_loss += loss.item()
         return total_loss
 
-    def _score(self, batch: Batch, request: ScoreRequest, loss: PerTokenLoss | None = None) -> Scores:
+    def _score(
+        self, batch: Batch, request: ScoreRequest, loss: PerTokenLoss | None = None, teacher: Teacher | None = None
+    ) -> Scores:
         return score(
             self._model,
             batch,
             request,
             temperature=self._sampler.temperature,
-            teacher=self._teacher,
+            teacher=teacher or self._teacher,
             chunk_tokens=self._round_sizes.score_chunk_tokens,
             loss=loss,
         )
@@ -269,7 +288,8 @@ class OPSDRecipe:
         dropped |= {f"dropped_rows/{reason}": count for reason, count in self._data.dropped.items()}
         if "_with_pi" in counts:
             counts["rollouts_with_pi_frac"] = counts.pop("_with_pi") / max(1.0, sums["_rollouts"])
-        return rollout_means(sums) | counts | dropped | {"rows_without_pi": self._data.rows_without_pi}
+        weights = self._importance.report(self._run) if self._importance is not None else {}
+        return rollout_means(sums) | counts | dropped | weights | {"rows_without_pi": self._data.rows_without_pi}
 
     def write_metrics(self, row: dict[str, float]) -> None:
         seconds = self._timer.take()

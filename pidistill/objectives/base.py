@@ -44,12 +44,14 @@ class Objective(Protocol):
         no_pi: what happens to rows without privileged information: "rl", "distill", "drop" or "error".
         guides_failed_groups: a group without any reward is sampled again from the view with privileged information.
         on_policy_frac: share of the prompts that are answered by the policy; the others by the dataset's own completion.
+        takes_importance_weights: its policy-gradient loss is multiplied with ``Batch.importance_weights`` where there are any.
     """
 
     uses_teacher: bool = True
     no_pi: str = "rl"
     guides_failed_groups: bool = False
     on_policy_frac: float = 1.0
+    takes_importance_weights: bool = False
 
     def sampling_view(self) -> ViewName:
         """The view whose prompt the sampler sees."""

@@ -11,7 +11,7 @@ follow it). It is OPSD with β=0.
 from collections.abc import Sequence
 
 from pidistill.objectives.base import BOTH_KLS, Objective, check_advantage, check_clip, rollout_advantages
-from pidistill.policy_gradient import ppo_clip_loss
+from pidistill.policy_gradient import importance_weighted, ppo_clip_loss
 from pidistill.token_weights import TokenWeight, weighted
 from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss
 
@@ -26,6 +26,7 @@ class GRPO(Objective):
     """
 
     no_pi = "rl"
+    takes_importance_weights = True
 
     def __init__(
         self,
@@ -53,4 +54,5 @@ class GRPO(Objective):
 
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
         loss, ratio, clipped = ppo_clip_loss(scores.student_logprobs, batch.sampled_logprobs, batch.advantages, **self.clip)
-        return TokenLoss(weighted(self.token_weight, loss, batch, scores), {"ratio_mean": ratio, "clip_frac": clipped})
+        loss = importance_weighted(weighted(self.token_weight, loss, batch, scores), batch.importance_weights)
+        return TokenLoss(loss, {"ratio_mean": ratio, "clip_frac": clipped})

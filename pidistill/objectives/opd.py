@@ -14,7 +14,7 @@ distils, privileged information or not; `privileged.control: none` keeps it from
 import math
 
 from pidistill.objectives.base import BOTH_KLS, Objective, check_choice, distill_loss, distill_request, student_divergence
-from pidistill.policy_gradient import ppo_clip_loss
+from pidistill.policy_gradient import importance_weighted, ppo_clip_loss
 from pidistill.token_weights import TokenWeight, weighted
 from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
 
@@ -43,7 +43,7 @@ class OPD(Objective):
         if divergence == "sampled":
             check_choice("top_k", top_k, (None,), because="divergence=sampled looks at the sampled token only")
         self.divergence = None if divergence == "sampled" else student_divergence(divergence, jsd_beta, top_k=top_k)
-        self.token_weight = token_weight
+        self.token_weight, self.takes_importance_weights = token_weight, divergence == "sampled"
 
     def score_request(self, step: int) -> ScoreRequest:
         if self.divergence is not None:
@@ -57,4 +57,5 @@ class OPD(Objective):
         loss, ratio, _ = ppo_clip_loss(
             scores.student_logprobs, batch.sampled_logprobs, advantages, clip_low=0.0, clip_high=math.inf
         )
-        return TokenLoss(weighted(self.token_weight, loss, batch, scores), {"ratio_mean": ratio})
+        loss = importance_weighted(weighted(self.token_weight, loss, batch, scores), batch.importance_weights)
+        return TokenLoss(loss, {"ratio_mean": ratio})

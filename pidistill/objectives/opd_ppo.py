@@ -17,7 +17,7 @@ from pidistill.objectives.base import (
     check_clip,
     distill_weight,
 )
-from pidistill.policy_gradient import ppo_clip_loss
+from pidistill.policy_gradient import importance_weighted, ppo_clip_loss
 from pidistill.schedules import as_schedule
 from pidistill.token_weights import TokenWeight, weighted
 from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
@@ -32,6 +32,8 @@ class OPDPPO(Objective):
         token_weight: see :mod:`pidistill.token_weights`; acts on the policy gradient.
         no_pi: rows without privileged information: "drop" (counted), "error", "distill" (towards the teacher without it).
     """
+
+    takes_importance_weights = True
 
     def __init__(
         self,
@@ -57,5 +59,6 @@ class OPDPPO(Objective):
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
         advantages = distill_weight(self.no_pi, batch) * (scores.teacher_logprobs - scores.student_logprobs).detach()
         loss, ratio, clipped = ppo_clip_loss(scores.student_logprobs, batch.sampled_logprobs, advantages, **self.clip)
-        loss = weighted(self.token_weight, loss, batch, scores) - self.beta(step) * scores.student_logprobs
+        loss = importance_weighted(weighted(self.token_weight, loss, batch, scores), batch.importance_weights)
+        loss = loss - self.beta(step) * scores.student_logprobs
         return TokenLoss(loss, {"ratio_mean": ratio, "clip_frac": clipped})

@@ -27,7 +27,7 @@ from pidistill.objectives.base import (
     distill_weight,
     rollout_advantages,
 )
-from pidistill.policy_gradient import ppo_clip_loss
+from pidistill.policy_gradient import importance_weighted, ppo_clip_loss
 from pidistill.schedules import as_schedule
 from pidistill.token_weights import TokenWeight, weighted
 from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss
@@ -44,6 +44,8 @@ class OPSD(Objective):
         token_weight: see :mod:`pidistill.token_weights`; acts on the KL where it is a loss.
         no_pi: as in π-Distill; null is "rl", or "drop" where reward_weight is 0 (nothing is left to learn from such a row).
     """
+
+    takes_importance_weights = True
 
     def __init__(
         self,
@@ -102,7 +104,7 @@ class OPSD(Objective):
         if batch.kl_advantages is not None:
             advantages = advantages + batch.kl_advantages
         loss, ratio, clipped = ppo_clip_loss(scores.student_logprobs, batch.sampled_logprobs, advantages, **self.clip)
-        kl = self.kl.token_loss(scores)
+        loss, kl = importance_weighted(loss, batch.importance_weights), self.kl.token_loss(scores)
         if kl is not None:
             loss = loss + self.beta(step) * distill_weight(self.no_pi, batch) * weighted(self.token_weight, kl, batch, scores)
         return TokenLoss(loss, {"ratio_mean": ratio, "clip_frac": clipped})

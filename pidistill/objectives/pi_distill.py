@@ -43,7 +43,7 @@ from pidistill.objectives.base import (
     distill_weight,
     rollout_advantages,
 )
-from pidistill.policy_gradient import ppo_clip_loss, reinforce_loss, snis_weights, topr_loss
+from pidistill.policy_gradient import importance_weighted, ppo_clip_loss, reinforce_loss, snis_weights, topr_loss
 from pidistill.schedules import as_schedule
 from pidistill.token_weights import TokenWeight, weighted
 from pidistill.types import (
@@ -135,6 +135,9 @@ class PiDistill(Objective):
         if student_kl == "shared_reward" and not self.kl.in_reward:
             check_choice("kl_mode", kl_mode, ("reward_k1", "reward_rb"), because="student_kl=shared_reward shares a reward")
         self.student_kl, self.student_term, self.ratio_denominator = student_kl, student_term, ratio_denominator
+        # Not on `sft`, which has no ratio, and not on `snis`, which has importance weights of its own.
+        self._weighs_student = student_term in ("ppo", "topr")
+        self.takes_importance_weights = self._weighs_student or max(self.alpha.start, self.alpha.end) > 0
         self.clip = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
         self.topr = {"low": topr_low, "high": topr_high, "level": topr_level}
         self.advantage, self.drop_zero_advantage, self.no_pi = advantage, drop_zero_advantage, no_pi
@@ -215,7 +218,7 @@ class PiDistill(Objective):
         """−J_T per token: PPO on T/μ plus, in the loss modes, β·kl(T||sg S). Gradient through T only."""
         advantages = batch.advantages if batch.kl_advantages is None else batch.advantages + batch.kl_advantages
         loss, _, clipped = ppo_clip_loss(scores.teacher_logprobs, batch.sampled_logprobs, advantages, **self.clip)
-        kl = self.kl.token_loss(scores)
+        loss, kl = importance_weighted(loss, batch.importance_weights), self.kl.token_loss(scores)
         if kl is not None:
             loss = loss + self.beta(step) * distill_weight(self.no_pi, batch) * weighted(self.token_weight, kl, batch, scores)
         return loss, clipped
@@ -237,6 +240,7 @@ class PiDistill(Objective):
             loss = reinforce_loss(scores.student_logprobs, (batch.rewards > 0).float())
         else:
             loss = reinforce_loss(scores.student_logprobs, batch.weights)
+        loss = importance_weighted(loss, batch.importance_weights if self._weighs_student else None)
         if self.student_kl == "loss":
             loss = loss + self.beta(step) * distill_loss(STUDENT_KL, self.no_pi, self.token_weight, batch, scores)
         return loss, ratio, clipped

@@ -12,7 +12,7 @@ its environment keeps its keys and values while the others go on.
 import math
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,10 +21,18 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
-from pidistill.errors import InputError
 from pidistill.rollouts.base import OnTurnEnd, Sample
 from pidistill.rollouts.decoding import Context, decoding, evaluating, gathered_parameters, of_like_length
 from pidistill.rollouts.distribution import draw, sampling_logprobs
+from pidistill.rollouts.request import (
+    Request,
+    check_request,
+    check_settings,
+    check_truncation,
+    end_turn,
+    hear_answers,
+    not_finite,
+)
 
 # New rows enter once this share of the batch is free: a prompt then is read for several rows of its group at once.
 _ENTER_AT_FRAC = 0.25
@@ -51,12 +59,8 @@ class TorchtuneSampler:
     max_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        _check_settings(self.temperature, self.max_new_tokens)
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise InputError(f"sampler.top_p is {self.top_p}; give a probability above 0 and at most 1, or null for all")
-        for key, value in (("top_k", self.top_k), ("max_batch_size", self.max_batch_size)):
-            if value is not None and value < 1:
-                raise InputError(f"sampler.{key} is {value}; give at least 1, or null for no limit")
+        check_settings(self.temperature, self.max_new_tokens)
+        check_truncation(self.top_p, top_k=self.top_k, max_batch_size=self.max_batch_size)
 
     def sample(
         self,
@@ -83,7 +87,7 @@ class TorchtuneSampler:
             InputError: a prompt is empty, too long for the model or holds an id that the model lacks; a setting is out of
                 range; or the model gives logits that are not finite.
         """
-        request = _Request(
+        request = Request(
             temperature=self.temperature if temperature is None else temperature,
             top_k=self.top_k,
             top_p=self.top_p,
@@ -93,10 +97,7 @@ class TorchtuneSampler:
             on_turn_end=on_turn_end,
             vocab_size=model.tok_embeddings.num_embeddings,
         )
-        _check_settings(request.temperature, request.max_new_tokens)
-        _check_prompts(model, prompts, request)
-        if group_size < 1 or len(seeds) != len(prompts) * group_size:
-            raise InputError(f"{len(prompts)} prompts x group_size {group_size} need as many seeds, not {len(seeds)}")
+        check_request(model, prompts, group_size, seeds, request)
         rows = [_Row(r, r // group_size, seed) for r, seed in enumerate(seeds)]
         # Not inference_mode: parameters gathered in it could not be trained afterwards.
         with torch.no_grad(), gathered_parameters(model), evaluating(model):
@@ -105,20 +106,6 @@ class TorchtuneSampler:
 
 
 # ---------------------------------------------------------------------------------------------- rows
-
-
-@dataclass(frozen=True)
-class _Request:
-    """One call's settings, as in :meth:`TorchtuneSampler.sample`."""
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    max_new_tokens: int
-    stop_ids: frozenset[int]
-    pad_id: int
-    on_turn_end: OnTurnEnd
-    vocab_size: int
 
 
 @dataclass
@@ -157,10 +144,10 @@ class _Row:
     def uniform(self) -> float:
         return self._uniforms[len(self.sample.tokens)]
 
-    def append(self, ids: Sequence[int], *, sampled: bool, logprob: float) -> None:
+    def append(self, ids: Sequence[int], *, sampled: bool, logprobs: Sequence[float]) -> None:
         self.sample.tokens += ids
         self.sample.policy_mask += [sampled] * len(ids)
-        self.sample.logprobs += [logprob] * len(ids)
+        self.sample.logprobs += logprobs
         self.unread += ids
 
     def read(self) -> list[int]:
@@ -170,29 +157,18 @@ class _Row:
 
 
 def _sample_rows(
-    model: TransformerDecoder, prompts: Sequence[Sequence[int]], rows: list[_Row], request: _Request, size: int
+    model: TransformerDecoder, prompts: Sequence[Sequence[int]], rows: list[_Row], request: Request, size: int
 ) -> None:
     """Sample the rows to their ends, at most ``size`` at once."""
     queue, rows = deque(rows), []
     longest = max(map(len, prompts), default=0)
     with decoding(model, longest + request.max_new_tokens, request.pad_id) as context:
         while queue or rows:
-            _hear_answers(rows, request)
+            hear_answers(rows, request)
             rows = _going_on(rows, context)
             context.reserve(min(size, len(rows) + len(queue)))
             _advance(rows, context, request)
             rows += _begin(queue, size, len(rows), prompts, context, request)
-
-
-def _hear_answers(rows: list[_Row], request: _Request) -> None:
-    """Take the answers that have come; wait for one only where every row waits."""
-    waiting = [row for row in rows if row.answer is not None]
-    if waiting and len(waiting) == len(rows):
-        wait([row.answer for row in waiting], return_when=FIRST_COMPLETED)
-    for row in waiting:
-        if row.answer.done():
-            answer, row.answer = row.answer, None
-            _follow(row, answer.result(), request)
 
 
 def _going_on(rows: list[_Row], context: Context) -> list[_Row]:
@@ -212,7 +188,7 @@ def _few_moves(slots: list[int], first: int) -> list[int]:
     return [place if place in staying else next(moving) for place in places]
 
 
-def _advance(rows: list[_Row], context: Context, request: _Request) -> None:
+def _advance(rows: list[_Row], context: Context, request: Request) -> None:
     """Every row that has something to read reads all of it, and samples its next token."""
     one = [slot for slot, row in enumerate(rows) if row.to_read == 1]
     several = [slot for slot, row in enumerate(rows) if row.to_read > 1]
@@ -224,7 +200,7 @@ def _advance(rows: list[_Row], context: Context, request: _Request) -> None:
 
 
 def _begin(
-    queue: deque[_Row], size: int, taken: int, prompts: Sequence[Sequence[int]], context: Context, request: _Request
+    queue: deque[_Row], size: int, taken: int, prompts: Sequence[Sequence[int]], context: Context, request: Request
 ) -> list[_Row]:
     """Rows that enter now, with their first token; each prompt is read once, whatever the size of its group."""
     free = size - taken
@@ -240,22 +216,22 @@ def _begin(
     return rows
 
 
-def _draw(logits: Float[Tensor, "B V"], rows: list[_Row], request: _Request) -> None:
+def _draw(logits: Float[Tensor, "B V"], rows: list[_Row], request: Request) -> None:
     """Give each row its next token, and what follows from it. ``logits`` is overwritten."""
     ids, logprobs = _choose(logits, rows, request)
     # Together: on a GPU each of these is a wait for the device. float64 holds every id.
     ids, logprobs = torch.stack([ids.double(), logprobs]).tolist()
     _check_finite(logprobs, rows)
     for row, token, logprob in zip(rows, map(int, ids), logprobs, strict=True):
-        row.append([token], sampled=True, logprob=logprob)
+        row.append([token], sampled=True, logprobs=[logprob])
         if token in request.stop_ids:
-            _end_turn(row, request)
+            end_turn(row, request)
         elif len(row.sample.tokens) == request.max_new_tokens:
             row.sample.stop_reason = "length"
 
 
 def _choose(
-    logits: Float[Tensor, "B V"], rows: list[_Row], request: _Request
+    logits: Float[Tensor, "B V"], rows: list[_Row], request: Request
 ) -> tuple[Int[Tensor, " B"], Float64[Tensor, " B"]]:
     """One token per row, and its log-prob under the distribution it was drawn from; not finite where the logits are not."""
     if request.temperature == 0:
@@ -270,67 +246,7 @@ def _choose(
     return draw(scores, uniforms)
 
 
-def _end_turn(row: _Row, request: _Request) -> None:
-    """Ask what follows the turn that just ended."""
-    answer = request.on_turn_end(row.index, row.sample.tokens[row.turn_start :])
-    if isinstance(answer, Future):
-        row.answer = answer
-    else:
-        _follow(row, answer, request)
-
-
-def _follow(row: _Row, forced: Sequence[int] | None, request: _Request) -> None:
-    """End the row or force an observation; one that leaves no room for an answer is not begun."""
-    if forced is None:
-        row.sample.stop_reason = "done"
-        return
-    if len(row.sample.tokens) + len(forced) >= request.max_new_tokens:
-        row.sample.stop_reason = "length"
-        return
-    _check_ids(f"the observation after a turn of row {row.index}", forced, request.vocab_size)
-    row.append(list(forced), sampled=False, logprob=float("nan"))
-    row.turn_start = len(row.sample.tokens)
-
-
-# ---------------------------------------------------------------------------------------------- refusals
-
-
-def _check_settings(temperature: float, max_new_tokens: int) -> None:
-    if not 0.0 <= temperature < float("inf"):
-        raise InputError(f"sampler.temperature is {temperature}; give a number of at least 0 (0 is greedy)")
-    if max_new_tokens < 1:
-        raise InputError(f"sampler.max_new_tokens is {max_new_tokens}; give at least 1")
-
-
-def _check_prompts(model: TransformerDecoder, prompts: Sequence[Sequence[int]], request: _Request) -> None:
-    _check_ids("padding", [request.pad_id], request.vocab_size)
-    for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise InputError(f"prompt {number} has no tokens; a tokenizer with a bos id or a chat template would give it some")
-        over = len(prompt) + request.max_new_tokens - model.max_seq_len
-        if over > 0:
-            raise InputError(
-                f"prompt {number} ({len(prompt)} tokens) plus sampler.max_new_tokens {request.max_new_tokens} exceeds the "
-                f"model's max_seq_len {model.max_seq_len} by {over}; raise model.max_seq_len, lower sampler.max_new_tokens, "
-                "or drop long prompts from the dataset"
-            )
-        _check_ids(f"prompt {number}", prompt, request.vocab_size)
-
-
-def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
-    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
-    if wrong is not None:
-        raise InputError(
-            f"{what} holds id {wrong}, but the model's vocabulary has {vocab_size} ids (0 to {vocab_size - 1}); "
-            "tokenizer and model are of different families: check tokenizer.path and the model's vocab_size"
-        )
-
-
 def _check_finite(logprobs: list[float], rows: list[_Row]) -> None:
     bad = [row for row, logprob in zip(rows, logprobs, strict=True) if not math.isfinite(logprob)]
     if bad:
-        raise InputError(
-            f"the model's logits are not finite for {len(bad)} of {len(rows)} rows (row {bad[0].index}, completion token "
-            f"{len(bad[0].sample.tokens)}); training has diverged or the checkpoint is broken: lower optimizer.lr, or check "
-            "checkpointer"
-        )
+        raise not_finite(len(bad), len(rows), bad[0], len(bad[0].sample.tokens))

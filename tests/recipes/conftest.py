@@ -16,13 +16,11 @@ from pidistill.envs import tiny_world
 from tests.recipes.runs import MODEL, ROOT, quick_setup
 
 
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory) -> Path:
+def make_base(folder: Path, model: dict) -> Path:
     """Random weights under which two views differ and a turn ends after about five words."""
-    folder = tmp_path_factory.mktemp("tiny_base")
     cfg = OmegaConf.load(ROOT / "configs" / "tiny" / "base.yaml")
     paths = {"checkpointer.checkpoint_dir": str(folder), "output_dir": str(folder.parent / "unused")}
-    for key, value in (MODEL | paths).items():
+    for key, value in (model | paths).items():
         OmegaConf.update(cfg, key, value)
     build(cfg.checkpointer)
     generator = torch.Generator().manual_seed(0)
@@ -38,6 +36,11 @@ def tiny_base(tmp_path_factory) -> Path:
     weights["lm_head.weight"][tiny_world.VOCAB.index("end")] += 1.2 * shared
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    return make_base(tmp_path_factory.mktemp("tiny_base"), MODEL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,225 @@
+"""A vLLM engine inside the training process: the same device, weights handed over in memory, stepped by hand.
+
+vLLM is imported when the engine starts and not before. What it does to the process that hosts it (random state, torch's
+threads, environment variables) is undone.
+"""
+
+import importlib.util
+import os
+import random
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pidistill.errors import InputError
+
+# Read by vLLM when it is imported. In process: a child would get copies of the weights. It reports usage over the network
+# unless told not to, and warns at every reload of a rotary buffer that no checkpoint holds.
+_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+_ENVIRONMENT_DEFAULTS = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+# vLLM writes these for child processes, and the recipes' own children would inherit them.
+_KEPT_VARIABLES = ("LOCAL_WORLD_SIZE", "LD_PRELOAD")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one request sampled.
+
+    Attributes:
+        row: the number that :meth:`Engine.begin` was given.
+        ids: ends with the stop id, unless the limit came first.
+        logprobs: nats of each id under the distribution it was drawn from.
+    """
+
+    row: int
+    ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the requests of one call sample."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    stop_ids: tuple[int, ...]
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Sampling of single turns, many at once."""
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Sample with these weights (Hugging Face's names, whole tensors) from now on."""
+
+    def rest(self) -> None:
+        """Called when a call's rows are done."""
+
+    def begin(self, row: int, ids: Sequence[int], seed: int, max_tokens: int, settings: Settings) -> None:
+        """Sample after ``ids`` until a stop id or ``max_tokens``."""
+
+    def step(self) -> list[Turn]:
+        """Advance every turn that was begun by a token or more; those that ended."""
+
+    def abort(self) -> None:
+        """Forget the turns that have not ended."""
+
+
+def require_vllm() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError(
+            "pidistill.rollouts.VLLMSampler needs vLLM, which is not installed; pip install 'pidistill[vllm]', or set "
+            "sampler._component_=pidistill.rollouts.TorchtuneSampler"
+        )
+
+
+class VLLMEngine:
+    """One rank's engine; see :class:`pidistill.rollouts.vllm_sampler.VLLMSampler` for the settings.
+
+    With several ranks all of them start theirs at the same time: vLLM makes process groups, in which every rank takes part.
+    """
+
+    def __init__(self, model_dir: Path, device: torch.device, *, sleep: bool, **settings: Any) -> None:
+        require_vllm()
+        os.environ.update(_ENVIRONMENT)
+        for name, value in _ENVIRONMENT_DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        with _process_kept(device):
+            from vllm import LLM
+            from vllm.platforms import current_platform
+
+            _check_device(current_platform.device_type, device, sleep)
+            try:
+                self._llm = LLM(
+                    model=str(model_dir),
+                    skip_tokenizer_init=True,
+                    load_format="dummy",  # the weights that sample come from the live model, before every call
+                    logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p
+                    generation_config="vllm",  # no defaults from the model's folder
+                    enable_prefix_caching=True,
+                    enable_sleep_mode=sleep,
+                    disable_log_stats=True,
+                    distributed_executor_backend="external_launcher" if several else "uni",
+                    **settings,
+                )
+            except (ValueError, RuntimeError, torch.OutOfMemoryError) as error:
+                detail = " ".join(str(error).split())[:400]
+                raise InputError(
+                    f"vLLM did not start on {model_dir} ({detail}); check sampler.model_dir, sampler.gpu_memory_utilization, "
+                    "sampler.kv_cache_gib and sampler.max_model_len"
+                ) from error
+        self._engine = self._llm.llm_engine
+        _shut_down_quietly(self._engine.engine_core)
+        self._sleep, self._asleep = sleep, False
+        self._rows: dict[str, int] = {}
+        self._begun = 0
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        if self._asleep:
+            self._llm.wake_up(tags=["weights"])
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        if not self._llm.reset_prefix_cache():  # keys and values of the old weights
+            raise RuntimeError("vLLM kept its prefix cache, whose keys and values are of the weights before")
+
+    def rest(self) -> None:
+        if self._sleep:
+            self._llm.sleep(level=2)
+            self._asleep = True
+
+    def begin(self, row: int, ids: Sequence[int], seed: int, max_tokens: int, settings: Settings) -> None:
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        greedy = settings.temperature == 0
+        params = SamplingParams(
+            temperature=settings.temperature,
+            top_k=settings.top_k or 0,
+            top_p=1.0 if settings.top_p is None else settings.top_p,
+            max_tokens=max_tokens,
+            stop_token_ids=list(settings.stop_ids),
+            ignore_eos=True,  # the model's own end of text, where the tokenizer's stop ids lack it
+            seed=None if greedy else seed,
+            logprobs=0,  # of the sampled token alone
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        name = str(self._begun)
+        self._begun += 1
+        self._engine.add_request(name, tokens_input(list(ids)), params)
+        self._rows[name] = row
+
+    def step(self) -> list[Turn]:
+        # vLLM on CPU draws from torch's global stream too, and leaves those draws unused where a request has a seed.
+        with torch.random.fork_rng(devices=[]):
+            outputs = self._engine.step()
+        return [self._turn(output) for output in outputs if output.finished]
+
+    def abort(self) -> None:
+        if self._rows:
+            self._engine.abort_request(list(self._rows))
+            self._rows.clear()
+
+    def _turn(self, output: Any) -> Turn:
+        (completion,) = output.outputs
+        ids = list(completion.token_ids)
+        logprobs = [of_id[token].logprob for of_id, token in zip(completion.logprobs, ids, strict=True)]
+        return Turn(self._rows.pop(output.request_id), ids, logprobs)
+
+
+def _check_device(engine: str, model: torch.device, sleep: bool) -> None:
+    if engine != model.type:
+        raise InputError(
+            f"the model is on {model.type} and the installed vLLM runs on {engine}; set device={engine}, or install vLLM's "
+            f"build for {model.type}"
+        )
+    if sleep and engine == "cpu":
+        raise InputError("sampler.sleep=True gives GPU memory back between rollouts, and vLLM on CPU cannot; set it to False")
+
+
+def _shut_down_quietly(client: Any) -> None:
+    """vLLM's own shutdown at exit fails where the recipe has destroyed the process groups by then; the rest of it is needed."""
+    if client._finalizer.detach() is not None:
+        weakref.finalize(client, _quietly, client.engine_core.shutdown)
+
+
+def _quietly(shutdown: Callable[[], None]) -> None:
+    with suppress(Exception):
+        shutdown()
+
+
+@contextmanager
+def _process_kept(device: torch.device) -> Iterator[None]:
+    """Random state, torch's threads and a few environment variables as they were."""
+    python, numpy, set_threads, threads = (
+        random.getstate(),
+        np.random.get_state(),
+        torch.set_num_threads,
+        torch.get_num_threads(),
+    )
+    variables = {name: os.environ.get(name) for name in _KEPT_VARIABLES}
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_num_threads = set_threads  # vLLM's CPU worker puts a function there that does nothing
+        torch.set_num_threads(threads)
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

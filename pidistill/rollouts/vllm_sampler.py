@@ -1,0 +1,261 @@
+"""vLLM as the sampler: its engine runs in the training process and samples with the trained weights as they are now.
+
+Token ids go in and token ids come out. A turn is a request; the next turn of a row is a request whose prompt is everything so
+far, of which the prefix cache holds the keys and values. Rows whose turn ended go on while others still sample.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torchtune.modules import TransformerDecoder
+
+from pidistill.adapters import adapter_modules, merged
+from pidistill.errors import InputError
+from pidistill.models.hf_format import family, to_hf
+from pidistill.rollouts.base import OnTurnEnd, Sample
+from pidistill.rollouts.collect import rollout_seed
+from pidistill.rollouts.request import (
+    Request,
+    check_request,
+    check_settings,
+    check_truncation,
+    end_turn,
+    hear_answers,
+    not_finite,
+)
+from pidistill.rollouts.vllm_engine import Engine, Settings, Turn, VLLMEngine, require_vllm
+
+
+@dataclass(kw_only=True)
+class VLLMSampler:
+    """Samples with vLLM (extra `vllm`); see :class:`pidistill.rollouts.base.Sampler` for what `sample` promises.
+
+    The engine starts at the first call, one per rank, on the device that trains. Every call first hands it the weights it is
+    called with (LoRA adapters merged in): of a sharded model each rank gathers all of them, so it needs memory for the whole
+    model once more while they are handed over, beside the engine's own copy. vLLM's kernels round otherwise than the trainer's,
+    hence `sampler_mismatch_*` in :mod:`pidistill.metrics`, and the recipes' `max_sampler_mismatch_nats`.
+
+    Attributes:
+        max_new_tokens, temperature, top_k, top_p: as in :class:`pidistill.rollouts.TorchtuneSampler`; vLLM keeps no token that
+            ties with the last of the top k.
+        model_dir: folder with the model's config.json in Hugging Face's format: ``${checkpointer.checkpoint_dir}``. Weights are
+            not read from it.
+        dtype: of the engine's weights: "float32", "bfloat16" …; null is the trained model's.
+        gpu_memory_utilization: share of the device's memory (on CPU, of the host's) that the engine takes in all, the trainer
+            needs the rest; more holds more rows at once.
+        kv_cache_gib: memory for keys and values in its place, in GiB; null leaves it to gpu_memory_utilization.
+        max_model_len: longest prompt + completion; null is the model's max_seq_len. Less needs less memory.
+        max_batch_size: rows that are sampled at once, the others wait; null is vLLM's own choice.
+        enforce_eager: no compilation and no CUDA graphs: starts sooner, samples slower.
+        sleep: give the engine's memory back to the trainer between rollouts. GPU only.
+    """
+
+    max_new_tokens: int
+    model_dir: str
+    temperature: float = 1.0
+    top_p: float | None = None
+    top_k: int | None = None
+    dtype: str | None = None
+    gpu_memory_utilization: float = 0.3
+    kv_cache_gib: float | None = None
+    max_model_len: int | None = None
+    max_batch_size: int | None = None
+    enforce_eager: bool = False
+    sleep: bool = False
+    _engine: Engine | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        require_vllm()
+        check_settings(self.temperature, self.max_new_tokens)
+        counts = {"top_k": self.top_k, "max_model_len": self.max_model_len, "max_batch_size": self.max_batch_size}
+        check_truncation(self.top_p, **counts)
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise InputError(
+                f"sampler.gpu_memory_utilization is {self.gpu_memory_utilization}; give a share of the device's memory above 0 "
+                "and at most 1"
+            )
+        if self.kv_cache_gib is not None and not self.kv_cache_gib > 0.0:
+            raise InputError(f"sampler.kv_cache_gib is {self.kv_cache_gib}; give GiB above 0, or null for vLLM's choice")
+        self._config = _read_config(Path(self.model_dir))
+
+    def sample(
+        self,
+        model: TransformerDecoder,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        seeds: Sequence[int],
+        stop_ids: frozenset[int],
+        pad_id: int,
+        on_turn_end: OnTurnEnd,
+        temperature: float | None = None,
+        max_new_tokens: int | None = None,
+    ) -> list[Sample]:
+        """Sample ``group_size`` completions of every prompt with the weights that ``model`` has now.
+
+        With a sharded model every rank must call this, with any number of prompts, none included: the weights are gathered at
+        the start, after which each rank samples as long as it needs.
+
+        The numbers a row draws depend on its seed and on where its turns begin, not on its batch. How vLLM rounds does depend
+        on the batch: a draw within rounding error of the border between two tokens can fall otherwise.
+
+        Raises:
+            InputError: vLLM does not start; a prompt is empty, too long or holds an id that the model lacks; a setting is out
+                of range; or the model gives logits that are not finite.
+        """
+        request = Request(
+            temperature=self.temperature if temperature is None else temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            stop_ids=stop_ids,
+            pad_id=pad_id,
+            on_turn_end=on_turn_end,
+            vocab_size=model.tok_embeddings.num_embeddings,
+        )
+        check_request(model, prompts, group_size, seeds, request)
+        self._check_length(max(map(len, prompts), default=0) + request.max_new_tokens)
+        if self._engine is None:
+            self._engine = self._start(model)
+        # At every call: a stale copy would train silently on another policy's samples, and no counter of torch's sees every
+        # way in which a weight can change.
+        self._engine.load(to_hf(whole_weights(model), self._config))
+        rows = [_Row(r, list(prompts[r // group_size]), seed) for r, seed in enumerate(seeds)]
+        try:
+            sample_rows(self._engine, rows, request)
+        finally:
+            self._engine.abort()
+            self._engine.rest()
+        return [row.sample for row in rows]
+
+    def _start(self, model: TransformerDecoder) -> Engine:
+        weight = next(model.parameters())
+        settings: dict[str, Any] = {} if self.max_batch_size is None else {"max_num_seqs": self.max_batch_size}
+        if self.kv_cache_gib is not None:
+            settings["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
+        return VLLMEngine(
+            Path(self.model_dir),
+            weight.device,
+            sleep=self.sleep,
+            dtype=self.dtype or str(weight.dtype).removeprefix("torch."),
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            max_model_len=self.max_model_len or model.max_seq_len,
+            enforce_eager=self.enforce_eager,
+            **settings,
+        )
+
+    def _check_length(self, longest: int) -> None:
+        if self.max_model_len is not None and longest > self.max_model_len:
+            raise InputError(
+                f"the longest prompt plus sampler.max_new_tokens is {longest} tokens, above sampler.max_model_len "
+                f"{self.max_model_len} by {longest - self.max_model_len}; raise it, or leave it null for model.max_seq_len"
+            )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(
+            f"sampler.model_dir={folder} has no config.json, which tells vLLM the model's shape; set it to "
+            "${checkpointer.checkpoint_dir}"
+        )
+    config = json.loads(path.read_text(encoding="utf-8"))
+    family(config)  # refuses what weights cannot be converted for
+    return config
+
+
+# ---------------------------------------------------------------------------------------------- weights
+
+# Activation checkpointing wraps layers, which shows in module names and not in the state dict's.
+_CHECKPOINTED = "_checkpoint_wrapped_module."
+
+
+@torch.no_grad()
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's full state dict under torchtune's names, adapters merged in, or left out while they are switched off.
+
+    A collective where the model is sharded: every rank gathers every tensor, one after the other.
+    """
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
+    adapters = list(adapter_modules(model))
+    if adapters and all(module.disabled for _, module in adapters):
+        ours = {f"{name}.{p}".replace(_CHECKPOINTED, "") for name, module in adapters for p in module.adapter_params()}
+        return {name: tensor for name, tensor in state.items() if name not in ours}
+    return merged(model, state)
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+@dataclass
+class _Row:
+    """One completion on its way.
+
+    Attributes:
+        prompt: ids before the completion.
+        turn_start: where the current turn begins in ``sample.tokens``.
+        answer: what is awaited from ``on_turn_end``; None while nothing is.
+        sampling: the engine is at work on its turn.
+    """
+
+    index: int
+    prompt: list[int]
+    seed: int
+    sample: Sample = field(default_factory=lambda: Sample([], [], [], ""))
+    turn_start: int = 0
+    answer: Future | None = None
+    sampling: bool = False
+
+    def append(self, ids: Sequence[int], *, sampled: bool, logprobs: Sequence[float]) -> None:
+        self.sample.tokens += ids
+        self.sample.policy_mask += [sampled] * len(ids)
+        self.sample.logprobs += logprobs
+
+
+def sample_rows(engine: Engine, rows: list[_Row], request: Request) -> None:
+    """Sample the rows to their ends."""
+    settings = Settings(request.temperature, request.top_k, request.top_p, tuple(sorted(request.stop_ids)))
+    by_index = {row.index: row for row in rows}
+    while rows:
+        hear_answers(rows, request)
+        rows = [row for row in rows if not row.sample.stop_reason]
+        for row in rows:
+            if not row.sampling and row.answer is None:
+                _begin_turn(engine, row, request, settings)
+        if any(row.sampling for row in rows):
+            for turn in engine.step():
+                _take(turn, by_index[turn.row], request)
+
+
+def _begin_turn(engine: Engine, row: _Row, request: Request, settings: Settings) -> None:
+    done = len(row.sample.tokens)
+    # Each turn draws from a stream of its own: one seed for all of them would repeat the first turn's draws.
+    seed = rollout_seed(row.seed, done, 0, 0)
+    engine.begin(row.index, row.prompt + row.sample.tokens, seed, request.max_new_tokens - done, settings)
+    row.sampling = True
+
+
+def _take(turn: Turn, row: _Row, request: Request) -> None:
+    """Append what a turn sampled, and ask what follows it."""
+    row.sampling = False
+    wrong = next((i for i, logprob in enumerate(turn.logprobs) if not math.isfinite(logprob)), None)
+    if wrong is not None:
+        raise not_finite(1, 1, row, len(row.sample.tokens) + wrong)
+    # A greedy choice is a point mass, whatever the model's own log-prob.
+    logprobs = [0.0] * len(turn.ids) if request.temperature == 0 else turn.logprobs
+    row.append(turn.ids, sampled=True, logprobs=logprobs)
+    if turn.ids and turn.ids[-1] in request.stop_ids:
+        end_turn(row, request)
+    elif len(row.sample.tokens) == request.max_new_tokens:
+        row.sample.stop_reason = "length"
+    else:
+        raise RuntimeError(f"vLLM ended row {row.index} after {len(turn.ids)} tokens, without a stop id and below the limit")

@@ -1,0 +1,125 @@
+"""Whole runs with a sampler that is not the trained policy: measured, stopped, corrected."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from pidistill.errors import InputError
+from pidistill.rollouts import Sample, TorchtuneSampler
+from tests.recipes.runs import metrics, run, small_config
+
+MISMATCH = [f"sampler_mismatch_{name}_nats" for name in ("k3", "mean", "max")]
+WEIGHTS = {"importance_weights": {"_component_": "pidistill.mismatch.TruncatedImportanceWeights", "cap": 2.0}}
+FROZEN = {"teacher": {"_component_": "pidistill.teachers.FrozenTeacher"}}
+METHODS = {  # where each method's samples come from
+    "opsd": {},
+    "guide_grpo": {"prompts_per_round": 4, "environment___component_": "tests.recipes.test_methods.PickyEnvironment"},
+    "pi_distill": {"objective__student_term": "ppo"},
+    "pi_distill from a frozen teacher": {"objective__alpha": 0.0, "objective__student_term": "ppo", **FROZEN},
+}
+
+
+@dataclass(kw_only=True)
+class UnderstatingSampler(TorchtuneSampler):
+    """Samples from the model and reports log-probs that are ``gap`` nats too low, as an engine of another policy would."""
+
+    gap: float = 0.0
+
+    def sample(self, *args: Any, **kwargs: Any) -> list[Sample]:
+        samples = super().sample(*args, **kwargs)
+        for sample in samples:
+            sample.logprobs = [x - self.gap for x in sample.logprobs]
+        return samples
+
+
+@dataclass(kw_only=True)
+class StaleSampler(TorchtuneSampler):
+    """Samples from the weights of its first call for ever."""
+
+    first: Any = field(default=None, init=False)
+
+    def sample(self, model: Any, *args: Any, **kwargs: Any) -> list[Sample]:
+        now = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.first = self.first or now
+        model.load_state_dict(self.first)
+        samples = super().sample(model, *args, **kwargs)
+        model.load_state_dict(now)
+        return samples
+
+
+def sampler(name: str, **settings: Any) -> dict[str, Any]:
+    path = f"tests.recipes.test_sampler_mismatch.{name}"
+    return {"sampler": {"_component_": path, "max_new_tokens": 16, **settings}}
+
+
+def rows_of(method: str, tiny_base, folder, **changes: Any) -> list[dict[str, Any]]:
+    config = small_config(method.split(" ")[0], tiny_base, folder, **changes)
+    run(method.split(" ")[0], config)
+    return [row for row in metrics(folder) if "loss" in row]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_our_own_sampler_agrees_in_every_round_and_so_do_its_weights(method, tiny_base, tmp_path):
+    """Large steps, so that numbers taken under moved weights, or in the other view, would show."""
+    rounds = {"updates_per_round": 2, "optimizer__lr": 0.05, **METHODS[method]}
+    rows = rows_of(method, tiny_base, tmp_path, **WEIGHTS, **rounds)
+    assert len(rows) == 4
+    for number, row in enumerate(rows):
+        assert (number % 2 == 0) == all(key in row for key in MISMATCH), "measured at a round's first update, and only there"
+        assert row.get("sampler_mismatch_max_nats", 0.0) < 1e-4 and row.get("sampler_mismatch_k3_nats", 0.0) >= 0
+        assert row["importance_weight_mean"] == pytest.approx(1.0, abs=1e-4)
+        assert row["importance_truncated_frac"] == 0
+    ratio = "student_ratio_mean" if "student_ratio_mean" in rows[0] else "ratio_mean"
+    assert abs(rows[1][ratio] - rows[0][ratio]) > 1e-3, "the weights have not moved, so nothing was tested"
+    if method == "guide_grpo":
+        assert sum(row["guided_groups"] for row in rows) > 0
+
+
+@pytest.mark.parametrize("method", ["opsd", "pi_distill"])
+def test_a_sampler_of_other_weights_stops_the_run(method, tiny_base, tmp_path):
+    with pytest.raises(InputError, match=r"nats per token away .* above max_sampler_mismatch_nats=0.1"):
+        rows_of(method, tiny_base, tmp_path, optimizer__lr=0.05, lr_scheduler=None, **sampler("StaleSampler"))
+    assert len(metrics(tmp_path)) >= 1, "at the first round the weights are those that sampled"
+
+
+def test_the_stop_comes_before_the_step_and_the_key_moves_it(tiny_base, tmp_path):
+    wrong = sampler("UnderstatingSampler", gap=0.3)
+    with pytest.raises(InputError, match="are 0.3 nats per token away"):
+        rows_of("rl", tiny_base, tmp_path / "stopped", **wrong)
+    assert not (tmp_path / "stopped" / "metrics.jsonl").exists()
+    rows = rows_of("rl", tiny_base, tmp_path / "borne", max_sampler_mismatch_nats=0.5, **wrong)
+    assert rows[0]["sampler_mismatch_mean_nats"] == pytest.approx(0.3, abs=1e-4)
+
+
+@pytest.mark.parametrize(("level", "cap"), [("token", 2.0), ("token", 1.2), ("sequence", 1e6)])
+def test_weights_scale_the_gradient_and_the_ratio_is_the_trainers(level, cap, tiny_base, tmp_path):
+    """μ = π/1.5 for every token: w = 1.5, or 1.5 to the number of tokens, and ρ = π/π_old = 1 all the same."""
+    wrong = sampler("UnderstatingSampler", gap=math.log(1.5)) | {"max_sampler_mismatch_nats": 1, "max_steps": 1}
+    right = sampler("UnderstatingSampler", gap=0.0) | {"max_steps": 1}
+    weights = {"importance_weights": WEIGHTS["importance_weights"] | {"level": level, "cap": cap}}
+    (honest,) = rows_of("rl", tiny_base, tmp_path / "honest", clip_grad_norm=None, **right)
+    (weighed,) = rows_of("rl", tiny_base, tmp_path / "weighed", clip_grad_norm=None, **wrong, **weights)
+    (ignored,) = rows_of("rl", tiny_base, tmp_path / "ignored", clip_grad_norm=None, **wrong)
+    assert weighed["ratio_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert ignored["ratio_mean"] == pytest.approx(1.5, abs=1e-3), "the default leaves the ratio at π/μ"
+    if level == "token":
+        assert weighed["importance_weight_mean"] == pytest.approx(min(1.5, cap), abs=1e-4)
+        assert weighed["importance_truncated_frac"] == float(cap < 1.5)
+        assert weighed["grad_norm"] == pytest.approx(min(1.5, cap) * honest["grad_norm"], rel=1e-3)
+    else:
+        assert weighed["importance_weight_mean"] > 5
+
+
+def test_truncated_sampling_is_measured_and_needs_no_limit(tiny_base, tmp_path):
+    """With top-k, π/μ of a sampled token is the mass that top-k kept: below 1, and never cut."""
+    rows = rows_of("rl", tiny_base, tmp_path, sampler__top_k=5, max_steps=1, **WEIGHTS)
+    assert rows[0]["sampler_mismatch_mean_nats"] > 0.1
+    assert 0 < rows[0]["importance_weight_mean"] < 1 and rows[0]["importance_truncated_frac"] == 0
+    assert rows[0]["importance_weight_mean"] == pytest.approx(math.exp(-rows[0]["sampler_mismatch_mean_nats"]), abs=0.1)
+
+
+def test_weights_for_a_method_without_a_policy_gradient_are_refused(tiny_base, tmp_path):
+    with pytest.raises(InputError, match="OPSDUCLA as configured has no policy-gradient loss"):
+        rows_of("opsd_ucla", tiny_base, tmp_path, **WEIGHTS)
