@@ -28,9 +28,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchtune import modules, training, utils
 from torchtune.modules import TransformerDecoder
 
-from pidistill.adapters import train_adapters_only, with_initial_adapters
-from pidistill.config import build, check_config
+from pidistill.adapters import scale_weights_alone, train_adapters_only, with_initial_adapters
+from pidistill.config import build, check_config, empty_model
 from pidistill.errors import InputError
+from pidistill.nf4 import check_shapes, keep_state_dicts_as_they_are, stored_like
+from pidistill.peft_format import check_adapter_dir, with_adapter_dir
 
 log = utils.get_logger("INFO")
 
@@ -39,7 +41,7 @@ EVALUATION_KEYS = frozenset(
     {
         "output_dir", "seed", "device", "dtype", "threads", "model", "tokenizer", "checkpointer", "dataset", "environment",
         "privileged", "sampler", "max_turns", "environment_threads", "on_overflow", "eval_samples", "eval_success_threshold",
-        "fsdp_reshard_after_forward", "fsdp_cpu_offload", "custom_sharded_layers", "fallback_checkpoint_dir",
+        "fsdp_reshard_after_forward", "fsdp_cpu_offload", "custom_sharded_layers", "fallback_checkpoint_dir", "adapter_dir",
     }
 )  # fmt: skip
 # and in every one that trains.
@@ -119,6 +121,7 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     use_fallback_checkpoint(cfg)
     for key in ("checkpointer", "teacher_checkpointer"):
         check_checkpoint_folder(cfg, key)
+    check_adapter_dir(cfg)
     device = _device(cfg.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
     dtype = _dtype(cfg.get("dtype", "fp32"), device)
     if device.type == "cpu":
@@ -280,11 +283,15 @@ def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str,
     """Build a model on the meta device, shard it where there is more than one rank, and fill it from a full state dict.
 
     ``trained`` models get activation checkpointing and compilation as the config says; teachers do not. Of a model with LoRA
-    adapters these alone can be trained, and a state dict without them starts them anew.
+    adapters these alone can be trained, and a state dict without them starts them anew. With `model.quantize_base` the state
+    dict's full weights become 4-bit ones.
     """
     with training.set_default_dtype(run.dtype):
         model = empty_model(model_node)
     train_adapters_only(model)
+    scale_weights_alone(model)
+    keep_state_dicts_as_they_are(model)
+    check_shapes(model, run.world_size)
     state_dict = with_initial_adapters(model, state_dict, run.seed)
     if trained and cfg.get("compile", False):
         training.compile_model(model, verbose=run.is_main)
@@ -307,10 +314,10 @@ def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str,
     return model.train(trained)
 
 
-def empty_model(node: Any) -> TransformerDecoder:
-    """A model's shape without its weights, on the meta device."""
-    with torch.device("meta"):
-        return build(node)
+def load_initial(cfg: DictConfig, run: Run) -> TransformerDecoder:
+    """The checkpoint's model, with `adapter_dir`'s adapter on it or merged into it; for recipes that train nothing."""
+    weights = build(cfg.checkpointer, output_dir=str(run.output_dir)).load_checkpoint()[training.MODEL_KEY]
+    return load_model(cfg, run, cfg.model, with_adapter_dir(cfg, cfg.model, weights), trained=False)
 
 
 def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: bool) -> None:
@@ -318,7 +325,9 @@ def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: b
         if run.world_size > 1:
             training.load_from_full_model_state_dict(model, state_dict, run.device, strict=True, cpu_offload=cpu_offload)
         else:
+            own = model.state_dict()
             tensors = {name: t.to(device=run.device, dtype=run.dtype) for name, t in state_dict.items()}
+            tensors = {name: stored_like(t, own[name]) if name in own else t for name, t in tensors.items()}
             model.load_state_dict(tensors, strict=True, assign=True)
     except (RuntimeError, KeyError, AttributeError) as error:
         detail = " ".join(str(error).split())[:400]
@@ -328,10 +337,13 @@ def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: b
 
 
 def load_teacher(cfg: DictConfig, run: Run) -> TransformerDecoder:
-    """The initial weights again, or those of `teacher_model` and `teacher_checkpointer`."""
+    """The initial weights again (with `adapter_dir`'s adapter, if there is one), or those of `teacher_checkpointer`."""
     node = cfg.get("teacher_model") or cfg.model
     checkpointer = build(cfg.get("teacher_checkpointer") or cfg.checkpointer, output_dir=str(run.output_dir / ".teacher"))
-    return load_model(cfg, run, node, checkpointer.load_checkpoint()[training.MODEL_KEY], trained=False)
+    weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
+    if not cfg.get("teacher_checkpointer"):
+        weights = with_adapter_dir(cfg, node, weights)
+    return load_model(cfg, run, node, weights, trained=False)
 
 
 # ---------------------------------------------------------------------------------------------- optimiser step

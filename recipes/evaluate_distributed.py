@@ -13,14 +13,14 @@ import sys
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from torchtune import config, training
+from torchtune import config
 
 from pidistill.config import build
 from pidistill.data import load_prompts
 from pidistill.evaluation import eval_dropped, pass_at_k, sample_view
 from pidistill.metrics import rollout_means, rollout_sums
 from pidistill.rollouts import collect_rollouts
-from pidistill.training import EVALUATION_KEYS, cleanup, load_model, one_sentence_errors, start
+from pidistill.training import EVALUATION_KEYS, cleanup, load_initial, one_sentence_errors, start
 from pidistill.types import Rollout
 
 REQUIRED = ("output_dir", "model", "tokenizer", "checkpointer", "dataset", "environment", "sampler")
@@ -48,8 +48,7 @@ class EvaluateRecipe:
             max_turns=cfg.get("max_turns"),
             environment_threads=cfg.get("environment_threads"),
         )
-        weights = build(cfg.checkpointer, output_dir=str(self._run.output_dir)).load_checkpoint()[training.MODEL_KEY]
-        self._model = load_model(cfg, self._run, cfg.model, weights, trained=False)
+        self._model = load_initial(cfg, self._run)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         results, self._rows = {}, {}

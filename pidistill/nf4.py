@@ -1,0 +1,67 @@
+"""Frozen weights in 4 bits (NF4, QLoRA's, arXiv 2305.14314): torchao's tensors, made from full weights and read back.
+
+A matrix is cut into blocks of 64 elements with a scale each, and the scales into blocks of 256 with a scale of their own; so a
+matrix, and each rank's shard of its rows, has a multiple of 64 · 256 elements.
+"""
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchtune.training._distributed import _gather_nf4_tensor
+
+from pidistill.errors import InputError
+
+BLOCK_ELEMENTS = 64 * 256
+
+
+def is_nf4(tensor: Tensor) -> bool:
+    return isinstance(tensor._local_tensor if isinstance(tensor, DTensor) else tensor, NF4Tensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A plain tensor with the values that a forward computes with; of a sharded one on every rank, a collective."""
+    if isinstance(tensor, DTensor):
+        # torch's own gathering does not know NF4.
+        tensor = _gather_nf4_tensor(tensor) if is_nf4(tensor) else tensor.full_tensor()
+    return tensor.get_original_weight() if isinstance(tensor, NF4Tensor) else tensor
+
+
+def rounded(weight: Tensor) -> Tensor:
+    """A plain tensor as it is after 4 bits."""
+    return to_nf4(weight).get_original_weight()
+
+
+def stored_like(weight: Tensor, parameter: Tensor) -> Tensor:
+    """``weight`` in 4 bits where the model's ``parameter`` is."""
+    return to_nf4(weight) if is_nf4(parameter) else weight
+
+
+def keep_state_dicts_as_they_are(model: nn.Module) -> None:
+    """Without torchtune's hook, which gives 4-bit weights out in bf16 whatever the run's dtype, and not at all when sharded."""
+    for key, hook in list(model._state_dict_hooks.items()):
+        if getattr(getattr(hook, "func", None), "__name__", "") == "reparametrize_as_dtype_state_dict_post_hook":
+            del model._state_dict_hooks[key]
+
+
+def check_shapes(model: nn.Module, ranks: int) -> None:
+    """Refuse matrices whose rows do not part into whole blocks; before any weight is loaded, ``model`` may be on meta."""
+    for name, parameter in model.named_parameters():
+        if not is_nf4(parameter):
+            continue
+        rows, elements = parameter.shape[0], parameter.numel()
+        if rows % ranks or elements % (ranks * BLOCK_ELEMENTS):
+            raise InputError(
+                f"model.quantize_base=True needs matrices whose share on each of {ranks} ranks is a multiple of "
+                f"{BLOCK_ELEMENTS} elements, and {name} is {rows}x{elements // rows}; set quantize_base=False, or run on "
+                "fewer ranks"
+            )
+
+
+def has_nf4(model: nn.Module) -> bool:
+    return any(is_nf4(parameter) for parameter in model.parameters())
+
+
+def stored_bytes(parameter: Tensor, item_bytes: int) -> float:
+    """Of a parameter: whole elements, or 4 bits each, a byte for each block's scale and an element for each 256 scales."""
+    whole_bytes = parameter.numel() * item_bytes
+    return parameter.numel() * (1 / 2 + 1 / 64) + whole_bytes / BLOCK_ELEMENTS if is_nf4(parameter) else whole_bytes
