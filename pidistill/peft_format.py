@@ -37,6 +37,7 @@ _PARTS = dict(zip(PARTS, ("lora_A.weight", "lora_B.weight", "lora_magnitude_vect
 _PREFIX = "base_model.model."
 # What changes the adapted layer beyond rank, α and DoRA, and the value under which it does not.
 _PLAIN = {"use_rslora": False, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "lora_bias": False}
+_NOT_READ = _PLAIN | {"layer_replication": None, "trainable_token_indices": None, "alora_invocation_tokens": None}
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
@@ -161,7 +162,7 @@ def _read_config(folder: Path, hf_config: Mapping[str, Any]) -> dict[str, Any]:
             f"{hf_config.get('model_type')!r}; remove adapter_dir"
         )
     config = json.loads((folder / CONFIG).read_text())
-    changes = {key: config[key] for key, plain in _PLAIN.items() if (config.get(key) or plain) != plain}
+    changes = {key: config[key] for key, plain in _NOT_READ.items() if (config.get(key) or plain) != plain}
     changes |= {key: config[key] for key in ("peft_type",) if config.get(key) != "LORA"}
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_MOVES_BASE):
@@ -169,7 +170,8 @@ def _read_config(folder: Path, hf_config: Mapping[str, Any]) -> dict[str, Any]:
     if changes:
         found = ", ".join(f"{key}={value}" for key, value in changes.items())
         raise InputError(
-            f"the adapter in {folder} has {found}, and only plain LoRA and DoRA are read; merge it with PEFT first"
+            f"the adapter in {folder} has {found}, and plain LoRA and DoRA are read; merge it into the base with PEFT, and "
+            "name the merged folder in checkpointer.checkpoint_dir"
         )
     return config
 

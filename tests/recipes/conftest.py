@@ -18,11 +18,14 @@ from tests.recipes.runs import MODEL, ROOT, quick_setup
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
+    return make_base(tmp_path_factory.mktemp("tiny_base"), {})
+
+
+def make_base(folder: Path, sizes: dict[str, int]) -> Path:
     """Random weights under which two views differ and a turn ends after about five words."""
-    folder = tmp_path_factory.mktemp("tiny_base")
     cfg = OmegaConf.load(ROOT / "configs" / "tiny" / "base.yaml")
     paths = {"checkpointer.checkpoint_dir": str(folder), "output_dir": str(folder.parent / "unused")}
-    for key, value in (MODEL | paths).items():
+    for key, value in (MODEL | sizes | paths).items():
         OmegaConf.update(cfg, key, value)
     build(cfg.checkpointer)
     generator = torch.Generator().manual_seed(0)
