@@ -23,7 +23,6 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torchtune import training
 from torchtune.models import convert_weights
 from torchtune.modules import TransformerDecoder
@@ -33,6 +32,7 @@ from pidistill.adapters import has_adapters, merged
 from pidistill.config import build
 from pidistill.errors import InputError
 from pidistill.nf4 import whole
+from pidistill.optimizers import optimizer_state, restore_optimizer
 from pidistill.peft_format import FOLDER, PERMUTES, base_config, with_adapter_dir
 from pidistill.peft_format import write as write_adapter
 from pidistill.teachers import Teacher
@@ -145,8 +145,7 @@ class Checkpoints:
             )
         self._refuse_other_state("lr_scheduler", updates.scheduler is not None, self.state["scheduler"] is not None)
         self._refuse_other_state("teacher", bool(teacher and teacher.state_dict()), bool(self.state["teacher"]))
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.run.world_size > 1)
-        set_optimizer_state_dict(model, updates.optimizer, self.state["optimizer"], options=options)
+        restore_optimizer(model, updates.optimizer, self.state["optimizer"])
         if updates.scheduler is not None:
             updates.scheduler.load_state_dict(self.state["scheduler"])
         updates.nonfinite_steps, updates.nonfinite_in_a_row, updates.empty_steps = self.state["skipped_steps"]
@@ -173,8 +172,7 @@ class Checkpoints:
     def save(self, step: int, round_: int, model: TransformerDecoder, updates: Updates, teacher: Teacher | None) -> None:
         """Write `step_N` whole, then move it into place: a kill leaves the previous checkpoint as the newest."""
         weights = self._full(model.state_dict())
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        optimizer = get_optimizer_state_dict(model, updates.optimizer, options=options)
+        optimizer = optimizer_state(model, updates.optimizer, self.run.is_main)
         teacher_state = self._full(teacher.state_dict()) if teacher is not None else {}
         rng: list[Any] = [None] * self.run.world_size
         dist.all_gather_object(rng, _random_state())
@@ -223,7 +221,7 @@ class Checkpoints:
         """Whole CPU tensors on rank 0 (every rank takes part in gathering them)."""
         full = {}
         for name, tensor in state.items():
-            gathered = whole(tensor.detach())
+            gathered = whole(tensor.detach().to(self.run.device))  # from the CPU, where `fsdp_cpu_offload` has it
             if self.run.is_main:
                 full[name] = gathered.cpu().contiguous()
         return full

@@ -32,6 +32,8 @@ from pidistill.adapters import scale_weights_alone, train_adapters_only, with_in
 from pidistill.config import build, check_config, empty_model
 from pidistill.errors import InputError
 from pidistill.nf4 import check_shapes, keep_state_dicts_as_they_are, stored_like
+from pidistill.offloading import check_offloading, offload_activations
+from pidistill.optimizers import check_clipping, clear_gradients
 from pidistill.peft_format import check_adapter_dir, with_adapter_dir
 
 log = utils.get_logger("INFO")
@@ -48,8 +50,8 @@ EVALUATION_KEYS = frozenset(
 COMMON_KEYS = EVALUATION_KEYS | frozenset(
     {
         "max_steps", "optimizer", "lr_scheduler", "clip_grad_norm", "max_nonfinite_steps", "save_every_steps",
-        "resume_from_checkpoint", "metric_logger", "enable_activation_checkpointing", "compile", "score_chunk_tokens",
-        "eval_dataset", "eval_every_steps", "packing", "micro_batch_tokens",
+        "resume_from_checkpoint", "metric_logger", "enable_activation_checkpointing", "enable_activation_offloading",
+        "compile", "score_chunk_tokens", "eval_dataset", "eval_every_steps", "packing", "micro_batch_tokens",
     }
 )  # fmt: skip
 
@@ -134,6 +136,7 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
         else:
             dist.init_process_group(training.get_distributed_backend(device.type), store=dist.HashStore(), rank=0, world_size=1)
     world_size, rank = utils.get_world_size_and_rank()
+    check_offloading(cfg, device, world_size)
     seed = int(cfg.get("seed") or 0)
     # The same on every rank (not torchtune's set_seed), so that a dataset that shuffles itself is the same one on all of them;
     # rollouts have seeds of their own.
@@ -282,9 +285,9 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
 def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str, Any], *, trained: bool) -> TransformerDecoder:
     """Build a model on the meta device, shard it where there is more than one rank, and fill it from a full state dict.
 
-    ``trained`` models get activation checkpointing and compilation as the config says; teachers do not. Of a model with LoRA
-    adapters these alone can be trained, and a state dict without them starts them anew. With `model.quantize_base` the state
-    dict's full weights become 4-bit ones.
+    ``trained`` models get activation checkpointing, offloading and compilation as the config says; teachers do not. Of a model
+    with LoRA adapters these alone can be trained, and a state dict without them starts them anew. With `model.quantize_base`
+    the state dict's full weights become 4-bit ones.
     """
     with training.set_default_dtype(run.dtype):
         model = empty_model(model_node)
@@ -305,6 +308,8 @@ def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str,
             cpu_offload=cfg.get("fsdp_cpu_offload", False),
             reshard_after_forward=cfg.get("fsdp_reshard_after_forward", True),
         )
+    if trained and cfg.get("enable_activation_offloading", False):
+        offload_activations(model)
     with training.set_default_dtype(run.dtype), run.device:
         for module in model.modules():
             if hasattr(module, "rope_init"):
@@ -364,6 +369,7 @@ class Updates:
         self.optimizer: Optimizer = build(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
         self.scheduler: LRScheduler | None = build(cfg.lr_scheduler, self.optimizer) if cfg.get("lr_scheduler") else None
         self.clip_grad_norm = float(cfg.get("clip_grad_norm") or math.inf)
+        check_clipping(self.optimizer, self.clip_grad_norm)
         self.max_nonfinite_steps = int(cfg.get("max_nonfinite_steps") or 3)
         self.nonfinite_steps = 0
         self.nonfinite_in_a_row = 0
@@ -376,7 +382,7 @@ class Updates:
         """
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = float(self.optimizer.param_groups[0]["lr"])  # torchao's is a tensor that the scheduler writes into
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         applied = finite and tokens > 0
         self.empty_steps += finite and tokens == 0
@@ -385,7 +391,7 @@ class Updates:
             self.nonfinite_in_a_row = 0
         elif not finite:
             self._count_nonfinite(loss, grad_norm, dump, step)
-        self.optimizer.zero_grad(set_to_none=True)
+        clear_gradients(self.optimizer)
         if self.scheduler is not None:
             self.scheduler.step()
         return StepResult(grad_norm, lr, applied)

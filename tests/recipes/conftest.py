@@ -15,10 +15,18 @@ from pidistill.config import build
 from pidistill.envs import tiny_world
 from tests.recipes.runs import MODEL, ROOT, quick_setup
 
+# The smallest width whose matrices two ranks share in whole blocks of NF4 and of an optimizer's 8-bit states.
+WIDE = {"model.embed_dim": 256, "model.intermediate_dim": 256}
+
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     return make_base(tmp_path_factory.mktemp("tiny_base"), {})
+
+
+@pytest.fixture(scope="session")
+def wide_base(tmp_path_factory) -> Path:
+    return make_base(tmp_path_factory.mktemp("wide_base"), WIDE)
 
 
 def make_base(folder: Path, sizes: dict[str, int]) -> Path:

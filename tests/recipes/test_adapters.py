@@ -15,7 +15,7 @@ from pidistill.errors import InputError
 from pidistill.nf4 import check_shapes, is_nf4, rounded
 from pidistill.peft_format import FOLDER, base_config, read
 from pidistill.testing import TINY_SIZES
-from tests.recipes.conftest import make_base
+from tests.recipes.conftest import WIDE
 from tests.recipes.runs import (
     assert_same_tensors,
     metrics,
@@ -133,14 +133,7 @@ def files(folder):
 
 # ------------------------------------------------------------------------------------------- QLoRA
 
-# The smallest whose matrices two ranks share in whole blocks of 64*256 elements.
-WIDE = {"model__embed_dim": 256, "model__intermediate_dim": 256}
 QLORA = LORA | WIDE | {"model__quantize_base": True, "optimizer__lr": 1e-2}
-
-
-@pytest.fixture(scope="module")
-def wide_base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("wide"), {key.replace("__", "."): value for key, value in WIDE.items()})
 
 
 def four_bits(base, folder):
