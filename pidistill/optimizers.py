@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torchao.optim import CPUOffloadOptimizer  # the import also lets `weights_only` loading read 8-bit states
 from torchao.optim.adam import _AdamBase
+from torchao.optim.subclass_8bit import OptimState8bit
 
 from pidistill.config import resolve
 from pidistill.errors import InputError
@@ -42,6 +43,24 @@ def cpu_offload(params: list[nn.Parameter], optimizer: str = "torch.optim.AdamW"
             f"optimizer._component_={optimizer} and fsdp_cpu_offload=True"
         )
     return CPUOffloadOptimizer(params, resolve(optimizer), **arguments)
+
+
+def keep_second_moments_above_zero(optimizer: Optimizer) -> None:
+    """Of torchao's 8-bit optimizers, after every step: the code 0 becomes the smallest one above.
+
+    torchao rounds a small second moment to 0 and keeps the first. Where the next gradient is 0 (the embedding of a token that
+    a batch lacks, all weights where no rollout has an advantage) the step would be first moment / eps: 92 at lr 0.01 in a test.
+    """
+
+    def raise_codes(*_: Any) -> None:
+        for state in optimizer.state.values():
+            moment = state.get("exp_avg_sq")
+            moment = moment.to_local() if isinstance(moment, DTensor) else moment
+            if isinstance(moment, OptimState8bit):
+                moment.codes.clamp_(min=1)
+
+    if isinstance(optimizer, _AdamBase):
+        optimizer.register_step_post_hook(raise_codes)
 
 
 def check_clipping(optimizer: Optimizer, clip_grad_norm: float) -> None:

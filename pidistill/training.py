@@ -33,7 +33,7 @@ from pidistill.config import build, check_config, empty_model
 from pidistill.errors import InputError
 from pidistill.nf4 import check_shapes, keep_state_dicts_as_they_are, stored_like
 from pidistill.offloading import check_offloading, offload_activations
-from pidistill.optimizers import check_clipping, clear_gradients
+from pidistill.optimizers import check_clipping, clear_gradients, keep_second_moments_above_zero
 from pidistill.peft_format import check_adapter_dir, with_adapter_dir
 
 log = utils.get_logger("INFO")
@@ -370,6 +370,7 @@ class Updates:
         self.scheduler: LRScheduler | None = build(cfg.lr_scheduler, self.optimizer) if cfg.get("lr_scheduler") else None
         self.clip_grad_norm = float(cfg.get("clip_grad_norm") or math.inf)
         check_clipping(self.optimizer, self.clip_grad_norm)
+        keep_second_moments_above_zero(self.optimizer)
         self.max_nonfinite_steps = int(cfg.get("max_nonfinite_steps") or 3)
         self.nonfinite_steps = 0
         self.nonfinite_in_a_row = 0

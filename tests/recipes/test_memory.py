@@ -64,8 +64,6 @@ def test_adamw_in_8_bits_is_adamw_up_to_the_rounding_of_its_states(eager, wide_b
     ours, theirs = weights(tmp_path / "small"), weights(tmp_path / "full")
     for name in first:
         moved = (theirs[name] - first[name]).norm()
-        if name == "model.embed_tokens.weight":
-            continue  # a token absent from the second step divides by second moments that 8 bits round to 0
         assert moved > 0 and (ours[name] - theirs[name]).norm() < 0.05 * moved, name
     for row, expected in zip(metrics(tmp_path / "small"), metrics(tmp_path / "full"), strict=True):
         assert row["lr"] == pytest.approx(expected["lr"], rel=1e-6) and isinstance(row["lr"], float)
