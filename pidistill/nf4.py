@@ -65,3 +65,8 @@ def stored_bytes(parameter: Tensor, item_bytes: int) -> float:
     """Of a parameter: whole elements, or 4 bits each, a byte for each block's scale and an element for each 256 scales."""
     whole_bytes = parameter.numel() * item_bytes
     return parameter.numel() * (1 / 2 + 1 / 64) + whole_bytes / BLOCK_ELEMENTS if is_nf4(parameter) else whole_bytes
+
+
+def dequantizing_bytes(parameter: Tensor, item_bytes: int) -> float:
+    """Beside a 4-bit parameter while torchao makes it whole: 64-bit indices and three tensors of the whole's size."""
+    return parameter.numel() * (8 + 3 * item_bytes) if is_nf4(parameter) else 0.0
