@@ -221,7 +221,7 @@ class Checkpoints:
         """Whole CPU tensors on rank 0 (every rank takes part in gathering them)."""
         full = {}
         for name, tensor in state.items():
-            gathered = whole(tensor.detach().to(self.run.device))  # from the CPU, where `fsdp_cpu_offload` has it
+            gathered = whole(tensor.detach(), self.run.device)
             if self.run.is_main:
                 full[name] = gathered.cpu().contiguous()
         return full

@@ -15,6 +15,7 @@ from torchtune.config._instantiate import _get_component_from_path
 from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
+from pidistill.nf4 import give_out_whole_weights
 
 COMPONENT = "_component_"
 
@@ -52,7 +53,9 @@ def empty_model(node: Any) -> TransformerDecoder:
     """
     try:
         with torch.device("meta"):
-            return build(node)
+            model = build(node)
+        give_out_whole_weights(model)
+        return model
     except AssertionError as error:
         if not node.get("quantize_base", False):
             raise

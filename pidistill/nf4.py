@@ -4,9 +4,11 @@ A matrix is cut into blocks of 64 elements with a scale each, and the scales int
 matrix, and each rank's shard of its rows, has a multiple of 64 · 256 elements.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchtune.modules.common_utils import reparametrize_as_dtype_state_dict_post_hook
 from torchtune.training._distributed import _gather_nf4_tensor
 
 from pidistill.errors import InputError
@@ -18,9 +20,10 @@ def is_nf4(tensor: Tensor) -> bool:
     return isinstance(tensor._local_tensor if isinstance(tensor, DTensor) else tensor, NF4Tensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor, device: torch.device) -> Tensor:
     """A plain tensor with the values that a forward computes with; of a sharded one on every rank, a collective."""
     if isinstance(tensor, DTensor):
+        tensor = tensor.to(device)  # from the CPU, where `fsdp_cpu_offload` has it
         # torch's own gathering does not know NF4.
         tensor = _gather_nf4_tensor(tensor) if is_nf4(tensor) else tensor.full_tensor()
     return tensor.get_original_weight() if isinstance(tensor, NF4Tensor) else tensor
@@ -31,16 +34,29 @@ def rounded(weight: Tensor) -> Tensor:
     return to_nf4(weight).get_original_weight()
 
 
-def stored_like(weight: Tensor, parameter: Tensor) -> Tensor:
-    """``weight`` in 4 bits where the model's ``parameter`` is."""
-    return to_nf4(weight) if is_nf4(parameter) else weight
+def stored_as_in(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A full state dict with those weights in 4 bits that ``model`` has in 4 bits."""
+    # Activation checkpointing wraps layers and shows in parameter names.
+    names = {n.replace("_checkpoint_wrapped_module.", "") for n, p in model.named_parameters() if is_nf4(p)}
+    return {name: to_nf4(weight) if name in names else weight for name, weight in weights.items()}
 
 
-def keep_state_dicts_as_they_are(model: nn.Module) -> None:
-    """Without torchtune's hook, which gives 4-bit weights out in bf16 whatever the run's dtype, and not at all when sharded."""
+def give_out_whole_weights(model: nn.Module) -> None:
+    """A state dict holds 4-bit weights as plain ones in their own dtype, on CPU; sharded ones stay what they are.
+
+    In place of torchtune's hook, which gives them out in bf16 whatever the run's dtype, and cannot on the meta device.
+    """
     for key, hook in list(model._state_dict_hooks.items()):
-        if getattr(getattr(hook, "func", None), "__name__", "") == "reparametrize_as_dtype_state_dict_post_hook":
+        if getattr(hook, "func", None) is reparametrize_as_dtype_state_dict_post_hook:
             del model._state_dict_hooks[key]
+            model._register_state_dict_hook(_whole_weights)
+
+
+def _whole_weights(module: nn.Module, state_dict: dict[str, Tensor], *_: object) -> None:
+    for name, tensor in state_dict.items():
+        if isinstance(tensor, NF4Tensor):
+            weight = tensor.get_original_weight()
+            state_dict[name] = weight if weight.is_meta else weight.cpu()
 
 
 def check_shapes(model: nn.Module, ranks: int) -> None:

@@ -31,7 +31,7 @@ from torchtune.modules import TransformerDecoder
 from pidistill.adapters import scale_weights_alone, train_adapters_only, with_initial_adapters
 from pidistill.config import build, check_config, empty_model
 from pidistill.errors import InputError
-from pidistill.nf4 import check_shapes, keep_state_dicts_as_they_are, stored_like
+from pidistill.nf4 import check_shapes, stored_as_in
 from pidistill.offloading import check_offloading, offload_activations
 from pidistill.optimizers import check_clipping, clear_gradients, keep_second_moments_above_zero
 from pidistill.peft_format import check_adapter_dir, with_adapter_dir
@@ -293,7 +293,6 @@ def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str,
         model = empty_model(model_node)
     train_adapters_only(model)
     scale_weights_alone(model)
-    keep_state_dicts_as_they_are(model)
     check_shapes(model, run.world_size)
     state_dict = with_initial_adapters(model, state_dict, run.seed)
     if trained and cfg.get("compile", False):
@@ -330,10 +329,8 @@ def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: b
         if run.world_size > 1:
             training.load_from_full_model_state_dict(model, state_dict, run.device, strict=True, cpu_offload=cpu_offload)
         else:
-            own = model.state_dict()
             tensors = {name: t.to(device=run.device, dtype=run.dtype) for name, t in state_dict.items()}
-            tensors = {name: stored_like(t, own[name]) if name in own else t for name, t in tensors.items()}
-            model.load_state_dict(tensors, strict=True, assign=True)
+            model.load_state_dict(stored_as_in(model, tensors), strict=True, assign=True)
     except (RuntimeError, KeyError, AttributeError) as error:
         detail = " ".join(str(error).split())[:400]
         raise InputError(

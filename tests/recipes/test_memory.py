@@ -79,6 +79,7 @@ def test_a_resumed_run_in_8_bits_is_the_whole_run_to_the_bit(eager, wide_base, t
     assert metrics(tmp_path / "whole")[-1] == metrics(tmp_path / "cut")[-1]
 
 
+@pytest.mark.slow
 def test_two_processes_in_8_bits_resume_to_the_bit_and_one_cannot(wide_base, tmp_path):
     runs = {}
     for name, folder, changes in (
