@@ -1,7 +1,8 @@
 """Save and exact resume. A checkpoint is a folder `output_dir/step_N`, complete or absent:
 
     the weights in their own format, as the configured torchtune checkpointer writes them (loads in transformers); of a
-    model with LoRA adapters the merged ones,
+    model with LoRA adapters the merged ones (of 4-bit weights, those that the forward computes with),
+    adapter/ with LoRA adapters: these alone in PEFT's format, for the base in transformers,
     the files that came with the initial checkpoint (config.json, tokenizer), and
     training_state.pt: optimizer, scheduler, adapters, teacher, step, round, random state of every rank, the objective's name.
 
@@ -22,8 +23,6 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.tensor import DTensor
 from torchtune import training
 from torchtune.models import convert_weights
 from torchtune.modules import TransformerDecoder
@@ -32,6 +31,10 @@ from torchtune.modules.peft import get_adapter_state_dict
 from pidistill.adapters import has_adapters, merged
 from pidistill.config import build
 from pidistill.errors import InputError
+from pidistill.nf4 import whole
+from pidistill.optimizers import optimizer_state, restore_optimizer
+from pidistill.peft_format import FOLDER, PERMUTES, base_config, with_adapter_dir
+from pidistill.peft_format import write as write_adapter
 from pidistill.teachers import Teacher
 from pidistill.training import Run, Updates, crossed, log
 
@@ -56,7 +59,7 @@ class Checkpoints:
     def __init__(self, cfg: DictConfig, run: Run, method: str, must_match: Mapping[str, int] | None = None) -> None:
         self.run, self.method = run, method
         self.must_match = {"seed": run.seed, **(must_match or {})}
-        self._node = cfg.checkpointer
+        self._cfg, self._node = cfg, cfg.checkpointer
         self._every = cfg.get("save_every_steps")
         self.state: dict[str, Any] | None = None
         folder = None
@@ -120,8 +123,11 @@ class Checkpoints:
     def load_weights(self) -> dict[str, Any]:
         """The full state dict that the run starts from, on CPU."""
         weights = self._checkpointer.load_checkpoint()[training.MODEL_KEY]
-        adapters = (self.state or {}).get("adapters") or {}
-        if adapters and not torch.equal(_base_mark(weights, adapters).to(self.state["base"].dtype), self.state["base"]):
+        self._base = _base_mark(weights)
+        if self.state is None:
+            return with_adapter_dir(self._cfg, self._cfg.model, weights)
+        adapters = self.state.get("adapters") or {}
+        if adapters and not torch.equal(self._base, self.state["base"]):
             raise InputError(
                 f"checkpointer.checkpoint_dir={self._node.get('checkpoint_dir')} holds other weights than the adapters in "
                 f"{self.run.output_dir / LATEST} were trained beside; set it to the run's first checkpoint"
@@ -140,8 +146,7 @@ class Checkpoints:
             )
         self._refuse_other_state("lr_scheduler", updates.scheduler is not None, self.state["scheduler"] is not None)
         self._refuse_other_state("teacher", bool(teacher and teacher.state_dict()), bool(self.state["teacher"]))
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.run.world_size > 1)
-        set_optimizer_state_dict(model, updates.optimizer, self.state["optimizer"], options=options)
+        restore_optimizer(model, updates.optimizer, self.state["optimizer"])
         if updates.scheduler is not None:
             updates.scheduler.load_state_dict(self.state["scheduler"])
         updates.nonfinite_steps, updates.nonfinite_in_a_row, updates.empty_steps = self.state["skipped_steps"]
@@ -168,8 +173,7 @@ class Checkpoints:
     def save(self, step: int, round_: int, model: TransformerDecoder, updates: Updates, teacher: Teacher | None) -> None:
         """Write `step_N` whole, then move it into place: a kill leaves the previous checkpoint as the newest."""
         weights = self._full(model.state_dict())
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        optimizer = get_optimizer_state_dict(model, updates.optimizer, options=options)
+        optimizer = optimizer_state(model, updates.optimizer, self.run.is_main)
         teacher_state = self._full(teacher.state_dict()) if teacher is not None else {}
         rng: list[Any] = [None] * self.run.world_size
         dist.all_gather_object(rng, _random_state())
@@ -177,6 +181,7 @@ class Checkpoints:
             adapters = get_adapter_state_dict(weights)
             shutil.rmtree(self._writing, ignore_errors=True)
             self._checkpointer.save_checkpoint({training.MODEL_KEY: merged(model, weights)}, epoch=0)
+            self._write_adapter(model, adapters)
             state = {
                 "method": self.method,
                 "must_match": self.must_match,
@@ -184,7 +189,7 @@ class Checkpoints:
                 "round": round_,
                 "optimizer": optimizer,
                 "adapters": adapters,  # a resumed run puts them beside the base's weights again
-                "base": _base_mark(weights, adapters) if adapters else None,
+                "base": self._base if adapters else None,
                 "scheduler": updates.scheduler.state_dict() if updates.scheduler is not None else None,
                 "skipped_steps": (updates.nonfinite_steps, updates.nonfinite_in_a_row, updates.empty_steps),
                 "teacher": teacher_state,
@@ -194,6 +199,14 @@ class Checkpoints:
             torch.save(state, self._writing / "epoch_0" / STATE_FILE)
             self._publish(step)
         dist.barrier()
+
+    def _write_adapter(self, model: nn.Module, adapters: dict[str, torch.Tensor]) -> None:
+        folder, hf_config = self._writing / "epoch_0" / FOLDER, base_config(self._node.get("checkpoint_dir"))
+        shutil.rmtree(folder, ignore_errors=True)  # copied along from a base that a run with adapters left
+        if adapters and hf_config.get("model_type") in PERMUTES:
+            write_adapter(folder, model, adapters, hf_config, str(Path(self._node.checkpoint_dir).resolve()))
+        elif adapters:
+            log.warning(f"no adapter in PEFT's format is saved: config.json's model_type is none of {', '.join(PERMUTES)}")
 
     def _publish(self, step: int) -> None:
         folder = step_folder(self.run.output_dir, step)
@@ -209,16 +222,15 @@ class Checkpoints:
         """Whole CPU tensors on rank 0 (every rank takes part in gathering them)."""
         full = {}
         for name, tensor in state.items():
-            whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            gathered = whole(tensor.detach(), self.run.device)
             if self.run.is_main:
-                full[name] = whole.cpu().contiguous()
+                full[name] = gathered.cpu().contiguous()
         return full
 
 
-def _base_mark(weights: Mapping[str, torch.Tensor], adapters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A row of a frozen weight, which tells one base from another."""
-    first = min(name for name in adapters if name.endswith(".lora_a.weight"))
-    return weights[first.replace(".lora_a.weight", ".weight")][0].clone()
+def _base_mark(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The first elements of each matrix as it was loaded, which tell one base from another."""
+    return torch.cat([tensor[0, :4].float() for _, tensor in sorted(weights.items()) if tensor.ndim == 2])
 
 
 def _random_state() -> dict[str, Any]:

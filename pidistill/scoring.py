@@ -17,6 +17,7 @@ from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
 from pidistill.head import Plan, Term, apply_head
+from pidistill.offloading import keep_on_device
 from pidistill.packing import Views
 from pidistill.teachers import Teacher, Voice
 from pidistill.tree_attention import read_trees
@@ -111,7 +112,8 @@ def _forward(
     """Run ``use(normed hidden states that predict policy tokens, head weight)`` in place of the model's unembedding."""
 
     def unembed(h: Float[Tensor, "R L H"]) -> Tensor:
-        return use(model.norm(h[view.rows, view.columns]), _local_weight(model))
+        with keep_on_device():
+            return use(model.norm(h[view.rows, view.columns]), _local_weight(model))
 
     if view.mask is None:
         with _unembedding(model, unembed, model.max_seq_len):

@@ -29,10 +29,14 @@ from torchtune import modules, training, utils
 from torchtune.modules import TransformerDecoder
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
-from pidistill.adapters import train_adapters_only, with_initial_adapters
-from pidistill.config import build, check_config
+from pidistill.adapters import scale_weights_alone, train_adapters_only, with_initial_adapters
+from pidistill.config import build, check_config, empty_model
 from pidistill.errors import InputError
 from pidistill.models.fits import check_fits
+from pidistill.nf4 import check_shapes, stored_as_in
+from pidistill.offloading import check_offloading, offload_activations
+from pidistill.optimizers import check_clipping, clear_gradients, keep_second_moments_above_zero
+from pidistill.peft_format import check_adapter_dir, with_adapter_dir
 
 log = utils.get_logger("INFO")
 
@@ -41,15 +45,16 @@ EVALUATION_KEYS = frozenset(
     {
         "output_dir", "seed", "device", "dtype", "threads", "model", "tokenizer", "checkpointer", "dataset", "environment",
         "privileged", "sampler", "max_turns", "environment_threads", "on_overflow", "eval_samples", "eval_success_threshold",
-        "fsdp_reshard_after_forward", "fsdp_cpu_offload", "custom_sharded_layers", "fallback_checkpoint_dir",
+        "fsdp_reshard_after_forward", "fsdp_cpu_offload", "custom_sharded_layers", "fallback_checkpoint_dir", "adapter_dir",
     }
 )  # fmt: skip
 # and in every one that trains.
 COMMON_KEYS = EVALUATION_KEYS | frozenset(
     {
         "max_steps", "optimizer", "lr_scheduler", "clip_grad_norm", "max_nonfinite_steps", "save_every_steps",
-        "resume_from_checkpoint", "metric_logger", "enable_activation_checkpointing", "compile", "score_chunk_tokens",
-        "eval_dataset", "eval_every_steps", "packing", "micro_batch_tokens", "reward_shaping",
+        "resume_from_checkpoint", "metric_logger", "enable_activation_checkpointing", "enable_activation_offloading",
+        "compile", "score_chunk_tokens", "eval_dataset", "eval_every_steps", "packing", "micro_batch_tokens",
+        "reward_shaping",
     }
 )  # fmt: skip
 
@@ -122,6 +127,7 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     for key in ("checkpointer", "teacher_checkpointer"):
         check_checkpoint_folder(cfg, key)
         check_checkpoint_fits(cfg, key)
+    check_adapter_dir(cfg)
     device = _device(cfg.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
     dtype = _dtype(cfg.get("dtype", "fp32"), device)
     if device.type == "cpu":
@@ -134,6 +140,7 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
         else:
             dist.init_process_group(training.get_distributed_backend(device.type), store=dist.HashStore(), rank=0, world_size=1)
     world_size, rank = utils.get_world_size_and_rank()
+    check_offloading(cfg, device, world_size)
     seed = int(cfg.get("seed") or 0)
     # The same on every rank (not torchtune's set_seed), so that a dataset that shuffles itself is the same one on all of them;
     # rollouts have seeds of their own.
@@ -301,12 +308,15 @@ def _checkpoint_files(node: DictConfig) -> list[str]:
 def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str, Any], *, trained: bool) -> TransformerDecoder:
     """Build a model on the meta device, shard it where there is more than one rank, and fill it from a full state dict.
 
-    ``trained`` models get activation checkpointing and compilation as the config says; teachers do not. Of a model with LoRA
-    adapters these alone can be trained, and a state dict without them starts them anew.
+    ``trained`` models get activation checkpointing, offloading and compilation as the config says; teachers do not. Of a model
+    with LoRA adapters these alone can be trained, and a state dict without them starts them anew. With `model.quantize_base`
+    the state dict's full weights become 4-bit ones.
     """
     with training.set_default_dtype(run.dtype):
         model = empty_model(model_node)
     train_adapters_only(model)
+    scale_weights_alone(model)
+    check_shapes(model, run.world_size)
     state_dict = with_initial_adapters(model, state_dict, run.seed)
     if trained and cfg.get("compile", False):
         training.compile_model(model, verbose=run.is_main)
@@ -320,6 +330,8 @@ def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str,
             cpu_offload=cfg.get("fsdp_cpu_offload", False),
             reshard_after_forward=cfg.get("fsdp_reshard_after_forward", True),
         )
+    if trained and cfg.get("enable_activation_offloading", False):
+        offload_activations(model)
     with training.set_default_dtype(run.dtype), run.device:
         for module in model.modules():
             if hasattr(module, "rope_init"):
@@ -329,10 +341,10 @@ def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str,
     return model.train(trained)
 
 
-def empty_model(node: Any) -> TransformerDecoder:
-    """A model's shape without its weights, on the meta device."""
-    with torch.device("meta"):
-        return build(node)
+def load_initial(cfg: DictConfig, run: Run) -> TransformerDecoder:
+    """The checkpoint's model, with `adapter_dir`'s adapter on it or merged into it; for recipes that train nothing."""
+    weights = build(cfg.checkpointer, output_dir=str(run.output_dir)).load_checkpoint()[training.MODEL_KEY]
+    return load_model(cfg, run, cfg.model, with_adapter_dir(cfg, cfg.model, weights), trained=False)
 
 
 def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: bool) -> None:
@@ -341,7 +353,7 @@ def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: b
             training.load_from_full_model_state_dict(model, state_dict, run.device, strict=True, cpu_offload=cpu_offload)
         else:
             tensors = {name: t.to(device=run.device, dtype=run.dtype) for name, t in state_dict.items()}
-            model.load_state_dict(tensors, strict=True, assign=True)
+            model.load_state_dict(stored_as_in(model, tensors), strict=True, assign=True)
     except (RuntimeError, KeyError, AttributeError) as error:
         detail = " ".join(str(error).split())[:400]
         raise InputError(
@@ -350,10 +362,13 @@ def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: b
 
 
 def load_teacher(cfg: DictConfig, run: Run) -> TransformerDecoder:
-    """The initial weights again, or those of `teacher_model` and `teacher_checkpointer`."""
+    """The initial weights again (with `adapter_dir`'s adapter, if there is one), or those of `teacher_checkpointer`."""
     node = cfg.get("teacher_model") or cfg.model
     checkpointer = build(cfg.get("teacher_checkpointer") or cfg.checkpointer, output_dir=str(run.output_dir / ".teacher"))
-    return load_model(cfg, run, node, checkpointer.load_checkpoint()[training.MODEL_KEY], trained=False)
+    weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
+    if not cfg.get("teacher_checkpointer"):
+        weights = with_adapter_dir(cfg, node, weights)
+    return load_model(cfg, run, node, weights, trained=False)
 
 
 # ---------------------------------------------------------------------------------------------- optimiser step
@@ -374,6 +389,8 @@ class Updates:
         self.optimizer: Optimizer = build(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
         self.scheduler: LRScheduler | None = build(cfg.lr_scheduler, self.optimizer) if cfg.get("lr_scheduler") else None
         self.clip_grad_norm = float(cfg.get("clip_grad_norm") or math.inf)
+        check_clipping(self.optimizer, self.clip_grad_norm)
+        keep_second_moments_above_zero(self.optimizer)
         self.max_nonfinite_steps = int(cfg.get("max_nonfinite_steps") or 3)
         self.nonfinite_steps = 0
         self.nonfinite_in_a_row = 0
@@ -386,7 +403,7 @@ class Updates:
         """
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = float(self.optimizer.param_groups[0]["lr"])  # torchao's is a tensor that the scheduler writes into
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         applied = finite and tokens > 0
         self.empty_steps += finite and tokens == 0
@@ -395,7 +412,7 @@ class Updates:
             self.nonfinite_in_a_row = 0
         elif not finite:
             self._count_nonfinite(loss, grad_norm, dump, step)
-        self.optimizer.zero_grad(set_to_none=True)
+        clear_gradients(self.optimizer)
         if self.scheduler is not None:
             self.scheduler.step()
         return StepResult(grad_norm, lr, applied)

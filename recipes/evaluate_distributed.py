@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from torchtune import config, training
+from torchtune import config
 
 from pidistill.config import build
 from pidistill.data import RecipeData, load_prompts
@@ -23,7 +23,7 @@ from pidistill.errors import InputError
 from pidistill.evaluation import Collect, eval_dropped, sample_view, success_numbers
 from pidistill.metrics import rollout_means, rollout_sums
 from pidistill.rollouts import collect_rollouts
-from pidistill.training import EVALUATION_KEYS, cleanup, load_model, one_sentence_errors, start
+from pidistill.training import EVALUATION_KEYS, cleanup, load_initial, one_sentence_errors, start
 from pidistill.types import Rollout
 
 KEYS = EVALUATION_KEYS | {"domains", "reward_shaping"}
@@ -56,8 +56,7 @@ class EvaluateRecipe:
     def setup(self, cfg: DictConfig) -> None:
         sampler = build(cfg.sampler)
         self._domains = [load_domain(own, prefix, sampler) for prefix, own in domain_configs(cfg)]
-        weights = build(cfg.checkpointer, output_dir=str(self._run.output_dir)).load_checkpoint()[training.MODEL_KEY]
-        self._model = load_model(cfg, self._run, cfg.model, weights, trained=False)
+        self._model = load_initial(cfg, self._run)
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
         results, self._rows = {}, {}

@@ -11,7 +11,7 @@ import os
 import sys
 
 from omegaconf import DictConfig
-from torchtune import config, training
+from torchtune import config
 from tqdm.auto import tqdm
 
 from pidistill.config import build
@@ -21,7 +21,7 @@ from pidistill.metrics import rollout_means, rollout_sums
 from pidistill.privileged import PrivilegedPrompt
 from pidistill.rollouts import CollectResult, collect_rollouts, rollout_seed
 from pidistill.traces import SAMPLING_STREAM, AfterTurns, Rewriter, Selected, trace_row
-from pidistill.training import EVALUATION_KEYS, cleanup, load_model, one_sentence_errors, start, write_jsonl
+from pidistill.training import EVALUATION_KEYS, cleanup, load_initial, one_sentence_errors, start, write_jsonl
 from pidistill.types import Example, PromptPair
 
 KEYS = (EVALUATION_KEYS - {"eval_samples"}) | {"view", "samples_per_prompt", "prompts_per_batch", "selection"}
@@ -54,8 +54,7 @@ class SampleRecipe:
             tokenizer=self._data.tokenizer,
             environment_threads=cfg.get("environment_threads"),
         )
-        weights = build(cfg.checkpointer, output_dir=str(self._run.output_dir)).load_checkpoint()[training.MODEL_KEY]
-        model = load_model(cfg, self._run, cfg.model, weights, trained=False)
+        model = load_initial(cfg, self._run)
         self._collect = functools.partial(collect, model, environment=environment, max_turns=cfg.get("max_turns"))
         self._rewrite = Rewriter(
             collect=functools.partial(collect, model, environment=AfterTurns(environment)),

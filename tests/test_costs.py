@@ -193,7 +193,7 @@ def test_memory_grows_with_the_budget_and_with_nothing_else_of_the_round(packing
 def test_ranks_divide_what_is_sharded_and_gather_the_whole_model_to_sample():
     model = setup().model
     for ranks in (2, 4):
-        parts = memory(setup(ranks=ranks, teacher_parameters=model.parameters, average_elements=model.trained), workload())
+        parts = memory(setup(ranks=ranks, teacher_bytes=model.weights_bytes, average_elements=model.trained), workload())
         assert parts["optimizer"]["weights"] == model.parameters * 4 / ranks + model.buffers_bytes
         assert parts["optimizer"]["optimizer states"] == model.trained * 8 / ranks
         assert parts["optimizer"]["gradients"] == model.trained * 4 / ranks

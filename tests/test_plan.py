@@ -109,6 +109,26 @@ def test_a_model_whose_positions_are_scaled_has_their_table_counted(capsys):
     assert llama["memory"]["update"]["weights"] == weights + 131_072 * 64 * 4
 
 
+def test_8_bits_halve_twice_what_adam_keeps_and_4_bits_what_is_frozen(capsys):
+    full, small, none = (
+        numbers(capsys, *OPSD, *words)["memory"]["optimizer"]["optimizer states"]
+        for words in (
+            (),
+            ("optimizer._component_=torchao.optim.AdamW8bit",),
+            ("optimizer._component_=pidistill.optimizers.cpu_offload",),
+        )
+    )
+    assert small == pytest.approx(full / 4, rel=0.05) and none == 0
+    lora = ("model._component_=torchtune.models.qwen2_5.lora_qwen2_5_0_5b", "model.apply_lora_to_mlp=True")
+    lora += ("model.lora_attn_modules=[q_proj,k_proj,v_proj,output_proj]",)
+    whole, quantized = (numbers(capsys, *OPSD, *lora, f"model.quantize_base={on}") for on in (False, True))
+    saved = whole["memory"]["optimizer"]["weights"] - quantized["memory"]["optimizer"]["weights"]
+    # Of 24 layers' matrices, 358M elements, each 32 bits become 4 bits, and a byte for 64 of them.
+    assert saved == pytest.approx(357.9e6 * (4 - 0.5 - 1 / 64), rel=0.01)
+    assert quantized["memory"]["update"]["4-bit weight made whole"] == 4864 * 896 * 20
+    assert whole["memory"]["update"]["4-bit weight made whole"] == 0
+
+
 def test_overrides_are_those_of_a_run(capsys):
     base = numbers(capsys, *OPSD)
     cheaper = numbers(capsys, *OPSD, "micro_batch_tokens=1024", "optimizer=torch.optim.SGD", "~optimizer.betas")

@@ -42,9 +42,10 @@ def _resident_bytes(setup: Setup) -> dict[str, float]:
     model, share = setup.model, 0.0 if setup.cpu_offload else 1.0 / setup.ranks
     return {
         "libraries": _LIBRARIES_BYTES[setup.device],
-        "weights": model.parameters * model.item_bytes * share + model.buffers_bytes,
+        "weights": model.weights_bytes * share + model.buffers_bytes,
+        "4-bit weight made whole": model.dequantizing_bytes,
         "optimizer states": model.trained * setup.state_bytes * share,
-        "teacher weights": setup.teacher_parameters * model.item_bytes * share,
+        "teacher weights": setup.teacher_bytes * share,
         "moving average": setup.average_elements * 4 * share,
     }
 
@@ -80,9 +81,9 @@ def _gathered_bytes(setup: Setup, *, whole: bool) -> float:
     if setup.ranks == 1 and not setup.cpu_offload:
         return 0.0
     if whole or not setup.reshard:
-        return model.parameters * model.item_bytes
-    embeddings = model.head * (1 if model.tied else 2)
-    return (embeddings + 2 * model.maps / model.layers) * model.item_bytes
+        return model.weights_bytes
+    embeddings = model.head * (1 if model.tied else 2) * model.item_bytes
+    return embeddings + 2 * (model.weights_bytes - embeddings) / model.layers
 
 
 def _teacher_bytes(setup: Setup, work: Workload) -> dict[str, float]:

@@ -14,8 +14,9 @@ from torchtune import training
 from torchtune.config._utils import _merge_yaml_and_cli_args
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
-from pidistill.config import build
+from pidistill.config import build, resolve
 from pidistill.errors import InputError
+from pidistill.optimizers import cpu_offload
 from pidistill.planning.lengths import Lengths
 from pidistill.planning.shape import ModelShape, model_shape
 from pidistill.planning.workload import Pass, Setup, Workload
@@ -62,7 +63,7 @@ def setup_of(cfg: DictConfig, ranks: int, device: str) -> Setup:
         model=model,
         update=tuple(_passes(request, teacher, model, other)),
         behaviour=tuple(_passes(behaviour, teacher, model, other)) if behaviour else (),
-        teacher_parameters=other.parameters if other else 0,
+        teacher_bytes=other.weights_bytes if other else 0.0,
         average_elements=model.trained if isinstance(teacher, EMATeacher) else 0,
         state_bytes=_state_bytes(cfg.optimizer, model.item_bytes),
         ranks=ranks,
@@ -144,9 +145,17 @@ def _cached_shape(node: str, dtype: torch.dtype) -> ModelShape:
 
 def _state_bytes(node: DictConfig, item_bytes: int) -> float:
     """Of one trained element, in the parameter's dtype as torch keeps it; counted on a parameter that takes one step."""
-    parameter = torch.nn.Parameter(torch.zeros(4096, dtype={2: torch.bfloat16, 4: torch.float32}[item_bytes]))
+    if resolve(node._component_) is cpu_offload:
+        return 0.0
+    parameter = torch.nn.Parameter(torch.zeros(2**18, dtype={2: torch.bfloat16, 4: torch.float32}[item_bytes]))
     optimizer = build(node, [parameter])
     parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
+    with torch.compiler.set_stance("force_eager"):
+        optimizer.step()
     states = (x for x in optimizer.state[parameter].values() if isinstance(x, torch.Tensor) and x.numel() > 1)
-    return sum(x.untyped_storage().nbytes() for x in states) / parameter.numel()
+    return sum(x.untyped_storage().nbytes() for state in states for x in _stored(state)) / parameter.numel()
+
+
+def _stored(state: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold it: several where it has a type of its own, as torchao's in 8 bits."""
+    return [getattr(state, name) for name in state.__tensor_flatten__()[0]] if hasattr(state, "__tensor_flatten__") else [state]

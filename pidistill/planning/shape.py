@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
 from pidistill.adapters import train_adapters_only
+from pidistill.nf4 import dequantizing_bytes, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class ModelShape:
 
     Attributes:
         parameters, trained: numbers of elements; a tied head counts once.
+        weights_bytes: of the parameters as they are stored; less than parameters · item_bytes where some have 4 bits.
+        dequantizing_bytes: while a forward makes its largest 4-bit matrix whole.
         buffers_bytes: positional caches.
         maps, trained_maps: elements of the layers' matrices: 2 FLOPs each per token forward.
         head: elements of the output matrix.
@@ -30,6 +33,8 @@ class ModelShape:
 
     parameters: int
     trained: int
+    weights_bytes: float
+    dequantizing_bytes: float
     buffers_bytes: int
     maps: int
     trained_maps: int
@@ -64,6 +69,8 @@ def model_shape(model: TransformerDecoder) -> ModelShape:
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        weights_bytes=sum(stored_bytes(p, embedding.element_size()) for p in model.parameters()),
+        dequantizing_bytes=max(dequantizing_bytes(p, embedding.element_size()) for p in model.parameters()),
         buffers_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
         maps=sum(p.numel() for p in matrices),
         trained_maps=sum(p.numel() for p in matrices if p.requires_grad),

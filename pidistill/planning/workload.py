@@ -68,7 +68,7 @@ class Setup:
     Attributes:
         model: the one that is trained.
         update: passes of every micro-batch of an update; ``behaviour``: passes over the round before its first update.
-        teacher_parameters: of weights beside the trained ones; ``average_elements``: of an fp32 moving average.
+        teacher_bytes: weights beside the trained ones; ``average_elements``: of an fp32 moving average.
         state_bytes: optimizer states per trained element.
         ranks, reshard, cpu_offload: of FSDP2; one rank shards nothing.
         checkpointing: activations of a layer are computed again in the backward.
@@ -78,7 +78,7 @@ class Setup:
     model: ModelShape
     update: tuple[Pass, ...]
     behaviour: tuple[Pass, ...] = ()
-    teacher_parameters: int = 0
+    teacher_bytes: float = 0.0
     average_elements: int = 0
     state_bytes: float = 8.0
     ranks: int = 1

@@ -15,8 +15,21 @@ from pidistill.config import build
 from pidistill.envs import tiny_world
 from tests.recipes.runs import MODEL, ROOT, quick_setup
 
+# The smallest width whose matrices two ranks share in whole blocks of NF4 and of an optimizer's 8-bit states.
+WIDE = {"model.embed_dim": 256, "model.intermediate_dim": 256}
 
-def make_base(folder: Path, model: dict) -> Path:
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    return make_base(tmp_path_factory.mktemp("tiny_base"), MODEL)
+
+
+@pytest.fixture(scope="session")
+def wide_base(tmp_path_factory) -> Path:
+    return make_base(tmp_path_factory.mktemp("wide_base"), MODEL | WIDE)
+
+
+def make_base(folder: Path, model: dict[str, int]) -> Path:
     """Random weights under which two views differ and a turn ends after about five words."""
     cfg = OmegaConf.load(ROOT / "configs" / "tiny" / "base.yaml")
     paths = {"checkpointer.checkpoint_dir": str(folder), "output_dir": str(folder.parent / "unused")}
@@ -36,11 +49,6 @@ def make_base(folder: Path, model: dict) -> Path:
     weights["lm_head.weight"][tiny_world.VOCAB.index("end")] += 1.2 * shared
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory) -> Path:
-    return make_base(tmp_path_factory.mktemp("tiny_base"), MODEL)
 
 
 @pytest.fixture(scope="session", autouse=True)

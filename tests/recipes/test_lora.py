@@ -58,7 +58,8 @@ def trained(tiny_base, tmp_path_factory):
 def plain_model(cfg_folder, folder="latest"):
     """The checkpoint's weights in a model without adapters, through torchtune's own checkpointer."""
     cfg = OmegaConf.load(cfg_folder / "config.yaml")
-    sizes = {key: value for key, value in cfg.model.items() if key != "_component_" and "lora" not in key}
+    of_adapters = ("_component_", "lora", "use_dora", "quantize_base")
+    sizes = {key: value for key, value in cfg.model.items() if not any(part in key for part in of_adapters)}
     path = (cfg_folder / folder).resolve()
     files = [file.name for file in path.glob("*.safetensors")]
     loader = FullModelHFCheckpointer(str(path), files, model_type="LLAMA3", output_dir=str(cfg_folder / "unused"))
