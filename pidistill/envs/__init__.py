@@ -2,6 +2,7 @@
 
 from pidistill.envs.base import Environment, EnvStep
 from pidistill.envs.leak_penalty import LeakPenalty
+from pidistill.envs.replay import ReplayEnvironment
 from pidistill.envs.single_turn import SingleTurn
 
-__all__ = ["EnvStep", "Environment", "LeakPenalty", "SingleTurn"]
+__all__ = ["EnvStep", "Environment", "LeakPenalty", "ReplayEnvironment", "SingleTurn"]
