@@ -23,7 +23,7 @@ from pidistill.errors import InputError
 from pidistill.messages import check_messages
 from pidistill.types import Example, Message
 
-NOT_CHOSEN, NO_ANSWER = "other_trace_of_task", "no_assistant_turn"
+NOT_CHOSEN, NO_ANSWER, UNSOLVED = "other_trace_of_task", "no_assistant_turn", "task_without_success"
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def trace_dataset(
     prefix_calls: int | None = None,
     prefix_frac: float = 0.5,
     hints: str | None = None,
+    unsolved: str = "keep",
     first_task: int = 0,
     max_tasks: int | None = None,
     split: str = "train",
@@ -133,6 +134,8 @@ def trace_dataset(
         header: the line above the information; null is the kind's own, "" is none.
         prefix_calls, prefix_frac: how much ``kind: solution_prefix`` shows: so many calls, or that share, rounded up.
         hints: file that ``recipes/sample_distributed.py`` wrote with :class:`pidistill.hints.Hints`, for ``kind: hints``.
+        unsolved: tasks without a successful trace: "keep" (no privileged information, no completion) or "drop", counted as
+            ``task_without_success``: what supervised training, which needs completions, asks for.
         first_task, max_tasks: which tasks, in the order of the source: training and evaluation rows of one file.
     """
     style = CallStyle(call_template, omit_tools, action_tags)
@@ -144,11 +147,17 @@ def trace_dataset(
     tasks = _range(rows.tasks, first_task, max_tasks)
     if kind == "gold_actions" and all(task.actions is None for task in tasks):
         raise InputError(f"dataset.kind is gold_actions, and no row of {source} has any; set dataset.actions_key")
+    if unsolved not in ("keep", "drop"):
+        raise InputError(f"dataset.unsolved is {unsolved!r}; known are keep, drop")
     common = _tools_of_file(tools_file) if tools_file else rows.tools if derive_tools and tools_key is None else None
     how.check_tasks([task.task for task in rows.tasks])
-    examples = [_example(task, how, common) for task in tasks]
-    kept = sum(len(task.traces) for task in tasks)
-    dropped = {NOT_CHOSEN: kept - len(tasks), **rows.unusable}
+    chosen = [task for task in tasks if task.source is not None or unsolved == "keep"]
+    if not chosen:
+        raise InputError(f"none of the {len(tasks)} tasks of {source} has a trace with {reward_key} ≥ {success_threshold}; "
+                         "lower dataset.success_threshold, or set dataset.unsolved: keep")  # fmt: skip
+    examples = [_example(task, how, common) for task in chosen]
+    other = sum(len(task.traces) - 1 for task in chosen)
+    dropped = {NOT_CHOSEN: other, UNSOLVED: sum(len(task.traces) for task in tasks) - other - len(chosen), **rows.unusable}
     return ExampleDataset(examples, {reason: count for reason, count in dropped.items() if count})
 
 

@@ -3,7 +3,7 @@
 import string
 from typing import Any
 
-from pidistill.data.agent_traces import TraceTask, read_traces
+from pidistill.data.agent_traces import UNSOLVED, TraceTask, read_traces
 from pidistill.data.dataset import ExampleDataset
 from pidistill.errors import InputError
 from pidistill.hints import HINT_TEMPLATE
@@ -27,7 +27,7 @@ def hint_prompts(source: str, template: str = HINT_TEMPLATE, max_tasks: int | No
     tasks = read_traces(source, **keys).tasks[:max_tasks]
     examples = [_prompt(task, template) for task in tasks if task.source is not None]
     without = len(tasks) - len(examples)
-    return ExampleDataset(examples, {"task_without_success": without} if without else {})
+    return ExampleDataset(examples, {UNSOLVED: without} if without else {})
 
 
 def _prompt(task: TraceTask, template: str) -> Example:
