@@ -74,8 +74,8 @@ def test_the_recorded_turns_get_the_recorded_answers_and_the_traces_reward():
 
 
 def test_words_are_not_compared_and_calls_are_however_they_are_written():
-    turns = [tagged("look", {"day": 3, "city": "SEA"}), saying("?"), calling(("think", {"thought": "now"}), ("book", {"flight": "F1"})),
-             saying("Bye")]  # fmt: skip
+    both = calling(("think", {"thought": "now"}), ("book", {"flight": "F1"}))
+    turns = [tagged("look", {"day": 3, "city": "SEA"}), saying("?"), both, saying("Bye")]
     assert play(ReplayEnvironment(), turns)[1:] == ([0.0, 0.0, 0.0, 1.0], 1.0, True)
     turns[0] = tagged("look", {"day": 3, "city": "SEA"}, tag="tool_call")
     assert play(ReplayEnvironment(), turns)[3]

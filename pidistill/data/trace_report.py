@@ -111,7 +111,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kind", default="calls", help="the kind that --show shows")
     parser.add_argument("--show", metavar="TASK", help="print both views of this task")
     parser.add_argument("arguments", nargs="*", metavar="argument=value", help="of pidistill.data.trace_dataset")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def _report(options: argparse.Namespace) -> None:
