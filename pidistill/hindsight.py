@@ -6,10 +6,13 @@ it on its reward; with the other self-distillation objectives it gets weight 0 a
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
+from pidistill.agent_calls import ACTION_TAGS, CALL_TEMPLATE, CallStyle
 from pidistill.errors import InputError
-from pidistill.messages import message_text
+from pidistill.messages import message_text, tool_call_text, transcript_text
 from pidistill.privileged import PrivilegedPrompt
 from pidistill.tokenizers import ChatTokenizer
 from pidistill.training import Run
@@ -19,8 +22,8 @@ TextOfTurns = Callable[[Example, Sequence[Message]], str | None]
 
 
 def transcript(example: Example, turns: Sequence[Message]) -> str:
-    """The turns as they were said, environment included."""
-    return "\n".join(f"{turn['role']}: {message_text(turn)}" for turn in turns)
+    """The turns as they were said, tool calls, results and other answers of the environment included."""
+    return transcript_text(turns)
 
 
 class Transcript:
@@ -28,6 +31,55 @@ class Transcript:
 
     def __call__(self, example: Example, turns: Sequence[Message]) -> str:
         return transcript(example, turns)
+
+
+@dataclass(frozen=True)
+class SiblingToolCalls:
+    """The tool calls that a sibling made, without its words and without results; None where it made none.
+
+    Attributes:
+        header: the line above them; "" for none.
+        call_template, omit_tools, action_tags: see :class:`pidistill.agent_calls.CallStyle`.
+    """
+
+    header: str = "Tool calls of an attempt that solved this task, in order:"
+    call_template: str = CALL_TEMPLATE
+    omit_tools: Sequence[str] = ()
+    action_tags: Sequence[str] = ACTION_TAGS
+
+    def __call__(self, example: Example, turns: Sequence[Message]) -> str | None:
+        style = CallStyle(self.call_template, self.omit_tools, self.action_tags)
+        calls = style.calls(turns)
+        return "\n".join(filter(None, [self.header, style.write(calls)])) if calls else None
+
+
+@dataclass(frozen=True)
+class ToolFeedback:
+    """What tools answered in the rollout itself, each answer under the turn's calls; None where nothing is said.
+
+    Attributes:
+        contains: only answers with one of these texts, whatever the case; () for every answer.
+        header: the line above them; "" for none.
+    """
+
+    contains: Sequence[str] = ("error",)
+    header: str = "What the tools answered to your last attempt at this task:"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.contains, str):
+            raise InputError(f"hindsight.feedback.contains is the text {self.contains!r}; give a list of texts")
+
+    def __call__(self, example: Example, turns: Sequence[Message]) -> str | None:
+        lines, asked = [], ""
+        for turn in turns:
+            if turn["role"] == "assistant":
+                asked = "\n".join(map(tool_call_text, turn.get("tool_calls") or [])) or message_text(turn)
+            elif turn["role"] == "tool" and self._tells(message_text(turn)):
+                lines.append(f"{asked}\n-> {message_text(turn)}")
+        return "\n".join(filter(None, [self.header, *lines])) if lines else None
+
+    def _tells(self, answer: str) -> bool:
+        return not self.contains or any(text.casefold() in answer.casefold() for text in self.contains)
 
 
 @dataclass(frozen=True)
@@ -40,14 +92,19 @@ class Hindsight:
         feedback: writes what the environment said about the rollout itself, None where it said nothing; None for no feedback.
         feedback_with_sibling: both, where both exist; else feedback only where no sibling succeeded.
         success_threshold: the reward from which a sibling counts as successful.
+        feedback_threads: so many rollouts get their feedback at once, for a judge that answers over a network
+            (:mod:`pidistill.judges`); None asks one after the other.
     """
 
     sibling: TextOfTurns | None
     feedback: TextOfTurns | None = None
     feedback_with_sibling: bool = False
     success_threshold: float = 1.0
+    feedback_threads: int | None = None
 
     def __post_init__(self) -> None:
+        if self.feedback_threads is not None and self.feedback_threads < 1:
+            raise InputError(f"hindsight.feedback_threads is {self.feedback_threads}; give at least 1, or null for none")
         if self.sibling is None and self.feedback is None:
             raise InputError(
                 "hindsight.sibling and hindsight.feedback are both null, so the teacher would see nothing; set one"
@@ -58,18 +115,22 @@ class Hindsight:
         groups: dict[int, list[int]] = {}
         for i, rollout in enumerate(rollouts):
             groups.setdefault(rollout.group, []).append(i)
-        return [self._text(rollouts, i, groups[rollout.group]) for i, rollout in enumerate(rollouts)]
+        siblings = [self._sibling(rollouts, i, groups[rollout.group]) for i, rollout in enumerate(rollouts)]
+        asked = [i for i, text in enumerate(siblings) if self.feedback and (self.feedback_with_sibling or not text)]
+        feedback = dict(zip(asked, self._feedback([rollouts[i] for i in asked]), strict=True))
+        pairs = [(text, feedback.get(i)) for i, text in enumerate(siblings)]
+        return ["\n\n".join(text for text in pair if text) or None for pair in pairs]
 
-    def _text(self, rollouts: Sequence[Rollout], i: int, members: list[int]) -> str | None:
-        own = rollouts[i]
+    def _sibling(self, rollouts: Sequence[Rollout], i: int, members: list[int]) -> str | None:
         place = members.index(i)
         others = [rollouts[j] for j in members[place + 1 :] + members[:place]]
         succeeded = next((r for r in others if r.task_reward >= self.success_threshold), None)
-        sibling = self.sibling(own.example, succeeded.turns) if self.sibling and succeeded else None
-        feedback = (
-            self.feedback(own.example, own.turns) if self.feedback and (self.feedback_with_sibling or not sibling) else None
-        )
-        return "\n\n".join(text for text in (sibling, feedback) if text) or None
+        return self.sibling(rollouts[i].example, succeeded.turns) if self.sibling and succeeded else None
+
+    def _feedback(self, rollouts: Sequence[Rollout]) -> list[str | None]:
+        with ThreadPoolExecutor(self.feedback_threads) if self.feedback_threads else nullcontext() as threads:
+            each = threads.map if threads else map
+            return list(each(self.feedback, [r.example for r in rollouts], [r.turns for r in rollouts]))
 
 
 def add_hindsight(
@@ -85,6 +146,7 @@ def add_hindsight(
     ``privileged`` says where the text goes, and its ``control`` applies: "none" shows nothing, "shuffled" the text of a
     rollout of another group. A text that does not fit into ``max_seq_len`` is left out and counted.
     """
+    failures = getattr(hindsight.feedback, "failures", None)  # a judge counts its own
     texts = hindsight.texts(rollouts)
     if privileged.control == "none":
         texts = [None] * len(rollouts)
@@ -98,7 +160,10 @@ def add_hindsight(
             too_long += 1
             text, views = None, privileged.build(replace(rollout.example, privileged=None), tokenizer)
         rollout.example, rollout.prompts = replace(rollout.example, privileged=text), views.pair
-    return {"_with_pi": float(sum(r.prompts.has_privileged for r in rollouts)), "hindsight_too_long": float(too_long)}
+    counts = {"_with_pi": float(sum(r.prompts.has_privileged for r in rollouts)), "hindsight_too_long": float(too_long)}
+    if failures is not None:
+        counts["hindsight_judge_failures"] = float(hindsight.feedback.failures - failures)
+    return counts
 
 
 def _from_other_groups(rollouts: Sequence[Rollout], texts: Sequence[str | None], run: Run) -> list[str | None]:

@@ -39,6 +39,17 @@ def messages_text(messages: Sequence[Message]) -> str:
     return "\n\n".join(text for text in texts if text)
 
 
+def transcript_text(turns: Sequence[Message]) -> str:
+    """Who said what, a message after the other: text, then tool calls, one a line; results with their tool's name."""
+    return "\n".join(map(_spoken, turns))
+
+
+def _spoken(turn: Message) -> str:
+    who = f"{turn['role']} {turn['name']}" if turn["role"] == "tool" and turn.get("name") else turn["role"]
+    said = [*filter(None, [message_text(turn)]), *map(tool_call_text, turn.get("tool_calls") or [])]
+    return f"{who}: " + "\n".join(said)
+
+
 def last_user_index(messages: Sequence[Message]) -> int | None:
     return next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "user"), None)
 

@@ -68,6 +68,7 @@ class SampleRecipe:
             "checkpoint": str(cfg.checkpointer.get("checkpoint_dir")),
             "selection": cfg.selection._component_.rpartition(".")[2],
             "temperature": float(sampler.temperature),
+            **{key: getattr(sampler, key) for key in ("top_p", "top_k", "max_new_tokens")},
             "seed": self._run.seed,
         }
 

@@ -1,6 +1,7 @@
 """Privileged information found in the round: which sibling, which text, and what becomes of the two prompts."""
 
 import math
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pidistill.data import demonstration
 from pidistill.envs.tiny_world import SiblingCalls, VerifierFeedback, tiny_world_dataset, tiny_world_tokenizer
 from pidistill.errors import InputError
-from pidistill.hindsight import Hindsight, Transcript, add_hindsight, transcript
+from pidistill.hindsight import Hindsight, SiblingToolCalls, ToolFeedback, Transcript, add_hindsight, transcript
 from pidistill.privileged import PrivilegedPrompt
+from pidistill.tokenizers import HFChatTokenizer
 from pidistill.training import Run
 from pidistill.types import Example, Message, Rollout
+from tests.tiny_tokenizers import qwen_folder
 
 TOKENIZER = tiny_world_tokenizer(max_seq_len=96)
 PRIVILEGED = PrivilegedPrompt(template="{privileged}", leak_phrases=())
@@ -100,6 +104,75 @@ def test_hindsight_that_would_show_nothing_is_refused():
 def test_a_transcript_says_who_said_what():
     turns = [{"role": "assistant", "content": "look up"}, {"role": "tool", "content": "obs 5"}]
     assert Transcript()(ROWS[0], turns) == transcript(ROWS[0], turns) == "assistant: look up\ntool: obs 5"
+
+
+LOOKED = {"function": {"name": "look", "arguments": {"city": "SEA"}}}
+BOOKED = {"function": {"name": "book", "arguments": '{"flight": "F1"}'}}
+TOOL_TURNS = [
+    {"role": "assistant", "content": "I look.", "tool_calls": [LOOKED]},
+    {"role": "tool", "name": "look", "content": "F1"},
+    {"role": "assistant", "tool_calls": [BOOKED]},
+    {"role": "tool", "name": "book", "content": "Error: no seat"},
+    {"role": "assistant", "content": "Sorry."},
+]
+
+
+def test_a_transcript_holds_tool_calls_and_results():
+    assert transcript(ROWS[0], TOOL_TURNS).split("\n") == [
+        "assistant: I look.",
+        'look({"city": "SEA"})',
+        "tool look: F1",
+        'assistant: book({"flight": "F1"})',
+        "tool book: Error: no seat",
+        "assistant: Sorry.",
+    ]
+
+
+def test_a_siblings_tool_calls_and_what_the_tools_answered():
+    calls, feedback = SiblingToolCalls(), ToolFeedback()
+    assert calls(ROWS[0], TOOL_TURNS) == calls.header + '\n1. look({"city": "SEA"})\n2. book({"flight": "F1"})'
+    assert SiblingToolCalls(header="", omit_tools=["book"])(ROWS[0], TOOL_TURNS) == '1. look({"city": "SEA"})'
+    assert calls(ROWS[0], TOOL_TURNS[-1:]) is None
+    assert feedback(ROWS[0], TOOL_TURNS) == feedback.header + '\nbook({"flight": "F1"})\n-> Error: no seat'
+    every = ToolFeedback(contains=(), header="")(ROWS[0], TOOL_TURNS)
+    assert every == 'look({"city": "SEA"})\n-> F1\nbook({"flight": "F1"})\n-> Error: no seat'
+    assert feedback(ROWS[0], TOOL_TURNS[:2]) is None
+    with pytest.raises(InputError, match="contains is the text 'error'"):
+        ToolFeedback(contains="error")
+
+
+@pytest.mark.parametrize("writer", [Transcript(), SiblingToolCalls()])
+def test_episodes_with_tools_reach_the_teachers_prompt_and_not_the_students(writer, tmp_path):
+    """A group of tool episodes: the one that failed is shown its successful sibling, calls included."""
+    tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path)))
+    row = Example("row", [{"role": "user", "content": "Book me a flight."}])
+
+    def episode(turns: list[Message], reward: float) -> Rollout:
+        done = demonstration(replace(row, completion=turns), PRIVILEGED.build(row, tokenizer).pair, tokenizer)
+        return replace(done, example=row, reward=reward, sampled_logprobs=[0.0] * len(done.completion))
+
+    group = [episode(TOOL_TURNS, 1.0), episode([{"role": "assistant", "content": "Cannot."}], 0.0)]
+    counts = add_hindsight(Hindsight(writer, ToolFeedback()), group, PRIVILEGED, tokenizer, ONE, 2048)
+    assert counts["_with_pi"] == 2.0
+    succeeded, failed = group
+    assert 'book({"flight": "F1"})' in tokenizer.decode(failed.prompts.teacher)
+    assert "Error: no seat" in succeeded.example.privileged, "no sibling succeeded: what its own tools said"
+    for rollout in group:
+        assert "F1" not in tokenizer.decode(rollout.prompts.student)
+        assert rollout.prompts.student == tokenizer.encode_prompt(row.messages)
+
+
+def test_feedback_from_several_threads_is_the_same_and_comes_at_once():
+    barrier = threading.Barrier(3, timeout=10)
+
+    def slow(example: Example, turns: list[Message]) -> str:
+        barrier.wait()  # three must be here at the same time
+        return f"about {turns[0]['content']}"
+
+    rollouts = [rollout(f"w{i}", i, 0.0) for i in range(6)]
+    assert Hindsight(None, slow, feedback_threads=3).texts(rollouts) == Hindsight(None, answered).texts(rollouts)
+    with pytest.raises(InputError, match="feedback_threads is 0"):
+        Hindsight(None, slow, feedback_threads=0)
 
 
 # ---------------------------------------------------------------------------------------- the prompts

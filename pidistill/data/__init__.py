@@ -1,12 +1,15 @@
 """Datasets: rows → Example → (Example, PromptPair), and the order in which they are visited."""
 
+from pidistill.data.agent_traces import trace_dataset
 from pidistill.data.builders import chat_dataset, gsm8k_dataset, qa_dataset
 from pidistill.data.dataset import ExampleDataset
 from pidistill.data.demonstrations import build_demonstrations, demonstration, row_completions, sft_demonstrations
+from pidistill.data.hint_prompts import hint_prompts
 from pidistill.data.load import RecipeData, load_prompts
 from pidistill.data.order import epoch_order
 from pidistill.data.prompts import Prompts, build_prompts
 from pidistill.data.stock import stock_sft_dataset
+from pidistill.data.trace_kinds import trace_leak_phrases
 
 __all__ = [
     "ExampleDataset",
@@ -18,9 +21,12 @@ __all__ = [
     "demonstration",
     "epoch_order",
     "gsm8k_dataset",
+    "hint_prompts",
     "load_prompts",
     "qa_dataset",
     "row_completions",
     "sft_demonstrations",
     "stock_sft_dataset",
+    "trace_dataset",
+    "trace_leak_phrases",
 ]

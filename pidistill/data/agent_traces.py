@@ -1,0 +1,302 @@
+"""Recorded agent episodes (chat logs with tool calls) as examples: what a stronger agent did is the privileged information.
+
+    rows ─► traces, grouped by task ─► per task the successful trace with the fewest assistant turns ─► Example
+
+An example's messages are what an agent sees when the task begins: the system prompt and the first user message. What the
+teacher sees of the successful trace is its *kind* (:mod:`pidistill.data.trace_kinds`). The trace itself is the example's
+completion, and the environment :class:`pidistill.envs.ReplayEnvironment` finds it in ``example.data["trace"]``.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pidistill.agent_calls import ACTION_TAGS, CALL_TEMPLATE, CallStyle, ToolCall, as_call, unreadable_calls
+from pidistill.data.builders import _tools
+from pidistill.data.dataset import ExampleDataset
+from pidistill.data.sources import Rows, get, load_rows, require_value
+from pidistill.data.trace_kinds import TraceText
+from pidistill.errors import InputError
+from pidistill.messages import check_messages
+from pidistill.types import Example, Message
+
+NOT_CHOSEN, NO_ANSWER, UNSOLVED = "other_trace_of_task", "no_assistant_turn", "task_without_success"
+
+
+@dataclass(frozen=True)
+class AgentTrace:
+    """One recorded episode.
+
+    Attributes:
+        id: names the row.
+        task: what is the same in all traces of one task.
+        prompt: the messages up to the first assistant turn after the first user message.
+        turns: from there to the last assistant turn; what follows it answers nothing.
+        reward: None where the row has none.
+        actions: the task's reference actions; None where the row has none.
+    """
+
+    id: str
+    task: str
+    prompt: list[Message]
+    turns: list[Message]
+    reward: float | None
+    tools: list[dict[str, Any]] | None
+    actions: list[ToolCall] | None
+    success: bool
+
+    @property
+    def steps(self) -> int:
+        return sum(turn["role"] == "assistant" for turn in self.turns)
+
+
+@dataclass(frozen=True)
+class TraceTask:
+    """The traces of one task. ``source`` is the successful one with the fewest assistant turns (ties: the first); None
+    where none succeeded. ``shown`` gives the prompt: the source, else the first trace."""
+
+    task: str
+    traces: list[AgentTrace]
+
+    @property
+    def source(self) -> AgentTrace | None:
+        return min((trace for trace in self.traces if trace.success), key=lambda trace: trace.steps, default=None)
+
+    @property
+    def shown(self) -> AgentTrace:
+        return self.source or self.traces[0]
+
+    @property
+    def actions(self) -> list[ToolCall] | None:
+        return next((trace.actions for trace in self.traces if trace.actions is not None), None)
+
+
+@dataclass(frozen=True)
+class TraceRows:
+    """All tasks of a source, in the order of their first row.
+
+    Attributes:
+        unusable: rows left out, by reason.
+        unreadable_calls: tagged calls that are no JSON; they are text to us.
+        tools: derived from the calls seen, where the source has OpenAI-style calls; see :func:`derived_tools`.
+    """
+
+    tasks: list[TraceTask]
+    unusable: dict[str, int]
+    unreadable_calls: int
+    tools: list[dict[str, Any]] | None
+
+
+def trace_dataset(
+    source: str,
+    kind: str = "calls",
+    messages_key: str = "messages",
+    task_key: str = "task_id",
+    reward_key: str | None = "reward",
+    success_threshold: float = 1.0,
+    actions_key: str | None = None,
+    tools_key: str | None = None,
+    tools_file: str | None = None,
+    derive_tools: bool = True,
+    call_template: str = CALL_TEMPLATE,
+    header: str | None = None,
+    omit_tools: Sequence[str] = (),
+    action_tags: Sequence[str] = ACTION_TAGS,
+    prefix_calls: int | None = None,
+    prefix_frac: float = 0.5,
+    hints: str | None = None,
+    unsolved: str = "keep",
+    first_task: int = 0,
+    max_tasks: int | None = None,
+    split: str = "train",
+    data_files: str | Sequence[str] | None = None,
+    config_name: str | None = None,
+) -> ExampleDataset:
+    """One example per task of recorded agent episodes.
+
+    A task without a successful trace has no privileged information: the objective's `no_pi` says what becomes of it. Rows
+    that no example is made of are counted: ``other_trace_of_task``, ``no_assistant_turn``.
+
+    Args:
+        source: .json (a list) or .jsonl with one episode per row, or what :func:`pidistill.data.sources.load_rows` reads.
+        kind: what the teacher sees; see the table in :mod:`pidistill.data.trace_kinds`.
+        messages_key, task_key: the chat log, and what tells tasks apart.
+        reward_key: null where every trace counts as successful.
+        success_threshold: reward of a successful trace.
+        actions_key: the task's reference actions, ``[{"name", "kwargs" | "arguments"}]``, for ``kind: gold_actions``.
+        tools_key: tool schemas in the rows; ``tools_file``: in a JSON file, as a list. With neither, and
+            ``derive_tools``, they are derived from the calls seen in all traces: names, arguments and JSON types, no
+            descriptions, and no tool that no trace calls. Calls between tags give none: there the system prompt says it.
+        call_template, omit_tools, action_tags: see :class:`pidistill.agent_calls.CallStyle`.
+        header: the line above the information; null is the kind's own, "" is none.
+        prefix_calls, prefix_frac: how much ``kind: solution_prefix`` shows: so many calls, or that share, rounded up.
+        hints: file that ``recipes/sample_distributed.py`` wrote with :class:`pidistill.hints.Hints`, for ``kind: hints``.
+        unsolved: tasks without a successful trace: "keep" (no privileged information, no completion) or "drop", counted as
+            ``task_without_success``: what supervised training, which needs completions, asks for.
+        first_task, max_tasks: which tasks, in the order of the source: training and evaluation rows of one file.
+    """
+    style = CallStyle(call_template, omit_tools, action_tags)
+    how = TraceText(kind, style, header, prefix_calls, prefix_frac, hints)
+    rows = read_traces(
+        source, messages_key, task_key, reward_key, success_threshold, actions_key, tools_key, action_tags, split, data_files,
+        config_name,
+    )  # fmt: skip
+    tasks = _range(rows.tasks, first_task, max_tasks)
+    if kind == "gold_actions" and all(task.actions is None for task in tasks):
+        raise InputError(f"dataset.kind is gold_actions, and no row of {source} has any; set dataset.actions_key")
+    if unsolved not in ("keep", "drop"):
+        raise InputError(f"dataset.unsolved is {unsolved!r}; known are keep, drop")
+    common = _tools_of_file(tools_file) if tools_file else rows.tools if derive_tools and tools_key is None else None
+    how.check_tasks([task.task for task in rows.tasks])
+    chosen = [task for task in tasks if task.source is not None or unsolved == "keep"]
+    if not chosen:
+        raise InputError(f"none of the {len(tasks)} tasks of {source} has a trace with {reward_key} ≥ {success_threshold}; "
+                         "lower dataset.success_threshold, or set dataset.unsolved: keep")  # fmt: skip
+    examples = [_example(task, how, common) for task in chosen]
+    other = sum(len(task.traces) - 1 for task in chosen)
+    dropped = {NOT_CHOSEN: other, UNSOLVED: sum(len(task.traces) for task in tasks) - other - len(chosen), **rows.unusable}
+    return ExampleDataset(examples, {reason: count for reason, count in dropped.items() if count})
+
+
+def _example(task: TraceTask, how: TraceText, tools: list[dict[str, Any]] | None) -> Example:
+    shown = task.shown
+    return Example(
+        id=shown.id,
+        messages=shown.prompt,
+        privileged=how.write(task),
+        completion=shown.turns if shown.success else None,
+        tools=tools if tools is not None else shown.tools,
+        data={"task": task.task, "trace": shown},
+    )
+
+
+def _range(tasks: list[TraceTask], first: int, count: int | None) -> list[TraceTask]:
+    if first < 0 or (count is not None and count < 1) or first >= len(tasks):
+        raise InputError(
+            f"dataset.first_task={first} and dataset.max_tasks={count} leave none of the {len(tasks)} tasks; tasks count from 0"
+        )
+    return tasks[first:] if count is None else tasks[first : first + count]
+
+
+# ------------------------------------------------------------------------------------------- rows
+
+
+def read_traces(
+    source: str,
+    messages_key: str = "messages",
+    task_key: str = "task_id",
+    reward_key: str | None = "reward",
+    success_threshold: float = 1.0,
+    actions_key: str | None = None,
+    tools_key: str | None = None,
+    action_tags: Sequence[str] = ACTION_TAGS,
+    split: str = "train",
+    data_files: str | Sequence[str] | None = None,
+    config_name: str | None = None,
+) -> TraceRows:
+    """The traces of ``source`` by task; arguments as in :func:`trace_dataset`."""
+    rows = _read_rows(source, split, data_files, config_name)
+    named = {"messages_key": messages_key, "task_key": task_key, "reward_key": reward_key, "tools_key": tools_key,
+             "actions_key": actions_key}  # fmt: skip
+    for option, key in named.items():
+        if key is not None:
+            rows.require(key, option)
+    tasks: dict[str, list[AgentTrace]] = {}
+    unusable: Counter[str] = Counter()
+    unreadable, seen = 0, []
+    for where, row in rows:
+        messages = check_messages(require_value(row, messages_key, where, "messages_key"), where, messages_key)
+        prompt, turns = _split(messages)
+        if not turns:
+            unusable[NO_ANSWER] += 1
+            continue
+        reward = _number(get(row, reward_key), where, reward_key) if reward_key else None
+        success = reward_key is None or (reward is not None and reward >= success_threshold)
+        task = str(require_value(row, task_key, where, "task_key"))
+        tools = _tools(get(row, tools_key), where, tools_key) if tools_key else None
+        actions = _actions(get(row, actions_key), where, actions_key) if actions_key else None
+        tasks.setdefault(task, []).append(AgentTrace(where, task, prompt, turns, reward, tools, actions, success))
+        unreadable += sum(unreadable_calls(turn, action_tags) for turn in turns if turn["role"] == "assistant")
+        seen += [call for turn in turns for call in map(as_call, turn.get("tool_calls") or []) if call is not None]
+    if not tasks:
+        raise InputError(f"no row of {source} has an assistant turn after a user message; check dataset.messages_key")
+    return TraceRows([TraceTask(*item) for item in tasks.items()], dict(unusable), unreadable, derived_tools(seen))
+
+
+def _read_rows(source: str, split: str, data_files: Any, config_name: str | None) -> Rows:
+    """Local JSON is read as it is: a table would give every call the arguments of all others, as nulls, in another order."""
+    path = Path(source)
+    if not path.is_file() or path.suffix not in (".json", ".jsonl"):
+        return load_rows(source, split, data_files, None, config_name)
+    text = path.read_text(encoding="utf-8")
+    try:
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
+    except json.JSONDecodeError as error:
+        raise InputError(f"dataset.source {source} is not valid JSON ({error}); check the file") from error
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"dataset.source {source} is no list of episodes, each an object; check the file")
+    return Rows(path.name, rows)
+
+
+def _split(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    roles = [message["role"] for message in messages]
+    user = roles.index("user") if "user" in roles else len(roles)
+    if "assistant" not in roles[user:]:
+        return messages, []
+    first = roles.index("assistant", user)
+    last = len(roles) - 1 - roles[::-1].index("assistant")
+    return messages[:first], messages[first : last + 1]
+
+
+def _number(value: Any, where: str, key: str | None) -> float | None:
+    if value is None or isinstance(value, int | float):
+        return None if value is None else float(value)
+    raise InputError(f"{where}: {key} is {value!r}, not a number; set dataset.reward_key")
+
+
+def _actions(value: Any, where: str, key: str | None) -> list[ToolCall] | None:
+    if value is None:
+        return None
+    calls = [as_call(item) for item in value] if isinstance(value, list) else [None]
+    if None in calls:
+        raise InputError(f"{where}: {key} is no list of actions like {{'name': ..., 'kwargs': ...}}; set dataset.actions_key")
+    return calls
+
+
+# ------------------------------------------------------------------------------------------- tool schemas
+
+
+def derived_tools(calls: Sequence[ToolCall]) -> list[dict[str, Any]] | None:
+    """Schemas of the tools that are called, in the order of their first call; an argument is required if every call has it."""
+    arguments: dict[str, list[Mapping[str, Any]]] = {}
+    for call in calls:
+        arguments.setdefault(call.name, []).append(call.arguments if isinstance(call.arguments, Mapping) else {})
+    return [_schema(name, given) for name, given in arguments.items()] or None
+
+
+def _schema(name: str, calls: list[Mapping[str, Any]]) -> dict[str, Any]:
+    values: dict[str, list[Any]] = {}
+    for call in calls:
+        for key, value in call.items():
+            values.setdefault(key, []).append(value)
+    properties = {key: {"type": _json_type(given)} for key, given in values.items()}
+    required = [key for key, given in values.items() if len(given) == len(calls)]
+    parameters = {"type": "object", "properties": properties, "required": required}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def _json_type(values: Sequence[Any]) -> str | list[str]:
+    names = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+    types = sorted({names.get(type(value), "null") for value in values})
+    if types == ["integer", "number"]:
+        return "number"
+    return types[0] if len(types) == 1 else types
+
+
+def _tools_of_file(path: str) -> list[dict[str, Any]] | None:
+    if not Path(path).is_file():
+        raise InputError(f"dataset.tools_file {path} does not exist; relative paths start at the working directory")
+    return _tools(Path(path).read_text(encoding="utf-8"), path, "tools_file")

@@ -1,0 +1,37 @@
+"""Prompts that ask a model to summarise successful traces; see :mod:`pidistill.hints`."""
+
+import string
+from typing import Any
+
+from pidistill.data.agent_traces import UNSOLVED, TraceTask, read_traces
+from pidistill.data.dataset import ExampleDataset
+from pidistill.errors import InputError
+from pidistill.hints import HINT_TEMPLATE
+from pidistill.messages import transcript_text
+from pidistill.types import Example
+
+
+def hint_prompts(source: str, template: str = HINT_TEMPLATE, max_tasks: int | None = None, **keys: Any) -> ExampleDataset:
+    """One prompt per task with a successful trace: the user asks, with the whole trace in the question, for advice.
+
+    Tasks without one are counted as ``task_without_success``.
+
+    Args:
+        template: ``{conversation}`` stands for the first user message and the trace; the system prompt is not repeated.
+        max_tasks: only the first tasks of the source, with and without success.
+        keys: arguments of :func:`pidistill.data.agent_traces.read_traces`, the same as for the dataset that reads the hints.
+    """
+    names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    if set(names) != {"conversation"}:
+        raise InputError(f"dataset.template has the placeholders {names}; it needs {{conversation}} and no other")
+    tasks = read_traces(source, **keys).tasks[:max_tasks]
+    examples = [_prompt(task, template) for task in tasks if task.source is not None]
+    without = len(tasks) - len(examples)
+    return ExampleDataset(examples, {UNSOLVED: without} if without else {})
+
+
+def _prompt(task: TraceTask, template: str) -> Example:
+    trace = task.source
+    said = [message for message in trace.prompt if message["role"] != "system"]
+    text = template.format(conversation=transcript_text([*said, *trace.turns]))
+    return Example(id=trace.id, messages=[{"role": "user", "content": text}], data={"task": task.task, "trace": trace})

@@ -1,0 +1,113 @@
+"""A recorded episode as an environment: as long as the agent makes the recorded calls, it gets the recorded answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pidistill.agent_calls import ACTION_TAGS, ToolCall, calls_of
+from pidistill.envs.base import EnvStep
+from pidistill.errors import InputError
+from pidistill.types import Example, Message
+
+if TYPE_CHECKING:
+    from pidistill.data.agent_traces import AgentTrace
+
+MISMATCH_ERROR = "Error: this call is not part of the recorded episode, so there is no result for it. Try another one."
+
+
+@dataclass
+class ReplayState:
+    """Where an episode stands: ``steps`` are the recorded assistant turns with what answered each of them."""
+
+    steps: list[tuple[Message, list[Message]]]
+    reward: float
+    at: int = 0
+    errors: int = 0
+
+
+@dataclass(frozen=True)
+class ReplayEnvironment:
+    """Follows ``example.data["trace"]`` of :func:`pidistill.data.trace_dataset`.
+
+    A turn matches the recorded one if it makes the same calls: the same tools, in the same order, with equal arguments. Where
+    the recorded turn makes none, any turn without a call matches, whatever it says: the recorded reply follows, which may not
+    fit it. An episode that matches to the last recorded turn gets the trace's reward; every other one ``mismatch_reward``. So a
+    success means "did what the agent of the trace did", not "did what the user wanted": another way to a right end counts as a
+    mismatch. For that, use the benchmark itself as an environment.
+
+    ``reward/followed`` in the metrics is the share of recorded turns that an episode matched; it is no part of the reward.
+
+    Attributes:
+        action_tags: where a turn without ``tool_calls`` holds its calls; see :mod:`pidistill.agent_calls`.
+        free_arguments: tools whose arguments are not compared, e.g. free text: ``[think]``.
+        on_mismatch: "end" ends the episode; "error" answers with an error that says so, and the same recorded turn is waited
+            for, until ``max_errors`` errors have been given.
+        mismatch_reward: reward of an episode that left the trace.
+    """
+
+    action_tags: Sequence[str] = ACTION_TAGS
+    free_arguments: Sequence[str] = ()
+    on_mismatch: str = "end"
+    max_errors: int = 3
+    mismatch_reward: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.on_mismatch not in ("end", "error"):
+            raise InputError(f"environment.on_mismatch is {self.on_mismatch!r}; known are end, error")
+        if self.max_errors < 1:
+            raise InputError(
+                f"environment.max_errors is {self.max_errors}; give at least 1, or set environment.on_mismatch: end"
+            )
+
+    def reset(self, example: Example) -> ReplayState:
+        trace: AgentTrace | None = example.data.get("trace")
+        if trace is None:
+            raise InputError(
+                f"{example.id} has no recorded episode to replay; set dataset._component_=pidistill.data.trace_dataset"
+            )
+        if trace.reward is None:
+            raise InputError(f"{trace.id} has no reward, which the episode would get; set dataset.reward_key")
+        return ReplayState(recorded_steps(trace.turns), trace.reward)
+
+    def step(self, state: ReplayState, turn: Message, *, truncated: bool) -> EnvStep:
+        recorded, answers = state.steps[state.at]
+        if truncated or not self._matches(turn, recorded):
+            return self._mismatch(state, turn, truncated)
+        state.at += 1
+        done = state.at == len(state.steps)
+        followed = {"followed": 1 / len(state.steps)}
+        return EnvStep([] if done else answers, state.reward if done else 0.0, done, followed)
+
+    def _matches(self, turn: Message, recorded: Message) -> bool:
+        return [self._compared(call) for call in calls_of(turn, self.action_tags)] == [
+            self._compared(call) for call in calls_of(recorded, self.action_tags)
+        ]
+
+    def _compared(self, call: ToolCall) -> ToolCall:
+        return ToolCall(call.name, None) if call.name in self.free_arguments else call
+
+    def _mismatch(self, state: ReplayState, turn: Message, truncated: bool) -> EnvStep:
+        state.errors += 1
+        if truncated or self.on_mismatch == "end" or state.errors > self.max_errors:
+            return EnvStep([], self.mismatch_reward, True, {"followed": 0.0})
+        calls = turn.get("tool_calls") or []
+        if not calls:
+            return EnvStep([{"role": "user", "content": MISMATCH_ERROR}], 0.0, False, {"followed": 0.0})
+        return EnvStep([_error_for(call) for call in calls], 0.0, False, {"followed": 0.0})
+
+
+def recorded_steps(turns: Sequence[Message]) -> list[tuple[Message, list[Message]]]:
+    """Each assistant turn with the messages up to the next one."""
+    steps: list[tuple[Message, list[Message]]] = []
+    for message in turns:
+        if message["role"] == "assistant":
+            steps.append((message, []))
+        else:
+            steps[-1][1].append(message)
+    return steps
+
+
+def _error_for(call: dict) -> Message:
+    name = call.get("function", call).get("name", "")
+    found = {"role": "tool", "name": name, "content": MISMATCH_ERROR}
+    return found | {"tool_call_id": call["id"]} if "id" in call else found

@@ -1,0 +1,104 @@
+"""Hints that the trained model writes itself: 2–3 sentences about a successful trace, as privileged information.
+
+    trace_dataset's tasks ─► hint_prompts ─► recipes/sample_distributed.py with `Hints` ─► traces.jsonl ─► `kind: hints`
+
+The model that is about to be trained sees a successful episode and says what matters in it, without privileged information of
+its own (`view: student`). Each row of the file tells where its hint comes from: model folder, task and trace, prompt, seed and
+sampling settings.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pidistill.errors import InputError
+from pidistill.messages import message_text
+from pidistill.rewards.base import last_answer
+from pidistill.traces import Rewrite, Selected, Trace
+from pidistill.types import Example, Message, Rollout
+
+HINT_TEMPLATE = """\
+Below is a conversation in which an assistant with tools did what the user wanted. Write two or three sentences of advice for \
+somebody who is about to do the same task and has not seen the conversation: what to find out, what to decide, and which tools \
+to call with which values. Plain sentences only, no list, no greeting.
+
+<conversation>
+{conversation}
+</conversation>"""
+
+FILE_MADE_BY = "tune run --nproc_per_node 1 recipes/sample_distributed.py --config configs/tau_bench/7B_hints.yaml"
+
+
+@dataclass(frozen=True)
+class SentenceCount:
+    """1.0 where the last assistant turn has between ``low`` and ``high`` sentences, else 0.0.
+
+    A sentence ends with ``.``, ``!`` or ``?`` before white space or the end; abbreviations count as ends, 1.5 does not.
+    """
+
+    low: int = 2
+    high: int = 3
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.low <= self.high:
+            raise InputError(f"reward.low={self.low} and reward.high={self.high}: give 1 ≤ low ≤ high sentences")
+
+    def __call__(self, example: Example, turns: Sequence[Message]) -> float:
+        ends = re.findall(r"[.!?][\"')\]*]*(?=\s|$)", last_answer(turns))
+        return float(self.low <= len(ends) <= self.high)
+
+
+@dataclass(frozen=True)
+class Hints:
+    """The first usable hint of every prompt: not cut short by the token limit, not empty, with at least ``threshold`` reward.
+
+    A :class:`pidistill.traces.Selection`. Its rows name the task and the trace that the hint is about.
+
+    Attributes:
+        threshold: of the environment's reward, e.g. :class:`SentenceCount`.
+    """
+
+    threshold: float = 1.0
+
+    def select(self, rollouts: Sequence[Rollout], leak_phrases: Sequence[str], rewrite: Rewrite, seed: int) -> Selected:
+        traces: dict[int, Trace] = {}
+        for rollout in rollouts:
+            usable = rollout.reward >= self.threshold and rollout.stop_reason != "length" and last_answer(rollout.turns).strip()
+            if usable and rollout.group not in traces:
+                told = {"sampled_by": rollout.sampled_by, **hint_provenance(rollout.example)}
+                traces[rollout.group] = Trace(rollout.example, rollout.turns, rollout.reward, rollout.group, told)
+        return Selected(list(traces.values()))
+
+
+def read_hints(path: str) -> dict[str, str]:
+    """The first hint of each task in a file that :class:`Hints` selected."""
+    if not Path(path).is_file():
+        raise InputError(f"dataset.hints {path} does not exist; it is written by the stage before: run `{FILE_MADE_BY}` first")
+    hints: dict[str, str] = {}
+    for i, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n")):
+        if line.strip():
+            task, text = _hint_of(line, f"{Path(path).name} row {i}")
+            hints.setdefault(task, text)
+    return hints
+
+
+def _hint_of(line: str, where: str) -> tuple[str, str]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not valid JSON ({error}); check dataset.hints") from error
+    provenance = row.get("provenance") if isinstance(row, Mapping) else None
+    turns = row.get("completion") if isinstance(row, Mapping) else None
+    if not isinstance(provenance, Mapping) or "task" not in provenance or not turns:
+        raise InputError(f"{where} is no hint with its task; dataset.hints wants the file of selection pidistill.hints.Hints")
+    return str(provenance["task"]), message_text(turns[-1]).strip()
+
+
+def hint_provenance(example: Example) -> dict[str, Any]:
+    """What a hint's row says of the trace behind it."""
+    if "trace" not in example.data:
+        raise InputError(f"{example.id} is no prompt for a hint; set dataset._component_=pidistill.data.hint_prompts")
+    return {"task": example.data["task"], "trace": example.data["trace"].id}
