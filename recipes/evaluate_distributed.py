@@ -47,6 +47,7 @@ class EvaluateRecipe:
             environment=build(cfg.environment),
             max_turns=cfg.get("max_turns"),
             environment_threads=cfg.get("environment_threads"),
+            environment_timeout_s=cfg.get("environment_timeout_s"),
         )
         weights = build(cfg.checkpointer, output_dir=str(self._run.output_dir)).load_checkpoint()[training.MODEL_KEY]
         self._model = load_model(cfg, self._run, cfg.model, weights, trained=False)

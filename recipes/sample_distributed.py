@@ -53,6 +53,7 @@ class SampleRecipe:
             sampler=sampler,
             tokenizer=self._data.tokenizer,
             environment_threads=cfg.get("environment_threads"),
+            environment_timeout_s=cfg.get("environment_timeout_s"),
         )
         weights = build(cfg.checkpointer, output_dir=str(self._run.output_dir)).load_checkpoint()[training.MODEL_KEY]
         model = load_model(cfg, self._run, cfg.model, weights, trained=False)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pidistill.envs.base import Environment, EnvStep
+from pidistill.envs.base import Environment, EnvStep, check_step
 from pidistill.errors import InputError
 from pidistill.messages import message_text
 from pidistill.types import Example, Message
@@ -48,6 +48,6 @@ class LeakPenalty:
         return self.environment.reset(example)
 
     def step(self, state: Any, turn: Message, *, truncated: bool) -> EnvStep:
-        step = self.environment.step(state, turn, truncated=truncated)
+        step = check_step(self.environment.step(state, turn, truncated=truncated))
         leak = 0.0 - self.penalty * count_phrases(message_text(turn), self.phrases)
         return replace(step, reward=step.reward + leak, reward_parts={**step.reward_parts, "leak": leak})
