@@ -9,6 +9,7 @@ from pidistill.envs.base import (
     check_step,
 )
 from pidistill.envs.leak_penalty import LeakPenalty
+from pidistill.envs.process import ProcessEnvironment
 from pidistill.envs.single_turn import SingleTurn
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "EnvironmentOutputError",
     "EnvironmentTimeout",
     "LeakPenalty",
+    "ProcessEnvironment",
     "SingleTurn",
     "check_step",
 ]
