@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TUNE := $(BIN)/tune run --nproc_per_node 1
 
-.PHONY: install base base_easy base_world demo compare sft_rl rft int test test-all test-peers lint clean
+.PHONY: install base base_easy base_world demo compare sft_rl rft int test test-all test-peers test-envs lint clean
 
 install: $(VENV)/.installed  ## create .venv and install the package with its test extra
 
@@ -56,8 +56,16 @@ test-peers: install  ## TRL and Liger as independent references (extra `peers`)
 	$(BIN)/python -m pip install -q -e '.[test,peers]'
 	PIDISTILL_PEERS=1 $(BIN)/python -m pytest tests/test_peers.py -q
 
+test-envs: .venv-envs/.installed  ## GEM and Reasoning Gym (extras `gem`, `reasoning-gym`), in an environment of their own
+	.venv-envs/bin/python -m pytest tests/test_gem.py tests/test_reasoning_gym.py -q
+
+.venv-envs/.installed: pyproject.toml
+	test -x .venv-envs/bin/python || $(PYTHON) -m venv .venv-envs
+	.venv-envs/bin/python -m pip install -q -e '.[test,gem,reasoning-gym]'
+	touch $@
+
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf runs $(VENV)
+	rm -rf runs $(VENV) .venv-envs

@@ -8,8 +8,10 @@ from pidistill.envs.base import (
     EnvStep,
     check_step,
 )
+from pidistill.envs.gem import GEMEnvironment, gem_dataset
 from pidistill.envs.leak_penalty import LeakPenalty
 from pidistill.envs.process import ProcessEnvironment
+from pidistill.envs.reasoning_gym import ReasoningGymEnvironment, reasoning_gym_dataset
 from pidistill.envs.single_turn import SingleTurn
 
 __all__ = [
@@ -18,8 +20,12 @@ __all__ = [
     "EnvironmentCrash",
     "EnvironmentOutputError",
     "EnvironmentTimeout",
+    "GEMEnvironment",
     "LeakPenalty",
     "ProcessEnvironment",
+    "ReasoningGymEnvironment",
     "SingleTurn",
     "check_step",
+    "gem_dataset",
+    "reasoning_gym_dataset",
 ]
