@@ -138,7 +138,8 @@ def gem_alone(row, actions):
     """The same game played with GEM by itself, whose draws come from the global streams."""
     env = gem.make(row.data["env_id"])
     env.reset(seed=row.data["seed"])
-    return [env.step(action)[:2] for action in actions]
+    answers = [env.step(action) for action in actions]
+    return [(f"{observation}\n{info.get('suffix')}", reward) for observation, reward, _, _, info in answers]
 
 
 def test_interleaved_episodes_draw_as_gem_alone_does_and_leave_the_streams_of_others():

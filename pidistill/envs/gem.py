@@ -177,9 +177,10 @@ class _Start:
     def random_actions(self) -> list[Message]:
         """An episode of `sample_random_action`, which most games have."""
         episode, environment, turns = pickle.loads(self.pickled), GEMEnvironment(), []
+        streams = RandomStreams(self.seed ^ 1)  # not the episode's: whoever plays these turns gets these answers
         while True:
             try:
-                with episode.streams.in_use():
+                with streams.in_use():
                     turns.append({"role": "assistant", "content": episode.env.sample_random_action()})
             except NotImplementedError as error:
                 raise InputError(f"{self.env_id} has no random actions; remove dataset.completion") from error
