@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TUNE := $(BIN)/tune run --nproc_per_node 1
 
-.PHONY: install base base_easy base_world demo compare sft_rl rft int test test-all test-peers test-vllm lint clean
+.PHONY: install base base_easy base_world demo compare sft_rl rft int test test-all test-peers test-vllm test-envs lint clean
 
 install: $(VENV)/.installed  ## create .venv and install the package with its test extra
 
@@ -69,8 +69,16 @@ test-vllm: .venv-vllm/.installed  ## the vLLM sampler, with vLLM on CPU in an en
 	.venv-vllm/bin/python -m pip install -q -e '.[test]'
 	touch $@
 
+test-envs: .venv-envs/.installed  ## GEM and Reasoning Gym (extras `gem`, `reasoning-gym`), in an environment of their own
+	.venv-envs/bin/python -m pytest tests/test_gem.py tests/test_reasoning_gym.py -q
+
+.venv-envs/.installed: pyproject.toml
+	test -x .venv-envs/bin/python || $(PYTHON) -m venv .venv-envs
+	.venv-envs/bin/python -m pip install -q -e '.[test,gem,reasoning-gym]'
+	touch $@
+
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf runs $(VENV) .venv-vllm
+	rm -rf runs $(VENV) .venv-vllm .venv-envs

@@ -37,7 +37,7 @@ that was not computed is absent; nothing stands in for it.
 | zero_advantage_frac | share of rollouts whose advantage from the reward is 0 |
 | truncated_frac | share of rollouts cut off by the token limit |
 | rows_without_pi | rows of the training data without privileged information |
-| dropped/<reason> | rollouts left out of this round, by reason |
+| dropped/<reason> | rollouts left out of this round, by reason: those of :class:`pidistill.rollouts.CollectResult` |
 | dropped_rows/<reason> | rows left out of the training data, by reason |
 | reward_weight | weight of OPSD's policy-gradient term at this step |
 | nonfinite_steps | steps skipped so far because the loss or the gradient was not finite |

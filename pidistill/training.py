@@ -44,8 +44,9 @@ log = utils.get_logger("INFO")
 EVALUATION_KEYS = frozenset(
     {
         "output_dir", "seed", "device", "dtype", "threads", "model", "tokenizer", "checkpointer", "dataset", "environment",
-        "privileged", "sampler", "max_turns", "environment_threads", "on_overflow", "eval_samples", "eval_success_threshold",
-        "fsdp_reshard_after_forward", "fsdp_cpu_offload", "custom_sharded_layers", "fallback_checkpoint_dir", "adapter_dir",
+        "privileged", "sampler", "max_turns", "environment_threads", "environment_timeout_s", "on_overflow", "eval_samples",
+        "eval_success_threshold", "fsdp_reshard_after_forward", "fsdp_cpu_offload", "custom_sharded_layers",
+        "fallback_checkpoint_dir", "adapter_dir",
     }
 )  # fmt: skip
 # and in every one that trains.
@@ -194,6 +195,9 @@ def _check_numbers(cfg: DictConfig) -> None:
     norm = cfg.get("clip_grad_norm")
     if norm is not None and (not isinstance(norm, int | float) or norm <= 0):
         raise InputError(f"clip_grad_norm={norm} must be a number above 0, or null for no clipping")
+    limit = cfg.get("environment_timeout_s")
+    if limit is not None and (type(limit) not in (int, float) or not 0 < limit < math.inf):
+        raise InputError(f"environment_timeout_s={limit} must be a number of seconds above 0, or null for no limit")
     weight = cfg.get("sft_weight")
     if weight is not None and (type(weight) not in (int, float) or not 0 <= weight < math.inf):
         raise InputError(f"sft_weight={weight} must be a number of at least 0; 0 or null for no supervised term")

@@ -127,6 +127,7 @@ def load_domain(cfg: DictConfig, prefix: str, sampler: Any) -> Domain:
         environment=build(cfg.environment),
         max_turns=cfg.get("max_turns"),
         environment_threads=cfg.get("environment_threads"),
+        environment_timeout_s=cfg.get("environment_timeout_s"),
         shaping=build(cfg.get("reward_shaping")) or (),
     )
     return Domain(prefix, data, collect)

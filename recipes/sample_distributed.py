@@ -53,6 +53,7 @@ class SampleRecipe:
             sampler=sampler,
             tokenizer=self._data.tokenizer,
             environment_threads=cfg.get("environment_threads"),
+            environment_timeout_s=cfg.get("environment_timeout_s"),
         )
         model = load_initial(cfg, self._run)
         self._collect = functools.partial(collect, model, environment=environment, max_turns=cfg.get("max_turns"))

@@ -64,6 +64,7 @@ class SFTRecipe:
                 environment=build(cfg.environment),
                 max_turns=cfg.get("max_turns"),
                 environment_threads=cfg.get("environment_threads"),
+                environment_timeout_s=cfg.get("environment_timeout_s"),
                 shaping=build(cfg.get("reward_shaping")) or (),
             )
             self._evaluate = functools.partial(

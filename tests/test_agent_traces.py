@@ -12,9 +12,9 @@ from pidistill.agent_calls import ToolCall
 from pidistill.data import build_prompts, trace_dataset, trace_leak_phrases
 from pidistill.data.agent_traces import AgentTrace, TraceTask, derived_tools, read_traces
 from pidistill.data.trace_kinds import KINDS
-from pidistill.envs.leak_penalty import count_phrases
 from pidistill.errors import InputError
 from pidistill.privileged import PrivilegedPrompt
+from pidistill.rewards.shaping import count_phrases
 from pidistill.tokenizers import HFChatTokenizer
 from tests.tiny_tokenizers import qwen_folder
 

@@ -274,7 +274,7 @@ class Failing(Counting):
     [
         ("raises", "reward_error", "ZeroDivisionError('nothing to divide')"),
         ("reset", "reward_error", "ConnectionError('no server')"),
-        ("word", "reward_error", "ValueError"),
+        ("word", "environment_output", "reward is 'high' (str), not a number"),
         ("nan", "reward_not_finite", "nan"),
         ("inf", "reward_not_finite", "-inf"),
         ("part", "reward_not_finite", "{'style': nan}"),
@@ -411,7 +411,7 @@ def test_an_environment_that_fails_in_its_thread_is_counted_as_ever(caplog):
     tokenizer.stop_ids = frozenset(range(1, 60))
     sampler = TorchtuneSampler(max_new_tokens=8)
     result = collect(sampler, Fails(), tokenizer=tokenizer, model=tiny_model(128), environment_threads=2)
-    assert result.dropped == {"reward_error": 1, "reward_not_finite": 0}
+    assert result.dropped == dict.fromkeys(DROP_REASONS, 0) | {"reward_error": 1}
     assert [rollout.example.id for rollout in result.rollouts] == ["row b"]
     assert "no sandbox" in caplog.text
 

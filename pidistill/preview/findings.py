@@ -3,9 +3,9 @@
 import re
 from collections.abc import Callable, Sequence
 
-from pidistill.envs.leak_penalty import count_phrases
 from pidistill.messages import message_text, messages_text
 from pidistill.preview.rows import Scan, Source
+from pidistill.rewards.shaping import count_phrases
 from pidistill.types import Example
 
 

@@ -5,22 +5,27 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from pidistill.envs.base import Environment
+from pidistill.envs.base import Environment, EnvironmentCrash, EnvironmentOutputError, EnvironmentTimeout, check_step
 from pidistill.errors import InputError
 from pidistill.rewards.shaping import Shaping, add_shaping
 from pidistill.rollouts.base import Sample, Sampler
+from pidistill.rollouts.calls import DaemonThreads, abandoned_calls, ask
 from pidistill.tokenizers.base import ChatTokenizer
 from pidistill.types import Example, Message, PromptPair, Rollout, ViewName
 
 _log = logging.getLogger(__name__)
 
-DROP_REASONS = ("reward_error", "reward_not_finite")
+DROP_REASONS = ("reward_error", "reward_not_finite", "environment_output", "environment_timeout", "environment_crash")
+_REASONS = {
+    EnvironmentOutputError: "environment_output",
+    EnvironmentTimeout: "environment_timeout",
+    EnvironmentCrash: "environment_crash",
+}
 
 
 @dataclass
@@ -28,6 +33,9 @@ class CollectResult:
     """Rollouts that have a reward, and how many have none, by reason; every reason is present, so that ranks can be summed.
 
     ``reward_error``: the environment (or its reward) raised. ``reward_not_finite``: it gave NaN or an infinity.
+    ``environment_output``: it gave no EnvStep, or one with a reward that is no number or observations that are no messages.
+    ``environment_timeout``: no answer within ``environment_timeout_s``. ``environment_crash``: the process that the
+    environment ran in died (:class:`pidistill.envs.ProcessEnvironment`).
     """
 
     rollouts: list[Rollout]
@@ -50,12 +58,14 @@ def collect_rollouts(
     max_turns: int | None = None,
     max_new_tokens: int | None = None,
     environment_threads: int | None = None,
+    environment_timeout_s: float | None = None,
     shaping: Sequence[Shaping] = (),
 ) -> CollectResult:
     """Play ``group_size`` episodes of every example, the model seeing the prompt of ``view``.
 
-    A rollout whose reward raised or is not finite is left out, counted and logged; its group is then smaller. The run
-    goes on. With a sharded model every rank calls this, if need be with no examples.
+    A rollout whose environment raised, hung, died or gave what is no answer is left out, counted and logged; its group is then
+    smaller. The run goes on, and the other rollouts are what they would have been. With a sharded model every rank calls this,
+    if need be with no examples.
 
     Args:
         seeds: one per rollout, group after group; see :func:`rollout_seed`.
@@ -65,6 +75,8 @@ def collect_rollouts(
         environment_threads: so many episodes talk to the environment at once, and the others go on sampling meanwhile; it
             and the tokenizer are then used from several threads. None asks the environment in the sampler's own thread. The
             rollouts are the same.
+        environment_timeout_s: seconds that one `reset` or `step` may take; None is no limit. Waiting for a thread of
+            ``environment_threads`` does not count. A call that is late costs its episode, and its thread is abandoned.
         shaping: parts added to the reward of every whole episode; see :mod:`pidistill.rewards.shaping`.
 
     Returns:
@@ -78,9 +90,10 @@ def collect_rollouts(
         raise InputError(f"{len(examples)} examples, {len(prompts)} prompts and {len(groups)} group numbers do not match")
     if max_turns is not None and max_turns < 1:
         raise InputError(f"max_turns is {max_turns}; give at least 1, or null for no limit")
-    with ThreadPoolExecutor(environment_threads) if environment_threads else nullcontext() as threads:
+    parts = {"environment": environment, "tokenizer": tokenizer, "max_turns": max_turns, "timeout_s": environment_timeout_s}
+    with DaemonThreads(environment_threads) if environment_threads else nullcontext() as threads:
         each = threads.map if threads else map
-        begin = partial(_Episode, environment=environment, tokenizer=tokenizer, max_turns=max_turns)
+        begin = partial(_Episode, **parts)
         episodes = list(each(begin, [example for example in examples for _ in range(group_size)]))
 
         def answer(row: int, ids: list[int]) -> list[int] | None:
@@ -126,7 +139,14 @@ def rollout_seed(seed: int, step: int, index: int, member: int) -> int:
 class _Failure:
     reason: str
     detail: str
-    error: Exception | None = None
+    error: BaseException | None = None
+
+    @classmethod
+    def of(cls, where: str, error: BaseException) -> "_Failure":
+        reason = next((reason for kind, reason in _REASONS.items() if isinstance(error, kind)), None)
+        if reason is None:
+            return cls("reward_error", f"{where} raised {error!r}", error)
+        return cls(reason, f"{where}: {error}")  # whose traceback would show our own code
 
 
 @dataclass
@@ -144,6 +164,7 @@ class _Episode:
     environment: Environment
     tokenizer: ChatTokenizer
     max_turns: int | None
+    timeout_s: float | None = None
     turns: list[Message] = field(default_factory=list)
     turn_rewards: list[float] = field(default_factory=list)
     turn_policy_tokens: list[int] = field(default_factory=list)
@@ -156,11 +177,11 @@ class _Episode:
 
     def __post_init__(self) -> None:
         try:
-            self.state = self.environment.reset(self.example)
+            self.state = ask(partial(self.environment.reset, self.example), self.timeout_s)
         except InputError:  # environment and dataset do not fit: the user's to mend, and no row would fare better
             raise
-        except Exception as error:
-            self.failure = _Failure("reward_error", f"reset raised {error!r}", error)
+        except (Exception, SystemExit) as error:
+            self.failure = _Failure.of("reset", error)
 
     def on_turn_end(self, ids: list[int]) -> list[int] | None:
         """The ids of the environment's answer to a whole turn, generation prompt included; None ends the episode."""
@@ -210,19 +231,17 @@ class _Episode:
         self.turns.append(turn)
         self.turn_policy_tokens.append(len(ids))
         self.tokens += len(ids)
-        try:
-            step = self.environment.step(self.state, turn, truncated=truncated)
-            reward = float(step.reward)
-            parts = {name: float(value) for name, value in step.reward_parts.items()}
-        except Exception as error:  # whatever a user's reward raises: a missing number must not end the run
-            self.failure = _Failure("reward_error", f"turn {len(self.turn_policy_tokens)} raised {error!r}", error)
+        where = f"turn {len(self.turn_policy_tokens)}"
+        try:  # only the environment's own work has a thread of its own: one that is late finds nothing here to change
+            step = check_step(ask(partial(self.environment.step, self.state, turn, truncated=truncated), self.timeout_s))
+        except (Exception, SystemExit) as error:  # whatever a user's code raises: a missing number must not end the run
+            self.failure = _Failure.of(where, error)
             return True
-        if not all(math.isfinite(value) for value in (reward, *parts.values())):
-            told = f"turn {len(self.turn_policy_tokens)} gave {reward}, with parts {parts}"
-            self.failure = _Failure("reward_not_finite", told)
+        if not all(math.isfinite(value) for value in (step.reward, *step.reward_parts.values())):
+            self.failure = _Failure("reward_not_finite", f"{where} gave {step.reward}, with parts {step.reward_parts}")
             return True
-        self._add(reward, parts)
-        self.observations = list(step.observations)
+        self._add(step.reward, step.reward_parts)
+        self.observations = step.observations
         return step.done
 
     def _add(self, reward: float, parts: dict[str, float]) -> None:
@@ -259,3 +278,5 @@ def _warn(failed: list[_Episode]) -> None:
                 first.failure.detail,
                 exc_info=first.failure.error,
             )
+    if late := abandoned_calls():
+        _log.warning("%d calls of the environment still hang in abandoned threads", late)

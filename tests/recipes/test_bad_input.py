@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from pidistill.data import epoch_order
 from pidistill.errors import InputError
+from pidistill.rollouts import DROP_REASONS
 from tests.recipes.runs import (
     MODEL,
     RECIPES,
@@ -103,6 +104,8 @@ BY_COMMAND_LINE = [
     ("opsd", ["eval_samples=0"], "eval_samples=0 must be a whole number of at least 1"),
     ("evaluate", ["eval_samples=0"], "eval_samples=0 must be a whole number of at least 1"),
     ("opsd", ["save_every_steps=-2"], "save_every_steps=-2 must be a whole number of at least 0"),
+    ("opsd", ["environment_timeout_s=0"], "environment_timeout_s=0 must be a number of seconds above 0, or null"),
+    ("rl", ["environment_timeout_s=soon"], "environment_timeout_s=soon must be a number of seconds"),
     ("opsd", ["clip_grad_norm=-1"], "clip_grad_norm=-1 must be a number above 0, or null"),
     ("opsd", ["dtype=fp12"], "dtype=fp12 cannot be used on cpu .*; set dtype to fp32 or bf16"),
     ("opsd", ["teacher._component_=pidistill.teachers.EMATeacher", "teacher.rate=0"], r"teacher.rate=0 is outside \(0, 1\]"),
@@ -344,7 +347,7 @@ def test_a_rollout_whose_reward_fails_is_dropped_and_counted(name, fail, reason,
     changes = {"environment__fail": fail, "environment__fail_episodes": [1], "max_steps": 3}
     recipe = run(name, small_config(name, tiny_base, tmp_path, **changes))
     rows = metrics(tmp_path)
-    other = {"reward_error", "reward_not_finite"} - {reason}
+    other = set(DROP_REASONS) - {reason}
     assert [row[f"dropped/{reason}"] for row in rows] == [1, 0, 0]
     assert all(row[f"dropped/{name}"] == 0 for row in rows for name in other)
     assert [round(row["policy_tokens"] / row["completion_tokens_mean"]) for row in rows] == [5, 6, 6]

@@ -48,6 +48,8 @@ SCENARIOS = {
     "supervised": ("sft", {"max_steps": 3, **EVALUATION, "eval_every_steps": 2}),
     "supervised_one_row": ("sft", {"max_steps": 3, "batch_size": 1}),
     "dropped": ("rl", {"prompts_per_round": 2, "max_steps": 2, "environment__fail": "raise", "environment__fail_on": DROPPED}),
+    "late": ("rl", {"prompts_per_round": 2, "max_steps": 2, "environment__fail": "hang", "environment__fail_on": DROPPED,
+                    "environment_threads": 3, "environment_timeout_s": 1.0}),
     # The loss is NaN on the one rank that has rollouts.
     "poisoned": ("rl", {"prompts_per_round": 1, "max_steps": 3, "objective": {
         "_component_": "tests.recipes.worlds.PoisonedGRPO", "steps": [1], "report_teacher_kl": True,
@@ -170,9 +172,10 @@ def played(path: Path) -> set[int]:
     return {int(example.rpartition(" ")[2]) for example in examples if " train " in example} - {0, 1}
 
 
-def test_dropped_rollouts_are_counted_over_both_ranks(two):
-    rows = metrics(two / "dropped")
-    assert [row["dropped/reward_error"] for row in rows] == [3, 0]
+@pytest.mark.parametrize(("name", "reason"), [("dropped", "reward_error"), ("late", "environment_timeout")])
+def test_dropped_rollouts_are_counted_over_both_ranks(name, reason, two):
+    rows = metrics(two / name)
+    assert [row[f"dropped/{reason}"] for row in rows] == [3, 0]
     assert [round(row["policy_tokens"] / row["completion_tokens_mean"]) for row in rows] == [3, 6]
 
 

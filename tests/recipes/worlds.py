@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,8 +31,8 @@ class VariedEnvironment:
         record: a folder; every rank appends (example, turns, reward) of its episodes to a file of its own there.
         wait_s: seconds that every step takes.
         noise: how much of the reward is drawn from numpy's global random stream.
-        fail: "raise", "nan" or "refuse" (an InputError on reset), for the example ids in ``fail_on`` and, but for the last,
-            the n-th episode that ends here, n in ``fail_episodes``.
+        fail: "raise", "nan", "hang" or "refuse" (an InputError on reset), for the example ids in ``fail_on`` and, but for the
+            last, the n-th episode that ends here, n in ``fail_episodes``.
     """
 
     record: str | None = None
@@ -65,6 +66,8 @@ class VariedEnvironment:
         return EnvStep([], reward, done=True, reward_parts={"words": reward})
 
     def _failure(self) -> EnvStep:
+        if self.fail == "hang":
+            threading.Event().wait()
         return EnvStep([], 1 / 0 if self.fail == "raise" else float("nan"), done=True)
 
     def _write(self, row: dict) -> None:

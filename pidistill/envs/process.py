@@ -1,0 +1,221 @@
+"""Any environment, in worker processes: what hangs or dies there is killed and started anew, and costs one episode.
+
+The state of an episode travels: a worker gets it with the turn and gives it back with the answer. So any worker serves any
+episode, as many episodes as one likes share few workers, and a worker that dies takes with it only the call that it was at.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import traceback
+import weakref
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from pidistill.envs.base import Environment, EnvironmentCrash, EnvironmentTimeout, EnvStep, check_step
+from pidistill.envs.streams import RandomStreams
+from pidistill.errors import InputError
+from pidistill.types import Example, Message
+
+_START_S = 300.0  # a process that imports torch on a busy machine
+
+
+@dataclass
+class _State:
+    """An episode between two calls: its pickled state and random streams. None before an answer to `reset`."""
+
+    pickled: bytes | None = None
+
+
+class ProcessEnvironment:
+    """``environment`` in ``workers`` processes, each call with a time limit of its own.
+
+    For environments that may hang without letting go of Python's lock, or crash (native code): a thread cannot be stopped, a
+    process can. Set ``environment_threads`` to the number of workers, or more: with one thread one worker is busy at a time.
+    The environment and its states must be picklable. In a worker the global streams of `random` and numpy are each episode's
+    own, seeded with the example's id, so that the answers do not depend on which worker gives them.
+
+    Attributes:
+        environment: what runs in the workers; more processes than one are used only where calls come at the same time.
+        workers: processes at most; they start when they are needed. Every rank has its own.
+        timeout_s: seconds that one `reset` or `step` may take; a worker that is late is killed. null is no limit. Waiting for
+            a free worker does not count here, but does in ``environment_timeout_s``: leave that null.
+    """
+
+    def __init__(self, environment: Environment, workers: int = 4, timeout_s: float | None = 60.0) -> None:
+        if type(workers) is not int or workers < 1:
+            raise InputError(f"environment.workers is {workers!r}; give at least 1 process")
+        if timeout_s is not None and not 0 < timeout_s < float("inf"):
+            raise InputError(f"environment.timeout_s is {timeout_s}; give a number of seconds above 0, or null for no limit")
+        self.environment, self.workers, self.timeout_s = environment, workers, timeout_s
+        try:
+            self._pickled = pickle.dumps(environment)
+        except Exception as error:
+            raise InputError(
+                f"{type(environment).__name__} cannot be sent to a worker process ({error}); use it without "
+                "ProcessEnvironment, with environment_timeout_s"
+            ) from error
+        self._free = threading.Semaphore(workers)
+        self._idle: list[_Worker] = []
+        self._alive: set[_Worker] = set()
+        # multiprocessing's own exit asks workers to end and waits for them; one that hangs in native code does not listen.
+        weakref.finalize(self, _kill_all, self._alive)
+
+    def reset(self, example: Example) -> _State:
+        state = _State()
+        self._call(state, ("reset", example))
+        return state
+
+    def step(self, state: _State, turn: Message, *, truncated: bool) -> EnvStep:
+        return self._call(state, ("step", state.pickled, turn, truncated))
+
+    def _call(self, state: _State, request: tuple) -> Any:
+        with self._free:
+            worker = self._take()
+            try:
+                answer = worker.ask(pickle.dumps(request), self.timeout_s)
+            except BaseException:
+                self._alive.discard(worker)
+                worker.kill()
+                raise
+            self._idle.append(worker)
+        error, value, pickled = pickle.loads(answer)
+        if error is not None:
+            raise error
+        state.pickled = pickled
+        return value
+
+    def _take(self) -> "_Worker":
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.process.is_alive():
+                return worker
+            self._alive.discard(worker)
+        worker = _Worker(self._pickled, type(self.environment).__module__)
+        self._alive.add(worker)
+        return worker
+
+
+class _Worker:
+    """A process and the pipe to it."""
+
+    def __init__(self, environment: bytes, module: str) -> None:
+        # Forked from a server that has done the imports and has neither threads nor a GPU. Only the first call counts.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", __name__, module])
+        self._connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, environment), daemon=True)
+        self.process.start()
+        theirs.close()
+        error = pickle.loads(self._receive(_START_S))
+        if error is not None:
+            self.kill()
+            raise InputError(f"the environment cannot be made in a worker process: {error!r}") from error
+
+    def ask(self, request: bytes, timeout_s: float | None) -> bytes:
+        try:
+            self._connection.send_bytes(request)
+        except OSError as error:
+            raise self._died() from error
+        return self._receive(timeout_s)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self._connection.close()
+
+    def _receive(self, timeout_s: float | None) -> bytes:
+        try:
+            if self._connection.poll(timeout_s):
+                return self._connection.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise self._died() from error
+        raise EnvironmentTimeout(f"no answer within {timeout_s:g} s; its process was killed")
+
+    def _died(self) -> EnvironmentCrash:
+        self.process.join(10)
+        code = self.process.exitcode
+        how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
+        return EnvironmentCrash(f"its process died {how}")
+
+
+def _kill_all(workers: set[_Worker]) -> None:
+    for worker in workers:
+        worker.process.kill()
+
+
+# ---------------------------------------------------------------------------------------------- in the worker
+
+
+def _serve(connection: Connection, pickled: bytes) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c reaches every process of the terminal; the parent decides
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    try:
+        environment = pickle.loads(pickled)
+    except Exception as error:
+        connection.send_bytes(_pickled_error(error))
+        return
+    connection.send_bytes(pickle.dumps(None))
+    while True:
+        try:
+            request = connection.recv_bytes()
+        except EOFError:
+            return
+        connection.send_bytes(_answer(environment, pickle.loads(request)))
+
+
+def _end_with_the_parent() -> None:
+    """Idle workers see the pipe close; this is for one that hangs when the parent is killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _answer(environment: Environment, request: tuple) -> bytes:
+    """(exception, value, state and streams) pickled."""
+    try:
+        return (_reset if request[0] == "reset" else _step)(environment, *request[1:])
+    except (Exception, SystemExit) as error:
+        error.add_note(f"in the worker process:\n{traceback.format_exc()}")
+        return pickle.dumps((pickle.loads(_pickled_error(error)), None, None))
+
+
+def _reset(environment: Environment, example: Example) -> bytes:
+    digest = hashlib.blake2b(example.id.encode(errors="backslashreplace"), digest_size=4).digest()
+    streams = RandomStreams(int.from_bytes(digest, "big"))
+    with streams.in_use():
+        state = environment.reset(example)
+    return pickle.dumps((None, None, _pickled_state(environment, state, streams)))
+
+
+def _step(environment: Environment, pickled: bytes, turn: Message, truncated: bool) -> bytes:
+    state, streams = pickle.loads(pickled)
+    with streams.in_use():
+        step = check_step(environment.step(state, turn, truncated=truncated))
+    return pickle.dumps((None, step, _pickled_state(environment, state, streams)))
+
+
+def _pickled_state(environment: Environment, state: Any, streams: RandomStreams) -> bytes:
+    try:
+        return pickle.dumps((state, streams))
+    except Exception as error:
+        raise InputError(
+            f"a state of {type(environment).__name__} cannot be pickled ({error}), so it cannot be kept between two calls of "
+            "worker processes; use the environment without ProcessEnvironment, with environment_timeout_s"
+        ) from error
+
+
+def _pickled_error(error: BaseException) -> bytes:
+    """The exception, or its text where it does not survive the way to another process."""
+    try:
+        pickled = pickle.dumps(error)
+        pickle.loads(pickled)
+        return pickled
+    except Exception:
+        told = RuntimeError(f"{error!r}")
+        for note in getattr(error, "__notes__", ()):
+            told.add_note(note)
+        return pickle.dumps(told)

@@ -1,0 +1,32 @@
+"""Python's and numpy's global random streams, as an episode's own: for environments that draw from them."""
+
+import contextlib
+import random
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+
+_LOCK = threading.RLock()  # the streams are the process's: one episode at a time has them
+
+
+class RandomStreams:
+    """Where an episode's streams stand; what it draws depends on the seed and on its own earlier draws alone."""
+
+    def __init__(self, seed: int) -> None:
+        self.python = random.Random(seed).getstate()
+        self.numpy = np.random.RandomState(seed % 2**32).get_state()
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, `random` and `numpy.random` draw from this episode's streams; afterwards from those of before."""
+        with _LOCK:
+            before = random.getstate(), np.random.get_state()
+            random.setstate(self.python)
+            np.random.set_state(self.numpy)
+            try:
+                yield
+            finally:
+                self.python, self.numpy = random.getstate(), np.random.get_state()
+                random.setstate(before[0])
+                np.random.set_state(before[1])

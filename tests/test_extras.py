@@ -1,0 +1,50 @@
+"""Environments of other libraries where those are missing, and what they refuse before any of theirs is asked."""
+
+import sys
+
+import pytest
+
+from pidistill.envs import Environment, GEMEnvironment, ReasoningGymEnvironment, gem_dataset, reasoning_gym_dataset
+from pidistill.errors import InputError
+from pidistill.types import Example
+
+
+@pytest.fixture
+def without_libraries(monkeypatch):
+    for name in ("gem", "reasoning_gym", "reasoning_gym.factory"):
+        monkeypatch.setitem(sys.modules, name, None)  # what an import of a missing library meets
+
+
+@pytest.mark.parametrize(
+    ("make", "extra"),
+    [
+        (lambda: gem_dataset("game:GuessTheNumber-v0-easy", 3), "gem"),
+        (lambda: reasoning_gym_dataset("leg_counting", 3), "reasoning-gym"),
+    ],
+)
+def test_a_missing_library_is_named_with_its_extra(make, extra, without_libraries):
+    with pytest.raises(InputError, match=rf"is not usable here .*; install it with pip install 'pidistill\[{extra}\]'"):
+        make()
+
+
+@pytest.mark.parametrize("environment", [GEMEnvironment(), ReasoningGymEnvironment()])
+def test_environments_are_made_without_their_library_and_name_the_dataset_they_need(environment, without_libraries):
+    assert isinstance(environment, Environment)
+    with pytest.raises(InputError, match=r"row 5 holds no .*rows of pidistill\.envs\.\w+_dataset"):
+        environment.reset(Example(id="row 5", messages=[]))
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: gem_dataset("game:Mastermind-v0-easy", 0), r"dataset\.n is 0"),
+        (lambda: gem_dataset("game:Mastermind-v0-easy", 1, completion="expert"), r"dataset\.completion is 'expert'"),
+        (lambda: gem_dataset("game:Mastermind-v0-easy", 1, privileged="all"), r"dataset\.privileged is 'all'"),
+        (lambda: reasoning_gym_dataset("leg_counting", 0), r"dataset\.n is 0"),
+        (lambda: reasoning_gym_dataset("leg_counting", 1, answer_format="boxed"), r"dataset\.answer_format is 'boxed'"),
+    ],
+)
+def test_arguments_that_cannot_be_meant_are_refused(make, told):
+    """Under pytest the type checker is first; the sentences are for configs, which it does not see."""
+    with pytest.raises(Exception, match=rf"{told}|Type-check error"):
+        make()
