@@ -12,7 +12,7 @@ from typing import Any
 
 from pidistill.envs.base import Environment, EnvStep
 from pidistill.errors import InputError
-from pidistill.messages import message_text
+from pidistill.messages import messages_text
 from pidistill.types import Example, Message
 
 
@@ -49,5 +49,5 @@ class LeakPenalty:
 
     def step(self, state: Any, turn: Message, *, truncated: bool) -> EnvStep:
         step = self.environment.step(state, turn, truncated=truncated)
-        leak = 0.0 - self.penalty * count_phrases(message_text(turn), self.phrases)
+        leak = 0.0 - self.penalty * count_phrases(messages_text([turn]), self.phrases)
         return replace(step, reward=step.reward + leak, reward_parts={**step.reward_parts, "leak": leak})

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 from pidistill.envs.base import Environment
 from pidistill.errors import InputError
@@ -164,6 +165,7 @@ class _Episode:
         if len(self.turn_rewards) == self.max_turns:
             self.out_of_turns = True
             return None
+        _say_what_is_rewritten(self.tokenizer)
         history = [*self.example.messages, *self.turns]
         observation_ids = self.tokenizer.encode_observations(history, self.observations, self.example.tools)
         self.turns += self.observations
@@ -172,7 +174,7 @@ class _Episode:
 
     def finish(self, sample: Sample) -> None:
         """Settle what the token limit left: an observation that did not fit, or a turn cut short."""
-        if self.failure is not None or sample.stop_reason != "length":
+        if self.failure is not None or sample.stop_reason not in ("length", "turn_length"):
             return
         if len(sample.tokens) < self.tokens:  # the observation was refused whole: it is not part of the completion
             del self.turns[len(self.turns) - len(self.observations) :]
@@ -224,6 +226,20 @@ class _Episode:
         self.turn_rewards.append(reward)
         for name, value in parts.items():
             self.reward_parts[name] = self.reward_parts.get(name, 0.0) + value
+
+
+_LOOKED_AT: WeakSet[ChatTokenizer] = WeakSet()
+
+
+def _say_what_is_rewritten(tokenizer: ChatTokenizer) -> None:
+    """Once per tokenizer, when the first episode goes on after a turn: serving then differs from training."""
+    rewrites = getattr(tokenizer, "history_rewrites", None)
+    if rewrites is None or tokenizer in _LOOKED_AT:
+        return
+    _LOOKED_AT.add(tokenizer)
+    said = rewrites()
+    if said is not None:
+        _log.warning("%s", said)
 
 
 def _warn(failed: list[_Episode]) -> None:
