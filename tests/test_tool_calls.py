@@ -37,7 +37,11 @@ def tool(content):
     ("format", "text", "expected"),
     [
         ("hermes", "Hello.", turn("Hello.")),
-        ("hermes", '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>', turn("", call(city="Rome"))),
+        (
+            "hermes",
+            '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>',
+            turn("", call(city="Rome")),
+        ),
         (
             "hermes",
             'Look:\n<tool_call>{"name": "a", "arguments": {}}</tool_call>\n<tool_call>{"arguments": {"x": [1, null]}, "name": '
@@ -69,9 +73,14 @@ def test_turns_are_read(format, text, expected):
         ("hermes", '<tool_call>{"name": "a", "arguments": {"x": NaN}}</tool_call>', "NaN is not JSON"),
         ("hermes", '<tool_call>{"arguments": {}}</tool_call>', "no name"),
         ("hermes", '<tool_call>["a"]</tool_call>', "no name"),
-        ("hermes", '<tool_call>{"name": "a", "arguments": "x"}</tool_call>', "arguments of the call of a must be a JSON object"),
+        (
+            "hermes",
+            '<tool_call>{"name": "a", "arguments": "x"}</tool_call>',
+            "arguments of the call of a must be a JSON object",
+        ),
         ("hermes", '<tool_call>{"name": "a", "arguments": {}}', "is not closed by </tool_call>"),
         ("hermes", "so </tool_call>", "</tool_call> without <tool_call>"),
+        ("hermes", '<tool_call>{"name": "a", "arguments": {"x": "\\ud800"}}</tool_call>', "not valid JSON"),
         ("hermes", "<tool_call>" + "[" * 100_000 + "</tool_call>", "not valid JSON"),
         ("llama3", '{"name": "a", "parameters": {}', "not valid JSON"),
         ("llama3", '{"name": "a", "parameters": {}}; {"name": "b", "parameters": {}}', "not valid JSON"),
@@ -151,7 +160,9 @@ def test_auto_is_what_the_template_writes(tmp_path):
 
 
 def test_an_unknown_form_is_said_and_stays_text(tmp_path, caplog):
-    template = "{% for m in messages %}{% for c in m.tool_calls or [] %}[CALL]{{ c.function.arguments }}{% endfor %}{% endfor %}"
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}[CALL]{{ c.function.arguments }}{% endfor %}{% endfor %}"
+    )
     with caplog.at_level(logging.WARNING):
         tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path, template)), stop_tokens=["<|im_end|>"])
     assert tokenizer.tool_format == "none" and "a form unknown here" in caplog.text

@@ -100,6 +100,7 @@ def _call(text: str, argument_keys: Sequence[str]) -> dict[str, Any]:
     try:
         # json.loads takes NaN, which is not JSON; RecursionError and ValueError: nesting and numbers without end.
         call = json.loads(text, parse_constant=_refuse_constant)
+        json.dumps(call, ensure_ascii=False).encode()  # half of a surrogate pair is no text that a tokenizer takes
     except (ValueError, RecursionError) as error:
         raise MalformedCall(f"the tool call is not valid JSON ({error}): {text.strip()[:80]}") from error
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
