@@ -433,7 +433,7 @@ def test_a_turn_that_reaches_its_limit_ends_the_row(model, limit):
     for long, short in zip(plain, cut, strict=True):
         length, turn = len(long.tokens), 0
         for t, own in enumerate(long.policy_mask):
-            turn = turn + 1 if own and (t == 0 or long.policy_mask[t - 1] and long.tokens[t - 1] >= 10) else int(own)
+            turn = turn + 1 if own and (t == 0 or (long.policy_mask[t - 1] and long.tokens[t - 1] >= 10)) else int(own)
             if turn == limit and long.tokens[t] >= 10:
                 length = t + 1
                 break

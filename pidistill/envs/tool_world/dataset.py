@@ -1,28 +1,26 @@
 """Rows of the tool world, and episodes as text."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs.tool_world.customer import Customer
 from pidistill.envs.tool_world.environment import ToolWorldEnvironment
 from pidistill.envs.tool_world.policy import POLICY
-from pidistill.envs.tool_world.tasks import LEVELS, SHARES, Split, ToolTask, draw_tasks, expert_calls
+from pidistill.envs.tool_world.tasks import LEVELS, SHARES, ToolTask, draw_tasks, expert_calls
 from pidistill.envs.tool_world.tools import TOOLS
 from pidistill.envs.tool_world.wishes import Call, Move
 from pidistill.errors import InputError
 from pidistill.messages import messages_text
 from pidistill.types import Example, Message
 
-Privileged = Literal["calls", "names", "instruction", "none"]
-PRIVILEGED: tuple[Privileged, ...] = ("calls", "names", "instruction", "none")
+PRIVILEGED = ("calls", "names", "instruction", "none")
 SCHEMAS = [tool.schema for tool in TOOLS.values()]
 
 
 def tool_world_dataset(
-    split: Split,
+    split: str,
     n: int = 100,
-    privileged: Privileged = "calls",
+    privileged: str = "calls",
     levels: Sequence[int] = LEVELS,
     completion: bool = False,
     world_seed: int = 0,
@@ -50,7 +48,7 @@ def tool_world_dataset(
     return ExampleDataset([_example(task, row, privileged, completion) for row, task in enumerate(tasks)])
 
 
-def _example(task: ToolTask, row: int, privileged: Privileged, completion: bool) -> Example:
+def _example(task: ToolTask, row: int, privileged: str, completion: bool) -> Example:
     opening = Customer(task.identity, task.wishes).opening
     return Example(
         id=f"tool_world {task.split} row {row}",
@@ -62,7 +60,7 @@ def _example(task: ToolTask, row: int, privileged: Privileged, completion: bool)
     )
 
 
-def privileged_text(task: ToolTask, kind: Privileged) -> str | None:
+def privileged_text(task: ToolTask, kind: str) -> str | None:
     if kind == "none":
         return None
     if kind == "instruction":

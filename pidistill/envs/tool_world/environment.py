@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pidistill.envs.base import EnvStep
 from pidistill.envs.tool_world.customer import STOP, Customer, said_all
 from pidistill.envs.tool_world.shop import Shop, shop_image
-from pidistill.envs.tool_world.tasks import ToolTask, final_fingerprint
+from pidistill.envs.tool_world.tasks import ToolTask
 from pidistill.envs.tool_world.tools import TOOLS
 from pidistill.envs.tools import call_tools
 from pidistill.errors import InputError
@@ -64,7 +64,7 @@ class ToolWorldEnvironment:
         return self._end(state) if state.done else _going_on([{"role": "user", "content": answer}])
 
     def _end(self, state: ToolWorldState) -> EnvStep:
-        database = float(state.shop.fingerprint() == final_fingerprint(state.task))
+        database = float(state.shop.fingerprint() == state.task.final_fingerprint)
         outputs = float(said_all("\n".join(state.said), state.task.outputs))
         return EnvStep([], database * outputs, True, {"database": database, "outputs": outputs})
 

@@ -104,6 +104,8 @@ def shop_image(seed: int) -> bytes:
     rng, shop = random.Random(f"shop {seed}"), Shop()
     for table, columns in _TABLES.items():
         shop.change(f"CREATE TABLE {table} ({columns})")
+    for table, column in (("payments", "user_id"), ("variants", "product_id"), ("orders", "user_id"), ("items", "order_id")):
+        shop.change(f"CREATE INDEX {table}_{column} ON {table} ({column})")
     _add_products(shop, rng)
     _add_users(shop, rng)
     _add_orders(shop, rng)

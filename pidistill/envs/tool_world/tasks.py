@@ -4,7 +4,6 @@ import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from pidistill.envs.tool_world.kinds import ALWAYS_FIT, HARD, PLAIN, need_a_human
 from pidistill.envs.tool_world.shop import Shop, shop_image
@@ -12,9 +11,7 @@ from pidistill.envs.tool_world.tools import CHANGING, TOOLS
 from pidistill.envs.tool_world.wishes import Call, Desk, Move, Say, Wish, described
 from pidistill.errors import InputError
 
-Split = Literal["train", "validation", "test"]
-
-SHARES: dict[Split, float] = {"train": 0.6, "validation": 0.2, "test": 0.2}
+SHARES = {"train": 0.6, "validation": 0.2, "test": 0.2}
 LEVELS = (1, 2, 3, 4)
 _WRITES = frozenset(function.__name__ for function in CHANGING)
 _HARD_PROB = 0.4  # of a wish of a task with two or more
@@ -36,7 +33,7 @@ class ToolTask:
     """
 
     world_seed: int
-    split: Split
+    split: str
     level: int
     user_id: str
     identity: str
@@ -56,6 +53,14 @@ class ToolTask:
         """What the agent must have told the customer."""
         return tuple(output for wish in self.wishes for output in wish.outputs)
 
+    @functools.cached_property
+    def final_fingerprint(self) -> str:
+        """Of the shop after the expert."""
+        shop = Shop(shop_image(self.world_seed))
+        for call in self.writes:
+            TOOLS[call.name].call(dict(call.arguments), shop)
+        return shop.fingerprint()
+
     @property
     def instruction(self) -> str:
         """What the customer knows and wants: hidden from the agent until it is said."""
@@ -68,16 +73,8 @@ class ToolTask:
         return "\n".join(lines)
 
 
-def final_fingerprint(task: ToolTask) -> str:
-    """The fingerprint of the shop after the expert."""
-    shop = Shop(shop_image(task.world_seed))
-    for call in task.writes:
-        TOOLS[call.name].call(dict(call.arguments), shop)
-    return shop.fingerprint()
-
-
 @functools.lru_cache(maxsize=16)
-def split_users(world_seed: int) -> dict[Split, tuple[str, ...]]:
+def split_users(world_seed: int) -> dict[str, tuple[str, ...]]:
     """The users of each split: 60%, 20% and 20% of them, shuffled. No user is in two."""
     users = [row["user_id"] for row in Shop(shop_image(world_seed)).rows("SELECT user_id FROM users ORDER BY user_id")]
     random.Random(f"users {world_seed}").shuffle(users)
@@ -85,7 +82,7 @@ def split_users(world_seed: int) -> dict[Split, tuple[str, ...]]:
     return {"train": tuple(users[:cut]), "validation": tuple(users[cut:end]), "test": tuple(users[end:])}
 
 
-def draw_tasks(split: Split, n: int, world_seed: int = 0, levels: Sequence[int] = LEVELS) -> list[ToolTask]:
+def draw_tasks(split: str, n: int, world_seed: int = 0, levels: Sequence[int] = LEVELS) -> list[ToolTask]:
     """The first ``n`` tasks of a split, all different, the levels in turn. More of them begin with the same ones.
 
     Every task asks for something that an agent who does nothing does not do: a change, a hand-over or an answer.
@@ -105,7 +102,7 @@ def draw_tasks(split: Split, n: int, world_seed: int = 0, levels: Sequence[int] 
     return tasks
 
 
-def _draw(rng: random.Random, split: Split, users: Sequence[str], world_seed: int, level: int) -> ToolTask | None:
+def _draw(rng: random.Random, split: str, users: Sequence[str], world_seed: int, level: int) -> ToolTask | None:
     """A task of a random user; None where its orders do not give as many wishes."""
     shop = Shop(shop_image(world_seed))
     user_id = rng.choice(users)
