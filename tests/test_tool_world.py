@@ -20,7 +20,7 @@ from pidistill.envs.tools import ToolError
 from pidistill.errors import InputError
 from pidistill.types import Example
 
-SIZES = {"train": 160, "validation": 60, "test": 80}
+SIZES = {"train": 120, "validation": 40, "test": 80}
 ENVIRONMENT = ToolWorldEnvironment()
 
 
@@ -68,10 +68,9 @@ def test_who_does_nothing_solves_no_task(every_task):
     """Though for some tasks nothing is to be changed: there, something must be said."""
     silent = [Say("Hello.")] * 3
     hasty = [Say("Is there anything else?")] * 4
-    for task in every_task:
-        for moves in (silent, hasty):
-            reward, _, done = play(task, moves)
-            assert done and reward == 0.0, task.instruction
+    for row, task in enumerate(every_task):
+        reward, _, done = play(task, hasty if row % 2 else silent)
+        assert done and reward == 0.0, task.instruction
     unchanged = sum(not task.writes for task in every_task) / len(every_task)
     assert 0.1 < unchanged < 0.2
     assert all(task.outputs for task in every_task if not task.writes)

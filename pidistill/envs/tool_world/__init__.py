@@ -11,9 +11,18 @@ model to play the customer:
     customer.py     the customer, a state machine
     environment.py  the environment: reward by the final database and by what was said
     dataset.py      rows, the expert's demonstrations, episodes as text
+    tokenizer.py    a small tokenizer for models made from nothing
 """
 
-from pidistill.envs.tool_world.dataset import play_expert, render_episode, tool_world_dataset
+from pidistill.envs.tool_world.dataset import play_expert, render_episode, tool_world_base_dataset, tool_world_dataset
 from pidistill.envs.tool_world.environment import ToolWorldEnvironment
+from pidistill.envs.tool_world.tokenizer import tool_world_tokenizer
 
-__all__ = ["ToolWorldEnvironment", "play_expert", "render_episode", "tool_world_dataset"]
+__all__ = [
+    "ToolWorldEnvironment",
+    "play_expert",
+    "render_episode",
+    "tool_world_base_dataset",
+    "tool_world_dataset",
+    "tool_world_tokenizer",
+]

@@ -1,6 +1,8 @@
 """Rows of the tool world, and episodes as text."""
 
+import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs.tool_world.customer import Customer
@@ -11,6 +13,7 @@ from pidistill.envs.tool_world.tools import TOOLS
 from pidistill.envs.tool_world.wishes import Call, Move
 from pidistill.errors import InputError
 from pidistill.messages import messages_text
+from pidistill.privileged import PrivilegedPrompt
 from pidistill.types import Example, Message
 
 PRIVILEGED = ("calls", "names", "instruction", "none")
@@ -46,6 +49,36 @@ def tool_world_dataset(
         raise InputError(f"dataset.n is {n}; give at least 1 row")
     tasks = draw_tasks(split, n, world_seed, tuple(levels))
     return ExampleDataset([_example(task, row, privileged, completion) for row, task in enumerate(tasks)])
+
+
+def tool_world_base_dataset(
+    n: int,
+    privileged: str = "calls",
+    shown_frac: float = 0.5,
+    levels: Sequence[int] = LEVELS,
+    world_seed: int = 0,
+    seed: int = 0,
+) -> ExampleDataset:
+    """Demonstrations on training tasks, a share of the rows with the privileged information already in their messages.
+
+    What makes a model from nothing that does the task better with privileged information than without: supervised training
+    needs no teacher view. The information stands where :class:`~pidistill.privileged.PrivilegedPrompt` puts it by default.
+
+    Args:
+        n: rows, each of its own task.
+        privileged: as in :func:`tool_world_dataset`.
+        shown_frac: probability of a row to show it.
+        seed: which rows do.
+    """
+    if not 0.0 <= shown_frac <= 1.0:
+        raise InputError(f"dataset.shown_frac is {shown_frac}; it is a probability, between 0 and 1")
+    rng, prompt = random.Random(seed), PrivilegedPrompt()
+    rows = []
+    for example in tool_world_dataset("train", n, privileged, levels, completion=True, world_seed=world_seed):
+        shown = example.privileged is not None and rng.random() < shown_frac
+        messages = prompt.teacher_messages(example, example.messages) if shown else example.messages
+        rows.append(replace(example, messages=messages, privileged=None))
+    return ExampleDataset(rows)
 
 
 def _example(task: ToolTask, row: int, privileged: str, completion: bool) -> Example:
