@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pidistill.messages import messages_text
 from pidistill.metrics import privileged_overlap, rollout_means, rollout_sums
 from pidistill.rollouts import CollectResult, rollout_seed
 from pidistill.rounds import TextLog
@@ -142,7 +143,7 @@ def sample_texts(
     for view in ("student", "teacher"):
         collected = sample_view(model, chosen, collect, run, view=view, samples=1, max_new_tokens=settings.max_new_tokens)
         for rollout in collected.rollouts:
-            text = "\n".join(f"{turn['role']}: {turn.get('content') or turn.get('tool_calls')}" for turn in rollout.turns)
+            text = "\n".join(f"{turn['role']}: {messages_text([turn])}" for turn in rollout.turns)
             rows.append({"row": rollout.group, "example": rollout.example.id, "view": view, "reward": rollout.reward,
                          "text": text[: settings.max_chars]})  # fmt: skip
     return sorted(run.gather(rows), key=lambda row: (row["row"], row["view"]))

@@ -7,29 +7,15 @@ its own (`view: student`). Each row of the file tells where its hint comes from:
 sampling settings.
 """
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pidistill.errors import InputError
-from pidistill.messages import message_text
 from pidistill.rewards.base import last_answer
 from pidistill.traces import Rewrite, Selected, Trace
 from pidistill.types import Example, Message, Rollout
-
-HINT_TEMPLATE = """\
-Below is a conversation in which an assistant with tools did what the user wanted. Write two or three sentences of advice for \
-somebody who is about to do the same task and has not seen the conversation: what to find out, what to decide, and which tools \
-to call with which values. Plain sentences only, no list, no greeting.
-
-<conversation>
-{conversation}
-</conversation>"""
-
-FILE_MADE_BY = "tune run --nproc_per_node 1 recipes/sample_distributed.py --config configs/tau_bench/7B_hints.yaml"
 
 
 @dataclass(frozen=True)
@@ -66,37 +52,12 @@ class Hints:
     def select(self, rollouts: Sequence[Rollout], leak_phrases: Sequence[str], rewrite: Rewrite, seed: int) -> Selected:
         traces: dict[int, Trace] = {}
         for rollout in rollouts:
-            usable = (
-                rollout.task_reward >= self.threshold and rollout.stop_reason != "length" and last_answer(rollout.turns).strip()
-            )
+            whole = rollout.task_reward >= self.threshold and rollout.stop_reason not in ("length", "turn_length")
+            usable = whole and last_answer(rollout.turns).strip()
             if usable and rollout.group not in traces:
                 told = {"sampled_by": rollout.sampled_by, **hint_provenance(rollout.example)}
                 traces[rollout.group] = Trace(rollout.example, rollout.turns, rollout.reward, rollout.group, told)
         return Selected(list(traces.values()))
-
-
-def read_hints(path: str) -> dict[str, str]:
-    """The first hint of each task in a file that :class:`Hints` selected."""
-    if not Path(path).is_file():
-        raise InputError(f"dataset.hints {path} does not exist; it is written by the stage before: run `{FILE_MADE_BY}` first")
-    hints: dict[str, str] = {}
-    for i, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n")):
-        if line.strip():
-            task, text = _hint_of(line, f"{Path(path).name} row {i}")
-            hints.setdefault(task, text)
-    return hints
-
-
-def _hint_of(line: str, where: str) -> tuple[str, str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not valid JSON ({error}); check dataset.hints") from error
-    provenance = row.get("provenance") if isinstance(row, Mapping) else None
-    turns = row.get("completion") if isinstance(row, Mapping) else None
-    if not isinstance(provenance, Mapping) or "task" not in provenance or not turns:
-        raise InputError(f"{where} is no hint with its task; dataset.hints wants the file of selection pidistill.hints.Hints")
-    return str(provenance["task"]), message_text(turns[-1]).strip()
 
 
 def hint_provenance(example: Example) -> dict[str, Any]:

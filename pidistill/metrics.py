@@ -36,6 +36,7 @@ that was not computed is absent; nothing stands in for it.
 | sft_loss | mean −log S per token of the demonstrations behind `sft_weight` |
 | zero_advantage_frac | share of rollouts whose advantage from the reward is 0 |
 | truncated_frac | share of rollouts cut off by the token limit |
+| turn_truncated_frac | share of rollouts whose last turn reached `sampler.max_turn_tokens`; part of truncated_frac |
 | rows_without_pi | rows of the training data without privileged information |
 | dropped/<reason> | rollouts left out of this round, by reason: those of :class:`pidistill.rollouts.CollectResult` |
 | dropped_rows/<reason> | rows left out of the training data, by reason |
@@ -68,7 +69,7 @@ from tqdm.auto import tqdm
 
 from pidistill.advantages import group_slots
 from pidistill.config import build
-from pidistill.messages import message_text, messages_text
+from pidistill.messages import messages_text
 from pidistill.policy_gradient import effective_sample_size
 from pidistill.rewards.shaping import count_phrases
 from pidistill.training import Run, log, write_jsonl
@@ -225,7 +226,8 @@ def token_means(sums: dict[str, float], tokens: float) -> dict[str, float]:
 
 
 def assistant_text(turns: Sequence[Message]) -> str:
-    return "\n".join(message_text(turn) for turn in turns if turn["role"] == "assistant")
+    """What the policy wrote, tool calls included."""
+    return messages_text([turn for turn in turns if turn["role"] == "assistant"])
 
 
 def says_leak_phrase(rollout: Rollout, phrases: Sequence[str]) -> bool:
@@ -256,7 +258,8 @@ def rollout_sums(rollouts: Sequence[Rollout], success_threshold: float, leak_phr
         "_reward_squared": sum(r.reward**2 for r in rollouts),
         "success_frac": float(sum(r.task_reward >= success_threshold for r in rollouts)),
         "completion_tokens_mean": float(sum(r.policy_tokens for r in rollouts)),
-        "truncated_frac": float(sum(r.stop_reason == "length" for r in rollouts)),
+        "truncated_frac": float(sum(r.stop_reason in ("length", "turn_length") for r in rollouts)),
+        "turn_truncated_frac": float(sum(r.stop_reason == "turn_length" for r in rollouts)),
     }
     if leak_phrases:
         sums["leak_frac"] = float(sum(says_leak_phrase(r, leak_phrases) for r in rollouts))

@@ -108,7 +108,7 @@ class Successes:
         _check_limit(self.max_per_prompt)
 
     def select(self, rollouts: Sequence[Rollout], leak_phrases: Sequence[str], rewrite: Rewrite, seed: int) -> Selected:
-        whole = [r for r in rollouts if r.task_reward >= self.threshold and r.stop_reason != "length"]
+        whole = [r for r in rollouts if r.task_reward >= self.threshold and r.stop_reason not in ("length", "turn_length")]
         traces = [Trace(r.example, r.turns, r.reward, r.group, {"sampled_by": r.sampled_by}) for r in whole]
         return Selected(_filtered(traces, leak_phrases if self.drop_leaks else (), self.max_per_prompt))
 

@@ -75,7 +75,8 @@ class Rollout:
             top-p included); NaN on observations. None for a demonstration, which nobody sampled.
         sampled_by: the view whose prompt the sampler saw.
         group: rollouts with the same group number answer the same example in the same round.
-        stop_reason: "done" (the environment ended the episode), "length" (token limit), "max_turns".
+        stop_reason: "done" (the environment ended the episode), "length" (token limit), "turn_length" (a turn's own limit),
+            "max_turns".
         turns: the messages of the episode: assistant turns and observations.
         reward: sum of the environment's rewards and of `reward_shaping`; None when the reward raised or was not finite (such a
             rollout is dropped).

@@ -56,8 +56,9 @@ class Script:
 
     temperature, top_p, top_k = 1.0, None, None
 
-    def __init__(self, *rows: str, max_new_tokens: int = 1000):
+    def __init__(self, *rows: str, max_new_tokens: int = 1000, limit_name: str = "length"):
         self.rows = rows
+        self.limit_name = limit_name
         self.max_new_tokens = max_new_tokens
         self.calls = []
 
@@ -67,7 +68,7 @@ class Script:
         return [self._row(row, text, limit, on_turn_end) for row, text in enumerate(self.rows)]
 
     def _row(self, row, text, limit, on_turn_end):
-        sample, start = Sample([], [], [], "length"), 0
+        sample, start = Sample([], [], [], self.limit_name), 0
         for character in text:
             sample.tokens.append(STOP if character == "." else ord(character))
             sample.policy_mask.append(True)
@@ -223,13 +224,14 @@ def test_an_episode_has_at_most_max_turns():
 # ---------------------------------------------------------------------------------------------- the token limit
 
 
-def test_a_turn_cut_short_is_stepped_as_truncated():
+@pytest.mark.parametrize("limit", ["length", "turn_length"])
+def test_a_turn_cut_short_is_stepped_as_truncated(limit):
     environment = Counting()
-    (rollout,) = collect(Script("x.yq...", max_new_tokens=7), environment, "a").rollouts
+    (rollout,) = collect(Script("x.yq...", max_new_tokens=7, limit_name=limit), environment, "a").rollouts
     assert LetterTokenizer().decode(rollout.completion) == "x\x01:1>yq"
     assert environment.steps == [("row a", "x", False), ("row a", "yq", True)]
     assert rollout.turns == [assistant("x"), tool("1"), assistant("yq")]
-    assert (rollout.stop_reason, rollout.reward) == ("length", 12.0)
+    assert (rollout.stop_reason, rollout.reward) == (limit, 12.0)
 
 
 def test_an_observation_that_does_not_fit_is_in_neither_tokens_nor_turns():

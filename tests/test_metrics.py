@@ -142,6 +142,7 @@ def test_rollout_means_are_those_of_all_rollouts_together():
         "success_frac": 2 / 3,
         "completion_tokens_mean": 1.0,
         "truncated_frac": 1 / 3,
+        "turn_truncated_frac": 0.0,
         "leak_frac": 0.0,
         "reward/right": statistics.fmean(rewards),
     }

@@ -427,6 +427,24 @@ def test_rows_without_a_stop_end_at_the_limit_without_a_call(model):
     assert not talk.heard
 
 
+@pytest.mark.parametrize("limit", [1, 3, 8])
+def test_a_turn_that_reaches_its_limit_ends_the_row(model, limit):
+    """Rows are those without the limit, cut where the first turn has as many tokens and no stop."""
+    play = functools.partial(sample, model, group_size=4, stop_ids=frozenset(range(10)))
+    plain = play(TorchtuneSampler(max_new_tokens=40), on_turn_end=Talk())
+    cut = play(TorchtuneSampler(max_new_tokens=40, max_turn_tokens=limit), on_turn_end=Talk())
+    for long, short in zip(plain, cut, strict=True):
+        length, turn = len(long.tokens), 0
+        for t, own in enumerate(long.policy_mask):
+            turn = turn + 1 if own and (t == 0 or (long.policy_mask[t - 1] and long.tokens[t - 1] >= 10)) else int(own)
+            if turn == limit and long.tokens[t] >= 10:
+                length = t + 1
+                break
+        assert short.tokens == long.tokens[:length]
+        assert short.stop_reason == (long.stop_reason if length == len(long.tokens) else "turn_length")
+    assert {row.stop_reason for row in cut} >= {"turn_length"}
+
+
 def test_an_empty_observation_starts_the_next_turn(model):
     turns = []
     sample(
@@ -549,6 +567,7 @@ def test_compiled_layers_run_eagerly():
         ({"top_p": 1.01}, "sampler.top_p"),
         ({"top_k": 0}, "sampler.top_k"),
         ({"max_batch_size": 0}, "sampler.max_batch_size"),
+        ({"max_turn_tokens": 0}, "sampler.max_turn_tokens"),
         ({"max_new_tokens": 0}, "sampler.max_new_tokens"),
     ],
 )

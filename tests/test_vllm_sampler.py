@@ -160,6 +160,14 @@ def test_the_limit_counts_sampled_and_forced_tokens(make, model):
     assert all(all(one.policy_mask) and len(one.tokens) <= 3 for one in tight), "no room for an answer: not begun"
 
 
+def test_a_turn_that_reaches_its_own_limit_ends_the_row(make, model):
+    sampler = make(max_new_tokens=30, max_turn_tokens=3)
+    samples = sample(sampler, model, lambda row, ids: [9])
+    cut = [one for one in samples if one.stop_reason == "turn_length"]
+    assert cut and all(one.policy_mask[-3:] == [True] * 3 and STOP not in one.tokens[-3:] for one in cut)
+    assert all(max_tokens <= 3 for _, _, _, max_tokens, _ in sampler._engine.begun)
+
+
 def test_rows_go_on_while_one_waits(make, model):
     sampler, waiting = make(), Future()
     others = []

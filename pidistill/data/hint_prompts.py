@@ -6,9 +6,17 @@ from typing import Any
 from pidistill.data.agent_traces import UNSOLVED, TraceTask, read_traces
 from pidistill.data.dataset import ExampleDataset
 from pidistill.errors import InputError
-from pidistill.hints import HINT_TEMPLATE
 from pidistill.messages import transcript_text
 from pidistill.types import Example
+
+HINT_TEMPLATE = """\
+Below is a conversation in which an assistant with tools did what the user wanted. Write two or three sentences of advice for \
+somebody who is about to do the same task and has not seen the conversation: what to find out, what to decide, and which tools \
+to call with which values. Plain sentences only, no list, no greeting.
+
+<conversation>
+{conversation}
+</conversation>"""
 
 
 def hint_prompts(source: str, template: str = HINT_TEMPLATE, max_tasks: int | None = None, **keys: Any) -> ExampleDataset:

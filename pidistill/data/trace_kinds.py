@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pidistill.agent_calls import CallStyle, ToolCall
+from pidistill.data.hint_file import read_hints
 from pidistill.errors import InputError
-from pidistill.hints import read_hints
 from pidistill.messages import transcript_text
 from pidistill.privileged import DEFAULT_LEAK_PHRASES
 

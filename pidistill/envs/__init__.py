@@ -13,6 +13,7 @@ from pidistill.envs.process import ProcessEnvironment
 from pidistill.envs.reasoning_gym import ReasoningGymEnvironment, reasoning_gym_dataset
 from pidistill.envs.replay import ReplayEnvironment
 from pidistill.envs.single_turn import SingleTurn
+from pidistill.envs.tools import FunctionToolEnvironment
 
 __all__ = [
     "EnvStep",
@@ -20,6 +21,7 @@ __all__ = [
     "EnvironmentCrash",
     "EnvironmentOutputError",
     "EnvironmentTimeout",
+    "FunctionToolEnvironment",
     "GEMEnvironment",
     "ProcessEnvironment",
     "ReasoningGymEnvironment",

@@ -16,7 +16,8 @@ class Sample:
         tokens: [T] sampled ids and forced observation ids, in order.
         policy_mask: [T] True where the token was sampled.
         logprobs: [T] fp32 nats of each sampled token under the distribution it was drawn from; NaN where forced.
-        stop_reason: "done" (``on_turn_end`` returned None) or "length" (token limit reached first).
+        stop_reason: "done" (``on_turn_end`` returned None), "length" (token limit reached first) or, from samplers that limit
+            single turns, "turn_length" (the last turn reached that limit; the row ends with it).
     """
 
     tokens: list[int]

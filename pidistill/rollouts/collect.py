@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 from pidistill.envs.base import Environment, EnvironmentCrash, EnvironmentOutputError, EnvironmentTimeout, check_step
 from pidistill.errors import InputError
@@ -191,6 +192,7 @@ class _Episode:
         if len(self.turn_rewards) == self.max_turns:
             self.out_of_turns = True
             return None
+        _say_what_is_rewritten(self.tokenizer)
         history = [*self.example.messages, *self.turns]
         observation_ids = self.tokenizer.encode_observations(history, self.observations, self.example.tools)
         self.turns += self.observations
@@ -199,7 +201,7 @@ class _Episode:
 
     def finish(self, sample: Sample) -> None:
         """Settle what the token limit left: an observation that did not fit, or a turn cut short."""
-        if self.failure is not None or sample.stop_reason != "length":
+        if self.failure is not None or sample.stop_reason not in ("length", "turn_length"):
             return
         if len(sample.tokens) < self.tokens:  # the observation was refused whole: it is not part of the completion
             del self.turns[len(self.turns) - len(self.observations) :]
@@ -262,6 +264,20 @@ def _shape(rollout: Rollout, parts: Sequence[Shaping]) -> _Failure | None:
     if not math.isfinite(rollout.reward):
         return _Failure("reward_not_finite", f"reward_shaping gave {rollout.reward}, with parts {rollout.reward_parts}")
     return None
+
+
+_LOOKED_AT: WeakSet[ChatTokenizer] = WeakSet()
+
+
+def _say_what_is_rewritten(tokenizer: ChatTokenizer) -> None:
+    """Once per tokenizer, when the first episode goes on after a turn: serving then differs from training."""
+    rewrites = getattr(tokenizer, "history_rewrites", None)
+    if rewrites is None or tokenizer in _LOOKED_AT:
+        return
+    _LOOKED_AT.add(tokenizer)
+    said = rewrites()
+    if said is not None:
+        _log.warning("%s", said)
 
 
 def _warn(failed: list[_Episode]) -> None:

@@ -23,6 +23,7 @@ class Request:
     pad_id: int
     on_turn_end: OnTurnEnd
     vocab_size: int
+    max_turn_tokens: int | None = None
 
 
 @runtime_checkable

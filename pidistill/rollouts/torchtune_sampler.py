@@ -48,6 +48,9 @@ class TorchtuneSampler:
         top_k: keep the k most probable tokens, and those tied with the last of them; null keeps all.
         top_p: keep the fewest most probable tokens that together reach this probability, after temperature and top_k; null
             keeps all. Either one makes the sampling distribution differ from the one that is trained.
+        max_turn_tokens: sampled tokens of one turn, null for no limit but ``max_new_tokens``. A turn that reaches it without a
+            stop token ends the episode: its environment judges it as truncated, and it is counted as
+            ``turn_truncated_frac``. An end that is forced would stand in the context as if the policy had meant it.
         max_batch_size: rows that are sampled at once, the others wait until some have ended; null is all. Less needs less
             memory for keys and values.
     """
@@ -57,10 +60,11 @@ class TorchtuneSampler:
     top_p: float | None = None
     top_k: int | None = None
     max_batch_size: int | None = None
+    max_turn_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check_settings(self.temperature, self.max_new_tokens)
-        check_truncation(self.top_p, top_k=self.top_k, max_batch_size=self.max_batch_size)
+        check_truncation(self.top_p, top_k=self.top_k, max_batch_size=self.max_batch_size, max_turn_tokens=self.max_turn_tokens)
 
     def sample(
         self,
@@ -94,6 +98,7 @@ class TorchtuneSampler:
             max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
             stop_ids=stop_ids,
             pad_id=pad_id,
+            max_turn_tokens=self.max_turn_tokens,
             on_turn_end=on_turn_end,
             vocab_size=model.tok_embeddings.num_embeddings,
         )
@@ -228,6 +233,8 @@ def _draw(logits: Float[Tensor, "B V"], rows: list[_Row], request: Request) -> N
             end_turn(row, request)
         elif len(row.sample.tokens) == request.max_new_tokens:
             row.sample.stop_reason = "length"
+        elif len(row.sample.tokens) - row.turn_start == request.max_turn_tokens:
+            row.sample.stop_reason = "turn_length"
 
 
 def _choose(

@@ -54,6 +54,7 @@ class VLLMSampler:
         kv_cache_gib: memory for keys and values in its place, in GiB; null leaves it to gpu_memory_utilization.
         max_model_len: longest prompt + completion; null is the model's max_seq_len. Less needs less memory.
         max_batch_size: rows that are sampled at once, the others wait; null is vLLM's own choice.
+        max_turn_tokens: as in :class:`pidistill.rollouts.TorchtuneSampler`.
         enforce_eager: no compilation and no CUDA graphs: starts sooner, samples slower.
         sleep: give the engine's memory back to the trainer between rollouts. GPU only.
     """
@@ -68,6 +69,7 @@ class VLLMSampler:
     kv_cache_gib: float | None = None
     max_model_len: int | None = None
     max_batch_size: int | None = None
+    max_turn_tokens: int | None = None
     enforce_eager: bool = False
     sleep: bool = False
     _engine: Engine | None = field(default=None, init=False, repr=False, compare=False)
@@ -76,6 +78,7 @@ class VLLMSampler:
         require_vllm()
         check_settings(self.temperature, self.max_new_tokens)
         counts = {"top_k": self.top_k, "max_model_len": self.max_model_len, "max_batch_size": self.max_batch_size}
+        counts["max_turn_tokens"] = self.max_turn_tokens
         check_truncation(self.top_p, **counts)
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise InputError(
@@ -120,6 +123,7 @@ class VLLMSampler:
             pad_id=pad_id,
             on_turn_end=on_turn_end,
             vocab_size=model.tok_embeddings.num_embeddings,
+            max_turn_tokens=self.max_turn_tokens,
         )
         check_request(model, prompts, group_size, seeds, request)
         self._check_length(max(map(len, prompts), default=0) + request.max_new_tokens)
@@ -240,7 +244,8 @@ def _begin_turn(engine: Engine, row: _Row, request: Request, settings: Settings)
     done = len(row.sample.tokens)
     # Each turn draws from a stream of its own: one seed for all of them would repeat the first turn's draws.
     seed = rollout_seed(row.seed, done, 0, 0)
-    engine.begin(row.index, row.prompt + row.sample.tokens, seed, request.max_new_tokens - done, settings)
+    limit = min(request.max_new_tokens - done, request.max_turn_tokens or request.max_new_tokens)
+    engine.begin(row.index, row.prompt + row.sample.tokens, seed, limit, settings)
     row.sampling = True
 
 
@@ -257,5 +262,7 @@ def _take(turn: Turn, row: _Row, request: Request) -> None:
         end_turn(row, request)
     elif len(row.sample.tokens) == request.max_new_tokens:
         row.sample.stop_reason = "length"
+    elif len(turn.ids) == request.max_turn_tokens:
+        row.sample.stop_reason = "turn_length"
     else:
         raise RuntimeError(f"vLLM ended row {row.index} after {len(turn.ids)} tokens, without a stop id and below the limit")

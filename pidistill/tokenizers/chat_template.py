@@ -71,6 +71,28 @@ def _as_templates_read(message: Message) -> Message:
     return message
 
 
+def rewritten_turns(template: ChatTemplate) -> list[str]:
+    """Which assistant turns the template shows, once the conversation goes on, otherwise than they were sampled.
+
+    Found by rendering a turn with and without reasoning, answered by a user and by a tool.
+    """
+    question: list[Message] = [{"role": "user", "content": "question"}]
+    found = []
+    for role in ("user", "tool"):
+        for kind, reasoning in (("with reasoning", "reason\n</think>\n\n"), ("without reasoning", "")):
+            try:
+                prompt = template.render(question, None, True)
+                opened = not reasoning or prompt.rstrip().endswith("<think>")
+                said = ("" if opened else "<think>\n") + reasoning + "answer"
+                answered = [*question, {"role": "assistant", "content": said}, {"role": role, "content": "more"}]
+                conversation = template.render(answered, None, True)
+            except InputError:  # a template that knows no tool role, or refuses the order
+                continue
+            if not conversation.startswith(prompt + said):
+                found.append(f"turns {kind} that a {role} message follows")
+    return found
+
+
 def find_templates(folder: Path, config: Mapping[str, Any], chosen: str | None) -> dict[str, str]:
     """The model's templates by name, "default" among them.
 

@@ -5,6 +5,7 @@ stays text. A row, or its privileged information, cannot end a turn or open anot
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,18 @@ from tokenizers import Tokenizer
 
 from pidistill.errors import InputError
 from pidistill.messages import message_text
-from pidistill.tokenizers.chat_template import ChatTemplate, find_templates
+from pidistill.tokenizers.chat_template import ChatTemplate, find_templates, rewritten_turns
+from pidistill.tokenizers.tool_calls import (
+    FORMATS,
+    PROBE_CONVERSATION,
+    PROBE_TOOL,
+    as_plain_messages,
+    parse_turn_text,
+    written_format,
+)
 from pidistill.types import Message
+
+_log = logging.getLogger(__name__)
 
 Tools = Sequence[dict[str, Any]] | None
 
@@ -43,6 +54,9 @@ class HFChatTokenizer:
             that asks for today's changes the prompts from day to day.
         stop_tokens: tokens that end an assistant turn, where the model's files name other ones than its template writes
             (base models do).
+        tool_format: how the model writes tool calls, which :meth:`parse_turn` reads: ``hermes``, ``llama3``, ``action``
+            (schemas, calls and results as plain text, for templates that know no tools), ``none`` (calls stay text), or
+            ``auto``: what the template itself writes; see :mod:`pidistill.tokenizers.tool_calls`.
     """
 
     def __init__(
@@ -52,6 +66,7 @@ class HFChatTokenizer:
         max_seq_len: int | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         stop_tokens: Sequence[str] | None = None,
+        tool_format: str = "auto",
     ) -> None:
         folder = Path(path)
         self._tokenizer = _load_tokenizer(folder)
@@ -65,6 +80,7 @@ class HFChatTokenizer:
         self._stop_pattern = _any_of(self._tokenizer.id_to_token(i) for i in self.stop_ids)
         self._control_pattern = _any_of(self._find_control_tokens())
         self._default_systems: dict[str, str | None] = {}
+        self.tool_format, self._plain_tools = self._find_tool_format(tool_format)
 
     # ------------------------------------------------------------------------------------------- the protocol
 
@@ -120,12 +136,13 @@ class HFChatTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def parse_turn(self, ids: Sequence[int]) -> Message:
-        """Tool calls stay in the text as the model wrote them; the environment reads them."""
+        """Tool calls become ``tool_calls``, or a ``tool_call_error``; see :mod:`pidistill.tokenizers.tool_calls`."""
         said = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
-        return {"role": "assistant", "content": self.decode(said)}
+        return parse_turn_text(self.decode(said), self.tool_format)
 
     def default_system(self, tools: Tools = None) -> str | None:
         """Found by rendering: the text s for which [system s, user] and [user] give the same prompt."""
+        tools = None if self._plain_tools else tools
         key = json.dumps(tools, default=str) if tools else ""
         if key not in self._default_systems:
             self._default_systems[key] = self._find_default_system(tools)
@@ -142,10 +159,26 @@ class HFChatTokenizer:
         texts = ((i, message_text(m).strip()) for i, m in enumerate(messages) if m["role"] in ("system", "user"))
         return [i for i, said in texts if not is_written(said)]
 
+    def history_rewrites(self) -> str | None:
+        """How the template's rendering of a conversation differs from the context that rollouts grow; None where it does not.
+
+        Rollouts only append, so a turn stays in the context as it was sampled. A server that renders the conversation anew
+        for every turn shows the model what the template makes of it.
+        """
+        turns = rewritten_turns(self._template)
+        if not turns:
+            return None
+        return (
+            f"the chat template rewrites {', and '.join(turns)}; in training they stay in the context as they were sampled, "
+            "and a server that renders the conversation through the template shows the model another context"
+        )
+
     # ------------------------------------------------------------------------------------------- text to ids
 
     def _render(self, messages: Sequence[Message], tools: Tools, marker: str, *, generation_prompt: bool) -> str:
         """The conversation as text, with ``marker`` inside every control token that a message brought along."""
+        if self._plain_tools:
+            messages, tools = as_plain_messages(messages, tools, self.default_system()), None
         messages = self._mark(list(messages), marker)
         return self._template.render(messages, self._mark(tools and list(tools), marker), generation_prompt)
 
@@ -216,6 +249,25 @@ class HFChatTokenizer:
         except InputError:  # a template without a system role, or one that wants its system text non-empty
             return None
         return found if implicit == before + found + behind == again else None
+
+    def _find_tool_format(self, chosen: str) -> tuple[str, bool]:
+        """(format that turns are read in, True where tools are written as plain text instead of by the template)"""
+        if chosen not in ("auto", *FORMATS):
+            raise InputError(f"tokenizer.tool_format is {chosen!r}; known are auto, {', '.join(FORMATS)}")
+        try:
+            written = written_format(self._template.render(PROBE_CONVERSATION, [PROBE_TOOL], False))
+        except InputError:  # a template that refuses tools
+            written = "none"
+        if chosen in ("hermes", "llama3") and written != chosen:
+            raise InputError(
+                f"tokenizer.tool_format is {chosen}, but the chat template writes tool calls in another form "
+                f"({written or 'an unknown one'}), so earlier calls would look otherwise than the model wrote them; set auto, "
+                "or action for a template without tools"
+            )
+        if chosen == "auto" and written is None:
+            _log.warning("the chat template writes tool calls in a form unknown here: they stay text (tokenizer.tool_format)")
+        format = (written or "none") if chosen == "auto" else chosen
+        return format, format == "action" and written != "action"
 
     def _find_control_tokens(self) -> list[str]:
         added = self._tokenizer.get_added_tokens_decoder().values()

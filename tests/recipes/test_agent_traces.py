@@ -12,9 +12,9 @@ import torch
 from omegaconf import DictConfig
 
 from pidistill.data import build_prompts, demonstration, trace_dataset
+from pidistill.data.hint_file import read_hints
 from pidistill.data.trace_report import both_views, main
 from pidistill.envs import ReplayEnvironment
-from pidistill.hints import read_hints
 from pidistill.objectives import PiDistill
 from pidistill.packing import make_batch
 from pidistill.privileged import PrivilegedPrompt

@@ -1,0 +1,135 @@
+"""Rows of the tool world, and episodes as text."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pidistill.data.dataset import ExampleDataset
+from pidistill.envs.tool_world.customer import Customer
+from pidistill.envs.tool_world.environment import ToolWorldEnvironment
+from pidistill.envs.tool_world.policy import POLICY
+from pidistill.envs.tool_world.tasks import LEVELS, SHARES, ToolTask, draw_tasks, expert_calls
+from pidistill.envs.tool_world.tools import TOOLS
+from pidistill.envs.tool_world.wishes import Call, Move
+from pidistill.errors import InputError
+from pidistill.messages import messages_text
+from pidistill.privileged import PrivilegedPrompt
+from pidistill.types import Example, Message
+
+PRIVILEGED = ("calls", "names", "instruction", "none")
+SCHEMAS = [tool.schema for tool in TOOLS.values()]
+
+
+def tool_world_dataset(
+    split: str,
+    n: int = 100,
+    privileged: str = "calls",
+    levels: Sequence[int] = LEVELS,
+    completion: bool = False,
+    world_seed: int = 0,
+) -> ExampleDataset:
+    """Tasks of a customer service agent: the policy and the customer's first message, with the tools' schemas.
+
+    Args:
+        split: "train", "validation" (to select on) or "test" (to report); no user, and so no task, is in two of them.
+        n: rows; the first rows of more are the same.
+        privileged: what the teacher sees: "calls" (the expert's calls with their arguments), "names" (only which tools),
+            "instruction" (what the customer wants and knows, hidden from the student) or "none".
+        levels: how many wishes a customer has, 1 to 4; rows take them in turn. Level 1 has nothing that must be denied.
+        completion: the expert's episode as ``Example.completion``, played against the environment.
+        world_seed: another seed is another shop with other users, products and orders.
+    """
+    if split not in SHARES:
+        raise InputError(f"dataset.split is {split!r}; the tool world has {', '.join(SHARES)}")
+    if privileged not in PRIVILEGED:
+        raise InputError(f"dataset.privileged is {privileged!r}; the tool world has {', '.join(PRIVILEGED)}")
+    if not levels or not set(levels) <= set(LEVELS):
+        raise InputError(f"dataset.levels is {list(levels)}; give some of 1, 2, 3 and 4")
+    if n < 1:
+        raise InputError(f"dataset.n is {n}; give at least 1 row")
+    tasks = draw_tasks(split, n, world_seed, tuple(levels))
+    return ExampleDataset([_example(task, row, privileged, completion) for row, task in enumerate(tasks)])
+
+
+def tool_world_base_dataset(
+    n: int,
+    privileged: str = "calls",
+    shown_frac: float = 0.5,
+    levels: Sequence[int] = LEVELS,
+    world_seed: int = 0,
+    seed: int = 0,
+) -> ExampleDataset:
+    """Demonstrations on training tasks, a share of the rows with the privileged information already in their messages.
+
+    What makes a model from nothing that does the task better with privileged information than without: supervised training
+    needs no teacher view. The information stands where :class:`~pidistill.privileged.PrivilegedPrompt` puts it by default.
+
+    Args:
+        n: rows, each of its own task.
+        privileged: as in :func:`tool_world_dataset`.
+        shown_frac: probability of a row to show it.
+        seed: which rows do.
+    """
+    if not 0.0 <= shown_frac <= 1.0:
+        raise InputError(f"dataset.shown_frac is {shown_frac}; it is a probability, between 0 and 1")
+    rng, prompt = random.Random(seed), PrivilegedPrompt()
+    rows = []
+    for example in tool_world_dataset("train", n, privileged, levels, completion=True, world_seed=world_seed):
+        shown = example.privileged is not None and rng.random() < shown_frac
+        messages = prompt.teacher_messages(example, example.messages) if shown else example.messages
+        rows.append(replace(example, messages=messages, privileged=None))
+    return ExampleDataset(rows)
+
+
+def _example(task: ToolTask, row: int, privileged: str, completion: bool) -> Example:
+    opening = Customer(task.identity, task.wishes).opening
+    return Example(
+        id=f"tool_world {task.split} row {row}",
+        messages=[{"role": "system", "content": POLICY}, {"role": "user", "content": opening}],
+        privileged=privileged_text(task, privileged),
+        completion=play_expert(task) if completion else None,
+        tools=SCHEMAS,
+        data={"task": task},
+    )
+
+
+def privileged_text(task: ToolTask, kind: str) -> str | None:
+    if kind == "none":
+        return None
+    if kind == "instruction":
+        return f"What the customer knows and wants:\n{task.instruction}"
+    calls = expert_calls(task, arguments=kind == "calls")
+    return f"The calls that solve this task{', in order' if kind == 'calls' else ' by their names, in order'}:\n{calls}"
+
+
+def expert_turn(move: Move) -> Message:
+    if isinstance(move, Call):
+        function = {"name": move.name, "arguments": dict(move.arguments)}
+        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    return {"role": "assistant", "content": move.text}
+
+
+def play_expert(task: ToolTask) -> list[Message]:
+    """The expert's episode: its turns, and what shop and customer answered.
+
+    Raises:
+        RuntimeError: the episode did not end with reward 1 at the expert's last turn: the world is broken.
+    """
+    environment = ToolWorldEnvironment()
+    state = environment.reset(Example("expert", [], data={"task": task}))
+    turns: list[Message] = []
+    reward = 0.0
+    for move in task.moves:
+        turns.append(expert_turn(move))
+        step = environment.step(state, turns[-1], truncated=False)
+        turns += step.observations
+        reward += step.reward
+    if not state.done or reward != 1.0:
+        raise RuntimeError(f"the expert ends with reward {reward} (done: {state.done}) on {task.instruction}")
+    return turns
+
+
+def render_episode(messages: Sequence[Message]) -> str:
+    """A conversation as plain text: one paragraph per message, tool calls as they are called."""
+    names = {"assistant": "agent", "user": "customer", "tool": "tool", "system": "policy"}
+    return "\n".join(f"{names[message['role']]:>8}: {messages_text([message])}" for message in messages)

@@ -1,0 +1,140 @@
+"""What a wish of a customer is: what is said about it, and what the expert does."""
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from pidistill.envs.tool_world.shop import RETURN_DAYS, TODAY, Shop
+from pidistill.envs.tool_world.tools import get_order, get_user
+
+MORE = "Is there anything else?"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A tool call of the expert."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Say:
+    """What the expert writes to the customer."""
+
+    text: str
+
+
+Move = Call | Say
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One thing that a customer wants.
+
+    Attributes:
+        kind: name of the function of :mod:`pidistill.envs.tool_world.kinds` that drew it.
+        says: how the customer puts it.
+        moves: what the expert does, the customer being identified.
+        facts: what the customer answers when asked, by topic: order, reason, payment, address.
+        confirms: the answer when the agent asks for a confirmation.
+        declined: the customer says no to it, and goes on to the next wish.
+        outputs: what the agent must have told the customer.
+        denied: the policy forbids it.
+        ends: the conversation is over afterwards.
+    """
+
+    kind: str
+    says: str
+    moves: tuple[Move, ...]
+    facts: Mapping[str, str] = field(default_factory=dict)
+    confirms: str = "Yes, please."
+    declined: bool = False
+    outputs: tuple[str, ...] = ()
+    denied: bool = False
+    ends: bool = False
+
+
+@dataclass
+class Desk:
+    """A customer being served: where wishes are drawn from.
+
+    Attributes:
+        shop: as it is after the wishes so far.
+        used: orders that earlier wishes are about; every wish has an order of its own.
+        knows_orders: the customer names order ids; otherwise an item of the order, by which the agent must find it.
+        others: order ids of other customers.
+    """
+
+    shop: Shop
+    rng: random.Random
+    user_id: str
+    knows_orders: bool
+    others: Sequence[str]
+    used: set[str] = field(default_factory=set)
+
+    def order(self, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+        """One of the customer's unused orders that fits, and marks it used."""
+        orders = [get_order(self.shop, order_id) for order_id in self.user["orders"] if order_id not in self.used]
+        fitting = [order for order in orders if fits(order)]
+        if not fitting:
+            return None
+        chosen = self.rng.choice(fitting)
+        self.used.add(chosen["order_id"])
+        return chosen
+
+    @property
+    def user(self) -> dict[str, Any]:
+        return get_user(self.shop, self.user_id)
+
+    def named(self, order: dict[str, Any]) -> str:
+        """How the customer names the order."""
+        if self.knows_orders or self._same_item(order) > 1:
+            return f"order {order['order_id']}"
+        return f"the order with the {order['items'][0]['name']}"
+
+    def found(self, order: dict[str, Any], said: str) -> tuple[Call, ...]:
+        """The calls that find an order which was named so."""
+        if order["order_id"] in said:
+            return (Call("get_order", {"order_id": order["order_id"]}),)
+        orders = self.user["orders"]
+        tried = orders[: orders.index(order["order_id"]) + 1]
+        return Call("get_user", {"user_id": self.user_id}), *(Call("get_order", {"order_id": one}) for one in tried)
+
+    def facts(self, order: dict[str, Any], said: str) -> dict[str, str]:
+        known = order["order_id"] in said
+        name = order["items"][0]["name"]
+        return {"order": f"It is {order['order_id']}." if known else f"I do not remember the number. It has a {name} in it."}
+
+    def _same_item(self, order: dict[str, Any]) -> int:
+        name = order["items"][0]["name"]
+        orders = [get_order(self.shop, order_id) for order_id in self.user["orders"]]
+        return sum(any(item["name"] == name for item in one["items"]) for one in orders)
+
+
+def pending(order: dict[str, Any]) -> bool:
+    return order["status"] == "pending"
+
+
+def fresh(order: dict[str, Any]) -> bool:
+    """Delivered so that it can be given back."""
+    return order["status"] == "delivered" and order["delivered_on"] >= str(TODAY - timedelta(days=RETURN_DAYS))
+
+
+def late(order: dict[str, Any]) -> bool:
+    return order["status"] == "delivered" and not fresh(order)
+
+
+def refused(because: str) -> Say:
+    return Say(f"I am sorry, but that cannot be done: {because}. {MORE}")
+
+
+def asked(what: str) -> Say:
+    return Say(f"{what} Do you confirm (yes or no)?")
+
+
+def described(move: Call) -> str:
+    return f"{move.name}({json.dumps(dict(move.arguments), ensure_ascii=False)})"

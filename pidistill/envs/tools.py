@@ -1,0 +1,285 @@
+"""Tools as plain typed Python functions: their schemas, and the calls of an assistant turn carried out.
+
+    def order_status(state: Shop, order_id: str) -> str:
+        \"\"\"Status of one order.
+
+        Args:
+            order_id: such as O1234.
+        \"\"\"
+
+becomes a schema with one argument. A parameter named ``state`` is not the model's: it gets the episode's state. What a model
+gets wrong (an unknown tool, wrong arguments, JSON that is none) is answered with a sentence it can act on; it never ends the
+run. Arguments are data: they are checked against the schema and handed over, nothing else.
+"""
+
+import inspect
+import json
+import logging
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from pidistill.config import resolve
+from pidistill.data.dataset import ExampleDataset
+from pidistill.envs.base import EnvStep
+from pidistill.errors import InputError
+from pidistill.rewards.base import Reward
+from pidistill.types import Example, Message
+
+_log = logging.getLogger(__name__)
+
+STATE = "state"
+_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+_VALUES = {"string": str, "integer": int, "boolean": bool, "array": list, "object": dict, "null": type(None)}
+
+
+class ToolError(Exception):
+    """A tool's refusal; the model is told its text."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function with the JSON schema of its arguments.
+
+    Attributes:
+        parameters: JSON schema of an object with one property per argument.
+        takes_state: the function's ``state`` parameter is filled with the episode's state.
+    """
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+    function: Callable[..., Any]
+    takes_state: bool
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {"type": "function", "function": function}
+
+    def call(self, arguments: Any, state: Any = None) -> str:
+        """What the tool answers: texts as they are, everything else as JSON.
+
+        Raises:
+            ToolError: the arguments do not fit, or the tool refuses.
+        """
+        _check_arguments(self, arguments)
+        given = {STATE: state, **arguments} if self.takes_state else arguments
+        result = self.function(**given)
+        return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+
+
+# ------------------------------------------------------------------------------------------- functions into schemas
+
+
+def tool(function: Callable[..., Any]) -> Tool:
+    """The function as a tool: name, docstring and annotations become the schema.
+
+    Annotations may be str, int, float, bool, ``Literal``, ``list[...]``, ``dict[str, ...]`` and unions of these (with None).
+    The docstring's text up to ``Args:`` is the description, and its ``Args:`` describe the arguments.
+    """
+    signature = inspect.signature(function)
+    hints = typing.get_type_hints(function)
+    text, described = _read_docstring(inspect.getdoc(function) or "")
+    properties, required = {}, []
+    for name, parameter in signature.parameters.items():
+        if name == STATE:
+            continue
+        if name not in hints or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise InputError(f"the tool {function.__name__} has the parameter {name} without a type; annotate each one")
+        properties[name] = _type_schema(hints[name], f"parameter {name} of the tool {function.__name__}")
+        if name in described:
+            properties[name]["description"] = described[name]
+        if parameter.default is parameter.empty:
+            required.append(name)
+    parameters = {"type": "object", "properties": properties, "required": required}
+    return Tool(function.__name__, text, parameters, function, STATE in signature.parameters)
+
+
+def tools_by_name(functions: Iterable[Callable[..., Any] | str]) -> dict[str, Tool]:
+    """Tools of functions, or of dotted paths to functions."""
+    made = [tool(resolve(function) if isinstance(function, str) else function) for function in functions]
+    names = [one.name for one in made]
+    if len(set(names)) < len(names):
+        raise InputError(f"two tools have one name; the functions are {', '.join(names)}")
+    return dict(zip(names, made, strict=True))
+
+
+def _read_docstring(doc: str) -> tuple[str, dict[str, str]]:
+    """(description, description of each argument) of a docstring with an ``Args:`` part."""
+    text, _, rest = doc.partition("\nArgs:\n")
+    described: dict[str, str] = {}
+    name = ""
+    for line in rest.splitlines():
+        begins = re.match(r"    (\w+): (.*)", line)
+        if begins:
+            name, described[begins[1]] = begins[1], begins[2].strip()
+        elif name and line.startswith("     "):
+            described[name] += f" {line.strip()}"
+        elif line.strip():
+            break
+    return " ".join(text.split()), described
+
+
+def _type_schema(hint: Any, where: str) -> dict[str, Any]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint in _TYPES:
+        return {"type": _TYPES[hint]}
+    if origin is Literal:
+        kinds = {type(value) for value in arguments}
+        if len(kinds) == 1 and kinds <= set(_TYPES):
+            return {"type": _TYPES[kinds.pop()], "enum": list(arguments)}
+    if origin is list and arguments:
+        return {"type": "array", "items": _type_schema(arguments[0], where)}
+    if origin is dict and arguments and arguments[0] is str:
+        return {"type": "object", "additionalProperties": _type_schema(arguments[1], where)}
+    if origin in (typing.Union, types.UnionType):
+        return {"anyOf": [_type_schema(argument, where) for argument in arguments]}
+    raise InputError(
+        f"{where} has the type {hint}, which has no schema here; use str, int, float, bool, Literal, list[...], dict[str, ...] "
+        "or a union of these"
+    )
+
+
+# ------------------------------------------------------------------------------------------- calls
+
+
+def call_tools(turn: Message, tools: Mapping[str, Tool], state: Any = None) -> list[Message]:
+    """The messages that answer a turn: one per call, or one that says why the call could not be read; none without calls."""
+    if turn.get("tool_call_error"):
+        return [_answer({}, None, f"Error: {turn['tool_call_error']}")]
+    return [_carry_out(call, tools, state) for call in turn.get("tool_calls") or []]
+
+
+def _carry_out(call: Mapping[str, Any], tools: Mapping[str, Tool], state: Any) -> Message:
+    function = call.get("function", call)
+    name, arguments = function["name"], function.get("arguments", {})
+    try:
+        if name not in tools:
+            raise ToolError(f"there is no tool {name}; the tools are {', '.join(tools)}")
+        return _answer(call, name, tools[name].call(arguments, state))
+    except ToolError as error:
+        return _answer(call, name, f"Error: {error}")
+    except Exception as error:  # a tool's own fault: the model may try something else, and the log says where it is
+        _say_once(name, error)
+        return _answer(call, name, f"Error: {type(error).__name__}: {error}")
+
+
+def _answer(call: Mapping[str, Any], name: str | None, content: str) -> Message:
+    message = {"role": "tool", "name": name, "tool_call_id": call.get("id"), "content": content}
+    return {key: value for key, value in message.items() if value is not None}
+
+
+_SAID: set[tuple[str, type]] = set()
+
+
+def _say_once(name: str, error: Exception) -> None:
+    if (name, type(error)) not in _SAID:
+        _SAID.add((name, type(error)))
+        _log.warning("the tool %s raised %r; models are told so (said once per tool and error)", name, error, exc_info=error)
+
+
+def _check_arguments(tool: Tool, arguments: Any) -> None:
+    properties = tool.parameters["properties"]
+    if not isinstance(arguments, Mapping):
+        raise ToolError(f"the arguments of {tool.name} must be an object with {', '.join(properties) or 'no keys'}")
+    missing = [name for name in tool.parameters["required"] if name not in arguments]
+    unknown = [name for name in arguments if name not in properties]
+    if missing or unknown:
+        wrong = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"does not know {', '.join(unknown)}"] * bool(unknown)
+        raise ToolError(f"{tool.name} {' and '.join(wrong)}; its arguments are {', '.join(properties) or 'none'}")
+    for name, value in arguments.items():
+        if not _fits(value, properties[name]):
+            wanted = {key: part for key, part in properties[name].items() if key != "description"}
+            raise ToolError(f"{tool.name}: {name} is {json.dumps(value)[:80]}, but must be {json.dumps(wanted)}")
+
+
+def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
+    if "anyOf" in schema:
+        return any(_fits(value, part) for part in schema["anyOf"])
+    if "enum" in schema and value not in schema["enum"]:
+        return False
+    if schema["type"] == "number":
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if not isinstance(value, _VALUES[schema["type"]]) or (schema["type"] == "integer" and isinstance(value, bool)):
+        return False
+    if "items" in schema:
+        return all(_fits(item, schema["items"]) for item in value)
+    if "additionalProperties" in schema:
+        return all(_fits(item, schema["additionalProperties"]) for item in value.values())
+    return True
+
+
+# ------------------------------------------------------------------------------------------- an environment of functions
+
+
+def with_tools(dataset: ExampleDataset, functions: Sequence[Callable[..., Any] | str]) -> ExampleDataset:
+    """The dataset's examples with the functions' schemas as their tools, for the chat template to show.
+
+    Args:
+        dataset: a component node of any dataset builder.
+        functions: the environment's, as functions or dotted paths.
+    """
+    schemas = [one.schema for one in tools_by_name(functions).values()]
+    return ExampleDataset([replace(example, tools=schemas) for example in dataset], dropped=dataset.dropped)
+
+
+@dataclass
+class ToolEpisode:
+    """One episode: the messages since the prompt, and whatever ``begin`` made for the tools."""
+
+    example: Example
+    state: Any
+    turns: list[Message] = field(default_factory=list)
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class FunctionToolEnvironment:
+    """Calls are answered by plain functions, and the first turn without one is the answer that ``reward`` judges.
+
+    A turn that the token limit cut is judged too, and its calls are not carried out.
+
+    Attributes:
+        functions: the tools, as functions or as dotted paths to them; the dataset shows their schemas (:func:`with_tools`).
+        reward: sees the episode's messages as turns, and the state as ``example.data["state"]``.
+        begin: the state of a new episode, a function of the example or a dotted path; null for none. Functions that take no
+            ``state`` must not keep any: one environment serves many episodes, from several threads with `environment_threads`.
+    """
+
+    functions: Sequence[Callable[..., Any] | str]
+    reward: Reward
+    begin: Callable[[Example], Any] | str | None = None
+
+    def __post_init__(self) -> None:
+        if not self._tools:
+            raise InputError("environment.functions is empty; name the functions that are the tools")
+
+    @cached_property
+    def _tools(self) -> dict[str, Tool]:
+        return tools_by_name(self.functions)
+
+    @cached_property
+    def _begin(self) -> Callable[[Example], Any]:
+        begin = resolve(self.begin) if isinstance(self.begin, str) else self.begin
+        return begin or (lambda example: None)
+
+    def reset(self, example: Example) -> ToolEpisode:
+        return ToolEpisode(example, self._begin(example))
+
+    def step(self, state: ToolEpisode, turn: Message, *, truncated: bool) -> EnvStep:
+        if state.done:
+            raise InputError(f"{state.example.id}: the episode has ended; reset first")
+        state.turns.append(turn)
+        answers = [] if truncated else call_tools(turn, self._tools, state.state)
+        state.turns += answers
+        state.done = not answers
+        if answers:
+            return EnvStep(answers, 0.0, done=False)
+        example = replace(state.example, data={**state.example.data, STATE: state.state})
+        return EnvStep([], float(self.reward(example, state.turns)), done=True)
