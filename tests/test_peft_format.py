@@ -8,15 +8,17 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from torchtune.models.llama3 import llama3, lora_llama3
-from torchtune.models.qwen2 import lora_qwen2, qwen2
+from torchtune.models.llama3 import llama3
+from torchtune.models.qwen2 import qwen2
 from torchtune.modules.peft import get_adapter_params
 from torchtune.training import FullModelHFCheckpointer
 
 from pidistill import peft_format
-from pidistill.adapters import merged, scale_weights_alone, with_initial_adapters
+from pidistill.adapters import _dora_forward, merged
 from pidistill.errors import InputError
 from pidistill.testing import TINY_SIZES, tiny_hf_checkpoint
+from pidistill.training import Run, load_model
+from tests.builders import CPU
 
 VOCABULARY = 40
 TOKENS = torch.randint(VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -27,11 +29,11 @@ EVERYWHERE = {
     "lora_rank": 4,
     "lora_alpha": 6.0,
 }
-# family: (tiny_hf_checkpoint's arguments, the checkpointer's model_type, plain builder, LoRA builder)
+# family: (tiny_hf_checkpoint's arguments, the checkpointer's model_type, plain builder)
 FAMILIES = {
-    "llama": ({"family": "llama"}, "LLAMA3", llama3, lora_llama3),
-    "qwen2": ({"family": "qwen2"}, "QWEN2", qwen2, lora_qwen2),
-    "qwen2 tied": ({"family": "qwen2", "tied": True}, "QWEN2", qwen2, lora_qwen2),
+    "llama": ({"family": "llama"}, "LLAMA3", llama3),
+    "qwen2": ({"family": "qwen2"}, "QWEN2", qwen2),
+    "qwen2 tied": ({"family": "qwen2", "tied": True}, "QWEN2", qwen2),
 }
 
 
@@ -39,7 +41,7 @@ class Base:
     """A random base in Hugging Face's format, its weights under torchtune's names, and models that hold them."""
 
     def __init__(self, folder: Path, family: str) -> None:
-        made, model_type, self._plain, self._lora = FAMILIES[family]
+        made, model_type, self._plain = FAMILIES[family]
         self.folder, self.family = tiny_hf_checkpoint(folder / "base", vocab_size=VOCABULARY, **made), family
         self.sizes = TINY_SIZES | {"vocab_size": VOCABULARY}
         if made["family"] == "qwen2":
@@ -58,9 +60,8 @@ class Base:
     def adapted(self, **changes):
         """With adapters everywhere that have been trained, as far as a test is concerned."""
         arguments = EVERYWHERE | {"apply_lora_to_output": self.family != "qwen2 tied"} | changes
-        model = self._lora(**self.sizes, **arguments)
-        model.load_state_dict(with_initial_adapters(model, self.weights, seed=0))
-        scale_weights_alone(model)
+        cfg = config_with(self, self.folder, **arguments)
+        model = load_model(cfg, Run(CPU, torch.float32, 0, 1, 0, self.folder), cfg.model, self.weights, trained=True)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in get_adapter_params(model).values():
@@ -174,8 +175,6 @@ def test_a_bias_is_not_scaled_by_doras_magnitude(tmp_path):
 
 def test_the_bias_free_forward_is_torchtunes_where_there_is_no_bias(llama):
     """Values and gradients of the forward that stands in for torchtune's, on a layer where that one is right."""
-    from pidistill.adapters import _dora_forward
-
     layer = llama.adapted(use_dora=True).layers[0].mlp.w1
     layer.requires_grad_(True)
     x = torch.randn(5, TINY_SIZES["embed_dim"], generator=torch.Generator().manual_seed(2))
