@@ -35,6 +35,11 @@ def recipe_of(path: Path) -> str:
     return command[1]
 
 
+def ranks_of(path: Path) -> int:
+    """Processes in the command that the first line gives."""
+    return int(re.search(r"--nproc_per_node (\d+)", path.read_text(encoding="utf-8"))[1])
+
+
 def keys_of(path: Path) -> tuple[frozenset[str], tuple[str, ...]]:
     module = importlib.import_module(f"recipes.{recipe_of(path)}")
     return getattr(module, "KEYS", EVALUATION_KEYS), module.REQUIRED

@@ -13,9 +13,9 @@ from pidistill.planning.command import main
 from pidistill.planning.devices import GIB
 from pidistill.planning.lengths import rows_of
 from pidistill.planning.reading import read
-from tests.test_configs import CONFIGS, name_of
+from tests.test_configs import CONFIGS, name_of, ranks_of
 
-TRAINING = [name_of(path) for path in CONFIGS if "optimizer" in OmegaConf.load(path)]
+TRAINING = {name_of(path): ranks_of(path) for path in CONFIGS if "optimizer" in OmegaConf.load(path)}
 GIVEN = ("--device", "a100", "--prompt-tokens", "150", "--privileged-tokens", "200", "--completion-tokens", "300")
 OPSD = ("qwen2_5/0.5B_opsd", *GIVEN)
 
@@ -37,7 +37,7 @@ def test_there_are_training_configs():
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_every_training_config_can_be_planned(capsys, name):
-    result = numbers(capsys, name, *GIVEN)
+    result = numbers(capsys, name, *GIVEN, "--ranks", str(TRAINING[name]))
     assert result["fits"] and result["changes"] == []
     assert set(result["seconds"]) == {"rollout", "teacher", "forward", "head", "backward", "optimizer"}
     assert result["seconds"]["forward"] > 0 and result["seconds"]["backward"] > 0

@@ -209,7 +209,7 @@ def read_traces(
     unreadable, seen = 0, []
     for where, row in rows:
         messages = check_messages(require_value(row, messages_key, where, "messages_key"), where, messages_key)
-        prompt, turns = _split(messages)
+        prompt, turns = _split([{"content": "", **message} for message in messages])  # templates read it in bare calls too
         if not turns:
             unusable[NO_ANSWER] += 1
             continue

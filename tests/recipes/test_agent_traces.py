@@ -3,15 +3,19 @@
 import json
 import math
 import os
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from pidistill.config import build
 from pidistill.data import build_prompts, demonstration, trace_dataset
+from pidistill.data.trace_kinds import KINDS
 from pidistill.data.trace_report import both_views, main
 from pidistill.envs import ReplayEnvironment
 from pidistill.hints import read_hints
@@ -26,7 +30,7 @@ from pidistill.tokenizers import HFChatTokenizer
 from pidistill.training import cleanup
 from pidistill.types import Rollout, ScoreRequest
 from recipes.sample_distributed import SampleRecipe
-from tests.recipes.tiny_qwen import VOCABULARY, load_config, qwen_checkpoint, read_metrics, set_up, small_model
+from tests.recipes.tiny_qwen import ROOT, VOCABULARY, load_config, qwen_checkpoint, read_metrics, set_up, small_model
 
 DATA = os.environ.get("PIDISTILL_TEST_DATA")
 REAL = Path(DATA or ".") / "tau_bench_airline_gpt4o.jsonl"
@@ -379,3 +383,26 @@ def test_the_report_counts_what_a_plain_reading_counts(rows, qwen, tokenizer, tm
     assert both_views(example, tokenizer) in printed
     with pytest.raises(SystemExit, match="--show 7 is none of the tasks 0, 1, 18"):
         main([source, "--show", "7"])
+
+
+# ------------------------------------------------------------------------------------------- the page
+
+
+def test_the_pages_commands_and_snippets_are_those_that_work(rows, qwen, tmp_path, capsys):
+    page = (ROOT / "docs" / "agent_traces.md").read_text()
+    blocks = re.findall(r"```(\w*)\n(.*?)```", page, re.DOTALL)
+    commands = [line for kind, text in blocks if not kind for line in text.splitlines()]
+    (report,) = [shlex.split(line)[3:] for line in commands if "trace_report" in line]
+    assert report[0].endswith("gpt-4o-airline.json") and report[2] == "/tmp/Qwen2.5-7B-Instruct"
+    as_published = [{**row, "traj": row["messages"], "info": {"task": row["task"]}} for row in rows]
+    (tmp_path / "published.json").write_text(json.dumps(as_published))
+    main([str(tmp_path / "published.json"), "--tokenizer", str(qwen), "--show", "18", *report[5:]])
+    assert "── teacher" in capsys.readouterr().out
+    runs = [shlex.split(line) for line in commands if line.startswith("tune run")]
+    assert len(runs) == 2
+    for run in runs:
+        assert (ROOT / run[4]).is_file() and load_config(run[6].removeprefix("configs/").removesuffix(".yaml"), run[7:])
+    snippets = [build(OmegaConf.create(text).hindsight) for kind, text in blocks if kind == "yaml"]
+    assert [type(hindsight.feedback).__name__ for hindsight in snippets] == ["ToolFeedback", "Judge"]
+    listed = re.findall(r"^\| `(\w+)` \| ", page, re.MULTILINE)
+    assert listed == list(KINDS)
