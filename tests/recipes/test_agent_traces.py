@@ -206,7 +206,7 @@ def pi_distill_loss(model, rollouts, objective, packing="padded"):
 
 
 def with_behaviour(model, rollouts: list[Rollout]) -> list[Rollout]:
-    """Each rollout twice, a group of two, with the log-probs that the teacher view gives its tokens."""
+    """Each rollout as a group of its own, with the log-probs that the teacher view gives its tokens."""
     empty = [replace(r, sampled_logprobs=[0.0] * len(r.completion)) for r in rollouts]
     batch = make_batch(empty, None, pad_id=0, device=CPU)
     with torch.no_grad():
@@ -215,7 +215,7 @@ def with_behaviour(model, rollouts: list[Rollout]) -> list[Rollout]:
         own = iter(logprobs[: rollout.policy_tokens])
         logprobs = logprobs[rollout.policy_tokens :]
         rollout.sampled_logprobs = [next(own) if mine else math.nan for mine in rollout.policy_mask]
-    return [replace(rollout, group=i) for i, rollout in enumerate(empty) for _ in range(2)]
+    return [replace(rollout, group=i) for i, rollout in enumerate(empty)]
 
 
 def test_a_pi_distill_step_over_replayed_episodes_touches_assistant_tokens_only(model, replayed, tokenizer):
@@ -244,7 +244,7 @@ def test_a_pi_distill_step_over_replayed_episodes_touches_assistant_tokens_only(
                 for ids, answers in observed_turns(shortest, tokenizer):
                     expected[row, at - 1 : at - 1 + len(ids)] = True
                     at, count = at + len(ids) + len(answers), count + (view == "student") * len(ids)
-        assert count == len(batch.targets) == 2 * shortest.policy_tokens
+        assert count == len(batch.targets) == shortest.policy_tokens
         assert torch.equal(hidden.grad.abs().sum(-1) > 0, expected)
         for where, same in ((~expected, True), (expected, False)):
             noise["value"] = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)) * where[..., None]
@@ -293,7 +293,7 @@ def test_no_sentinel_of_the_calls_reaches_a_student_that_samples(rows, qwen, tok
     """π-Distill through the replay environment; every argument of every recorded call holds the sentinel."""
     source = as_file(tmp_path / "traces.jsonl", [plant_in_calls(row) for row in rows])
     folder = tmp_path / "run"
-    cfg = small_config("7B_pi_distill", qwen, source, folder, "prompts_per_round=3")
+    cfg = small_config("7B_pi_distill", qwen, source, folder, "prompts_per_round=3", "dataset.unsolved=keep")
     recipe = set_up("pi_distill_distributed", cfg)
     seen, sample_round = [], recipe.sample_round
     recipe.sample_round = lambda: seen.append(sample_round()) or seen[-1]
@@ -318,7 +318,7 @@ def test_no_sentinel_of_the_reference_actions_reaches_a_student_on_recorded_turn
     """GKD on the recorded turns: they are the completions, so the sentinel is in the reference actions alone."""
     source = as_file(tmp_path / "traces.jsonl", [plant_in_actions(row) for row in rows])
     folder = tmp_path / "run"
-    more = ("group_size=1", "dataset.kind=gold_actions", "prompts_per_round=2", "rollout_log_steps=0")
+    more = ("group_size=1", "dataset.kind=gold_actions", "rollout_log_steps=0", "sft_weight=0.5", "sft_batch_size=2")
     recipe = set_up("opsd_distributed", small_config("7B_recorded_gkd", qwen, source, folder, *more))
     seen, sample_round = [], recipe.sample_round
     recipe.sample_round = lambda: seen.append(sample_round()) or seen[-1]
@@ -330,7 +330,8 @@ def test_no_sentinel_of_the_reference_actions_reaches_a_student_on_recorded_turn
     (row,) = [row for row in read_metrics(folder) if "loss" in row]
     own = sum(len(ids) for rollout in rollouts for ids in turns_of(rollout.example, tokenizer))
     assert row["policy_tokens"] == own and row["rollouts"] == row["sampled_tokens"] == 0
-    assert row["loss"] == pytest.approx(row["kl_teacher_student_nats"]) and row["loss"] > 0 and row["grad_norm"] > 0
+    assert row["loss"] == pytest.approx(row["kl_teacher_student_nats"] + 0.5 * row["sft_loss"], rel=1e-5)
+    assert row["kl_teacher_student_nats"] > 0 and row["sft_loss"] > 0 and row["grad_norm"] > 0
     assert row["dropped_rows/task_without_success"] == 4 and row["dropped_rows/other_trace_of_task"] == 6
 
 
