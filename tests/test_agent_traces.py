@@ -86,7 +86,7 @@ def test_one_example_per_task_and_every_other_row_is_counted(write):
     assert failed.privileged is None and failed.completion is None and failed.id.endswith("row 0")
     assert solved.id.endswith("row 3") and solved.messages == [SYSTEM, USER]
     parsed = {"function": {"name": "book", "arguments": {"flight": "F1", "seats": 2}}}
-    assert solved.completion == [{"role": "assistant", "tool_calls": [parsed]}, BOOK[1], BYE[0]]
+    assert solved.completion == [{"role": "assistant", "content": "", "tool_calls": [parsed]}, BOOK[1], BYE[0]]
     lower = trace_dataset(source, success_threshold=0.5)
     assert [bool(example.privileged) for example in lower] == [True, True]
     dropped = trace_dataset(source, unsolved="drop")

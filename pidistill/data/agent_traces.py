@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pidistill.agent_calls import ACTION_TAGS, CALL_TEMPLATE, CallStyle, ToolCall, as_call, unreadable_calls
-from pidistill.data.builders import _tools
+from pidistill.data.builders import check_tools
 from pidistill.data.dataset import ExampleDataset
 from pidistill.data.sources import Rows, get, load_rows, require_value
 from pidistill.data.trace_kinds import TraceText
@@ -35,7 +35,8 @@ class AgentTrace:
         task: what is the same in all traces of one task.
         prompt: the messages up to the first assistant turn after the first user message.
         turns: from there to the last assistant turn; what follows it answers nothing.
-        reward: None where the row has none.
+        reward: None where the row has none; ``success`` says whether it reaches the threshold.
+        tools: the row's own tool schemas.
         actions: the task's reference actions; None where the row has none.
     """
 
@@ -117,7 +118,8 @@ def trace_dataset(
 ) -> ExampleDataset:
     """One example per task of recorded agent episodes.
 
-    A task without a successful trace has no privileged information: the objective's `no_pi` says what becomes of it. Rows
+    A task without a successful trace has no privileged information: the objective's `no_pi` says what becomes of it (plain RL
+    by default, which needs an environment in which it can be solved: a replay of a failure has nothing to earn). Rows
     that no example is made of are counted: ``other_trace_of_task``, ``no_assistant_turn``.
 
     Args:
@@ -141,9 +143,18 @@ def trace_dataset(
     style = CallStyle(call_template, omit_tools, action_tags)
     how = TraceText(kind, style, header, prefix_calls, prefix_frac, hints)
     rows = read_traces(
-        source, messages_key, task_key, reward_key, success_threshold, actions_key, tools_key, action_tags, split, data_files,
-        config_name,
-    )  # fmt: skip
+        source,
+        messages_key=messages_key,
+        task_key=task_key,
+        reward_key=reward_key,
+        success_threshold=success_threshold,
+        actions_key=actions_key,
+        tools_key=tools_key,
+        action_tags=action_tags,
+        split=split,
+        data_files=data_files,
+        config_name=config_name,
+    )
     tasks = _range(rows.tasks, first_task, max_tasks)
     if kind == "gold_actions" and all(task.actions is None for task in tasks):
         raise InputError(f"dataset.kind is gold_actions, and no row of {source} has any; set dataset.actions_key")
@@ -209,14 +220,14 @@ def read_traces(
     unreadable, seen = 0, []
     for where, row in rows:
         messages = check_messages(require_value(row, messages_key, where, "messages_key"), where, messages_key)
-        prompt, turns = _split(messages)
+        prompt, turns = _split([{"content": "", **message} for message in messages])  # templates read it in bare calls too
         if not turns:
             unusable[NO_ANSWER] += 1
             continue
         reward = _number(get(row, reward_key), where, reward_key) if reward_key else None
         success = reward_key is None or (reward is not None and reward >= success_threshold)
         task = str(require_value(row, task_key, where, "task_key"))
-        tools = _tools(get(row, tools_key), where, tools_key) if tools_key else None
+        tools = check_tools(get(row, tools_key), where, tools_key) if tools_key else None
         actions = _actions(get(row, actions_key), where, actions_key) if actions_key else None
         tasks.setdefault(task, []).append(AgentTrace(where, task, prompt, turns, reward, tools, actions, success))
         unreadable += sum(unreadable_calls(turn, action_tags) for turn in turns if turn["role"] == "assistant")
@@ -299,4 +310,4 @@ def _json_type(values: Sequence[Any]) -> str | list[str]:
 def _tools_of_file(path: str) -> list[dict[str, Any]] | None:
     if not Path(path).is_file():
         raise InputError(f"dataset.tools_file {path} does not exist; relative paths start at the working directory")
-    return _tools(Path(path).read_text(encoding="utf-8"), path, "tools_file")
+    return check_tools(Path(path).read_text(encoding="utf-8"), path, "tools_file")

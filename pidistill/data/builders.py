@@ -75,7 +75,7 @@ def chat_dataset(
                 privileged=_privileged(row, privileged_key, where),
                 completion=demonstration,
                 reference=get(row, reference_key) if reference_key else None,
-                tools=_tools(get(row, tools_key), where, tools_key) if tools_key else None,
+                tools=check_tools(get(row, tools_key), where, tools_key) if tools_key else None,
                 data=row,
             )
         )
@@ -133,7 +133,8 @@ def _privileged(row: Mapping[str, Any], key: str | None, where: str) -> str | li
     return value if isinstance(value, str) else check_messages(value, where, str(key))
 
 
-def _tools(value: Any, where: str, key: str) -> list[dict[str, Any]] | None:
+def check_tools(value: Any, where: str, key: str) -> list[dict[str, Any]] | None:
+    """Tool schemas, given as a list or as JSON text; None where there are none."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -3,16 +3,20 @@
 import json
 import math
 import os
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from pidistill.config import build
 from pidistill.data import build_prompts, demonstration, trace_dataset
 from pidistill.data.hint_file import read_hints
+from pidistill.data.trace_kinds import KINDS
 from pidistill.data.trace_report import both_views, main
 from pidistill.envs import ReplayEnvironment
 from pidistill.objectives import PiDistill
@@ -26,7 +30,7 @@ from pidistill.tokenizers import HFChatTokenizer
 from pidistill.training import cleanup
 from pidistill.types import Rollout, ScoreRequest
 from recipes.sample_distributed import SampleRecipe
-from tests.recipes.tiny_qwen import VOCABULARY, load_config, qwen_checkpoint, read_metrics, set_up, small_model
+from tests.recipes.tiny_qwen import ROOT, VOCABULARY, load_config, qwen_checkpoint, read_metrics, set_up, small_model
 
 DATA = os.environ.get("PIDISTILL_TEST_DATA")
 REAL = Path(DATA or ".") / "tau_bench_airline_gpt4o.jsonl"
@@ -202,7 +206,7 @@ def pi_distill_loss(model, rollouts, objective, packing="padded"):
 
 
 def with_behaviour(model, rollouts: list[Rollout]) -> list[Rollout]:
-    """Each rollout twice, a group of two, with the log-probs that the teacher view gives its tokens."""
+    """Each rollout as a group of its own, with the log-probs that the teacher view gives its tokens."""
     empty = [replace(r, sampled_logprobs=[0.0] * len(r.completion)) for r in rollouts]
     batch = make_batch(empty, None, pad_id=0, device=CPU)
     with torch.no_grad():
@@ -211,7 +215,7 @@ def with_behaviour(model, rollouts: list[Rollout]) -> list[Rollout]:
         own = iter(logprobs[: rollout.policy_tokens])
         logprobs = logprobs[rollout.policy_tokens :]
         rollout.sampled_logprobs = [next(own) if mine else math.nan for mine in rollout.policy_mask]
-    return [replace(rollout, group=i) for i, rollout in enumerate(empty) for _ in range(2)]
+    return [replace(rollout, group=i) for i, rollout in enumerate(empty)]
 
 
 def test_a_pi_distill_step_over_replayed_episodes_touches_assistant_tokens_only(model, replayed, tokenizer):
@@ -240,7 +244,7 @@ def test_a_pi_distill_step_over_replayed_episodes_touches_assistant_tokens_only(
                 for ids, answers in observed_turns(shortest, tokenizer):
                     expected[row, at - 1 : at - 1 + len(ids)] = True
                     at, count = at + len(ids) + len(answers), count + (view == "student") * len(ids)
-        assert count == len(batch.targets) == 2 * shortest.policy_tokens
+        assert count == len(batch.targets) == shortest.policy_tokens
         assert torch.equal(hidden.grad.abs().sum(-1) > 0, expected)
         for where, same in ((~expected, True), (expected, False)):
             noise["value"] = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)) * where[..., None]
@@ -289,7 +293,7 @@ def test_no_sentinel_of_the_calls_reaches_a_student_that_samples(rows, qwen, tok
     """π-Distill through the replay environment; every argument of every recorded call holds the sentinel."""
     source = as_file(tmp_path / "traces.jsonl", [plant_in_calls(row) for row in rows])
     folder = tmp_path / "run"
-    cfg = small_config("7B_pi_distill", qwen, source, folder, "prompts_per_round=3")
+    cfg = small_config("7B_pi_distill", qwen, source, folder, "prompts_per_round=3", "dataset.unsolved=keep")
     recipe = set_up("pi_distill_distributed", cfg)
     seen, sample_round = [], recipe.sample_round
     recipe.sample_round = lambda: seen.append(sample_round()) or seen[-1]
@@ -314,7 +318,7 @@ def test_no_sentinel_of_the_reference_actions_reaches_a_student_on_recorded_turn
     """GKD on the recorded turns: they are the completions, so the sentinel is in the reference actions alone."""
     source = as_file(tmp_path / "traces.jsonl", [plant_in_actions(row) for row in rows])
     folder = tmp_path / "run"
-    more = ("group_size=1", "dataset.kind=gold_actions", "prompts_per_round=2", "rollout_log_steps=0")
+    more = ("group_size=1", "dataset.kind=gold_actions", "rollout_log_steps=0", "sft_weight=0.5", "sft_batch_size=2")
     recipe = set_up("opsd_distributed", small_config("7B_recorded_gkd", qwen, source, folder, *more))
     seen, sample_round = [], recipe.sample_round
     recipe.sample_round = lambda: seen.append(sample_round()) or seen[-1]
@@ -326,7 +330,8 @@ def test_no_sentinel_of_the_reference_actions_reaches_a_student_on_recorded_turn
     (row,) = [row for row in read_metrics(folder) if "loss" in row]
     own = sum(len(ids) for rollout in rollouts for ids in turns_of(rollout.example, tokenizer))
     assert row["policy_tokens"] == own and row["rollouts"] == row["sampled_tokens"] == 0
-    assert row["loss"] == pytest.approx(row["kl_teacher_student_nats"]) and row["loss"] > 0 and row["grad_norm"] > 0
+    assert row["loss"] == pytest.approx(row["kl_teacher_student_nats"] + 0.5 * row["sft_loss"], rel=1e-5)
+    assert row["kl_teacher_student_nats"] > 0 and row["sft_loss"] > 0 and row["grad_norm"] > 0
     assert row["dropped_rows/task_without_success"] == 4 and row["dropped_rows/other_trace_of_task"] == 6
 
 
@@ -379,3 +384,26 @@ def test_the_report_counts_what_a_plain_reading_counts(rows, qwen, tokenizer, tm
     assert both_views(example, tokenizer) in printed
     with pytest.raises(SystemExit, match="--show 7 is none of the tasks 0, 1, 18"):
         main([source, "--show", "7"])
+
+
+# ------------------------------------------------------------------------------------------- the page
+
+
+def test_the_pages_commands_and_snippets_are_those_that_work(rows, qwen, tmp_path, capsys):
+    page = (ROOT / "docs" / "agent_traces.md").read_text()
+    blocks = re.findall(r"```(\w*)\n(.*?)```", page, re.DOTALL)
+    commands = [line for kind, text in blocks if not kind for line in text.splitlines()]
+    (report,) = [shlex.split(line)[3:] for line in commands if "trace_report" in line]
+    assert report[0].endswith("gpt-4o-airline.json") and report[2] == "/tmp/Qwen2.5-7B-Instruct"
+    as_published = [{**row, "traj": row["messages"], "info": {"task": row["task"]}} for row in rows]
+    (tmp_path / "published.json").write_text(json.dumps(as_published))
+    main([str(tmp_path / "published.json"), "--tokenizer", str(qwen), "--show", "18", *report[5:]])
+    assert "── teacher" in capsys.readouterr().out
+    runs = [shlex.split(line) for line in commands if line.startswith("tune run")]
+    assert len(runs) == 2
+    for run in runs:
+        assert (ROOT / run[4]).is_file() and load_config(run[6].removeprefix("configs/").removesuffix(".yaml"), run[7:])
+    snippets = [build(OmegaConf.create(text).hindsight) for kind, text in blocks if kind == "yaml"]
+    assert [type(hindsight.feedback).__name__ for hindsight in snippets] == ["ToolFeedback", "Judge"]
+    listed = re.findall(r"^\| `(\w+)` \| ", page, re.MULTILINE)
+    assert listed == list(KINDS)
