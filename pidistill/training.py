@@ -273,11 +273,11 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
         return
     folder = Path(node.checkpoint_dir)
     hint = f"check {key}.checkpoint_dir"
-    stage = re.search(r"runs/tiny/(\w+)/latest$", folder.as_posix())
-    if stage is not None and stage[1] == "base":
+    stage = re.search(r"runs/((?:tiny|gem|reasoning_gym)/\w+)/latest$", folder.as_posix())
+    if stage is not None and stage[1] == "tiny/base":
         hint = "run `make base` (or `pidistill run sft_distributed --config tiny/base`) first"
     elif stage is not None:
-        hint = f"it is what configs/tiny/{stage[1]}.yaml leaves: run that first, or {hint}"
+        hint = f"it is what configs/{stage[1]}.yaml leaves: run that first, or {hint}"
     if not folder.is_dir():
         raise InputError(f"checkpoint folder {folder} does not exist; {hint}")
     for name in [*(["config.json"] if _in_hf_format(node) else []), *_checkpoint_files(node)]:

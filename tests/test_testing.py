@@ -13,7 +13,15 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.training import MODEL_KEY, FullModelHFCheckpointer
 
 from pidistill.errors import InputError
-from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES, tiny_hf_checkpoint, tiny_model
+from pidistill.testing import (
+    BYTE_VOCABULARY,
+    QWEN3_HEAD_DIM,
+    TINY_SIZES,
+    byte_tokenizer,
+    byte_tokenizer_folder,
+    tiny_hf_checkpoint,
+    tiny_model,
+)
 
 VOCAB_SIZE = 40
 FAMILIES = {
@@ -129,3 +137,30 @@ def test_tiny_model_is_seeded_takes_overrides_and_uses_every_weight():
     assert len(tiny_model(11, num_layers=1).layers) == 1
     first(torch.arange(11)[None]).square().sum().backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in first.parameters())
+
+
+# ------------------------------------------------------------------------------------------- bytes
+
+ANY_TEXT = "Zwölf\t漢字 🙂\r\n  e\u0301 \x00 <|im_end|> <|im_start|>user"
+
+
+def test_a_byte_is_an_id_and_any_text_survives(tmp_path):
+    tokenizer = byte_tokenizer(str(tmp_path), max_seq_len=77)
+    assert (tokenizer.vocab_size, tokenizer.max_seq_len) == (BYTE_VOCABULARY, 77) and len(tokenizer.stop_ids) == 2
+    messages = [{"role": "user", "content": "2"}]
+    turn = tokenizer.encode_turn(messages, {"role": "assistant", "content": ANY_TEXT})
+    assert len(turn) == len(ANY_TEXT.encode()) + 1 and turn[-1] in tokenizer.stop_ids
+    assert not set(turn[:-1]) & tokenizer.stop_ids, "what a message says ends no turn"
+    assert tokenizer.parse_turn(turn) == {"role": "assistant", "content": ANY_TEXT}
+    assert tokenizer.decode(tokenizer.encode_prompt(messages)) == "<|im_start|>user\n2<|im_end|>\n<|im_start|>assistant\n"
+    assert len(set(tokenizer.encode_prompt([{"role": "user", "content": bytes(range(128)).decode()}]))) >= 128
+
+
+def test_the_byte_tokenizers_files_are_those_of_a_model_on_the_hub(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    ours, theirs = byte_tokenizer(str(tmp_path)), PreTrainedTokenizerFast.from_pretrained(byte_tokenizer_folder(tmp_path))
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Zwölf 漢字 🙂"}]
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ours.encode_prompt(messages) == expected and theirs.pad_token_id == ours.pad_id
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "nothing is left aside"

@@ -383,6 +383,8 @@ def test_a_checkpoint_folder_is_looked_at_before_it_is_loaded(tmp_path):
         check_checkpoint_folder(folder_config(runs / "base" / "latest", []), "checkpointer")
     with pytest.raises(InputError, match="does not exist; it is what configs/tiny/sft.yaml leaves: run that first"):
         check_checkpoint_folder(folder_config(runs / "sft" / "latest", []), "checkpointer")
+    with pytest.raises(InputError, match="does not exist; it is what configs/gem/base.yaml leaves: run that first"):
+        check_checkpoint_folder(folder_config(tmp_path / "runs" / "gem" / "base" / "latest", []), "checkpointer")
     check_checkpoint_folder(
         OmegaConf.create({"checkpointer": {"_component_": "x", "checkpoint_dir": "made later"}}), "checkpointer"
     )
