@@ -47,7 +47,10 @@ def sentence(monkeypatch, capsys, tmp_path):
 
     def run_main(name: str, cfg: DictConfig, *overrides: str) -> str:
         module = recipe_module(name)
-        monkeypatch.setattr(module, "load_model", lambda *a, **k: pytest.fail("weights were loaded before the refusal"))
+        loads = vars(module).keys() & {"load_model", "load_initial"}
+        assert loads
+        for load in loads:
+            monkeypatch.setattr(module, load, lambda *a, **k: pytest.fail("weights were loaded before the refusal"))
         path = save_config(cfg, tmp_path / "config.yaml")
         monkeypatch.setattr(sys, "argv", [module.__file__, "--config", str(path), *overrides])
         with pytest.raises(SystemExit) as exit_status:
