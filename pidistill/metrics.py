@@ -18,7 +18,8 @@ that was not computed is absent; nothing stands in for it.
 | ratio_mean | mean of sampling view / μ (hinted rollouts: S/μ); 1 on the first update unless top-p or top-k is on |
 | student_ratio_mean | mean of S/μ (or S/T) in π-Distill's student half |
 | sampler_mismatch_k3_nats | kl(sampler||trainer) per token, estimated by e^Δ − 1 − Δ ≥ 0; at a round's first update only |
-| sampler_mismatch_mean_nats, …_max_nats | mean and largest |Δ|, Δ = log-prob of the trainer − the sampler; view that sampled |
+| sampler_mismatch_mean_nats | mean |Δ| over those tokens, Δ = log-prob of the trainer − the sampler, in the view that sampled |
+| sampler_mismatch_max_nats | the largest |Δ| of them |
 | importance_weight_mean | mean truncated importance weight of the round's policy tokens, with `importance_weights` |
 | importance_truncated_frac | share of them whose weight the cap cut |
 | ess_frac | effective sample size of the student's token ratios S/μ, as a share of the policy tokens |

@@ -29,7 +29,7 @@ from pidistill.training import Run
 from pidistill.types import Batch, Rollout, ScoreRequest, Scores, ViewName
 
 DEFAULT_LIMIT_NATS = 0.1
-"""Mean |Δ| per token: ten times what bf16 kernels differ by; another model's or an unrelated policy's is far above."""
+"""Mean |Δ| per token. On a small random model, CPU: our own sampler 1e-6 in fp32, .012 in bf16; vLLM 1e-6 and .04."""
 
 
 # ------------------------------------------------------------------------------------------------- measured and bounded

@@ -41,7 +41,7 @@ def wide_base(tmp_path_factory) -> Path:
 def config(method: str, base: Path, folder: Path, sampler: str = SAMPLER["_component_"], **changes: Any) -> DictConfig:
     sampler = SAMPLER | {"model_dir": "${checkpointer.checkpoint_dir}", "_component_": sampler}
     wide = {key.replace(".", "__"): value for key, value in WIDE.items()}
-    return small_config(method, base, folder / "run", sampler=sampler, **wide, **LARGE_STEPS, **changes)
+    return small_config(method, base, folder / "run", sampler=sampler, **(wide | LARGE_STEPS | changes))
 
 
 def tune(recipe: str, cfg: DictConfig, folder: Path, processes: int = 1):
@@ -55,14 +55,14 @@ RUNS = {
     "pi_distill": ("pi_distill", "pi_distill_distributed", 1, {}),
     "lora": ("opsd", "opsd_distributed", 1, LORA | {"optimizer__lr": 0.05}),
     "frozen teacher samples": ("pi_distill", "pi_distill_distributed", 1, {"objective__alpha": 0.0, "teacher": FROZEN}),
-    "two ranks": ("rl", "opsd_distributed", 2, {"environment_threads": 2}),
+    "two ranks": ("opsd", "opsd_distributed", 2, {"environment_threads": 2}),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_engine_has_the_trainers_weights_in_every_round(name, wide_base, tmp_path):
     method, recipe, processes, changes = RUNS[name]
-    done = tune(recipe, config(method, wide_base, tmp_path, **(LARGE_STEPS | changes)), tmp_path, processes)
+    done = tune(recipe, config(method, wide_base, tmp_path, **changes), tmp_path, processes)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "Traceback" not in done.stderr, done.stderr[-4000:]
     rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
