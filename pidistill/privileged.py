@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pidistill.errors import InputError
-from pidistill.messages import last_user_index, messages_text, with_text
+from pidistill.messages import last_user_index, message_text, messages_text, with_text
 from pidistill.tokenizers.base import ChatTokenizer
 from pidistill.types import Example, Message, PromptPair
 
@@ -118,9 +118,13 @@ class PrivilegedPrompt:
         """Both views with the example's own privileged information, whatever ``control`` says.
 
         Raises:
-            InputError: no user message to attach to, or the written-out default system text changes the student's prompt.
+            InputError: no user message to attach to, the written-out default system text changes the student's prompt, or the
+                chat template refuses one of the views (of the teacher's, the sentence says which placement it takes).
         """
-        ids = tokenizer.encode_prompt(example.messages, example.tools)
+        try:
+            ids = tokenizer.encode_prompt(example.messages, example.tools)
+        except InputError as error:
+            raise InputError(f"{example.id}: {error}") from error
         if not example.privileged:
             return PromptViews(example.messages, example.messages, PromptPair(ids, ids, has_privileged=False))
         student = with_default_system(example, tokenizer)
@@ -130,7 +134,33 @@ class PrivilegedPrompt:
                 "itself; give every row a system message"
             )
         teacher = self.teacher_messages(example, student)
-        return PromptViews(student, teacher, PromptPair(ids, tokenizer.encode_prompt(teacher, example.tools), True))
+        try:
+            teacher_ids = _encode_whole(teacher, student, example, tokenizer)
+        except InputError as error:
+            raise InputError(self._refused(example, student, tokenizer, error)) from error
+        return PromptViews(student, teacher, PromptPair(ids, teacher_ids, has_privileged=True))
+
+    def _refused(self, example: Example, student: list[Message], tokenizer: ChatTokenizer, error: InputError) -> str:
+        """The sentence for a teacher's view that the tokenizer does not take, with what it would take."""
+        others = [replace(self, role="user"), *(replace(self, placement=placement) for placement in PLACEMENTS)]
+        works = [other for other in others if other != self and other._is_taken(example, student, tokenizer)]
+        if not works:
+            return f"{example.id}: {error}"
+        advice = [
+            f"privileged.placement={other.placement}" if other.placement != self.placement else f"privileged.role={other.role}"
+            for other in works
+        ]
+        role = f", role: {self.role}" if self.placement in ("before_user", "after_user") else ""
+        used = f"privileged.placement: {self.placement}{role}"
+        reason = " ".join(str(error.__cause__ or error).split())
+        return f"{example.id}: the chat template does not take {used} ({reason}); set {' or '.join(advice)}"
+
+    def _is_taken(self, example: Example, student: list[Message], tokenizer: ChatTokenizer) -> bool:
+        try:
+            _encode_whole(self.teacher_messages(example, student), student, example, tokenizer)
+        except InputError:
+            return False
+        return True
 
     def teacher_messages(self, example: Example, messages: list[Message]) -> list[Message]:
         """``messages`` with the example's privileged information in its place."""
@@ -183,6 +213,19 @@ class PrivilegedPrompt:
         if self.control == "none":
             return [replace(example, privileged=None) for example in examples]
         return shuffle_privileged(examples, self.control_seed) if self.control == "shuffled" else list(examples)
+
+
+def _encode_whole(teacher: list[Message], student: list[Message], example: Example, tokenizer: ChatTokenizer) -> list[int]:
+    """Ids of the teacher's prompt. Raises InputError where the template leaves out a message that it writes for the student."""
+    ids = tokenizer.encode_prompt(teacher, example.tools)
+    left_out = getattr(tokenizer, "left_out", None)  # of tokenizers with a template that may
+    if left_out is not None:
+        by_itself = [student[i] for i in left_out(student, example.tools)]
+        lost = [teacher[i] for i in left_out(teacher, example.tools) if teacher[i] not in by_itself]
+        if lost:
+            text = message_text(lost[0])
+            raise InputError(f"it leaves out a {lost[0]['role']} message, {text[:40]!r}{'…' if len(text) > 40 else ''}")
+    return ids
 
 
 def with_default_system(example: Example, tokenizer: ChatTokenizer) -> list[Message]:

@@ -121,6 +121,7 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     use_fallback_checkpoint(cfg)
     for key in ("checkpointer", "teacher_checkpointer"):
         check_checkpoint_folder(cfg, key)
+        check_checkpoint_fits(cfg, key)
     device = _device(cfg.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
     dtype = _dtype(cfg.get("dtype", "fp32"), device)
     if device.type == "cpu":
@@ -255,10 +256,9 @@ def _recorded_checkpoint_dir(cfg: DictConfig) -> str | None:
 
 
 def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
-    """Refuse a checkpoint folder that lacks its files, or is another model's, before anything is loaded."""
+    """Refuse a checkpoint folder that lacks its files before anything is loaded."""
     node = cfg.get(key)
-    in_hf_format = node is not None and str(node.get("_component_")).endswith("HFCheckpointer")
-    if node is None or "checkpoint_dir" not in node or not (in_hf_format or "checkpoint_files" in node):
+    if node is None or "checkpoint_dir" not in node or not (_in_hf_format(node) or "checkpoint_files" in node):
         return
     folder = Path(node.checkpoint_dir)
     hint = f"check {key}.checkpoint_dir"
@@ -269,16 +269,25 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
         hint = f"it is what configs/tiny/{stage[1]}.yaml leaves: run that first, or {hint}"
     if not folder.is_dir():
         raise InputError(f"checkpoint folder {folder} does not exist; {hint}")
-    for name in [*(["config.json"] if in_hf_format else []), *_checkpoint_files(node)]:
+    for name in [*(["config.json"] if _in_hf_format(node) else []), *_checkpoint_files(node)]:
         if not (folder / name).is_file():
             present = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
             raise InputError(
                 f"checkpoint folder {folder} has no {name} (it holds {present}); {hint}, or check {key}.checkpoint_files"
             )
-    if in_hf_format:
+
+
+def check_checkpoint_fits(cfg: DictConfig, key: str) -> None:
+    """Refuse a folder of another model than the config builds, from its config.json and its tensors' names and shapes."""
+    node = cfg.get(key)
+    if node is not None and _in_hf_format(node):
         model = (cfg.get("teacher_model") if key == "teacher_checkpointer" else None) or cfg.model
         files = {"checkpoint_files": _checkpoint_files(node)}
         check_fits(empty_model(model), {**node, **files}, builder=str(model._component_), key=key)
+
+
+def _in_hf_format(node: DictConfig) -> bool:
+    return str(node.get("_component_")).endswith("HFCheckpointer")
 
 
 def _checkpoint_files(node: DictConfig) -> list[str]:

@@ -65,8 +65,8 @@ def reference(folder: Path) -> nn.Module:
 
 
 @torch.no_grad()
-def assert_same_logits(ours: nn.Module, theirs: nn.Module, vocabulary: int = VOCABULARY) -> None:
+def assert_same_logits(ours: nn.Module, theirs: nn.Module, vocabulary: int = VOCABULARY, atol: float = 1e-4) -> None:
     tokens = torch.randint(vocabulary, (2, 200), generator=torch.Generator().manual_seed(1))
     expected = theirs(tokens).logits
     assert expected.std() > 0.5, "logits this close to each other would agree under wrong weights too"
-    torch.testing.assert_close(ours(tokens), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(tokens), expected, rtol=1e-4, atol=atol)

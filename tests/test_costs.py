@@ -13,6 +13,7 @@ from torchtune.models.llama3 import llama3
 from torchtune.models.qwen2 import lora_qwen2, qwen2
 
 from pidistill.adapters import train_adapters_only
+from pidistill.models import qwen3
 from pidistill.packing import Packer, make_tree, rollout_of
 from pidistill.planning.devices import Device
 from pidistill.planning.memory import memory
@@ -29,6 +30,7 @@ SIZES = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64, "i
 BUILDERS = {
     "llama": lambda: llama3(vocab_size=50, **SIZES),
     "qwen, tied": lambda: qwen2(vocab_size=50, tie_word_embeddings=True, **SIZES),
+    "qwen3": lambda: qwen3(vocab_size=50, head_dim=32, **SIZES),
     "lora": lambda: lora_qwen2(["q_proj", "v_proj"], apply_lora_to_mlp=True, lora_rank=4, lora_alpha=8, vocab_size=50, **SIZES),
 }
 BOTH = ("student", "teacher")
@@ -95,8 +97,9 @@ def test_activations_are_what_autograd_keeps_of_a_packed_row(name, dtype, checkp
     assert 0.8 * predicted - head <= measured <= predicted + head + 32
 
 
-def test_flops_are_those_that_torch_counts():
-    name, tokens = "llama", 64
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_flops_are_those_that_torch_counts(name):
+    tokens = 64
     shape, model = model_shape(on_meta(name)), BUILDERS[name]()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused one is not counted on a CPU
         model(torch.zeros(1, tokens, dtype=torch.long))

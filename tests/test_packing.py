@@ -17,8 +17,10 @@ from torchtune.models.gemma2 import gemma2
 
 import pidistill.tree_attention as tree_attention_module
 from pidistill.errors import InputError
+from pidistill.models import qwen3
 from pidistill.packing import Packer, make_tree
 from pidistill.scoring import score
+from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES, perturb_weights
 from pidistill.training import Run
 from pidistill.tree_attention import FLEX_BLOCK, TreeMask, read_trees, tree_attention
 from pidistill.types import Divergence, Example, PromptPair, Rollout, RolloutAdvantage, ScoreRequest
@@ -88,6 +90,19 @@ def test_tree_and_padded_rows_give_the_same_numbers_and_gradients(seed, query_bl
     padded, padded_gradients = numbers_and_gradients(module, rollouts, "padded")
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=2e-5)
     assert relative_difference(packed_gradients, padded_gradients) < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_qwen3_attends_to_trees_as_well(seed):
+    """An attention module of ours, which must leave the mask to what :func:`read_trees` puts there."""
+    torch.manual_seed(seed)
+    module, rollouts = qwen3(vocab_size=VOCABULARY, head_dim=QWEN3_HEAD_DIM, **TINY_SIZES), forest(seed)
+    perturb_weights(module)
+    packed, packed_gradients = numbers_and_gradients(module, rollouts, "tree")
+    padded, padded_gradients = numbers_and_gradients(module, rollouts, "padded")
+    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=2e-5)
+    assert relative_difference(packed_gradients, padded_gradients) < 1e-5
+    assert any(name.endswith("q_norm.scale") for name in packed_gradients)
 
 
 def test_activation_checkpointing_repeats_the_layers_as_trees():

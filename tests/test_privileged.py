@@ -10,7 +10,8 @@ from pidistill.errors import InputError
 from pidistill.privileged import DEFAULT_TEMPLATE, PLACEMENTS, PrivilegedPrompt, shuffle_privileged
 from pidistill.tokenizers import HFChatTokenizer, TorchtuneChatTokenizer, WordTokenizer
 from pidistill.types import Example
-from tests.tiny_tokenizers import QWEN3, llama_folder, qwen_folder, torchtune_llama3, torchtune_qwen
+from tests.chat_templates import QWEN3
+from tests.tiny_tokenizers import llama_folder, qwen_folder, torchtune_llama3, torchtune_qwen
 
 SECRET = "Zebra-4711"
 

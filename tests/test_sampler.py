@@ -23,11 +23,12 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.modules.common_utils import local_kv_cache
 
 from pidistill.errors import InputError
+from pidistill.models import qwen3
 from pidistill.rollouts import TorchtuneSampler, decoding, gathered_parameters
 from pidistill.rollouts.decoding import _parameter_groups, attention_mask
 from pidistill.rollouts.decoding import decoding as decode
 from pidistill.rollouts.distribution import draw, sampling_logprobs
-from pidistill.testing import TINY_SIZES, perturb_weights, tiny_model
+from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES, perturb_weights, tiny_model
 
 VOCAB = 40
 PAD = 0
@@ -42,6 +43,8 @@ def build(name: str, seed: int = 0) -> nn.Module:
         model = llama3(vocab_size=VOCAB, **TINY_SIZES)
     elif name == "qwen2-tied":
         model = qwen2(vocab_size=VOCAB, tie_word_embeddings=True, **TINY_SIZES)
+    elif name == "qwen3":
+        model = qwen3(vocab_size=VOCAB, head_dim=QWEN3_HEAD_DIM, **TINY_SIZES)
     else:
         sizes = {key: value for key, value in TINY_SIZES.items() if key != "rope_base"}
         model = gemma2(vocab_size=VOCAB, head_dim=16, sliding_window_size=48, **sizes)
@@ -49,14 +52,14 @@ def build(name: str, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for parameter, weight in model.named_parameters():
             if weight.ndim == 2:  # tied embeddings of size one would repeat the last token for ever
-                scales = {"layers": 1.5, "output": 3.0, "tok_embeddings": 1.0 if name == "llama3" else 0.06}
+                scales = {"layers": 1.5, "output": 3.0, "tok_embeddings": 1.0 if name in ("llama3", "qwen3") else 0.06}
                 weight.mul_(scales[parameter.split(".")[0]])
         if name == "qwen2-tied":
             model.norm.scale.mul_(3.0)
     return model
 
 
-@pytest.fixture(scope="module", params=["llama3", "qwen2-tied", "gemma2"])
+@pytest.fixture(scope="module", params=["llama3", "qwen2-tied", "qwen3", "gemma2"])
 def any_model(request):
     return build(request.param)
 
@@ -134,7 +137,7 @@ def test_greedy_is_the_argmax_of_a_full_forward(any_model):
     assert len({tuple(result.tokens) for result in results}) == len(PROMPTS)  # the model does read its prompt
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2-tied"])
+@pytest.mark.parametrize("name", ["llama3", "qwen2-tied", "qwen3"])
 def test_greedy_equals_torchtunes_generate(name):
     model = build(name)
     prompts = [[token or 1 for token in prompt] for prompt in PROMPTS]  # generate takes a padding id in a prompt for padding
@@ -616,7 +619,7 @@ def _sharded_rank(rank: int, store: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    for name, reshard in (("llama3", True), ("qwen2-tied", False)):
+    for name, reshard in (("llama3", True), ("qwen2-tied", False), ("qwen3", True)):
         _check_sharded(rank, build(name), reshard)
     torch.distributed.destroy_process_group()
     time.sleep(0.2)  # gloo's thread must end before the interpreter does

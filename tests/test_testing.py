@@ -13,7 +13,7 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.training import MODEL_KEY, FullModelHFCheckpointer
 
 from pidistill.errors import InputError
-from pidistill.testing import TINY_SIZES, tiny_hf_checkpoint, tiny_model
+from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES, tiny_hf_checkpoint, tiny_model
 
 VOCAB_SIZE = 40
 FAMILIES = {
@@ -75,6 +75,17 @@ def test_hf_checkpoint_holds_the_config_keys_and_tensors_that_loaders_read(tmp_p
     assert len(one_dimensional) == 2 * 2 + 1 + (2 * 3 if family == "qwen2" else 0)  # norms per layer, last norm, q/k/v biases
     for name, tensor in one_dimensional.items():
         assert tensor.std() > 0.1, f"{name} is (nearly) constant: a wrong place for it would not show"
+
+
+def test_qwen3_has_heads_of_its_own_width_and_large_models_are_several_files(tmp_path):
+    directory = tiny_hf_checkpoint(tmp_path, "qwen3", max_shard_size="100KB", num_hidden_layers=3)
+    config = json.loads((directory / "config.json").read_text())
+    assert (config["head_dim"], config["num_hidden_layers"]) == (QWEN3_HEAD_DIM, 3)
+    assert TINY_SIZES["embed_dim"] // TINY_SIZES["num_heads"] != QWEN3_HEAD_DIM
+    listed = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(listed.values())) > 3
+    norm = "model.layers.2.self_attn.q_norm.weight"
+    assert load_file(directory / listed[norm])[norm].std() > 0.1
 
 
 def test_seed_decides_the_weights_and_nothing_else_does(tmp_path):

@@ -2,7 +2,7 @@
 
 from pidistill.models.hf_checkpointer import HFCheckpointer
 from pidistill.models.hf_format import from_hf, to_hf
-from pidistill.models.qwen3 import (
+from pidistill.models.qwen3_model import (
     lora_qwen3,
     lora_qwen3_0_6b,
     lora_qwen3_1_7b,

@@ -16,6 +16,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pidistill.errors import InputError
+from pidistill.messages import message_text
 from pidistill.types import Message
 
 
@@ -38,8 +39,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, generation_prompt: bool) -> str:
         """Raises InputError with the template's own words where it refuses the conversation."""
         template = self._templates.get("tool_use" if tools else "default") or self._templates["default"]
-        # Older templates write a null out as the word None; a missing key is what they expect.
-        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        messages = [_as_templates_read(message) for message in messages]
         tools = list(tools) if tools else None
         try:
             return template.render(
@@ -48,9 +48,27 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(
-                f"the chat template refuses a conversation of the roles {roles} ({error}); change the dataset's messages, "
-                "privileged.placement (some models know no system role) or tokenizer.chat_template"
+                f"the chat template refuses a conversation of the roles {roles} ({error}); change the roles of the dataset's "
+                "messages, or set tokenizer.chat_template to a template that takes them"
             ) from error
+
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def _as_templates_read(message: Message) -> Message:
+    """The message in the one form that all templates know; but for the text parts, what transformers makes of it.
+
+    Older templates write a null out as the word None; a missing key is what they expect. Reasoning has had several names. A
+    list of text parts is written out as a list by some templates, and left out by others (Qwen3's).
+    """
+    message = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((message[key] for key in _REASONING if key in message), None)
+    if reasoning is not None:
+        message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    if isinstance(message.get("content"), list):
+        message["content"] = message_text(message)
+    return message
 
 
 def find_templates(folder: Path, config: Mapping[str, Any], chosen: str | None) -> dict[str, str]:
@@ -70,7 +88,10 @@ def find_templates(folder: Path, config: Mapping[str, Any], chosen: str | None) 
         return {"default": own[chosen]}
     if "default" not in own:
         known = f"only templates named {', '.join(sorted(own))}" if own else "no chat template"
-        raise InputError(f"{folder} has {known}; give tokenizer.chat_template a template's name or file")
+        raise InputError(
+            f"{folder} has {known}; set tokenizer.chat_template to a template's name or file, such as the "
+            "chat_template.jinja of the model's instruct version"
+        )
     return own
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pidistill.errors import InputError
+from pidistill.messages import message_text
 from pidistill.tokenizers.chat_template import ChatTemplate, find_templates
 from pidistill.types import Message
 
@@ -77,10 +78,14 @@ class HFChatTokenizer:
         prompt = self._render(history, tools, marker, generation_prompt=True)
         conversation = self._render([*history, turn], tools, marker, generation_prompt=False)
         if not conversation.startswith(prompt):
+            said = self._after_prefill(history, turn, tools, marker, prompt)
+            if said is not None:
+                return self._encode(said, marker, after=prompt)
             raise InputError(
                 "the chat template does not render an assistant turn as a continuation of its own generation prompt "
                 f"(...{prompt[-40:]!r} against ...{_divergence(prompt, conversation)!r}), so a given turn has no token ids "
-                "that the model would have sampled; change tokenizer.template_kwargs or tokenizer.chat_template"
+                "that the model would have sampled; begin the turn with what the prompt opens (<think>), or change "
+                "tokenizer.template_kwargs or tokenizer.chat_template"
             )
         stop = self._stop_pattern.search(conversation, len(prompt))
         if stop is None:
@@ -126,6 +131,17 @@ class HFChatTokenizer:
             self._default_systems[key] = self._find_default_system(tools)
         return self._default_systems[key]
 
+    def left_out(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
+        """Which system and user messages the template does not write: some templates keep the last system text only."""
+        text = self._template.render(messages, tools, True)
+
+        def is_written(said: str) -> bool:
+            # As it is, or inside JSON.
+            return said in text or any(json.dumps(said, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
+
+        texts = ((i, message_text(m).strip()) for i, m in enumerate(messages) if m["role"] in ("system", "user"))
+        return [i for i, said in texts if not is_written(said)]
+
     # ------------------------------------------------------------------------------------------- text to ids
 
     def _render(self, messages: Sequence[Message], tools: Tools, marker: str, *, generation_prompt: bool) -> str:
@@ -169,6 +185,20 @@ class HFChatTokenizer:
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _after_prefill(self, history: Sequence[Message], turn: Message, tools: Tools, marker: str, prompt: str) -> str | None:
+        """What a model says where the prompt has opened its reasoning and the template drops that from finished turns (R1).
+
+        The turn begins with what the prompt opens, and ends as the template ends a turn; None where it does not.
+        """
+        word = _unused_word([*history, turn], tools)
+        finished = self._render([*history, {**turn, "content": word}], tools, marker, generation_prompt=False)
+        head, found, tail = finished.rpartition(word)
+        stop = self._stop_pattern.match(tail)
+        opened, said = prompt[len(head) :], self._mark(message_text(turn), marker)
+        if not (found and stop and opened and prompt.startswith(head) and said.startswith(opened)):
+            return None
+        return said[len(opened) :] + stop[0]
 
     # ------------------------------------------------------------------------------------------- what the model's files say
 

@@ -1,4 +1,4 @@
-"""Real configs made small: a random model in Qwen2.5's own format; recipes run with it, by `tune run` or in this process."""
+"""Real configs made small: a random model in the Hub's format; recipes run with it, by `tune run` or in this process."""
 
 import importlib
 import json
@@ -15,15 +15,17 @@ from torchtune.config._parse import TuneRecipeArgumentParser
 from torchtune.config._utils import _merge_yaml_and_cli_args
 from torchtune.models.qwen2._tokenizer import PRETOKENIZE_REGEX
 
-from pidistill.testing import TINY_SIZES, tiny_hf_checkpoint
-from tests.tiny_tokenizers import QWEN25, QWEN_ADDED, QWEN_SPECIAL
+from pidistill.testing import TINY_SIZES
+from tests.chat_templates import QWEN25
+from tests.hub_models import MODELS, hub_folder
+from tests.tiny_tokenizers import QWEN_ADDED, QWEN_SPECIAL
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 2048
 
 
-def qwen_checkpoint(folder: Path, texts: Iterable[str]) -> Path:
-    """A folder as on the Hub: model.safetensors with tied embeddings, tokenizer.json trained on ``texts``, the configs."""
+def qwen_checkpoint(folder: Path, texts: Iterable[str], name: str = "qwen2, tied", **more: Any) -> Path:
+    """A folder as on the Hub: the weights of ``name`` in tests.hub_models, tokenizer.json trained on ``texts``, the configs."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -36,7 +38,7 @@ def qwen_checkpoint(folder: Path, texts: Iterable[str]) -> Path:
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in QWEN_SPECIAL])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in QWEN_ADDED])
 
-    tiny_hf_checkpoint(folder, "qwen2", tied=True, vocab_size=VOCABULARY, tokenizer=tokenizer)
+    hub_folder(name, folder, vocab_size=VOCABULARY, tokenizer=tokenizer, **more)
     named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": QWEN25}
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | named))
     stops = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
@@ -60,6 +62,16 @@ def small_model(checkpoint: Path, output_dir: Path) -> list[str]:
         "tokenizer.max_seq_len=1024",
         "sampler.max_new_tokens=32",
     ]
+
+
+def use_model(cfg: DictConfig, name: str, lora: dict[str, Any] | None = None) -> None:
+    """Replace a config's model and checkpointer by those of ``name`` in tests.hub_models, as an edit would."""
+    *_, builder, arguments = MODELS[name]
+    component = f"{builder.__module__}.{'lora_' if lora else ''}{builder.__name__}"
+    sizes = TINY_SIZES | {"max_seq_len": 1024, "vocab_size": VOCABULARY} | arguments | (lora or {})
+    cfg.model = {"_component_": component, **sizes}
+    folder = {key: cfg.checkpointer[key] for key in ("checkpoint_dir", "output_dir")}
+    cfg.checkpointer = {"_component_": "pidistill.models.HFCheckpointer", **folder}
 
 
 # ------------------------------------------------------------------------------------------- running
