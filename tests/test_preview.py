@@ -17,8 +17,9 @@ from pidistill.preview.show import marked
 from pidistill.privileged import PLACEMENTS
 from pidistill.sweeps.cells import load_config
 from pidistill.tokenizers import HFChatTokenizer
+from tests.chat_templates import ALTERNATING, QWEN25
 from tests.test_configs import CONFIGS, name_of
-from tests.tiny_tokenizers import QWEN25, llama_folder, qwen_folder, r1_folder
+from tests.tiny_tokenizers import llama_folder, qwen_folder, r1_folder
 
 FOLDERS = {"qwen": qwen_folder, "llama": llama_folder, "r1": r1_folder}
 SECRET = "The secret:\nuser system 72 <|im_end|> assistant {braces}"  # words of the template, a control token, braces
@@ -65,10 +66,8 @@ def config_of(
 # ------------------------------------------------------------------------------------------- what is marked
 
 
-PLACES = [(family, place) for family in FOLDERS for place in PLACEMENTS if (family, place) != ("r1", "system_end")]
-
-
-@pytest.mark.parametrize(("family", "placement"), PLACES)  # R1's template, as it is written here, shows no system message
+@pytest.mark.parametrize("family", FOLDERS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_what_is_marked_is_the_privileged_block_and_nothing_else(capsys, tmp_path, family, placement):
     path = config_of(tmp_path, ROWS, family, placement=placement)
     privileged, decode = build(OmegaConf.load(path).privileged), HFChatTokenizer(str(tmp_path / "model")).decode
@@ -246,9 +245,11 @@ def test_leak_phrases_in_the_privileged_information_and_in_questions_are_reporte
     assert "the student's prompt says the leak phrase 'the hint'" in warnings[1] and "row 1" in warnings[1]
 
 
-def test_a_template_that_leaves_the_privileged_information_out_is_reported(capsys, tmp_path):
-    result = previewed(capsys, config_of(tmp_path, ROWS, "r1", placement="system_end"))
-    assert any("both prompts are the same though the row has privileged information" in said for said in result["warnings"])
+def test_a_placement_that_the_template_refuses_is_said_with_those_that_it_takes(capsys, tmp_path):
+    status, out, err = run(capsys, config_of(tmp_path, ROWS, template=ALTERNATING, placement="system_end"))
+    (said,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and out == ""
+    assert "does not take privileged.placement: system_end" in said and said.endswith("set privileged.placement=user_end")
 
 
 # ------------------------------------------------------------------------------------------- configs, and what is wrong

@@ -16,7 +16,6 @@ def findings(source: Source, scan: Scan) -> list[str]:
     found = [
         _about(scan, rows, _in_students_view, "the student's prompt holds the privileged information as it stands"),
         *_leak_phrases(source, scan, rows),
-        _wordless(source, scan),
     ]
     return [sentence for sentence in found if sentence]
 
@@ -29,20 +28,6 @@ def _leak_phrases(source: Source, scan: Scan, rows: Sequence[tuple[Example, str]
         result.append(_about(scan, rows, lambda e, _, p=phrase: count_phrases(private_text(e), [p]) > 0, in_information))
         result.append(_about(scan, rows, lambda _, text, p=phrase: count_phrases(text, [p]) > 0, in_prompt))
     return result
-
-
-def _wordless(source: Source, scan: Scan) -> str | None:
-    """Rows whose privileged information changes nothing: the chat template drops it."""
-    same = [
-        example.id
-        for example, views in zip(scan.examples, scan.views, strict=True)
-        if views.pair.has_privileged and views.pair.student == views.pair.teacher
-    ]
-    if not same:
-        return None
-    return (
-        f"{len(same)} of {scan.scanned} rows: both prompts are the same though the row has privileged information ({same[0]})"
-    )
 
 
 def _about(

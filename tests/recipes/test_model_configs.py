@@ -21,10 +21,11 @@ from pidistill.preview.command import main as preview
 from pidistill.rewards import last_answer
 from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES
 from pidistill.types import Example, Message
+from tests.chat_templates import LLAMA32, QWEN3
 from tests.hub_models import hub_folder
 from tests.recipes.runs import metrics, weights
 from tests.test_configs import REAL, name_of, recipe_of
-from tests.tiny_tokenizers import QWEN3, llama_folder, qwen_folder, r1_folder
+from tests.tiny_tokenizers import llama_folder, qwen_folder, r1_folder
 
 VOCABULARY = 640
 # Family → (a model of tests/hub_models.py, its builder with and without adapters, what else the builder takes, its tokenizer).
@@ -36,7 +37,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], Any]] = {
         lambda folder: qwen_folder(folder, QWEN3),
     ),
     "qwen2_5": ("qwen2, tied", "torchtune.models.qwen2.{}qwen2", {"tie_word_embeddings": True}, qwen_folder),
-    "llama3_2": ("llama3.2, tied", "torchtune.models.llama3_2.{}llama3_2", {}, llama_folder),
+    "llama3_2": ("llama3.2, tied", "torchtune.models.llama3_2.{}llama3_2", {}, lambda folder: llama_folder(folder, LLAMA32)),
     "r1_distill_llama": ("llama3.1", "torchtune.models.llama3_1.{}llama3_1", {}, r1_folder),
 }
 SHORT = {
