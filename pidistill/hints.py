@@ -66,7 +66,7 @@ class Hints:
     def select(self, rollouts: Sequence[Rollout], leak_phrases: Sequence[str], rewrite: Rewrite, seed: int) -> Selected:
         traces: dict[int, Trace] = {}
         for rollout in rollouts:
-            usable = rollout.reward >= self.threshold and rollout.stop_reason != "length" and last_answer(rollout.turns).strip()
+            usable = rollout.reward >= self.threshold and rollout.stop_reason == "done" and last_answer(rollout.turns).strip()
             if usable and rollout.group not in traces:
                 told = {"sampled_by": rollout.sampled_by, **hint_provenance(rollout.example)}
                 traces[rollout.group] = Trace(rollout.example, rollout.turns, rollout.reward, rollout.group, told)
