@@ -334,13 +334,6 @@ def test_no_sentinel_of_the_reference_actions_reaches_a_student_on_recorded_turn
     assert row["dropped_rows/task_without_success"] == 4 and row["dropped_rows/other_trace_of_task"] == 6
 
 
-def test_the_sentinel_tests_can_fail(replayed, tokenizer):
-    leaky = replace(replayed[0], prompts=replace(replayed[0].prompts, student=tokenizer.encode_prompt([
-        {"role": "user", "content": f"the answer is {SENTINEL}"}])))  # fmt: skip
-    with pytest.raises(AssertionError):
-        check_only_teachers_see([leaky], tokenizer, teachers=0)
-
-
 # ------------------------------------------------------------------------------------------- hints
 
 
