@@ -90,7 +90,13 @@ def as_call(value: Any) -> ToolCall | None:
 def _found(message: Message, action_tags: Sequence[str]) -> list[ToolCall | None]:
     if message.get("tool_calls"):
         return [as_call(call) for call in message["tool_calls"]]
-    return [as_call(_json(inside)) for _, inside in _tagged(tuple(action_tags)).findall(message_text(message))]
+    return [as_call(_json(inside)) for _, inside in _tagged(tuple(action_tags)).findall(_said(message))]
+
+
+def _said(message: Message) -> str:
+    """The text behind the reasoning, in which nothing is a call."""
+    reasoning, closed, said = message_text(message).partition("</think>")
+    return said if closed else reasoning.partition("<think>")[0]
 
 
 @lru_cache

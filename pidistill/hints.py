@@ -52,7 +52,7 @@ class Hints:
     def select(self, rollouts: Sequence[Rollout], leak_phrases: Sequence[str], rewrite: Rewrite, seed: int) -> Selected:
         traces: dict[int, Trace] = {}
         for rollout in rollouts:
-            whole = rollout.task_reward >= self.threshold and rollout.stop_reason not in ("length", "turn_length")
+            whole = rollout.task_reward >= self.threshold and rollout.stop_reason == "done"
             usable = whole and last_answer(rollout.turns).strip()
             if usable and rollout.group not in traces:
                 told = {"sampled_by": rollout.sampled_by, **hint_provenance(rollout.example)}

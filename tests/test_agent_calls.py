@@ -44,6 +44,17 @@ def test_an_unreadable_action_is_counted_and_is_no_call(inside):
     assert calls_of(said) == [ToolCall("look", {})] and unreadable_calls(said) == 1
 
 
+def test_calls_within_reasoning_are_thoughts():
+    look = '<action>{"name": "look"}</action>'
+    for text, calls in (
+        (f"<think>{look}</think>", 0),
+        (f"<think>maybe {look}", 0),
+        (f"{look}</think>{look}", 1),
+        (f"<think>hm</think>{look}{look}", 2),
+    ):
+        assert len(calls_of({"role": "assistant", "content": text})) == calls
+
+
 def test_arguments_that_are_no_object_stay_the_text_that_was_written():
     assert as_call({"name": "f", "arguments": "[1, 2]"}) == ToolCall("f", "[1, 2]")
     assert as_call({"function": {"name": "f", "arguments": "not json"}}) == ToolCall("f", "not json")

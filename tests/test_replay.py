@@ -90,8 +90,10 @@ def test_words_are_not_compared_and_calls_are_however_they_are_written():
         calling(("look", {"city": "SEA", "day": 3}), ("look", {"city": "SEA", "day": 3})),
         saying("I look in SEA on day 3."),
         saying('<action>{"name": "look", "arguments": </action>'),
+        tagged("look", {"city": "SEA", "day": 3}) | {"tool_call_error": "two names"},
+        saying('<think><action>{"name": "look", "arguments": {"city": "SEA", "day": 3}}</action></think>Looking.'),
     ],
-    ids=["value", "argument", "tool", "twice", "text", "unreadable"],
+    ids=["value", "argument", "tool", "twice", "text", "unreadable", "malformed", "thought"],
 )
 def test_another_call_ends_the_episode_or_gets_the_error(turn):
     assert play(ReplayEnvironment(mismatch_reward=-0.5), [turn]) == ([[]], [-0.5], 0.0, True)

@@ -305,7 +305,6 @@ def test_no_sentinel_of_the_calls_reaches_a_student_that_samples(rows, qwen, tok
     (row,) = [row for row in read_metrics(folder) if "loss" in row]
     assert row["rows_without_pi"] == 1 and row["dropped_rows/other_trace_of_task"] == 9
     assert row["kl_teacher_student_nats"] > 0 and row["grad_norm"] > 0 and 0 <= row["reward/followed"] <= 1
-    assert "reward/leak" in row
     texts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
     assert {text["view"] for text in texts} == {"student", "teacher"} and len(texts) == 6
     assert SENTINEL not in "".join(text["text"] for text in texts if text["view"] == "student")
@@ -335,13 +334,6 @@ def test_no_sentinel_of_the_reference_actions_reaches_a_student_on_recorded_turn
     assert row["dropped_rows/task_without_success"] == 4 and row["dropped_rows/other_trace_of_task"] == 6
 
 
-def test_the_sentinel_tests_can_fail(replayed, tokenizer):
-    leaky = replace(replayed[0], prompts=replace(replayed[0].prompts, student=tokenizer.encode_prompt([
-        {"role": "user", "content": f"the answer is {SENTINEL}"}])))  # fmt: skip
-    with pytest.raises(AssertionError):
-        check_only_teachers_see([leaky], tokenizer, teachers=0)
-
-
 # ------------------------------------------------------------------------------------------- hints
 
 
@@ -363,9 +355,11 @@ def test_the_model_writes_its_own_hints_and_they_become_privileged_information(r
         solved = trace_dataset(source, "calls", unsolved="drop")
         assert told["trace"] == {e.data["task"]: e.id for e in solved}[told["task"]]
     hints = read_hints(str(folder / "traces.jsonl"))
-    dataset = trace_dataset(source, "hints", hints=str(folder / "traces.jsonl"), header="")
-    for example in dataset:
-        assert example.privileged == hints.get(example.data["task"])
+    read = ("dataset.kind=hints", f"dataset.hints={folder / 'traces.jsonl'}", "eval_dataset.first_task=0")
+    cfg = load_config("tau_bench/7B_pi_distill", [*small(qwen, source, folder, 24), *read, "dataset.actions_key=null"])
+    for node in (cfg.dataset, cfg.eval_dataset):
+        for example in build(node, header=""):
+            assert example.privileged == hints.get(example.data["task"])
 
 
 # ------------------------------------------------------------------------------------------- the report
