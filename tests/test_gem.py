@@ -86,6 +86,7 @@ def test_options_and_a_system_prompt():
         ),
         ({"env_id": GUESS, "options": {"max_number": "x"}}, r"cannot be started with \{'max_number': 'x'\} \(TypeError"),
         ({"env_id": GUESS, "privileged_attribute": "secret"}, r"is 'secret', and .* has .*game_number"),
+        ({"env_id": "rg:arc_1d"}, r"cannot be copied as bytes: of a reasoning task use pidistill\.envs\.reasoning_gym_dataset"),
         ({"env_id": SUDOKU, "completion": "random_actions"}, r"has no random actions"),
     ],
 )

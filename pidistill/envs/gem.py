@@ -210,4 +210,6 @@ def _first_words(error: Exception) -> str:
 def _hint(error: Exception) -> str:
     if isinstance(error, LookupError) and "nltk" in str(error):
         return "; it needs NLTK's word list: run `python -m nltk.downloader words` once"
+    if "pickle" in str(error):
+        return "; its state cannot be copied as bytes: of a reasoning task use pidistill.envs.reasoning_gym_dataset"
     return "; check dataset.env_id and dataset.options"
