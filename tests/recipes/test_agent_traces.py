@@ -104,7 +104,7 @@ def small_config(name: str, qwen: Path, source: str, output_dir: Path, *more: st
     rounds = ["prompts_per_round=2", "group_size=2", "micro_batch_tokens=9000", "updates_per_round=1", "max_steps=1",
               "rollout_log_steps=1", "rollout_log_max_new_tokens=12", "rollout_log_samples=3", "~save_every_steps",
               "dataset.max_tasks=3", "lr_scheduler.num_warmup_steps=1", "optimizer.lr=1e-3",
-              "dataset.actions_key=task.actions"]  # fmt: skip
+              "dataset.actions_key=task.actions", "minibatch_rollouts=null"]  # fmt: skip
     cfg = load_config(f"tau_bench/{name}", [*small(qwen, source, output_dir, 24), *rounds, *more])
     cfg.eval_dataset = None
     return cfg
