@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torchao.optim import AdamW8bit
+from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
 from torchao.optim.subclass_8bit import get_qmap_unsigned
 
+from pidistill.errors import InputError
 from pidistill.optimizers import keep_second_moments_above_zero
 
 
@@ -25,7 +26,6 @@ def steps(optimizer_class, guarded: bool) -> torch.Tensor:
     return parameter.detach()
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_gradient_of_zero_makes_no_leap():
     exact = steps(torch.optim.AdamW, guarded=False)
     assert (steps(AdamW8bit, guarded=False) - exact).abs().max() > 10.0  # what the guard is for
@@ -37,6 +37,13 @@ def test_a_gradient_of_zero_makes_no_leap():
 def test_the_code_0_alone_is_a_second_moment_of_0():
     codes = torch.tensor(get_qmap_unsigned())
     assert codes[0] == 0.0 and bool((codes.diff() > 0).all())
+
+
+def test_4_bit_states_make_no_leap_and_fp8_ones_are_refused():
+    assert steps(AdamW4bit, guarded=True).abs().max() < 0.05
+    assert steps(AdamWFp8, guarded=False).abs().max() > 10.0
+    with pytest.raises(InputError, match="AdamWFp8 rounds small second moments to 0, .* set optimizer._component_=torchao"):
+        steps(AdamWFp8, guarded=True)
 
 
 def test_other_optimizers_are_left_alone():
