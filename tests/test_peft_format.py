@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from torchtune.models.llama3 import llama3
 from torchtune.models.qwen2 import qwen2
 from torchtune.modules.peft import get_adapter_params
-from torchtune.training import FullModelHFCheckpointer
 
 from pidistill import peft_format
 from pidistill.adapters import _dora_forward, merged
 from pidistill.errors import InputError
-from pidistill.testing import TINY_SIZES, tiny_hf_checkpoint
+from pidistill.models import HFCheckpointer, qwen3
+from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES, tiny_hf_checkpoint
 from pidistill.training import Run, load_model
 from tests.builders import CPU
 
@@ -29,11 +29,12 @@ EVERYWHERE = {
     "lora_rank": 4,
     "lora_alpha": 6.0,
 }
-# family: (tiny_hf_checkpoint's arguments, the checkpointer's model_type, plain builder)
+# family: (tiny_hf_checkpoint's arguments, plain builder)
 FAMILIES = {
-    "llama": ({"family": "llama"}, "LLAMA3", llama3),
-    "qwen2": ({"family": "qwen2"}, "QWEN2", qwen2),
-    "qwen2 tied": ({"family": "qwen2", "tied": True}, "QWEN2", qwen2),
+    "llama": ({"family": "llama"}, llama3),
+    "qwen2": ({"family": "qwen2"}, qwen2),
+    "qwen3": ({"family": "qwen3"}, qwen3),
+    "qwen2 tied": ({"family": "qwen2", "tied": True}, qwen2),
 }
 
 
@@ -41,14 +42,14 @@ class Base:
     """A random base in Hugging Face's format, its weights under torchtune's names, and models that hold them."""
 
     def __init__(self, folder: Path, family: str) -> None:
-        made, model_type, self._plain = FAMILIES[family]
+        made, self._plain = FAMILIES[family]
         self.folder, self.family = tiny_hf_checkpoint(folder / "base", vocab_size=VOCABULARY, **made), family
         self.sizes = TINY_SIZES | {"vocab_size": VOCABULARY}
-        if made["family"] == "qwen2":
+        if made["family"] != "llama":
             self.sizes["tie_word_embeddings"] = made.get("tied", False)
-        loader = FullModelHFCheckpointer(
-            str(self.folder), ["model.safetensors"], model_type=model_type, output_dir=str(folder / "unused")
-        )
+        if made["family"] == "qwen3":
+            self.sizes["head_dim"] = QWEN3_HEAD_DIM
+        loader = HFCheckpointer(str(self.folder), output_dir=str(folder / "unused"))
         self.weights = loader.load_checkpoint()["model"]
         self.config = peft_format.base_config(str(self.folder))
 
@@ -89,8 +90,8 @@ def saved(base, folder, **changes):
 def config_with(base, folder, **model):
     """A recipe's config of ``base`` and the adapter in ``folder``, as far as adapters read it."""
     family = base.family.split()[0]
-    builder = {"llama": "torchtune.models.llama3.", "qwen2": "torchtune.models.qwen2."}[family]
-    name = builder + ({"llama": "llama3", "qwen2": "qwen2"}[family] if not model else f"lora_{builder.split('.')[-2]}")
+    place = {"llama": "torchtune.models.llama3", "qwen2": "torchtune.models.qwen2", "qwen3": "pidistill.models"}[family]
+    name = f"{place}.{'lora_' if model else ''}{'llama3' if family == 'llama' else family}"
     node = {"_component_": name, **base.sizes, **model}
     return OmegaConf.create({"adapter_dir": str(folder), "model": node, "checkpointer": {"checkpoint_dir": str(base.folder)}})
 
