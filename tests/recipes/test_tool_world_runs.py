@@ -112,7 +112,7 @@ def from_base(base: Path) -> dict:
 
 
 def test_these_are_all_configs():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"base", "pi_distill", "opsd"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"base", "pi_distill", "opsd", "qwen3_4B_pi_distill"}
 
 
 def test_the_base_learns_from_the_experts_episodes(tokenizer_folder, tmp_path):
