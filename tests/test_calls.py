@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from pidistill.envs import EnvironmentCrash, EnvironmentOutputError, EnvironmentTimeout, EnvStep, LeakPenalty, check_step
+from pidistill.envs import EnvironmentCrash, EnvironmentOutputError, EnvironmentTimeout, EnvStep, check_step
 from pidistill.errors import InputError
+from pidistill.rewards import LeakPenalty
 from pidistill.rollouts import TorchtuneSampler
 from pidistill.rollouts.calls import DaemonThreads, abandoned_calls, ask
 from pidistill.rollouts.collect import DROP_REASONS, collect_rollouts
@@ -263,12 +264,12 @@ def test_environments_may_say_themselves_that_they_died_or_are_late(error, reaso
     assert str(error) in caplog.text and not any(record.exc_info for record in caplog.records)
 
 
-def test_a_penalty_around_an_environment_does_not_hide_that_its_answer_is_none():
+def test_a_penalty_does_not_hide_that_an_answer_is_none():
     class Wrong(Late):
         def step(self, state, turn, *, truncated):
             return {"reward": 1.0} if state == "row b" else EnvStep([], 1.0, True)
 
-    result = collect(Script("q.", "q."), LeakPenalty(Wrong(None), ["secret"]))
+    result = collect(Script("q.", "q."), Wrong(None), shaping=[LeakPenalty(["secret"])])
     assert result.dropped["environment_output"] == 1 and len(result.rollouts) == 1
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 from pidistill.errors import InputError
-from pidistill.messages import message_text
+from pidistill.messages import messages_text
 from pidistill.types import Rollout
 
 
@@ -110,7 +110,7 @@ class LengthPenalty:
 
 @dataclass(frozen=True)
 class LeakPenalty:
-    """−``penalty`` for every leak phrase that an assistant turn says, truncated turns included.
+    """−``penalty`` for every leak phrase that an assistant turn says, tool calls and truncated turns included.
 
     Attributes:
         phrases: usually ``${privileged.leak_phrases}``, so that what is counted is what is punished.
@@ -129,4 +129,4 @@ class LeakPenalty:
 
     def __call__(self, rollout: Rollout) -> list[float]:
         turns = [turn for turn in rollout.turns if turn["role"] == "assistant"]
-        return [0.0 - self.penalty * count_phrases(message_text(turn), self.phrases) for turn in turns]
+        return [0.0 - self.penalty * count_phrases(messages_text([turn]), self.phrases) for turn in turns]
