@@ -123,6 +123,7 @@ OUTPUTS = {
     "tensors as reward": (raw([], torch.ones(2), True), "(Tensor), not a number"),
     "odd reward": (raw([], Odd(), True), "(Odd), not a number"),
     "done": (raw([], 0.0, "no"), "done is 'no' (str), not True or False"),
+    "vector as done": (raw([], 0.0, np.array([True, False])), "(ndarray), not True or False"),
     "None as done": (raw([], 0.0, None), "done is None"),
     "list of parts": (raw([], 0.0, True, [1.0]), "reward_parts is [1.0] (list)"),
     "part": (raw([], 0.0, True, {"style": "high"}), "reward_parts['style'] is 'high' (str), not a number"),

@@ -76,8 +76,11 @@ def _number(name: str, value: Any) -> float:
 
 
 def _flag(value: Any) -> bool:
-    if not isinstance(value, str | bytes) and value in (True, False):  # numpy's too
-        return bool(value)
+    try:
+        if not isinstance(value, str | bytes) and value in (True, False):  # numpy's too
+            return bool(value)
+    except (TypeError, ValueError, RuntimeError):  # a vector is neither
+        pass
     raise EnvironmentOutputError(f"done is {_shown(value)}, not True or False")
 
 
