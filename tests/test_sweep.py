@@ -22,23 +22,9 @@ from torchtune.config._utils import _merge_yaml_and_cli_args
 
 from pidistill.config import check_config
 from pidistill.errors import InputError
+from pidistill.places import config_path, recipe_of
 from pidistill.sweeps import command, execute
-from pidistill.sweeps.cells import (
-    Cell,
-    Choices,
-    Range,
-    Sweep,
-    as_text,
-    config_path,
-    grid_cells,
-    grid_values,
-    parse_axis,
-    parse_overrides,
-    read_sweep,
-    recipe_of,
-    split_top_level,
-    stage_runs,
-)
+from pidistill.sweeps.cells import Cell, Sweep, as_text, grid_cells, read_sweep, stage_runs
 from pidistill.sweeps.pictures import heat_table, mean_curve
 from pidistill.sweeps.results import (
     best_step,
@@ -51,6 +37,7 @@ from pidistill.sweeps.results import (
     run_numbers,
     total,
 )
+from pidistill.sweeps.values import Choices, Range, grid_values, parse_axis, parse_overrides, split_top_level
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,11 +17,11 @@ from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 from pidistill.config import build, empty_model, resolve
 from pidistill.errors import InputError
 from pidistill.optimizers import cpu_offload
+from pidistill.places import load_config
 from pidistill.planning.lengths import Lengths
 from pidistill.planning.shape import ModelShape, model_shape
 from pidistill.planning.workload import Pass, Setup, Workload
 from pidistill.rounds import ROUND_KEYS, Round
-from pidistill.sweeps.cells import load_config
 from pidistill.teachers import EMATeacher, LiveTeacher, Teacher, TrustRegionTeacher
 from pidistill.training import COMMON_KEYS, check_run
 from pidistill.types import ScoreRequest
