@@ -28,7 +28,8 @@ from measure import GIB, PeakMemory, by_turns, in_own_process, matmul_flops_per_
 from torch import Tensor
 
 from pidistill.divergences import generalised_jsd
-from pidistill.head import Plan, Term, apply_head
+from pidistill.head import Term, apply_head
+from pidistill.head_numbers import Plan
 from pidistill.objectives import PiDistill
 from pidistill.types import Batch, Divergence, ScoreRequest, Scores
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from pidistill.errors import InputError
-from pidistill.messages import message_text
+from pidistill.messages import message_text, parsed_arguments
 from pidistill.types import Message
 
 ACTION_TAGS = ("action", "tool_call")
@@ -84,7 +84,7 @@ def as_call(value: Any) -> ToolCall | None:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         return None
     given = next((function[key] for key in _ARGUMENT_KEYS if function.get(key) is not None), {})
-    return ToolCall(function["name"], _parsed(given))
+    return ToolCall(function["name"], parsed_arguments(given))
 
 
 def _found(message: Message, action_tags: Sequence[str]) -> list[ToolCall | None]:
@@ -110,8 +110,3 @@ def _json(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return None
-
-
-def _parsed(arguments: Any) -> Any:
-    parsed = _json(arguments) if isinstance(arguments, str) else arguments
-    return parsed if isinstance(parsed, Mapping) else arguments

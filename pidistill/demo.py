@@ -5,11 +5,10 @@ The sweep `configs/sweeps/demo.yaml`: trains each arm with its bundled config, e
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
-from pidistill.errors import InputError
+from pidistill.command_line import exit_on_input_error
 from pidistill.sweeps.cells import read_sweep
 from pidistill.sweeps.command import report
 from pidistill.sweeps.search import Plan, run_sweep
@@ -27,7 +26,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     words = [] if arguments.max_steps is None else [f"max_steps={arguments.max_steps}"]
     begin = time.perf_counter()
-    try:
+    with exit_on_input_error():
         sweep = read_sweep(
             SWEEP,
             words,
@@ -38,7 +37,4 @@ def main(argv: list[str]) -> None:
         )
         run_sweep(Plan(sweep))
         report(sweep.output_dir)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"{time.perf_counter() - begin:.0f} s")

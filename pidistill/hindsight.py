@@ -21,16 +21,11 @@ from pidistill.types import Example, Message, Rollout
 TextOfTurns = Callable[[Example, Sequence[Message]], str | None]
 
 
-def transcript(example: Example, turns: Sequence[Message]) -> str:
-    """The turns as they were said, tool calls, results and other answers of the environment included."""
-    return transcript_text(turns)
-
-
 class Transcript:
-    """:func:`transcript` as a component."""
+    """The turns as they were said, tool calls, results and other answers of the environment included."""
 
     def __call__(self, example: Example, turns: Sequence[Message]) -> str:
-        return transcript(example, turns)
+        return transcript_text(turns)
 
 
 @dataclass(frozen=True)

@@ -96,11 +96,12 @@ def _check_tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise InputError(f"{where} has a tool call without a function name: {call!r}")
-    function = {**function, "arguments": _parsed(function.get("arguments", {}))}
+    function = {**function, "arguments": parsed_arguments(function.get("arguments", {}))}
     return {**call, "function": function} if "function" in call else function
 
 
-def _parsed(arguments: Any) -> Any:
+def parsed_arguments(arguments: Any) -> Any:
+    """A tool call's arguments as an object where they are JSON text of one; else as they are."""
     if not isinstance(arguments, str):
         return arguments
     try:

@@ -24,7 +24,8 @@ from jaxtyping import Int
 from omegaconf import DictConfig
 from torch import Tensor
 
-from pidistill.training import Run, empty_model
+from pidistill.config import empty_model
+from pidistill.training import Run
 from pidistill.tree_attention import FLEX_BLOCK, TreeMask, read_trees
 from pidistill.types import Batch, Rollout, RolloutAdvantage, View, ViewName
 

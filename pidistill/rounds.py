@@ -8,12 +8,13 @@ from omegaconf import DictConfig
 from torch import nn
 
 from pidistill.adapters import has_adapters
+from pidistill.config import empty_model
 from pidistill.divergences import check_divergence
 from pidistill.errors import InputError
 from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
 from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, Teacher
-from pidistill.training import crossed, empty_model, write_jsonl
+from pidistill.training import crossed, write_jsonl
 from pidistill.types import Rollout, RolloutAdvantage, ViewName
 
 ROUND_KEYS = frozenset(

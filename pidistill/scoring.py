@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
-from pidistill.head import Plan, Term, apply_head
+from pidistill.head import Term, apply_head
+from pidistill.head_numbers import Plan
 from pidistill.offloading import keep_on_device
 from pidistill.packing import Views
 from pidistill.teachers import Teacher, Voice

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from pidistill.agent_calls import ToolCall
 from pidistill.data import build_prompts, trace_dataset, trace_leak_phrases
-from pidistill.data.agent_traces import AgentTrace, TraceTask, derived_tools, read_traces
+from pidistill.data.agent_traces import derived_tools, read_traces
 from pidistill.data.trace_kinds import KINDS
+from pidistill.data.trace_task import AgentTrace, TraceTask
 from pidistill.errors import InputError
 from pidistill.privileged import PrivilegedPrompt
 from pidistill.rewards.shaping import count_phrases

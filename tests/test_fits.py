@@ -9,9 +9,9 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from pidistill.checkpoint_source import check_checkpoint_fits
 from pidistill.errors import InputError
 from pidistill.models.fits import check_fits
-from pidistill.training import check_checkpoint_fits
 from tests.hub_models import LLAMA31_ROPE, MODELS, VOCABULARY, empty, hub_folder
 
 OURS, TORCHTUNES = "pidistill.models.HFCheckpointer", "torchtune.training.FullModelHFCheckpointer"

@@ -1,7 +1,6 @@
 """GEM's games through our protocol: the same starts, answers and rewards as GEM gives by itself; then both recipes."""
 
 import importlib
-import math
 import random
 import re
 
@@ -12,6 +11,7 @@ from pidistill.envs import GEMEnvironment, ProcessEnvironment, gem_dataset
 from pidistill.errors import InputError
 from pidistill.messages import message_text
 from pidistill.training import cleanup
+from tests.recipes.byte_base import RECIPES, assert_trained, settings, train_base
 from tests.recipes.tiny_qwen import load_config, qwen_checkpoint, read_metrics, set_up, small_model, tune_run
 
 gem = pytest.importorskip("gem", reason="the extra `gem` is not installed; `make test-envs` runs these")
@@ -208,28 +208,10 @@ def test_random_actions_are_demonstrations_of_the_form():
 
 # ------------------------------------------------------------------------------------------- recipes
 
-MODEL = ["model.num_layers=1", "model.embed_dim=32", "model.intermediate_dim=64"]
-ROUND = ["max_steps=3", "prompts_per_round=2", "group_size=4", "dataset.n=8", "eval_dataset.n=2", "rollout_log_steps=3"]
-RECIPES = {"opsd": "opsd_distributed", "pi_distill": "pi_distill_distributed"}
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The base of configs/gem, small and brief: enough that turns end."""
-    folder = tmp_path_factory.mktemp("base")
-    where = [f"output_dir={folder}", f"checkpointer.checkpoint_dir={folder / 'init'}", f"tokenizer.path={folder / 'tokenizer'}"]
-    cfg = load_config("gem/base", [*MODEL, *where, "max_steps=60", "batch_size=4", "dataset.n=64", "optimizer.lr=1e-2"])
-    recipe = set_up("sft_distributed", cfg)
-    recipe.train()
-    recipe.cleanup()
-    losses = [row["loss"] for row in read_metrics(folder)]
-    assert losses[-1] < 0.5 * losses[0]
-    return folder
-
-
-def settings(base, output_dir):
-    return [*MODEL, *ROUND, f"output_dir={output_dir}", f"checkpointer.checkpoint_dir={base / 'latest'}",
-            f"tokenizer.path={base / 'tokenizer'}"]  # fmt: skip
+    return train_base("gem/base", tmp_path_factory.mktemp("base"), batch_size=4)
 
 
 @pytest.mark.parametrize("method", RECIPES)
@@ -245,18 +227,7 @@ def test_both_recipes_train_on_a_game(method, base, tmp_path):
         recipe.train()
     finally:
         cleanup()
-    assert_trained(tmp_path)
-
-
-def assert_trained(folder):
-    rows = read_metrics(folder)
-    steps = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in steps] == [1, 2, 3] and [r["step"] for r in rows if "eval_teacher_success" in r] == [0, 3]
-    for row in steps:
-        assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
-        assert sum(value for name, value in row.items() if name.startswith("dropped/")) == 0
-        assert row["policy_tokens"] > 0 and row["grad_norm"] > 0 and -0.1 <= row["reward_mean"] <= 1
-    assert len((folder / "rollouts.jsonl").read_text().splitlines()) == 2
+    assert_trained(tmp_path, least_reward=-0.1)
 
 
 def test_the_command_of_the_config_runs_it_in_worker_processes(base, tmp_path):
@@ -267,7 +238,7 @@ def test_the_command_of_the_config_runs_it_in_worker_processes(base, tmp_path):
         "environment_timeout_s=null",
     ]
     tune_run("opsd_distributed", "gem/opsd", [*settings(base, tmp_path), *inside])
-    assert_trained(tmp_path)
+    assert_trained(tmp_path, least_reward=-0.1)
 
 
 def test_the_config_of_a_real_model_made_small(tmp_path):

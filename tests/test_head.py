@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pidistill import head, objectives
+from pidistill import head, head_numbers, objectives
 from pidistill.divergences import divergence, entropy
-from pidistill.head import Plan, Term, apply_head
+from pidistill.head import Term, apply_head
+from pidistill.head_numbers import Plan
 from pidistill.objectives import SDPO, PiDistill
 from pidistill.objectives.base import Objective
 from pidistill.packing import policy_positions
@@ -66,7 +67,7 @@ def passes(monkeypatch):
 @pytest.mark.parametrize("block", [1, 50, 10**6])
 def test_gradients_by_hand_equal_autograd_over_whole_logits(one_pass, block, monkeypatch):
     """float64, 1e-11: every divergence and side, log-probs, temperature, ragged chunks and blocks of rows."""
-    monkeypatch.setitem(head._BLOCK_ELEMENTS, "cpu", block)
+    monkeypatch.setitem(head_numbers.BLOCK_ELEMENTS, "cpu", block)
     leaves, targets = inputs(), torch.arange(TOKENS) % IDS
     calls = passes(monkeypatch)
     scores = run((lambda _, s: mixed_loss(s)) if one_pass else None, *leaves, targets=targets)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pidistill.data import demonstration
 from pidistill.envs.tiny_world import SiblingCalls, VerifierFeedback, tiny_world_dataset, tiny_world_tokenizer
 from pidistill.errors import InputError
-from pidistill.hindsight import Hindsight, SiblingToolCalls, ToolFeedback, Transcript, add_hindsight, transcript
+from pidistill.hindsight import Hindsight, SiblingToolCalls, ToolFeedback, Transcript, add_hindsight
 from pidistill.privileged import PrivilegedPrompt
 from pidistill.tokenizers import HFChatTokenizer
 from pidistill.training import Run
@@ -103,7 +103,7 @@ def test_hindsight_that_would_show_nothing_is_refused():
 
 def test_a_transcript_says_who_said_what():
     turns = [{"role": "assistant", "content": "look up"}, {"role": "tool", "content": "obs 5"}]
-    assert Transcript()(ROWS[0], turns) == transcript(ROWS[0], turns) == "assistant: look up\ntool: obs 5"
+    assert Transcript()(ROWS[0], turns) == "assistant: look up\ntool: obs 5"
 
 
 LOOKED = {"function": {"name": "look", "arguments": {"city": "SEA"}}}
@@ -118,7 +118,7 @@ TOOL_TURNS = [
 
 
 def test_a_transcript_holds_tool_calls_and_results():
-    assert transcript(ROWS[0], TOOL_TURNS).split("\n") == [
+    assert Transcript()(ROWS[0], TOOL_TURNS).split("\n") == [
         "assistant: I look.",
         'look({"city": "SEA"})',
         "tool look: F1",

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from pidistill.data import hint_prompts, trace_dataset
+from pidistill.data.hint_file import read_hints
 from pidistill.errors import InputError
-from pidistill.hints import Hints, SentenceCount, read_hints
+from pidistill.hints import Hints, SentenceCount
 from pidistill.traces import Selection, trace_row
 from pidistill.types import Example, PromptPair, Rollout
 from tests.test_agent_traces import BOOK, BYE, LOOK, episode, write  # noqa: F401 (write is a fixture)

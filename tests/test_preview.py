@@ -11,11 +11,11 @@ from pidistill import _cli
 from pidistill.config import build
 from pidistill.data import demonstration, load_prompts
 from pidistill.messages import message_text
+from pidistill.places import load_config
 from pidistill.preview.command import main
 from pidistill.preview.marks import difference
 from pidistill.preview.show import marked
 from pidistill.privileged import PLACEMENTS
-from pidistill.sweeps.cells import load_config
 from pidistill.tokenizers import HFChatTokenizer
 from tests.chat_templates import ALTERNATING, QWEN25
 from tests.test_configs import CONFIGS, name_of

@@ -9,12 +9,14 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from pidistill.command_line import parse_with_overrides
 from pidistill.config import check_config, resolve
 from pidistill.planning.command import parser as plan_parser
 from pidistill.planning.reading import read
-from pidistill.sweeps.cells import grid_cells, read_sweep, stage_runs
-from pidistill.sweeps.command import parse
+from pidistill.sweeps.cells import grid_cells, read_sweep
+from pidistill.sweeps.command import parser as sweep_parser
 from pidistill.sweeps.search import Plan, check_plan
+from tests.test_sweep import check_commands
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,7 +37,7 @@ COMMANDS = [line for line in code_lines() if re.match(r"(tune|pidistill) run", l
 
 
 def test_the_readme_has_commands():
-    assert len(COMMANDS) >= 6 and len(PLANS) >= 2
+    assert len(COMMANDS) >= 6 and len(PLANS) >= 2 and len(SWEEPS) >= 4
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -56,7 +58,7 @@ def test_a_run_command_names_a_recipe_a_config_and_real_keys(command):
 
 @pytest.mark.parametrize("command", SWEEPS)
 def test_a_sweep_command_of_the_readme_can_be_planned(command):
-    arguments = parse(shlex.split(command)[2:])
+    arguments = parse_with_overrides(sweep_parser(), shlex.split(command)[2:])
     sweep = read_sweep(
         arguments.config,
         arguments.overrides,
@@ -68,26 +70,14 @@ def test_a_sweep_command_of_the_readme_can_be_planned(command):
         select=arguments.select,
     )
     check_plan(Plan(sweep, arguments.search, arguments.trials))
+    for cell in grid_cells(sweep) if arguments.search == "grid" else ():
+        check_commands(sweep, cell)
 
 
 @pytest.mark.parametrize("command", PLANS)
 def test_a_plan_command_of_the_readme_names_a_config_and_real_keys(command):
-    words = shlex.split(command)[2:]
-    arguments = plan_parser().parse_args([word for word in words if "=" not in word])
-    assert read(arguments.config, [word for word in words if "=" in word]).model
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_run_of_a_bundled_sweep_passes_its_recipes_check(path):
-    sweep = read_sweep(str(path), [], output_dir=None, arms=None, seeds=[0], base=None, evaluate=None, select=None)
-    runs = [run for cell in grid_cells(sweep) for run in stage_runs(sweep, cell)]
-    assert len(runs) >= 2
-    for run in runs:
-        config = run.command[run.command.index("--config") + 1]
-        dots = [word for word in run.command if "=" in word]
-        cfg = OmegaConf.merge(OmegaConf.load(ROOT / "configs" / f"{config}.yaml"), OmegaConf.from_dotlist(dots))
-        recipe = next(word for word in run.command if word.endswith("_distributed"))
-        check_config(cfg, importlib.import_module(f"recipes.{recipe}").KEYS)
+    arguments = parse_with_overrides(plan_parser(), shlex.split(command)[2:])
+    assert read(arguments.config, arguments.overrides).model
 
 
 def test_make_targets_exist():

@@ -1,7 +1,6 @@
 """Tasks of Reasoning Gym through our protocol: its entries, its verifiers; then both recipes."""
 
 import inspect
-import math
 import re
 import sys
 
@@ -11,7 +10,8 @@ from pidistill.envs import ReasoningGymEnvironment, reasoning_gym_dataset
 from pidistill.envs.reasoning_gym import EVALUATED
 from pidistill.errors import InputError
 from pidistill.training import cleanup
-from tests.recipes.tiny_qwen import load_config, read_metrics, set_up, tune_run
+from tests.recipes.byte_base import RECIPES, assert_trained, settings, train_base
+from tests.recipes.tiny_qwen import load_config, set_up, tune_run
 
 reasoning_gym = pytest.importorskip(
     "reasoning_gym", reason="the extra `reasoning-gym` is not installed; `make test-envs` runs these"
@@ -110,30 +110,10 @@ def test_every_verifier_that_evaluates_what_it_is_given_is_known():
 
 # ------------------------------------------------------------------------------------------- recipes
 
-MODEL = ["model.num_layers=1", "model.embed_dim=32", "model.intermediate_dim=64"]
-ROUND = ["max_steps=3", "prompts_per_round=2", "group_size=4", "dataset.n=8", "eval_dataset.n=2", "rollout_log_steps=3"]
-RECIPES = {"opsd": "opsd_distributed", "pi_distill": "pi_distill_distributed"}
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The base of configs/reasoning_gym, small and brief: enough that turns end."""
-    folder = tmp_path_factory.mktemp("base")
-    where = [f"output_dir={folder}", f"checkpointer.checkpoint_dir={folder / 'init'}", f"tokenizer.path={folder / 'tokenizer'}"]
-    cfg = load_config(
-        "reasoning_gym/base", [*MODEL, *where, "max_steps=60", "batch_size=8", "dataset.n=64", "optimizer.lr=1e-2"]
-    )
-    recipe = set_up("sft_distributed", cfg)
-    recipe.train()
-    recipe.cleanup()
-    losses = [row["loss"] for row in read_metrics(folder)]
-    assert losses[-1] < 0.5 * losses[0]
-    return folder
-
-
-def settings(base, output_dir):
-    return [*MODEL, *ROUND, f"output_dir={output_dir}", f"checkpointer.checkpoint_dir={base / 'latest'}",
-            f"tokenizer.path={base / 'tokenizer'}"]  # fmt: skip
+    return train_base("reasoning_gym/base", tmp_path_factory.mktemp("base"), batch_size=8)
 
 
 @pytest.mark.parametrize("method", RECIPES)
@@ -154,13 +134,3 @@ def test_both_recipes_train_on_a_task(method, base, tmp_path):
 def test_the_command_of_the_config_runs_it(base, tmp_path):
     tune_run("pi_distill_distributed", "reasoning_gym/pi_distill", settings(base, tmp_path))
     assert_trained(tmp_path)
-
-
-def assert_trained(folder):
-    rows = read_metrics(folder)
-    steps = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in steps] == [1, 2, 3] and [r["step"] for r in rows if "eval_teacher_success" in r] == [0, 3]
-    for row in steps:
-        assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
-        assert sum(value for name, value in row.items() if name.startswith("dropped/")) == 0
-        assert row["policy_tokens"] > 0 and row["grad_norm"] > 0 and 0 <= row["reward_mean"] <= 1

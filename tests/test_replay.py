@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pidistill.data import chat_dataset, trace_dataset
-from pidistill.data.agent_traces import AgentTrace
+from pidistill.data.trace_task import AgentTrace
 from pidistill.envs import Environment, ReplayEnvironment
 from pidistill.envs.replay import MISMATCH_ERROR, recorded_steps
 from pidistill.errors import InputError

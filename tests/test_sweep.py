@@ -7,8 +7,6 @@ import importlib
 import itertools
 import json
 import os
-import re
-import shlex
 import signal
 import statistics
 import subprocess
@@ -24,23 +22,9 @@ from torchtune.config._utils import _merge_yaml_and_cli_args
 
 from pidistill.config import check_config
 from pidistill.errors import InputError
+from pidistill.places import config_path, recipe_of
 from pidistill.sweeps import command, execute
-from pidistill.sweeps.cells import (
-    Cell,
-    Choices,
-    Range,
-    Sweep,
-    as_text,
-    config_path,
-    grid_cells,
-    grid_values,
-    parse_axis,
-    parse_overrides,
-    read_sweep,
-    recipe_of,
-    split_top_level,
-    stage_runs,
-)
+from pidistill.sweeps.cells import Cell, Sweep, as_text, grid_cells, read_sweep, stage_runs
 from pidistill.sweeps.pictures import heat_table, mean_curve
 from pidistill.sweeps.results import (
     best_step,
@@ -53,7 +37,7 @@ from pidistill.sweeps.results import (
     run_numbers,
     total,
 )
-from pidistill.sweeps.search import Plan, check_plan
+from pidistill.sweeps.values import Choices, Range, grid_values, parse_axis, parse_overrides, split_top_level
 
 ROOT = Path(__file__).parents[1]
 
@@ -286,22 +270,6 @@ def test_bundled_sweeps_name_configs_and_keys_that_exist(path):
     for cell in cells:
         check_commands(sweep, cell)
     assert len(SWEEPS) >= 2
-
-
-README_COMMANDS = re.findall(r"^pidistill sweep (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-
-
-@pytest.mark.parametrize("line", README_COMMANDS)
-def test_the_readmes_sweeps_are_sweeps(line, tmp_path):
-    assert len(README_COMMANDS) >= 4
-    arguments = command.parse(shlex.split(line))
-    if arguments.report is not None:
-        return
-    sweep = read_sweep(arguments.config, arguments.overrides, arms=arguments.arms, seeds=arguments.seeds)
-    check_plan(Plan(sweep, arguments.search, arguments.trials))
-    if arguments.search == "grid":
-        for cell in grid_cells(sweep):
-            check_commands(sweep, cell)
 
 
 def check_commands(sweep: Sweep, cell: Cell) -> None:

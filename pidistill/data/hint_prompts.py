@@ -3,8 +3,9 @@
 import string
 from typing import Any
 
-from pidistill.data.agent_traces import UNSOLVED, TraceTask, read_traces
+from pidistill.data.agent_traces import UNSOLVED, read_traces
 from pidistill.data.dataset import ExampleDataset
+from pidistill.data.trace_task import TraceTask
 from pidistill.errors import InputError
 from pidistill.messages import transcript_text
 from pidistill.types import Example

@@ -25,6 +25,7 @@ from typing import Any
 
 import datasets
 
+from pidistill.command_line import exit_on_input_error
 from pidistill.data.builders import GSM8K_INSTRUCTIONS, gsm8k_dataset
 from pidistill.errors import InputError
 from pidistill.types import Example
@@ -66,11 +67,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> None:
     arguments = parser().parse_args(argv)
-    try:
+    with exit_on_input_error():
         print(prepare_gsm8k(arguments))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     sys.exit(0)
 
 

@@ -18,16 +18,13 @@ the information away would say.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from pidistill.agent_calls import CallStyle, ToolCall
 from pidistill.data.hint_file import read_hints
+from pidistill.data.trace_task import TraceTask
 from pidistill.errors import InputError
 from pidistill.messages import transcript_text
 from pidistill.privileged import DEFAULT_LEAK_PHRASES
-
-if TYPE_CHECKING:
-    from pidistill.data.agent_traces import TraceTask
 
 NO_CALL = "(no tool call)"
 
@@ -73,7 +70,7 @@ class TraceText:
         if self.hints is not None:
             self._hints.update(read_hints(self.hints))
 
-    def write(self, task: "TraceTask") -> str | None:
+    def write(self, task: TraceTask) -> str | None:
         """The privileged text of a task; None where it has none."""
         kind = KINDS[self.kind]
         text = kind.write(self, task)
@@ -92,12 +89,12 @@ class TraceText:
 class Kind:
     """One kind of privileged information: how it is written, the line above it, what would give it away."""
 
-    write: Callable[[TraceText, "TraceTask"], str | None]
+    write: Callable[[TraceText, TraceTask], str | None]
     header: str = ""
     leak_phrases: tuple[str, ...] = ()
 
 
-def _source_calls(how: TraceText, task: "TraceTask") -> list[ToolCall] | None:
+def _source_calls(how: TraceText, task: TraceTask) -> list[ToolCall] | None:
     return None if task.source is None else how.style.calls(task.source.turns)
 
 
@@ -105,35 +102,35 @@ def _written(style: CallStyle, calls: Sequence[ToolCall] | None) -> str | None:
     return None if calls is None else style.write(calls) or NO_CALL
 
 
-def _calls(how: TraceText, task: "TraceTask") -> str | None:
+def _calls(how: TraceText, task: TraceTask) -> str | None:
     return _written(how.style, _source_calls(how, task))
 
 
-def _call_names(how: TraceText, task: "TraceTask") -> str | None:
+def _call_names(how: TraceText, task: TraceTask) -> str | None:
     return _written(replace(how.style, template="{number}. {name}"), _source_calls(how, task))
 
 
-def _solution_prefix(how: TraceText, task: "TraceTask") -> str | None:
+def _solution_prefix(how: TraceText, task: TraceTask) -> str | None:
     calls = _source_calls(how, task)
     if calls is None:
         return None
     return _written(how.style, calls[: how.prefix_calls or math.ceil(how.prefix_frac * len(calls))])
 
 
-def _full(how: TraceText, task: "TraceTask") -> str | None:
+def _full(how: TraceText, task: TraceTask) -> str | None:
     return transcript_text(task.source.turns) if task.source is not None else None
 
 
-def _hint(how: TraceText, task: "TraceTask") -> str | None:
+def _hint(how: TraceText, task: TraceTask) -> str | None:
     return how.hint(task.task)
 
 
-def _gold_actions(how: TraceText, task: "TraceTask") -> str | None:
+def _gold_actions(how: TraceText, task: TraceTask) -> str | None:
     actions = task.actions
     return None if actions is None else _written(how.style, [a for a in actions if a.name not in how.style.omit_tools])
 
 
-def _none(how: TraceText, task: "TraceTask") -> None:
+def _none(how: TraceText, task: TraceTask) -> None:
     return None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from pidistill.command_line import exit_on_input_error
 from pidistill.data.agent_traces import read_traces, trace_dataset
 from pidistill.data.dataset import ExampleDataset
 from pidistill.data.demonstrations import demonstration
@@ -153,10 +154,8 @@ def _of_task(dataset: ExampleDataset, task: str) -> Example:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    try:
+    with exit_on_input_error():
         _report(_parsed(argv))
-    except InputError as error:
-        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pidistill.errors import InputError
 from pidistill.types import Example, Message
 
 if TYPE_CHECKING:
-    from pidistill.data.agent_traces import AgentTrace
+    from pidistill.data.trace_task import AgentTrace
 
 MISMATCH_ERROR = "Error: this call is not part of the recorded episode, so there is no result for it. Try another one."
 

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from omegaconf import DictConfig, OmegaConf
 
 from pidistill.adapters import has_adapters
-from pidistill.config import build, resolve
+from pidistill.config import build, empty_model, resolve
 from pidistill.errors import InputError
 from pidistill.planning.devices import Device
 from pidistill.planning.lengths import Lengths, Rows
 from pidistill.planning.memory import chunk_tokens, memory, peak
 from pidistill.planning.reading import budget_of, dtype_of, packing_of, setup_of, shape_of, workload_of
-from pidistill.training import empty_model
 
 # Ragged lengths, the allocator's gaps and what the estimate misses.
 HEADROOM_FRAC = 0.1

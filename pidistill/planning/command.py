@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from pidistill.command_line import exit_on_input_error, parse_with_overrides
 from pidistill.errors import InputError
 from pidistill.planning.advice import HEADROOM_FRAC, Run, advice, fits
 from pidistill.planning.devices import GIB, PRESETS, Device, measured, preset
@@ -47,21 +47,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> None:
-    is_override = [("=" in word and not word.startswith("--")) or word.startswith("~") for word in argv]
-    overrides = [word for word, it_is in zip(argv, is_override, strict=True) if it_is]
-    arguments = parser().parse_args([word for word, it_is in zip(argv, is_override, strict=True) if not it_is])
-    try:
-        sys.exit(0 if plan(arguments, overrides) else 1)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with exit_on_input_error():
+        sys.exit(0 if plan(parse_with_overrides(parser(), argv)) else 1)
 
 
-def plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> bool:
+def plan(arguments: argparse.Namespace) -> bool:
     """Print the estimate of a config, and what would make it fit; True if it fits."""
     if min(arguments.ranks, arguments.rows) < 1:
         raise InputError(f"--ranks {arguments.ranks} and --rows {arguments.rows} must be at least 1")
-    cfg = read(arguments.config, overrides)
+    cfg = read(arguments.config, arguments.overrides)
     device = _device(cfg, arguments)
     rows = _lengths(cfg, arguments)
     result = estimate(cfg, rows, arguments.ranks, device)

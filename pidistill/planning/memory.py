@@ -5,14 +5,14 @@ Every term is one line with its reason.
 
 from math import ceil
 
-from pidistill.head import _BLOCK_ELEMENTS, _CHUNK_ELEMENTS
+from pidistill.head_numbers import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 from pidistill.planning.shape import ModelShape, kv_bytes
 from pidistill.planning.workload import Setup, Workload, count_tokens
 from pidistill.rollouts.decoding import _TOKENS_PER_READ
 
 # Python, torch and the data on a CPU; the context and the libraries' workspaces on CUDA.
 _LIBRARIES_BYTES = {"cpu": 0.5 * 2**30, "cuda": 0.8 * 2**30}
-# Temporaries of the rows whose numbers the head makes at once; see _BLOCK_ELEMENTS there.
+# Temporaries of the rows whose numbers the head makes at once; see BLOCK_ELEMENTS there.
 _HEAD_TEMPORARIES = 8
 # Of each row's next-token distribution while it is drawn from: logits, in fp32, and their weights.
 _LOGIT_BYTES = 12
@@ -147,14 +147,14 @@ def _head_matrices_bytes(setup: Setup, work: Workload) -> float:
     model, views = setup.model, len({view for one in setup.update for view in one.views})
     policy = count_tokens(work, ("student",), work.trained_groups).policy_at_once
     logits = views * min(work.chunk_tokens or chunk_tokens(model, views, setup.device), policy) * model.vocabulary
-    block = min(_BLOCK_ELEMENTS[setup.device], logits)
+    block = min(BLOCK_ELEMENTS[setup.device], logits)
     copy = 4 if setup.device == "cpu" and model.item_bytes < 4 and model.head_trained else 0
     return logits * (model.item_bytes + copy) + _HEAD_TEMPORARIES * block * 4
 
 
 def chunk_tokens(model: ModelShape, views: int, device: str) -> int:
     """The head's own choice of tokens whose logits exist at once."""
-    return max(1, _CHUNK_ELEMENTS[device] // (views * model.vocabulary))
+    return max(1, CHUNK_ELEMENTS[device] // (views * model.vocabulary))
 
 
 def _optimizer_bytes(setup: Setup) -> dict[str, float]:

@@ -14,16 +14,16 @@ from torchtune import training
 from torchtune.config._utils import _merge_yaml_and_cli_args
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
-from pidistill.config import build, resolve
+from pidistill.config import build, empty_model, resolve
 from pidistill.errors import InputError
 from pidistill.optimizers import cpu_offload
+from pidistill.places import load_config
 from pidistill.planning.lengths import Lengths
 from pidistill.planning.shape import ModelShape, model_shape
 from pidistill.planning.workload import Pass, Setup, Workload
 from pidistill.rounds import ROUND_KEYS, Round
-from pidistill.sweeps.cells import load_config
 from pidistill.teachers import EMATeacher, LiveTeacher, Teacher, TrustRegionTeacher
-from pidistill.training import COMMON_KEYS, check_run, empty_model
+from pidistill.training import COMMON_KEYS, check_run
 from pidistill.types import ScoreRequest
 
 KEYS = COMMON_KEYS | ROUND_KEYS | {"hindsight", "batch_size"}

@@ -21,6 +21,7 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
+from pidistill.command_line import exit_on_input_error, parse_with_overrides
 from pidistill.errors import InputError
 from pidistill.planning.lengths import Lengths, Rows
 from pidistill.planning.reading import KEYS, merged
@@ -48,18 +49,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> None:
-    is_override = [("=" in word and not word.startswith("--")) or word.startswith("~") for word in argv]
-    overrides = [word for word, it_is in zip(argv, is_override, strict=True) if it_is]
-    arguments = parser().parse_args([word for word, it_is in zip(argv, is_override, strict=True) if not it_is])
-    try:
-        preview(arguments, overrides)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with exit_on_input_error():
+        preview(parse_with_overrides(parser(), argv))
     sys.exit(0)
 
 
-def preview(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+def preview(arguments: argparse.Namespace) -> None:
     """Print the preview of a config.
 
     Raises:
@@ -67,7 +62,7 @@ def preview(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """
     if arguments.rows < 0 or arguments.scan < 1:
         raise InputError(f"--rows {arguments.rows} must be at least 0 and --scan {arguments.scan} at least 1")
-    cfg = read(arguments.config, overrides)
+    cfg = read(arguments.config, arguments.overrides)
     source = source_of(cfg)
     if not source.examples:
         raise InputError("the dataset has no rows; check `dataset`")

@@ -1,5 +1,6 @@
 """Sweeps by config alone: every cell is a plain `pidistill run` with overrides, several workers may share a folder.
 
+values.py    what `key=0..2` and the like mean on the command line
 cells.py     what is run: arms, swept values, seeds, stages, and when two runs are the same run
 execute.py   runs one stage, one evaluation, one cell; a lock and a record per folder
 search.py    grid, random and TPE search over cells with Optuna; claims, resuming, several workers

@@ -4,7 +4,6 @@ Nothing here starts anything. A stage's folder name is made of its config and it
 first stage share one run of it.
 """
 
-import functools
 import hashlib
 import itertools
 import json
@@ -16,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from pidistill.errors import InputError
-from pidistill.places import folders
+from pidistill.places import folders, has_key, load_config, recipe_of
+from pidistill.sweeps.values import Axis, grid_values, parse_overrides, split_top_level, whole_number
 
 SWEEP_KEYS = ("output_dir", "seeds", "base", "overrides", "evaluate", "evaluate_overrides", "select", "arms", "controls")
 ARM_KEYS = ("title", "config", "overrides", "stages", "evaluate_overrides")
@@ -27,26 +27,6 @@ STAGE_KEYS = ("name", "config", "overrides")
 SELECT = "eval_student_success"
 CHECKPOINT_KEY = "checkpointer.checkpoint_dir"
 Overrides = Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Choices:
-    """Values of one key, as they are typed."""
-
-    values: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Range:
-    """low..high, both included; ``whole`` for integers, ``log`` for log-uniform search."""
-
-    low: float
-    high: float
-    whole: bool
-    log: bool
-
-
-Axis = Choices | Range
 
 
 @dataclass(frozen=True)
@@ -98,133 +78,6 @@ class Sweep:
     order: tuple[str, ...] = ()  # of the tables: every arm, chosen or not
 
 
-# ------------------------------------------------------------------------------------------- values on the command line
-
-
-def split_top_level(text: str) -> list[str]:
-    """Split at the commas that stand in no bracket: `0,{start: 1, end: 0},2` are three values."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "[{(") - (character in "]})")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts]
-
-
-def parse_axis(text: str) -> Axis:
-    """`a,b,c`, `a..b` (whole numbers if both ends are: write 0.0..1.0 for a continuous range) or `log:a..b`."""
-    number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-    found = re.fullmatch(rf"(log:)?({number})\.\.({number})", text)
-    if not found:
-        return Choices(tuple(split_top_level(text)))
-    whole = all(re.fullmatch(r"[-+]?\d+", end) for end in found.groups()[1:])
-    low, high = float(found[2]), float(found[3])
-    if low > high or (found[1] and low <= 0):
-        raise InputError(f"range {text}: the low end must not exceed the high end, and must be above 0 after log:")
-    return Range(low, high, whole, log=bool(found[1]))
-
-
-def grid_values(key: str, axis: Axis) -> tuple[str, ...]:
-    if isinstance(axis, Choices):
-        return axis.values
-    if axis.whole and not axis.log:
-        return tuple(str(value) for value in range(int(axis.low), int(axis.high) + 1))
-    raise InputError(
-        f"{key}={axis.low:g}..{axis.high:g} is a continuous range, which has no grid; list values or set --search tpe"
-    )
-
-
-def parse_overrides(words: Sequence[str]) -> tuple[dict[str, str], dict[str, Axis], tuple[int, ...] | None]:
-    """(fixed overrides, swept axes, seeds) of `key=value` words; a key with one value is fixed, `seed` is always the seeds."""
-    fixed, axes, seeds = {}, {}, None
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise InputError(f"{word} is no override; write key=value, key=v1,v2 or key=0..2")
-        axis = parse_axis(text)
-        if key == "seed":
-            seeds = tuple(_whole(key, value) for value in grid_values(key, axis))
-        elif key == "output_dir":
-            raise InputError("output_dir is made by the sweep, one folder per run; set --output-dir for all of them")
-        elif isinstance(axis, Choices) and len(axis.values) == 1:
-            fixed[key] = axis.values[0]
-        else:
-            axes[key] = axis
-    return fixed, axes, seeds
-
-
-def _whole(key: str, text: Any) -> int:
-    if not re.fullmatch(r"\d+", str(text)):
-        raise InputError(f"{key}={text} must be a whole number of at least 0")
-    return int(text)
-
-
-def as_text(value: Any) -> str:
-    """A value of a sweep file as it is typed on a command line."""
-    if isinstance(value, str):
-        return value
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")
-
-
-# ------------------------------------------------------------------------------------------- configs
-
-
-def config_path(name: str) -> Path:
-    """A file, or the name of a bundled config."""
-    candidates = [Path(name), folders()[1] / f"{name}.yaml", folders()[1].parent / name]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise InputError(f"config {name} is neither a file nor a bundled config; `pidistill ls` lists those")
-
-
-def load_config(name: str) -> DictConfig:
-    """The config as it is now. Do not change it: it is read once per state of its file, and a sweep asks thousands of times."""
-    path = config_path(name)
-    state = path.stat()
-    return _load(path, state.st_mtime_ns, state.st_size)
-
-
-@functools.lru_cache(maxsize=256)
-def _load(path: Path, _mtime_ns: int, _size: int) -> DictConfig:
-    config = OmegaConf.load(path)
-    if not isinstance(config, DictConfig):
-        raise InputError(f"config {path} is not a mapping of keys to values")
-    return config
-
-
-def recipe_of(name: str) -> str:
-    """The recipe in the command that a config's first line gives: a bundled one by name, another one by its path."""
-    first = config_path(name).read_text(encoding="utf-8").split("\n", 1)[0]
-    found = re.match(r"#.*\brun\b(?:\s+--nproc_per_node[ =]\d+)?\s+(\S+)\s+--config\s", first)
-    if not found:
-        raise InputError(
-            f"config {name} does not say its recipe; begin it with a line like `# tune run --nproc_per_node 1 "
-            f"recipes/opsd_distributed.py --config {name}`"
-        )
-    recipe = Path(found[1])
-    bundled = recipe.parent.name in ("", "recipes") and (folders()[0] / f"{recipe.stem}.py").is_file()
-    return recipe.stem if bundled else found[1]
-
-
-def run_command(config: str, overrides: Overrides) -> list[str]:
-    """`pidistill run ...`, as it can be pasted after :func:`shlex.join`."""
-    words = [f"{key}={value}" for key, value in overrides.items()]
-    return ["pidistill", "run", "--nproc_per_node", "1", recipe_of(config), "--config", config, *words]
-
-
-def has_key(config: str, key: str) -> bool:
-    node: Any = load_config(config)
-    for part in key.split("."):
-        if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 (`in node` is False for null)
-            return False
-        node = node._get_node(part)
-    return True
-
-
 # ------------------------------------------------------------------------------------------- from words or a file to a sweep
 
 
@@ -267,7 +120,7 @@ def read_sweep(
     return Sweep(
         output_dir=output_dir or Path(content.get("output_dir") or Path("runs/sweeps") / Path(config).stem),
         arms=tuple(_chosen(made, arms)),
-        seeds=tuple(_whole("seeds", seed) for seed in all_seeds) if all_seeds else (None,),
+        seeds=tuple(whole_number("seeds", seed) for seed in all_seeds) if all_seeds else (None,),
         axes=axes,
         fixed=fixed,
         base=base,
@@ -352,6 +205,14 @@ def _chosen(arms: list[Arm], names: Sequence[str] | None) -> list[Arm]:
     return [arm for arm in arms if arm.name in names]
 
 
+def as_text(value: Any) -> str:
+    """A value of a sweep file as it is typed on a command line."""
+    if isinstance(value, str):
+        return value
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 def _texts(node: Mapping[str, Any] | None) -> dict[str, str]:
     return {str(key): as_text(value) for key, value in (node or {}).items()}
 
@@ -415,6 +276,12 @@ def stage_runs(sweep: Sweep, cell: Cell) -> Iterator[StageRun]:
         overrides = {"output_dir": str(folder), **fill(stage.overrides, paths)}
         earlier[stage.name] = StageRun(stage, folder, run_command(stage.config, overrides), stage_fingerprint(stage, used))
         yield earlier[stage.name]
+
+
+def run_command(config: str, overrides: Overrides) -> list[str]:
+    """`pidistill run ...`, as it can be pasted after :func:`shlex.join`."""
+    words = [f"{key}={value}" for key, value in overrides.items()]
+    return ["pidistill", "run", "--nproc_per_node", "1", recipe_of(config), "--config", config, *words]
 
 
 def stage_fingerprint(stage: Stage, inputs: Mapping[str, str]) -> str:

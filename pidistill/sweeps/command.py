@@ -12,9 +12,9 @@ same command goes on where it was stopped.
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
 
+from pidistill.command_line import exit_on_input_error, parse_with_overrides
 from pidistill.errors import InputError
 from pidistill.sweeps.cells import Sweep, grid_cells, read_sweep, stage_runs
 from pidistill.sweeps.pictures import draw
@@ -42,21 +42,9 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Overrides may stand anywhere: argparse would give those behind `--seeds 0 1` to the seeds."""
-    is_override = [("=" in word and not word.startswith("-")) for word in argv]
-    overrides = [word for word, it_is in zip(argv, is_override, strict=True) if it_is]
-    arguments = parser().parse_args([word for word, it_is in zip(argv, is_override, strict=True) if not it_is])
-    arguments.overrides += overrides
-    return arguments
-
-
 def main(argv: list[str]) -> None:
-    try:
-        run(parse(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with exit_on_input_error():
+        run(parse_with_overrides(parser(), argv))
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -18,9 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pidistill.errors import InputError
 from pidistill.sweeps.cells import (
     Arm,
-    Axis,
     Cell,
-    Choices,
     Sweep,
     grid_cells,
     make_cell,
@@ -30,6 +28,7 @@ from pidistill.sweeps.cells import (
 )
 from pidistill.sweeps.execute import cell_fingerprint, locked, run_cell, say, try_lock
 from pidistill.sweeps.results import append_result, read_results
+from pidistill.sweeps.values import Axis, Choices
 
 SEARCHES = ("grid", "random", "tpe")
 optuna.logging.set_verbosity(optuna.logging.WARNING)
