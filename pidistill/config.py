@@ -135,4 +135,7 @@ def _closest(key: str, candidates: Collection[str]) -> str:
     if _REPLACED.get(key) in candidates:
         return f"; set {_REPLACED[key]} in its place"
     matches = difflib.get_close_matches(key, list(candidates), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches else f"; known here: {', '.join(sorted(candidates))}"
+    if matches:
+        return f"; did you mean {matches[0]}?"
+    nearest = difflib.get_close_matches(key, sorted(candidates), n=12, cutoff=0.0)
+    return f"; {'known here' if len(nearest) == len(candidates) else 'the nearest ones are'}: {', '.join(sorted(nearest))}"

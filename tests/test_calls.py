@@ -1,6 +1,7 @@
 """Environments that raise, hang or answer nonsense among others: they cost their own episodes, and nothing waits for them."""
 
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -219,7 +220,7 @@ def healthy():
 @pytest.mark.parametrize("threads", [None, 8])
 def test_ill_environments_cost_their_own_episodes_and_no_others(threads, healthy, release, caplog):
     begin = time.monotonic()
-    result = play(Ill(FAULTS, release), environment_threads=threads, environment_timeout_s=1.0)
+    result = play(Ill(FAULTS, release), environment_threads=threads, environment_timeout_s=2.0)
     assert time.monotonic() - begin < 60
     assert result.dropped == COUNTS
     assert [int(r.example.id) for r in result.rollouts] == [row for row in range(64) if row not in FAULTS]
@@ -227,8 +228,9 @@ def test_ill_environments_cost_their_own_episodes_and_no_others(threads, healthy
         ours, theirs = numbers(rollout), healthy[int(rollout.example.id)]
         assert ours[:-1] == theirs[:-1], rollout.example.id
         assert ours[-1] == pytest.approx(theirs[-1], abs=1e-5)  # other rows share its batch: rounding alone differs
-    assert "3 rollouts dropped (environment_timeout)" in caplog.text and "no answer within 1 s" in caplog.text
-    assert "3 calls of the environment still hang in abandoned threads" in caplog.text
+    assert "3 rollouts dropped (environment_timeout)" in caplog.text and "no answer within 2 s" in caplog.text
+    hanging = re.search(r"(\d+) calls of the environment still hang in abandoned threads", caplog.text)
+    assert int(hanging[1]) >= 3  # those of other tests may take a moment to end
 
 
 def test_what_a_call_answers_too_late_changes_nothing(release):

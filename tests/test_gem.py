@@ -247,7 +247,7 @@ def test_the_config_of_a_real_model_made_small(tmp_path):
     rounds = ["max_steps=1", "prompts_per_round=2", "group_size=3", "updates_per_round=1", "minibatch_rollouts=null"]
     rows = ["dataset.n=4", "eval_dataset=null", "checkpointer.checkpoint_files=[model.safetensors]"]
     overrides = [*small_model(checkpoint, tmp_path / "run"), *rounds, *rows]
-    recipe = set_up("opsd_distributed", load_config("qwen2_5/1.5B_gem_opsd", overrides))
+    recipe = set_up("opsd_distributed", load_config("gem/qwen2_5_1.5B_opsd", overrides))
     try:
         recipe.train()
     finally:

@@ -294,5 +294,6 @@ def _warn(failed: list[_Episode]) -> None:
                 first.failure.detail,
                 exc_info=first.failure.error,
             )
-    if late := abandoned_calls():
+    late = abandoned_calls()
+    if late and any(episode.failure.reason == "environment_timeout" for episode in failed):
         _log.warning("%d calls of the environment still hang in abandoned threads", late)

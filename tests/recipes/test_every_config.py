@@ -210,7 +210,9 @@ def assert_two_left_what_one_did(name: str, ours: Path, theirs: Path) -> None:
         first, second = (json.loads((folder / "results.json").read_text()) for folder in (ours, theirs))
         assert first.keys() == second.keys()
         for view in first:
-            assert first[view] == pytest.approx(second[view], rel=1e-9)
+            assert first[view].keys() == second[view].keys()
+            for key, value in first[view].items():
+                assert value == pytest.approx(second[view][key], rel=1e-9), (view, key)
         return
     assert_close_rows(metrics(ours), metrics(theirs))
     if RECIPES[name] == "sample_distributed":

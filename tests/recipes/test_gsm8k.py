@@ -177,7 +177,10 @@ def test_evaluation_of_the_saved_checkpoint(trained, tmp_path):
     assert list(results) == ["student greedy", "student", "student + PI"] and "student greedy" in printed
     assert [view["rollouts"] for view in results.values()] == [6, 12, 12]
     assert all(view["success"] == 0 and view["completion_tokens_mean"] > 1 for view in results.values())
-    assert all(math.isfinite(value) for view in results.values() for value in view.values())
+    numbers = [
+        x for view in results.values() for value in view.values() for x in (value if isinstance(value, list) else [value])
+    ]
+    assert all(map(math.isfinite, numbers))
 
 
 # ------------------------------------------------------------------------------------------- what the student sees
