@@ -271,6 +271,24 @@ def check_adapter_dir(cfg: DictConfig) -> None:
     """Refuse an `adapter_dir` that cannot be read, or that `model` cannot take, before any weight is loaded."""
     if cfg.get("adapter_dir"):
         check_fits(_read_for(cfg), empty_model(cfg.model))
+        _check_not_merged_already(Path(cfg.adapter_dir), Path(cfg.checkpointer.get("checkpoint_dir") or ""))
+
+
+def _check_not_merged_already(adapter_dir: Path, checkpoint_dir: Path) -> None:
+    """A run's own checkpoint holds the merged weights: with the adapter on top it would count twice, without a word."""
+    bases = [base_of(folder) for folder in (adapter_dir, checkpoint_dir / FOLDER)]
+    if bases[0] is not None and bases[0] == bases[1]:
+        raise InputError(
+            f"checkpointer.checkpoint_dir={checkpoint_dir} holds weights that have an adapter of {bases[0]} in them, and "
+            f"adapter_dir={adapter_dir} would put another one on top; remove adapter_dir, or set checkpointer.checkpoint_dir "
+            f"to {bases[0]}"
+        )
+
+
+def base_of(adapter_dir: Path) -> str | None:
+    """The base that an adapter's folder names; None where it names none, or there is no such folder."""
+    path = adapter_dir / CONFIG
+    return json.loads(path.read_text()).get("base_model_name_or_path") if path.is_file() else None
 
 
 def with_adapter_dir(cfg: DictConfig, model_node: Any, weights: dict[str, Any]) -> dict[str, Any]:
