@@ -161,7 +161,7 @@ def test_the_samples_follow_new_weights_and_would_not_without_the_update(sampler
 
 
 def test_a_tied_head_follows_new_weights_too(tmp_path):
-    """Qwen3 as its small sizes are: the embedding is the head, of which vLLM on CPU keeps a packed copy that its reload forgets."""
+    """Qwen3 as its small sizes are: the embedding is the head, of which vLLM on CPU keeps a packed copy."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tied = qwen3(vocab_size=VOCABULARY, head_dim=QWEN3_HEAD_DIM, tie_word_embeddings=True, **TINY_SIZES).eval()

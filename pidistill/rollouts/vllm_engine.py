@@ -192,7 +192,7 @@ def _check_device(engine: str, model: torch.device, sleep: bool) -> None:
 
 
 def _repack_head(model: torch.nn.Module) -> None:
-    """vLLM on CPU multiplies with a packed copy of the head, which its reload leaves as it was where the embedding is the head."""
+    """vLLM on CPU multiplies with a packed copy of the head, which its reload forgets where the embedding is the head."""
     head = getattr(model, "lm_head", None)
     if head is not None and head.weight.device.type == "cpu":
         head.quant_method.process_weights_after_loading(head)
