@@ -176,6 +176,21 @@ def test_an_adapter_is_not_put_on_weights_that_have_it_already(llama, tmp_path):
     peft_format.check_adapter_dir(cfg)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_config.json", '{"peft_type": "LORA", "r": 4', r"adapter_config.json"),
+        ("adapter_config.json", '{"peft_type": "LORA", "r": 4}', r"adapter_config.json has no lora_alpha.*check adapter_dir"),
+        ("adapter_model.safetensors", "version https://git-lfs", r"23 bytes\) is not a whole safetensors file.*fetch it again"),
+    ],
+)
+def test_a_broken_folder_is_refused(name, content, message, llama, tmp_path):
+    saved(llama, tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        peft_format.read(tmp_path, llama.config)
+
+
 def test_a_bias_is_not_scaled_by_doras_magnitude(tmp_path):
     """With the magnitude doubled the output doubles but for the bias."""
     base = Base(tmp_path, "qwen2")
