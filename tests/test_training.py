@@ -383,6 +383,13 @@ def test_a_checkpoint_folder_is_looked_at_before_it_is_loaded(tmp_path):
         check_checkpoint_folder(folder_config(runs / "base" / "latest", []), "checkpointer")
     with pytest.raises(InputError, match="does not exist; it is what configs/tiny/sft.yaml leaves: run that first"):
         check_checkpoint_folder(folder_config(runs / "sft" / "latest", []), "checkpointer")
+
+
+@pytest.mark.parametrize("stage", ["gem/base", "reasoning_gym/base", "tool_world/base"])
+def test_a_stage_that_was_not_run_is_named(stage, tmp_path):
+    assert (Path(__file__).parents[1] / "configs" / f"{stage}.yaml").is_file()
+    with pytest.raises(InputError, match=f"it is what configs/{stage}.yaml leaves: run that first"):
+        check_checkpoint_folder(folder_config(tmp_path / "runs" / stage / "latest", []), "checkpointer")
     with pytest.raises(InputError, match="does not exist; it is what configs/gem/base.yaml leaves: run that first"):
         check_checkpoint_folder(folder_config(tmp_path / "runs" / "gem" / "base" / "latest", []), "checkpointer")
     check_checkpoint_folder(
