@@ -47,7 +47,7 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
         return
     folder = Path(node.checkpoint_dir)
     hint = f"check {key}.checkpoint_dir"
-    stage = re.search(r"runs/((?:tiny|gem|reasoning_gym)/\w+)/latest$", folder.as_posix())
+    stage = re.search(r"runs/((?:tiny|gem|reasoning_gym|tool_world)/\w+)/latest$", folder.as_posix())
     if stage is not None and stage[1] == "tiny/base":
         hint = "run `make base` (or `pidistill run sft_distributed --config tiny/base`) first"
     elif stage is not None:

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pidistill.adapters import PARTS, adapter_modules, has_adapters, is_dora, merge, rank_of, scale_of
 from pidistill.config import empty_model
 from pidistill.errors import InputError
+from pidistill.models.hf_folder import read_json
 
 FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 # model_type → whether its query and key rows are permuted.
@@ -139,7 +141,7 @@ def read(folder: Path, hf_config: Mapping[str, Any]) -> Adapter:
     """
     config = _read_config(folder, hf_config)
     tensors: dict[str, Tensor] = {}
-    for name, tensor in load_file(folder / WEIGHTS).items():
+    for name, tensor in _load(folder / WEIGHTS).items():
         layer, part = _from_hf(name, folder)
         rows = tensor.squeeze() if part == "magnitude" else tensor
         tensors[f"{layer}.{part}"] = rows if part == "lora_a.weight" else _permuted(rows, layer, hf_config, to_hf=False)
@@ -149,6 +151,16 @@ def read(folder: Path, hf_config: Mapping[str, Any]) -> Adapter:
         _check_layer(layer, tensors, config, folder, dora)
     alphas = {layer: float(_own(config, "alpha_pattern", "lora_alpha", layer)) for layer in layers}
     return Adapter(folder, tensors, alphas, dora)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file ({' '.join(str(error).split())}): a "
+            "download was cut short, or this is a git-lfs pointer; fetch it again, or check adapter_dir"
+        ) from error
 
 
 def _read_config(folder: Path, hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,7 +173,9 @@ def _read_config(folder: Path, hf_config: Mapping[str, Any]) -> dict[str, Any]:
             f"adapters are read for {', '.join(PERMUTES)}, and config.json beside the weights has model_type "
             f"{hf_config.get('model_type')!r}; remove adapter_dir"
         )
-    config = json.loads((folder / CONFIG).read_text())
+    config = read_json(folder / CONFIG)
+    if absent := [key for key in ("r", "lora_alpha") if key not in config and config.get("peft_type") == "LORA"]:
+        raise InputError(f"{folder / CONFIG} has no {absent[0]}, as PEFT writes it; check adapter_dir")
     changes = {key: config[key] for key, plain in _NOT_READ.items() if (config.get(key) or plain) != plain}
     changes |= {key: config[key] for key in ("peft_type",) if config.get(key) != "LORA"}
     start = config.get("init_lora_weights")
@@ -271,6 +285,24 @@ def check_adapter_dir(cfg: DictConfig) -> None:
     """Refuse an `adapter_dir` that cannot be read, or that `model` cannot take, before any weight is loaded."""
     if cfg.get("adapter_dir"):
         check_fits(_read_for(cfg), empty_model(cfg.model))
+        _check_not_merged_already(Path(cfg.adapter_dir), Path(cfg.checkpointer.get("checkpoint_dir") or ""))
+
+
+def _check_not_merged_already(adapter_dir: Path, checkpoint_dir: Path) -> None:
+    """A run's own checkpoint holds the merged weights: with the adapter on top it would count twice, without a word."""
+    bases = [base_of(folder) for folder in (adapter_dir, checkpoint_dir / FOLDER)]
+    if bases[0] is not None and bases[0] == bases[1]:
+        raise InputError(
+            f"checkpointer.checkpoint_dir={checkpoint_dir} holds weights that have an adapter of {bases[0]} in them, and "
+            f"adapter_dir={adapter_dir} would put another one on top; remove adapter_dir, or set checkpointer.checkpoint_dir "
+            f"to {bases[0]}"
+        )
+
+
+def base_of(adapter_dir: Path) -> str | None:
+    """The base that an adapter's folder names; None where it names none, or there is no such folder."""
+    path = adapter_dir / CONFIG
+    return read_json(path).get("base_model_name_or_path") if path.is_file() else None
 
 
 def with_adapter_dir(cfg: DictConfig, model_node: Any, weights: dict[str, Any]) -> dict[str, Any]:

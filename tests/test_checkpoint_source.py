@@ -1,5 +1,7 @@
 """A checkpoint folder that lacks something is refused in one sentence that says what to run or to change."""
 
+from pathlib import Path
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -35,3 +37,10 @@ def test_a_checkpoint_folder_is_looked_at_before_it_is_loaded(tmp_path):
         OmegaConf.create({"checkpointer": {"_component_": "x", "checkpoint_dir": "made later"}}), "checkpointer"
     )
     check_checkpoint_folder(OmegaConf.create({}), "teacher_checkpointer")
+
+
+@pytest.mark.parametrize("stage", ["gem/base", "reasoning_gym/base", "tool_world/base"])
+def test_a_stage_that_was_not_run_is_named(stage, tmp_path):
+    assert (Path(__file__).parents[1] / "configs" / f"{stage}.yaml").is_file()
+    with pytest.raises(InputError, match=f"it is what configs/{stage}.yaml leaves: run that first"):
+        check_checkpoint_folder(folder_config(tmp_path / "runs" / stage / "latest", []), "checkpointer")

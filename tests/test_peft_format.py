@@ -161,6 +161,36 @@ def test_a_model_with_adapters_takes_it_and_a_plain_one_is_merged(base, tmp_path
     assert peft_format.with_adapter_dir(cfg, cfg.model, base.weights) is base.weights
 
 
+def test_an_adapter_is_not_put_on_weights_that_have_it_already(llama, tmp_path):
+    """A run's own checkpoint and its adapter/: the adapter would count twice. Trained beside that checkpoint, it fits."""
+    merged_folder = tmp_path / "step_2"
+    model = saved(llama, merged_folder / "adapter")
+    (merged_folder / "config.json").write_text(json.dumps(llama.config))
+    cfg = config_with(llama, merged_folder / "adapter", **EVERYWHERE)
+    peft_format.check_adapter_dir(cfg)
+    cfg.checkpointer.checkpoint_dir = str(merged_folder)
+    with pytest.raises(InputError, match=r"step_2 holds weights that have an adapter of .*base in them.*remove adapter_dir"):
+        peft_format.check_adapter_dir(cfg)
+    peft_format.write(tmp_path / "next", model, model.state_dict(), llama.config, str(merged_folder))
+    cfg.adapter_dir = str(tmp_path / "next")
+    peft_format.check_adapter_dir(cfg)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_config.json", '{"peft_type": "LORA", "r": 4', r"adapter_config.json"),
+        ("adapter_config.json", '{"peft_type": "LORA", "r": 4}', r"adapter_config.json has no lora_alpha.*check adapter_dir"),
+        ("adapter_model.safetensors", "version https://git-lfs", r"23 bytes\) is not a whole safetensors file.*fetch it again"),
+    ],
+)
+def test_a_broken_folder_is_refused(name, content, message, llama, tmp_path):
+    saved(llama, tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        peft_format.read(tmp_path, llama.config)
+
+
 def test_a_bias_is_not_scaled_by_doras_magnitude(tmp_path):
     """With the magnitude doubled the output doubles but for the bias."""
     base = Base(tmp_path, "qwen2")

@@ -196,7 +196,9 @@ def test_rows_that_do_not_fit_are_dropped_or_refused_as_in_a_run(capsys, tmp_pat
     status, out, err = run(capsys, path, limit)
     assert status == 2 and SECRET.splitlines()[0] in out
     assert err.startswith("error: rows.jsonl row 0: privileged information of") and err.count("\n") == 1
-    assert previewed(capsys, path, "tokenizer.max_seq_len=60", "on_overflow=drop")["dropped"]["prompt_too_long"] == 3
+    code, out, error = run(capsys, path, "tokenizer.max_seq_len=60", "on_overflow=drop", "--json")
+    assert json.loads(out)["dropped"]["prompt_too_long"] == 3
+    assert code == 2 and "none of the 3 rows looked at is left (prompt_too_long 3); check the dataset" in error
 
 
 def test_the_budget_is_the_rounds(capsys):

@@ -15,9 +15,10 @@ from torch import nn
 from torchtune.models.qwen2 import qwen2
 
 from pidistill.errors import InputError
+from pidistill.models import qwen3
 from pidistill.rollouts import TorchtuneSampler, VLLMSampler
 from pidistill.rollouts.distribution import sampling_logprobs
-from pidistill.testing import TINY_SIZES, perturb_weights
+from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES, perturb_weights
 
 pytestmark = [
     pytest.mark.vllm,
@@ -157,6 +158,25 @@ def test_the_samples_follow_new_weights_and_would_not_without_the_update(sampler
     assert largest_error(sample(sampler, model), model) < TOLERANCE_NATS, "back to the first weights, as a teacher's are"
     monkeypatch.setattr(sampler._engine, "load", lambda weights: None)
     assert largest_error(sample(sampler, moved), moved) > 0.1, "a skipped update must show"
+
+
+def test_a_tied_head_follows_new_weights_too(tmp_path):
+    """Qwen3 as its small sizes are: the embedding is the head, of which vLLM on CPU keeps a packed copy."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tied = qwen3(vocab_size=VOCABULARY, head_dim=QWEN3_HEAD_DIM, tie_word_embeddings=True, **TINY_SIZES).eval()
+        perturb_weights(tied)
+        for parameter in tied.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.15)
+    named = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True}
+    sizes = {"hidden_size": TINY_SIZES["embed_dim"], "head_dim": QWEN3_HEAD_DIM}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | named | sizes))
+    sampler = vllm_sampler(tmp_path)
+    assert largest_error(sample(sampler, tied), tied) < TOLERANCE_NATS
+    with torch.no_grad():
+        tied.tok_embeddings.weight.mul_(1.5)
+    assert largest_error(sample(sampler, tied), tied) < TOLERANCE_NATS
 
 
 def test_turns_continue_after_forced_observations(sampler, model):

@@ -161,6 +161,11 @@ def scan(source: Source, count: int) -> Scan:
         result.examples.append(example)
         result.views.append(views)
         _count(result, example, views, source)
+    left_out = {reason: n - source.dataset_dropped.get(reason, 0) for reason, n in result.dropped.items()}
+    if examples and sum(left_out.values()) == len(examples):
+        reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items() if count)
+        nothing = f"none of the {len(examples):,} rows looked at is left ({reasons}); check the dataset and its limits"
+        result.refused = result.refused or nothing
     return result
 
 

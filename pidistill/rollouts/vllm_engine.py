@@ -128,6 +128,7 @@ class VLLMEngine:
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        self._llm.apply_model(_repack_head)
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
@@ -188,6 +189,13 @@ def _check_device(engine: str, model: torch.device, sleep: bool) -> None:
         )
     if sleep and engine == "cpu":
         raise InputError("sampler.sleep=True gives GPU memory back between rollouts, and vLLM on CPU cannot; set it to False")
+
+
+def _repack_head(model: torch.nn.Module) -> None:
+    """vLLM on CPU multiplies with a packed copy of the head, which its reload forgets where the embedding is the head."""
+    head = getattr(model, "lm_head", None)
+    if head is not None and head.weight.device.type == "cpu":
+        head.quant_method.process_weights_after_loading(head)
 
 
 def _shut_down_quietly(client: Any) -> None:

@@ -34,7 +34,10 @@ class ChatTemplate:
         try:
             self._templates = {name: environment.from_string(text) for name, text in templates.items()}
         except jinja2.TemplateSyntaxError as error:
-            raise InputError(f"the chat template is not valid Jinja (line {error.lineno}: {error.message})") from error
+            raise InputError(
+                f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); mend the file, or set "
+                "tokenizer.chat_template to another one"
+            ) from error
 
     def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, generation_prompt: bool) -> str:
         """Raises InputError with the template's own words where it refuses the conversation."""

@@ -122,6 +122,15 @@ def test_the_base_learns_from_the_experts_episodes(tokenizer_folder, tmp_path):
     assert 0 < rows[0]["policy_tokens"] < 2000, "the shop's and the customer's words are not the agent's"
 
 
+@pytest.mark.slow
+def test_an_episode_that_is_too_long_does_not_stop_the_base(tokenizer_folder, tmp_path):
+    """Row 195 of the config's own rows is: the base could not be trained at all."""
+    settings = {"max_steps": 1, "batch_size": 1, "dataset.n": 196, "checkpointer.checkpoint_dir": str(tmp_path / "init")}
+    (row,) = run("base", small("base", tmp_path, tokenizer_folder, **settings))
+    dropped = {key: value for key, value in row.items() if key.startswith("dropped_rows/") and value}
+    assert dropped == {"dropped_rows/demonstration_too_long": 1}
+
+
 @pytest.mark.parametrize("name", ["pi_distill", pytest.param("opsd", marks=pytest.mark.slow)])
 def test_whole_conversations_are_trained_on(name, tokenizer_folder, random_base, tmp_path):
     sampler = {"_component_": "tests.recipes.test_tool_world_runs.ScriptedSampler", "path": tokenizer_folder}
