@@ -1,5 +1,6 @@
 """The tool world: the expert solves every task, nobody else does by chance, and rules that the tools do not check decide."""
 
+import pickle
 import random
 import re
 from collections import Counter
@@ -172,6 +173,16 @@ def test_a_return_without_asking_is_not_what_the_customer_wanted(every_task):
     assert play(task, [call, *task.moves])[1]["database"] == 0.0
 
 
+def test_who_recites_numbers_has_told_nothing(tasks):
+    """Every question's answer is among them; the expert's own words, with as many numbers as it says, count."""
+    questions = [task for task in tasks["test"] if not task.writes]
+    recital = [Say(f"{' '.join(map(str, range(at, at + 100)))}. Do you confirm?") for at in range(1, 801, 100)]
+    bye = [Say("Is there anything else?")] * 9
+    assert questions and not any(play(task, recital + bye)[0] for task in questions)
+    talkative = [Say(f"{' '.join(map(str, range(1, 15)))}. Do you confirm?")]
+    assert all(play(task, [*task.moves[:2], *talkative, *task.moves[2:]])[0] == 1.0 for task in questions)
+
+
 def test_a_needless_hand_over_ends_the_episode_without_reward(tasks):
     task = next(task for task in tasks["test"] if not task.wishes[-1].ends)
     moves = [*task.moves[:-1], Call("transfer_to_human", {"user_id": task.user_id, "topic": "invoice"})]
@@ -285,6 +296,17 @@ def test_episodes_in_threads_have_databases_of_their_own(tasks):
             due = [(row, task.moves[number]) for row, task in enumerate(chosen) if number < len(task.moves)]
             list(threads.map(lambda pair: turn(*pair), due))
     assert rewards == [1.0] * len(chosen)
+
+
+def test_a_state_can_be_pickled_between_any_two_turns(tasks):
+    """As worker processes do (`ProcessEnvironment`): the copy goes on, and what it changes the original does not have."""
+    task = next(task for task in tasks["test"] if len(task.writes) > 1)
+    state, reward = begin(task), 0.0
+    for move in task.moves:
+        before, state = state, pickle.loads(pickle.dumps(state))
+        reward += ENVIRONMENT.step(state, expert_turn(move), truncated=False).reward
+        assert before.shop.fingerprint() == begin(task).shop.fingerprint() or move not in task.writes[:1]
+    assert reward == 1.0 and state.done and not before.done
 
 
 # ------------------------------------------------------------------------------------------- tools
