@@ -65,6 +65,16 @@ def test_the_expert_solves_every_task(every_task):
     assert drawn == {kind.__name__ for kind in (*PLAIN, *HARD)} | {"need_a_human"}, "a kind that no task has"
 
 
+def test_no_call_of_the_expert_is_refused(every_task):
+    """The reward alone would not tell: an expert that fails to identify the customer knows its id all the same."""
+    for task in every_task:
+        turns = play_expert(task)
+        assert not [turn for turn in turns if turn["role"] == "tool" and turn["content"].startswith("Error")]
+        assert turns[turns.index(expert_turn(task.calls[0])) + 1]["content"] == task.user_id
+    moved = [task for task in every_task if any(call.name == "modify_user_address" for call in task.calls)]
+    assert any(task.calls[0].name == "find_user_by_name_zip" for task in moved), "where it was refused once"
+
+
 def test_who_does_nothing_solves_no_task(every_task):
     """Though for some tasks nothing is to be changed: there, something must be said."""
     silent = [Say("Hello.")] * 3
