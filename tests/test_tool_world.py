@@ -5,6 +5,7 @@ import random
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -250,6 +251,15 @@ def test_a_demonstration_is_the_experts_episode():
     assert calls == [call.name for call in row.data["task"].calls]
     shown = render_episode([*row.messages, *row.completion])
     assert "policy: You are the service agent" in shown and "agent: find_user_by_" in shown and "tool: " in shown
+
+
+def test_the_episode_of_the_docs_is_the_one_that_its_code_prints(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "tools.md").read_text(encoding="utf-8")
+    (shown,), (code,) = (re.findall(rf"^```{kind}\n(.*?)^```", page, re.MULTILINE | re.DOTALL) for kind in ("text", "python"))
+    exec(compile(code, "docs/tools.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(shown.splitlines())
+    assert all(line.startswith(start.removesuffix(" ...")) for line, start in zip(printed, shown.splitlines(), strict=True))
 
 
 @pytest.mark.parametrize(
