@@ -15,6 +15,7 @@ from pidistill.errors import InputError
 from pidistill.messages import message_text, tool_call_text, transcript_text
 from pidistill.privileged import PrivilegedPrompt
 from pidistill.tokenizers import ChatTokenizer
+from pidistill.tokenizers.tool_calls import visible_text
 from pidistill.training import Run
 from pidistill.types import Example, Message, Rollout
 
@@ -52,6 +53,8 @@ class SiblingToolCalls:
 class ToolFeedback:
     """What tools answered in the rollout itself, each answer under the turn's calls; None where nothing is said.
 
+    A call that could not be read is shown as it was written, without the reasoning before it.
+
     Attributes:
         contains: only answers with one of these texts, whatever the case; () for every answer.
         header: the line above them; "" for none.
@@ -68,7 +71,7 @@ class ToolFeedback:
         lines, asked = [], ""
         for turn in turns:
             if turn["role"] == "assistant":
-                asked = "\n".join(map(tool_call_text, turn.get("tool_calls") or [])) or message_text(turn)
+                asked = "\n".join(map(tool_call_text, turn.get("tool_calls") or [])) or visible_text(turn)
             elif turn["role"] == "tool" and self._tells(message_text(turn)):
                 lines.append(f"{asked}\n-> {message_text(turn)}")
         return "\n".join(filter(None, [self.header, *lines])) if lines else None

@@ -171,7 +171,7 @@ def make_batch(
         else per_token([r.sampled_logprobs[t] for r, ts in zip(rollouts, positions, strict=True) for t in ts])
         if sampled
         else None,
-        rewards=per_token([r.reward for r, ts in zip(rollouts, positions, strict=True) for _ in ts])
+        rewards=per_token([r.task_reward for r, ts in zip(rollouts, positions, strict=True) for _ in ts])
         if all(r.reward is not None for r in rollouts)
         else None,
         advantages=per_token([x for a, ts in zip(advantages, positions, strict=True) for x in a.tokens or [a.reward] * len(ts)])

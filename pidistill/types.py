@@ -169,7 +169,7 @@ class Batch:
         sampled_logprobs: [N] fp32 nats, log μ: the denominator of the ratios. None for demonstrations. With importance weights,
             the trainer's own log-probs under the weights that sampled.
         importance_weights: [N] fp32, what the policy-gradient loss of the token is multiplied with; None where that is off.
-        rewards: [N] fp32, the rollout's reward; None for demonstrations.
+        rewards: [N] fp32, the environment's reward of the rollout, without `reward_shaping`; None for demonstrations.
         advantages: [N] fp32, from the reward alone; None for demonstrations.
         kl_advantages: [N] fp32, what the objective's `kl_mode` adds for the view that sampled; None where it adds nothing.
         weights: [N] fp32, the rollout's self-normalised importance weight; None where none was asked for.

@@ -22,6 +22,7 @@ from pidistill.data import RecipeData, load_prompts
 from pidistill.errors import InputError
 from pidistill.evaluation import Collect, eval_dropped, sample_view, success_numbers
 from pidistill.metrics import rollout_means, rollout_sums
+from pidistill.rewards import build_shaping
 from pidistill.rollouts import collect_rollouts
 from pidistill.training import EVALUATION_KEYS, cleanup, load_initial, one_sentence_errors, start
 from pidistill.types import Rollout
@@ -128,7 +129,7 @@ def load_domain(cfg: DictConfig, prefix: str, sampler: Any) -> Domain:
         max_turns=cfg.get("max_turns"),
         environment_threads=cfg.get("environment_threads"),
         environment_timeout_s=cfg.get("environment_timeout_s"),
-        shaping=build(cfg.get("reward_shaping")) or (),
+        shaping=build_shaping(cfg.get("reward_shaping")),
     )
     return Domain(prefix, data, collect)
 

@@ -25,6 +25,7 @@ from pidistill.metrics import MetricsLog, advantage_sums, rollout_means, rollout
 from pidistill.mismatch import MismatchMeter
 from pidistill.packing import Packer
 from pidistill.reductions import token_mean
+from pidistill.rewards import build_shaping
 from pidistill.rollouts import collect_rollouts, rollout_seed
 from pidistill.rounds import ROUND_KEYS, Round, check_method, check_rewards, dump_rollouts, no_pi
 from pidistill.scoring import score, student_nll
@@ -65,7 +66,7 @@ class PiDistillRecipe:
             max_turns=cfg.get("max_turns"),
             environment_threads=cfg.get("environment_threads"),
             environment_timeout_s=cfg.get("environment_timeout_s"),
-            shaping=build(cfg.get("reward_shaping")) or (),
+            shaping=build_shaping(cfg.get("reward_shaping")),
         )
         self._packer = Packer(cfg, self._run, self._data.tokenizer.pad_id)
         self._demonstrations = sft_demonstrations(cfg, self._data)

@@ -22,6 +22,7 @@ from pidistill.evaluation import evaluate
 from pidistill.metrics import MetricsLog, token_means, token_sums
 from pidistill.packing import Packer
 from pidistill.reductions import token_mean
+from pidistill.rewards import build_shaping
 from pidistill.rollouts import collect_rollouts
 from pidistill.rounds import dump_rollouts
 from pidistill.scoring import score, student_nll
@@ -65,7 +66,7 @@ class SFTRecipe:
                 max_turns=cfg.get("max_turns"),
                 environment_threads=cfg.get("environment_threads"),
                 environment_timeout_s=cfg.get("environment_timeout_s"),
-                shaping=build(cfg.get("reward_shaping")) or (),
+                shaping=build_shaping(cfg.get("reward_shaping")),
             )
             self._evaluate = functools.partial(
                 evaluate,

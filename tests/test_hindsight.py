@@ -137,6 +137,9 @@ def test_a_siblings_tool_calls_and_what_the_tools_answered():
     every = ToolFeedback(contains=(), header="")(ROWS[0], TOOL_TURNS)
     assert every == 'look({"city": "SEA"})\n-> F1\nbook({"flight": "F1"})\n-> Error: no seat'
     assert feedback(ROWS[0], TOOL_TURNS[:2]) is None
+    wrong = {"role": "assistant", "content": "<think>Hm.</think>\n<tool_call>{", "tool_call_error": "not JSON"}
+    told = ToolFeedback(header="")(ROWS[0], [wrong, {"role": "tool", "content": "Error: not JSON"}])
+    assert told == "<tool_call>{\n-> Error: not JSON", "what was thought is nobody's to see"
     with pytest.raises(InputError, match="contains is the text 'error'"):
         ToolFeedback(contains="error")
 

@@ -114,6 +114,18 @@ def test_states_travel_with_their_episodes(talkative):
     assert len(pids) == 1 and str(os.getpid()) not in pids  # called one after the other, they need one worker
 
 
+def test_two_threads_that_want_the_last_idle_worker_both_get_one(talkative):
+    class TakenInBetween(list):
+        def __len__(self):
+            return 1  # as it looked a moment ago
+
+    idle, talkative._idle = talkative._idle, TakenInBetween()
+    try:
+        assert say(talkative, talkative.reset(row()), "pid").reward == 1.0
+    finally:
+        talkative._idle = [*idle, *list.__iter__(talkative._idle)]
+
+
 @pytest.mark.parametrize(
     ("deadly", "error", "told"),
     [

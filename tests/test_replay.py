@@ -90,10 +90,9 @@ def test_words_are_not_compared_and_calls_are_however_they_are_written():
         calling(("look", {"city": "SEA", "day": 3}), ("look", {"city": "SEA", "day": 3})),
         saying("I look in SEA on day 3."),
         saying('<action>{"name": "look", "arguments": </action>'),
-        tagged("look", {"city": "SEA", "day": 3}) | {"tool_call_error": "two names"},
         saying('<think><action>{"name": "look", "arguments": {"city": "SEA", "day": 3}}</action></think>Looking.'),
     ],
-    ids=["value", "argument", "tool", "twice", "text", "unreadable", "malformed", "thought"],
+    ids=["value", "argument", "tool", "twice", "text", "unreadable", "thought"],
 )
 def test_another_call_ends_the_episode_or_gets_the_error(turn):
     assert play(ReplayEnvironment(mismatch_reward=-0.5), [turn]) == ([[]], [-0.5], 0.0, True)
@@ -106,6 +105,13 @@ def test_another_call_ends_the_episode_or_gets_the_error(turn):
         [call["id"] for call in calls] or [None]
     )
     assert play(patient, [turn, turn, turn])[1:] == ([0.0, 0.0, 0.0], 0.0, True)
+
+
+def test_a_call_that_cannot_be_read_is_answered_with_the_reason():
+    turn = tagged("look", {"city": "SEA", "day": 3}) | {"tool_call_error": "not valid JSON"}
+    assert play(ReplayEnvironment(mismatch_reward=-0.5), [turn]) == ([[]], [-0.5], 0.0, True)
+    told = play(ReplayEnvironment(on_mismatch="error"), [turn])[0]
+    assert told == [[{"role": "tool", "content": "Error: not valid JSON"}]]
 
 
 def test_a_call_where_the_agent_only_spoke_is_a_mismatch():

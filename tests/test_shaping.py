@@ -5,10 +5,11 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from pidistill.envs import SingleTurn
 from pidistill.errors import InputError
-from pidistill.rewards import Constraints, ExactMatch, LeakPenalty, LengthPenalty, Shaping, add_shaping
+from pidistill.rewards import Constraints, ExactMatch, LeakPenalty, LengthPenalty, Shaping, add_shaping, build_shaping
 from pidistill.types import Example, PromptPair, Rollout
 from tests.test_collect import Counting, Script, collect
 
@@ -96,6 +97,29 @@ def test_shaping_adds_to_the_reward_and_leaves_the_task_reward():
 def test_wrong_settings_are_refused(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+LENGTH_NODE = {"_component_": "pidistill.rewards.LengthPenalty"}
+
+
+@pytest.mark.parametrize(
+    "node, message",
+    [
+        (LENGTH_NODE, "not a list of them; begin it with a dash"),
+        ([LENGTH_NODE, "pidistill.rewards.LengthPenalty"], r"reward_shaping\[1\] is 'pidistill"),
+        ([{"_component_": "pidistill.rewards.ExactMatch"}], r"reward_shaping\[0\] is ExactMatch\(.*, not a part"),
+        ([LENGTH_NODE, LENGTH_NODE], "are called 'length'"),
+    ],
+)
+def test_a_config_that_is_no_list_of_parts_is_refused_before_anything_is_sampled(node, message):
+    with pytest.raises(InputError, match=message):
+        build_shaping(OmegaConf.create({"node": node}).node)
+
+
+def test_a_config_becomes_its_parts_in_order():
+    leak = {"_component_": "pidistill.rewards.LeakPenalty", "phrases": ["hint"]}
+    assert build_shaping(OmegaConf.create([LENGTH_NODE, leak])) == (LENGTH, LeakPenalty(["hint"]))
+    assert build_shaping(None) == build_shaping(OmegaConf.create([])) == ()
 
 
 # ---------------------------------------------------------------------------------------------- through the collector

@@ -195,6 +195,18 @@ def test_the_action_format_writes_tools_as_text(tmp_path):
     assert "<|im_start|>user\n<result>\n22 degrees\n</result><|im_end|>" in tokenizer.decode(result)
 
 
+def test_the_results_of_one_turn_share_a_message_in_the_action_format(tmp_path):
+    """Templates without tools often refuse two user messages in a row."""
+    template = (
+        "{% for m in messages %}{% if loop.previtem and loop.previtem.role == m.role %}{{ raise_exception('alternate') }}"
+        "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path, template)), tool_format="action")
+    history = [*HISTORY, turn("", call(city="Rome"), call(city="Bern"))]
+    said = tokenizer.decode(tokenizer.encode_observations(history, [tool("22 degrees"), tool("9 degrees")], TOOLS))
+    assert said.count("<|im_start|>user") == 1 and "22 degrees\n</result>\n<result>\n9 degrees" in said
+
+
 def test_the_action_format_keeps_a_default_system_text(tmp_path):
     tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path)), tool_format="action")
     prompt = tokenizer.decode(tokenizer.encode_prompt(HISTORY[1:], TOOLS))

@@ -1,9 +1,11 @@
 """The tool world: the expert solves every task, nobody else does by chance, and rules that the tools do not check decide."""
 
+import pickle
 import random
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +64,16 @@ def test_the_expert_solves_every_task(every_task):
         assert turns[-1]["role"] == "assistant"
     drawn = {wish.kind for task in every_task for wish in task.wishes}
     assert drawn == {kind.__name__ for kind in (*PLAIN, *HARD)} | {"need_a_human"}, "a kind that no task has"
+
+
+def test_no_call_of_the_expert_is_refused(every_task):
+    """The reward alone would not tell: an expert that fails to identify the customer knows its id all the same."""
+    for task in every_task:
+        turns = play_expert(task)
+        assert not [turn for turn in turns if turn["role"] == "tool" and turn["content"].startswith("Error")]
+        assert turns[turns.index(expert_turn(task.calls[0])) + 1]["content"] == task.user_id
+    moved = [task for task in every_task if any(call.name == "modify_user_address" for call in task.calls)]
+    assert any(task.calls[0].name == "find_user_by_name_zip" for task in moved), "where it was refused once"
 
 
 def test_who_does_nothing_solves_no_task(every_task):
@@ -172,6 +184,16 @@ def test_a_return_without_asking_is_not_what_the_customer_wanted(every_task):
     assert play(task, [call, *task.moves])[1]["database"] == 0.0
 
 
+def test_who_recites_numbers_has_told_nothing(tasks):
+    """Every question's answer is among them; the expert's own words, with as many numbers as it says, count."""
+    questions = [task for task in tasks["test"] if not task.writes]
+    recital = [Say(f"{' '.join(map(str, range(at, at + 100)))}. Do you confirm?") for at in range(1, 801, 100)]
+    bye = [Say("Is there anything else?")] * 9
+    assert questions and not any(play(task, recital + bye)[0] for task in questions)
+    talkative = [Say(f"{' '.join(map(str, range(1, 15)))}. Do you confirm?")]
+    assert all(play(task, [*task.moves[:2], *talkative, *task.moves[2:]])[0] == 1.0 for task in questions)
+
+
 def test_a_needless_hand_over_ends_the_episode_without_reward(tasks):
     task = next(task for task in tasks["test"] if not task.wishes[-1].ends)
     moves = [*task.moves[:-1], Call("transfer_to_human", {"user_id": task.user_id, "topic": "invoice"})]
@@ -231,6 +253,15 @@ def test_a_demonstration_is_the_experts_episode():
     assert "policy: You are the service agent" in shown and "agent: find_user_by_" in shown and "tool: " in shown
 
 
+def test_the_episode_of_the_docs_is_the_one_that_its_code_prints(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "tools.md").read_text(encoding="utf-8")
+    (shown,), (code,) = (re.findall(rf"^```{kind}\n(.*?)^```", page, re.MULTILINE | re.DOTALL) for kind in ("text", "python"))
+    exec(compile(code, "docs/tools.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(shown.splitlines())
+    assert all(line.startswith(start.removesuffix(" ...")) for line, start in zip(printed, shown.splitlines(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -285,6 +316,17 @@ def test_episodes_in_threads_have_databases_of_their_own(tasks):
             due = [(row, task.moves[number]) for row, task in enumerate(chosen) if number < len(task.moves)]
             list(threads.map(lambda pair: turn(*pair), due))
     assert rewards == [1.0] * len(chosen)
+
+
+def test_a_state_can_be_pickled_between_any_two_turns(tasks):
+    """As worker processes do (`ProcessEnvironment`): the copy goes on, and what it changes the original does not have."""
+    task = next(task for task in tasks["test"] if len(task.writes) > 1)
+    state, reward = begin(task), 0.0
+    for move in task.moves:
+        before, state = state, pickle.loads(pickle.dumps(state))
+        reward += ENVIRONMENT.step(state, expert_turn(move), truncated=False).reward
+        assert before.shop.fingerprint() == begin(task).shop.fingerprint() or move not in task.writes[:1]
+    assert reward == 1.0 and state.done and not before.done
 
 
 # ------------------------------------------------------------------------------------------- tools

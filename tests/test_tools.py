@@ -3,14 +3,16 @@
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Literal
 
 import pytest
 
 from pidistill.data.dataset import ExampleDataset
-from pidistill.envs import Environment
+from pidistill.envs import Environment, EnvStep
 from pidistill.envs.tools import FunctionToolEnvironment, ToolError, call_tools, tool, tools_by_name, with_tools
 from pidistill.errors import InputError
+from pidistill.rewards import Constraints
 from pidistill.types import Example
 
 
@@ -160,6 +162,13 @@ def test_an_episode_of_functions():
     assert last.done and last.reward == 1.0 and [turn["role"] for turn in state.turns] == ["assistant", "tool", "assistant"]
     with pytest.raises(InputError, match="has ended"):
         environment().step(state, says("more"), truncated=False)
+
+
+def test_the_parts_of_a_reward_are_told():
+    reward = Constraints({"ten": pile_is_ten, "nested": Constraints({"a": pile_is_ten, "no": lambda example, turns: 0.0})})
+    env = replace(environment(), reward=reward)
+    _, last, _ = play(env, 4)
+    assert last == EnvStep([], 0.75, True, {"ten": 1.0, "nested": 0.5})
 
 
 def test_a_turn_that_was_cut_is_judged_and_calls_nothing():

@@ -90,14 +90,19 @@ class ProcessEnvironment:
         return value
 
     def _take(self) -> "_Worker":
-        while self._idle:
-            worker = self._idle.pop()
+        while (worker := self._pop_idle()) is not None:
             if worker.process.is_alive():
                 return worker
             self._alive.discard(worker)
         worker = _Worker(self._pickled, type(self.environment).__module__)
         self._alive.add(worker)
         return worker
+
+    def _pop_idle(self) -> "_Worker | None":
+        try:  # not `if self._idle`: another thread may take the last one in between
+            return self._idle.pop()
+        except IndexError:
+            return None
 
 
 class _Worker:

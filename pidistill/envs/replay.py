@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pidistill.agent_calls import ACTION_TAGS, ToolCall, calls_of
 from pidistill.envs.base import EnvStep
+from pidistill.envs.tools import call_tools
 from pidistill.errors import InputError
 from pidistill.types import Example, Message
 
@@ -40,8 +41,8 @@ class ReplayEnvironment:
     Attributes:
         action_tags: where a turn without ``tool_calls`` holds its calls; see :mod:`pidistill.agent_calls`.
         free_arguments: tools whose arguments are not compared, e.g. free text: ``[think]``.
-        on_mismatch: "end" ends the episode; "error" answers with an error that says so, and the same recorded turn is waited
-            for, until ``max_errors`` errors have been given.
+        on_mismatch: "end" ends the episode; "error" answers with an error that says so (or why a call cannot be read), and the
+            same recorded turn is waited for, until ``max_errors`` errors have been given.
         mismatch_reward: reward of an episode that left the trace.
     """
 
@@ -92,6 +93,8 @@ class ReplayEnvironment:
         state.errors += 1
         if truncated or self.on_mismatch == "end" or state.errors > self.max_errors:
             return EnvStep([], self.mismatch_reward, True, {"followed": 0.0})
+        if turn.get("tool_call_error"):
+            return EnvStep(call_tools(turn, {}), 0.0, False, {"followed": 0.0})
         calls = turn.get("tool_calls") or []
         if not calls:
             return EnvStep([{"role": "user", "content": MISMATCH_ERROR}], 0.0, False, {"followed": 0.0})

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pidistill.envs.base import EnvStep
-from pidistill.rewards.base import Reward, RewardWithParts
+from pidistill.rewards.base import Reward, judge
 from pidistill.types import Example, Message
 
 
@@ -17,7 +17,5 @@ class SingleTurn:
         return example
 
     def step(self, state: Example, turn: Message, *, truncated: bool) -> EnvStep:
-        judged = self.reward(state, [turn])
-        if isinstance(judged, RewardWithParts):
-            return EnvStep([], judged.reward, done=True, reward_parts=dict(judged.parts))
-        return EnvStep([], judged, done=True)
+        judged = judge(self.reward, state, [turn])
+        return EnvStep([], judged.reward, done=True, reward_parts=dict(judged.parts))

@@ -27,7 +27,7 @@ from pidistill.config import resolve
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs.base import EnvStep
 from pidistill.errors import InputError
-from pidistill.rewards.base import Reward
+from pidistill.rewards.base import Reward, judge
 from pidistill.types import Example, Message
 
 _log = logging.getLogger(__name__)
@@ -282,4 +282,5 @@ class FunctionToolEnvironment:
         if answers:
             return EnvStep(answers, 0.0, done=False)
         example = replace(state.example, data={**state.example.data, STATE: state.state})
-        return EnvStep([], float(self.reward(example, state.turns)), done=True)
+        judged = judge(self.reward, example, state.turns)
+        return EnvStep([], judged.reward, done=True, reward_parts=dict(judged.parts))

@@ -4,7 +4,7 @@ from pidistill.rewards.base import Reward, RewardWithParts, last_answer
 from pidistill.rewards.constraints import Constraints
 from pidistill.rewards.exact_match import ExactMatch
 from pidistill.rewards.gsm8k import GSM8KReward, final_answer
-from pidistill.rewards.shaping import LeakPenalty, LengthPenalty, Shaping, add_shaping, count_phrases
+from pidistill.rewards.shaping import LeakPenalty, LengthPenalty, Shaping, add_shaping, build_shaping, count_phrases
 
 __all__ = [
     "Constraints",
@@ -16,6 +16,7 @@ __all__ = [
     "RewardWithParts",
     "Shaping",
     "add_shaping",
+    "build_shaping",
     "count_phrases",
     "final_answer",
     "last_answer",

@@ -22,6 +22,12 @@ A reward that raises, or gives a number that is not finite, drops the rollout; i
 """
 
 
+def judge(reward: Reward, example: Example, turns: Sequence[Message]) -> RewardWithParts:
+    """What ``reward`` gives, with no parts where it names none."""
+    judged = reward(example, turns)
+    return judged if isinstance(judged, RewardWithParts) else RewardWithParts(judged, {})
+
+
 def last_answer(turns: Sequence[Message]) -> str:
     """Text of the last assistant turn; "" where there is none."""
     return next((message_text(turn) for turn in reversed(turns) if turn["role"] == "assistant"), "")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pidistill.errors import InputError
-from pidistill.rewards.base import Reward, RewardWithParts
+from pidistill.rewards.base import Reward, RewardWithParts, judge
 from pidistill.types import Example, Message
 
 
@@ -50,7 +50,7 @@ class Constraints:
         return RewardWithParts(total / math.fsum(weights.values()), passed)
 
     def _check(self, name: str, check: Reward, example: Example, turns: Sequence[Message]) -> float:
-        value = float(check(example, turns))
+        value = float(judge(check, example, turns).reward)
         if not 0.0 <= value <= 1.0:  # also where it is NaN
             raise ValueError(f"the check {name!r} gave {value} for {example.id}, which is not in [0, 1]")
         return value

@@ -15,8 +15,9 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from pidistill.config import build
 from pidistill.errors import InputError
 from pidistill.messages import messages_text
 from pidistill.types import Rollout
@@ -30,6 +31,23 @@ class Shaping(Protocol):
 
     def __call__(self, rollout: Rollout) -> list[float]:
         """One number per assistant turn of a whole episode, truncated turns included; added to the turns' rewards."""
+
+
+def build_shaping(node: Any) -> tuple[Shaping, ...]:
+    """The parts of the config key `reward_shaping`, a list of components; none where it is null.
+
+    Raises:
+        InputError: it is no list, an entry is no :class:`Shaping`, or two have one name.
+    """
+    parts = build(node) or []
+    if not isinstance(parts, list):
+        raise InputError("reward_shaping is one component, not a list of them; begin it with a dash (`- _component_: ...`)")
+    for i, part in enumerate(parts):
+        if not isinstance(part, Shaping):
+            raise InputError(f"reward_shaping[{i}] is {part!r:.80}, not a part such as pidistill.rewards.LengthPenalty")
+        if part.name in (other.name for other in parts[:i]):
+            raise InputError(f"two parts of reward_shaping are called {part.name!r}; remove one, or give it another name")
+    return tuple(parts)
 
 
 def add_shaping(rollout: Rollout, parts: Sequence[Shaping]) -> None:

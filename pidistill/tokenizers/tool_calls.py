@@ -11,6 +11,7 @@ A turn with a malformed call has no calls: its content is the whole text, as the
 what is wrong, for the environment to answer with. The content of a turn with calls is the text outside them.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -124,10 +125,11 @@ def as_plain_messages(
 ) -> list[Message]:
     """A conversation with tools as one without: schemas in the system message, calls and results in text.
 
-    For the action format, whose templates have no place for tools. ``default_system`` is the system text that the template
-    gives a conversation without one, written out so that the schemas do not replace it.
+    For the action format, whose templates have no place for tools. The results of one turn share a user message: some of these
+    templates refuse two in a row, and a model that makes two calls must not end the run. ``default_system`` is the system text
+    that the template gives a conversation without one, written out so that the schemas do not replace it.
     """
-    plain = [_plain_message(message) for message in messages]
+    plain = _plain_messages(messages)
     if not tools:
         return plain
     if not plain or plain[0]["role"] != "system":
@@ -137,9 +139,18 @@ def as_plain_messages(
     return [{"role": "system", "content": "\n\n".join(filter(None, texts))}, *plain[1:]]
 
 
+def _plain_messages(messages: Sequence[Message]) -> list[Message]:
+    plain: list[Message] = []
+    for is_result, group in itertools.groupby(messages, lambda message: message["role"] == "tool"):
+        if is_result:
+            results = [f"<result>\n{message_text(message)}\n</result>" for message in group]
+            plain.append({"role": "user", "content": "\n".join(results)})
+        else:
+            plain += map(_plain_message, group)
+    return plain
+
+
 def _plain_message(message: Message) -> Message:
-    if message["role"] == "tool":
-        return {"role": "user", "content": f"<result>\n{message_text(message)}\n</result>"}
     calls = message.get("tool_calls")
     if not calls:
         return message

@@ -220,12 +220,15 @@ def test_wrong_snis_settings_are_refused_at_construction(arguments, sentence):
 
 
 def test_the_sft_term_is_mean_nll_of_the_rewarded_traces():
-    """α=0, β=0, no student KL: −log S on the traces with a reward above 0, over all policy tokens of the step."""
+    """α=0, β=0, no student KL: −log S on the traces with a reward above 0, over all policy tokens of the step.
+
+    The reward is the environment's: `reward_shaping` takes 0.5 from every rollout here.
+    """
     module, rollouts = model(), random_rollouts(6, group_size=3)
     for rollout, reward in zip(rollouts, (1.0, 0.0, 0.2, -1.0, 0.0, 0.7), strict=True):
-        rollout.reward = reward
+        rollout.task_reward, rollout.reward = reward, reward - 0.5
     loss, ours = gradient(PiDistill(alpha=0.0, beta=0.0, student_kl="none", student_term="sft"), module, rollouts)
-    rewarded = [r for r in rollouts if r.reward > 0]
+    rewarded = [r for r in rollouts if r.task_reward > 0]
     tokens = sum(r.policy_tokens for r in rollouts)
 
     module.zero_grad()

@@ -20,7 +20,9 @@ from pidistill.envs.tool_world.customer import Customer
 from pidistill.envs.tool_world.dataset import SCHEMAS, expert_turn
 from pidistill.envs.tool_world.tasks import draw_tasks
 from pidistill.envs.tool_world.wishes import Say
+from pidistill.privileged import DEFAULT_TEMPLATE
 from pidistill.rollouts import Sample
+from pidistill.types import Rollout
 from tests.recipes.runs import ROOT, metrics, weights
 
 CONFIGS = ROOT / "configs" / "tool_world"
@@ -96,12 +98,16 @@ def small(name: str, output_dir: Path, tokenizer_folder: str, **settings):
     return cfg
 
 
-def run(name: str, cfg):
+def run(name: str, cfg, rollouts: list | None = None):
+    """Metrics of a run; its rollouts are added to ``rollouts``."""
     recipe_name = re.search(r"recipes/(\w+)\.py", (CONFIGS / f"{name}.yaml").read_text())[1]
     module = importlib.import_module(f"recipes.{recipe_name}")
     (recipe_class,) = [value for key, value in vars(module).items() if key.endswith("Recipe")]
     recipe = recipe_class(cfg)
     recipe.setup(cfg)
+    if rollouts is not None:
+        sample_round = recipe.sample_round
+        recipe.sample_round = lambda: [rollouts.append(one) or one for one in sample_round()]
     recipe.train()
     recipe._log.close()
     return metrics(Path(cfg.output_dir))
@@ -131,12 +137,26 @@ def test_an_episode_that_is_too_long_does_not_stop_the_base(tokenizer_folder, tm
     assert dropped == {"dropped_rows/demonstration_too_long": 1}
 
 
+def only_teachers_see(rollouts: Sequence[Rollout], tokenizer) -> None:
+    """No line of the privileged information is in the student's ids; the expert makes the same calls, written otherwise."""
+    around = DEFAULT_TEMPLATE.replace("{privileged}", "The calls that solve this task, in order:\n").split("\n")
+    for rollout in rollouts:
+        student, teacher = (
+            tokenizer.decode(ids + rollout.completion) for ids in (rollout.prompts.student, rollout.prompts.teacher)
+        )
+        assert all(line in teacher and line not in student for line in filter(None, around))
+        calls = rollout.example.privileged.splitlines()[1:]
+        assert all(call in teacher and call not in student for call in calls)
+
+
 @pytest.mark.parametrize("name", ["pi_distill", pytest.param("opsd", marks=pytest.mark.slow)])
 def test_whole_conversations_are_trained_on(name, tokenizer_folder, random_base, tmp_path):
     sampler = {"_component_": "tests.recipes.test_tool_world_runs.ScriptedSampler", "path": tokenizer_folder}
     cfg = small(name, tmp_path, tokenizer_folder, **ROUND, **from_base(random_base), sampler=sampler | {"max_new_tokens": 2560})
-    rows = run(name, cfg)
-    assert [row["step"] for row in rows] == [1, 2, 3]
+    rollouts: list[Rollout] = []
+    rows = run(name, cfg, rollouts)
+    only_teachers_see(rollouts, tool_world_tokenizer(tokenizer_folder))
+    assert [row["step"] for row in rows] == [1, 2, 3] and len(rollouts) == 12
     for row in rows:
         assert row["reward_mean"] == 0.5 and row["reward/database"] >= 0.5 and row["truncated_frac"] == 0.0
         assert row["grad_norm"] > 0 and row["kl_teacher_student_nats"] > 0

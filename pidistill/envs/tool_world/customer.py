@@ -110,6 +110,11 @@ class Customer:
 
 def said_all(text: str, outputs: tuple[str, ...]) -> bool:
     """True where the text says each of the numbers by itself: 12 is not in 112, 12.5 or V12; 1,200 and 1200.00 are 1200."""
+    return numbers_said(text) >= set(outputs)
+
+
+def numbers_said(text: str) -> set[str]:
+    """The different whole numbers that the text says by themselves."""
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
     text = re.sub(r"\.00?\b", "", text)
-    return all(re.search(rf"(?<![\w.]){re.escape(output)}(?!\w|\.\d)", text) for output in outputs)
+    return set(re.findall(r"(?<![\w.])\d+(?!\w|\.\d)", text))

@@ -113,7 +113,8 @@ def play_expert(task: ToolTask) -> list[Message]:
     """The expert's episode: its turns, and what shop and customer answered.
 
     Raises:
-        RuntimeError: the episode did not end with reward 1 at the expert's last turn: the world is broken.
+        RuntimeError: a call was refused, or the episode did not end with reward 1 at the expert's last turn: the world is
+            broken.
     """
     environment = ToolWorldEnvironment()
     state = environment.reset(Example("expert", [], data={"task": task}))
@@ -124,6 +125,9 @@ def play_expert(task: ToolTask) -> list[Message]:
         step = environment.step(state, turns[-1], truncated=False)
         turns += step.observations
         reward += step.reward
+        refused = [said["content"] for said in step.observations if said["content"].startswith("Error:")]
+        if refused:
+            raise RuntimeError(f"the expert's {move} is refused ({refused[0]}) on {task.instruction}")
     if not state.done or reward != 1.0:
         raise RuntimeError(f"the expert ends with reward {reward} (done: {state.done}) on {task.instruction}")
     return turns

@@ -2,14 +2,16 @@
 
     reward = 1 if the shop is, in the end, as the expert leaves it, and the agent has told the customer what it must, else 0
 
-as in τ-bench (arXiv 2406.12045). An episode ends when the customer leaves or is handed over to a human. One that is cut off, by
+as in τ-bench (arXiv 2406.12045). Who says many numbers tells nothing: an agent that recites 1 to 800 would otherwise have
+answered every question, so what was said counts only up to :data:`MOST_NUMBERS` different ones per wish (the expert's longest
+turn has four). An episode ends when the customer leaves or is handed over to a human. One that is cut off, by
 the token limit or by `max_turns`, gets 0.
 """
 
 from dataclasses import dataclass, field
 
 from pidistill.envs.base import EnvStep
-from pidistill.envs.tool_world.customer import STOP, Customer, said_all
+from pidistill.envs.tool_world.customer import STOP, Customer, numbers_said, said_all
 from pidistill.envs.tool_world.shop import Shop, shop_image
 from pidistill.envs.tool_world.tasks import ToolTask
 from pidistill.envs.tool_world.tools import TOOLS
@@ -17,6 +19,8 @@ from pidistill.envs.tools import call_tools
 from pidistill.errors import InputError
 from pidistill.tokenizers.tool_calls import visible_text
 from pidistill.types import Example, Message
+
+MOST_NUMBERS = 20
 
 
 @dataclass
@@ -65,8 +69,12 @@ class ToolWorldEnvironment:
 
     def _end(self, state: ToolWorldState) -> EnvStep:
         database = float(state.shop.fingerprint() == state.task.final_fingerprint)
-        outputs = float(said_all("\n".join(state.said), state.task.outputs))
+        outputs = float(self._told(state))
         return EnvStep([], database * outputs, True, {"database": database, "outputs": outputs})
+
+    def _told(self, state: ToolWorldState) -> bool:
+        said, needed = "\n".join(state.said), state.task.outputs
+        return said_all(said, needed) and not (needed and len(numbers_said(said)) > MOST_NUMBERS * len(state.task.wishes))
 
 
 def _going_on(observations: list[Message]) -> EnvStep:

@@ -67,13 +67,16 @@ _PRODUCTS = {
 
 
 class Shop:
-    """One episode's database. The connection may move between threads; one uses it at a time."""
+    """One episode's database. The connection may move between threads, one at a time; a pickle holds the whole database."""
 
     def __init__(self, image: bytes | None = None) -> None:
         self._connection = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
         if image is not None:
             self._connection.deserialize(image)
         self._connection.row_factory = sqlite3.Row
+
+    def __reduce__(self) -> tuple[type["Shop"], tuple[bytes]]:
+        return Shop, (self.image(),)
 
     def rows(self, sql: str, *parameters: Any) -> list[dict[str, Any]]:
         return [dict(row) for row in self._connection.execute(sql, parameters)]

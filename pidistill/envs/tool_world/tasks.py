@@ -2,7 +2,7 @@
 
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pidistill.envs.tool_world.kinds import ALWAYS_FIT, HARD, PLAIN, need_a_human
@@ -110,6 +110,7 @@ def _draw(rng: random.Random, split: str, users: Sequence[str], world_seed: int,
     others = [row["order_id"] for row in shop.rows("SELECT order_id FROM orders WHERE user_id = ? ORDER BY order_id", other)]
     desk = Desk(shop, rng, user_id, rng.random() < _KNOWS_ORDERS_PROB, others)
     human = rng.random() < _HUMAN_PROB
+    known = shop.one("SELECT first_name, last_name, zip, email FROM users WHERE user_id = ?", user_id)  # before any change
     wishes: list[Wish] = []
     for _ in range(10 * level):
         if len(wishes) < level - human:
@@ -117,7 +118,7 @@ def _draw(rng: random.Random, split: str, users: Sequence[str], world_seed: int,
     if len(wishes) < level - human:
         return None
     wishes += [need_a_human(desk)] * human
-    identity, found = _identity(desk)
+    identity, found = _identity(known, rng)
     moves = (Say("Please tell me your email address, or your first name, last name and zip code."), found)
     moves += tuple(move for wish in wishes for move in wish.moves)
     return ToolTask(world_seed, split, level, user_id, identity, tuple(wishes), moves)
@@ -139,10 +140,9 @@ def _add_wish(desk: Desk, wishes: list[Wish], level: int, most: int) -> None:
         wishes.append(wish)
 
 
-def _identity(desk: Desk) -> tuple[str, Call]:
+def _identity(user: Mapping[str, str], rng: random.Random) -> tuple[str, Call]:
     """(what the customer says when asked who it is, the expert's call for it)"""
-    user = desk.shop.one("SELECT first_name, last_name, zip, email FROM users WHERE user_id = ?", desk.user_id)
-    if desk.rng.random() < _EMAIL_PROB:
+    if rng.random() < _EMAIL_PROB:
         return f"My email address is {user['email']}.", Call("find_user_by_email", {"email": user["email"]})
     known = {key: user[key] for key in ("first_name", "last_name", "zip")}
     said = f"My name is {user['first_name']} {user['last_name']}, my zip code is {user['zip']}."
