@@ -187,17 +187,24 @@ def test_two_groups_of_two_resume_to_the_bit(four):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_one_process_resumes_on_two_groups_of_two(one, four):
-    assert_close_rows(metrics(four / "taken_over"), metrics(one("main")))
+    """Padded there, trees here: a largest difference of log-probs, itself all rounding, is left out."""
+    ours, theirs = (
+        [{key: value for key, value in row.items() if key != "sampler_mismatch_max_nats"} for row in metrics(folder)]
+        for folder in (four / "taken_over", one("main"))
+    )
+    assert_close_rows(ours, theirs)
 
 
 @pytest.mark.slow
 def test_evaluation_and_sampling_of_two_groups_of_two_are_those_of_one(one, four):
     ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (four / "evaluate", one("evaluate")))
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() == theirs.keys() == {"student greedy", "student", "student + PI"}
     for view in ours:
-        assert ours[view] == pytest.approx(theirs[view], rel=1e-9), view
-    ours, theirs = ((folder / "interventions" / "traces.jsonl") for folder in (four, one("interventions").parent))
-    assert ours.read_text() == (one("interventions") / "traces.jsonl").read_text() != ""
+        assert ours[view].keys() == theirs[view].keys()
+        for key in ours[view]:
+            assert ours[view][key] == pytest.approx(theirs[view][key], rel=1e-9), (view, key)
+    ours, theirs = ((folder / "traces.jsonl").read_text() for folder in (four / "interventions", one("interventions")))
+    assert ours == theirs != ""
 
 
 @pytest.mark.slow
