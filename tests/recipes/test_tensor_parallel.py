@@ -34,14 +34,14 @@ from tests.recipes.worlds import recorded
 # Without Adam, which would hide a wrong length of the gradient; and clipped, which needs the length over all shards.
 SGD = {"optimizer": {"_component_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}, "clip_grad_norm": 0.05}
 MAIN = {
-    "max_steps": 6, "prompts_per_round": 3, "updates_per_round": 2, "minibatch_rollouts": 6, "micro_batch_tokens": 200,
+    "max_steps": 4, "prompts_per_round": 3, "updates_per_round": 2, "minibatch_rollouts": 6, "micro_batch_tokens": 200,
     "save_every_steps": 2, "eval_every_steps": 2, "rollout_log_steps": 2, **EVALUATION,
 }  # fmt: skip
 JUDGE = {"sibling": None, "feedback": {"_component_": "tests.recipes.worlds.FeedbackOfRank"}}
 SCENARIOS: dict[str, tuple[str, dict[str, Any]]] = {
     "main": ("pi_distill", MAIN),
     # The environment draws from a random stream of its process: two that were asked would answer differently.
-    "opsd": ("opsd", {"max_steps": 3, "teacher": EMA, "environment__noise": 0.5, "packing": "padded", **SGD}),
+    "opsd": ("opsd", {"max_steps": 2, "teacher": EMA, "environment__noise": 0.5, "packing": "padded", **SGD}),
     "qwen3": ("opsd", {"max_steps": 2, **SGD}),
 }
 SLOW = {
