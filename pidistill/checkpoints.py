@@ -152,10 +152,10 @@ class Checkpoints:
         updates.nonfinite_steps, updates.nonfinite_in_a_row, updates.empty_steps = self.state["skipped_steps"]
         if teacher is not None and self.state["teacher"]:
             teacher.load_state_dict(self.state["teacher"])
-        if len(self.state["rng"]) == self.run.world_size:
-            _set_random_state(self.state["rng"][self.run.rank])
+        if len(self.state["rng"]) == self.run.processes:
+            _set_random_state(self.state["rng"][dist.get_rank()])
         else:
-            log.warning(f"{len(self.state['rng'])} ranks wrote the checkpoint, this run has {self.run.world_size}")
+            log.warning(f"{len(self.state['rng'])} ranks wrote the checkpoint, this run has {self.run.processes}")
         return {"step": self.state["step"], "round": self.state["round"]}
 
     def _refuse_other_state(self, key: str, wanted: bool, found: bool) -> None:
@@ -175,7 +175,7 @@ class Checkpoints:
         weights = self._full(model.state_dict())
         optimizer = optimizer_state(model, updates.optimizer, self.run.is_main)
         teacher_state = self._full(teacher.state_dict()) if teacher is not None else {}
-        rng: list[Any] = [None] * self.run.world_size
+        rng: list[Any] = [None] * self.run.processes
         dist.all_gather_object(rng, _random_state())
         if self.run.is_main:
             adapters = get_adapter_state_dict(weights)

@@ -145,7 +145,7 @@ def add_hindsight(
     rollout of another group. A text that does not fit into ``max_seq_len`` is left out and counted.
     """
     failures = getattr(hindsight.feedback, "failures", None)  # a judge counts its own
-    texts = hindsight.texts(rollouts)
+    texts = run.once(lambda: hindsight.texts(rollouts))  # a judge may answer twice in two ways
     if privileged.control == "none":
         texts = [None] * len(rollouts)
     elif privileged.control == "shuffled":

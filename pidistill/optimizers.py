@@ -5,6 +5,7 @@
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -83,6 +84,23 @@ def check_clipping(optimizer: Optimizer, clip_grad_norm: float) -> None:
             f"clip_grad_norm={clip_grad_norm:g} has no effect on pidistill.optimizers.cpu_offload, which copies gradients to "
             "the CPU during the backward, before they are clipped; set clip_grad_norm=null"
         )
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
+    """Scale gradients so that their norm, over all ranks, is at most ``limit``; returns the norm before.
+
+    torch's `clip_grad_norm_`, for parameters on several meshes too (tensor parallelism), which torch does not add up.
+    """
+    by_mesh: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    norms = [nn.utils.get_total_norm([p.grad for p in of_mesh]) for of_mesh in by_mesh.values()]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = nn.utils.get_total_norm(norms) if len(norms) != 1 else norms[0]
+    for of_mesh in by_mesh.values():
+        nn.utils.clip_grads_with_norm_(of_mesh, limit, total)
+    return float(total)
 
 
 def clear_gradients(optimizer: Optimizer) -> None:

@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import modules, training, utils
@@ -33,10 +33,22 @@ from pidistill.config import build, check_config, empty_model
 from pidistill.errors import InputError
 from pidistill.nf4 import check_shapes, stored_as_in
 from pidistill.offloading import check_offloading, offload_activations
-from pidistill.optimizers import check_clipping, clear_gradients, keep_second_moments_above_zero
+from pidistill.optimizers import check_clipping, clear_gradients, clip_gradients, keep_second_moments_above_zero
 from pidistill.peft_format import check_adapter_dir, with_adapter_dir
+from pidistill.tensor_parallel import (
+    DATA,
+    TENSOR,
+    check_tensor_parallel,
+    complete_gradients,
+    from_first,
+    make_mesh,
+    parallelize,
+)
+from pidistill.tensor_parallel import shard_model as shard_over_both
 
 log = utils.get_logger("INFO")
+
+T = TypeVar("T")
 
 # Keys that mean the same in every recipe,
 EVALUATION_KEYS = frozenset(
@@ -44,7 +56,7 @@ EVALUATION_KEYS = frozenset(
         "output_dir", "seed", "device", "dtype", "threads", "model", "tokenizer", "checkpointer", "dataset", "environment",
         "privileged", "sampler", "max_turns", "environment_threads", "environment_timeout_s", "on_overflow", "eval_samples",
         "eval_success_threshold", "fsdp_reshard_after_forward", "fsdp_cpu_offload", "custom_sharded_layers",
-        "fallback_checkpoint_dir", "adapter_dir",
+        "fallback_checkpoint_dir", "adapter_dir", "tensor_parallel_dim",
     }
 )  # fmt: skip
 # and in every one that trains.
@@ -63,13 +75,19 @@ LEAST = {
     "updates_per_round": 1, "minibatch_rollouts": 1, "score_chunk_tokens": 1, "max_turns": 1, "environment_threads": 1,
     "max_nonfinite_steps": 1, "eval_samples": 1, "eval_every_steps": 0, "save_every_steps": 0, "rollout_log_steps": 0,
     "samples_per_prompt": 1, "prompts_per_batch": 1, "rollout_log_samples": 1, "sft_batch_size": 1,
-    "rollout_log_max_new_tokens": 1, "rollout_log_max_chars": 1,
+    "rollout_log_max_new_tokens": 1, "rollout_log_max_chars": 1, "tensor_parallel_dim": 1,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where a recipe runs."""
+    """Where a recipe runs.
+
+    Attributes:
+        rank, world_size: among the data-parallel ranks. Sums and shares are over these; those of a tensor-parallel group have
+            the same work, and the same results.
+        mesh: [data-parallel, tensor-parallel] ranks; None where `tensor_parallel_dim` is 1.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -77,16 +95,36 @@ class Run:
     world_size: int
     seed: int
     output_dir: Path
+    mesh: DeviceMesh | None = None
 
     @property
     def is_main(self) -> bool:
-        return self.rank == 0
+        return self.rank == 0 and self.is_first
+
+    @property
+    def is_first(self) -> bool:
+        """The one that acts for its tensor-parallel group."""
+        return self.mesh is None or self.mesh.get_local_rank(TENSOR) == 0
+
+    @property
+    def processes(self) -> int:
+        return self.world_size if self.mesh is None else self.mesh.size()
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        return None if self.mesh is None else self.mesh.get_group(DATA)
+
+    def once(self, ask: Callable[[], T]) -> T:
+        """``ask()`` by one rank of a tensor-parallel group, for all of them: where two answers could differ, or cost."""
+        if self.mesh is None:
+            return ask()
+        return from_first(self.mesh.get_group(TENSOR), ask() if self.is_first else None)
 
     def sum(self, value: float | int) -> float:
         """Sum of a number over all ranks (float64)."""
         total = torch.tensor(float(value), dtype=torch.float64, device=self.device)
         if self.world_size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self._group)
         return total.item()
 
     def sums(self, values: dict[str, float]) -> dict[str, float]:
@@ -102,13 +140,13 @@ class Run:
         if self.world_size == 1:
             return items
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, items)
+        dist.all_gather_object(gathered, items, group=self._group)
         return [item for one in gathered for item in one]
 
     def max(self, value: int) -> int:
         largest = torch.tensor(value, dtype=torch.long, device=self.device)
         if self.world_size > 1:
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
         return int(largest.item())
 
     def share(self, items: Sequence) -> list:
@@ -139,8 +177,10 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
             dist.init_process_group(training.get_distributed_backend(device.type, offload_ops_to_cpu=offload))
         else:
             dist.init_process_group(training.get_distributed_backend(device.type), store=dist.HashStore(), rank=0, world_size=1)
-    world_size, rank = utils.get_world_size_and_rank()
-    check_offloading(cfg, device, world_size)
+    processes, rank = utils.get_world_size_and_rank()
+    check_offloading(cfg, device, processes)
+    shares = check_tensor_parallel(cfg, processes)
+    mesh = make_mesh(device.type, processes, shares) if shares > 1 else None
     seed = int(cfg.get("seed") or 0)
     # The same on every rank (not torchtune's set_seed), so that a dataset that shuffles itself is the same one on all of them;
     # rollouts have seeds of their own.
@@ -149,7 +189,7 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     np.random.seed(seed % 2**32)
     output_dir = Path(cfg.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    run = Run(device, dtype, rank, world_size, seed, output_dir)
+    run = Run(device, dtype, rank // shares, processes // shares, seed, output_dir, mesh)
     if run.is_main:
         OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
     return run
@@ -247,15 +287,18 @@ def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str,
         model = empty_model(model_node)
     train_adapters_only(model)
     scale_weights_alone(model)
-    check_shapes(model, run.world_size)
+    check_shapes(model, run.processes)
+    if run.mesh is not None:
+        parallelize(model, run.mesh)
     state_dict = with_initial_adapters(model, state_dict, run.seed)
     if trained and cfg.get("compile", False):
         training.compile_model(model, verbose=run.is_main)
     if trained and cfg.get("enable_activation_checkpointing", False):
         training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
-    if run.world_size > 1:
+    if run.processes > 1:
         layers = list(cfg.get("custom_sharded_layers") or [])
-        training.shard_model(
+        shard = training.shard_model if run.mesh is None else functools.partial(shard_over_both, mesh=run.mesh)
+        shard(
             model,
             [functools.partial(training.get_shard_conditions, names_to_match=layers)],
             cpu_offload=cfg.get("fsdp_cpu_offload", False),
@@ -280,7 +323,7 @@ def load_initial(cfg: DictConfig, run: Run) -> TransformerDecoder:
 
 def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: bool) -> None:
     try:
-        if run.world_size > 1:
+        if run.processes > 1:
             training.load_from_full_model_state_dict(model, state_dict, run.device, strict=True, cpu_offload=cpu_offload)
         else:
             tensors = {name: t.to(device=run.device, dtype=run.dtype) for name, t in state_dict.items()}
@@ -332,8 +375,8 @@ class Updates:
 
         Without policy tokens there is nothing to learn, and the optimiser's momentum and weight decay must not move weights.
         """
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
-        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        complete_gradients(self.model)
+        grad_norm = clip_gradients(self.model.parameters(), self.clip_grad_norm)
         lr = float(self.optimizer.param_groups[0]["lr"])  # torchao's is a tensor that the scheduler writes into
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         applied = finite and tokens > 0
@@ -352,7 +395,8 @@ class Updates:
         self.nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
         path = self.run.output_dir / f"nonfinite_step_{step}_rank_{self.run.rank}.jsonl"
-        dump(path)
+        if self.run.is_first:
+            dump(path)
         log.warning(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}; its batch is in {path}")
         if self.nonfinite_in_a_row >= self.max_nonfinite_steps:
             raise InputError(

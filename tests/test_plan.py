@@ -148,6 +148,7 @@ def test_overrides_are_those_of_a_run(capsys):
         (("tiny/opsd", "group_size=1=2"), "key=value"),
         (("tiny/opsd", "dtype=int3"), "dtype=int3"),
         (("tiny/opsd", "--ranks", "0"), "--ranks 0"),
+        (("tiny/opsd", "tensor_parallel_dim=2"), "plan with tensor_parallel_dim=1"),
         (("qwen2_5/0.5B_opsd", "--device", "h100"), "give --prompt-tokens"),
         (("qwen2_5/0.5B_sft", "--device", "h100", "--prompt-tokens", "9"), "--completion-tokens"),
     ],

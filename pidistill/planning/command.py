@@ -56,6 +56,11 @@ def plan(arguments: argparse.Namespace) -> bool:
     if min(arguments.ranks, arguments.rows) < 1:
         raise InputError(f"--ranks {arguments.ranks} and --rows {arguments.rows} must be at least 1")
     cfg = read(arguments.config, arguments.overrides)
+    if (cfg.get("tensor_parallel_dim") or 1) != 1:
+        raise InputError(
+            f"pidistill plan does not know what tensor_parallel_dim={cfg.tensor_parallel_dim} saves and costs; plan with "
+            "tensor_parallel_dim=1"
+        )
     device = _device(cfg, arguments)
     rows = _lengths(cfg, arguments)
     result = estimate(cfg, rows, arguments.ranks, device)

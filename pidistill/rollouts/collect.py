@@ -16,6 +16,7 @@ from pidistill.errors import InputError
 from pidistill.rewards.shaping import Shaping, add_shaping
 from pidistill.rollouts.base import Sample, Sampler
 from pidistill.rollouts.calls import DaemonThreads, abandoned_calls, ask
+from pidistill.tensor_parallel import follows, from_first, tensor_parallel_group
 from pidistill.tokenizers.base import ChatTokenizer
 from pidistill.types import Example, Message, PromptPair, Rollout, ViewName
 
@@ -91,6 +92,21 @@ def collect_rollouts(
         raise InputError(f"{len(examples)} examples, {len(prompts)} prompts and {len(groups)} group numbers do not match")
     if max_turns is not None and max_turns < 1:
         raise InputError(f"max_turns is {max_turns}; give at least 1, or null for no limit")
+    sample = partial(
+        sampler.sample,
+        model,
+        [pair.of(view) for pair in prompts],
+        group_size=group_size,
+        seeds=seeds,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+    )
+    ranks = tensor_parallel_group(model)
+    if follows(ranks):  # one of them talks to the environment, for all
+        sample(on_turn_end=lambda row, ids: None)
+        return from_first(ranks)
     parts = {"environment": environment, "tokenizer": tokenizer, "max_turns": max_turns, "timeout_s": environment_timeout_s}
     with DaemonThreads(environment_threads) if environment_threads else nullcontext() as threads:
         each = threads.map if threads else map
@@ -100,17 +116,7 @@ def collect_rollouts(
         def answer(row: int, ids: list[int]) -> list[int] | None:
             return episodes[row].on_turn_end(ids)
 
-        samples = sampler.sample(
-            model,
-            [pair.of(view) for pair in prompts],
-            group_size=group_size,
-            seeds=seeds,
-            stop_ids=tokenizer.stop_ids,
-            pad_id=tokenizer.pad_id,
-            on_turn_end=partial(threads.submit, answer) if threads else answer,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-        )
+        samples = sample(on_turn_end=partial(threads.submit, answer) if threads else answer)
         list(each(_Episode.finish, episodes, samples))
     rollouts = []
     for row, (episode, sample) in enumerate(zip(episodes, samples, strict=True)):
@@ -121,7 +127,7 @@ def collect_rollouts(
                 rollouts.append(rollout)
     _warn([episode for episode in episodes if episode.failure is not None])
     counts = Counter(episode.failure.reason for episode in episodes if episode.failure is not None)
-    return CollectResult(rollouts, {reason: counts[reason] for reason in DROP_REASONS})
+    return from_first(ranks, CollectResult(rollouts, {reason: counts[reason] for reason in DROP_REASONS}))
 
 
 def rollout_seed(seed: int, step: int, index: int, member: int) -> int:

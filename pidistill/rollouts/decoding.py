@@ -269,7 +269,8 @@ def gathered_parameters(model: nn.Module) -> Iterator[None]:
 
     Otherwise every forward is a collective, and ranks that sample different numbers of steps wait for each other for ever.
     Entering is a collective: every rank enters, and does so between training steps. Each rank needs the memory of
-    the whole model. On leaving, also by an exception, the parameters are sharded again and each module's
+    the whole model; under tensor parallelism of its own share of the layers, and forwards still communicate among the ranks
+    that share a model. On leaving, also by an exception, the parameters are sharded again and each module's
     ``reshard_after_forward`` is what it was. Does nothing for a model that is not sharded.
     """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -33,6 +33,7 @@ from pidistill.rollouts.request import (
     hear_answers,
     not_finite,
 )
+from pidistill.tensor_parallel import in_lockstep, tensor_parallel_group
 
 # New rows enter once this share of the batch is free: a prompt then is read for several rows of its group at once.
 _ENTER_AT_FRAC = 0.25
@@ -82,7 +83,8 @@ class TorchtuneSampler:
         """Sample ``group_size`` completions of every prompt, in eval mode and without gradient.
 
         With a sharded model every rank must call this, with any number of prompts, none included: the parameters are gathered
-        once at the start, after which each rank samples as long as it needs.
+        once at the start, after which each rank samples as long as it needs. Ranks that share its matrices (tensor parallelism)
+        call this with the same arguments: the first one samples, and the samples of the others are empty.
 
         A row's tokens depend on its prompt and seed, not on its batch; only where a draw falls within rounding error of
         the border between two tokens can another batch decide otherwise (about 1e-7 per token in fp32, more in bf16).
@@ -167,8 +169,9 @@ def _sample_rows(
     """Sample the rows to their ends, at most ``size`` at once."""
     queue, rows = deque(rows), []
     longest = max(map(len, prompts), default=0)
-    with decoding(model, longest + request.max_new_tokens, request.pad_id) as context:
-        while queue or rows:
+    group, columns = tensor_parallel_group(model), longest + request.max_new_tokens
+    with decoding(model, columns, request.pad_id) as own, in_lockstep(own, group) as context:
+        while context is not None and (queue or rows):
             hear_answers(rows, request)
             rows = _going_on(rows, context)
             context.reserve(min(size, len(rows) + len(queue)))

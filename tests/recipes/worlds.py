@@ -90,6 +90,13 @@ class PoisonedGRPO(GRPO):
         return TokenLoss(result.loss * float("nan"), result.metrics) if step in self.steps else result
 
 
+class FeedbackOfRank:
+    """A judge that tells two neighbouring ranks two things, of different lengths."""
+
+    def __call__(self, example: Example, turns: Sequence[Message]) -> str:
+        return "d1 c7" if int(os.environ.get("RANK", "0")) % 2 else "d1"
+
+
 def recorded(folder: str | Path) -> list[str]:
     """The episodes of all ranks, each as a JSON text, in an order that does not depend on who played them."""
     return sorted(line for path in Path(folder).glob("*.jsonl") for line in path.read_text().splitlines())
