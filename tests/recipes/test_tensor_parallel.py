@@ -3,14 +3,18 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
+from torch.distributed import ProcessGroup
 
 from pidistill.data import epoch_order
 from pidistill.errors import InputError
 from pidistill.models import HFCheckpointer
+from pidistill.rollouts import CollectResult
+from pidistill.rollouts import collect as collect_module
 from pidistill.tensor_parallel import check_tensor_parallel
 from pidistill.testing import TINY_SIZES
 from pidistill.training import check_run
@@ -32,6 +36,7 @@ from tests.recipes.runs import (
 from tests.recipes.test_sample import sample_config
 from tests.recipes.test_two_processes import EMA, TIMEOUT_S, assert_close_rows, back_to_checkpoint
 from tests.recipes.worlds import recorded
+from tests.test_collect import Script, collect, pair
 
 # Without Adam, which would hide a wrong length of the gradient; and clipped, which needs the length over all shards.
 SGD = {"optimizer": {"_component_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}, "clip_grad_norm": 0.05}
@@ -218,6 +223,24 @@ def test_a_batch_that_is_not_finite_is_written_once_per_group(four):
         "nonfinite_step_2_rank_0.jsonl",
         "nonfinite_step_2_rank_1.jsonl",
     ]
+
+
+class NeverAsked:
+    def reset(self, example):
+        raise AssertionError("the environment was asked by a rank that follows")
+
+    step = reset
+
+
+def test_a_rank_that_follows_samples_along_and_takes_the_result_of_the_first(monkeypatch):
+    """With the same arguments as the first one, which the gathering of its parameters and its forwards depend on."""
+    ranks, firsts, sampler = Mock(spec=ProcessGroup), CollectResult([], {"reward_error": 7}), Script("x.")
+    ranks.rank.return_value = 1
+    monkeypatch.setattr(collect_module, "tensor_parallel_group", lambda model: ranks)
+    monkeypatch.setattr(collect_module, "from_first", lambda group, *own: firsts if group is ranks and not own else own)
+    assert collect(sampler, NeverAsked(), "a") is firsts
+    (call,) = sampler.calls
+    assert call["seeds"] == [0] and call["prompts"] == [pair("a").student]
 
 
 @pytest.mark.slow
