@@ -296,7 +296,7 @@ def test_shuffled_texts_do_not_depend_on_which_rank_holds_the_group():
     shares = [[replace(r) for r in whole if r.group % 2 == rank] for rank in (0, 1)]
     for rank, share in enumerate(shares):
         others = tuple(item for item in items if item[0] % 2 != rank)
-        run = RankOfTwo(ONE.device, ONE.dtype, rank, 2, 0, ONE.output_dir, others)
+        run = RankOfTwo(ONE.device, ONE.dtype, rank, 2, 0, ONE.output_dir, others=others)
         add_hindsight(Hindsight(SlotOf()), share, SHUFFLED, TOKENIZER, run, 96)
     add_hindsight(Hindsight(SlotOf()), whole, SHUFFLED, TOKENIZER, ONE, 96)
     for rank, share in enumerate(shares):

@@ -3,13 +3,18 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
+from torch.distributed import ProcessGroup
 
+from pidistill.data import epoch_order
 from pidistill.errors import InputError
 from pidistill.models import HFCheckpointer
+from pidistill.rollouts import CollectResult
+from pidistill.rollouts import collect as collect_module
 from pidistill.tensor_parallel import check_tensor_parallel
 from pidistill.testing import TINY_SIZES
 from pidistill.training import check_run
@@ -17,6 +22,7 @@ from recipes.opsd_distributed import KEYS, REQUIRED
 from tests.hub_models import MODELS, hub_folder
 from tests.recipes.runs import (
     EVALUATION,
+    RECIPES,
     assert_same_tensors,
     metrics,
     run,
@@ -30,6 +36,7 @@ from tests.recipes.runs import (
 from tests.recipes.test_sample import sample_config
 from tests.recipes.test_two_processes import EMA, TIMEOUT_S, assert_close_rows, back_to_checkpoint
 from tests.recipes.worlds import recorded
+from tests.test_collect import Script, collect, pair
 
 # Without Adam, which would hide a wrong length of the gradient; and clipped, which needs the length over all shards.
 SGD = {"optimizer": {"_component_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}, "clip_grad_norm": 0.05}
@@ -41,15 +48,20 @@ JUDGE = {"sibling": None, "feedback": {"_component_": "tests.recipes.worlds.Feed
 SCENARIOS: dict[str, tuple[str, dict[str, Any]]] = {
     "main": ("pi_distill", MAIN),
     # The environment draws from a random stream of its process: two that were asked would answer differently.
-    "opsd": ("opsd", {"max_steps": 2, "teacher": EMA, "environment__noise": 0.5, "packing": "padded", **SGD}),
-    "qwen3": ("opsd", {"max_steps": 2, **SGD}),
+    "qwen3": ("opsd", {"max_steps": 2, "teacher": EMA, "environment__noise": 0.5, "packing": "padded", **SGD}),
 }
 SLOW = {
+    "average": ("opsd", {"max_steps": 3, "teacher": EMA, **SGD}),
+    "trust_region": ("opsd", {"max_steps": 2, "teacher": {"_component_": "pidistill.teachers.TrustRegionTeacher"}}),
+    "remembered": ("opsd", {"max_steps": 2, "objective__kl_mode": "reward_k1", "teacher": {
+        "_component_": "pidistill.teachers.FrozenTeacher", "cache_gib": 0.01,
+    }}),
+    "qwen3, tied": ("opsd", {"max_steps": 2, "packing": "padded", **SGD}),
     "qwen2, tied": ("opsd", {"max_steps": 2, **SGD}),
     "one_group": ("opsd", {"prompts_per_round": 1, "teacher": EMA, "fsdp_reshard_after_forward": False, "max_steps": 3}),
     "checkpointing": ("rl", {"enable_activation_checkpointing": True, "max_steps": 2, **SGD}),
     "embedding": ("rl", {"custom_sharded_layers": ["tok_embeddings"], "max_steps": 2}),
-    "foreach": ("rl", {"max_steps": 3, "optimizer__foreach": True}),  # torch's default on a GPU
+    "foreach": ("rl", {"max_steps": 3, "optimizer__foreach": True}),
     "judge": ("sdpo", {"hindsight": {"_component_": "pidistill.hindsight.Hindsight", **JUDGE}, "max_steps": 2}),
     "threads": ("rl", {"prompts_per_round": 3, "max_steps": 2, "environment_threads": 3, "environment__wait_s": 0.01}),
     "poisoned": ("rl", {"max_steps": 3, "objective": {
@@ -102,7 +114,7 @@ def two(tiny_base, tmp_path_factory) -> Path:
 def four(tiny_base, one, tmp_path_factory) -> Path:
     """What two groups of two processes left; `resumed` continues `main`, and `taken_over` a checkpoint of one process."""
     folder = tmp_path_factory.mktemp("tensor_and_data_parallel")
-    launch(4, folder, {n: scenario(n, tiny_base, folder / n, tensor_parallel_dim=2) for n in SCENARIOS | SLOW})
+    launch(4, folder, {n: scenario(n, tiny_base, folder / n, tensor_parallel_dim=2) for n in ("main", *SLOW)})
     back_to_checkpoint(folder / "main", folder / "resumed", "step_2")
     back_to_checkpoint(one("main"), folder / "taken_over", "step_2")
     again = {"tensor_parallel_dim": 2, "resume_from_checkpoint": True}
@@ -172,10 +184,8 @@ def test_a_checkpoint_of_two_halves_has_whole_states_and_resumes_on_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SCENARIOS | SLOW if name not in UNTRAINED])
+@pytest.mark.parametrize("name", ["main", *(name for name in SLOW if name not in UNTRAINED)])
 def test_two_groups_of_two_train_as_one_process(name, one, four):
-    if name == "opsd":
-        pytest.skip("each data-parallel rank draws the noise of its own episodes, as without tensor parallelism")
     alone = name == "one_group"  # the second data-parallel rank has no rollout
     assert_same_training(four / name, one(name), ["0.jsonl"] if alone else ["0.jsonl", "2.jsonl"])
 
@@ -213,6 +223,35 @@ def test_a_batch_that_is_not_finite_is_written_once_per_group(four):
         "nonfinite_step_2_rank_0.jsonl",
         "nonfinite_step_2_rank_1.jsonl",
     ]
+
+
+class NeverAsked:
+    def reset(self, example):
+        raise AssertionError("the environment was asked by a rank that follows")
+
+    step = reset
+
+
+def test_a_rank_that_follows_samples_along_and_takes_the_result_of_the_first(monkeypatch):
+    """With the same arguments as the first one, which the gathering of its parameters and its forwards depend on."""
+    ranks, firsts, sampler = Mock(spec=ProcessGroup), CollectResult([], {"reward_error": 7}), Script("x.")
+    ranks.rank.return_value = 1
+    monkeypatch.setattr(collect_module, "tensor_parallel_group", lambda model: ranks)
+    monkeypatch.setattr(collect_module, "from_first", lambda group, *own: firsts if group is ranks and not own else own)
+    assert collect(sampler, NeverAsked(), "a") is firsts
+    (call,) = sampler.calls
+    assert call["seeds"] == [0] and call["prompts"] == [pair("a").student]
+
+
+@pytest.mark.slow
+def test_an_error_of_the_one_that_asks_the_environment_is_said_once_and_ends_both(tiny_base, tmp_path):
+    refused = f"tiny_world train row {epoch_order(512, 0, 0, 1)[0]}"
+    fail = {"environment__fail": "refuse", "environment__fail_on": [refused], "tensor_parallel_dim": 2}
+    config = save_config(small_config("opsd", tiny_base, tmp_path / "run", **fail), tmp_path / "config.yaml")
+    arguments = ("--nproc_per_node", "2", f"recipes/{RECIPES['opsd']}.py", "--config", str(config))
+    done = shell(tune_command("run", *arguments), timeout_s=TIMEOUT_S)
+    assert done.returncode != 0
+    assert done.stderr.count(f"error: {refused} is refused by the environment") == 1, done.stderr[-2000:]
 
 
 # ------------------------------------------------------------------------------------------- refusals
