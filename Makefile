@@ -46,10 +46,10 @@ compare: install base base_easy base_world  ## all methods, controls, questions,
 	for sweep in methods questions easier_base other_world; do \
 	  $(BIN)/pidistill sweep configs/sweeps/$$sweep.yaml --workers 2; done
 
-test: install  ## all tests but those marked all_processes
+test: install  ## all tests but those marked slow or all_processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
-test-all: install  ## all tests, every config with two processes among them
+test-all: install  ## all tests: the slow ones, and every config with two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m ''
 
 test-peers: install  ## TRL and Liger as independent references (extra `peers`)

@@ -240,7 +240,6 @@ def test_a_slice_of_a_batch_has_the_fields_of_its_tokens():
     assert part.views is batch.views
 
 
-@pytest.mark.slow
 def test_memory_does_not_grow_with_tokens():
     """The bound of benchmarks/scorer.py at a size that takes seconds: twice the tokens, the same peak."""
     script = Path(__file__).parents[1] / "benchmarks" / "scorer.py"

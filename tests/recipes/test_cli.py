@@ -127,7 +127,6 @@ def test_the_recipe_file_itself_is_a_program(tiny_base, tmp_path):
     assert "student + PI" in done.stdout and str(tmp_path / "out" / "results.json") in done.stdout
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_recipes_and_configs_inside_the_package(tmp_path):
     source = tmp_path / "source"
     source.mkdir()

@@ -78,7 +78,6 @@ def run(words: list[str], monkeypatch, capsys) -> str:
     return out.out
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not DATA, reason="PIDISTILL_TEST_DATA is not set: no GSM8K rows to walk through")
 def test_every_command_of_the_walk_works_after_those_before_it(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
