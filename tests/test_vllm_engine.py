@@ -160,25 +160,6 @@ def test_the_samples_follow_new_weights_and_would_not_without_the_update(sampler
     assert largest_error(sample(sampler, moved), moved) > 0.1, "a skipped update must show"
 
 
-def test_a_tied_head_follows_new_weights_too(tmp_path):
-    """Qwen3 as its small sizes are: the embedding is the head, of which vLLM on CPU keeps a packed copy."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tied = qwen3(vocab_size=VOCABULARY, head_dim=QWEN3_HEAD_DIM, tie_word_embeddings=True, **TINY_SIZES).eval()
-        perturb_weights(tied)
-        for parameter in tied.parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.15)
-    named = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True}
-    sizes = {"hidden_size": TINY_SIZES["embed_dim"], "head_dim": QWEN3_HEAD_DIM}
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG | named | sizes))
-    sampler = vllm_sampler(tmp_path)
-    assert largest_error(sample(sampler, tied), tied) < TOLERANCE_NATS
-    with torch.no_grad():
-        tied.tok_embeddings.weight.mul_(1.5)
-    assert largest_error(sample(sampler, tied), tied) < TOLERANCE_NATS
-
-
 def test_turns_continue_after_forced_observations(sampler, model):
     samples = sample(sampler, model)
     two = [one for one in samples if not all(one.policy_mask)]
@@ -233,3 +214,23 @@ def test_what_vllm_refuses_is_one_sentence(tmp_path, model):
         sample(vllm_sampler(tmp_path, kv_cache_gib=1e6), narrow)
     with pytest.raises(InputError, match=r"sampler.sleep=True gives GPU memory back .* cannot"):
         sample(vllm_sampler(tmp_path, sleep=True), narrow)
+
+
+# Last: the end of a second engine takes the process groups of the first one along.
+def test_a_tied_head_follows_new_weights_too(tmp_path):
+    """Qwen3 as its small sizes are: the embedding is the head, of which vLLM on CPU keeps a packed copy."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tied = qwen3(vocab_size=VOCABULARY, head_dim=QWEN3_HEAD_DIM, tie_word_embeddings=True, **TINY_SIZES).eval()
+        perturb_weights(tied)
+        for parameter in tied.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.15)
+    named = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True}
+    sizes = {"hidden_size": TINY_SIZES["embed_dim"], "head_dim": QWEN3_HEAD_DIM}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | named | sizes))
+    sampler = vllm_sampler(tmp_path)
+    assert largest_error(sample(sampler, tied), tied) < TOLERANCE_NATS
+    with torch.no_grad():
+        tied.tok_embeddings.weight.mul_(1.5)
+    assert largest_error(sample(sampler, tied), tied) < TOLERANCE_NATS
