@@ -10,6 +10,8 @@ pidistill sweep tiny/opsd objective.beta=0.5,1 seed=0..2
 pidistill demo                                        the comparison that `make demo` prints
 """
 
+import importlib
+import os
 import sys
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -43,41 +45,33 @@ def register() -> None:
     _ALL_RECIPES[:0] = ours
 
 
+# Our own commands: the module whose `main` gets the words behind the command.
+COMMANDS = {
+    "preview": "pidistill.preview.command",
+    "plan": "pidistill.planning.command",
+    "prepare": "pidistill.data.prepare",
+    "sweep": "pidistill.sweeps.command",
+    "demo": "pidistill.demo",
+}
+
+
 def main() -> None:
     register()
-    if sys.argv[1:2] == ["demo"]:
-        from pidistill.demo import main as demo
-
-        demo(sys.argv[2:])
-        return
-    if sys.argv[1:2] == ["plan"]:
-        from pidistill.planning.command import main as plan
-
-        plan(sys.argv[2:])
-        return
-    if sys.argv[1:2] == ["preview"]:
-        from pidistill.preview.command import main as preview
-
-        preview(sys.argv[2:])
-        return
-    if sys.argv[1:2] == ["prepare"]:
-        from pidistill.data.prepare import main as prepare
-
-        prepare(sys.argv[2:])
-        return
-    if sys.argv[1:2] == ["sweep"]:
-        from pidistill.sweeps.command import main as sweep
-
-        sweep(sys.argv[2:])
+    command = next(iter(sys.argv[1:]), None)
+    if command in COMMANDS:
+        importlib.import_module(COMMANDS[command]).main(sys.argv[2:])
         return
     parser = TuneCLIParser()
     parser._parser.prog = "pidistill"
     parser._parser.description = "torchtune's command line, with the recipes and configs of pidistill in front"
-    parser._parser.epilog = "also: pidistill plan, preview, prepare, sweep and demo, each with --help"
+    parser._parser.epilog = f"also: pidistill {', '.join(COMMANDS)}, each with --help"
     try:
         parser.run(parser.parse_args())
     except ChildFailedError as error:  # the recipe has said what is wrong; torchrun's own traceback would bury it
         sys.exit(error.get_first_failure()[1].exitcode or 1)
+    except BrokenPipeError:  # `pidistill ls | head`; the interpreter would fail again on flushing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 if __name__ == "__main__":
