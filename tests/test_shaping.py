@@ -3,13 +3,20 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from pidistill.envs import SingleTurn
 from pidistill.errors import InputError
+from pidistill.evaluation import mean_success
+from pidistill.hindsight import Hindsight, Transcript
+from pidistill.metrics import rollout_sums
 from pidistill.rewards import Constraints, ExactMatch, LeakPenalty, LengthPenalty, Shaping, add_shaping, build_shaping
+from pidistill.rollouts import CollectResult
+from pidistill.traces import Interventions, Successes
+from pidistill.training import Run
 from pidistill.types import Example, PromptPair, Rollout
 from tests.test_collect import Counting, Script, collect
 
@@ -152,6 +159,31 @@ def test_collected_rollouts_are_shaped_truncated_turns_included():
 def test_a_part_that_fails_costs_the_rollout(value, reason):
     result = collect(Script("x.q.", "q."), Counting(), shaping=[Fixed(value)])
     assert result.rollouts == [] and result.dropped[reason] == 2 and sum(result.dropped.values()) == 2
+
+
+# ---------------------------------------------------------------------------------------------- what a success is
+
+
+def shaped(task, penalty, group=0, word="x"):
+    rollout = episode([1], [word], reward=task)
+    rollout.group = group
+    add_shaping(rollout, [Fixed(-penalty)])
+    return rollout
+
+
+def test_a_success_stays_one_whatever_the_penalty(tmp_path):
+    rollouts = [shaped(1.0, 0.4, word="right"), shaped(0.0, -1.0, word="wrong")]  # the failure earns more
+    one = Run(torch.device("cpu"), torch.float32, rank=0, world_size=1, seed=0, output_dir=tmp_path)
+    for threshold, successes in ((0.5, 1), (1.0, 1)):  # by the reward with its penalty: 2 and 1
+        assert rollout_sums(rollouts, threshold, [])["success_frac"] == successes
+        assert mean_success(rollouts, threshold, one) == successes / 2
+    assert rollout_sums(rollouts, 1.0, [])["reward_mean"] == pytest.approx(1.6)
+    kept = Successes().select(rollouts, [], lambda cuts: pytest.fail("nothing is rewritten"), 0)
+    assert [trace.completion[0]["content"] for trace in kept.traces] == ["right"]
+    asked = []
+    Interventions().select(rollouts, [], lambda cuts: asked.extend(cuts) or CollectResult([], {}), 0)
+    assert [cut.rollout.turns[0]["content"] for cut in asked] == ["wrong"]
+    assert Hindsight(Transcript()).texts(rollouts) == [None, "assistant: right"]
 
 
 # ---------------------------------------------------------------------------------------------- constraints

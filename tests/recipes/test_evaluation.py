@@ -75,6 +75,24 @@ def test_other_domains_are_evaluated_beside_the_own_one(tiny_base, tmp_path, cap
     assert "3 rows, per view" in printed and "other_world 2 rows, per view" in printed and "[" in printed
 
 
+PENALTY = [{"_component_": "tests.test_shaping.Fixed", "value": -5.0}]
+
+
+def test_a_penalty_moves_the_reward_and_no_success(tiny_base, tmp_path):
+    results = {}
+    for name, shaping in (("plain", None), ("shaped", PENALTY)):
+        cfg = small_config("evaluate", tiny_base, tmp_path / name, dataset__max_rows=6, eval_samples=2,
+                           eval_success_threshold=0.2, reward_shaping=shaping)  # fmt: skip
+        run("evaluate", cfg)
+        results[name] = json.loads((tmp_path / name / "results.json").read_text())["student"]
+        results[name]["rows"] = json.loads((tmp_path / name / "rows.json").read_text())["student"]
+    plain, shaped = results["plain"], results["shaped"]
+    assert 0 < plain["success"] < 1
+    for key in ("success", "pass@2", "pass^2", "rows"):
+        assert plain[key] == shaped[key]
+    assert shaped["reward_mean"] < plain["reward_mean"] - 4 and "reward/fixed" in shaped
+
+
 @pytest.mark.parametrize(
     "entry, message",
     [

@@ -132,6 +132,16 @@ def test_without_privileged_information_nothing_is_guided_and_it_is_grpo(tiny_ba
     assert_same_tensors(weights(tmp_path / "guide"), weights(tmp_path / "grpo"))
 
 
+def test_a_penalty_makes_no_group_a_failed_one(tiny_base, tmp_path):
+    penalty = [{"_component_": "tests.test_shaping.Fixed", "value": -5.0}]
+    guided = []
+    for name, shaping in (("plain", None), ("shaped", penalty)):
+        changes = GUIDE | {"max_steps": 1, "prompts_per_round": 6, "reward_shaping": shaping}
+        run("guide_grpo", small_config("guide_grpo", tiny_base, tmp_path / name, **changes))
+        guided.append(metrics(tmp_path / name)[0]["guided_groups"])
+    assert guided[0] == guided[1] < 6
+
+
 # ------------------------------------------------------------------------------------------- GKD
 
 
