@@ -123,12 +123,13 @@ def back_to_checkpoint(source: Path, target: Path, step: str) -> None:
     (target / "latest").symlink_to(step)
 
 
-def assert_close_rows(first: list[dict], second: list[dict]) -> None:
+def assert_close_rows(first: list[dict], second: list[dict], rel: float = 1e-5) -> None:
     assert [row.keys() for row in first] == [row.keys() for row in second]
     for ours, theirs in zip(first, second, strict=True):
         for key in ours:
-            # Sums in another order; a loss is a difference of terms of size one.
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), (ours["step"], key)
+            # Sums in another order; a loss is a difference of terms of size one, and a mismatch is nothing but rounding.
+            least = 1e-5 if key.startswith("sampler_mismatch") else 1e-6
+            assert ours[key] == pytest.approx(theirs[key], rel=rel, abs=least), (ours["step"], key)
 
 
 @pytest.mark.parametrize("name", ["main", *SCENARIOS])
