@@ -1,5 +1,6 @@
 """Environments of other libraries where those are missing, and what they refuse before any of theirs is asked."""
 
+import pickle
 import sys
 
 import pytest
@@ -32,6 +33,25 @@ def test_environments_are_made_without_their_library_and_name_the_dataset_they_n
     assert isinstance(environment, Environment)
     with pytest.raises(InputError, match=r"row 5 holds no .*rows of pidistill\.envs\.\w+_dataset"):
         environment.reset(Example(id="row 5", messages=[]))
+
+
+class Touches:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_bytes_of_a_row_are_not_unpickled(tmp_path):
+    """A parquet file can hold any bytes under any name."""
+    mark = tmp_path / "ran"
+    row = Example(id="row 5", messages=[], data={"gem_start": pickle.dumps(Touches(mark))})
+    with pytest.raises(InputError, match="row 5 holds no GEM episode"):
+        GEMEnvironment().reset(row)
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize(

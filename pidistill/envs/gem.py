@@ -45,6 +45,14 @@ class GEMEpisode:
 
 
 @dataclass(frozen=True)
+class SavedStart:
+    """A pickled :class:`GEMEpisode` that this run has made. A type of its own: unpickling runs what the bytes say, and bytes in
+    a row can come from a file."""
+
+    pickled: bytes
+
+
+@dataclass(frozen=True)
 class GEMEnvironment:
     """Plays the rows of :func:`gem_dataset`; rewards are GEM's, each in [-0.1, 1] for its games.
 
@@ -53,9 +61,10 @@ class GEMEnvironment:
     """
 
     def reset(self, example: Example) -> GEMEpisode:
-        if "gem_start" not in example.data:
+        start = example.data.get("gem_start")
+        if not isinstance(start, SavedStart):
             raise InputError(f"{example.id} holds no GEM episode; GEMEnvironment plays the rows of pidistill.envs.gem_dataset")
-        return pickle.loads(example.data["gem_start"])  # bytes of our own, made in this run
+        return pickle.loads(start.pickled)
 
     def step(self, state: GEMEpisode, turn: Message, *, truncated: bool) -> EnvStep:
         text = message_text(turn)
@@ -112,7 +121,7 @@ def gem_dataset(
                 id=f"{env_id} seed {seed} row {row}",
                 messages=[*given, start.message],
                 privileged=told,
-                data={"env_id": env_id, "seed": start.seed, "gem_start": start.pickled},
+                data={"env_id": env_id, "seed": start.seed, "gem_start": SavedStart(start.pickled)},
                 completion=start.random_actions() if completion else None,
             )
         )
