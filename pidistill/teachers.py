@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import disable_adapter
 
-from pidistill.adapters import has_adapters
 from pidistill.errors import InputError
+from pidistill.models.adapters import has_adapters
 from pidistill.types import Rollout, RolloutKey
 
 LoadCopy = Callable[[], TransformerDecoder]
@@ -175,7 +175,7 @@ class AdapterOffTeacher(LiveTeacher):
 class FrozenTeacher(LiveTeacher):
     """The initial weights, never changed; with `teacher_checkpointer` (and `teacher_model`) another model's.
 
-    Another model may be of another size and have more or fewer padded rows in its output, see :func:`pidistill.scoring.score`;
+    Another model may be of another size and have more or fewer padded rows in its output, see :mod:`pidistill.scoring.score`;
     its tokenizer must be the student's.
 
     Args:

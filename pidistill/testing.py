@@ -4,18 +4,14 @@ Everything is seeded, leaves the global random state alone, and has norm weights
 one, and a model that applies them in the wrong place, or loads them under the wrong name, then passes every comparison.
 """
 
-import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from torchtune.models.llama3 import llama3
 
 from pidistill.errors import InputError
-from pidistill.tokenizers import HFChatTokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -30,9 +26,11 @@ TINY_SIZES: dict[str, Any] = {
     "rope_base": 10_000,
     "norm_eps": 1e-5,
 }
+
 """Arguments of torchtune's ``llama3``, ``llama3_2`` and ``qwen2`` builders, next to ``vocab_size``, for the models below."""
 
 QWEN3_HEAD_DIM = 32
+
 """``head_dim`` of the small Qwen3, whose heads are wider than embed_dim / num_heads, as in the real ones."""
 
 
@@ -153,48 +151,3 @@ def _hf_config(family: str, tied: bool, vocab_size: int, overrides: dict[str, An
     if family == "qwen3":
         values["head_dim"] = QWEN3_HEAD_DIM
     return {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[family](**(values | overrides))
-
-
-# ---------------------------------------------------------------------------------------------- text without a vocabulary
-
-BYTE_VOCABULARY = 259
-"""Ids of :func:`byte_tokenizer_folder`: 256 bytes, the end of a text, the begin and the end of a message."""
-
-_CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def byte_tokenizer_folder(path: str | Path) -> Path:
-    """Write the tokenizer files of a model that reads bytes: tokenizer.json without merges, a ChatML template, end-of-turn ids.
-
-    Any text can be said with it, and no corpus is needed; one id is one byte of UTF-8. Several processes may write at once.
-    """
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    # ByteLevel's alphabet: a printable character for each byte, those of ASCII for themselves.
-    vocabulary = {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": _CHATML}
-    stops = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
-    _write_whole(folder / "tokenizer.json", tokenizer.to_str())
-    _write_whole(folder / "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | named))
-    _write_whole(folder / "generation_config.json", json.dumps({"eos_token_id": stops, "pad_token_id": stops[1]}))
-    return folder
-
-
-def byte_tokenizer(path: str, max_seq_len: int | None = None) -> HFChatTokenizer:
-    """The tokenizer of :func:`byte_tokenizer_folder`, whose files are written to ``path`` first: a config's `tokenizer`."""
-    return HFChatTokenizer(str(byte_tokenizer_folder(path)), max_seq_len=max_seq_len)
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """In one move: another process reads the file of before or this one, never a half."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)

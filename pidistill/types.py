@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pidistill.tree_attention import TreeMask
+from pidistill.scoring.tree_attention import TreeMask
 
 if TYPE_CHECKING:
-    from pidistill.packing import Views
+    from pidistill.scoring.batch import Views
 
 Message = dict[str, Any]  # OpenAI chat format: {"role": ..., "content": ..., "tool_calls"?, "tool_call_id"?, "name"?}
 ViewName = Literal["student", "teacher"]
@@ -88,7 +88,7 @@ class Rollout:
             sampled, as :meth:`Objective.behaviour_values` makes it.
         task_reward: the environment's alone, on which success is judged; ``reward`` where it is not given.
         trainer_logprobs, importance_weights: one value per policy token, with `importance_weights` in the config: the trainer's
-            own log-probs under the weights that sampled, and min(π/μ, cap); see :mod:`pidistill.mismatch`.
+            own log-probs under the weights that sampled, and min(π/μ, cap); see :mod:`pidistill.scoring.mismatch`.
     """
 
     example: Example
@@ -198,7 +198,7 @@ class Divergence:
     """A full-vocabulary divergence that an objective asks the scorer for.
 
     Attributes:
-        name: ``kl_teacher_student``, ``kl_student_teacher`` or ``jsd`` (generalised, see :mod:`pidistill.divergences`).
+        name: ``kl_teacher_student``, ``kl_student_teacher`` or ``jsd`` (generalised, see :mod:`pidistill.losses.divergences`).
         grad: the side that gradient reaches; the other side's log-probs are constants.
         beta: weight of the teacher in the mixture; only for ``jsd``.
         entry_clip: upper bound of each vocabulary entry's term before the sum; only for the two KLs.

@@ -20,11 +20,13 @@ from torchtune import config
 from pidistill.config import build
 from pidistill.data import RecipeData, load_prompts
 from pidistill.errors import InputError
-from pidistill.evaluation import Collect, eval_dropped, sample_view, success_numbers
-from pidistill.metrics import rollout_means, rollout_sums
 from pidistill.rewards import build_shaping
 from pidistill.rollouts import collect_rollouts
-from pidistill.training import EVALUATION_KEYS, cleanup, load_initial, one_sentence_errors, start
+from pidistill.training.evaluation import Collect, eval_dropped, sample_view, success_numbers
+from pidistill.training.keys import EVALUATION_KEYS
+from pidistill.training.load import load_initial
+from pidistill.training.metrics import rollout_means, rollout_sums
+from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.types import Rollout
 
 KEYS = EVALUATION_KEYS | {"domains", "reward_shaping"}

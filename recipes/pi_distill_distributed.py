@@ -17,20 +17,26 @@ import torch
 from omegaconf import DictConfig
 from torchtune import config
 
-from pidistill.checkpoints import Checkpoints
 from pidistill.config import build
 from pidistill.data import epoch_order, load_prompts, sft_demonstrations
-from pidistill.evaluation import evaluate, sample_texts
-from pidistill.metrics import MetricsLog, advantage_sums, rollout_means, rollout_sums, token_means, token_sums
-from pidistill.mismatch import MismatchMeter
-from pidistill.packing import Packer
-from pidistill.reductions import token_mean
+from pidistill.distributed.run import Timer
+from pidistill.losses.reductions import token_mean
 from pidistill.rewards import build_shaping
 from pidistill.rollouts import collect_rollouts, rollout_seed
-from pidistill.rounds import ROUND_KEYS, Round, check_method, check_rewards, dump_rollouts, no_pi
-from pidistill.scoring import score, student_nll
+from pidistill.scoring.mismatch import MismatchMeter
+from pidistill.scoring.packer import Packer
+from pidistill.scoring.score import score, student_nll
 from pidistill.teachers import LiveTeacher, Teacher
-from pidistill.training import COMMON_KEYS, Timer, Updates, cleanup, load_model, load_teacher, one_sentence_errors, start
+from pidistill.training.checkpoints import Checkpoints
+from pidistill.training.compatibility import check_method, no_pi
+from pidistill.training.evaluation import evaluate, sample_texts
+from pidistill.training.keys import COMMON_KEYS, ROUND_KEYS
+from pidistill.training.load import load_model, load_teacher
+from pidistill.training.metrics import advantage_sums, rollout_means, rollout_sums, token_means, token_sums
+from pidistill.training.metrics_log import MetricsLog
+from pidistill.training.rounds import Round, check_rewards, dump_rollouts
+from pidistill.training.start import cleanup, one_sentence_errors, start
+from pidistill.training.update import Updates
 from pidistill.types import Batch, PerTokenLoss, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
 
 KEYS = COMMON_KEYS | ROUND_KEYS

@@ -1,7 +1,7 @@
 """Sample a checkpoint and keep some of what it says as demonstrations, for the stages of a method that end in SFT.
 
 every row of `dataset` × `samples_per_prompt` samples of `view` → rewards → `selection` → `traces.jsonl`, which
-pidistill.data.chat_dataset reads (RFT with privileged information, intervention training: see pidistill/traces.py)
+pidistill.data.chat_dataset reads (RFT with privileged information, intervention training: see pidistill/rollouts/selections.py)
 
 tune run --nproc_per_node 1 recipes/sample_distributed.py --config configs/tiny/rft_sample.yaml
 """
@@ -17,11 +17,14 @@ from tqdm.auto import tqdm
 from pidistill.config import build
 from pidistill.data import load_prompts
 from pidistill.errors import InputError
-from pidistill.metrics import rollout_means, rollout_sums
-from pidistill.privileged import PrivilegedPrompt
+from pidistill.jsonl import write_jsonl
+from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.rollouts import CollectResult, collect_rollouts, rollout_seed
-from pidistill.traces import SAMPLING_STREAM, AfterTurns, Rewriter, Selected, trace_row
-from pidistill.training import EVALUATION_KEYS, cleanup, load_initial, one_sentence_errors, start, write_jsonl
+from pidistill.rollouts.selections import SAMPLING_STREAM, AfterTurns, Rewriter, Selected, trace_row
+from pidistill.training.keys import EVALUATION_KEYS
+from pidistill.training.load import load_initial
+from pidistill.training.metrics import rollout_means, rollout_sums
+from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.types import Example, PromptPair
 
 KEYS = (EVALUATION_KEYS - {"eval_samples"}) | {"view", "samples_per_prompt", "prompts_per_batch", "selection"}

@@ -15,18 +15,23 @@ import sys
 from omegaconf import DictConfig
 from torchtune import config
 
-from pidistill.checkpoints import Checkpoints
 from pidistill.config import build
 from pidistill.data import build_demonstrations, epoch_order, load_prompts
-from pidistill.evaluation import evaluate
-from pidistill.metrics import MetricsLog, token_means, token_sums
-from pidistill.packing import Packer
-from pidistill.reductions import token_mean
+from pidistill.distributed.run import Timer
+from pidistill.losses.reductions import token_mean
 from pidistill.rewards import build_shaping
 from pidistill.rollouts import collect_rollouts
-from pidistill.rounds import dump_rollouts
-from pidistill.scoring import score, student_nll
-from pidistill.training import COMMON_KEYS, Timer, Updates, cleanup, crossed, load_model, one_sentence_errors, start
+from pidistill.scoring.packer import Packer
+from pidistill.scoring.score import score, student_nll
+from pidistill.training.checkpoints import Checkpoints
+from pidistill.training.evaluation import evaluate
+from pidistill.training.keys import COMMON_KEYS
+from pidistill.training.load import load_model
+from pidistill.training.metrics import token_means, token_sums
+from pidistill.training.metrics_log import MetricsLog
+from pidistill.training.rounds import dump_rollouts
+from pidistill.training.start import cleanup, one_sentence_errors, start
+from pidistill.training.update import Updates, crossed
 from pidistill.types import Rollout, ScoreRequest
 
 KEYS = COMMON_KEYS | {"batch_size"}

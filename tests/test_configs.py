@@ -11,14 +11,14 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from pidistill import _cli
+from pidistill.commands import main as _cli
+from pidistill.commands.plan.command import main as plan
+from pidistill.commands.plan.devices import GIB
 from pidistill.config import COMPONENT, build, check_config, resolve
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs import Environment
-from pidistill.planning.command import main as plan
-from pidistill.planning.devices import GIB
 from pidistill.rollouts import Sampler
-from pidistill.training import EVALUATION_KEYS
+from pidistill.training.keys import EVALUATION_KEYS
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweeps")

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pidistill.divergences import append_tail, divergence, generalised_jsd, kl
-from pidistill.estimators import k2, k3
+from pidistill.losses.divergences import append_tail, divergence, generalised_jsd, kl
+from pidistill.losses.estimators import k2, k3
+from pidistill.losses.policy_gradient import ppo_clip_loss, reinforce_loss
+from pidistill.losses.reductions import token_mean
 from pidistill.objectives import SDPO
-from pidistill.policy_gradient import ppo_clip_loss, reinforce_loss
-from pidistill.reductions import token_mean
-from pidistill.scoring import score
+from pidistill.scoring.score import score
 from pidistill.types import Divergence, ScoreRequest, Scores
-from tests.builders import batch_of, gradients, model, random_rollouts, relative_difference
-from tests.oracles import MarkovChain
+from tests.support.builders import batch_of, gradients, model, random_rollouts, relative_difference
+from tests.support.oracles import MarkovChain
 
 if not os.environ.get("PIDISTILL_PEERS"):  # `make test-peers` sets it: there a missing peer is an error, not a skip
     for package in ("trl", "liger_kernel"):

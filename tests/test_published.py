@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torchtune.modules.loss import ForwardKLLoss, ReverseKLLoss, SymmetricKLLoss
 from torchtune.rlhf.loss import PPOLoss
 
-from pidistill.divergences import entropy, generalised_jsd, kl, kl_topk_with_tail
-from pidistill.estimators import k2, k3
-from pidistill.policy_gradient import ppo_clip_loss
-from pidistill.reductions import sum_by_rollout, token_mean
-from tests.oracles import ChainTokens, MarkovChain, cosine_and_norm_ratio
+from pidistill.losses.divergences import entropy, generalised_jsd, kl, kl_topk_with_tail
+from pidistill.losses.estimators import k2, k3
+from pidistill.losses.policy_gradient import ppo_clip_loss
+from pidistill.losses.reductions import sum_by_rollout, token_mean
+from tests.support.oracles import ChainTokens, MarkovChain, cosine_and_norm_ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 

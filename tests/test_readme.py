@@ -9,14 +9,14 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from pidistill.command_line import parse_with_overrides
+from pidistill.commands.common import parse_with_overrides
+from pidistill.commands.plan.command import parser as plan_parser
+from pidistill.commands.plan.reading import read
+from pidistill.commands.sweep.cells import grid_cells, read_sweep
+from pidistill.commands.sweep.command import parser as sweep_parser
+from pidistill.commands.sweep.search import Plan, check_plan
 from pidistill.config import check_config, resolve
-from pidistill.planning.command import parser as plan_parser
-from pidistill.planning.reading import read
-from pidistill.sweeps.cells import grid_cells, read_sweep
-from pidistill.sweeps.command import parser as sweep_parser
-from pidistill.sweeps.search import Plan, check_plan
-from tests.test_sweep import check_commands
+from tests.commands.test_sweep import check_commands
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

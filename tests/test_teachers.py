@@ -11,13 +11,13 @@ from torchtune import modules, training
 from torchtune.models.llama3 import lora_llama3
 from torchtune.modules.peft import get_adapter_params
 
-from pidistill.adapters import merged, train_adapters_only, with_initial_adapters
 from pidistill.errors import InputError
-from pidistill.scoring import score
+from pidistill.models.adapters import merged, train_adapters_only, with_initial_adapters
+from pidistill.scoring.score import score
 from pidistill.teachers import AdapterOffTeacher, EMATeacher, FrozenTeacher, LiveTeacher, Teacher, TrustRegionTeacher
 from pidistill.testing import TINY_SIZES
 from pidistill.types import Divergence, ScoreRequest
-from tests.builders import VOCABULARY, batch_of, model, random_rollouts
+from tests.support.builders import VOCABULARY, batch_of, model, random_rollouts
 
 TOKENS = torch.arange(12).view(2, 6)
 

@@ -13,15 +13,8 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.training import MODEL_KEY, FullModelHFCheckpointer
 
 from pidistill.errors import InputError
-from pidistill.testing import (
-    BYTE_VOCABULARY,
-    QWEN3_HEAD_DIM,
-    TINY_SIZES,
-    byte_tokenizer,
-    byte_tokenizer_folder,
-    tiny_hf_checkpoint,
-    tiny_model,
-)
+from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES, tiny_hf_checkpoint, tiny_model
+from pidistill.tokenizers.byte import BYTE_VOCABULARY, byte_tokenizer, byte_tokenizer_folder
 
 VOCAB_SIZE = 40
 FAMILIES = {

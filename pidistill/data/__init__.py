@@ -9,7 +9,7 @@ from pidistill.data.load import RecipeData, load_prompts
 from pidistill.data.order import epoch_order
 from pidistill.data.prompts import Prompts, build_prompts
 from pidistill.data.stock import stock_sft_dataset
-from pidistill.data.trace_kinds import trace_leak_phrases
+from pidistill.privileged.trace_kinds import trace_leak_phrases
 
 __all__ = [
     "ExampleDataset",

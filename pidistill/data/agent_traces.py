@@ -3,7 +3,7 @@
     rows ─► traces, grouped by task ─► per task the successful trace with the fewest assistant turns ─► Example
 
 An example's messages are what an agent sees when the task begins: the system prompt and the first user message. What the
-teacher sees of the successful trace is its *kind* (:mod:`pidistill.data.trace_kinds`). The trace itself is the example's
+teacher sees of the successful trace is its *kind* (:mod:`pidistill.privileged.trace_kinds`). The trace itself is the example's
 completion, and the environment :class:`pidistill.envs.ReplayEnvironment` finds it in ``example.data["trace"]``.
 """
 
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pidistill.agent_calls import ACTION_TAGS, CALL_TEMPLATE, CallStyle, ToolCall, as_call, unreadable_calls
+from pidistill.chat.calls import ACTION_TAGS, CALL_TEMPLATE, CallStyle, ToolCall, as_call, unreadable_calls
+from pidistill.chat.messages import check_messages
 from pidistill.data.builders import check_tools
 from pidistill.data.dataset import ExampleDataset
 from pidistill.data.sources import Rows, get, load_rows, require_value
-from pidistill.data.trace_kinds import TraceText
-from pidistill.data.trace_task import AgentTrace, TraceTask
 from pidistill.errors import InputError
-from pidistill.messages import check_messages
+from pidistill.privileged.trace_kinds import TraceText
+from pidistill.privileged.trace_task import AgentTrace, TraceTask
 from pidistill.types import Example, Message
 
 NOT_CHOSEN, NO_ANSWER, UNSOLVED = "other_trace_of_task", "no_assistant_turn", "task_without_success"
@@ -76,7 +76,7 @@ def trace_dataset(
 
     Args:
         source: .json (a list) or .jsonl with one episode per row, or what :func:`pidistill.data.sources.load_rows` reads.
-        kind: what the teacher sees; see the table in :mod:`pidistill.data.trace_kinds`.
+        kind: what the teacher sees; see the table in :mod:`pidistill.privileged.trace_kinds`.
         messages_key, task_key: the chat log, and what tells tasks apart.
         reward_key: null where every trace counts as successful.
         success_threshold: reward of a successful trace.
@@ -84,10 +84,11 @@ def trace_dataset(
         tools_key: tool schemas in the rows; ``tools_file``: in a JSON file, as a list. With neither, and
             ``derive_tools``, they are derived from the calls seen in all traces: names, arguments and JSON types, no
             descriptions, and no tool that no trace calls. Calls between tags give none: there the system prompt says it.
-        call_template, omit_tools, action_tags: see :class:`pidistill.agent_calls.CallStyle`.
+        call_template, omit_tools, action_tags: see :class:`pidistill.chat.calls.CallStyle`.
         header: the line above the information; null is the kind's own, "" is none.
         prefix_calls, prefix_frac: how much ``kind: solution_prefix`` shows: so many calls, or that share, rounded up.
-        hints: file that ``recipes/sample_distributed.py`` wrote with :class:`pidistill.hints.Hints`, for ``kind: hints``.
+        hints: file that ``recipes/sample_distributed.py`` wrote with :class:`~pidistill.rollouts.hints.Hints`, for
+            ``kind: hints``.
         unsolved: tasks without a successful trace: "keep" (no privileged information, no completion) or "drop", counted as
             ``task_without_success``: what supervised training, which needs completions, asks for.
         first_task, max_tasks: which tasks, in the order of the source: training and evaluation rows of one file.

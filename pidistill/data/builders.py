@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pidistill.chat.messages import check_messages, last_user_index
 from pidistill.data.dataset import ExampleDataset
 from pidistill.data.sources import get, load_rows, require_value
 from pidistill.errors import InputError
-from pidistill.messages import check_messages, last_user_index
 from pidistill.types import Example, Message
 
 # ------------------------------------------------------------------------------------------- conversations

@@ -1,13 +1,13 @@
-"""Prompts that ask a model to summarise successful traces; see :mod:`pidistill.hints`."""
+"""Prompts that ask a model to summarise successful traces; see :mod:`pidistill.rollouts.hints`."""
 
 import string
 from typing import Any
 
+from pidistill.chat.messages import transcript_text
 from pidistill.data.agent_traces import UNSOLVED, read_traces
 from pidistill.data.dataset import ExampleDataset
-from pidistill.data.trace_task import TraceTask
 from pidistill.errors import InputError
-from pidistill.messages import transcript_text
+from pidistill.privileged.trace_task import TraceTask
 from pidistill.types import Example
 
 HINT_TEMPLATE = """\

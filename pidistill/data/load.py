@@ -7,10 +7,11 @@ from pathlib import Path
 from omegaconf import DictConfig
 from tokenizers import Tokenizer
 
-from pidistill.config import build, empty_model
+from pidistill.config import build
 from pidistill.data.prompts import Prompts, build_prompts
 from pidistill.errors import InputError
-from pidistill.privileged import PrivilegedPrompt
+from pidistill.models.empty import empty_model
+from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.tokenizers import ChatTokenizer, as_chat_tokenizer
 from pidistill.types import Example, PromptPair
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pidistill.data.dataset import ExampleDataset
 from pidistill.errors import InputError
-from pidistill.privileged import PrivilegedPrompt, PromptViews
+from pidistill.privileged.prompt import PrivilegedPrompt, PromptViews
 from pidistill.tokenizers.base import ChatTokenizer
 from pidistill.types import Example, PromptPair
 

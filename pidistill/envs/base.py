@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from pidistill.chat.messages import check_messages, message_text
 from pidistill.errors import InputError
-from pidistill.messages import check_messages, message_text
 from pidistill.types import Example, Message
 
 

@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pidistill.chat.messages import message_text
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs.base import EnvStep
 from pidistill.envs.extras import load_extra
 from pidistill.envs.reasoning_gym import check_task
 from pidistill.envs.streams import RandomStreams
 from pidistill.errors import InputError
-from pidistill.messages import message_text
 from pidistill.types import Example, Message
 
 HIDDEN: dict[str, Callable[[Any], str]] = {

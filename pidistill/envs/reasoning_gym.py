@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pidistill.chat.messages import message_text
 from pidistill.data.dataset import ExampleDataset
 from pidistill.data.sources import get
 from pidistill.envs.base import EnvStep
 from pidistill.envs.extras import load_extra
 from pidistill.errors import InputError
-from pidistill.messages import message_text
 from pidistill.types import Example, Message
 
 EXTRA = "reasoning-gym"

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pidistill.agent_calls import ACTION_TAGS, ToolCall, calls_of
+from pidistill.chat.calls import ACTION_TAGS, ToolCall, calls_of
 from pidistill.envs.base import EnvStep
-from pidistill.envs.tools import call_tools
+from pidistill.envs.function_tools import call_tools
 from pidistill.errors import InputError
 from pidistill.types import Example, Message
 
 if TYPE_CHECKING:
-    from pidistill.data.trace_task import AgentTrace
+    from pidistill.privileged.trace_task import AgentTrace
 
 MISMATCH_ERROR = "Error: this call is not part of the recorded episode, so there is no result for it. Try another one."
 
@@ -39,7 +39,7 @@ class ReplayEnvironment:
     ``reward/followed`` in the metrics is the share of recorded turns that an episode matched; it is no part of the reward.
 
     Attributes:
-        action_tags: where a turn without ``tool_calls`` holds its calls; see :mod:`pidistill.agent_calls`.
+        action_tags: where a turn without ``tool_calls`` holds its calls; see :mod:`pidistill.chat.calls`.
         free_arguments: tools whose arguments are not compared, e.g. free text: ``[think]``.
         on_mismatch: "end" ends the episode; "error" answers with an error that says so (or why a call cannot be read), and the
             same recorded turn is waited for, until ``max_errors`` errors have been given.

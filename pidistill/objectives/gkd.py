@@ -12,8 +12,8 @@ gradient vanishes: β=.01 has about a hundredth of the gradient of β=0.
 """
 
 from pidistill.errors import InputError
+from pidistill.losses.token_weights import TokenWeight
 from pidistill.objectives.base import Objective, check_choice, distill_loss, distill_request
-from pidistill.token_weights import TokenWeight
 from pidistill.types import Batch, Divergence, ScoreRequest, Scores, TokenLoss
 
 
@@ -23,7 +23,7 @@ class GKD(Objective):
     Args:
         lmbda: share of the prompts that the student answers; the others need a completion in the dataset.
         beta: weight of the teacher in the mixture, in [0, 1].
-        token_weight: see :mod:`pidistill.token_weights`.
+        token_weight: see :mod:`pidistill.losses.token_weights`.
         no_pi: rows without privileged information: "drop" (counted), "error", "distill" (towards the teacher without it).
     """
 

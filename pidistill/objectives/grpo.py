@@ -10,9 +10,10 @@ follow it). It is OPSD with β=0.
 
 from collections.abc import Sequence
 
-from pidistill.objectives.base import BOTH_KLS, Objective, check_advantage, check_clip, rollout_advantages
-from pidistill.policy_gradient import importance_weighted, ppo_clip_loss
-from pidistill.token_weights import TokenWeight, weighted
+from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss
+from pidistill.losses.rollout_advantages import rollout_advantages
+from pidistill.losses.token_weights import TokenWeight, weighted
+from pidistill.objectives.base import BOTH_KLS, Objective, check_advantage, check_clip
 from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss
 
 
@@ -22,7 +23,7 @@ class GRPO(Objective):
     Args:
         clip_low, clip_high, dual_clip, advantage, drop_zero_advantage: as in π-Distill.
         report_teacher_kl: also run the view with privileged information, without gradient, to log both KLs; one more forward.
-        token_weight: see :mod:`pidistill.token_weights`; acts on the policy gradient.
+        token_weight: see :mod:`pidistill.losses.token_weights`; acts on the policy gradient.
     """
 
     no_pi = "rl"

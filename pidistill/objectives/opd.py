@@ -13,9 +13,9 @@ distils, privileged information or not; `privileged.control: none` keeps it from
 
 import math
 
+from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss
+from pidistill.losses.token_weights import TokenWeight, weighted
 from pidistill.objectives.base import BOTH_KLS, Objective, check_choice, distill_loss, distill_request, student_divergence
-from pidistill.policy_gradient import importance_weighted, ppo_clip_loss
-from pidistill.token_weights import TokenWeight, weighted
 from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
 
 
@@ -27,7 +27,7 @@ class OPD(Objective):
             or "jsd".
         jsd_beta: weight of the teacher in the mixture of "jsd"; inside (0, 1).
         top_k: the student's K most probable tokens and one tail bucket in place of the full vocabulary.
-        token_weight: see :mod:`pidistill.token_weights`.
+        token_weight: see :mod:`pidistill.losses.token_weights`.
     """
 
     no_pi = "distill"

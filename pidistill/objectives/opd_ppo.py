@@ -9,17 +9,10 @@ or the model itself with privileged information.
 What we do differently: rows without privileged information leave the objective (`no_pi: drop`) unless another model teaches.
 """
 
-from pidistill.objectives.base import (
-    BOTH_KLS,
-    Number,
-    Objective,
-    check_choice,
-    check_clip,
-    distill_weight,
-)
-from pidistill.policy_gradient import importance_weighted, ppo_clip_loss
-from pidistill.schedules import as_schedule
-from pidistill.token_weights import TokenWeight, weighted
+from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss
+from pidistill.losses.token_weights import TokenWeight, weighted
+from pidistill.objectives.base import BOTH_KLS, Number, Objective, check_choice, check_clip, distill_weight
+from pidistill.objectives.schedule import as_schedule
 from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
 
 
@@ -29,7 +22,7 @@ class OPDPPO(Objective):
     Args:
         beta: weight of the trust region kl(behaviour||student), or ``{start, end, steps}``; 0 for none.
         clip_low, clip_high, dual_clip: as in π-Distill.
-        token_weight: see :mod:`pidistill.token_weights`; acts on the policy gradient.
+        token_weight: see :mod:`pidistill.losses.token_weights`; acts on the policy gradient.
         no_pi: rows without privileged information: "drop" (counted), "error", "distill" (towards the teacher without it).
     """
 

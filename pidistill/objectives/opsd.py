@@ -15,21 +15,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pidistill.errors import InputError
+from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss
+from pidistill.losses.rollout_advantages import rollout_advantages
+from pidistill.losses.sampling_kl import SamplingKL
+from pidistill.losses.token_weights import TokenWeight, weighted
 from pidistill.objectives.base import (
     BOTH_KLS,
     Number,
     Objective,
-    SamplingKL,
     check_advantage,
     check_choice,
     check_clip,
     check_token_weight,
     distill_weight,
-    rollout_advantages,
 )
-from pidistill.policy_gradient import importance_weighted, ppo_clip_loss
-from pidistill.schedules import as_schedule
-from pidistill.token_weights import TokenWeight, weighted
+from pidistill.objectives.schedule import as_schedule
 from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss
 
 
@@ -41,7 +41,7 @@ class OPSD(Objective):
         kl_mode, kl_gamma, kl_reward_scale: how the KL is estimated; see ``objectives.base.KL_MODES``.
         reward_weight: weight of the policy-gradient term; 0 is distillation without a reward.
         clip_low, clip_high, dual_clip, advantage, drop_zero_advantage: as in π-Distill.
-        token_weight: see :mod:`pidistill.token_weights`; acts on the KL where it is a loss.
+        token_weight: see :mod:`pidistill.losses.token_weights`; acts on the KL where it is a loss.
         no_pi: as in π-Distill; null is "rl", or "drop" where reward_weight is 0 (nothing is left to learn from such a row).
     """
 

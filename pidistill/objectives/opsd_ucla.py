@@ -13,14 +13,8 @@ What we do differently: the mean is over the policy tokens of the whole step; sa
 config, from the whole vocabulary, so that the sampled and the trained distribution are one.
 """
 
-from pidistill.objectives.base import (
-    Objective,
-    check_choice,
-    distill_loss,
-    distill_request,
-    student_divergence,
-)
-from pidistill.token_weights import TokenWeight
+from pidistill.losses.token_weights import TokenWeight
+from pidistill.objectives.base import Objective, check_choice, distill_loss, distill_request, student_divergence
 from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
 
 
@@ -31,7 +25,7 @@ class OPSDUCLA(Objective):
         divergence: "jsd", "kl_teacher_student" or "kl_student_teacher".
         jsd_beta: weight of the teacher in the mixture of "jsd"; inside (0, 1).
         entry_clip: upper bound of each vocabulary entry's term of a KL; the revision uses 0.05.
-        token_weight: see :mod:`pidistill.token_weights`.
+        token_weight: see :mod:`pidistill.losses.token_weights`.
         no_pi: rows without privileged information: "drop" (counted), "error", "distill" (towards the teacher without it).
     """
 

@@ -8,8 +8,8 @@ and calls the divergence reverse; the formula beside the word is kl(T||S), which
 What we do differently: softmax and kl are taken in fp32, and the mean is over the policy tokens of the whole step.
 """
 
+from pidistill.losses.token_weights import TokenWeight
 from pidistill.objectives.base import Objective, check_choice, distill_loss, distill_request, student_divergence
-from pidistill.token_weights import TokenWeight
 from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
 
 
@@ -17,7 +17,7 @@ class PCSD(Objective):
     """kl(T||S) on the student's samples; the teacher is the trained model itself.
 
     Args:
-        token_weight: see :mod:`pidistill.token_weights`.
+        token_weight: see :mod:`pidistill.losses.token_weights`.
         no_pi: rows without privileged information: "drop" (counted), "error", "distill".
     """
 

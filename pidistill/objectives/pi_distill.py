@@ -27,13 +27,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pidistill.advantages import group_slots
 from pidistill.errors import InputError
+from pidistill.losses.advantages import group_slots
+from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss, reinforce_loss, snis_weights, topr_loss
+from pidistill.losses.rollout_advantages import rollout_advantages
+from pidistill.losses.sampling_kl import SamplingKL
+from pidistill.losses.token_weights import TokenWeight, weighted
 from pidistill.objectives.base import (
     BOTH_KLS,
     Number,
     Objective,
-    SamplingKL,
     check_advantage,
     check_choice,
     check_clip,
@@ -41,11 +44,8 @@ from pidistill.objectives.base import (
     check_topr,
     distill_loss,
     distill_weight,
-    rollout_advantages,
 )
-from pidistill.policy_gradient import importance_weighted, ppo_clip_loss, reinforce_loss, snis_weights, topr_loss
-from pidistill.schedules import as_schedule
-from pidistill.token_weights import TokenWeight, weighted
+from pidistill.objectives.schedule import as_schedule
 from pidistill.types import (
     Batch,
     Divergence,
@@ -83,7 +83,7 @@ class PiDistill(Objective):
         advantage: "group_mean" (the paper's), "leave_one_out", "standardised", or "turn_returns" for process rewards.
         drop_zero_advantage: False, "policy_gradient" (no RL term, and no KL where it is part of the reward) or "row" (the
             rollout leaves every term and the token count).
-        token_weight: see :mod:`pidistill.token_weights`; acts on the KLs of both halves.
+        token_weight: see :mod:`pidistill.losses.token_weights`; acts on the KLs of both halves.
         no_pi: "rl" (a row without PI trains by RL alone), "drop", "error"; "distill" only makes sense with other weights.
     """
 

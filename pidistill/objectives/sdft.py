@@ -10,8 +10,8 @@ What we do differently: one mean over the policy tokens of the whole step, skipp
 code takes the mean of each sequence's remaining tokens first.
 """
 
+from pidistill.losses.token_weights import Chain, SkipFirst, TokenWeight
 from pidistill.objectives.base import Objective, check_choice, distill_loss, distill_request, student_divergence
-from pidistill.token_weights import Chain, SkipFirst, TokenWeight
 from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
 
 
@@ -21,7 +21,7 @@ class SDFT(Objective):
     Args:
         skip_first_tokens: policy tokens of each completion that are not trained.
         divergence: "kl_teacher_student", or "kl_student_teacher" as the paper's text has it.
-        token_weight: see :mod:`pidistill.token_weights`; after the skip.
+        token_weight: see :mod:`pidistill.losses.token_weights`; after the skip.
         no_pi: rows without privileged information: "drop" (counted), "error", "distill" (towards the teacher without it).
     """
 

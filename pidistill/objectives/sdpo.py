@@ -4,8 +4,8 @@
                                                   environment's feedback on y;  D over the student's top-k tokens and a tail
 
 The privileged information does not exist before the round is sampled: `hindsight` in the config
-(:class:`pidistill.hindsight.Hindsight`) finds it. D is `kl_teacher_student`, `kl_student_teacher` (the source's α = 0 and 1) or
-the JSD (α = .5); θ̄ a moving average (`EMATeacher`, rate .05) or the trust region (`TrustRegionTeacher`, .99 of the initial
+(:class:`pidistill.privileged.Hindsight`) finds it. D is `kl_teacher_student`, `kl_student_teacher` (the source's α = 0 and 1)
+or the JSD (α = .5); θ̄ a moving average (`EMATeacher`, rate .05) or the trust region (`TrustRegionTeacher`, .99 of the initial
 logits).
 
 What we do differently: rollouts without privileged information (no sibling succeeded, no feedback) fall back to GRPO on the
@@ -19,17 +19,10 @@ from dataclasses import replace
 import torch
 
 from pidistill.errors import InputError
-from pidistill.objectives.base import (
-    Objective,
-    check_choice,
-    check_clip,
-    distill_request,
-    distill_weight,
-    rollout_advantages,
-    student_divergence,
-)
-from pidistill.policy_gradient import ppo_clip_loss
-from pidistill.token_weights import TokenWeight, weighted
+from pidistill.losses.policy_gradient import ppo_clip_loss
+from pidistill.losses.rollout_advantages import rollout_advantages
+from pidistill.losses.token_weights import TokenWeight, weighted
+from pidistill.objectives.base import Objective, check_choice, check_clip, distill_request, distill_weight, student_divergence
 from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss
 
 
@@ -42,7 +35,7 @@ class SDPO(Objective):
         top_k: the student's K most probable tokens, the rest one bucket; null for the full vocabulary. The source: 20 to 100.
         importance_clip: c, the bound on S/μ; null for no importance weight.
         clip_low, clip_high, dual_clip, advantage: of the GRPO fallback, as in π-Distill.
-        token_weight: see :mod:`pidistill.token_weights`; acts on the divergence.
+        token_weight: see :mod:`pidistill.losses.token_weights`; acts on the divergence.
         no_pi: rollouts without privileged information: "rl" (GRPO), "drop", "error".
     """
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from pidistill.chat.messages import message_text
 from pidistill.errors import InputError
-from pidistill.messages import message_text
 from pidistill.types import Example, Message
 
 

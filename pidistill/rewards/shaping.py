@@ -12,14 +12,14 @@ success is judged on R alone (``Rollout.task_reward``), so that a penalty never 
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from pidistill.chat.messages import messages_text
+from pidistill.chat.phrases import count_phrases
 from pidistill.config import build
 from pidistill.errors import InputError
-from pidistill.messages import messages_text
 from pidistill.types import Rollout
 
 
@@ -63,11 +63,6 @@ def add_shaping(rollout: Rollout, parts: Sequence[Shaping]) -> None:
         rollout.turn_rewards = [a + b for a, b in zip(rollout.turn_rewards, values, strict=True)]
         rollout.reward_parts = {**rollout.reward_parts, part.name: math.fsum(values)}
         rollout.reward += math.fsum(values)
-
-
-def count_phrases(text: str, phrases: Sequence[str]) -> int:
-    """How often ``text`` says any of the phrases as whole words, whatever the case; a phrase inside another counts too."""
-    return sum(len(re.findall(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE)) for phrase in phrases)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from functools import partial
 from typing import Any
 from weakref import WeakSet
 
+from pidistill.distributed.tensor_parallel import follows, from_first, tensor_parallel_group
 from pidistill.envs.base import Environment, EnvironmentCrash, EnvironmentOutputError, EnvironmentTimeout, check_step
 from pidistill.errors import InputError
 from pidistill.rewards.shaping import Shaping, add_shaping
 from pidistill.rollouts.base import Sample, Sampler
 from pidistill.rollouts.calls import DaemonThreads, abandoned_calls, ask
-from pidistill.tensor_parallel import follows, from_first, tensor_parallel_group
 from pidistill.tokenizers.base import ChatTokenizer
 from pidistill.types import Example, Message, PromptPair, Rollout, ViewName
 

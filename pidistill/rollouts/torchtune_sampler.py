@@ -21,6 +21,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
+from pidistill.distributed.tensor_parallel import in_lockstep, tensor_parallel_group
 from pidistill.rollouts.base import OnTurnEnd, Sample
 from pidistill.rollouts.decoding import Context, decoding, evaluating, gathered_parameters, of_like_length
 from pidistill.rollouts.distribution import draw, sampling_logprobs
@@ -33,7 +34,6 @@ from pidistill.rollouts.request import (
     hear_answers,
     not_finite,
 )
-from pidistill.tensor_parallel import in_lockstep, tensor_parallel_group
 
 # New rows enter once this share of the batch is free: a prompt then is read for several rows of its group at once.
 _ENTER_AT_FRAC = 0.25

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtune.modules import TransformerDecoder
 
-from pidistill.adapters import adapter_modules, merged
 from pidistill.errors import InputError
+from pidistill.models.adapters import adapter_modules, merged
 from pidistill.models.hf_format import family, to_hf
 from pidistill.rollouts.base import OnTurnEnd, Sample
 from pidistill.rollouts.collect import rollout_seed
@@ -41,7 +41,7 @@ class VLLMSampler:
     The engine starts at the first call, one per rank, on the device that trains. Every call first hands it the weights it is
     called with (LoRA adapters merged in): of a sharded model each rank gathers all of them, so it needs memory for the whole
     model once more while they are handed over, beside the engine's own copy. vLLM's kernels round otherwise than the trainer's,
-    hence `sampler_mismatch_*` in :mod:`pidistill.metrics`, and the recipes' `max_sampler_mismatch_nats`.
+    hence `sampler_mismatch_*` in :mod:`pidistill.training.metrics`, and the recipes' `max_sampler_mismatch_nats`.
 
     Attributes:
         max_new_tokens, temperature, top_k, top_p: as in :class:`pidistill.rollouts.TorchtuneSampler`; vLLM keeps no token that

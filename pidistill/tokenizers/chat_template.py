@@ -15,8 +15,8 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from pidistill.chat.messages import message_text
 from pidistill.errors import InputError
-from pidistill.messages import message_text
 from pidistill.types import Message
 
 

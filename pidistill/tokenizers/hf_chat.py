@@ -13,10 +13,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from pidistill.errors import InputError
-from pidistill.messages import message_text
-from pidistill.tokenizers.chat_template import ChatTemplate, find_templates, rewritten_turns
-from pidistill.tokenizers.tool_calls import (
+from pidistill.chat.messages import message_text
+from pidistill.chat.tool_calls import (
     FORMATS,
     PROBE_CONVERSATION,
     PROBE_TOOL,
@@ -24,6 +22,8 @@ from pidistill.tokenizers.tool_calls import (
     parse_turn_text,
     written_format,
 )
+from pidistill.errors import InputError
+from pidistill.tokenizers.chat_template import ChatTemplate, find_templates, rewritten_turns
 from pidistill.types import Message
 
 _log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class HFChatTokenizer:
             (base models do).
         tool_format: how the model writes tool calls, which :meth:`parse_turn` reads: ``hermes``, ``llama3``, ``action``
             (schemas, calls and results as plain text, for templates that know no tools), ``none`` (calls stay text), or
-            ``auto``: what the template itself writes; see :mod:`pidistill.tokenizers.tool_calls`.
+            ``auto``: what the template itself writes; see :mod:`pidistill.chat.tool_calls`.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class HFChatTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def parse_turn(self, ids: Sequence[int]) -> Message:
-        """Tool calls become ``tool_calls``, or a ``tool_call_error``; see :mod:`pidistill.tokenizers.tool_calls`."""
+        """Tool calls become ``tool_calls``, or a ``tool_call_error``; see :mod:`pidistill.chat.tool_calls`."""
         said = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
         return parse_turn_text(self.decode(said), self.tool_format)
 

@@ -13,8 +13,8 @@ from typing import Any
 from torchtune.data import Message as TorchtuneMessage
 from torchtune.models.qwen2 import Qwen2Tokenizer
 
+from pidistill.chat.messages import message_text
 from pidistill.errors import InputError
-from pidistill.messages import message_text
 from pidistill.types import Message
 
 Tools = Sequence[dict[str, Any]] | None

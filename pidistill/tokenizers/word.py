@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from pidistill.chat.messages import message_text
 from pidistill.errors import InputError
-from pidistill.messages import message_text
 from pidistill.types import Message
 
 

@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pidistill.errors import InputError
+from pidistill.losses.reductions import token_mean
+from pidistill.losses.token_weights import ClipTerm, SkipFirst
 from pidistill.objectives import GKD, GRPO, OPD, OPDPPO, OPSD, GuideGRPO, PiDistill
-from pidistill.reductions import token_mean
-from pidistill.scoring import score
-from pidistill.token_weights import ClipTerm, SkipFirst
+from pidistill.scoring.score import score
 from pidistill.types import Example, PromptPair, Rollout, Scores
-from tests.builders import batch_of, model, random_rollouts, relative_difference
 from tests.objectives.test_kl_modes import expected_gradient, pathwise_gradient
 from tests.objectives.test_pi_distill import gradient, leaf_scores, on_policy
 from tests.objectives.test_self_distillation import dense_scores
-from tests.oracles import MarkovChain
+from tests.support.builders import batch_of, model, random_rollouts, relative_difference
+from tests.support.oracles import MarkovChain
 
 # ---------------------------------------------------------------------------------------- on-policy distillation
 

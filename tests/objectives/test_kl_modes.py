@@ -1,7 +1,7 @@
 """T-f at the level of the objectives: the exact expected gradient of every `kl_mode`, over all pairs of sequences of a chain.
 
-The pieces are held to the estimator table in tests/test_estimators.py; here the objective's own path is: behaviour pass, group
-advantages with a baseline, ratio, loss. Two rollouts a group, all 27 × 27 pairs weighed by their probability.
+The pieces are held to the estimator table in tests/losses/test_estimators.py; here the objective's own path is: behaviour pass,
+group advantages with a baseline, ratio, loss. Two rollouts a group, all 27 × 27 pairs weighed by their probability.
 """
 
 import itertools
@@ -9,11 +9,11 @@ import itertools
 import pytest
 import torch
 
-from pidistill.divergences import divergence
+from pidistill.losses.divergences import divergence
 from pidistill.objectives import OPSD, PiDistill
 from pidistill.types import Example, PromptPair, Rollout, Scores
-from tests.builders import batch_of
-from tests.oracles import MarkovChain
+from tests.support.builders import batch_of
+from tests.support.oracles import MarkovChain
 
 BETA = 0.7
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from pidistill.errors import InputError
+from pidistill.losses.reductions import token_mean
 from pidistill.objectives import GRPO, OPSD, PiDistill
-from pidistill.reductions import token_mean
-from pidistill.scoring import score
+from pidistill.scoring.score import score
 from pidistill.types import Divergence, Rollout, ScoreRequest, Scores, TokenLoss
-from tests.builders import batch_of, gradients, model, random_rollouts, relative_difference
+from tests.support.builders import batch_of, gradients, model, random_rollouts, relative_difference
 
 
 def on_policy(module, rollouts: list[Rollout], view: str) -> list[Rollout]:
@@ -58,7 +58,7 @@ def test_gradient_is_linear_in_alpha(kl_mode):
 
 def leaf_scores(batch, objective, step=0) -> tuple[Scores, dict[str, torch.Tensor]]:
     """Scores computed densely from leaf logits in float64, so that gradient to each side can be read off."""
-    from pidistill.divergences import divergence
+    from pidistill.losses.divergences import divergence
 
     n, vocabulary = len(batch.targets), 11
     generator = torch.Generator().manual_seed(3)

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pidistill.divergences import check_divergence, divergence
 from pidistill.errors import InputError
+from pidistill.losses.divergences import check_divergence, divergence
+from pidistill.losses.token_weights import ClipTerm
 from pidistill.objectives import GKD, GRPO, OPD, OPDPPO, OPSDUCLA, PCSD, SDFT, SDPO, GuideGRPO, Objective
 from pidistill.objectives.base import BOTH_KLS
-from pidistill.token_weights import ClipTerm
 from pidistill.types import Batch, Rollout, Scores
-from tests import oracles
-from tests.builders import batch_of, model, random_rollouts, relative_difference
 from tests.objectives.test_pi_distill import gradient, on_policy
+from tests.support import oracles
+from tests.support.builders import batch_of, model, random_rollouts, relative_difference
 
 VOCABULARY = 7
 

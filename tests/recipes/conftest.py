@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pidistill.config import build
 from pidistill.envs import tiny_world
-from tests.recipes.runs import MODEL, ROOT, quick_setup
+from tests.support.runs import MODEL, ROOT, quick_setup
 
 # The smallest width whose matrices two ranks share in whole blocks of NF4 and of an optimizer's 8-bit states.
 WIDE = {"model.embed_dim": 256, "model.intermediate_dim": 256}

@@ -10,13 +10,14 @@ from safetensors.torch import load_file, save_file
 from torchtune.models.llama3 import lora_llama3
 from torchtune.modules.peft import disable_adapter
 
-from pidistill.adapters import adapter_modules, has_adapters
 from pidistill.errors import InputError
-from pidistill.nf4 import check_shapes, is_nf4, rounded
-from pidistill.peft_format import FOLDER, base_config, read
+from pidistill.models.adapters import adapter_modules, has_adapters
+from pidistill.models.nf4 import check_shapes, is_nf4, rounded
+from pidistill.models.peft_format import FOLDER, base_config, read
 from pidistill.testing import TINY_SIZES
 from tests.recipes.conftest import WIDE
-from tests.recipes.runs import (
+from tests.recipes.test_lora import ADAPTER_OFF, EMA, FROZEN, LORA, lora_run, plain_model
+from tests.support.runs import (
     assert_same_tensors,
     metrics,
     run,
@@ -28,7 +29,6 @@ from tests.recipes.runs import (
     tune_command,
     weights,
 )
-from tests.recipes.test_lora import ADAPTER_OFF, EMA, FROZEN, LORA, lora_run, plain_model
 
 DORA = LORA | {"model__use_dora": True}
 TOKENS = torch.arange(12).view(2, 6)
@@ -187,7 +187,7 @@ def test_two_processes_end_where_one_does(tiny_base, wide_base, tmp_path):
         run(method, config(tmp_path / "one" / name))
         runs[name] = [method, str(save_config(config(tmp_path / "two" / name), tmp_path / f"{name}.yaml"))]
     several = str(save_config(OmegaConf.create({"runs": runs}), tmp_path / "all.yaml"))
-    done = shell(tune_command("run", "--nproc_per_node", "2", "tests/recipes/several.py", "--config", several), timeout_s=240)
+    done = shell(tune_command("run", "--nproc_per_node", "2", "tests/support/several.py", "--config", several), timeout_s=240)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in runs:
         assert_close_weights(*(weights(tmp_path / ranks / name) for ranks in ("one", "two")), atol=1e-4)

@@ -13,24 +13,24 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from pidistill.commands.trace_report import both_views, main
 from pidistill.config import build
 from pidistill.data import build_prompts, demonstration, trace_dataset
-from pidistill.data.hint_file import read_hints
-from pidistill.data.trace_kinds import KINDS
-from pidistill.data.trace_report import both_views, main
 from pidistill.envs import ReplayEnvironment
+from pidistill.losses.reductions import token_mean
 from pidistill.objectives import PiDistill
-from pidistill.packing import make_batch
-from pidistill.privileged import PrivilegedPrompt
-from pidistill.reductions import token_mean
+from pidistill.privileged.hint_file import read_hints
+from pidistill.privileged.prompt import PrivilegedPrompt
+from pidistill.privileged.trace_kinds import KINDS
 from pidistill.rollouts import Sample, collect_rollouts
-from pidistill.scoring import score
+from pidistill.scoring.batch import make_batch
+from pidistill.scoring.score import score
 from pidistill.testing import tiny_model
 from pidistill.tokenizers import HFChatTokenizer
-from pidistill.training import cleanup
+from pidistill.training.start import cleanup
 from pidistill.types import Rollout, ScoreRequest
 from recipes.sample_distributed import SampleRecipe
-from tests.recipes.tiny_qwen import ROOT, VOCABULARY, load_config, qwen_checkpoint, read_metrics, set_up, small_model
+from tests.support.tiny_qwen import ROOT, VOCABULARY, load_config, qwen_checkpoint, read_metrics, set_up, small_model
 
 DATA = os.environ.get("PIDISTILL_TEST_DATA")
 REAL = Path(DATA or ".") / "tau_bench_airline_gpt4o.jsonl"

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from pidistill.data import epoch_order
 from pidistill.errors import InputError
 from pidistill.rollouts import DROP_REASONS
-from tests.recipes.runs import (
+from tests.support.runs import (
     MODEL,
     RECIPES,
     assert_same_tensors,
@@ -132,7 +132,7 @@ BY_COMMAND_LINE = [
     ),
     (
         "pi_distill",
-        ["teacher_checkpointer={_component_: pidistill.checkpoints.from_scratch}"],
+        ["teacher_checkpointer={_component_: pidistill.models.from_scratch.from_scratch}"],
         "teacher_checkpointer.checkpoint_dir is missing",
     ),
     # models, tokenizers, lengths
@@ -186,7 +186,7 @@ def test_command_line(name, overrides, expected, sentence, tiny_base, tmp_path, 
 
 
 SCRATCH = {
-    "_component_": "pidistill.checkpoints.from_scratch",
+    "_component_": "pidistill.models.from_scratch.from_scratch",
     "checkpoint_dir": "scratch",
     "model": {},
     "hf_config": {},
@@ -374,7 +374,7 @@ def test_a_round_in_which_every_reward_fails_ends_the_run_with_a_sentence(tiny_b
 
 
 def poisoned(steps, **changes):
-    return {"objective": {"_component_": "tests.recipes.worlds.PoisonedGRPO", "steps": steps}, "save_every_steps": 1} | changes
+    return {"objective": {"_component_": "tests.support.worlds.PoisonedGRPO", "steps": steps}, "save_every_steps": 1} | changes
 
 
 def test_a_step_whose_loss_is_not_finite_is_skipped_counted_and_dumped(tiny_base, tmp_path):

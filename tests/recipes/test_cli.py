@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from pidistill import _cli
-from tests.recipes.runs import (
+from pidistill.commands import main as _cli
+from tests.support.runs import (
     OVERRIDES,
     RECIPES,
     ROOT,
@@ -160,7 +160,7 @@ def test_the_wheel_holds_recipes_and_configs_inside_the_package(tmp_path):
 
     # Unpacked somewhere else, it lists, copies, previews and runs without the checkout.
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    program = "import sys, pidistill._cli as c; print(c.__file__); c.main()"
+    program = "import sys, pidistill.commands.main as c; print(c.__file__); c.main()"
 
     def installed(*words: str) -> str:
         done = shell([sys.executable, "-c", program, *words], cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed"))

@@ -9,9 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from pidistill.errors import InputError
-from pidistill.evaluation import bootstrap_interval, pass_at_k, pass_hat_k, success_numbers
+from pidistill.training.evaluation import bootstrap_interval, pass_at_k, pass_hat_k, success_numbers
 from recipes.evaluate_distributed import domain_configs
-from tests.recipes.runs import run, small_config
+from tests.support.runs import run, small_config
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -75,7 +75,7 @@ def test_other_domains_are_evaluated_beside_the_own_one(tiny_base, tmp_path, cap
     assert "3 rows, per view" in printed and "other_world 2 rows, per view" in printed and "[" in printed
 
 
-PENALTY = [{"_component_": "tests.test_shaping.Fixed", "value": -5.0}]
+PENALTY = [{"_component_": "tests.rewards.test_shaping.Fixed", "value": -5.0}]
 
 
 def test_a_penalty_moves_the_reward_and_no_success(tiny_base, tmp_path):

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs.tiny_world import tiny_world_dataset, tiny_world_tokenizer
-from pidistill.privileged import PrivilegedPrompt
+from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.types import Example
-from tests.recipes.runs import MODEL, RECIPES, TINY, metrics, run, weights
 from tests.recipes.test_two_processes import assert_close_rows, launch_several
+from tests.support.runs import MODEL, RECIPES, TINY, metrics, run, weights
 
 ROWS = 4  # few enough to be learned by heart in a second
 ROUND = {

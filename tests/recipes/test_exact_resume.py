@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 
-from pidistill import checkpoints
 from pidistill.errors import InputError
-from tests.recipes.runs import (
+from pidistill.training import checkpoints
+from tests.support.runs import (
     EVALUATION,
     RECIPES,
     ROOT,

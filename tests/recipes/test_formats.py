@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from pidistill.errors import InputError
 from pidistill.models import from_hf
-from pidistill.training import cleanup
-from tests.hub_models import MODELS, assert_same_logits, reference
-from tests.recipes.runs import save_config, shell, tune_command
-from tests.recipes.tiny_qwen import VOCABULARY, load_config, qwen_checkpoint, read_metrics, set_up, small_model, use_model
+from pidistill.training.start import cleanup
+from tests.support.hub_models import MODELS, assert_same_logits, reference
+from tests.support.runs import save_config, shell, tune_command
+from tests.support.tiny_qwen import VOCABULARY, load_config, qwen_checkpoint, read_metrics, set_up, small_model, use_model
 
 QUESTIONS = [f"Ann has {n} apples and buys {m}. How many has she?" for n, m in ((3, 4), (12, 5), (7, 7), (40, 2))]
 ANSWERS = ["7", "17", "14", "42"]

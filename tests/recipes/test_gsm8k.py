@@ -15,11 +15,13 @@ from torchtune import training
 
 from pidistill.config import build
 from pidistill.data import epoch_order, gsm8k_dataset
-from pidistill.packing import make_batch
+from pidistill.distributed.run import Run
 from pidistill.rewards import last_answer
-from pidistill.training import Run, cleanup, load_model
+from pidistill.scoring.batch import make_batch
+from pidistill.training.load import load_model
+from pidistill.training.start import cleanup
 from pidistill.types import Example, Message
-from tests.recipes.tiny_qwen import load_config, qwen_checkpoint, read_metrics, set_up, small_model, tune_run
+from tests.support.tiny_qwen import load_config, qwen_checkpoint, read_metrics, set_up, small_model, tune_run
 
 DATA = os.environ.get("PIDISTILL_TEST_DATA")
 ROWS = Path(DATA or ".") / "gsm8k_train.jsonl"

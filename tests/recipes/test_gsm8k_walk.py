@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pidistill import _cli
-from tests.recipes.runs import metrics
-from tests.recipes.tiny_qwen import ROOT, qwen_checkpoint, small_model
+from pidistill.commands import main as _cli
+from tests.support.runs import metrics
+from tests.support.tiny_qwen import ROOT, qwen_checkpoint, small_model
 
 DATA = os.environ.get("PIDISTILL_TEST_DATA")
 DOC = (ROOT / "docs" / "gsm8k.md").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from pidistill.data.load import _check_same_tokenizer
 from pidistill.errors import InputError
 from pidistill.testing import TINY_SIZES, tiny_hf_checkpoint
 from pidistill.tokenizers import HFChatTokenizer
-from tests.recipes.runs import (
+from tests.support.runs import (
     ROOT,
     assert_same_tensors,
     metrics,
@@ -28,7 +28,7 @@ from tests.recipes.runs import (
     tune_command,
     weights,
 )
-from tests.recipes.tiny_qwen import qwen_checkpoint
+from tests.support.tiny_qwen import qwen_checkpoint
 
 TEACHERS = "pidistill.teachers."
 LORA = {
@@ -149,7 +149,7 @@ def test_two_processes_end_where_one_does(tiny_base, tmp_path):
         run(method, config(tmp_path / "one" / name))
         runs[name] = [method, str(save_config(config(tmp_path / "two" / name), tmp_path / f"{name}.yaml"))]
     several = str(save_config(OmegaConf.create({"runs": runs}), tmp_path / "all.yaml"))
-    done = shell(tune_command("run", "--nproc_per_node", "2", "tests/recipes/several.py", "--config", several), timeout_s=240)
+    done = shell(tune_command("run", "--nproc_per_node", "2", "tests/support/several.py", "--config", several), timeout_s=240)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in runs:
         one, two = weights(tmp_path / "one" / name), weights(tmp_path / "two" / name)
@@ -198,7 +198,9 @@ def test_another_model_with_more_padded_rows_teaches(tiny_base, tmp_path):
 def test_teachers_that_cannot_be_are_refused_before_weights_are_loaded(
     method, changes, message, tiny_base, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("pidistill.checkpoints.Checkpoints.load_weights", lambda self: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        "pidistill.training.checkpoints.Checkpoints.load_weights", lambda self: pytest.fail("weights were loaded")
+    )
     with pytest.raises(InputError, match=message):
         run(method, small_config(method, tiny_base, tmp_path, **changes))
 
@@ -251,7 +253,7 @@ def test_a_teacher_without_all_ids_of_the_tokenizer_is_refused(tiny_base, tmp_pa
         **OmegaConf.load(ROOT / "configs/tiny/opsd.yaml").model,
         "vocab_size": 80,
     }
-    scratch = {"_component_": "pidistill.checkpoints.from_scratch", "checkpoint_dir": str(tmp_path / "scratch")}
+    scratch = {"_component_": "pidistill.models.from_scratch.from_scratch", "checkpoint_dir": str(tmp_path / "scratch")}
     scratch |= {"model": {}, "hf_config": {}, "model_type": "LLAMA3"}
     with pytest.raises(InputError, match="the teacher's vocabulary is 80 and the student's tokenizer has 85 ids"):
         run("opsd", other_teacher(tiny_base, tmp_path, teacher_model=small, teacher_checkpointer=scratch))

@@ -8,11 +8,12 @@ import torch
 from omegaconf import OmegaConf
 from torchao.optim.subclass_8bit import OptimState8bit
 
+from pidistill.distributed.run import Run
 from pidistill.errors import InputError
-from pidistill.training import Run, Updates
-from tests.builders import CPU
+from pidistill.training.update import Updates
 from tests.recipes.conftest import WIDE
-from tests.recipes.runs import (
+from tests.support.builders import CPU
+from tests.support.runs import (
     assert_same_tensors,
     metrics,
     run,
@@ -26,7 +27,11 @@ from tests.recipes.runs import (
 )
 
 EIGHT_BITS = {"optimizer._component_": "torchao.optim.AdamW8bit"}
-ON_CPU = {"optimizer._component_": "pidistill.optimizers.cpu_offload", "optimizer.minimal_size": 64, "clip_grad_norm": None}
+ON_CPU = {
+    "optimizer._component_": "pidistill.training.optimizers.cpu_offload",
+    "optimizer.minimal_size": 64,
+    "clip_grad_norm": None,
+}
 
 
 def memory_run(base, folder, prepare=None, **changes):
@@ -90,7 +95,7 @@ def test_two_processes_in_8_bits_resume_to_the_bit_and_one_cannot(wide_base, tmp
         cfg = small_config("opsd", wide_base, tmp_path / folder, **WIDE, **EIGHT_BITS, **changes)
         runs[name] = ["opsd", str(save_config(cfg, tmp_path / f"{name}.yaml"))]
     several = str(save_config(OmegaConf.create({"runs": runs}), tmp_path / "all.yaml"))
-    command = tune_command("run", "--nproc_per_node", "2", "tests/recipes/several.py", "--config", several)
+    command = tune_command("run", "--nproc_per_node", "2", "tests/support/several.py", "--config", several)
     done = shell(command, timeout_s=240, TORCHDYNAMO_DISABLE="1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_tensors(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
@@ -141,7 +146,7 @@ class TorchWithoutStreams:
 def stand_in_gpu(monkeypatch):
     monkeypatch.setattr("torchao.optim.cpu_offload.torch", TorchWithoutStreams())
     monkeypatch.setattr("torchao.optim.cpu_offload.get_available_devices", lambda: ["cpu", "cuda"])
-    monkeypatch.setattr("pidistill.optimizers.torch", TorchWithoutStreams())
+    monkeypatch.setattr("pidistill.training.optimizers.torch", TorchWithoutStreams())
 
 
 def test_an_optimizer_on_the_cpu_is_the_same_and_resumes_to_the_bit(stand_in_gpu, wide_base, tmp_path):

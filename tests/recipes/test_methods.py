@@ -15,13 +15,13 @@ from filelock import FileLock
 
 from pidistill.data import epoch_order
 from pidistill.envs.base import EnvStep
-from pidistill.privileged import PrivilegedPrompt
-from pidistill.scoring import score
+from pidistill.privileged.prompt import PrivilegedPrompt
+from pidistill.scoring.score import score
 from pidistill.types import Message, Rollout, ScoreRequest
-from tests.builders import batch_of
-from tests.recipes.runs import Stop, assert_same_tensors, metrics, run, small_config, stop_after_row, training_state, weights
 from tests.recipes.test_two_processes import assert_close_rows, launch_several
-from tests.recipes.worlds import Episode, VariedEnvironment, recorded
+from tests.support.builders import batch_of
+from tests.support.runs import Stop, assert_same_tensors, metrics, run, small_config, stop_after_row, training_state, weights
+from tests.support.worlds import Episode, VariedEnvironment, recorded
 
 
 @dataclass
@@ -133,7 +133,7 @@ def test_without_privileged_information_nothing_is_guided_and_it_is_grpo(tiny_ba
 
 
 def test_a_penalty_makes_no_group_a_failed_one(tiny_base, tmp_path):
-    penalty = [{"_component_": "tests.test_shaping.Fixed", "value": -5.0}]
+    penalty = [{"_component_": "tests.rewards.test_shaping.Fixed", "value": -5.0}]
     guided = []
     for name, shaping in (("plain", None), ("shaped", penalty)):
         changes = GUIDE | {"max_steps": 1, "prompts_per_round": 6, "reward_shaping": shaping}

@@ -16,19 +16,19 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-from pidistill.data.prepare import main as prepare
-from pidistill.preview.command import main as preview
+from pidistill.commands.prepare import main as prepare
+from pidistill.commands.preview.command import main as preview
 from pidistill.rewards import last_answer
 from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES
 from pidistill.types import Example, Message
-from tests.chat_templates import LLAMA32, QWEN3
-from tests.hub_models import hub_folder
-from tests.recipes.runs import metrics, weights
+from tests.support.chat_templates import LLAMA32, QWEN3
+from tests.support.hub_models import hub_folder
+from tests.support.runs import metrics, weights
+from tests.support.tiny_tokenizers import llama_folder, qwen_folder, r1_folder
 from tests.test_configs import REAL, name_of, recipe_of
-from tests.tiny_tokenizers import llama_folder, qwen_folder, r1_folder
 
 VOCABULARY = 640
-# Family → (a model of tests/hub_models.py, its builder with and without adapters, what else the builder takes, its tokenizer).
+# Family → (a model of hub_models.py, its builder with and without adapters, what else the builder takes, its tokenizer).
 FAMILIES: dict[str, tuple[str, str, dict[str, Any], Any]] = {
     "qwen3": (
         "qwen3, tied",

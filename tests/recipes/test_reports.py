@@ -8,11 +8,11 @@ import re
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from pidistill import metrics as metrics_module
-from pidistill import training
-from pidistill.evaluation import pass_at_k
-from pidistill.training import EVALUATION_KEYS
-from tests.recipes.runs import EVALUATION, RECIPES, metrics, recipe_module, run, small_config
+from pidistill.training import metrics as metrics_module
+from pidistill.training.evaluation import pass_at_k
+from pidistill.training.keys import EVALUATION_KEYS
+from pidistill.training.start import start as training
+from tests.support.runs import EVALUATION, RECIPES, metrics, recipe_module, run, small_config
 
 TRAINED = ["base", "sft", "rl", "opsd", "pi_distill"]  # the others: test_every_config.py
 SHARDED = {"fsdp_reshard_after_forward", "custom_sharded_layers"}  # read where there is more than one rank
@@ -75,7 +75,7 @@ def left(tiny_base, tmp_path_factory):
 
 
 def documented() -> list[re.Pattern]:
-    """The keys in the first column of the table in pidistill.metrics, `<name>` standing for anything."""
+    """The keys in the first column of the table in pidistill.training.metrics, `<name>` standing for anything."""
     rows = re.findall(r"^\| (\S.*?) \| ", metrics_module.__doc__, re.MULTILINE)
     names = [name for row in rows[2:] for name in re.split(r", | … ", row)]
     names += re.findall(r"`(reward/<name>)`", metrics_module.__doc__)
@@ -91,7 +91,7 @@ def test_every_number_is_documented_and_finite(name, left):
     assert rows
     for row in rows:
         for key, value in row.items():
-            assert any(pattern.fullmatch(key) for pattern in table), f"{key} is not in the table of pidistill.metrics"
+            assert any(pattern.fullmatch(key) for pattern in table), f"{key} is not in the table of pidistill.training.metrics"
             assert isinstance(value, int | float) and math.isfinite(value), key
 
 

@@ -12,8 +12,8 @@ from pidistill.data import chat_dataset
 from pidistill.errors import InputError
 from recipes import sample_distributed
 from recipes.sample_distributed import SampleRecipe
-from tests.recipes.runs import MODEL, ROOT, assert_same_tensors, metrics, run, save_config, shell, small_config, tune_command
-from tests.recipes.runs import weights as weights_of
+from tests.support.runs import MODEL, ROOT, assert_same_tensors, metrics, run, save_config, shell, small_config, tune_command
+from tests.support.runs import weights as weights_of
 
 
 def sample_config(name, base, folder, **changes):
@@ -23,7 +23,7 @@ def sample_config(name, base, folder, **changes):
         "output_dir": str(folder),
         "checkpointer.checkpoint_dir": str(base),
         "checkpointer.checkpoint_files": ["model.safetensors"],
-        "environment._component_": "tests.recipes.worlds.VariedEnvironment",
+        "environment._component_": "tests.support.worlds.VariedEnvironment",
         "dataset.max_rows": 3,
         "prompts_per_batch": 2,
         "selection.threshold": 0.5,

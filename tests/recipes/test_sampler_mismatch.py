@@ -8,10 +8,10 @@ import pytest
 
 from pidistill.errors import InputError
 from pidistill.rollouts import Sample, TorchtuneSampler
-from tests.recipes.runs import metrics, run, small_config
+from tests.support.runs import metrics, run, small_config
 
 MISMATCH = [f"sampler_mismatch_{name}_nats" for name in ("k3", "mean", "max")]
-WEIGHTS = {"importance_weights": {"_component_": "pidistill.mismatch.TruncatedImportanceWeights", "cap": 2.0}}
+WEIGHTS = {"importance_weights": {"_component_": "pidistill.scoring.mismatch.TruncatedImportanceWeights", "cap": 2.0}}
 FROZEN = {"teacher": {"_component_": "pidistill.teachers.FrozenTeacher"}}
 METHODS = {  # where each method's samples come from
     "opsd": {},

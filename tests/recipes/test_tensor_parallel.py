@@ -11,16 +11,19 @@ from safetensors.torch import load_file
 from torch.distributed import ProcessGroup
 
 from pidistill.data import epoch_order
+from pidistill.distributed.tensor_parallel import check_tensor_parallel
 from pidistill.errors import InputError
 from pidistill.models import HFCheckpointer
 from pidistill.rollouts import CollectResult
 from pidistill.rollouts import collect as collect_module
-from pidistill.tensor_parallel import check_tensor_parallel
 from pidistill.testing import TINY_SIZES
-from pidistill.training import check_run
+from pidistill.training.start import check_run
 from recipes.opsd_distributed import KEYS, REQUIRED
-from tests.hub_models import MODELS, hub_folder
-from tests.recipes.runs import (
+from tests.recipes.test_sample import sample_config
+from tests.recipes.test_two_processes import EMA, TIMEOUT_S, assert_close_rows, back_to_checkpoint
+from tests.rollouts.test_collect import Script, collect, pair
+from tests.support.hub_models import MODELS, hub_folder
+from tests.support.runs import (
     EVALUATION,
     RECIPES,
     assert_same_tensors,
@@ -33,10 +36,7 @@ from tests.recipes.runs import (
     tune_command,
     weights,
 )
-from tests.recipes.test_sample import sample_config
-from tests.recipes.test_two_processes import EMA, TIMEOUT_S, assert_close_rows, back_to_checkpoint
-from tests.recipes.worlds import recorded
-from tests.test_collect import Script, collect, pair
+from tests.support.worlds import recorded
 
 # Without Adam, which would hide a wrong length of the gradient; and clipped, which needs the length over all shards.
 SGD = {"optimizer": {"_component_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}, "clip_grad_norm": 0.05}
@@ -44,7 +44,7 @@ MAIN = {
     "max_steps": 4, "prompts_per_round": 3, "updates_per_round": 2, "minibatch_rollouts": 6, "micro_batch_tokens": 200,
     "save_every_steps": 2, "eval_every_steps": 2, "rollout_log_steps": 2, **EVALUATION,
 }  # fmt: skip
-JUDGE = {"sibling": None, "feedback": {"_component_": "tests.recipes.worlds.FeedbackOfRank"}}
+JUDGE = {"sibling": None, "feedback": {"_component_": "tests.support.worlds.FeedbackOfRank"}}
 SCENARIOS: dict[str, tuple[str, dict[str, Any]]] = {
     "main": ("pi_distill", MAIN),
     # The environment draws from a random stream of its process: two that were asked would answer differently.
@@ -62,10 +62,10 @@ SLOW = {
     "checkpointing": ("rl", {"enable_activation_checkpointing": True, "max_steps": 2, **SGD}),
     "embedding": ("rl", {"custom_sharded_layers": ["tok_embeddings"], "max_steps": 2}),
     "foreach": ("rl", {"max_steps": 3, "optimizer__foreach": True}),
-    "judge": ("sdpo", {"hindsight": {"_component_": "pidistill.hindsight.Hindsight", **JUDGE}, "max_steps": 2}),
+    "judge": ("sdpo", {"hindsight": {"_component_": "pidistill.privileged.hindsight.Hindsight", **JUDGE}, "max_steps": 2}),
     "threads": ("rl", {"prompts_per_round": 3, "max_steps": 2, "environment_threads": 3, "environment__wait_s": 0.01}),
     "poisoned": ("rl", {"max_steps": 3, "objective": {
-        "_component_": "tests.recipes.worlds.PoisonedGRPO", "steps": [1], "report_teacher_kl": True,
+        "_component_": "tests.support.worlds.PoisonedGRPO", "steps": [1], "report_teacher_kl": True,
     }}),
     "supervised": ("sft", {"max_steps": 3, "eval_every_steps": 2, **EVALUATION, **SGD}),
     "evaluate": ("evaluate", {"dataset__max_rows": 3, "eval_samples": 2}),
@@ -94,7 +94,7 @@ def launch(processes: int, folder: Path, runs: dict[str, tuple[str, DictConfig]]
     """All ``runs`` one after another in one launch."""
     listed = {name: [method, str(save_config(cfg, folder / f"{name}.yaml"))] for name, (method, cfg) in runs.items()}
     config = save_config(OmegaConf.create({"runs": listed}), folder / "all.yaml")
-    arguments = ("--nproc_per_node", str(processes), "tests/recipes/several.py", "--config", str(config))
+    arguments = ("--nproc_per_node", str(processes), "tests/support/several.py", "--config", str(config))
     done = shell(tune_command("run", *arguments), timeout_s=TIMEOUT_S)
     assert done.returncode == 0, done.stderr[-3000:]
 

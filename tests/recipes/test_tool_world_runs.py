@@ -20,10 +20,10 @@ from pidistill.envs.tool_world.customer import Customer
 from pidistill.envs.tool_world.dataset import SCHEMAS, expert_turn
 from pidistill.envs.tool_world.tasks import draw_tasks
 from pidistill.envs.tool_world.wishes import Say
-from pidistill.privileged import DEFAULT_TEMPLATE
+from pidistill.privileged.prompt import DEFAULT_TEMPLATE
 from pidistill.rollouts import Sample
 from pidistill.types import Rollout
-from tests.recipes.runs import ROOT, metrics, weights
+from tests.support.runs import ROOT, metrics, weights
 
 CONFIGS = ROOT / "configs" / "tool_world"
 MODEL = {"model.num_layers": 1, "model.embed_dim": 32, "model.intermediate_dim": 64}

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from pidistill.data import epoch_order
-from tests.recipes.runs import (
+from tests.support.runs import (
     EVALUATION,
     RECIPES,
     assert_same_tensors,
@@ -27,7 +27,7 @@ from tests.recipes.runs import (
     tune_command,
     weights,
 )
-from tests.recipes.worlds import recorded
+from tests.support.worlds import recorded
 
 TIMEOUT_S = 240  # a hang, not a slow machine
 EMA = {"_component_": "pidistill.teachers.EMATeacher", "rate": 0.3}
@@ -52,7 +52,7 @@ SCENARIOS = {
                     "environment_threads": 3, "environment_timeout_s": 1.0}),
     # The loss is NaN on the one rank that has rollouts.
     "poisoned": ("rl", {"prompts_per_round": 1, "max_steps": 3, "objective": {
-        "_component_": "tests.recipes.worlds.PoisonedGRPO", "steps": [1], "report_teacher_kl": True,
+        "_component_": "tests.support.worlds.PoisonedGRPO", "steps": [1], "report_teacher_kl": True,
     }}),
     "evaluate": ("evaluate", {"dataset__max_rows": 3, "eval_samples": 2}),
 }  # fmt: skip
@@ -73,7 +73,7 @@ def launch_several(folder: Path, runs: dict) -> subprocess.CompletedProcess:
     folder.mkdir(exist_ok=True)
     listed = {name: [method, str(save_config(cfg, folder / f"{name}.yaml"))] for name, (method, cfg) in runs.items()}
     return launch(
-        "tests/recipes/several.py", "--config", str(save_config(OmegaConf.create({"runs": listed}), folder / "all.yaml"))
+        "tests/support/several.py", "--config", str(save_config(OmegaConf.create({"runs": listed}), folder / "all.yaml"))
     )
 
 

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+from pidistill.chat.messages import messages_text
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs.tool_world.customer import Customer
 from pidistill.envs.tool_world.environment import ToolWorldEnvironment
@@ -12,8 +13,7 @@ from pidistill.envs.tool_world.tasks import LEVELS, SHARES, ToolTask, draw_tasks
 from pidistill.envs.tool_world.tools import TOOLS
 from pidistill.envs.tool_world.wishes import Call, Move
 from pidistill.errors import InputError
-from pidistill.messages import messages_text
-from pidistill.privileged import PrivilegedPrompt
+from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.types import Example, Message
 
 PRIVILEGED = ("calls", "names", "instruction", "none")

@@ -10,14 +10,14 @@ the token limit or by `max_turns`, gets 0.
 
 from dataclasses import dataclass, field
 
+from pidistill.chat.tool_calls import visible_text
 from pidistill.envs.base import EnvStep
+from pidistill.envs.function_tools import call_tools
 from pidistill.envs.tool_world.customer import STOP, Customer, numbers_said, said_all
 from pidistill.envs.tool_world.shop import Shop, shop_image
 from pidistill.envs.tool_world.tasks import ToolTask
 from pidistill.envs.tool_world.tools import TOOLS
-from pidistill.envs.tools import call_tools
 from pidistill.errors import InputError
-from pidistill.tokenizers.tool_calls import visible_text
 from pidistill.types import Example, Message
 
 MOST_NUMBERS = 20

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from pidistill.chat.messages import messages_text
 from pidistill.envs.tool_world.dataset import SCHEMAS, play_expert, privileged_text
 from pidistill.envs.tool_world.policy import POLICY
 from pidistill.envs.tool_world.tasks import draw_tasks
-from pidistill.messages import messages_text
-from pidistill.privileged import DEFAULT_TEMPLATE
+from pidistill.privileged.prompt import DEFAULT_TEMPLATE
 from pidistill.tokenizers.hf_chat import HFChatTokenizer
 
 VOCAB_SIZE = 1536

@@ -9,8 +9,8 @@ import json
 import operator
 from typing import Any, Literal
 
+from pidistill.envs.function_tools import ToolError, tools_by_name
 from pidistill.envs.tool_world.shop import Shop
-from pidistill.envs.tools import ToolError, tools_by_name
 
 Reason = Literal["no longer needed", "ordered by mistake"]
 Topic = Literal["damaged item", "lost parcel", "invoice", "warranty"]

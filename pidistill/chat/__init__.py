@@ -1,0 +1,1 @@
+"""Messages, tool calls and phrases: what a conversation says, before any tokenizer has seen it."""

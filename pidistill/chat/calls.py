@@ -1,0 +1,112 @@
+"""Tool calls in agent conversations, however they are written: OpenAI's ``tool_calls``, or JSON between tags in the text.
+
+{"role": "assistant", "tool_calls": [{"function": {"name": "find", "arguments": "{\\"day\\": 20}"}}]}
+{"role": "assistant", "content": "Looking. <action>{\\"name\\": \\"find\\", \\"arguments\\": {\\"day\\": 20}}</action>"}
+"""
+
+import json
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from pidistill.chat.messages import message_text, parsed_arguments
+from pidistill.errors import InputError
+from pidistill.types import Message
+
+ACTION_TAGS = ("action", "tool_call")
+_ARGUMENT_KEYS = ("arguments", "kwargs", "parameters")  # OpenAI and Qwen; τ-bench's reference actions; Llama 3
+
+CALL_TEMPLATE = "{number}. {name}({arguments})"
+_PLACEHOLDERS = frozenset({"number", "name", "arguments"})
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """``arguments`` is an object, or the text that a model wrote in its place."""
+
+    name: str
+    arguments: Any
+
+
+@dataclass(frozen=True)
+class CallStyle:
+    """How calls are found and written as text; one line per call, in their order.
+
+    Attributes:
+        template: one line: ``{number}`` (from 1), ``{name}``, ``{arguments}`` (JSON); any of them may be left out.
+        omit_tools: calls of these tools are not written (τ-bench's `think` is reasoning, not an action).
+        action_tags: between which tags an assistant's text holds calls as JSON; only looked at where a message has no
+            ``tool_calls``.
+    """
+
+    template: str = CALL_TEMPLATE
+    omit_tools: Sequence[str] = ()
+    action_tags: Sequence[str] = ACTION_TAGS
+
+    def __post_init__(self) -> None:
+        try:
+            names = {name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None}
+        except ValueError as error:
+            raise InputError(f"call_template is malformed ({error}); double the braces of its text") from error
+        if not names or names - _PLACEHOLDERS:
+            known = ", ".join(f"{{{name}}}" for name in sorted(_PLACEHOLDERS))
+            raise InputError(f"call_template {self.template!r} needs at least one of {known}, and no other placeholder")
+
+    def calls(self, turns: Sequence[Message]) -> list[ToolCall]:
+        """The calls of all assistant turns, in order, without those of ``omit_tools``."""
+        found = [call for turn in turns if turn["role"] == "assistant" for call in calls_of(turn, self.action_tags)]
+        return [call for call in found if call.name not in self.omit_tools]
+
+    def write(self, calls: Sequence[ToolCall]) -> str:
+        return "\n".join(self._line(number, call) for number, call in enumerate(calls, start=1))
+
+    def _line(self, number: int, call: ToolCall) -> str:
+        arguments = call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments, ensure_ascii=False)
+        return self.template.format(number=number, name=call.name, arguments=arguments)
+
+
+def calls_of(message: Message, action_tags: Sequence[str] = ACTION_TAGS) -> list[ToolCall]:
+    """The readable calls of one assistant message, in order."""
+    return [call for call in _found(message, action_tags) if call is not None]
+
+
+def unreadable_calls(message: Message, action_tags: Sequence[str] = ACTION_TAGS) -> int:
+    """Tags in the text whose inside is no call as JSON."""
+    return sum(call is None for call in _found(message, action_tags))
+
+
+def as_call(value: Any) -> ToolCall | None:
+    """A call out of ``{"name", "arguments" | "kwargs" | "parameters"}``, maybe under ``"function"``; None where it is none."""
+    function = value.get("function", value) if isinstance(value, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        return None
+    given = next((function[key] for key in _ARGUMENT_KEYS if function.get(key) is not None), {})
+    return ToolCall(function["name"], parsed_arguments(given))
+
+
+def _found(message: Message, action_tags: Sequence[str]) -> list[ToolCall | None]:
+    if message.get("tool_calls"):
+        return [as_call(call) for call in message["tool_calls"]]
+    return [as_call(_json(inside)) for _, inside in _tagged(tuple(action_tags)).findall(_said(message))]
+
+
+def _said(message: Message) -> str:
+    """The text behind the reasoning, in which nothing is a call."""
+    reasoning, closed, said = message_text(message).partition("</think>")
+    return said if closed else reasoning.partition("<think>")[0]
+
+
+@lru_cache
+def _tagged(tags: tuple[str, ...]) -> re.Pattern[str]:
+    names = "|".join(map(re.escape, tags)) or r"(?!)"
+    return re.compile(rf"<({names})>(.*?)</\1>", re.DOTALL)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None

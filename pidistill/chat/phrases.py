@@ -1,0 +1,39 @@
+"""What an assistant says: leak phrases, and words that it shares with the privileged information."""
+
+import re
+from collections.abc import Sequence
+
+from pidistill.chat.messages import messages_text
+from pidistill.types import Message, Rollout
+
+# ---------------------------------------------------------------------------------------------- numbers of rollouts
+
+
+def assistant_text(turns: Sequence[Message]) -> str:
+    """What the policy wrote, tool calls included."""
+    return messages_text([turn for turn in turns if turn["role"] == "assistant"])
+
+
+def says_leak_phrase(rollout: Rollout, phrases: Sequence[str]) -> bool:
+    """True if an assistant turn says one of the phrases as whole words, whatever the case."""
+    return count_phrases(assistant_text(rollout.turns), phrases) > 0
+
+
+def privileged_overlap(rollout: Rollout, n: int = 4) -> tuple[int, int]:
+    """(word n-grams of the student's text that stand in the privileged text, all its n-grams)."""
+    privileged = rollout.example.privileged
+    if privileged is None:
+        return 0, 0
+    text = privileged if isinstance(privileged, str) else messages_text(privileged)
+    known, said = set(_ngrams(text, n)), _ngrams(assistant_text(rollout.turns), n)
+    return sum(gram in known for gram in said), len(said)
+
+
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = text.casefold().split()
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def count_phrases(text: str, phrases: Sequence[str]) -> int:
+    """How often ``text`` says any of the phrases as whole words, whatever the case; a phrase inside another counts too."""
+    return sum(len(re.findall(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE)) for phrase in phrases)

@@ -1,0 +1,203 @@
+"""Tool calls in the text of an assistant turn, in the form that a model family writes them.
+
+    hermes   <tool_call>{"name": "f", "arguments": {...}}</tool_call>, any number of them, text around (Hermes, Qwen 2.5 and 3)
+    llama3   {"name": "f", "parameters": {...}} as the whole turn, behind <|python_tag|> or not (Llama 3.1 and later)
+    action   <action>{"name": "f", "arguments": {...}}</action>, for models whose chat template knows no tools
+    none     the text stays as it is
+
+Reasoning is text: nothing before the first ``</think>`` is a call, and nothing at all where ``<think>`` is never closed.
+
+A turn with a malformed call has no calls: its content is the whole text, as the model wrote it, and ``tool_call_error`` says
+what is wrong, for the environment to answer with. The content of a turn with calls is the text outside them.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pidistill.chat.messages import message_text
+from pidistill.types import Message
+
+FORMATS = ("hermes", "llama3", "action", "none")
+
+_TAGS = {"hermes": "tool_call", "action": "action"}
+_PYTHON_TAG = "<|python_tag|>"
+_ACTION_INSTRUCTIONS = """\
+You can call these tools:
+{schemas}
+
+To call one, write <action>{{"name": "...", "arguments": {{...}}}}</action>. Its result comes back within <result></result>."""
+
+
+class MalformedCall(Exception):
+    """What is wrong with a call, as a sentence for the model that wrote it."""
+
+
+def parse_turn_text(text: str, format: str) -> Message:
+    """The assistant message that ``text``, a turn without its stop token, says in one of :data:`FORMATS`."""
+    message: Message = {"role": "assistant", "content": text}
+    head = _reasoning(text)
+    try:
+        content, calls = _split_calls(text[len(head) :], format)
+    except MalformedCall as error:
+        return message | {"tool_call_error": str(error)}
+    if calls:
+        message |= {"content": head + content, "tool_calls": calls}
+    return message
+
+
+def visible_text(message: Message) -> str:
+    """What a reader is meant to see of an assistant message: its content without the reasoning."""
+    text = message_text(message)
+    return text[len(_reasoning(text)) :].strip()
+
+
+def _reasoning(text: str) -> str:
+    """The beginning of the text up to the first ``</think>``; all of it where ``<think>`` is not closed."""
+    end = text.find("</think>")
+    if end >= 0:
+        return text[: end + len("</think>")]
+    return text if "<think>" in text else ""
+
+
+def _split_calls(text: str, format: str) -> tuple[str, list[dict[str, Any]]]:
+    if format in _TAGS:
+        return _tagged(text, _TAGS[format])
+    if format == "llama3":
+        return _whole(text)
+    return text, []
+
+
+def _tagged(text: str, tag: str) -> tuple[str, list[dict[str, Any]]]:
+    """Templates put a line break before each call, which belongs to neither the text nor the call."""
+    pieces = re.split(rf"(</?{tag}>)", text)
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    outside, calls, at = [pieces[0]], [], 1
+    while at < len(pieces):
+        if pieces[at] == closing:
+            raise MalformedCall(f"{closing} without {opening} before it")
+        if pieces[at + 2 : at + 3] != [closing]:
+            raise MalformedCall(f"{opening} is not closed by {closing}")
+        calls.append(_call(pieces[at + 1], ("arguments",)))
+        outside[-1] = outside[-1].removesuffix("\n")
+        outside.append(pieces[at + 3])
+        at += 4
+    return "".join(outside), calls
+
+
+def _whole(text: str) -> tuple[str, list[dict[str, Any]]]:
+    """An answer may be JSON too: without the tag it is a call only if it has a call's keys."""
+    stripped = text.strip()
+    if stripped.startswith(_PYTHON_TAG):
+        return "", [_call(stripped.removeprefix(_PYTHON_TAG), ("parameters", "arguments"))]
+    if stripped.startswith("{") and re.search(r'"(name|parameters)"\s*:', stripped):
+        return "", [_call(stripped, ("parameters", "arguments"))]
+    return text, []
+
+
+def _call(text: str, argument_keys: Sequence[str]) -> dict[str, Any]:
+    try:
+        # json.loads takes NaN, which is not JSON; RecursionError and ValueError: nesting and numbers without end.
+        call = json.loads(text, parse_constant=_refuse_constant)
+        json.dumps(call, ensure_ascii=False).encode()  # half of a surrogate pair is no text that a tokenizer takes
+    except (ValueError, RecursionError) as error:
+        raise MalformedCall(f"the tool call is not valid JSON ({error}): {text.strip()[:80]}") from error
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        keys = f'{{"name": "...", "{argument_keys[0]}": {{...}}}}'
+        raise MalformedCall(f"the tool call has no name; it must be like {keys}")
+    arguments = next((call[key] for key in argument_keys if key in call), {})
+    if not isinstance(arguments, dict):
+        raise MalformedCall(f"the {argument_keys[0]} of the call of {call['name']} must be a JSON object")
+    return {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+# ------------------------------------------------------------------------------------------- the action format
+
+
+def as_plain_messages(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, default_system: str | None
+) -> list[Message]:
+    """A conversation with tools as one without: schemas in the system message, calls and results in text.
+
+    For the action format, whose templates have no place for tools. The results of one turn share a user message: some of these
+    templates refuse two in a row, and a model that makes two calls must not end the run. ``default_system`` is the system text
+    that the template gives a conversation without one, written out so that the schemas do not replace it.
+    """
+    plain = _plain_messages(messages)
+    if not tools:
+        return plain
+    if not plain or plain[0]["role"] != "system":
+        plain.insert(0, {"role": "system", "content": default_system or ""})
+    schemas = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
+    texts = [message_text(plain[0]), _ACTION_INSTRUCTIONS.format(schemas=schemas)]
+    return [{"role": "system", "content": "\n\n".join(filter(None, texts))}, *plain[1:]]
+
+
+def _plain_messages(messages: Sequence[Message]) -> list[Message]:
+    plain: list[Message] = []
+    for is_result, group in itertools.groupby(messages, lambda message: message["role"] == "tool"):
+        if is_result:
+            results = [f"<result>\n{message_text(message)}\n</result>" for message in group]
+            plain.append({"role": "user", "content": "\n".join(results)})
+        else:
+            plain += map(_plain_message, group)
+    return plain
+
+
+def _plain_message(message: Message) -> Message:
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    lines = [message_text(message), *(f"<action>{_call_json(call)}</action>" for call in calls)]
+    return {"role": message["role"], "content": "\n".join(filter(None, lines))}
+
+
+def _call_json(call: Mapping[str, Any]) -> str:
+    function = call.get("function", call)
+    return json.dumps({"name": function["name"], "arguments": function.get("arguments", {})}, ensure_ascii=False)
+
+
+# ------------------------------------------------------------------------------------------- what a template writes
+
+PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe_name",
+        "description": "",
+        "parameters": {"type": "object", "properties": {"probe_key": {"type": "string"}}, "required": ["probe_key"]},
+    },
+}
+PROBE_CONVERSATION: list[Message] = [
+    {"role": "user", "content": "question"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "probe_name", "arguments": {"probe_key": "probe_value"}}}],
+    },
+]
+
+
+def written_format(turn: str) -> str | None:
+    """The format of a rendered tool call of :data:`PROBE_CONVERSATION`; None where it is written in a form unknown here.
+
+    "none" where the template left the call out.
+    """
+    if "probe_value" not in turn:
+        return "none"
+    for format, pattern in _WRITTEN.items():
+        if re.search(pattern, turn):
+            return format
+    return None
+
+
+_WRITTEN = {  # keys in either order: reading a call does not depend on it
+    "hermes": r"<tool_call>\s*\{[^<]*probe_value[^<]*\}\s*</tool_call>",
+    "action": r"<action>\s*\{[^<]*probe_value[^<]*\}\s*</action>",
+    "llama3": r'"parameters": \{[^<{]*probe_value',
+}

@@ -1,0 +1,64 @@
+"""Where recipes and configs are, and what a config says before anything is built of it."""
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from pidistill.errors import InputError
+
+
+def folders() -> tuple[Path, Path]:
+    """(recipes, configs): inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    root = package if (package / "recipes").is_dir() else package.parent
+    return root / "recipes", root / "configs"
+
+
+def config_path(name: str) -> Path:
+    """A file, or the name of a bundled config."""
+    candidates = [Path(name), folders()[1] / f"{name}.yaml", folders()[1].parent / name]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise InputError(f"config {name} is neither a file nor a bundled config; `pidistill ls` lists those")
+
+
+def load_config(name: str) -> DictConfig:
+    """The config as it is now. Do not change it: it is read once per state of its file, and a sweep asks thousands of times."""
+    path = config_path(name)
+    state = path.stat()
+    return _load(path, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _load(path: Path, _mtime_ns: int, _size: int) -> DictConfig:
+    config = OmegaConf.load(path)
+    if not isinstance(config, DictConfig):
+        raise InputError(f"config {path} is not a mapping of keys to values")
+    return config
+
+
+def recipe_of(name: str) -> str:
+    """The recipe in the command that a config's first line gives: a bundled one by name, another one by its path."""
+    first = config_path(name).read_text(encoding="utf-8").split("\n", 1)[0]
+    found = re.match(r"#.*\brun\b(?:\s+--nproc_per_node[ =]\d+)?\s+(\S+)\s+--config\s", first)
+    if not found:
+        raise InputError(
+            f"config {name} does not say its recipe; begin it with a line like `# tune run --nproc_per_node 1 "
+            f"recipes/opsd_distributed.py --config {name}`"
+        )
+    recipe = Path(found[1])
+    bundled = recipe.parent.name in ("", "recipes") and (folders()[0] / f"{recipe.stem}.py").is_file()
+    return recipe.stem if bundled else found[1]
+
+
+def has_key(config: str, key: str) -> bool:
+    node: Any = load_config(config)
+    for part in key.split("."):
+        if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 (`in node` is False for null)
+            return False
+        node = node._get_node(part)
+    return True

@@ -1,0 +1,80 @@
+"""Lengths of prompts and completions, in tokens: of a dataset's first rows, or as given on the command line."""
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from omegaconf import DictConfig
+
+from pidistill.config import build
+from pidistill.data import demonstration
+from pidistill.errors import InputError
+from pidistill.privileged.prompt import PrivilegedPrompt
+from pidistill.tokenizers import as_chat_tokenizer
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the rows' prompts, and what a completion may have at most; ``shared``: how far both prompts agree."""
+
+    student: int
+    teacher: int
+    shared: int
+    completion: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """``mean`` decides the time, ``longest`` the memory; ``source`` says where they come from."""
+
+    mean: Lengths
+    longest: Lengths
+    source: str
+
+
+def rows_of(cfg: DictConfig, count: int) -> Rows:
+    """Lengths of the first ``count`` rows, from the config's own tokenizer, dataset and privileged prompt."""
+    tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
+    privileged = build(cfg.privileged) if cfg.get("privileged") else PrivilegedPrompt()
+    dataset = build(cfg.dataset)
+    examples = privileged.apply_control([dataset[i] for i in range(min(count, len(dataset)))])
+    views = [privileged.build(example, tokenizer) for example in examples]
+    if not views:
+        raise InputError("the dataset has no rows; check `dataset`, or give --prompt-tokens and --privileged-tokens")
+    limit = cfg.sampler.max_new_tokens if "batch_size" not in cfg else None
+    lengths = [
+        Lengths(
+            len(view.pair.student),
+            len(view.pair.teacher),
+            _shared(view.pair.student, view.pair.teacher),
+            limit or len(demonstration(example, view.pair, tokenizer).completion),
+        )
+        for example, view in zip(examples, views, strict=True)
+    ]
+    said = "sampler.max_new_tokens for every completion, the most it may be" if limit else "the demonstrations' completions"
+    return Rows(_each(statistics.fmean, lengths), _each(max, lengths), f"the first {len(lengths)} rows, and {said}")
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def _each(statistic: Callable[[list[int]], float], lengths: Sequence[Lengths]) -> Lengths:
+    """Field by field, in whole tokens; what both views share is no longer than either."""
+    columns = [round(statistic(list(column))) for column in zip(*map(dataclasses.astuple, lengths), strict=True)]
+    student, teacher, shared, completion = columns
+    return Lengths(student, teacher, min(shared, student, teacher), max(completion, 1))
+
+
+def given_rows(cfg: DictConfig, prompt: int, privileged: int, completion: int | None) -> Rows:
+    """Lengths from the command line; nothing counts as shared where privileged information stands before the question."""
+    said = "the lengths given"
+    if completion is None:
+        if "batch_size" in cfg:
+            raise InputError("a supervised run samples nothing, so its completions have no limit; give --completion-tokens")
+        completion, said = int(cfg.sampler.max_new_tokens), "the lengths given, and sampler.max_new_tokens for completions"
+    at_end = (cfg.get("privileged") or {}).get("placement") in ("user_end", "after_user")
+    lengths = Lengths(prompt, prompt + privileged, prompt if at_end or not privileged else 0, completion)
+    return Rows(lengths, lengths, said)

@@ -1,0 +1,164 @@
+"""Bytes that each phase of a round needs on each rank, part by part; the phase with the largest sum has to fit.
+
+Every term is one line with its reason.
+"""
+
+from math import ceil
+
+from pidistill.commands.plan.shape import ModelShape, kv_bytes
+from pidistill.commands.plan.workload import Setup, Workload, count_tokens
+from pidistill.rollouts.decoding import _TOKENS_PER_READ
+from pidistill.scoring.head_numbers import BLOCK_ELEMENTS, CHUNK_ELEMENTS
+
+# Python, torch and the data on a CPU; the context and the libraries' workspaces on CUDA.
+_LIBRARIES_BYTES = {"cpu": 0.5 * 2**30, "cuda": 0.8 * 2**30}
+# Temporaries of the rows whose numbers the head makes at once; see BLOCK_ELEMENTS there.
+_HEAD_TEMPORARIES = 8
+# Of each row's next-token distribution while it is drawn from: logits, in fp32, and their weights.
+_LOGIT_BYTES = 12
+
+
+def memory(setup: Setup, work: Workload) -> dict[str, dict[str, float]]:
+    """Bytes per rank, by phase and part, at the phase's peak."""
+    parts = {
+        "rollout": _rollout_bytes(setup, work),
+        "update": _update_bytes(setup, work),
+        "optimizer": _optimizer_bytes(setup),
+    }
+    if setup.constant_passes or setup.behaviour:
+        parts["teacher"] = _teacher_bytes(setup, work)
+    if not work.groups:
+        del parts["rollout"]
+    return {phase: _resident_bytes(setup) | own for phase, own in parts.items()}
+
+
+def peak(parts: dict[str, dict[str, float]]) -> tuple[str, float]:
+    """The phase that needs most, and its bytes."""
+    return max(((phase, sum(own.values())) for phase, own in parts.items()), key=lambda pair: pair[1])
+
+
+def _resident_bytes(setup: Setup) -> dict[str, float]:
+    """What is there in every phase; FSDP2 shards all of it, and with offloading the device holds none of it."""
+    model, share = setup.model, 0.0 if setup.cpu_offload else 1.0 / setup.ranks
+    return {
+        "libraries": _LIBRARIES_BYTES[setup.device],
+        "weights": model.weights_bytes * share + model.buffers_bytes,
+        "4-bit weight made whole": model.dequantizing_bytes,
+        "optimizer states": model.trained * setup.state_bytes * share,
+        "teacher weights": setup.teacher_bytes * share,
+        "moving average": setup.average_elements * 4 * share,
+    }
+
+
+def _rollout_bytes(setup: Setup, work: Workload) -> dict[str, float]:
+    model, prompt = setup.model, work.prompt(work.sampled_view)
+    rows = min(work.sampler_rows or work.groups * work.group_size, work.groups * work.group_size)
+    read_at_once = max(prompt, min(ceil(rows / work.group_size) * prompt, _TOKENS_PER_READ))
+    return {
+        # Gathered once per rollout on every rank, beside its shard.
+        "gathered weights": _gathered_bytes(setup, whole=True),
+        "keys and values": rows * _columns(prompt, prompt + work.completion - 1) * kv_bytes(model),
+        "prefill or step": max(read_at_once * _passing_bytes(model), rows * model.vocabulary * _LOGIT_BYTES),
+    }
+
+
+def _columns(prompt: int, needed: int) -> int:
+    """Of the cache in the end: it grows by a quarter, at least by 64, whenever it is full."""
+    columns = prompt + max(64, prompt // 4)
+    while columns < needed:
+        columns += 1 + max(64, (columns + 1) // 4)
+    return columns
+
+
+def _passing_bytes(model: ModelShape) -> float:
+    """Of one token in a forward without gradient: a layer's gate, up and product, and the residual beside two fp32 norms."""
+    return 3 * model.widest * model.item_bytes + 3 * model.width * 4
+
+
+def _gathered_bytes(setup: Setup, *, whole: bool) -> float:
+    """Full parameters on a rank: of the whole model, or of the root (embedding and head) and two layers, one fetched ahead."""
+    model = setup.model
+    if setup.ranks == 1 and not setup.cpu_offload:
+        return 0.0
+    if whole or not setup.reshard:
+        return model.weights_bytes
+    embeddings = model.head * (1 if model.tied else 2) * model.item_bytes
+    return embeddings + 2 * (model.weights_bytes - embeddings) / model.layers
+
+
+def _teacher_bytes(setup: Setup, work: Workload) -> dict[str, float]:
+    """Forwards without gradient; between micro-batches of an update the gradients are there too."""
+    passes = (*setup.constant_passes, *setup.behaviour)
+    forwards = [count_tokens(work, one.views, work.trained_groups).fed_at_once * _passing_bytes(one.model) for one in passes]
+    return {
+        "gathered weights": _gathered_bytes(setup, whole=False),
+        "gradients": _gradient_bytes(setup),
+        "activations": max(forwards),
+        "head": _head_matrices_bytes(setup, work),
+    }
+
+
+def _update_bytes(setup: Setup, work: Workload) -> dict[str, float]:
+    """Forward, head and backward of a micro-batch, the gradients of those before it being there."""
+    one, model = setup.trained_pass, setup.model
+    tokens = count_tokens(work, one.views, work.trained_groups)
+    head_gradient = _head_gradient_bytes(setup)
+    backward = tokens.fed_at_once * _backward_bytes(model, setup.checkpointing)
+    gathered = _gathered_bytes(setup, whole=False)
+    accumulated = _gradient_bytes(setup)
+    activations = tokens.fed_at_once * _activation_bytes(model, setup.checkpointing)
+    if setup.device == "cpu" and work.packing == "tree":
+        activations += 4 * tokens.pairs_at_once  # the mask, an fp32 bias for each block of queries
+    if tokens.micro_batches == 1:  # gradients come as activations go; the head's, and the layer at work, stand beside both
+        accumulated, activations = (0.0, activations) if activations > accumulated else (accumulated, 0.0)
+    return {
+        "gathered weights": gathered * (2 if setup.ranks > 1 else 1),  # and their gradients, before these are scattered
+        "gradients": accumulated,
+        "activations": activations,
+        "hidden states": tokens.policy_at_once * model.width * (2 * model.item_bytes + 8),
+        "head": head_gradient + max(_head_matrices_bytes(setup, work), backward),
+    }
+
+
+def _gradient_bytes(setup: Setup) -> float:
+    return 0.0 if setup.cpu_offload else setup.model.trained * setup.model.item_bytes / setup.ranks
+
+
+def _activation_bytes(model: ModelShape, checkpointing: bool) -> float:
+    """Of one token: what autograd keeps of every layer, or each layer's input alone."""
+    return model.layers * model.width * model.item_bytes if checkpointing else model.saved_bytes
+
+
+def _backward_bytes(model: ModelShape, checkpointing: bool) -> float:
+    """Of one token: gradients inside the layer at work, and with checkpointing all that its second forward keeps."""
+    return 4 * model.widest * model.item_bytes + 3 * model.width * 4 + (model.layer_saved_bytes if checkpointing else 0.0)
+
+
+def _head_gradient_bytes(setup: Setup) -> float:
+    """The fp32 buffer that chunks are added to, its copy in the weight's dtype, and the embedding's own share if it is tied."""
+    model = setup.model
+    if not model.head_trained:
+        return 0.0
+    return model.head * (4 + (model.item_bytes if model.item_bytes < 4 else 0) + (model.item_bytes if model.tied else 0))
+
+
+def _head_matrices_bytes(setup: Setup, work: Workload) -> float:
+    """Logits of a chunk, all views; temporaries of a block; on CPU in bf16 an fp32 copy to add to the head's gradient."""
+    model, views = setup.model, len({view for one in setup.update for view in one.views})
+    policy = count_tokens(work, ("student",), work.trained_groups).policy_at_once
+    logits = views * min(work.chunk_tokens or chunk_tokens(model, views, setup.device), policy) * model.vocabulary
+    block = min(BLOCK_ELEMENTS[setup.device], logits)
+    copy = 4 if setup.device == "cpu" and model.item_bytes < 4 and model.head_trained else 0
+    return logits * (model.item_bytes + copy) + _HEAD_TEMPORARIES * block * 4
+
+
+def chunk_tokens(model: ModelShape, views: int, device: str) -> int:
+    """The head's own choice of tokens whose logits exist at once."""
+    return max(1, CHUNK_ELEMENTS[device] // (views * model.vocabulary))
+
+
+def _optimizer_bytes(setup: Setup) -> dict[str, float]:
+    """The step's own copies: on CUDA torch works on all parameters together, elsewhere on one after the other."""
+    model = setup.model
+    together = model.trained / setup.ranks if setup.device == "cuda" and not setup.cpu_offload else model.head
+    return {"gradients": _gradient_bytes(setup), "step": together * model.item_bytes if setup.state_bytes else 0.0}

@@ -1,0 +1,163 @@
+"""From a config to what the estimates are made of: which forwards it runs, how it trains, and one rank's part of a round."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torchtune import training
+from torchtune.config._utils import _merge_yaml_and_cli_args
+from torchtune.training.precision import PRECISION_STR_TO_DTYPE
+
+from pidistill.commands.places import load_config
+from pidistill.commands.plan.lengths import Lengths
+from pidistill.commands.plan.shape import ModelShape, model_shape
+from pidistill.commands.plan.workload import Pass, Setup, Workload
+from pidistill.config import build, resolve
+from pidistill.errors import InputError
+from pidistill.models.empty import empty_model
+from pidistill.teachers import EMATeacher, LiveTeacher, Teacher, TrustRegionTeacher
+from pidistill.training.keys import COMMON_KEYS, ROUND_KEYS
+from pidistill.training.optimizers import cpu_offload
+from pidistill.training.rounds import Round
+from pidistill.training.start import check_run
+from pidistill.types import ScoreRequest
+
+KEYS = COMMON_KEYS | ROUND_KEYS | {"hindsight", "batch_size"}
+SFT_REQUEST = ScoreRequest(student_grad=True, teacher_grad=False, views=("student",))
+
+
+def merged(config: str, overrides: Sequence[str]) -> DictConfig:
+    """A bundled config or a file, with overrides as torchtune's command line takes them."""
+    try:
+        cfg = _merge_yaml_and_cli_args(argparse.Namespace(**load_config(config)), list(overrides))
+        OmegaConf.to_container(cfg, resolve=True)  # an interpolation that leads nowhere
+    except InputError:
+        raise
+    except (ValueError, OmegaConfBaseException) as error:
+        raise InputError(f"config {config} does not take {' '.join(overrides)} ({' '.join(str(error).split())})") from error
+    return cfg
+
+
+def read(config: str, overrides: Sequence[str]) -> DictConfig:
+    """The config as a run would read it; wrong keys and numbers are refused as there."""
+    cfg = merged(config, overrides)
+    if "optimizer" not in cfg:
+        raise InputError(f"config {config} trains nothing (it has no optimizer); plan one of a recipe that trains")
+    rounds = ("objective", "sampler", "privileged", "prompts_per_round", "group_size")
+    check_run(cfg, KEYS, ("model", "tokenizer", "dataset", *(("batch_size",) if "batch_size" in cfg else rounds)))
+    return cfg
+
+
+def setup_of(cfg: DictConfig, ranks: int, device: str) -> Setup:
+    model = shape_of(cfg.model, dtype_of(cfg))
+    teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
+    objective = build(cfg.objective) if cfg.get("objective") else None
+    request = objective.score_request(0) if objective else SFT_REQUEST
+    behaviour = objective.behaviour_request() if objective else None
+    other = shape_of(cfg.get("teacher_model") or cfg.model, dtype_of(cfg)) if teacher.own_weights else None
+    return Setup(
+        model=model,
+        update=tuple(_passes(request, teacher, model, other)),
+        behaviour=tuple(_passes(behaviour, teacher, model, other)) if behaviour else (),
+        teacher_bytes=other.weights_bytes if other else 0.0,
+        average_elements=model.trained if isinstance(teacher, EMATeacher) else 0,
+        state_bytes=_state_bytes(cfg.optimizer, model.item_bytes),
+        ranks=ranks,
+        reshard=bool(cfg.get("fsdp_reshard_after_forward", True)),
+        cpu_offload=bool(cfg.get("fsdp_cpu_offload", False)) and ranks > 1,
+        checkpointing=bool(cfg.get("enable_activation_checkpointing", False)),
+        device=device,
+    )
+
+
+def _passes(request: ScoreRequest, teacher: Teacher, model: ModelShape, other: ModelShape | None) -> Iterator[Pass]:
+    """The forwards of `pidistill.scoring.score.score`: views with gradient in one, every constant view in one of its own."""
+    gradient = tuple(view for view in request.views if (request.student_grad, request.teacher_grad)[view == "teacher"])
+    live = tuple(view for view in request.views if view == "student" or teacher.live or request.teacher_grad)
+    called = gradient or live
+    yield from (Pass(model, (view,)) for view in live if view not in called)
+    # Beside a live teacher view that is trained, a given teacher serves only what reaches the student alone.
+    if not teacher.live and "teacher" in request.views and ("teacher" not in live or _reaches_student(request)):
+        yield Pass(other or model, ("teacher",))
+        if isinstance(teacher, TrustRegionTeacher) and "teacher" not in live:
+            yield Pass(model, ("teacher",))
+    if called:
+        yield Pass(model, called, gradient)
+
+
+def _reaches_student(request: ScoreRequest) -> bool:
+    return any(divergence.grad == "student" for divergence in request.divergences)
+
+
+def workload_of(cfg: DictConfig, lengths: Lengths, ranks: int) -> Workload:
+    """This rank's part of a round, the busiest rank's where prompts do not divide."""
+    common = {
+        **dataclasses.asdict(lengths),
+        "packing": packing_of(cfg),
+        "micro_batch_tokens": budget_of(cfg),
+        "chunk_tokens": cfg.get("score_chunk_tokens"),
+    }
+    if "batch_size" in cfg:
+        return Workload(group_size=1, groups=0, trained_groups=-(-cfg.batch_size // ranks), views=SFT_REQUEST.views, **common)
+    sizes = Round(cfg)
+    objective = build(cfg.objective)
+    return Workload(
+        group_size=sizes.group_size,
+        groups=-(-sizes.prompts // ranks),
+        trained_groups=-(-sizes.minibatch // sizes.group_size // ranks),
+        updates=sizes.updates,
+        views=objective.score_request(0).views,
+        sampled_view=objective.sampling_view(),
+        sampler_rows=cfg.sampler.get("max_batch_size"),
+        **common,
+    )
+
+
+def packing_of(cfg: DictConfig) -> str:
+    return cfg.get("packing") or "tree"
+
+
+def budget_of(cfg: DictConfig) -> int:
+    return int(cfg.get("micro_batch_tokens") or 8192)
+
+
+def dtype_of(cfg: DictConfig) -> torch.dtype:
+    """By name alone: the run may be planned on a machine that cannot run it."""
+    name = cfg.get("dtype", "fp32")
+    if name not in ("fp32", "bf16"):
+        raise InputError(f"dtype={name} cannot be planned; set dtype to fp32 or bf16")
+    return PRECISION_STR_TO_DTYPE[name]
+
+
+def shape_of(node: Any, dtype: torch.dtype) -> ModelShape:
+    return _cached_shape(json.dumps(OmegaConf.to_container(node, resolve=True), sort_keys=True), dtype)
+
+
+@cache
+def _cached_shape(node: str, dtype: torch.dtype) -> ModelShape:
+    with training.set_default_dtype(dtype):
+        return model_shape(empty_model(json.loads(node)))
+
+
+def _state_bytes(node: DictConfig, item_bytes: int) -> float:
+    """Of one trained element, in the parameter's dtype as torch keeps it; counted on a parameter that takes one step."""
+    if resolve(node._component_) is cpu_offload:
+        return 0.0
+    parameter = torch.nn.Parameter(torch.zeros(2**18, dtype={2: torch.bfloat16, 4: torch.float32}[item_bytes]))
+    optimizer = build(node, [parameter])
+    parameter.grad = torch.ones_like(parameter)
+    with torch.compiler.set_stance("force_eager"):
+        optimizer.step()
+    states = (x for x in optimizer.state[parameter].values() if isinstance(x, torch.Tensor) and x.numel() > 1)
+    return sum(x.untyped_storage().nbytes() for state in states for x in _stored(state)) / parameter.numel()
+
+
+def _stored(state: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold it: several where it has a type of its own, as torchao's in 8 bits."""
+    return [getattr(state, name) for name in state.__tensor_flatten__()[0]] if hasattr(state, "__tensor_flatten__") else [state]

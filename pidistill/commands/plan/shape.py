@@ -1,0 +1,143 @@
+"""What a decoder is to the estimates: parameters, widths, and the bytes that autograd keeps of one token.
+
+Everything is read from the modules themselves, on the meta device.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchtune.modules import TransformerDecoder
+
+from pidistill.models.adapters import train_adapters_only
+from pidistill.models.nf4 import dequantizing_bytes, stored_bytes
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a decoder costs, in parameters, widths and bytes.
+
+    Attributes:
+        parameters, trained: numbers of elements; a tied head counts once.
+        weights_bytes: of the parameters as they are stored; less than parameters · item_bytes where some have 4 bits.
+        dequantizing_bytes: while a forward makes its largest 4-bit matrix whole.
+        buffers_bytes: positional caches.
+        maps, trained_maps: elements of the layers' matrices: 2 FLOPs each per token forward.
+        head: elements of the output matrix.
+        head_trained, tied: whether gradient reaches it, and whether it is the embedding.
+        widest: the most features that a layer computes at once, per token.
+        saved_bytes: what autograd keeps of all layers for one token, until its backward.
+        layer_saved_bytes: the same of the layer that keeps most.
+        item_bytes: of one element in the run's dtype.
+    """
+
+    parameters: int
+    trained: int
+    weights_bytes: float
+    dequantizing_bytes: float
+    buffers_bytes: int
+    maps: int
+    trained_maps: int
+    head: int
+    head_trained: bool
+    tied: bool
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    width: int
+    widest: int
+    vocabulary: int
+    saved_bytes: float
+    layer_saved_bytes: float
+    item_bytes: int
+
+
+def model_shape(model: TransformerDecoder) -> ModelShape:
+    """Read a model that stands on the meta device; of one with LoRA adapters these alone are trained, as in the recipes."""
+    train_adapters_only(model)
+    _shape_positions(model)
+    attention = model.layers[0].attn
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    embedding = model.tok_embeddings.weight
+    head = getattr(model.output, "tied_module", model.output).weight
+    alike: dict[tuple, float] = {}  # by the shapes of their weights: most layers are like the first
+    for layer in model.layers:
+        if (key := _signature(layer)) not in alike:
+            alike[key] = _saved_bytes(layer, embedding.shape[1], embedding.dtype)
+    saved = [alike[_signature(layer)] for layer in model.layers]
+    return ModelShape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        weights_bytes=sum(stored_bytes(p, embedding.element_size()) for p in model.parameters()),
+        dequantizing_bytes=max(dequantizing_bytes(p, embedding.element_size()) for p in model.parameters()),
+        buffers_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
+        maps=sum(p.numel() for p in matrices),
+        trained_maps=sum(p.numel() for p in matrices if p.requires_grad),
+        head=head.numel(),
+        head_trained=head.requires_grad,
+        tied=head is embedding,
+        layers=len(model.layers),
+        heads=attention.num_heads,
+        kv_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
+        width=embedding.shape[1],
+        widest=max(p.shape[0] for p in matrices),
+        vocabulary=embedding.shape[0],
+        saved_bytes=sum(saved),
+        layer_saved_bytes=max(saved),
+        item_bytes=embedding.element_size(),
+    )
+
+
+def _shape_positions(model: TransformerDecoder) -> None:
+    """Llama 3's scaled positions make their table of real numbers only; on the meta device they get its shape here."""
+    for module in model.modules():
+        if getattr(module, "is_cache_built", True) is False:
+            table = torch.empty(module.max_seq_len, module.dim // 2, 2, dtype=torch.float32, device="meta")
+            module.register_buffer("cache", table, persistent=False)
+            module.is_cache_built = True
+
+
+def kv_bytes(model: ModelShape) -> int:
+    """Of one token, all layers."""
+    return 2 * model.layers * model.kv_heads * model.head_dim * model.item_bytes
+
+
+def _signature(layer: nn.Module) -> tuple:
+    return tuple((name, p.shape, p.requires_grad) for name, p in layer.named_parameters())
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what flash and flex attention keep: queries, keys, values, the output and one fp32 number per head and query."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raise RuntimeError("a layer on the meta device is only counted")
+
+
+def _saved_bytes(layer: nn.Module, width: int, dtype: torch.dtype, tokens: int = 64) -> float:
+    """Bytes per token that autograd keeps of one layer: its forward is run on the meta device and what it saves is counted.
+
+    Parameters and buffers are there anyway; a tensor that several operations keep is one.
+    """
+    own = {x.untyped_storage()._cdata for x in (*layer.parameters(), *layer.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.untyped_storage()._cdata not in own:
+            kept[x.untyped_storage()._cdata] = x
+        return x
+
+    x = torch.empty(1, tokens, width, device="meta", dtype=dtype, requires_grad=True)
+    stock, layer.attn._attention_call = layer.attn._attention_call, lambda q, k, v, **_: _FusedAttention.apply(q, k, v)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        layer(x, input_pos=torch.empty(1, tokens, device="meta", dtype=torch.long))
+    layer.attn._attention_call = stock
+    return sum(x.untyped_storage().nbytes() for x in kept.values()) / tokens

@@ -1,0 +1,194 @@
+"""The work of one round on one rank: its lengths and groups, the forwards over them, how they are trained, and their tokens.
+
+All rollouts have the same lengths here. Micro-batches are cut as :class:`pidistill.scoring.packer.Packer` cuts them.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Literal
+
+from pidistill.commands.plan.shape import ModelShape
+from pidistill.scoring.tree_attention import FLEX_BLOCK
+from pidistill.types import ViewName
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One round on one rank; lengths in tokens.
+
+    Attributes:
+        student, teacher: prompts of the two views; ``shared``: what they have in common at the start.
+        completion: of every rollout.
+        groups: sampled in a round; ``trained_groups``: in one of the ``updates`` of it.
+        views: that the update looks at.
+        micro_batch_tokens: of one forward, both packings alike.
+        sampler_rows: sampled at once; None is all.
+        chunk_tokens: whose logits exist at once; None is the scorer's own choice.
+    """
+
+    student: int
+    teacher: int
+    shared: int
+    completion: int
+    group_size: int
+    groups: int
+    trained_groups: int
+    updates: int = 1
+    views: tuple[ViewName, ...] = ("student", "teacher")
+    sampled_view: ViewName = "student"
+    packing: Literal["tree", "padded"] = "tree"
+    micro_batch_tokens: int = 8192
+    sampler_rows: int | None = None
+    chunk_tokens: int | None = None
+
+    def prompt(self, view: ViewName) -> int:
+        return self.student if view == "student" else self.teacher
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward over the rollouts of each micro-batch.
+
+    Attributes:
+        model: whose weights.
+        views: in this forward together.
+        gradient: those of them that gradient flows back from; empty under ``no_grad``.
+    """
+
+    model: ModelShape
+    views: tuple[ViewName, ...]
+    gradient: tuple[ViewName, ...] = ()
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a round is trained.
+
+    Attributes:
+        model: the one that is trained.
+        update: passes of every micro-batch of an update; ``behaviour``: passes over the round before its first update.
+        teacher_bytes: weights beside the trained ones; ``average_elements``: of an fp32 moving average.
+        state_bytes: optimizer states per trained element.
+        ranks, reshard, cpu_offload: of FSDP2; one rank shards nothing.
+        checkpointing: activations of a layer are computed again in the backward.
+        device: "cuda" or "cpu".
+    """
+
+    model: ModelShape
+    update: tuple[Pass, ...]
+    behaviour: tuple[Pass, ...] = ()
+    teacher_bytes: float = 0.0
+    average_elements: int = 0
+    state_bytes: float = 8.0
+    ranks: int = 1
+    reshard: bool = True
+    cpu_offload: bool = False
+    checkpointing: bool = False
+    device: Literal["cpu", "cuda"] = "cuda"
+
+    @property
+    def trained_pass(self) -> Pass:
+        return next(one for one in self.update if one.gradient)
+
+    @property
+    def constant_passes(self) -> tuple[Pass, ...]:
+        return tuple(one for one in self.update if not one.gradient)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a pass over some groups feeds to the model.
+
+    Attributes:
+        fed: tokens, padding included. ``pairs``: of a query and a key that it sees.
+        policy: hidden states that reach the head, all views together.
+        micro_batches, fed_at_once, pairs_at_once, policy_at_once: how many forwards, and the largest of them.
+    """
+
+    fed: int
+    pairs: int
+    policy: int
+    micro_batches: int
+    fed_at_once: int
+    pairs_at_once: int
+    policy_at_once: int
+
+
+def count_tokens(work: Workload, views: tuple[ViewName, ...], groups: int) -> Tokens:
+    """Of a pass that reads ``views``, in micro-batches that are cut by the tokens of all the views of ``work``."""
+    group, rollout = _shares(work, views)
+    parts = micro_batches(work, groups)
+    fed = [touched * group.tokens + n * rollout.tokens for n, touched in parts]
+    pairs = [touched * group.pairs + n * rollout.pairs for n, touched in parts]
+    if work.packing == "tree":  # blocks of queries and keys are computed whole
+        pairs = [own + FLEX_BLOCK * tokens for own, tokens in zip(pairs, fed, strict=True)]
+    policy = [n * len(views) * work.completion for n, _ in parts]
+    return Tokens(sum(fed), sum(pairs), sum(policy), len(parts), max(fed), max(pairs), max(policy))
+
+
+@dataclass(frozen=True)
+class _Share:
+    tokens: int
+    pairs: int
+
+
+def _shares(work: Workload, views: tuple[ViewName, ...]) -> tuple[_Share, _Share]:
+    """What each group that a micro-batch touches adds to it, and each rollout; a completion's last token is not fed."""
+    if work.packing == "padded":  # a row per rollout and view, all as long as the longest
+        length = max(work.prompt(view) for view in views) + work.completion - 1
+        return _Share(0, 0), _Share(len(views) * length, len(views) * path_pairs(0, length))
+    return tuple(
+        _Share(sum(n for _, n in branches), sum(path_pairs(start, n) for start, n in branches))
+        for branches in (_trunk(work, views), _leaf(work, views))
+    )
+
+
+@lru_cache(maxsize=256)
+def micro_batches(work: Workload, groups: int) -> tuple[tuple[int, int], ...]:
+    """(rollouts, groups that they belong to) of each, as :class:`~pidistill.scoring.packer.Packer` cuts them: as few lists as
+    the budget allows, spread evenly."""
+    rollouts, (group, rollout) = groups * work.group_size, _shares(work, work.views)
+
+    def touched(first: int, n: int) -> int:
+        return (first + n - 1) // work.group_size - first // work.group_size + 1
+
+    def tokens(first: int, n: int) -> int:
+        return touched(first, n) * group.tokens + n * rollout.tokens
+
+    def cut(budget: int) -> list[tuple[int, int]]:
+        """Consecutive rollouts as long as they fit, at least one."""
+        parts, first = [], 0
+        while first < rollouts:
+            n = max(1, bisect_right(range(1, rollouts - first + 1), budget, key=partial(tokens, first)))
+            parts.append((n, touched(first, n)))
+            first += n
+        return parts or [(0, 0)]
+
+    high = max(1, work.micro_batch_tokens)
+    most = len(cut(high))
+    low = min(high, tokens(0, rollouts) // most)  # less cannot hold all of them
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(cut(middle)) <= most else (middle + 1, high)
+    return tuple(cut(high))
+
+
+Branch = tuple[int, int]  # (position of its first token, tokens)
+
+
+def _trunk(work: Workload, views: tuple[ViewName, ...]) -> list[Branch]:
+    if len(views) == 1:
+        return [(0, work.prompt(views[0]))]
+    return [(0, work.shared), *((work.shared, work.prompt(view) - work.shared) for view in views)]
+
+
+def _leaf(work: Workload, views: tuple[ViewName, ...]) -> list[Branch]:
+    """One completion under each view; views with the same prompt are one path."""
+    same = len(views) == 2 and work.shared == work.student == work.teacher
+    return [(work.prompt(view), work.completion - 1) for view in views[: 1 if same else None]]
+
+
+def path_pairs(start: int, tokens: int) -> int:
+    """Each token sees the whole path above it, and itself."""
+    return start * tokens + tokens * (tokens + 1) // 2

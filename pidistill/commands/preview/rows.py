@@ -1,0 +1,212 @@
+"""Rows of a dataset as the model will see them: one in full, and the lengths of many."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from pidistill.commands.preview.marks import Difference, Span, difference, privileged_spans
+from pidistill.config import build
+from pidistill.data import ExampleDataset, demonstration
+from pidistill.data.demonstrations import TooLong
+from pidistill.data.load import check_models
+from pidistill.data.prompts import check_no_pi, row_overflow
+from pidistill.errors import InputError
+from pidistill.privileged.prompt import PrivilegedPrompt, PromptViews
+from pidistill.tokenizers import ChatTokenizer, as_chat_tokenizer
+from pidistill.training.compatibility import no_pi
+from pidistill.types import Example, Rollout
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a recipe builds its prompts of and with.
+
+    Attributes:
+        examples: every row, after the privileged information's control.
+        dataset_dropped: rows that the dataset's builder left out, by reason.
+        max_seq_len: the smaller of the tokenizer's and the model's limit, in tokens.
+        room: tokens that a prompt must leave for a completion; 0 where completions come with the rows.
+        no_pi, on_overflow: what happens to rows without privileged information, and to rows that are too long.
+        demonstration_overflow: what happens to demonstrations that are too long; None where the recipe reads none.
+    """
+
+    examples: Sequence[Example]
+    dataset_dropped: dict[str, int]
+    tokenizer: ChatTokenizer
+    privileged: PrivilegedPrompt
+    max_seq_len: int
+    room: int
+    no_pi: str
+    on_overflow: str
+    demonstration_overflow: str | None
+
+
+def source_of(cfg: DictConfig) -> Source:
+    """Tokenizer, dataset and limits of a config, checked as the recipe does; no weights are read."""
+    tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
+    max_seq_len = check_models(cfg, tokenizer)
+    privileged = build(cfg.privileged) if cfg.get("privileged") else PrivilegedPrompt()
+    seed = int(cfg.get("seed") or 0)  # as in training.start: a dataset that shuffles itself is the run's
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    dataset = build(cfg.dataset)
+    supervised = "batch_size" in cfg
+    return Source(
+        examples=privileged.apply_control(list(dataset)),
+        dataset_dropped=dict(dataset.dropped) if isinstance(dataset, ExampleDataset) else {},
+        tokenizer=tokenizer,
+        privileged=privileged,
+        max_seq_len=max_seq_len,
+        room=0 if supervised or not cfg.get("sampler") else int(cfg.sampler.max_new_tokens),
+        no_pi=_no_pi(cfg),
+        on_overflow=cfg.get("on_overflow") or privileged.on_overflow,
+        demonstration_overflow=(cfg.get("on_overflow") or "error") if supervised or cfg.get("sft_weight") else None,
+    )
+
+
+def _no_pi(cfg: DictConfig) -> str:
+    """Hindsight brings privileged information with the rollouts: rows need none of their own."""
+    if not cfg.get("objective") or cfg.get("hindsight"):
+        return "rl"
+    return no_pi(cfg, build(cfg.objective))
+
+
+# ------------------------------------------------------------------------------------------- one row
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as the model will see it.
+
+    Attributes:
+        privileged_spans: characters of the decoded teacher prompt; None where the template changes the text.
+        demonstration: the dataset's completion as ids; ``no_demonstration`` says why there is none though the row has one.
+        dropped: the reason why the row is not trained on.
+    """
+
+    example: Example
+    views: PromptViews
+    privileged_spans: list[Span] | None
+    difference: Difference
+    demonstration: Rollout | None
+    no_demonstration: str | None
+    dropped: str | None
+
+
+def row_of(example: Example, source: Source) -> Row:
+    views = source.privileged.build(example, source.tokenizer)
+    given, why_not = None, None
+    if example.completion:
+        try:
+            given = demonstration(example, views.pair, source.tokenizer)
+        except InputError as error:
+            why_not = str(error)
+    too_long = row_overflow(example, views, source.privileged, source.room, source.max_seq_len)
+    without = source.no_pi == "drop" and not example.privileged
+    return Row(
+        example=example,
+        views=views,
+        privileged_spans=privileged_spans(example, views, source.privileged, source.tokenizer),
+        difference=difference(views.pair.student, views.pair.teacher),
+        demonstration=given,
+        no_demonstration=why_not,
+        dropped="rows_without_pi" if without else too_long and too_long[0],
+    )
+
+
+# ------------------------------------------------------------------------------------------- many rows
+
+
+COUNTED = ("student prompt", "privileged", "teacher prompt", "demonstration", "its policy tokens")
+
+
+@dataclass
+class Scan:
+    """What the first rows of a dataset are like.
+
+    Attributes:
+        total: rows of the dataset, of which ``scanned`` are looked at.
+        lengths: tokens by what is counted, one number per row (of ``privileged``: per row that has some).
+        dropped: rows that the recipe leaves out, by reason; ``refused``: the sentence with which it would stop instead.
+        examples, views: the rows, in the order of ``lengths``.
+    """
+
+    total: int
+    lengths: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in COUNTED})
+    without_privileged: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    refused: str | None = None
+    examples: list[Example] = field(default_factory=list)
+    views: list[PromptViews] = field(default_factory=list)
+
+    @property
+    def scanned(self) -> int:
+        return len(self.views)
+
+
+def scan(source: Source, count: int) -> Scan:
+    """Build the prompts of the first ``count`` rows; what a run would refuse is kept as its sentence."""
+    result = Scan(len(source.examples), dropped=Counter(source.dataset_dropped))
+    examples = source.examples[:count]
+    if len(examples) == len(source.examples) or source.no_pi == "error":
+        result.refused = _sentence(check_no_pi, examples, source.no_pi, source.privileged)
+    for example in examples:
+        views = source.privileged.build(example, source.tokenizer)
+        result.examples.append(example)
+        result.views.append(views)
+        _count(result, example, views, source)
+    left_out = {reason: n - source.dataset_dropped.get(reason, 0) for reason, n in result.dropped.items()}
+    if examples and sum(left_out.values()) == len(examples):
+        reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items() if count)
+        nothing = f"none of the {len(examples):,} rows looked at is left ({reasons}); check the dataset and its limits"
+        result.refused = result.refused or nothing
+    return result
+
+
+def _count(result: Scan, example: Example, views: PromptViews, source: Source) -> None:
+    result.lengths["student prompt"].append(len(views.pair.student))
+    result.lengths["teacher prompt"].append(len(views.pair.teacher))
+    if views.pair.has_privileged:
+        result.lengths["privileged"].append(views.privileged_tokens)
+    else:
+        result.without_privileged += 1
+        if source.no_pi == "drop":
+            result.dropped["rows_without_pi"] += 1
+            return
+    too_long = row_overflow(example, views, source.privileged, source.room, source.max_seq_len)
+    if too_long is not None:
+        _leave_out(result, *too_long, source.on_overflow)
+    elif source.demonstration_overflow:
+        _count_demonstration(result, example, views, source)
+
+
+def _count_demonstration(result: Scan, example: Example, views: PromptViews, source: Source) -> None:
+    try:
+        given = demonstration(example, views.pair, source.tokenizer, max_seq_len=source.max_seq_len)
+        result.lengths["demonstration"].append(len(given.completion))
+        result.lengths["its policy tokens"].append(given.policy_tokens)
+    except TooLong as error:
+        _leave_out(result, "demonstration_too_long", str(error), source.demonstration_overflow or "error")
+    except InputError as error:
+        result.refused = result.refused or str(error)
+
+
+def _leave_out(result: Scan, reason: str, sentence: str, on_overflow: str) -> None:
+    if on_overflow == "error":
+        result.refused = result.refused or sentence
+    else:
+        result.dropped[reason] += 1
+
+
+def _sentence(check: Callable[..., None], *arguments: object) -> str | None:
+    try:
+        check(*arguments)
+    except InputError as error:
+        return str(error)
+    return None

@@ -1,0 +1,332 @@
+"""What a sweep runs: arms × swept values × seeds. A cell is a chain of stages, a stage is one run of a config with overrides.
+
+Nothing here starts anything. A stage's folder name is made of its config and its overrides, so that two arms with the same
+first stage share one run of it.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from pidistill.commands.places import folders, has_key, load_config, recipe_of
+from pidistill.commands.sweep.values import Axis, grid_values, parse_overrides, split_top_level, whole_number
+from pidistill.errors import InputError
+
+SWEEP_KEYS = ("output_dir", "seeds", "base", "overrides", "evaluate", "evaluate_overrides", "select", "arms", "controls")
+ARM_KEYS = ("title", "config", "overrides", "stages", "evaluate_overrides")
+STAGE_KEYS = ("name", "config", "overrides")
+SELECT = "eval_student_success"
+CHECKPOINT_KEY = "checkpointer.checkpoint_dir"
+Overrides = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run. ``{name}`` in an override's value is the folder of the earlier stage of that name."""
+
+    name: str
+    config: str
+    overrides: Overrides = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the comparison. Without stages it is the base checkpoint itself, which is only evaluated."""
+
+    name: str
+    title: str
+    stages: tuple[Stage, ...]
+    evaluate_overrides: Overrides = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An arm with its overrides from the command line (already in the stages') and one seed."""
+
+    arm: Arm
+    settings: Overrides
+    seed: int | None
+
+    @property
+    def id(self) -> str:
+        values = [f"{key}={value}" for key, value in sorted(self.settings.items())]
+        return ",".join([self.arm.name, *values, *([] if self.seed is None else [f"seed={self.seed}"])])
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Everything that a worker needs to know; ``seeds`` is (None,) where the config's own seed is kept."""
+
+    output_dir: Path
+    arms: tuple[Arm, ...]
+    seeds: tuple[int | None, ...]
+    axes: Mapping[str, Axis]
+    fixed: Overrides
+    base: str | None
+    evaluate: str | None
+    evaluate_overrides: Overrides
+    select: str
+    order: tuple[str, ...] = ()  # of the tables: every arm, chosen or not
+
+
+# ------------------------------------------------------------------------------------------- from words or a file to a sweep
+
+
+def is_sweep_file(name: str) -> bool:
+    return "," not in name and "arms" in load_config(name)
+
+
+def sweep_of_configs(names: Sequence[str]) -> dict[str, Any]:
+    """The content of a sweep file with one arm per config."""
+    arms = {Path(name).with_suffix("").as_posix().removeprefix("configs/"): {"config": name} for name in names}
+    return {"arms": arms, "output_dir": str(Path("runs/sweeps") / "+".join(Path(name).stem for name in names))}
+
+
+def read_sweep(
+    config: str,
+    words: Sequence[str] = (),
+    *,
+    output_dir: Path | None = None,
+    arms: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    base: str | None = None,
+    evaluate: str | None = None,
+    select: str | None = None,
+) -> Sweep:
+    """A config, several with commas between, or a sweep file; arguments win over what the file says."""
+    fixed, axes, swept_seeds = parse_overrides(words)
+    names = split_top_level(config)
+    if is_sweep_file(config):
+        content = OmegaConf.to_container(load_config(config), resolve=False)
+    else:
+        content = sweep_of_configs(names)
+    _check_keys(content, SWEEP_KEYS, f"sweep file {config}")
+    all_seeds = seeds or swept_seeds or content.get("seeds")
+    select = select or content.get("select") or SELECT
+    base = base or content.get("base")
+    evaluate = evaluate or content.get("evaluate")
+    made = _controls(_arms(content, base), content.get("controls"))
+    if base and evaluate:
+        made = [Arm("base", "base", ()), *made]
+    return Sweep(
+        output_dir=output_dir or Path(content.get("output_dir") or Path("runs/sweeps") / Path(config).stem),
+        arms=tuple(_chosen(made, arms)),
+        seeds=tuple(whole_number("seeds", seed) for seed in all_seeds) if all_seeds else (None,),
+        axes=axes,
+        fixed=fixed,
+        base=base,
+        evaluate=evaluate,
+        evaluate_overrides=_texts(content.get("evaluate_overrides")),
+        select=select,
+        order=tuple(arm.name for arm in made),
+    )
+
+
+def _arms(content: Mapping[str, Any], base: str | None) -> list[Arm]:
+    arms = []
+    for name, node in content["arms"].items():
+        node = node or {}
+        _check_keys(node, ARM_KEYS, f"arm {name}")
+        rows = node.get("stages") or [{"name": name, "config": node.get("config"), "overrides": node.get("overrides")}]
+        stages = [_stage(row, name, _texts(content.get("overrides"))) for row in rows]
+        arms.append(Arm(name, node.get("title") or name, tuple(stages), _texts(node.get("evaluate_overrides"))))
+    return [_fill_base(_start_from_base(arm, base) if base else arm, base) for arm in arms]
+
+
+def _start_from_base(arm: Arm, base: str) -> Arm:
+    """The first stage starts from the base, and so does every later one whose config starts where the first one's does."""
+    own = [_own_checkpoint(stage.config) for stage in arm.stages]
+    stages = [
+        replace(stage, overrides={CHECKPOINT_KEY: "{base}", **stage.overrides})
+        if CHECKPOINT_KEY not in stage.overrides and start == own[0] != base
+        else stage
+        for stage, start in zip(arm.stages, own, strict=True)
+    ]
+    return replace(arm, stages=tuple(stages))
+
+
+def _stage(row: Mapping[str, Any], arm: str, common: Overrides) -> Stage:
+    _check_keys(row, STAGE_KEYS, f"a stage of arm {arm}")
+    for key in ("name", "config"):
+        if not row.get(key):
+            raise InputError(f"arm {arm}: a stage needs `{key}`")
+    own = _texts(row.get("overrides"))
+    common = {key: value for key, value in common.items() if key not in own and has_key(row["config"], key)}
+    return Stage(row["name"], row["config"], common | own)
+
+
+def _own_checkpoint(config: str) -> Any:
+    return OmegaConf.to_container(load_config(config), resolve=False).get("checkpointer", {}).get("checkpoint_dir")
+
+
+def _fill_base(arm: Arm, base: str | None) -> Arm:
+    stages = []
+    for stage in arm.stages:
+        if base is None and any("{base}" in value for value in stage.overrides.values()):
+            raise InputError(f"arm {arm.name} names {{base}}, but the sweep has no `base`; set it to a checkpoint's folder")
+        stages.append(replace(stage, overrides={k: v.replace("{base}", base or "") for k, v in stage.overrides.items()}))
+    return replace(arm, stages=tuple(stages))
+
+
+def _controls(arms: list[Arm], controls: Mapping[str, Any] | None) -> list[Arm]:
+    """The arms, each followed by its control arms: `pi_distill`, `pi_distill [none]`, `pi_distill [shuffled]`."""
+    if not controls:
+        return arms
+    _check_keys(controls, ("arms", "values"), "controls")
+    known = {arm.name for arm in arms}
+    for name in controls["arms"]:
+        if name not in known:
+            raise InputError(f"controls name the arm {name}, which the sweep lacks (it has {', '.join(sorted(known))})")
+    made = []
+    for arm in arms:
+        made.append(arm)
+        for name, overrides in controls["values"].items() if arm.name in controls["arms"] else ():
+            control = replace(arm, name=f"{arm.name} [{name}]", title=f"{arm.title} [{name}]")
+            made.append(with_overrides(control, _texts(overrides)))
+    return made
+
+
+def _chosen(arms: list[Arm], names: Sequence[str] | None) -> list[Arm]:
+    if not names:
+        return arms
+    known = [arm.name for arm in arms]
+    for name in names:
+        if name not in known:
+            raise InputError(f"arm {name} is not in the sweep; it has {', '.join(known)}")
+    return [arm for arm in arms if arm.name in names]
+
+
+def as_text(value: Any) -> str:
+    """A value of a sweep file as it is typed on a command line."""
+    if isinstance(value, str):
+        return value
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _texts(node: Mapping[str, Any] | None) -> dict[str, str]:
+    return {str(key): as_text(value) for key, value in (node or {}).items()}
+
+
+def _check_keys(node: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    for key in node:
+        if key not in known:
+            raise InputError(f"{what} has the key {key}, which nothing reads; known here: {', '.join(known)}")
+
+
+# ------------------------------------------------------------------------------------------- from a sweep to cells
+
+
+def with_overrides(arm: Arm, overrides: Overrides) -> Arm:
+    """Each override goes to the stages whose config has its first part; if none has, to all, and the recipe complains."""
+    stages = list(arm.stages)
+    for key, value in overrides.items():
+        takes = [has_key(stage.config, key.split(".", 1)[0]) for stage in stages]
+        for i, takes_it in enumerate(takes):
+            if takes_it or not any(takes):
+                stages[i] = replace(stages[i], overrides={**stages[i].overrides, key: value})
+    return replace(arm, stages=tuple(stages))
+
+
+def make_cell(sweep: Sweep, arm: Arm, settings: Overrides, seed: int | None) -> Cell:
+    if not arm.stages:
+        return Cell(arm, {}, None)
+    seeds = {} if seed is None else {"seed": str(seed)}
+    settings = {**sweep.fixed, **settings}  # both tell a cell from another one in the same folder
+    return Cell(with_overrides(arm, {**settings, **seeds}), settings, seed)
+
+
+def grid_cells(sweep: Sweep) -> list[Cell]:
+    """Arms × the product of all swept values × seeds; seeds are innermost, the base comes once."""
+    values = [[(key, value) for value in grid_values(key, axis)] for key, axis in sweep.axes.items()]
+    cells: dict[str, Cell] = {}
+    for arm, settings, seed in itertools.product(sweep.arms, itertools.product(*values), sweep.seeds):
+        cell = make_cell(sweep, arm, dict(settings), seed)
+        cells.setdefault(cell.id, cell)
+    return list(cells.values())
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """A stage of a cell with its folder (inside `OUTPUT/runs`), full command, and the hash of all that decides its result."""
+
+    stage: Stage
+    folder: Path
+    command: list[str]
+    fingerprint: str
+
+
+def stage_runs(sweep: Sweep, cell: Cell) -> Iterator[StageRun]:
+    """The stages of a cell in order, the folders of earlier ones filled into the overrides of later ones."""
+    earlier: dict[str, StageRun] = {}
+    for stage in cell.arm.stages:
+        names = {name: run.folder.name for name, run in earlier.items()}
+        paths = {name: str(run.folder) for name, run in earlier.items()}
+        used = {name: run.fingerprint for name, run in earlier.items() if _uses(stage, name)}
+        folder = sweep.output_dir / "runs" / run_name(stage.config, fill(stage.overrides, names))
+        overrides = {"output_dir": str(folder), **fill(stage.overrides, paths)}
+        earlier[stage.name] = StageRun(stage, folder, run_command(stage.config, overrides), stage_fingerprint(stage, used))
+        yield earlier[stage.name]
+
+
+def run_command(config: str, overrides: Overrides) -> list[str]:
+    """`pidistill run ...`, as it can be pasted after :func:`shlex.join`."""
+    words = [f"{key}={value}" for key, value in overrides.items()]
+    return ["pidistill", "run", "--nproc_per_node", "1", recipe_of(config), "--config", config, *words]
+
+
+def stage_fingerprint(stage: Stage, inputs: Mapping[str, str]) -> str:
+    """That of its run, for all places of the output folder: an earlier stage stands in it by its name and ``inputs``."""
+    own = {key: re.sub(r"\{(\w+)\}", r"\1", value) for key, value in stage.overrides.items()}
+    return fingerprint(stage.config, own, inputs)
+
+
+def _uses(stage: Stage, name: str) -> bool:
+    return any(f"{{{name}}}" in value for value in stage.overrides.values())
+
+
+def fill(overrides: Overrides, places: Mapping[str, str]) -> dict[str, str]:
+    result = dict(overrides)
+    for name, place in places.items():
+        result = {key: value.replace(f"{{{name}}}", place) for key, value in result.items()}
+    return result
+
+
+def run_name(config: str, overrides: Overrides) -> str:
+    """`tiny-rl+objective.beta_1+seed_0`; with a hash where characters or length do not suit a folder.
+
+    No `=`: torchtune's command line splits an override at every one of them, and a folder is the value of some.
+    """
+    bundled = (folders()[1] / f"{config}.yaml").is_file() and not Path(config).is_file()
+    name = config.replace("/", "-") if bundled else f"{Path(config).stem}-{short_hash(str(config))[:6]}"
+    text = "+".join([name, *(f"{key}_{value}" for key, value in sorted(overrides.items()))])
+    return safe_name(text)
+
+
+def safe_name(text: str) -> str:
+    safe = re.sub(r"[^\w.+-]+", "-", text)
+    return safe if safe == text and len(text) <= 100 else f"{safe[:80]}-{short_hash(text)}"
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def fingerprint(config: str, overrides: Overrides, inputs: Mapping[str, str]) -> str:
+    """Hash of the config's content with its overrides, where it writes left out, and of the runs that it starts from."""
+    try:
+        merged = OmegaConf.merge(load_config(config), OmegaConf.from_dotlist([f"{k}={v}" for k, v in overrides.items()]))
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise InputError(f"config {config} does not take {shlex.join(overrides)} ({' '.join(str(error).split())})") from error
+    content = OmegaConf.to_container(merged, resolve=False)
+    content.pop("output_dir", None)
+    return short_hash(json.dumps([recipe_of(config), content, dict(inputs)], sort_keys=True, default=str))

@@ -1,0 +1,89 @@
+"""`pidistill sweep`: cells of a config, of several, or of a sweep file, each a plain `pidistill run` with overrides.
+
+pidistill sweep tiny/pi_distill objective.beta=0.25,1 objective.alpha=0,0.5,1 seed=0..2 --evaluate tiny/evaluate
+pidistill sweep tiny/opsd objective.beta=log:0.1..10.0 seed=0,1 --search tpe --trials 20 --workers 2
+pidistill sweep configs/sweeps/methods.yaml --arms rl pi_distill
+pidistill sweep --report runs/sweeps/methods
+
+Values: `a,b,c`; `a..b` with whole numbers (both included); for random and tpe also `0.0..1.0` and `log:1e-5..1e-2`. `seed` is
+never searched: every setting runs with all seeds. The folder can be worked on by several of these commands at once, and the
+same command goes on where it was stopped.
+"""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from pidistill.commands.common import exit_on_input_error, parse_with_overrides
+from pidistill.commands.sweep.cells import Sweep, grid_cells, read_sweep, stage_runs
+from pidistill.commands.sweep.pictures import draw
+from pidistill.commands.sweep.results import read_results, write_order, write_report
+from pidistill.commands.sweep.search import SEARCHES, Plan, check_plan, run_sweep
+from pidistill.errors import InputError
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="pidistill sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("config", nargs="?", help="a bundled config, a path, several with commas between, or a sweep file")
+    made.add_argument("overrides", nargs="*", metavar="key=values")
+    made.add_argument("--search", choices=SEARCHES, default="grid")
+    made.add_argument("--trials", type=int, help="of random and tpe search, per arm")
+    made.add_argument("--workers", type=int, default=1, help="processes to start")
+    made.add_argument("--output-dir", type=Path, help="default: runs/sweeps/NAME")
+    made.add_argument("--arms", nargs="+", help="of a sweep file")
+    made.add_argument("--seeds", nargs="+", type=int)
+    made.add_argument("--base", help="checkpoint that every first stage starts from")
+    made.add_argument("--evaluate", metavar="CONFIG", help="evaluates each cell on the held-out split, such as tiny/evaluate")
+    made.add_argument("--select", metavar="METRIC", help="validation metric (more is better); default eval_student_success")
+    made.add_argument("--dry-run", action="store_true", help="print a grid's commands and stop")
+    made.add_argument("--report", type=Path, metavar="OUTPUT", help="only make the tables and pictures of this sweep again")
+    return made
+
+
+def main(argv: list[str]) -> None:
+    with exit_on_input_error():
+        run(parse_with_overrides(parser(), argv))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.report is not None:
+        report(arguments.report)
+        return
+    if arguments.config is None or arguments.workers < 1:
+        raise InputError("name a config or a sweep file, and at least 1 in --workers; `pidistill sweep --help` shows both")
+    sweep = read_sweep(
+        arguments.config,
+        arguments.overrides,
+        output_dir=arguments.output_dir,
+        arms=arguments.arms,
+        seeds=arguments.seeds,
+        base=arguments.base,
+        evaluate=arguments.evaluate,
+        select=arguments.select,
+    )
+    if arguments.dry_run:
+        if arguments.search != "grid":
+            raise InputError("--dry-run prints a grid's commands; a random or TPE search draws its values as it goes")
+        print("\n".join(commands(sweep)))
+        return
+    plan = Plan(sweep, arguments.search, arguments.trials)
+    check_plan(plan)
+    sweep.output_dir.mkdir(parents=True, exist_ok=True)
+    write_order(sweep.output_dir, sweep.order)
+    run_sweep(plan, arguments.workers)
+    report(sweep.output_dir)
+
+
+def commands(sweep: Sweep) -> list[str]:
+    """Each training command of a grid once."""
+    return list(dict.fromkeys(shlex.join(run.command) for cell in grid_cells(sweep) for run in stage_runs(sweep, cell)))
+
+
+def report(output_dir: Path) -> None:
+    """Tables to the terminal and results.md, pictures beside it."""
+    if not read_results(output_dir):
+        raise InputError(f"{output_dir} has no results.jsonl ; run the sweep first, or check the name of the folder")
+    rows = write_report(output_dir)
+    print(*[output_dir / "results.md", *draw(output_dir, rows)], sep="\n")

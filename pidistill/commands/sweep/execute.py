@@ -1,0 +1,244 @@
+"""Runs a stage, an evaluation, a cell. A folder's lock is held by its worker and by the run; its record says how it ended.
+
+The locks are `flock`s: the system frees them when their holders die, so that a killed worker's cell is free at once and a slow
+one's never is. They and SQLite ask the same of a shared file system.
+"""
+
+import contextlib
+import fcntl
+import json
+import re
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pidistill.commands.places import folders
+from pidistill.commands.sweep.cells import (
+    CHECKPOINT_KEY,
+    Cell,
+    StageRun,
+    Sweep,
+    fingerprint,
+    run_command,
+    safe_name,
+    short_hash,
+    stage_runs,
+)
+from pidistill.commands.sweep.results import best_step, evaluation_numbers, run_numbers, total
+from pidistill.errors import InputError
+
+RECORD = "sweep.json"
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+# ------------------------------------------------------------------------------------------- locks
+
+
+@contextlib.contextmanager
+def locked(output_dir: Path, name: str) -> Iterator[int]:
+    """Hold the sweep's lock ``name``, waiting for it; yields its file descriptor."""
+    descriptor = try_lock(output_dir, name, wait=True)
+    with descriptor:
+        yield descriptor.fileno()
+
+
+def try_lock(output_dir: Path, name: str, *, wait: bool = False) -> Any:
+    """The open lock file, or None where another process holds it; closing it frees the lock."""
+    folder = output_dir / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / safe_name(name)).open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+# ------------------------------------------------------------------------------------------- one process
+
+
+def execute(command: Sequence[str], log: Path, lock: int) -> int:
+    """Exit status of `pidistill ...`, its output in ``log``. It inherits the lock: should this worker die, it still has it."""
+    with log.open("w") as file:
+        program = [sys.executable, "-m", "pidistill.commands.main", *command[1:]]
+        done = subprocess.run(program, stdout=file, stderr=subprocess.STDOUT, pass_fds=(lock,), check=False)
+    return done.returncode
+
+
+def last_error(log: Path) -> str:
+    """The recipe's own sentence, or the last exception, or the last line."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    for pattern in (r"error: ", r"(\[rank\d+\]:\s*)?(?!.*ChildFailedError)[\w.]*(Error|Exception)\b"):
+        found = [line for line in lines if re.match(pattern, line)]
+        if found:
+            return found[-1]
+    return lines[-1] if lines else "no output"
+
+
+def run_once(output_dir: Path, folder: Path, command: Sequence[str], mark: str) -> dict[str, Any]:
+    """Run ``command`` in ``folder`` unless it already ended well there with the same fingerprint; returns its record."""
+    with locked(output_dir, str(folder.relative_to(output_dir))) as lock:
+        record = read_record(folder)
+        if record.get("status") == "ok" and record["fingerprint"] == mark:
+            return record
+        if record.get("status") == "ok":
+            say(f"{folder}: its config has changed since it ran; it is run again")
+        _make_empty(folder, record)
+        say(f"$ {shlex.join(command)}")
+        record = {"status": "running", "fingerprint": mark, "command": shlex.join(command), "commit": commit()}
+        write_record(folder, record)
+        begin, before = time.perf_counter(), _children_cpu_s()
+        code = execute(command, folder / "log.txt", lock)
+        record |= {"status": "failed" if code else "ok", "exit_code": code}
+        record |= {"wall_seconds": time.perf_counter() - begin, "cpu_seconds": _children_cpu_s() - before}
+        if code:
+            record["error"] = last_error(folder / "log.txt")
+        write_record(folder, record)
+        return record
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    temporary = folder / f"{RECORD}.tmp"
+    temporary.write_text(json.dumps(record, indent=2), encoding="utf-8")
+    temporary.replace(folder / RECORD)
+
+
+def _make_empty(folder: Path, record: dict[str, Any]) -> None:
+    """A checkpoint that an earlier attempt left must not pass for one of this run's."""
+    if folder.is_dir() and any(folder.iterdir()):
+        if not record:
+            raise InputError(f"{folder} holds files that no sweep wrote; move them away or set another --output-dir")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _children_cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def commit() -> str | None:
+    """The checkout's commit, `-dirty` if it has changes; None outside a checkout of this project."""
+    root = folders()[0].parent
+    if not (root / ".git").exists():
+        return None
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True, check=False
+    )
+    return described.stdout.strip() or None
+
+
+# ------------------------------------------------------------------------------------------- one cell
+
+
+def cell_fingerprint(sweep: Sweep, cell: Cell) -> str:
+    """What must be the same for a finished cell to count as finished."""
+    marks = [run.fingerprint for run in stage_runs(sweep, cell)]
+    if sweep.evaluate:
+        marks.append(fingerprint(sweep.evaluate, evaluate_overrides(sweep, cell), {}))
+    return short_hash(json.dumps([marks, sweep.select, "" if marks[1:] or cell.arm.stages else sweep.base]))
+
+
+def evaluate_overrides(sweep: Sweep, cell: Cell) -> dict[str, str]:
+    return {**sweep.evaluate_overrides, **cell.arm.evaluate_overrides}
+
+
+def run_cell(sweep: Sweep, cell: Cell) -> dict[str, Any]:
+    """All stages of a cell and its evaluations; the row of results.jsonl. A failure ends up in the row, not as an exception."""
+    row = {
+        "cell": cell.id, "arm": cell.arm.name, "title": cell.arm.title, "seed": cell.seed, "settings": dict(cell.settings),
+        "config": cell.arm.stages[-1].config if cell.arm.stages else None,
+        "overrides": dict(cell.arm.stages[-1].overrides) if cell.arm.stages else {},
+        "select": sweep.select, "status": "ok", "stages": [], "commit": commit(),
+    }  # fmt: skip
+    try:
+        row["fingerprint"] = cell_fingerprint(sweep, cell)
+        _train(sweep, cell, row)
+        _evaluate(sweep, cell, row)
+    except InputError as error:
+        row |= {"status": "failed", "error": str(error)}
+    if row["status"] == "failed":
+        say(f"FAILED {cell.id}: {row['error']}")
+    return row
+
+
+def _train(sweep: Sweep, cell: Cell, row: dict[str, Any]) -> None:
+    for run in stage_runs(sweep, cell):
+        record = run_once(sweep.output_dir, run.folder, run.command, run.fingerprint)
+        stage = {"name": run.stage.name, "config": run.stage.config, "command": record["command"]}
+        stage |= {"folder": str(run.folder.relative_to(sweep.output_dir)), "commit": record["commit"]}
+        stage |= {key: record[key] for key in ("wall_seconds", "cpu_seconds")}
+        stage |= run_numbers(run.folder)
+        row["stages"].append(stage)
+        if record["status"] != "ok":
+            _fail(record, run.folder)
+    for key in ("steps", "policy_tokens_trained", "wall_seconds", "cpu_seconds"):
+        row[key] = total([stage.get(key) for stage in row["stages"]])
+    sampling = [stage for stage in row["stages"] if stage["rounds"]]  # a stage that samples nothing has no rollouts to count
+    for key in ("rollouts", "policy_tokens_sampled"):
+        row[key] = total([stage.get(key) for stage in sampling])
+
+
+def _fail(record: dict[str, Any], folder: Path) -> None:
+    raise InputError(f"exit code {record['exit_code']}: {record['error']} (all of it in {folder}/log.txt)")
+
+
+def _evaluate(sweep: Sweep, cell: Cell, row: dict[str, Any]) -> None:
+    """`last` and `best` of a row: held-out numbers of the last checkpoint and of the best on validation among those saved."""
+    if not cell.arm.stages:
+        row["last"] = evaluate_checkpoint(sweep, cell, Path(str(sweep.base)), sweep.output_dir / "evaluate" / "base", None)
+        return
+    run = list(stage_runs(sweep, cell))[-1]
+    latest = run.folder / "latest"
+    row["validation"], step = best_step(run.folder, sweep.select)
+    row["kl_teacher_student_nats"] = row["stages"][-1]["kl_teacher_student_nats"]
+    if not sweep.evaluate:
+        return
+    if not latest.exists():
+        raise InputError(
+            f"{run.folder} has no checkpoint `latest` to evaluate; check what the last stage of {cell.arm.name} saves"
+        )
+    row["last"] = _evaluate_run(sweep, cell, run, latest)
+    best = run.folder / f"step_{step}"
+    row["best"] = None if step is None else row["last"] if _same(best, latest) else _evaluate_run(sweep, cell, run, best)
+
+
+def _same(first: Path, second: Path) -> bool:
+    return first.resolve() == second.resolve()
+
+
+def _evaluate_run(sweep: Sweep, cell: Cell, run: StageRun, checkpoint: Path) -> dict[str, Any]:
+    name = checkpoint.resolve().name
+    own = evaluate_overrides(sweep, cell)
+    name += f"-{short_hash(json.dumps(own, sort_keys=True))}" if own else ""
+    folder = sweep.output_dir / "evaluate" / run.folder.name / name
+    return evaluate_checkpoint(sweep, cell, checkpoint, folder, run.fingerprint)
+
+
+def evaluate_checkpoint(sweep: Sweep, cell: Cell, checkpoint: Path, folder: Path, mark: str | None) -> dict[str, Any]:
+    assert sweep.evaluate is not None
+    overrides = {CHECKPOINT_KEY: str(checkpoint), **evaluate_overrides(sweep, cell)}
+    command = run_command(sweep.evaluate, {"output_dir": str(folder), **overrides})
+    inputs = {"run": mark or str(checkpoint)}
+    record = run_once(sweep.output_dir, folder, command, fingerprint(sweep.evaluate, overrides, inputs))
+    if record["status"] != "ok":
+        _fail(record, folder)
+    found = re.fullmatch(r"step_(\d+)", checkpoint.resolve().name)
+    return {"step": int(found[1]) if found else None, "folder": str(folder.relative_to(sweep.output_dir))} | evaluation_numbers(
+        folder
+    )

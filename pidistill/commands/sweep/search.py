@@ -1,0 +1,250 @@
+"""Grid, random and TPE search over cells, with Optuna's SQLite storage `OUTPUT/study.db` as the list of what is taken.
+
+A grid's cells are queued once as trials that workers take; a random or TPE trial is asked for when a worker is free. Whoever
+works on a trial holds its lock, so that a trial marked as running whose lock is free is a dead worker's, and is taken over.
+"""
+
+import json
+import multiprocessing
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from pidistill.commands.sweep.cells import (
+    Arm,
+    Cell,
+    Sweep,
+    grid_cells,
+    make_cell,
+    short_hash,
+    stage_fingerprint,
+    with_overrides,
+)
+from pidistill.commands.sweep.execute import cell_fingerprint, locked, run_cell, say, try_lock
+from pidistill.commands.sweep.results import append_result, read_results
+from pidistill.commands.sweep.values import Axis, Choices
+from pidistill.errors import InputError
+
+SEARCHES = ("grid", "random", "tpe")
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep and how it is searched; ``trials`` counts per arm, and not for a grid."""
+
+    sweep: Sweep
+    search: str = "grid"
+    trials: int | None = None
+
+
+def check_plan(plan: Plan) -> None:
+    if plan.search not in SEARCHES:
+        raise InputError(f"--search {plan.search} is not known; use one of {', '.join(SEARCHES)}")
+    if plan.search == "grid" and plan.trials is not None:
+        raise InputError("--trials counts random and tpe trials; a grid runs all of its cells (set --search random)")
+    if plan.search != "grid" and (not plan.trials or plan.trials < 1 or not plan.sweep.axes):
+        raise InputError(
+            f"--search {plan.search} needs --trials of at least 1 and a key to search, such as objective.beta=0.0..1.0"
+        )
+
+
+def run_sweep(plan: Plan, workers: int = 1) -> None:
+    """Run what is not yet done, with this process or with ``workers`` started from here; others may join in the same folder."""
+    check_plan(plan)
+    plan.sweep.output_dir.mkdir(parents=True, exist_ok=True)
+    if plan.search == "grid":
+        enrol(plan.sweep)
+    if workers == 1:
+        work(plan)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would share SQLite's connections
+    processes = [context.Process(target=work, args=(plan,)) for _ in range(workers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    ended_badly = [process.exitcode for process in processes if process.exitcode]
+    if ended_badly:
+        say(f"{len(ended_badly)} of {workers} workers ended early (exit codes {ended_badly}); the same command goes on")
+
+
+def work(plan: Plan) -> None:
+    if plan.search == "grid":
+        while work_on_a_cell(plan.sweep):
+            pass
+        return
+    for arm in plan.sweep.arms:
+        if not arm.stages:
+            finish_cell(plan.sweep, make_cell(plan.sweep, arm, {}, None))
+            continue
+        while work_on_a_trial(plan, arm):
+            pass
+
+
+def open_study(sweep: Sweep, name: str, sampler: optuna.samplers.BaseSampler | None = None) -> optuna.Study:
+    """Call it under the sweep's lock: two processes that make the tables at once trip over each other."""
+    engine = {"connect_args": {"timeout": 120}}
+    storage = optuna.storages.RDBStorage(f"sqlite:///{sweep.output_dir / 'study.db'}", engine_kwargs=engine)
+    return optuna.create_study(storage=storage, study_name=name, sampler=sampler, direction="maximize", load_if_exists=True)
+
+
+def claim(sweep: Sweep, study: optuna.Study, trial: FrozenTrial) -> Any:
+    """The trial's lock if it is ours now, else None. A running one can be ours only if its worker is dead. Under the lock."""
+    lock = try_lock(sweep.output_dir, f"{study.study_name}-{trial.number}")
+    if lock is not None and trial.state == TrialState.WAITING:
+        study._storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING)  # as Study.ask() does
+    elif lock is not None:
+        say(f"trial {trial.number} was left by a worker that is gone; taken over")
+    return lock
+
+
+def finish_cell(sweep: Sweep, cell: Cell) -> dict[str, Any]:
+    """The cell's row: the one that is there if nothing has changed since, else that of a new attempt."""
+    with locked(sweep.output_dir, f"cell {cell.id}"):
+        row = finished_row(sweep, cell)
+        if row is None:
+            row = run_cell(sweep, cell)
+            with locked(sweep.output_dir, "results"):
+                append_result(sweep.output_dir, row)
+        return row
+
+
+def finished_row(sweep: Sweep, cell: Cell) -> dict[str, Any] | None:
+    row = read_results(sweep.output_dir).get(cell.id)
+    if row is None or row["status"] != "ok":
+        return None
+    if row["fingerprint"] != cell_fingerprint(sweep, cell):
+        say(f"{cell.id}: its config has changed since it was finished; it is run again")
+        return None
+    return row
+
+
+# ------------------------------------------------------------------------------------------- grid
+
+
+def enrol(sweep: Sweep) -> None:
+    """Queue every cell of the grid that is neither finished nor queued; a failed one is queued again."""
+    cells = grid_cells(sweep)
+    with locked(sweep.output_dir, "sweep"):
+        study = open_study(sweep, "grid")
+        waiting = {trial.user_attrs["cell"] for trial in study.trials if not trial.state.is_finished()}
+        finished = [cell for cell in cells if finished_row(sweep, cell) is not None]
+        for cell in cells:
+            if cell not in finished and cell.id not in waiting:
+                study.enqueue_trial({}, user_attrs={"cell": cell.id})
+    say(f"{len(cells)} cells, {len(finished)} of them finished before; {sweep.output_dir}")
+
+
+def work_on_a_cell(sweep: Sweep) -> bool:
+    """Take the next queued cell of this sweep and finish it; False if there is none to take."""
+    cells = {cell.id: cell for cell in grid_cells(sweep)}
+    with locked(sweep.output_dir, "sweep"):
+        study = open_study(sweep, "grid")
+        for trial in study.trials:
+            # A queue may hold cells of another command on this folder; those are that command's.
+            if trial.state.is_finished() or trial.user_attrs["cell"] not in cells:
+                continue
+            lock = claim(sweep, study, trial)
+            if lock is not None:
+                break
+        else:
+            return False
+    with lock:
+        row = finish_cell(sweep, cells[trial.user_attrs["cell"]])
+        value = (row.get("validation") or {}).get("last")
+        if row["status"] != "ok":
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        elif value is None:
+            study.tell(
+                trial.number, state=TrialState.PRUNED, skip_if_finished=True
+            )  # finished, but Optuna has no "complete without a value"
+        else:
+            study.tell(trial.number, value, skip_if_finished=True)
+    return True
+
+
+# ------------------------------------------------------------------------------------------- random and TPE
+
+
+def distribution(axis: Axis) -> BaseDistribution:
+    if isinstance(axis, Choices):
+        return CategoricalDistribution(axis.values)
+    if axis.whole:
+        return IntDistribution(int(axis.low), int(axis.high), log=axis.log)
+    return FloatDistribution(axis.low, axis.high, log=axis.log)
+
+
+def study_name(plan: Plan, arm: Arm) -> str:
+    """A study is one arm with one content of its configs, one space and one set of seeds: others do not compare."""
+    sweep = plan.sweep
+    marks = [stage_fingerprint(stage, {}) for stage in with_overrides(arm, sweep.fixed).stages]
+    space = sorted((key, repr(axis)) for key, axis in sweep.axes.items())
+    return f"{plan.search} {arm.name} {short_hash(json.dumps([marks, space, sweep.seeds, sweep.select, arm.name]))}"
+
+
+def sampler(plan: Plan, asked: int) -> optuna.samplers.BaseSampler:
+    """A new one per trial, its seed the trial's number: several workers would otherwise draw the same values."""
+    if plan.search == "random":
+        return optuna.samplers.RandomSampler(seed=asked)
+    return optuna.samplers.TPESampler(seed=asked, constant_liar=True)  # trials that run elsewhere count as bad: spread out
+
+
+def work_on_a_trial(plan: Plan, arm: Arm) -> bool:
+    """Take over or ask for a trial of one arm, run its cells (one per seed) and tell the mean; False if all are taken."""
+    sweep = plan.sweep
+    with locked(sweep.output_dir, "sweep"):
+        taken = next_trial(plan, arm)
+    if taken is None:
+        return False
+    study, number, params, lock = taken
+    with lock:
+        settings = {key: setting_text(value) for key, value in params.items()}
+        value = mean_validation([finish_cell(sweep, make_cell(sweep, arm, settings, seed)) for seed in sweep.seeds])
+        if value is None:
+            study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+        else:
+            study.tell(number, value, skip_if_finished=True)
+    return True
+
+
+def next_trial(plan: Plan, arm: Arm) -> tuple[optuna.Study, int, dict[str, Any], Any] | None:
+    name = study_name(plan, arm)
+    study = open_study(plan.sweep, name)
+    trials = study.trials
+    if not trials:
+        _say_if_changed(plan, arm, study)
+    for trial in trials:
+        if trial.state == TrialState.RUNNING and (lock := claim(plan.sweep, study, trial)) is not None:
+            if trial.params.keys() == plan.sweep.axes.keys():
+                return study, trial.number, trial.params, lock
+            study.tell(
+                trial.number, state=TrialState.FAIL, skip_if_finished=True
+            )  # its worker died while the values were drawn
+    if len(trials) >= (plan.trials or 0):
+        return None
+    study = open_study(plan.sweep, name, sampler(plan, len(trials)))
+    asked = study.ask({key: distribution(axis) for key, axis in sorted(plan.sweep.axes.items())})
+    return study, asked.number, asked.params, try_lock(plan.sweep.output_dir, f"{name}-{asked.number}")
+
+
+def _say_if_changed(plan: Plan, arm: Arm, study: optuna.Study) -> None:
+    prefix = study.study_name.rsplit(" ", 1)[0]
+    others = [name for name in optuna.get_all_study_names(study._storage) if name.rsplit(" ", 1)[0] == prefix]
+    if len(others) > 1:
+        say(f"{arm.name}: the config, the space or the seeds have changed since the last search here; this one starts anew")
+
+
+def setting_text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def mean_validation(rows: Sequence[dict[str, Any]]) -> float | None:
+    """The objective: the metric at the last evaluation of each run, mean over seeds; no peak-picking. None if unknown."""
+    values = [(row.get("validation") or {}).get("last") for row in rows if row["status"] == "ok"]
+    return statistics.fmean(values) if len(values) == len(rows) and None not in values else None

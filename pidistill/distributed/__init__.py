@@ -1,0 +1,1 @@
+"""Where a recipe runs: ranks, meshes and tensor parallelism."""

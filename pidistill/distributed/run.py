@@ -1,0 +1,117 @@
+"""Where a recipe runs: device, ranks, sums over ranks, and seconds by phase."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from pidistill.distributed.tensor_parallel import DATA, TENSOR, from_first
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a recipe runs.
+
+    Attributes:
+        rank, world_size: among the data-parallel ranks. Sums and shares are over these; those of a tensor-parallel group have
+            the same work, and the same results.
+        mesh: [data-parallel, tensor-parallel] ranks; None where `tensor_parallel_dim` is 1.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    world_size: int
+    seed: int
+    output_dir: Path
+    mesh: DeviceMesh | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0 and self.is_first
+
+    @property
+    def is_first(self) -> bool:
+        """The one that acts for its tensor-parallel group."""
+        return self.mesh is None or self.mesh.get_local_rank(TENSOR) == 0
+
+    @property
+    def processes(self) -> int:
+        return self.world_size if self.mesh is None else self.mesh.size()
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        return None if self.mesh is None else self.mesh.get_group(DATA)
+
+    def once(self, ask: Callable[[], T]) -> T:
+        """``ask()`` by one rank of a tensor-parallel group, for all of them: where two answers could differ, or cost."""
+        if self.mesh is None:
+            return ask()
+        return from_first(self.mesh.get_group(TENSOR), ask() if self.is_first else None)
+
+    def sum(self, value: float | int) -> float:
+        """Sum of a number over all ranks (float64)."""
+        total = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(total, group=self._group)
+        return total.item()
+
+    def sums(self, values: dict[str, float]) -> dict[str, float]:
+        """Sums over all ranks of numbers whose names may differ between ranks."""
+        if self.world_size == 1:
+            return dict(values)
+        gathered = self.gather([values])
+        names = dict.fromkeys(name for one in gathered for name in one)
+        return {name: math.fsum(one.get(name, 0.0) for one in gathered) for name in names}
+
+    def gather(self, items: list) -> list:
+        """The items of all ranks, on every rank."""
+        if self.world_size == 1:
+            return items
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, items, group=self._group)
+        return [item for one in gathered for item in one]
+
+    def max(self, value: int) -> int:
+        largest = torch.tensor(value, dtype=torch.long, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
+        return int(largest.item())
+
+    def share(self, items: Sequence) -> list:
+        """This rank's share of items that every rank holds in the same order."""
+        return list(items[self.rank :: self.world_size])
+
+
+# ---------------------------------------------------------------------------------------------- timing
+
+
+class Timer:
+    """Seconds by phase. On CUDA each phase ends with a synchronisation, so that time lands where it was spent."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def take(self) -> dict[str, float]:
+        seconds, self.seconds = self.seconds, {}
+        return seconds

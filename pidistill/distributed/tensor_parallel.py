@@ -1,0 +1,239 @@
+"""Tensor parallelism: the ranks of one data-parallel rank hold a share of each layer's matrices and attention heads.
+
+torchtune's plan for Llama 3, of which the layers' part is used: queries, keys, values, w1 and w3 by columns, the other two by
+rows. FSDP2 shards the layers over the data-parallel ranks, and what stands outside them (embedding, last norm, output head),
+with which all tensor-parallel ranks compute the same, over all ranks.
+
+The ranks of a group wait for each other in every layer, so they must make the same forwards. The first of them alone samples,
+asks the environment and the judges; the others run the forwards it is about to run, and are given what it got.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
+from torchtune.models.llama3 import base_llama_tp_plan
+from torchtune.modules import FeedForward, MultiHeadAttention, TransformerDecoder
+from torchtune.training import prepare_mha_for_tp
+
+from pidistill.errors import InputError
+from pidistill.models.adapters import has_adapters
+from pidistill.models.empty import empty_model
+
+T = TypeVar("T")
+
+DATA, TENSOR = "dp", "tp"
+_ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "output_proj"), ("w1", "w2", "w3")
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+def check_tensor_parallel(cfg: DictConfig, processes: int) -> int:
+    """`tensor_parallel_dim`, 1 where it is not set.
+
+    Raises:
+        InputError: the processes do not part into groups of that size, the model has no plan, its heads do not part into as
+            many shares, or the config asks for what does not work together with it.
+    """
+    size = int(cfg.get("tensor_parallel_dim") or 1)
+    if size == 1:
+        return 1
+    if processes % size:
+        raise InputError(
+            f"tensor_parallel_dim={size} does not divide the {processes} processes of this run into groups of {size}; set "
+            "tensor_parallel_dim or --nproc_per_node so that it does"
+        )
+    _check_settings(cfg, size)
+    for key in ("model", "teacher_model"):
+        if cfg.get(key):
+            _check_model(empty_model(cfg[key]), key, size)
+    return size
+
+
+def _check_settings(cfg: DictConfig, size: int) -> None:
+    for key in ("compile", "enable_activation_offloading"):
+        if cfg.get(key, False):
+            raise InputError(f"{key}=True does not work with tensor_parallel_dim={size}; set {key}=False")
+    optimizer = cfg.get("optimizer") or {}
+    if optimizer.get("fused", False) or not str(optimizer.get("_component_", "torch.")).startswith("torch."):
+        wrong = "fused=True" if optimizer.get("fused", False) else f"_component_={optimizer._component_}"
+        raise InputError(
+            f"optimizer.{wrong} does not work with tensor_parallel_dim={size}, whose parameters are sharded in several ways; "
+            "choose one of torch.optim, and optimizer.fused=False"
+        )
+    sampler = str((cfg.get("sampler") or {}).get("_component_", "TorchtuneSampler"))
+    if sampler.rpartition(".")[2] != "TorchtuneSampler":
+        raise InputError(
+            f"sampler._component_={sampler} does not work with tensor_parallel_dim={size}; set "
+            "sampler._component_=pidistill.rollouts.TorchtuneSampler"
+        )
+
+
+def _check_model(model: nn.Module, key: str, size: int) -> None:
+    if has_adapters(model):
+        raise InputError(
+            f"{key} has LoRA adapters, which tensor_parallel_dim={size} does not shard; set tensor_parallel_dim=1, or a model "
+            "without them"
+        )
+    for layer in model.layers:
+        strange = _unknown_part(layer)
+        if strange is not None:
+            raise InputError(
+                f"tensor_parallel_dim={size} has a plan for layers like Llama's, and this {key} has {strange}; set "
+                "tensor_parallel_dim=1"
+            )
+        counts = {"num_heads": layer.attn.num_heads, "num_kv_heads": layer.attn.num_kv_heads}
+        counts |= {"intermediate_dim": layer.mlp.w1.out_features, "embed_dim": layer.attn.embed_dim}
+        for name, count in counts.items():
+            if count % size:
+                raise InputError(
+                    f"tensor_parallel_dim={size} gives each process an equal share of {key}.{name}={count}, which it does not "
+                    "divide; set a tensor_parallel_dim that does"
+                )
+
+
+def _unknown_part(layer: nn.Module) -> str | None:
+    attention, mlp = getattr(layer, "attn", None), getattr(layer, "mlp", None)
+    if not isinstance(attention, MultiHeadAttention) or type(mlp) is not FeedForward:
+        return f"{type(attention).__name__} and {type(mlp).__name__}"
+    for owner, names in ((attention, _ATTENTION), (mlp, _MLP)):
+        for name in names:
+            if type(getattr(owner, name)) is not nn.Linear:
+                return f"{type(getattr(owner, name)).__name__} as {name}"
+    wide = [p for norm in _head_norms(layer) for p in norm.parameters() if p.numel() != attention.head_dim]
+    return "a norm over several heads" if wide else None
+
+
+# ---------------------------------------------------------------------------------------------- model
+
+
+def make_mesh(device_type: str, processes: int, size: int) -> DeviceMesh:
+    """[data-parallel, tensor-parallel]; neighbouring ranks, which are nearest to each other, share a model."""
+    return init_device_mesh(device_type, (processes // size, size), mesh_dim_names=(DATA, TENSOR))
+
+
+def parallelize(model: TransformerDecoder, mesh: DeviceMesh) -> None:
+    """Shard the layers' matrices over the tensor-parallel ranks; ``model`` may be on meta."""
+    prepare_mha_for_tp(model, mesh[TENSOR])
+    plan = {name: style for name, style in base_llama_tp_plan().items() if name.startswith("layers.")}
+    parallelize_module(model, mesh[TENSOR], plan)
+
+
+def shard_model(
+    model: TransformerDecoder,
+    conditions: Sequence[Callable[[str, nn.Module], bool]],
+    *,
+    cpu_offload: bool,
+    reshard_after_forward: bool,
+    mesh: DeviceMesh,
+) -> None:
+    """torchtune's function of that name, with layers over the data-parallel ranks and all else over all ranks.
+
+    What is outside the layers gets the same gradient on the ranks of a group, so that the mean over all ranks is the mean over
+    the data-parallel ones.
+    """
+    everyone = init_device_mesh(mesh.device_type, (mesh.size(),))
+    options: dict[str, Any] = {"reshard_after_forward": reshard_after_forward}
+    if cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy()
+    for name, module in reversed(list(model.named_modules())):
+        if any(condition(name, module) for condition in conditions):
+            fully_shard(module, mesh=mesh[DATA] if name.startswith("layers.") else everyone, **options)
+    fully_shard(model, mesh=everyone, **options)
+
+
+def complete_gradients(model: nn.Module) -> None:
+    """Before an optimiser step: norms of queries and keys have the gradient of this rank's heads, and need that of all."""
+    group = tensor_parallel_group(model)
+    if group is None:
+        return
+    for norm in _head_norms(model):
+        for parameter in norm.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad.to_local(), group=group)
+
+
+def _head_norms(module: nn.Module) -> Iterator[nn.Module]:
+    """Norms over a head's width, one for all heads (Qwen3)."""
+    for attention in module.modules():
+        if isinstance(attention, MultiHeadAttention) and attention.q_norm is not None:
+            yield from (attention.q_norm, attention.k_norm)
+
+
+# ---------------------------------------------------------------------------------------------- in lockstep
+
+
+def tensor_parallel_group(model: Any) -> ProcessGroup | None:
+    """The ranks that hold a share of the model's matrices together with this one; None where it has them whole."""
+    for parameter in model.parameters() if isinstance(model, nn.Module) else ():
+        if isinstance(parameter, DTensor) and TENSOR in (parameter.device_mesh.mesh_dim_names or ()):
+            return parameter.device_mesh.get_group(TENSOR)
+    return None
+
+
+def follows(group: ProcessGroup | None) -> bool:
+    """True on all ranks of a group but the first."""
+    return group is not None and group.rank() > 0
+
+
+def from_first(group: ProcessGroup | None, item: T | None = None) -> T:
+    """What the group's first rank calls this with."""
+    if group is None:
+        return item
+    box = [item]
+    dist.broadcast_object_list(box, group=group, group_src=0)
+    return box[0]
+
+
+@contextmanager
+def in_lockstep(context: Any, group: ProcessGroup | None) -> Iterator[Any]:
+    """A sampler's context (:class:`pidistill.rollouts.decoding.Context`) whose forwards all ranks of a group make.
+
+    On the first rank the context to sample with; on the others None, once they have made the forwards that it made. Where the
+    first one fails they go on waiting: its process ends, and with it the run.
+    """
+    if follows(group):
+        while (calls := from_first(group)) is not None:
+            for name, arguments in calls:
+                getattr(context, name)(*arguments)
+        yield None
+    elif group is None:
+        yield context
+    else:
+        yield _Leading(context, group)
+        from_first(group, None)
+
+
+class _Leading:
+    """Calls the context, and has the other ranks call theirs; what needs no forward is told with the next one that does."""
+
+    def __init__(self, context: Any, group: ProcessGroup) -> None:
+        self._context, self._group = context, group
+        self._untold: list[tuple[str, tuple]] = []
+
+    def reserve(self, *arguments: Any) -> None:
+        self._call("reserve", arguments)
+
+    def rearrange(self, *arguments: Any) -> None:
+        self._call("rearrange", arguments)
+
+    def read_prompts(self, *arguments: Any) -> Any:
+        return self._call("read_prompts", arguments, forward=True)
+
+    def read(self, *arguments: Any) -> Any:
+        return self._call("read", arguments, forward=True)
+
+    def _call(self, name: str, arguments: tuple, *, forward: bool = False) -> Any:
+        self._untold.append((name, arguments))
+        if forward:
+            from_first(self._group, self._untold)
+            self._untold = []
+        return getattr(self._context, name)(*arguments)

@@ -1,0 +1,1 @@
+"""Pure functions of per-token numbers: divergences, estimators, policy gradients, advantages, reductions."""

@@ -1,0 +1,119 @@
+"""The KL of the view that samples: in the reward, as a loss, or as a loss with the future term."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from pidistill.errors import InputError
+from pidistill.losses.estimators import complete_kl_advantages
+from pidistill.losses.rollout_advantages import as_fp32, group_advantages
+from pidistill.types import Divergence, Rollout, ScoreRequest, Scores, ViewName
+
+# -------------------------------------------------------------------------------- the KL of the view that samples
+
+KL_MODES = {
+    "loss_rb": "full-vocabulary KL at each token as a loss (pathwise gradient; low variance, ignores how tokens move later KL)",
+    "loss_rb_complete": "loss_rb plus the future-KL term; with kl_gamma=1 the whole gradient of the sequence KL",
+    "loss_k2": "half the squared log-ratio of the sampled token as a loss; its expected gradient is that of loss_rb",
+    "reward_k1": "the sequence's summed log-ratio, taken from the reward; unbiased, high variance",
+    "reward_rb": "the sequence's summed full-vocabulary KL, taken from the reward; the paper's text, biased",
+}
+
+REFUSED_KL_MODES = {
+    "loss_k1": "the log-ratio of a token as a loss has zero expected gradient through the policy that sampled the token",
+    "loss_k3": "differentiated through the policy that sampled the token, k3 follows the other KL's gradient, not its own",
+    "advantage_rb": "a token's own full-vocabulary KL as that token's advantage has zero expected gradient",
+}
+
+
+@dataclass(frozen=True)
+class SamplingKL:
+    """kl(P||sg Q) of the sequence, y ~ P: P the view that samples and is trained, Q the other one.
+
+    Attributes:
+        policy: P.
+        mode: a key of ``KL_MODES``.
+        gamma: discount of the future-KL term of ``loss_rb_complete``: 0 is ``loss_rb``, 1 the complete gradient.
+        reward_scale: "sum" (nats of the whole sequence) or "token_mean"; only for ``reward_rb``.
+    """
+
+    policy: ViewName
+    mode: str = "loss_rb"
+    gamma: float = 1.0
+    reward_scale: str = "sum"
+
+    def __post_init__(self) -> None:
+        if self.mode in REFUSED_KL_MODES:
+            raise InputError(
+                f"objective.kl_mode={self.mode} is refused: {REFUSED_KL_MODES[self.mode]}; use loss_rb or reward_k1"
+            )
+        if self.mode not in KL_MODES:
+            raise InputError(f"objective.kl_mode={self.mode} is unknown; choose one of {', '.join(KL_MODES)}")
+        if not 0.0 <= self.gamma <= 1.0:
+            raise InputError(f"objective.kl_gamma={self.gamma} is outside [0, 1]")
+        if self.gamma != 1.0 and self.mode != "loss_rb_complete":
+            raise InputError(f"objective.kl_gamma={self.gamma} needs kl_mode=loss_rb_complete, not {self.mode}")
+        if self.reward_scale not in ("sum", "token_mean"):
+            raise InputError(f"objective.kl_reward_scale={self.reward_scale} is unknown; choose sum or token_mean")
+        if self.reward_scale == "token_mean" and self.mode != "reward_rb":
+            raise InputError(f"objective.kl_reward_scale=token_mean needs kl_mode=reward_rb, not {self.mode}")
+
+    @property
+    def in_reward(self) -> bool:
+        return self.mode in ("reward_k1", "reward_rb")
+
+    @property
+    def needs_behaviour(self) -> bool:
+        return self.in_reward or self.mode == "loss_rb_complete"
+
+    def divergence(self, grad: ViewName | Literal["none"] = "none") -> Divergence:
+        return Divergence("kl_teacher_student" if self.policy == "teacher" else "kl_student_teacher", grad=grad)
+
+    def loss_divergences(self) -> tuple[Divergence, ...]:
+        return (self.divergence(self.policy),) if self.mode in ("loss_rb", "loss_rb_complete") else ()
+
+    def behaviour_request(self) -> ScoreRequest | None:
+        if not self.needs_behaviour:
+            return None
+        divergences = () if self.mode == "reward_k1" else (self.divergence(),)
+        return ScoreRequest(student_grad=False, teacher_grad=False, divergences=divergences, entropy=False)
+
+    def behaviour_values(self, scores: Scores) -> Float[Tensor, " N"]:
+        if self.mode == "reward_k1":
+            return self._log_ratio(scores)
+        return scores.divergences[self.divergence()]
+
+    def token_loss(self, scores: Scores) -> Float[Tensor, " N"] | None:
+        """The term to minimise per token, with gradient through P only; None in the reward modes."""
+        if self.in_reward:
+            return None
+        if self.mode == "loss_k2":
+            return 0.5 * self._log_ratio(scores) ** 2
+        return scores.divergences[self.divergence(self.policy)]
+
+    def advantages(self, rollouts: Sequence[Rollout], beta: float, advantage: str, no_pi: str) -> list[list[float]] | None:
+        """Per policy token, what this term adds to the reward's advantage for P; None where it adds nothing."""
+        if not self.needs_behaviour:
+            return None
+        kls = [
+            as_fp32(r.behaviour_nats if r.prompts.has_privileged or no_pi == "distill" else [0.0] * r.policy_tokens)
+            for r in rollouts
+        ]
+        groups = [r.group for r in rollouts]
+        if self.mode == "loss_rb_complete":
+            to_go = complete_kl_advantages(kls, groups, self.gamma)
+            return [(-beta * x).tolist() for x in to_go]
+        penalties = [float(k.sum() if self.reward_scale == "sum" else k.mean()) if len(k) else 0.0 for k in kls]
+        rewards = [r.reward for r in rollouts]
+        with_kl = group_advantages(advantage, [x - beta * p for x, p in zip(rewards, penalties, strict=True)], groups)
+        without = group_advantages(advantage, rewards, groups)
+        return [[a - b] * r.policy_tokens for a, b, r in zip(with_kl, without, rollouts, strict=True)]
+
+    def _log_ratio(self, scores: Scores) -> Float[Tensor, " N"]:
+        """log P − log sg Q of the sampled token."""
+        if self.policy == "teacher":
+            return scores.teacher_logprobs - scores.student_logprobs.detach()
+        return scores.student_logprobs - scores.teacher_logprobs.detach()

@@ -1,0 +1,116 @@
+"""Which tokens a term counts, and how much: one line in the config of any objective.
+
+    objective:
+      token_weight: {_component_: pidistill.losses.token_weights.SkipFirst, tokens: 3}
+
+A token weight takes the term of a method (its divergence, or its policy gradient where it has no other), one number per policy
+token, and returns it with some tokens changed. The denominator of the mean stays all policy tokens of the step, so that leaving
+tokens out lowers the term and never inflates the others. Weights are constants: gradient reaches the term alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pidistill.errors import InputError
+from pidistill.types import Batch, Scores
+
+TokenWeight = Callable[[Float[Tensor, " N"], Batch, Scores], Float[Tensor, " N"]]
+
+
+def weighted(token_weight: TokenWeight | None, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
+    return term if token_weight is None else token_weight(term, batch, scores)
+
+
+@dataclass(frozen=True)
+class SkipFirst:
+    """0 on the first ``tokens`` policy tokens of every completion (SDFT, arXiv 2601.19897, skips 3)."""
+
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if self.tokens < 0:
+            raise InputError(f"token_weight.tokens={self.tokens} must be at least 0")
+
+    def __call__(self, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
+        return term.masked_fill(batch.token_index < self.tokens, 0.0)
+
+
+@dataclass(frozen=True)
+class ClipTerm:
+    """At most ``max_nats`` per token: min(term, max_nats); a clipped token has no gradient."""
+
+    max_nats: float
+
+    def __post_init__(self) -> None:
+        if not self.max_nats > 0.0:
+            raise InputError(f"token_weight.max_nats={self.max_nats} must be above 0, or no token has a gradient")
+
+    def __call__(self, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
+        return term.clamp(max=self.max_nats)
+
+
+@dataclass(frozen=True)
+class EntropyMask:
+    """Only tokens whose next-token entropy in ``view`` lies in [min_nats, max_nats]."""
+
+    min_nats: float = 0.0
+    max_nats: float = float("inf")
+    view: str = "student"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.min_nats < self.max_nats or self.view not in ("student", "teacher"):
+            raise InputError(
+                f"token_weight needs 0 <= min_nats < max_nats and view student or teacher, not min_nats={self.min_nats}, "
+                f"max_nats={self.max_nats}, view={self.view}"
+            )
+
+    def __call__(self, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
+        entropy = scores.student_entropy if self.view == "student" else scores.teacher_entropy
+        if entropy is None:
+            raise InputError(f"token_weight.view={self.view}: this method does not look at that view; choose the other one")
+        return term.masked_fill(~((entropy >= self.min_nats) & (entropy <= self.max_nats)), 0.0)
+
+
+@dataclass(frozen=True)
+class SignGate:
+    """Only tokens on which teacher and reward agree: sign(log T − log S) of the sampled token = sign of its advantage.
+
+    In a rollout better than its group the teacher may make tokens likelier, in a worse one less likely. Rollouts of
+    advantage 0 are left out.
+    """
+
+    def __call__(self, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
+        if scores.teacher_logprobs is None or batch.advantages is None:
+            raise InputError("token_weight SignGate compares teacher and reward; this method has no teacher view or no reward")
+        log_ratio = (scores.teacher_logprobs - scores.student_logprobs).detach()
+        return term.masked_fill(~(log_ratio * batch.advantages > 0), 0.0)
+
+
+@dataclass(frozen=True)
+class PositionDecay:
+    """0.5^(t / half_life) for policy token t = 0, 1, … of its completion."""
+
+    half_life: float
+
+    def __post_init__(self) -> None:
+        if not self.half_life > 0.0:
+            raise InputError(f"token_weight.half_life={self.half_life} must be above 0 (in policy tokens)")
+
+    def __call__(self, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
+        return term * torch.exp2(-batch.token_index / self.half_life)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Several, one after another."""
+
+    steps: Sequence[TokenWeight]
+
+    def __call__(self, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
+        for step in self.steps:
+            term = step(term, batch, scores)
+        return term

@@ -1,0 +1,327 @@
+"""LoRA and DoRA adapters in PEFT's format, both ways: a folder with adapter_config.json and adapter_model.safetensors.
+
+`peft.PeftModel.from_pretrained(base, folder)` puts such a folder onto the base model in transformers. Llama's and Mistral's
+query and key rows are permuted between torchtune (which rotates neighbouring pairs) and Hugging Face (halves), and so are the
+rows of B and of DoRA's magnitude; Qwen's keep their order.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pidistill.errors import InputError
+from pidistill.models.adapters import PARTS, adapter_modules, has_adapters, is_dora, merge, rank_of, scale_of
+from pidistill.models.empty import empty_model
+from pidistill.models.hf_folder import read_json
+
+FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
+# model_type → whether its query and key rows are permuted.
+PERMUTES = {"llama": True, "mistral": True, "qwen2": False, "qwen3": False}
+_MODULES = {
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj",
+    "attn.output_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.gate_proj",
+    "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj",
+}
+_BACK = {theirs: ours for ours, theirs in _MODULES.items()}
+_PARTS = dict(zip(PARTS, ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"), strict=True))
+_PREFIX = "base_model.model."
+# What changes the adapted layer beyond rank, α and DoRA, and the value under which it does not.
+_PLAIN = {"use_rslora": False, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "lora_bias": False}
+_NOT_READ = _PLAIN | {"layer_replication": None, "trainable_token_indices": None, "alora_invocation_tokens": None}
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT folder under torchtune's names.
+
+    Attributes:
+        tensors: of each layer lora_a.weight [r, in], lora_b.weight [out, r] and, of DoRA, magnitude [out].
+        alphas: α of each adapted layer.
+    """
+
+    folder: Path
+    tensors: dict[str, Tensor]
+    alphas: dict[str, float]
+    dora: bool
+
+    def rank(self, layer: str) -> int:
+        return self.tensors[f"{layer}.lora_a.weight"].shape[0]
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """α/r of each adapted layer."""
+        return {layer: alpha / self.rank(layer) for layer, alpha in self.alphas.items()}
+
+
+# ---------------------------------------------------------------------------------------------- write
+
+
+def write(folder: Path, model: nn.Module, weights: Mapping[str, Tensor], hf_config: Mapping[str, Any], base: str) -> None:
+    """``model``'s adapters, their values from the full state dict ``weights``, as PEFT reads them.
+
+    Args:
+        hf_config: the base's config.json.
+        base: what becomes base_model_name_or_path.
+    """
+    tensors = {}
+    for layer, module in adapter_modules(model):
+        for part in module.adapter_params():
+            rows = weights[f"{layer}.{part}"]
+            rows = rows if part == "lora_a.weight" else _permuted(rows, layer, hf_config, to_hf=True)
+            tensors[f"{_PREFIX}{_to_hf(layer)}.{_PARTS[part]}"] = rows.contiguous().clone()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(_config(model, base), indent=2))
+
+
+def _config(model: nn.Module, base: str) -> dict[str, Any]:
+    layers = {_to_hf(name): module for name, module in adapter_modules(model)}
+    ranks = {name: rank_of(module) for name, module in layers.items()}
+    # DoRA's layer keeps α/r alone, whose product with r is α but for rounding.
+    alphas = {name: float(f"{scale_of(module) * ranks[name]:.9g}") for name, module in layers.items()}
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "rank_pattern": {name: own for name, own in ranks.items() if own != rank},
+        "alpha_pattern": {name: own for name, own in alphas.items() if own != alpha},
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "use_dora": any(is_dora(module) for module in layers.values()),
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        **_PLAIN,
+    }
+
+
+def _to_hf(layer: str) -> str:
+    """layers.3.attn.q_proj → model.layers.3.self_attn.q_proj; output → lm_head."""
+    if layer == "output":
+        return "lm_head"
+    _, number, module = layer.split(".", 2)
+    return f"model.layers.{number}.{_MODULES[module]}"
+
+
+def _permuted(rows: Tensor, layer: str, hf_config: Mapping[str, Any], *, to_hf: bool) -> Tensor:
+    """[out, …] of a query or key in the other format's row order; every other layer's as it is."""
+    heads = {"attn.q_proj": "num_attention_heads", "attn.k_proj": "num_key_value_heads"}
+    key = next((key for module, key in heads.items() if layer.endswith(module)), None)
+    if key is None or not PERMUTES[hf_config["model_type"]]:
+        return rows
+    number = hf_config.get(key) or hf_config["num_attention_heads"]
+    pairs = rows.shape[0] // number // 2
+    split = (number, pairs, 2) if to_hf else (number, 2, pairs)
+    return rows.reshape(*split, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+# ---------------------------------------------------------------------------------------------- read
+
+
+def read(folder: Path, hf_config: Mapping[str, Any]) -> Adapter:
+    """A PEFT folder of LoRA or DoRA.
+
+    Raises:
+        InputError: files are missing, the folder holds another kind of adapter, or a layer lacks one of its tensors.
+    """
+    config = _read_config(folder, hf_config)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _load(folder / WEIGHTS).items():
+        layer, part = _from_hf(name, folder)
+        rows = tensor.squeeze() if part == "magnitude" else tensor
+        tensors[f"{layer}.{part}"] = rows if part == "lora_a.weight" else _permuted(rows, layer, hf_config, to_hf=False)
+    dora = bool(config.get("use_dora", False))
+    layers = sorted({name.removesuffix(f".{part}") for name in tensors for part in PARTS if name.endswith(f".{part}")})
+    for layer in layers:
+        _check_layer(layer, tensors, config, folder, dora)
+    alphas = {layer: float(_own(config, "alpha_pattern", "lora_alpha", layer)) for layer in layers}
+    return Adapter(folder, tensors, alphas, dora)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file ({' '.join(str(error).split())}): a "
+            "download was cut short, or this is a git-lfs pointer; fetch it again, or check adapter_dir"
+        ) from error
+
+
+def _read_config(folder: Path, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            present = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "no folder"
+            raise InputError(f"adapter_dir={folder} has no {name} ({present}); name a folder that PEFT saved an adapter in")
+    if hf_config.get("model_type") not in PERMUTES:
+        raise InputError(
+            f"adapters are read for {', '.join(PERMUTES)}, and config.json beside the weights has model_type "
+            f"{hf_config.get('model_type')!r}; remove adapter_dir"
+        )
+    config = read_json(folder / CONFIG)
+    if absent := [key for key in ("r", "lora_alpha") if key not in config and config.get("peft_type") == "LORA"]:
+        raise InputError(f"{folder / CONFIG} has no {absent[0]}, as PEFT writes it; check adapter_dir")
+    changes = {key: config[key] for key, plain in _NOT_READ.items() if (config.get(key) or plain) != plain}
+    changes |= {key: config[key] for key in ("peft_type",) if config.get(key) != "LORA"}
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_MOVES_BASE):
+        changes["init_lora_weights"] = start  # its base is not the checkpoint's
+    if changes:
+        found = ", ".join(f"{key}={value}" for key, value in changes.items())
+        raise InputError(
+            f"the adapter in {folder} has {found}, and plain LoRA and DoRA are read; merge it into the base with PEFT, and "
+            "name the merged folder in checkpointer.checkpoint_dir"
+        )
+    return config
+
+
+def _from_hf(name: str, folder: Path) -> tuple[str, str]:
+    found = re.fullmatch(r"base_model\.model\.(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name)
+    part = found and next(ours for ours, theirs in _PARTS.items() if theirs.startswith(found[2]))
+    if found and found[1] == "lm_head":
+        return "output", part
+    place = found and re.fullmatch(r"model\.layers\.(\d+)\.(.+)", found[1])
+    if not place or place[2] not in _BACK:
+        raise InputError(
+            f"the adapter in {folder} has a tensor {name}, and adapters are read for {', '.join(_BACK)} and lm_head; train it "
+            "with those target_modules"
+        )
+    return f"layers.{place[1]}.{_BACK[place[2]]}", part
+
+
+def _check_layer(layer: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path, dora: bool) -> None:
+    wanted = PARTS if dora else PARTS[:2]
+    for part in wanted:
+        if f"{layer}.{part}" not in tensors:
+            raise InputError(
+                f"the adapter in {folder} lacks {_PREFIX}{_to_hf(layer)}.{_PARTS[part]}; the file is incomplete, save it again"
+            )
+    rank, found = int(_own(config, "rank_pattern", "r", layer)), tensors[f"{layer}.lora_a.weight"].shape[0]
+    if rank != found or tensors[f"{layer}.lora_b.weight"].shape[1] != found:
+        raise InputError(
+            f"the adapter in {folder} says rank {rank} for {_to_hf(layer)} and its tensors have {found}; {CONFIG} and "
+            f"{WEIGHTS} are not of the same adapter"
+        )
+
+
+def _own(config: Mapping[str, Any], pattern: str, key: str, layer: str) -> Any:
+    """A layer's own value, by PEFT's rule that a pattern is the end of the name, or the common one."""
+    for own, value in (config.get(pattern) or {}).items():
+        if re.fullmatch(rf"(?:.*\.)?(?:{own})", _to_hf(layer)):
+            return value
+    return config[key]
+
+
+# ---------------------------------------------------------------------------------------------- an adapter and a model
+
+
+def check_fits(adapter: Adapter, model: nn.Module) -> None:
+    """Refuse an adapter that ``model`` (which may be on meta) cannot take: into its own adapters, or merged into its weights.
+
+    Raises:
+        InputError: other layers, another rank, α or kind than `model` says, or another base's shapes.
+    """
+    own, weights = dict(adapter_modules(model)), dict(model.named_parameters())
+    for layer in adapter.alphas:
+        _check_base_shape(adapter, layer, weights.get(f"{layer}.weight"))
+    if not own:
+        return
+    if adapter.alphas.keys() != own.keys():
+        raise InputError(_other_layers(adapter, own))
+    for layer, module in own.items():
+        theirs = {"lora_rank": adapter.rank(layer), "lora_alpha": adapter.alphas[layer], "use_dora": adapter.dora}
+        ours = {"lora_rank": rank_of(module), "lora_alpha": scale_of(module) * rank_of(module), "use_dora": is_dora(module)}
+        for key, value in theirs.items():
+            if abs(value - ours[key]) > 1e-6 * abs(value):
+                raise InputError(
+                    f"the adapter in {adapter.folder} has {key}={_shown(value)} on {_to_hf(layer)} and `model` "
+                    f"{_shown(ours[key])}; set model.{key}={_shown(value)}"
+                )
+
+
+def _shown(value: float | bool) -> str:
+    return str(value) if isinstance(value, bool) else f"{value:g}"
+
+
+def _other_layers(adapter: Adapter, own: Mapping[str, nn.Module]) -> str:
+    kinds = [sorted({_to_hf(layer).rpartition(".")[2] for layer in layers}) for layers in (adapter.alphas, own)]
+    theirs, ours = (", ".join(kind) for kind in kinds)
+    return (
+        f"the adapter in {adapter.folder} adapts {len(adapter.alphas)} layers ({theirs}) and `model` {len(own)} ({ours}); set "
+        "model.lora_attn_modules, model.apply_lora_to_mlp and model.apply_lora_to_output to what the adapter has"
+    )
+
+
+def _check_base_shape(adapter: Adapter, layer: str, weight: Tensor | None) -> None:
+    # A tied head has no weight of its own.
+    found = (adapter.tensors[f"{layer}.lora_b.weight"].shape[0], adapter.tensors[f"{layer}.lora_a.weight"].shape[1])
+    if weight is None or tuple(weight.shape) != found:
+        ours = "has no such weight" if weight is None else f"has {weight.shape[0]}x{weight.shape[1]}"
+        raise InputError(
+            f"the adapter in {adapter.folder} is of another base: it adapts {_to_hf(layer)} of {found[0]}x{found[1]}, and "
+            f"`model` {ours} there; check adapter_dir, model and checkpointer.checkpoint_dir"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- a config's
+
+
+def check_adapter_dir(cfg: DictConfig) -> None:
+    """Refuse an `adapter_dir` that cannot be read, or that `model` cannot take, before any weight is loaded."""
+    if cfg.get("adapter_dir"):
+        check_fits(_read_for(cfg), empty_model(cfg.model))
+        _check_not_merged_already(Path(cfg.adapter_dir), Path(cfg.checkpointer.get("checkpoint_dir") or ""))
+
+
+def _check_not_merged_already(adapter_dir: Path, checkpoint_dir: Path) -> None:
+    """A run's own checkpoint holds the merged weights: with the adapter on top it would count twice, without a word."""
+    bases = [base_of(folder) for folder in (adapter_dir, checkpoint_dir / FOLDER)]
+    if bases[0] is not None and bases[0] == bases[1]:
+        raise InputError(
+            f"checkpointer.checkpoint_dir={checkpoint_dir} holds weights that have an adapter of {bases[0]} in them, and "
+            f"adapter_dir={adapter_dir} would put another one on top; remove adapter_dir, or set checkpointer.checkpoint_dir "
+            f"to {bases[0]}"
+        )
+
+
+def base_of(adapter_dir: Path) -> str | None:
+    """The base that an adapter's folder names; None where it names none, or there is no such folder."""
+    path = adapter_dir / CONFIG
+    return read_json(path).get("base_model_name_or_path") if path.is_file() else None
+
+
+def with_adapter_dir(cfg: DictConfig, model_node: Any, weights: dict[str, Any]) -> dict[str, Any]:
+    """A base's full state dict with the adapter in `adapter_dir`; unchanged without the key.
+
+    It is put beside the base's weights where the model has adapters, and merged into them where it has none.
+    """
+    if not cfg.get("adapter_dir"):
+        return weights
+    adapter = _read_for(cfg)
+    both = {**weights, **adapter.tensors}
+    return both if has_adapters(empty_model(model_node)) else merge(both, adapter.scales)
+
+
+def base_config(checkpoint_dir: str | None) -> dict[str, Any]:
+    """config.json of a checkpoint folder; empty where there is none."""
+    path = Path(checkpoint_dir or "") / "config.json"
+    return json.loads(path.read_text()) if checkpoint_dir and path.is_file() else {}
+
+
+def _read_for(cfg: DictConfig) -> Adapter:
+    return read(Path(cfg.adapter_dir), base_config(cfg.checkpointer.get("checkpoint_dir")))

@@ -1,0 +1,179 @@
+"""Privileged information that exists only once a round is sampled: a sibling that succeeded, what the environment answered.
+
+Each rollout's teacher prompt is written anew, from its own example with the information found for it; the student's prompt and
+the completion stay, id for id. A rollout for which nothing is found has no privileged information, and is counted: SDPO trains
+it on its reward; with the other self-distillation objectives it gets weight 0 and stays in the denominator.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+from pidistill.chat.calls import ACTION_TAGS, CALL_TEMPLATE, CallStyle
+from pidistill.chat.messages import message_text, tool_call_text, transcript_text
+from pidistill.chat.tool_calls import visible_text
+from pidistill.distributed.run import Run
+from pidistill.errors import InputError
+from pidistill.privileged.prompt import PrivilegedPrompt
+from pidistill.tokenizers import ChatTokenizer
+from pidistill.types import Example, Message, Rollout
+
+TextOfTurns = Callable[[Example, Sequence[Message]], str | None]
+
+
+class Transcript:
+    """The turns as they were said, tool calls, results and other answers of the environment included."""
+
+    def __call__(self, example: Example, turns: Sequence[Message]) -> str:
+        return transcript_text(turns)
+
+
+@dataclass(frozen=True)
+class SiblingToolCalls:
+    """The tool calls that a sibling made, without its words and without results; None where it made none.
+
+    Attributes:
+        header: the line above them; "" for none.
+        call_template, omit_tools, action_tags: see :class:`pidistill.chat.calls.CallStyle`.
+    """
+
+    header: str = "Tool calls of an attempt that solved this task, in order:"
+    call_template: str = CALL_TEMPLATE
+    omit_tools: Sequence[str] = ()
+    action_tags: Sequence[str] = ACTION_TAGS
+
+    def __call__(self, example: Example, turns: Sequence[Message]) -> str | None:
+        style = CallStyle(self.call_template, self.omit_tools, self.action_tags)
+        calls = style.calls(turns)
+        return "\n".join(filter(None, [self.header, style.write(calls)])) if calls else None
+
+
+@dataclass(frozen=True)
+class ToolFeedback:
+    """What tools answered in the rollout itself, each answer under the turn's calls; None where nothing is said.
+
+    A call that could not be read is shown as it was written, without the reasoning before it.
+
+    Attributes:
+        contains: only answers with one of these texts, whatever the case; () for every answer.
+        header: the line above them; "" for none.
+    """
+
+    contains: Sequence[str] = ("error",)
+    header: str = "What the tools answered to your last attempt at this task:"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.contains, str):
+            raise InputError(f"hindsight.feedback.contains is the text {self.contains!r}; give a list of texts")
+
+    def __call__(self, example: Example, turns: Sequence[Message]) -> str | None:
+        lines, asked = [], ""
+        for turn in turns:
+            if turn["role"] == "assistant":
+                asked = "\n".join(map(tool_call_text, turn.get("tool_calls") or [])) or visible_text(turn)
+            elif turn["role"] == "tool" and self._tells(message_text(turn)):
+                lines.append(f"{asked}\n-> {message_text(turn)}")
+        return "\n".join(filter(None, [self.header, *lines])) if lines else None
+
+    def _tells(self, answer: str) -> bool:
+        return not self.contains or any(text.casefold() in answer.casefold() for text in self.contains)
+
+
+@dataclass(frozen=True)
+class Hindsight:
+    """What the teacher sees of a rollout's round (SDPO, arXiv 2601.20802).
+
+    Attributes:
+        sibling: writes a successful rollout of the same group, other than the rollout itself, for the teacher to see; None
+            for no siblings. The next one in the group's order is taken.
+        feedback: writes what the environment said about the rollout itself, None where it said nothing; None for no feedback.
+        feedback_with_sibling: both, where both exist; else feedback only where no sibling succeeded.
+        success_threshold: the reward from which a sibling counts as successful.
+        feedback_threads: so many rollouts get their feedback at once, for a judge that answers over a network
+            (:mod:`pidistill.privileged.judges`); None asks one after the other.
+    """
+
+    sibling: TextOfTurns | None
+    feedback: TextOfTurns | None = None
+    feedback_with_sibling: bool = False
+    success_threshold: float = 1.0
+    feedback_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.feedback_threads is not None and self.feedback_threads < 1:
+            raise InputError(f"hindsight.feedback_threads is {self.feedback_threads}; give at least 1, or null for none")
+        if self.sibling is None and self.feedback is None:
+            raise InputError(
+                "hindsight.sibling and hindsight.feedback are both null, so the teacher would see nothing; set one"
+            )
+
+    def texts(self, rollouts: Sequence[Rollout]) -> list[str | None]:
+        """The privileged text of each rollout of whole groups; None where there is none."""
+        groups: dict[int, list[int]] = {}
+        for i, rollout in enumerate(rollouts):
+            groups.setdefault(rollout.group, []).append(i)
+        siblings = [self._sibling(rollouts, i, groups[rollout.group]) for i, rollout in enumerate(rollouts)]
+        asked = [i for i, text in enumerate(siblings) if self.feedback and (self.feedback_with_sibling or not text)]
+        feedback = dict(zip(asked, self._feedback([rollouts[i] for i in asked]), strict=True))
+        pairs = [(text, feedback.get(i)) for i, text in enumerate(siblings)]
+        return ["\n\n".join(text for text in pair if text) or None for pair in pairs]
+
+    def _sibling(self, rollouts: Sequence[Rollout], i: int, members: list[int]) -> str | None:
+        place = members.index(i)
+        others = [rollouts[j] for j in members[place + 1 :] + members[:place]]
+        succeeded = next((r for r in others if r.task_reward >= self.success_threshold), None)
+        return self.sibling(rollouts[i].example, succeeded.turns) if self.sibling and succeeded else None
+
+    def _feedback(self, rollouts: Sequence[Rollout]) -> list[str | None]:
+        with ThreadPoolExecutor(self.feedback_threads) if self.feedback_threads else nullcontext() as threads:
+            each = threads.map if threads else map
+            return list(each(self.feedback, [r.example for r in rollouts], [r.turns for r in rollouts]))
+
+
+def add_hindsight(
+    hindsight: Hindsight,
+    rollouts: Sequence[Rollout],
+    privileged: PrivilegedPrompt,
+    tokenizer: ChatTokenizer,
+    run: Run,
+    max_seq_len: int,
+) -> dict[str, float]:
+    """Write each rollout's teacher prompt anew, in place; returns counts over this rank's rollouts, to be summed.
+
+    ``privileged`` says where the text goes, and its ``control`` applies: "none" shows nothing, "shuffled" the text of a
+    rollout of another group. A text that does not fit into ``max_seq_len`` is left out and counted.
+    """
+    failures = getattr(hindsight.feedback, "failures", None)  # a judge counts its own
+    texts = run.once(lambda: hindsight.texts(rollouts))  # a judge may answer twice in two ways
+    if privileged.control == "none":
+        texts = [None] * len(rollouts)
+    elif privileged.control == "shuffled":
+        texts = _from_other_groups(rollouts, texts, run)
+    too_long = 0
+    for rollout, text in zip(rollouts, texts, strict=True):
+        views = privileged.build(replace(rollout.example, privileged=text), tokenizer)
+        fits = privileged.overflow(rollout.example, views) is None
+        if not fits or len(views.pair.teacher) + len(rollout.completion) > max_seq_len:
+            too_long += 1
+            text, views = None, privileged.build(replace(rollout.example, privileged=None), tokenizer)
+        rollout.example, rollout.prompts = replace(rollout.example, privileged=text), views.pair
+    counts = {"_with_pi": float(sum(r.prompts.has_privileged for r in rollouts)), "hindsight_too_long": float(too_long)}
+    if failures is not None:
+        counts["hindsight_judge_failures"] = float(hindsight.feedback.failures - failures)
+    return counts
+
+
+def _from_other_groups(rollouts: Sequence[Rollout], texts: Sequence[str | None], run: Run) -> list[str | None]:
+    """To every rollout that has a text, the next other text of another group, in the order of groups over all ranks.
+
+    Feedback has few words, and groups may share a text: a rollout for which no other one exists gets none.
+    """
+    mine = [(rollout.group, text) for rollout, text in zip(rollouts, texts, strict=True) if text is not None]
+    everyone = sorted(run.gather(mine), key=lambda item: item[0])
+
+    def other(group: int, own: str) -> str | None:
+        in_turn = [item for item in everyone if item[0] > group] + [item for item in everyone if item[0] < group]
+        return next((text for _, text in in_turn if text != own), None)
+
+    return [None if text is None else other(rollout.group, text) for rollout, text in zip(rollouts, texts, strict=True)]

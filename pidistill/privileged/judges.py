@@ -1,0 +1,247 @@
+"""A judge's critique of an episode as privileged information: a text that another model, or any function, writes about it.
+
+`hindsight.feedback` takes any callable (example, turns) → text or None. :class:`Judge` makes one of a callable prompt → text,
+such as :class:`ChatEndpoint`, and adds what an answer over the network needs: answers are kept on disk under a hash of the
+question, and a failure is counted and gives None, so that the rollout has no critique. Nothing is made up in its place.
+"""
+
+import hashlib
+import http.client
+import json
+import logging
+import os
+import string
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pidistill.chat.messages import transcript_text
+from pidistill.errors import InputError
+from pidistill.types import Example, Message
+
+_log = logging.getLogger(__name__)
+
+CRITIQUE_TEMPLATE = """\
+An assistant with tools worked on a task. Say in at most five sentences what it did wrong, at which step, and what it should \
+have done there; if it did nothing wrong, say what made it right. Address the assistant, and write nothing else.
+
+<task>
+{task}
+</task>
+<attempt>
+{attempt}
+</attempt>"""
+
+MAX_ANSWER_BYTES = 1_000_000
+RETRIED = (408, 429, 500, 502, 503, 504)
+
+
+class JudgeError(Exception):
+    """The judge gave no usable answer; the message holds no secrets."""
+
+
+@dataclass
+class Judge:
+    """(example, turns) → the critique, or None where the judge failed; for `hindsight.feedback`.
+
+    Attributes:
+        ask: prompt → text; whatever it raises is a failure. Its ``settings``, if it has any, are part of the cache's key.
+        template: ``{task}`` stands for the example's messages, ``{attempt}`` for the turns.
+        cache_dir: a folder with one JSON file per answer, kept between runs; null asks anew every time. Failures are not kept.
+        failures: rollouts without a critique so far; reported as ``hindsight_judge_failures``.
+    """
+
+    ask: Callable[[str], str]
+    template: str = CRITIQUE_TEMPLATE
+    cache_dir: str | None = None
+    failures: int = 0
+    _lock: Any = field(default_factory=threading.Lock, repr=False)
+    _said: set[str] = field(default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        names = {name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None}
+        if "attempt" not in names or names - {"task", "attempt"}:
+            raise InputError(
+                f"feedback.template has the placeholders {sorted(names)}; it needs {{attempt}}, and may have {{task}}"
+            )
+        if not callable(self.ask):
+            raise InputError(f"feedback.ask is {self.ask!r}; give a component that maps a prompt to a text")
+
+    def __call__(self, example: Example, turns: Sequence[Message]) -> str | None:
+        prompt = self.template.format(task=transcript_text(example.messages), attempt=transcript_text(turns))
+        known = self._cached(prompt)
+        if known is not None:
+            return known
+        try:
+            text = self.ask(prompt)
+            if not isinstance(text, str) or not text.strip():
+                raise JudgeError("the judge's answer is empty")
+        except Exception as error:  # a judge that cannot be reached must not end a run of hours
+            self._failed(example, error)
+            return None
+        self._keep(prompt, text.strip())
+        return text.strip()
+
+    def _failed(self, example: Example, error: Exception) -> None:
+        with self._lock:
+            self.failures += 1
+            reason = f"{type(error).__name__}: {error}"
+            new = reason not in self._said
+            self._said.add(reason)
+        if new:  # once per reason: a judge that is down fails for every rollout of every round
+            _log.warning("the judge gave no critique of a rollout of %s (%s); it has none", example.id, reason)
+
+    # ------------------------------------------------------------------------------------------- cache
+
+    def _file(self, prompt: str) -> Path | None:
+        if self.cache_dir is None:
+            return None
+        content = json.dumps([getattr(self.ask, "settings", None), prompt], ensure_ascii=False, sort_keys=True)
+        return Path(self.cache_dir) / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
+
+    def _cached(self, prompt: str) -> str | None:
+        file = self._file(prompt)
+        if file is None or not file.is_file():
+            return None
+        try:
+            text = json.loads(file.read_text(encoding="utf-8"))["text"]
+        except (ValueError, KeyError, TypeError, OSError):  # a damaged file is as none: it is written anew
+            return None
+        return text if isinstance(text, str) and text else None
+
+    def _keep(self, prompt: str, text: str) -> None:
+        file = self._file(prompt)
+        if file is None:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        row = {"text": text, "settings": getattr(self.ask, "settings", None)}
+        # Moved into place when whole: several ranks and runs may share the folder.
+        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            json.dump(row, out, ensure_ascii=False)
+        os.replace(temporary, file)
+
+
+@dataclass(frozen=True)
+class ChatEndpoint:
+    """One question to a server that speaks OpenAI's chat completions: OpenAI, vLLM, llama.cpp, ...
+
+    Attributes:
+        base_url: up to and including the version, e.g. ``http://localhost:8000/v1``.
+        model: its name there.
+        key_env: the environment variable that holds the key; null where the server wants none. The key is read when a question
+            is asked, and is in no config, log, error or cache file.
+        temperature, max_tokens: of the answer.
+        timeout_s: for one try, from connecting to the last byte.
+        retries: further tries after a time-out, a connection error, a damaged answer or status 408, 429 or 5xx.
+        backoff_s: pause before the first retry; doubled before each further one.
+    """
+
+    base_url: str
+    model: str
+    key_env: str | None = None
+    temperature: float = 0.0
+    max_tokens: int = 300
+    timeout_s: float = 60.0
+    retries: int = 2
+    backoff_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc:
+            raise InputError(
+                f"ask.base_url must look like http://localhost:8000/v1 (scheme {parts.scheme!r}); keys go into ask.key_env"
+            )
+        if self.timeout_s <= 0 or self.retries < 0 or self.backoff_s < 0 or self.max_tokens < 1:
+            raise InputError(
+                f"ask.timeout_s={self.timeout_s} and ask.max_tokens={self.max_tokens} must be above 0, ask.retries="
+                f"{self.retries} and ask.backoff_s={self.backoff_s} at least 0"
+            )
+        if self.key_env is not None and not os.environ.get(self.key_env):
+            raise InputError(f"the environment variable {self.key_env} (ask.key_env) is not set; set it, or ask.key_env: null")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What an answer depends on, beside the prompt."""
+        return {name: getattr(self, name) for name in ("base_url", "model", "temperature", "max_tokens")}
+
+    def __call__(self, prompt: str) -> str:
+        for attempt in range(self.retries + 1):
+            try:
+                return self._try(prompt)
+            except _Retry as error:
+                if attempt == self.retries:
+                    raise JudgeError(f"{error} ({attempt + 1} tries)") from None
+            time.sleep(self.backoff_s * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def _try(self, prompt: str) -> str:
+        body = self._request_body(prompt)
+        request = urllib.request.Request(f"{self.base_url.rstrip('/')}/chat/completions", body, self._headers(), method="POST")
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            with _OPENER.open(request, timeout=self.timeout_s) as answer:
+                text = _read(answer, deadline)
+        except urllib.error.HTTPError as error:
+            error.close()
+            status = f"the judge answered with status {error.code}"
+            raise (_Retry if error.code in RETRIED else JudgeError)(status) from None
+        except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
+            reason = getattr(error, "reason", error)
+            raise _Retry(f"the judge cannot be reached ({type(reason).__name__})") from None
+        return _content(text)
+
+    def _request_body(self, prompt: str) -> bytes:
+        messages = [{"role": "user", "content": prompt}]
+        settings = {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens}
+        return json.dumps({"messages": messages, **settings}).encode()
+
+    def _headers(self) -> dict[str, str]:
+        headers = {"Content-Type": "application/json"}
+        if self.key_env is None:
+            return headers
+        return headers | {"Authorization": f"Bearer {os.environ[self.key_env]}"}
+
+
+class _Retry(Exception):
+    """Another try may succeed."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """urllib would carry the key along to whatever host a redirect names."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
+def _read(answer: Any, deadline: float) -> bytes:
+    """All of the answer; urllib's own time limit is per packet, and a slow server would never reach it."""
+    parts, size = [], 0
+    while part := answer.read1(65_536):
+        parts.append(part)
+        size += len(part)
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        if size > MAX_ANSWER_BYTES:
+            raise JudgeError(f"the judge's answer is longer than {MAX_ANSWER_BYTES:,} bytes")
+    return b"".join(parts)
+
+
+def _content(body: bytes) -> str:
+    try:
+        text = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):
+        raise _Retry("the judge's answer is no chat completion") from None
+    if not isinstance(text, str) or not text.strip():
+        raise _Retry("the judge's answer is empty")
+    return text

@@ -1,0 +1,282 @@
+"""Privileged information in prompts: messages in, messages out.
+
+The student view of a row is the row's own messages. The teacher view is the same messages with the privileged information
+put into them before any template is rendered, so the two differ by it alone:
+
+    placement      where                                          what a text becomes           what messages become
+    system_end     end of the system message (made if missing)    the template's block          the block, with their text
+    user_end       end of the last user message                   the template's block          the block, with their text
+    before_user    before the last user message                   one message with the block    these messages, as they are
+    after_user     right after the last user message              one message with the block    these messages, as they are
+
+Where a chat template gives a row without a system message a default system text, that text is written out in both views: a
+system message that carries the privileged information would otherwise replace it.
+"""
+
+import random
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pidistill.chat.messages import last_user_index, message_text, messages_text, with_text
+from pidistill.errors import InputError
+from pidistill.tokenizers.base import ChatTokenizer
+from pidistill.types import Example, Message, PromptPair
+
+DEFAULT_TEMPLATE = """\
+<privileged_information>
+{privileged}
+</privileged_information>
+Only you can see the information above. Use it to get this task right, but never mention, quote or refer to it: think in the \
+open, step by step, so that every step follows from the rest of the conversation and stands without it."""
+
+DEFAULT_LEAK_PHRASES = (
+    "privileged",
+    "reference solution",
+    "reference answer",
+    "provided solution",
+    "provided answer",
+    "given solution",
+    "given answer",
+    "information above",
+    "the hint",
+)
+
+PLACEMENTS = ("system_end", "user_end", "before_user", "after_user")
+CONTROLS = (None, "none", "shuffled")
+PLACEHOLDERS = frozenset({"privileged"})
+
+
+@dataclass(frozen=True)
+class PromptViews:
+    """Both views of one example, as messages and as ids.
+
+    ``privileged_tokens`` is what the privileged information, with the block around it, adds to the prompt.
+    """
+
+    student_messages: list[Message]
+    teacher_messages: list[Message]
+    pair: PromptPair
+
+    @property
+    def privileged_tokens(self) -> int:
+        return len(self.pair.teacher) - len(self.pair.student)
+
+
+@dataclass(frozen=True)
+class PrivilegedPrompt:
+    """How privileged information enters the teacher's prompt.
+
+    Attributes:
+        template: the block around it; ``{privileged}`` stands for the information, other braces are doubled (``{{``).
+        placement: ``system_end``, ``user_end``, ``before_user`` or ``after_user``; see the table above.
+        role: role of the message that ``before_user`` and ``after_user`` make of a text: "user" or "system".
+        control: None for the row's own information; "none" shows the teacher nothing; "shuffled" shows it another row's.
+            Uninformative information is reported to help too, so no result stands without these two.
+        control_seed: which rows "shuffled" pairs.
+        max_privileged_length: more tokens than this (block included) is an overflow; None for no limit.
+        on_overflow: "error" refuses a row whose privileged information or prompt is too long, "drop" leaves it out and counts
+            it. Nothing is ever cut.
+        leak_phrases: what a completion that gives the information away would say; counted in completions, case ignored.
+    """
+
+    template: str = DEFAULT_TEMPLATE
+    placement: str = "system_end"
+    role: str = "user"
+    control: str | None = None
+    control_seed: int = 0
+    max_privileged_length: int | None = None
+    on_overflow: str = "error"
+    leak_phrases: Sequence[str] = DEFAULT_LEAK_PHRASES
+
+    def __post_init__(self) -> None:
+        _check_choice("placement", self.placement, PLACEMENTS)
+        _check_choice("role", self.role, ("user", "system"))
+        _check_choice("control", self.control, CONTROLS)
+        _check_choice("on_overflow", self.on_overflow, ("error", "drop"))
+        _check_template(self.template)
+        if self.max_privileged_length is not None and self.max_privileged_length < 1:
+            raise InputError(
+                f"privileged.max_privileged_length is {self.max_privileged_length}; give at least 1, or null for no limit; "
+                "to show the teacher nothing, set privileged.control: none"
+            )
+
+    # ------------------------------------------------------------------------------------------- one example
+
+    def encode(self, example: Example, tokenizer: ChatTokenizer) -> PromptPair:
+        """The two prompts of one example, under this control; an overflow is an error."""
+        if self.control == "shuffled":
+            raise InputError("privileged.control: shuffled pairs rows, so it needs them all; use pidistill.data.build_prompts")
+        views = self.build(self.apply_control([example])[0], tokenizer)
+        overflow = self.overflow(example, views)
+        if overflow:
+            raise InputError(overflow)
+        return views.pair
+
+    def build(self, example: Example, tokenizer: ChatTokenizer) -> PromptViews:
+        """Both views with the example's own privileged information, whatever ``control`` says.
+
+        Raises:
+            InputError: no user message to attach to, the written-out default system text changes the student's prompt, or the
+                chat template refuses one of the views (of the teacher's, the sentence says which placement it takes).
+        """
+        try:
+            ids = tokenizer.encode_prompt(example.messages, example.tools)
+        except InputError as error:
+            raise InputError(f"{example.id}: {error}") from error
+        if not example.privileged:
+            return PromptViews(example.messages, example.messages, PromptPair(ids, ids, has_privileged=False))
+        student = with_default_system(example, tokenizer)
+        if student is not example.messages and tokenizer.encode_prompt(student, example.tools) != ids:
+            raise InputError(
+                f"{example.id}: the chat template's default system text, written out, gives another prompt than the template "
+                "itself; give every row a system message"
+            )
+        teacher = self.teacher_messages(example, student)
+        try:
+            teacher_ids = _encode_whole(teacher, student, example, tokenizer)
+        except InputError as error:
+            raise InputError(self._refused(example, student, tokenizer, error)) from error
+        return PromptViews(student, teacher, PromptPair(ids, teacher_ids, has_privileged=True))
+
+    def _refused(self, example: Example, student: list[Message], tokenizer: ChatTokenizer, error: InputError) -> str:
+        """The sentence for a teacher's view that the tokenizer does not take, with what it would take."""
+        others = [replace(self, role="user"), *(replace(self, placement=placement) for placement in PLACEMENTS)]
+        works = [other for other in others if other != self and other._is_taken(example, student, tokenizer)]
+        if not works:
+            return f"{example.id}: {error}"
+        advice = [
+            f"privileged.placement={other.placement}" if other.placement != self.placement else f"privileged.role={other.role}"
+            for other in works
+        ]
+        role = f", role: {self.role}" if self.placement in ("before_user", "after_user") else ""
+        used = f"privileged.placement: {self.placement}{role}"
+        reason = " ".join(str(error.__cause__ or error).split())
+        return f"{example.id}: the chat template does not take {used} ({reason}); set {' or '.join(advice)}"
+
+    def _is_taken(self, example: Example, student: list[Message], tokenizer: ChatTokenizer) -> bool:
+        try:
+            _encode_whole(self.teacher_messages(example, student), student, example, tokenizer)
+        except InputError:
+            return False
+        return True
+
+    def teacher_messages(self, example: Example, messages: list[Message]) -> list[Message]:
+        """``messages`` with the example's privileged information in its place."""
+        if self.placement == "system_end":
+            has_system = messages and messages[0]["role"] == "system"
+            head = messages[0] if has_system else {"role": "system", "content": ""}
+            return [with_text(head, self.block(example)), *messages[1 if has_system else 0 :]]
+        user = last_user_index(messages)
+        if user is None:
+            raise InputError(
+                f"{example.id} has no user message, which privileged.placement: {self.placement} needs; "
+                "set privileged.placement: system_end"
+            )
+        if self.placement == "user_end":
+            return [*messages[:user], with_text(messages[user], self.block(example)), *messages[user + 1 :]]
+        at = user if self.placement == "before_user" else user + 1
+        return [*messages[:at], *self._extra_messages(example), *messages[at:]]
+
+    def overflow(self, example: Example, views: PromptViews) -> str | None:
+        """The sentence that says by how much the privileged information is too long; None where it fits."""
+        limit = self.max_privileged_length
+        if limit is None or views.privileged_tokens <= limit:
+            return None
+        return (
+            f"{example.id}: privileged information of {views.privileged_tokens:,} tokens (its block included) exceeds "
+            f"privileged.max_privileged_length {limit:,} by {views.privileged_tokens - limit:,}; raise it, shorten what the "
+            "dataset gives, or set `privileged.on_overflow: drop`"
+        )
+
+    def block(self, example: Example) -> str:
+        """The template with the example's privileged information in it, as text."""
+        given = example.privileged
+        return self.template.format(privileged=given if isinstance(given, str) else messages_text(given or []))
+
+    def _extra_messages(self, example: Example) -> list[Message]:
+        if isinstance(example.privileged, str):
+            return [{"role": self.role, "content": self.block(example)}]
+        extra = list(example.privileged or [])
+        if self.placement == "after_user" and extra[-1]["role"] == "assistant":
+            raise InputError(
+                f"{example.id}: the privileged messages end with an assistant turn, and the one to be sampled would follow it; "
+                "set privileged.placement: before_user, or system_end or user_end to give them as text"
+            )
+        return extra
+
+    # ------------------------------------------------------------------------------------------- a whole dataset
+
+    def apply_control(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples with what the control shows the teacher in place of their own privileged information."""
+        if self.control == "none":
+            return [replace(example, privileged=None) for example in examples]
+        return shuffle_privileged(examples, self.control_seed) if self.control == "shuffled" else list(examples)
+
+
+def _encode_whole(teacher: list[Message], student: list[Message], example: Example, tokenizer: ChatTokenizer) -> list[int]:
+    """Ids of the teacher's prompt. Raises InputError where the template leaves out a message that it writes for the student."""
+    ids = tokenizer.encode_prompt(teacher, example.tools)
+    left_out = getattr(tokenizer, "left_out", None)  # of tokenizers with a template that may
+    if left_out is not None:
+        by_itself = [student[i] for i in left_out(student, example.tools)]
+        lost = [teacher[i] for i in left_out(teacher, example.tools) if teacher[i] not in by_itself]
+        if lost:
+            text = message_text(lost[0])
+            raise InputError(f"it leaves out a {lost[0]['role']} message, {text[:40]!r}{'…' if len(text) > 40 else ''}")
+    return ids
+
+
+def with_default_system(example: Example, tokenizer: ChatTokenizer) -> list[Message]:
+    """The example's messages with the template's default system text written out; the same list where there is none."""
+    if not example.messages or example.messages[0]["role"] == "system":
+        return example.messages
+    default = tokenizer.default_system(example.tools)
+    return example.messages if default is None else [{"role": "system", "content": default}, *example.messages]
+
+
+def shuffle_privileged(examples: Sequence[Example], seed: int) -> list[Example]:
+    """Every privileged information moves to another row, and none to a row that has the same one.
+
+    Rows are sorted into groups of equal information, groups and members in random order, and everything moves on by the
+    size of the largest group. Rows without information keep none. The result depends on the examples and ``seed`` alone.
+    """
+    rows = [i for i, example in enumerate(examples) if example.privileged]
+    if not rows:
+        return list(examples)
+    rng = random.Random(seed)
+    rng.shuffle(rows)
+    keys = {i: repr(examples[i].privileged) for i in rows}
+    largest = max(Counter(keys.values()).values())
+    if 2 * largest > len(rows):
+        raise InputError(
+            f"privileged.control: shuffled cannot pair the rows: {largest} of the {len(rows)} with privileged information "
+            "have the same one, so some row would keep its own; use more varied rows or privileged.control: none"
+        )
+    first_seen = {key: position for position, key in reversed(list(enumerate(keys.values())))}
+    rows.sort(key=lambda i: first_seen[keys[i]])  # stable: members stay in random order
+    givers = dict(zip(rows, rows[largest:] + rows[:largest], strict=True))
+    return [
+        replace(example, privileged=examples[givers[i]].privileged) if i in givers else example
+        for i, example in enumerate(examples)
+    ]
+
+
+def _check_choice(key: str, value: str | None, known: Sequence[str | None]) -> None:
+    if value not in known:
+        names = ", ".join("null" if name is None else name for name in known)
+        raise InputError(f"privileged.{key} is {value!r}; known are {names}")
+
+
+def _check_template(template: str) -> None:
+    hint = "write {privileged} where the information goes, and {{ and }} for braces of the text"
+    try:
+        fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
+    except ValueError as error:
+        raise InputError(f"privileged.template is malformed ({error}); {hint}") from error
+    for _, name, spec, conversion in fields:
+        if name not in PLACEHOLDERS or spec or conversion:
+            raise InputError(f"privileged.template has the unknown placeholder {{{name}}}; {hint}")
+    if not fields:
+        raise InputError(f"privileged.template lacks {{privileged}}, so the teacher would see nothing; {hint}")

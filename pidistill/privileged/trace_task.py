@@ -1,0 +1,56 @@
+"""One recorded episode of an agent, and the episodes of one task."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pidistill.chat.calls import ToolCall
+from pidistill.types import Message
+
+
+@dataclass(frozen=True)
+class AgentTrace:
+    """One recorded episode.
+
+    Attributes:
+        id: names the row.
+        task: what is the same in all traces of one task.
+        prompt: the messages up to the first assistant turn after the first user message.
+        turns: from there to the last assistant turn; what follows it answers nothing.
+        reward: None where the row has none; ``success`` says whether it reaches the threshold.
+        tools: the row's own tool schemas.
+        actions: the task's reference actions; None where the row has none.
+    """
+
+    id: str
+    task: str
+    prompt: list[Message]
+    turns: list[Message]
+    reward: float | None
+    tools: list[dict[str, Any]] | None
+    actions: list[ToolCall] | None
+    success: bool
+
+    @property
+    def steps(self) -> int:
+        return sum(turn["role"] == "assistant" for turn in self.turns)
+
+
+@dataclass(frozen=True)
+class TraceTask:
+    """The traces of one task. ``source`` is the successful one with the fewest assistant turns (ties: the first); None
+    where none succeeded. ``shown`` gives the prompt: the source, else the first trace."""
+
+    task: str
+    traces: list[AgentTrace]
+
+    @property
+    def source(self) -> AgentTrace | None:
+        return min((trace for trace in self.traces if trace.success), key=lambda trace: trace.steps, default=None)
+
+    @property
+    def shown(self) -> AgentTrace:
+        return self.source or self.traces[0]
+
+    @property
+    def actions(self) -> list[ToolCall] | None:
+        return next((trace.actions for trace in self.traces if trace.actions is not None), None)

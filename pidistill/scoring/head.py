@@ -1,0 +1,218 @@
+"""The one place where logits meet tokens: hidden states and the head's weight → per-token numbers, chunk by chunk.
+
+A [tokens, vocabulary] tensor never exists, and peak memory does not grow with tokens. :func:`_chunk_by_chunk` is the one pass:
+
+    logits of a chunk, all sides that share the head in one product       [sides · C, V], one buffer, reused
+    → numbers of its tokens (log-probs, divergences, entropies)            row by row, so that temporaries stay in the cache
+    → what each number counts for in the loss, its coefficient             [C] per number
+    → gradient of the logits, written over them → of the hidden states, and added to that of the head
+
+Given the loss (:class:`Plan`), the first pass forms the gradients on the way: each logit is computed once. Without it, or where
+what arrives in the backward is not that loss's gradient up to one factor, a second pass takes the coefficients that arrived; so
+the gradients are right for any use of the numbers.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pidistill.scoring.head_numbers import Plan, at_least_fp32, chunk_numbers, logits_to_gradients
+
+OTHER_LOSS = (
+    "the loss given to the scorer is not the one that was differentiated (up to one factor), so the head runs twice: right, "
+    "but slower than with the loss that is used, or with none"
+)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a constant side's logits: share · hidden @ weightᵀ.
+
+    hidden: None is that of the teacher view which the trained model computes. weight: None is the trained model's head.
+    """
+
+    share: float
+    hidden: Float[Tensor, "N H"] | None
+    weight: Float[Tensor, "V H"] | None
+
+    def logits(self, live_hidden: Tensor | None, head: Float[Tensor, "V1 H1"], chunk: slice) -> Float[Tensor, "C V"]:
+        hidden = live_hidden if self.hidden is None else self.hidden
+        return hidden[chunk] @ (head if self.weight is None else self.weight).T
+
+
+# The given teacher is a constant that stands beside a live, trained teacher view.
+_LIVE_SIDES = ("student", "teacher")
+
+
+def apply_head(
+    plan: Plan,
+    hidden: dict[str, Float[Tensor, "N H"]],
+    weight: Float[Tensor, "V H"],
+    constants: dict[str, list[Term]] | None = None,
+) -> Float[Tensor, "K N"]:
+    """Stacked per-token numbers from the hidden states of the live sides, which share ``weight``, and constant ones."""
+    return _ChunkedHead.apply(plan, constants or {}, weight, *[hidden.get(side) for side in _LIVE_SIDES])
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """[K, N] numbers of :class:`Plan`; the backward scales the gradients formed on the way, or runs the second pass."""
+
+    @staticmethod
+    def forward(ctx, plan: Plan, constants: dict, weight: Tensor, *sides: Tensor | None) -> Float[Tensor, "K N"]:
+        ctx.plan, ctx.constants, ctx.ready = plan, constants, None
+        ctx.save_for_backward(weight, *sides)
+        hidden = _named(sides)
+        if plan.loss is None or not any(ctx.needs_input_grad):
+            return _chunk_by_chunk(plan, hidden, weight, constants).numbers
+        done = _chunk_by_chunk(plan, hidden, weight, constants, _coefficients_of_loss(plan), ctx.needs_input_grad[2])
+        ctx.ready = replace(done, numbers=None)  # an output kept here would keep its own graph alive
+        return done.numbers
+
+    @staticmethod
+    def backward(ctx, grad_outputs: Float[Tensor, "K N"]):
+        weight, *sides = ctx.saved_tensors
+        wanted = grad_outputs[ctx.plan.rows_with_gradient]
+        # Freed with the first use: a second backward of a retained graph runs the second pass.
+        done, ctx.ready = ctx.ready, None
+        scale = None if done is None else _common_factor(wanted, done.coefficients)
+        if scale is None:
+            if done is not None:
+                warnings.warn(OTHER_LOSS, stacklevel=1)
+            done, scale = None, 1.0  # its memory before the next one's
+            of_chunk = lambda chunk, _: wanted[:, chunk]  # noqa: E731
+            done = _chunk_by_chunk(ctx.plan, _named(sides), weight, ctx.constants, of_chunk, ctx.needs_input_grad[2])
+        grads = [done.grad_weight, *[done.grad_hidden.get(side) for side in _LIVE_SIDES]]
+        grad_weight, *grad_sides = [g if g is None or scale == 1.0 else g.mul_(scale) for g in grads]
+        return None, None, None if grad_weight is None else grad_weight.to(weight.dtype), *grad_sides
+
+
+def _named(sides: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    return {side: h for side, h in zip(_LIVE_SIDES, sides, strict=True) if h is not None}
+
+
+def _common_factor(wanted: Float[Tensor, "R N"], ready: Float[Tensor, "R N"]) -> float | None:
+    """s with wanted = s · ready up to rounding, or None. Not finite (a broken loss): in the same places."""
+    finite = ready.isfinite()
+    if not torch.equal(finite, wanted.isfinite()):
+        return None
+    wanted, ready = wanted.double().where(finite, 0.0), ready.double().where(finite, 0.0)
+    factor = (wanted * ready).sum() / (ready * ready).sum().clamp(min=torch.finfo(torch.float64).tiny)
+    expected = factor * ready
+    slack = 1e-5 * expected.abs() + 1e-6 * expected.abs().sum() / max(1, expected.numel())
+    return float(factor) if bool(((wanted - expected).abs() <= slack).all()) else None
+
+
+# ---------------------------------------------------------------------------------------------- the pass
+
+# [R, C] of a chunk, R the numbers with gradient: ∂loss/∂number, from the chunk's place among the tokens and its numbers.
+Coefficients = Callable[[slice, Float[Tensor, "K C"]], Float[Tensor, "R C"]]
+
+
+@dataclass
+class _Pass:
+    """numbers [K, N]; where coefficients were given, those [R, N] and the gradients (the head's in fp32 at least)."""
+
+    numbers: Float[Tensor, "K N"] | None
+    coefficients: Float[Tensor, "R N"] | None
+    grad_hidden: dict[str, Float[Tensor, "N H"]]
+    grad_weight: Float[Tensor, "V H"] | None
+
+
+@torch.no_grad()
+def _chunk_by_chunk(
+    plan: Plan,
+    hidden: dict[str, Float[Tensor, "N H"]],
+    weight: Float[Tensor, "V H"],
+    constants: dict[str, list[Term]],
+    coefficients: Coefficients | None = None,
+    trained_head: bool = False,
+) -> _Pass:
+    """Numbers of all tokens and, with ``coefficients``, the gradients of Σ coefficient · number on the way."""
+    own = hidden | _constants_of_head(constants)
+    others = {side: terms for side, terms in constants.items() if side not in own}
+    done = _nothing_yet(plan, hidden, weight, coefficients is not None, trained_head)
+    chunks = list(plan.chunks(len(own | others) * weight.shape[0]))
+    buffer = weight.new_empty(len(own) * max((c.stop - c.start for c in chunks), default=0), weight.shape[0])
+    for chunk in chunks:
+        size = chunk.stop - chunk.start
+        logits = {side: _term_logits(terms, hidden.get("teacher"), weight, chunk) for side, terms in others.items()}
+        if own:
+            stacked = torch.cat([h[chunk] for h in own.values()])
+            products = torch.mm(stacked, weight.T, out=buffer[: len(stacked)])
+            logits |= dict(zip(own, products.split(size), strict=True))
+        normalisers = chunk_numbers(plan, chunk, logits, done.numbers)
+        if coefficients is not None:
+            done.coefficients[:, chunk] = coefficients(chunk, done.numbers[:, chunk])
+            logits_to_gradients(plan, chunk, logits, normalisers, done.coefficients[:, chunk], list(hidden))
+            # The live sides are the first of the stack.
+            trained = len(hidden) * size
+            _add_gradients(done, chunk, products[:trained], stacked[:trained], weight)
+    return done
+
+
+def _nothing_yet(
+    plan: Plan, hidden: dict[str, Float[Tensor, "N H"]], weight: Float[Tensor, "V H"], gradients: bool, trained_head: bool
+) -> _Pass:
+    tokens = plan.targets.numel()
+    numbers = at_least_fp32(weight[:0]).new_empty(len(plan.names), tokens)
+    if not gradients:
+        return _Pass(numbers, None, {}, None)
+    coefficients = numbers.new_zeros(len(plan.rows_with_gradient), tokens)
+    # Chunks are summed in fp32 also for a bf16 head; the first one overwrites. A frozen head (LoRA) has no buffer.
+    allocate = torch.empty_like if tokens else torch.zeros_like
+    grad_weight = allocate(weight, dtype=numbers.dtype) if trained_head else None
+    return _Pass(numbers, coefficients, {side: torch.zeros_like(h) for side, h in hidden.items()}, grad_weight)
+
+
+def _add_gradients(
+    done: _Pass, chunk: slice, grad_logits: Float[Tensor, "M V"], hidden: Float[Tensor, "M H"], weight: Float[Tensor, "V H"]
+) -> None:
+    """Those of a chunk's hidden states, and its share of the head's; M = live sides · C."""
+    for side, grad in zip(done.grad_hidden, (grad_logits @ weight).split(chunk.stop - chunk.start), strict=True):
+        done.grad_hidden[side][chunk] = grad
+    total, beta = done.grad_weight, float(chunk.start > 0)
+    if total is None:
+        return
+    if total.dtype == weight.dtype:
+        total.addmm_(grad_logits.T, hidden, beta=beta)
+    elif weight.is_cuda:
+        torch.addmm(total, grad_logits.T, hidden, beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(grad_logits.T.to(total.dtype), hidden.to(total.dtype), beta=beta)
+
+
+def _constants_of_head(constants: dict[str, list[Term]]) -> dict[str, Float[Tensor, "N H"]]:
+    """Hidden states of the constant sides that are one product with the trained model's head."""
+    single = {side: terms[0] for side, terms in constants.items() if len(terms) == 1}
+    return {side: term.hidden for side, term in single.items() if term.weight is None and term.hidden is not None}
+
+
+def _term_logits(terms: list[Term], live_teacher: Tensor | None, weight: Tensor, chunk: slice) -> Float[Tensor, "C V"]:
+    """Of a constant side; a mixture has the ids that all its terms have."""
+    parts = [term.logits(live_teacher, weight, chunk) for term in terms]
+    if len(parts) == 1:
+        return parts[0]
+    size = min(part.shape[-1] for part in parts)
+    return sum(term.share * at_least_fp32(part[:, :size]) for term, part in zip(terms, parts, strict=True))
+
+
+def _coefficients_of_loss(plan: Plan) -> Coefficients:
+    """∂loss/∂number of a chunk's tokens, by autograd over the chunk's few numbers."""
+    rows = plan.rows_with_gradient
+
+    def coefficients(chunk: slice, numbers: Float[Tensor, "K C"]) -> Float[Tensor, "R C"]:
+        with torch.enable_grad():
+            leaves = [numbers[row].clone().requires_grad_() for row in rows]
+            values = list(numbers.clone())
+            for row, leaf in zip(rows, leaves, strict=True):
+                values[row] = leaf
+            total = plan.loss(chunk, plan.as_scores(values)).sum()
+        if not leaves or not total.requires_grad:
+            return numbers.new_zeros(len(rows), numbers.shape[1])
+        return torch.stack(torch.autograd.grad(total, leaves, materialize_grads=True))
+
+    return coefficients

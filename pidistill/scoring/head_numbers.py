@@ -1,0 +1,253 @@
+"""What the head makes of a chunk of logits: the numbers of its tokens, and their gradients, by hand, in log-prob space.
+
+A number's gradient with respect to a side's log-probs is coefficient · matrix; through the softmax, a sum G of such terms
+becomes (G − p · ΣG) / temperature. Logits are products, hence finite: no 0 · inf here.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pidistill.losses.divergences import divergence
+from pidistill.types import Divergence, ScoreRequest, Scores
+
+# Elements of the logits of a chunk, over all sides that share the head. Larger ones make better use of the products, which read
+# the whole head and its gradient for each chunk: 256 MiB of fp32 on CPU.
+CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**27}
+# Of the rows whose numbers are made at once; about eight temporaries of that size live. On CPU they stay in the cache, and are
+# small enough that glibc does not return them to the system each time, which costs several times the arithmetic.
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
+
+
+Name = str | Divergence  # "student_logprobs", "teacher_entropy" …, or the divergence asked for
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compute of each token, and in which order the results are stacked.
+
+    loss: the loss per token that the caller makes of the scores, for any slice of the tokens; None where it is not known yet.
+    """
+
+    targets: Int[Tensor, " N"]
+    request: ScoreRequest
+    temperature: float
+    chunk_tokens: int | None
+    loss: Callable[[slice, Scores], Float[Tensor, " C"]] | None = None
+
+    @property
+    def names(self) -> list[Name]:
+        logprobs = [f"{view}_logprobs" for view in self.request.views]
+        entropies = [f"{view}_entropy" for view in self.request.views if self.request.entropy]
+        return [*logprobs, *self.request.divergences, *entropies]
+
+    @property
+    def rows_with_gradient(self) -> list[int]:
+        return [row for row, name in enumerate(self.names) if self._has_gradient(name)]
+
+    def _has_gradient(self, name: Name) -> bool:
+        if isinstance(name, Divergence):
+            return name.grad != "none"
+        return name.endswith("_logprobs") and self.side_has_gradient(name.removesuffix("_logprobs"))
+
+    def side_has_gradient(self, side: str) -> bool:
+        return {"student": self.request.student_grad, "teacher": self.request.teacher_grad}.get(side, False)
+
+    def chunks(self, elements_per_token: int) -> Iterator[slice]:
+        """Of nearly equal size: a small last one would read the whole head for little."""
+        tokens = self.targets.numel()
+        most = self.chunk_tokens or max(1, CHUNK_ELEMENTS.get(self.targets.device.type, 2**26) // elements_per_token)
+        size = math.ceil(tokens / math.ceil(tokens / most)) if tokens else 1
+        for start in range(0, tokens, size):
+            yield slice(start, min(start + size, tokens))
+
+    def as_scores(self, outputs: Float[Tensor, "K N"] | list[Float[Tensor, " N"]]) -> Scores:
+        named = dict(zip(self.names, outputs, strict=True))
+        return Scores(
+            student_logprobs=named.get("student_logprobs"),
+            teacher_logprobs=named.get("teacher_logprobs"),
+            divergences={name: value for name, value in named.items() if isinstance(name, Divergence)},
+            student_entropy=named.get("student_entropy"),
+            teacher_entropy=named.get("teacher_entropy"),
+        )
+
+
+def _blocks(plan: Plan, chunk: slice, vocabulary: int) -> Iterator[tuple[slice, Int[Tensor, " c"]]]:
+    """The rows of a chunk that are looked at together, and their targets."""
+    size = max(1, BLOCK_ELEMENTS.get(plan.targets.device.type, 2**25) // vocabulary)
+    targets = plan.targets[chunk]
+    for start in range(0, len(targets), size):
+        block = slice(start, start + size)
+        yield block, targets[block]
+
+
+def chunk_numbers(
+    plan: Plan, chunk: slice, logits: dict[str, Float[Tensor, "C _"]], numbers: Float[Tensor, "K N"]
+) -> dict[str, Float[Tensor, "C 1"]]:
+    """Fill the chunk's columns of ``numbers``; returns log Σ exp of every side, from which log-probs are one subtraction."""
+    normalisers = {side: numbers.new_empty(len(x), 1) for side, x in logits.items()}
+    out = numbers[:, chunk]
+    for block, targets in _blocks(plan, chunk, max(x.shape[1] for x in logits.values())):
+        logp = {}
+        for side, x in logits.items():
+            scaled = _scaled(x[block], plan.temperature)
+            normalisers[side][block] = torch.logsumexp(scaled, -1, keepdim=True)
+            logp[side] = scaled - normalisers[side][block]
+        for row, value in enumerate(_block_numbers(plan, logp, targets)):
+            out[row, block] = value
+    return normalisers
+
+
+def _block_numbers(plan: Plan, logp: dict[str, Float[Tensor, "c _"]], targets: Int[Tensor, " c"]) -> list[Float[Tensor, " c"]]:
+    p = {side: x.exp() for side, x in logp.items()}
+    values: dict = {}
+    for name in plan.names:
+        if isinstance(name, Divergence):
+            # Requests that differ only in their gradient are one number, unless their teachers differ.
+            teacher = _teacher_of(name, logp)
+            key = (replace(name, grad="none"), teacher)
+            if key not in values:
+                values[key] = _divergence(key[0], teacher, logp, p)
+            values[name] = values[key]
+        elif name.endswith("_logprobs"):
+            values[name] = _at(logp[name.removesuffix("_logprobs")], targets)
+        else:
+            side = name.removesuffix("_entropy")
+            values[name] = -(p[side] * logp[side]).sum(-1)
+    return [values[name] for name in plan.names]
+
+
+def _teacher_of(name: Divergence, sides: dict) -> str:
+    return "given_teacher" if name.grad == "student" and "given_teacher" in sides else "teacher"
+
+
+def _at(logp: Float[Tensor, "c V"], targets: Int[Tensor, " c"]) -> Float[Tensor, " c"]:
+    """Log-prob of each target; −inf for an id beyond this side's vocabulary, which a model with more padded rows may sample."""
+    last = logp.shape[-1] - 1
+    return logp.gather(-1, targets.clamp(max=last)[:, None]).squeeze(-1).masked_fill(targets > last, -torch.inf)
+
+
+def _is_plain(name: Divergence, teacher: Tensor, student: Tensor) -> bool:
+    """Over one vocabulary and without options: done by hand here, the others by :mod:`pidistill.losses.divergences`."""
+    return name.top_k is None and name.entry_clip is None and teacher.shape == student.shape
+
+
+def _divergence(name: Divergence, teacher: str, logp: dict[str, Tensor], p: dict[str, Tensor]) -> Float[Tensor, " c"]:
+    logp_t, logp_s = logp[teacher], logp["student"]
+    if not _is_plain(name, logp_t, logp_s):
+        return divergence(name, *_cropped(logp_t, logp_s))
+    beta = _beta(name)
+    if beta in (0.0, 1.0):
+        difference = logp_t - logp_s
+        return (difference.mul_(p[teacher])).sum(-1) if beta == 0.0 else -(difference.mul_(p["student"])).sum(-1)
+    log_mixture = _log_mixture(p[teacher], p["student"], beta)
+    to_teacher = (logp_t - log_mixture).mul_(p[teacher]).sum(-1)
+    to_student = torch.sub(logp_s, log_mixture, out=log_mixture).mul_(p["student"]).sum(-1)
+    return beta * to_teacher + (1 - beta) * to_student
+
+
+def _beta(name: Divergence) -> float:
+    """The three divergences as one family: the generalised JSD, whose ends are the two KLs."""
+    return {"kl_teacher_student": 0.0, "kl_student_teacher": 1.0}.get(name.name, name.beta)
+
+
+def _log_mixture(teacher: Float[Tensor, "c V"], student: Float[Tensor, "c V"], beta: float) -> Float[Tensor, "c V"]:
+    """log(β·T + (1−β)·S); where neither has mass, a finite number that multiplies 0."""
+    return torch.lerp(student, teacher, beta).clamp_(min=torch.finfo(teacher.dtype).tiny).log_()
+
+
+def logits_to_gradients(
+    plan: Plan,
+    chunk: slice,
+    logits: dict[str, Float[Tensor, "C _"]],
+    normalisers: dict[str, Float[Tensor, "C 1"]],
+    coefficients: Float[Tensor, "R C"],
+    live: list[str],
+) -> None:
+    """Write ∂(Σ coefficient · number)/∂logits over the logits of the live sides."""
+    names = [plan.names[row] for row in plan.rows_with_gradient]
+    for block, targets in _blocks(plan, chunk, max(x.shape[1] for x in logits.values())):
+        logp = {side: _scaled(x[block], plan.temperature) - normalisers[side][block] for side, x in logits.items()}
+        p = {side: x.exp() for side, x in logp.items()}
+        of_block = dict(zip(names, coefficients[:, block, None], strict=True))
+        for side in live:
+            terms = [
+                (factor * coefficient, matrix)
+                for name, coefficient in of_block.items()
+                if isinstance(name, Divergence) and _reaches(name, side, logp)
+                for factor, matrix in [_gradient(name, side, logp, p)]
+            ]
+            grad = _through_softmax(terms, of_block.get(f"{side}_logprobs"), targets, p[side])
+            logits[side][block] = grad if plan.temperature == 1.0 else grad.div_(plan.temperature)
+
+
+def _reaches(name: Divergence, side: str, sides: dict) -> bool:
+    return name.grad in (side, "both") and side in ("student", _teacher_of(name, sides))
+
+
+def _gradient(name: Divergence, side: str, logp: dict[str, Tensor], p: dict[str, Tensor]) -> tuple[float, Float[Tensor, "c V"]]:
+    """(factor, matrix): their product is ∂divergence/∂log-probs of ``side``, up to a multiple of p that the softmax removes."""
+    teacher = _teacher_of(name, logp)
+    logp_t, logp_s = logp[teacher], logp["student"]
+    if not _is_plain(name, logp_t, logp_s):
+        return 1.0, _gradient_by_autograd(name, side, logp_t, logp_s)
+    beta, other = _beta(name), teacher if side == "student" else "student"
+    first = teacher if beta == 0.0 else "student"
+    if beta in (0.0, 1.0) and side != first:
+        return -1.0, p[other]
+    if beta in (0.0, 1.0):
+        return 1.0, (logp[side] - logp[other]).mul_(p[side])
+    log_mixture = _log_mixture(p[teacher], p["student"], beta)
+    share = beta if side == teacher else 1 - beta
+    return share, torch.sub(logp[side], log_mixture, out=log_mixture).mul_(p[side])
+
+
+def _gradient_by_autograd(name: Divergence, side: str, logp_t: Tensor, logp_s: Tensor) -> Float[Tensor, "c _"]:
+    with torch.enable_grad():
+        leaf = (logp_s if side == "student" else logp_t).clone().requires_grad_()
+        sides = (logp_t, leaf) if side == "student" else (leaf, logp_s)
+        total = divergence(name, *_cropped(*sides)).sum()
+    return torch.autograd.grad(total, leaf)[0]
+
+
+def _through_softmax(
+    terms: list[tuple[Float[Tensor, "c 1"], Float[Tensor, "c V"]]],
+    logprob: Float[Tensor, "c 1"] | None,
+    targets: Int[Tensor, " c"],
+    p: Float[Tensor, "c V"],
+) -> Float[Tensor, "c V"]:
+    """G − p · ΣG, G the sum of coefficient · matrix and, at the target, the coefficient of its log-prob."""
+    grad, total = None, torch.zeros_like(p[:, :1])
+    for coefficient, matrix in terms:
+        grad = coefficient * matrix if grad is None else grad.addcmul_(coefficient, matrix)
+        total += coefficient * matrix.sum(-1, keepdim=True)
+    if logprob is None:
+        return torch.zeros_like(p) if grad is None else grad.addcmul_(total, p, value=-1)
+    last = p.shape[1] - 1
+    logprob = logprob.masked_fill(targets[:, None] > last, 0.0)  # an id beyond the vocabulary: −inf whatever the logits
+    total += logprob
+    grad = -total * p if grad is None else grad.addcmul_(total, p, value=-1)
+    return grad.scatter_add_(1, targets.clamp(max=last)[:, None], logprob)
+
+
+# ---------------------------------------------------------------------------------------------- small pieces
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _scaled(x: Float[Tensor, "c V"], temperature: float) -> Float[Tensor, "c V"]:
+    """Softmax and divergences are in fp32 (float64 stays float64)."""
+    x = at_least_fp32(x)
+    return x if temperature == 1.0 else x / temperature
+
+
+def _cropped(*logps: Float[Tensor, "c _"]) -> list[Float[Tensor, "c V"]]:
+    """Both sides over the ids that both have, renormalised; unchanged where they have the same."""
+    size = min(logp.shape[-1] for logp in logps)
+    return [logp if logp.shape[-1] == size else torch.log_softmax(logp[:, :size], dim=-1) for logp in logps]

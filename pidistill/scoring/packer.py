@@ -1,0 +1,165 @@
+"""Rollouts as what a model reads: one packed tree, or right-padded rows; and how many of them go through it at once.
+
+A group of G completions shares its prompt, the two views of a rollout share the text before the privileged information, and all
+prompts of a dataset often begin alike. ``packing: tree`` lays each shared stretch down once:
+
+    system, question ─┬─ completion 1                    student view
+                      ├─ …
+                      └─ privileged ─┬─ completion 1     teacher view
+                                     └─ …
+
+Positions count along the path from the root, and a token sees its ancestors only (:mod:`pidistill.scoring.tree_attention`), so
+every number is what the padded rows of ``packing: padded`` give, up to rounding. The last token of a sequence predicts nothing
+and is not read.
+"""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig
+
+from pidistill.distributed.run import Run
+from pidistill.models.empty import empty_model
+from pidistill.scoring.batch import BOTH, make_batch, make_tree
+from pidistill.scoring.tree_attention import read_trees
+from pidistill.types import Batch, Rollout, RolloutAdvantage, ViewName
+
+Item = TypeVar("Item")
+
+
+# ------------------------------------------------------------------------------------------------- how many at once
+
+
+class Packer:
+    """Cuts rollouts into micro-batches by tokens and makes batches of them.
+
+    Config keys: ``packing`` (``tree`` | ``padded``) and ``micro_batch_tokens``, the tokens of one forward per rank, counted as
+    the model reads them: shared stretches once in a tree, padding included in padded rows. Memory grows with it, the result
+    stays the same. A single rollout beyond it goes alone.
+    """
+
+    def __init__(self, cfg: DictConfig, run: Run, pad_id: int) -> None:
+        self.packing: str = cfg.get("packing") or "tree"
+        self.budget: int = cfg.get("micro_batch_tokens") or 8192
+        for key in ("model", "teacher_model"):
+            if self.packing == "tree" and cfg.get(key):
+                read_trees(empty_model(cfg[key]))  # refuses an attention that cannot, before weights are loaded
+        self._run, self._pad_id = run, pad_id
+
+    def batch(self, items: Sequence[Rollout] | Sequence[tuple[Rollout, RolloutAdvantage]]) -> Batch:
+        rollouts = [rollout_of(item) for item in items]
+        demonstrations = len(items) > 0 and isinstance(items[0], Rollout)  # an empty batch has every field, empty
+        advantages = None if demonstrations else [advantage for _, advantage in items]
+        return make_batch(rollouts, advantages, pad_id=self._pad_id, device=self._run.device, packing=self.packing)
+
+    def micro_batches(self, items: Sequence[Item], views: tuple[ViewName, ...] = BOTH) -> Iterator[list[Item]]:
+        """Equally many lists on every rank (empty ones where a rank has too little), at least one, so that collectives match.
+
+        A rank that could do with fewer spreads its rollouts evenly over as many.
+        """
+        sizes = _sizes([rollout_of(item) for item in items], views)
+        most = max(1, self._run.max(len(self._cut(sizes, self.budget))))
+        low, high = 1, self.budget
+        while low < high:  # the smallest budget that needs no more lists
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(self._cut(sizes, middle)) <= most else (middle + 1, high)
+        first = 0
+        lengths = self._cut(sizes, high)
+        for length in lengths + [0] * (most - len(lengths)):
+            yield list(items[first : first + length])
+            first += length
+
+    def _cut(self, sizes: "Sequence[_Size]", budget: int) -> list[int]:
+        """Lengths of consecutive lists: a new one begins where the next rollout would not fit."""
+        lengths: list[int] = []
+        load = _Load(self.packing)
+        for size in sizes:
+            if not lengths or load.tokens_with(size) > budget:
+                load = _Load(self.packing)
+                lengths.append(0)
+            load.add(size)
+            lengths[-1] += 1
+        return lengths
+
+    def balanced(
+        self, items: list[tuple[Rollout, RolloutAdvantage]], views: tuple[ViewName, ...] = BOTH
+    ) -> list[tuple[Rollout, RolloutAdvantage]]:
+        """Whole groups moved between ranks where one has a tenth more tokens than the mean: the others would wait for it.
+
+        Groups that stay are the same objects as before.
+        """
+        own: dict[int, int] = {}
+        for (rollout, _), size in zip(items, _sizes([rollout for rollout, _ in items], views), strict=True):
+            own[rollout.group] = own.get(rollout.group, size.prompt_tokens) + size.completion_tokens
+        groups = self._run.gather([(tokens, group, self._run.rank) for group, tokens in own.items()])
+        loads = [sum(tokens for tokens, _, rank in groups if rank == r) for r in range(self._run.world_size)]
+        if max(loads) <= 1.1 * sum(loads) / len(loads):
+            return items
+        owner, free = {}, [(0, rank) for rank in range(self._run.world_size)]
+        for tokens, group, _ in sorted(groups, reverse=True):  # the largest first, to whoever has least
+            load, rank = heapq.heappop(free)
+            owner[group] = rank
+            heapq.heappush(free, (load + tokens, rank))
+        if max(load for load, _ in free) >= max(loads):
+            return items
+        home = {group: rank for _, group, rank in groups}
+        leaving = [item for item in items if owner[item[0].group] != self._run.rank]
+        arriving = [item for item in self._run.gather(leaving) if owner[item[0].group] == self._run.rank]
+        staying = [item for item in items if owner[item[0].group] == home[item[0].group]]
+        return staying + arriving
+
+
+def rollout_of(item: Any) -> Rollout:
+    return item[0] if isinstance(item, tuple) else item
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What one rollout adds to a forward: a row per view, or its completion once per view and its prompts if they are new."""
+
+    prompts: int  # which prompts, as a number
+    prompt_tokens: int
+    completion_tokens: int
+    rows: int
+    longest: int
+
+
+def _sizes(rollouts: Sequence[Rollout], views: tuple[ViewName, ...]) -> list[_Size]:
+    """Further sharing (text that two groups or two completions begin with) is left out: the true tree is smaller."""
+    numbers: dict[Any, int] = {}
+    tree_tokens: list[int] = []
+    sizes = []
+    for rollout in rollouts:
+        prompts = [rollout.prompts.of(view) for view in views]
+        key = tuple(map(tuple, prompts))
+        if key not in numbers:
+            numbers[key] = len(tree_tokens)
+            tree_tokens.append(len(make_tree(prompts).tokens))
+        length = len(rollout.completion) - 1
+        number = numbers[key]
+        sizes.append(
+            _Size(number, tree_tokens[number], length * len(set(key)), len(views), length + max(len(p) for p in prompts))
+        )
+    return sizes
+
+
+class _Load:
+    """Tokens of the micro-batch so far."""
+
+    def __init__(self, packing: str) -> None:
+        self._padded = packing == "padded"
+        self._rows = self._longest = self._tokens = 0
+        self._prompts: set[int] = set()
+
+    def tokens_with(self, size: _Size) -> int:
+        if self._padded:
+            return (self._rows + size.rows) * max(self._longest, size.longest)
+        return self._tokens + size.completion_tokens + (0 if size.prompts in self._prompts else size.prompt_tokens)
+
+    def add(self, size: _Size) -> None:
+        self._tokens = self.tokens_with(size)
+        self._rows += size.rows
+        self._longest = max(self._longest, size.longest)
+        self._prompts.add(size.prompts)

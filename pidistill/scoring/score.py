@@ -1,0 +1,192 @@
+"""Both views of a batch through the model, up to per-token numbers.
+
+``score`` returns log-probs of the sampled tokens, full-vocabulary divergences and entropies. The output head
+(:mod:`pidistill.scoring.head`) is applied inside the model's own forward, where FSDP2 has its weight unsharded, to the hidden
+states that predict policy tokens only.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torchtune.modules import TransformerDecoder
+
+from pidistill.errors import InputError
+from pidistill.models.offloading import keep_on_device
+from pidistill.scoring.batch import Views
+from pidistill.scoring.head import Term, apply_head
+from pidistill.scoring.head_numbers import Plan
+from pidistill.scoring.tree_attention import read_trees
+from pidistill.teachers import Teacher, Voice
+from pidistill.types import Batch, PerTokenLoss, ScoreRequest, Scores, View, ViewName
+
+
+def score(
+    model: TransformerDecoder,
+    batch: Batch,
+    request: ScoreRequest,
+    *,
+    temperature: float = 1.0,
+    teacher: Teacher | TransformerDecoder | None = None,
+    chunk_tokens: int | None = None,
+    loss: PerTokenLoss | None = None,
+) -> Scores:
+    """Per-token numbers of ``batch`` in both views, at the sampling temperature.
+
+    Where the sides' vocabularies differ in size (padded rows), divergences are between the two distributions cropped to the
+    smaller one and renormalised. Log-probs and entropies stay those of the side's whole vocabulary: the sampler drew from it,
+    and the ratio to what it recorded stays 1. A sampled id that a side lacks has log-prob −inf there.
+
+    Args:
+        model: scores the student view, and the teacher view where that is trained or no ``teacher`` is given.
+        request: which views, divergences and entropies, and which sides gradient reaches. A side without gradient is computed
+            under ``no_grad`` and costs no gradient memory.
+        temperature: divides the logits before the softmax; the one the rollouts were sampled with.
+        teacher: whose weights score the teacher view; a live one is as None, a model stands for itself. Others never receive
+            gradient. Where the request trains the live teacher view too, they take part only in the divergences whose gradient
+            reaches the student alone (the sg T of π-Distill's student half).
+        chunk_tokens: tokens whose logits exist at once; by default as many as make 256 MiB over all sides, in fp32 on CPU and
+            bf16 on CUDA.
+        loss: the loss per token that the caller is about to make of the scores, from any slice of the batch; the head's
+            gradients are then formed on the way, and each logit is computed once. It changes no result: where another loss is
+            differentiated (up to one factor for all tokens), or none is given, the backward computes the logits again.
+
+    Returns:
+        ``Scores``, fp32. With gradient for the sides that the request names, where grad mode is on.
+    """
+    if not torch.is_grad_enabled():
+        request = replace(request, student_grad=False, teacher_grad=False)
+    of_slice = None if loss is None else lambda part, scores: loss(batch.tokens(part), scores)
+    plan = Plan(batch.targets, request, temperature, chunk_tokens, of_slice)
+    with torch.set_grad_enabled(request.student_grad or request.teacher_grad):
+        return plan.as_scores(_score(plan, model, batch, _voices(teacher, model)))
+
+
+def student_nll(batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
+    """−log S: the supervised loss."""
+    return -scores.student_logprobs
+
+
+def _voices(teacher: Teacher | TransformerDecoder | None, model: TransformerDecoder) -> list[Voice]:
+    """The given teacher's, none of them where the trained model is the teacher."""
+    if isinstance(teacher, nn.Module):
+        return [Voice(1.0, teacher)]
+    return [] if teacher is None or teacher.live else teacher.mixture(model)
+
+
+def _score(plan: Plan, model: TransformerDecoder, batch: Batch, voices: list[Voice]) -> Float[Tensor, "K N"]:
+    """Constant sides first, under no_grad; then one forward of the model for the sides it trains, with the head inside.
+
+    Both views in one call: under FSDP2 every layer is gathered once, and so is the head.
+    """
+    request, views = plan.request, batch.views
+    live = [side for side in request.views if side == "student" or not voices or request.teacher_grad]
+    called = [side for side in live if plan.side_has_gradient(side)] or live
+    constants = {side: [_constant(Voice(1.0, model), views, side, model)] for side in live if side not in called}
+    if voices and "teacher" in request.views:
+        given = "given_teacher" if "teacher" in live else "teacher"
+        # What the live teacher view is about to compute anyway is not computed twice.
+        ready = model if "teacher" in called else None
+        if given == "teacher" or any(d.grad == "student" for d in request.divergences):
+            shared = model if called else None
+            constants[given] = [_constant(v, views, "teacher", shared, ready) for v in voices]
+    if not called:
+        return apply_head(plan, {}, constants["teacher"][0].weight, constants)
+
+    def use(h: Float[Tensor, "M H"], weight: Tensor) -> Tensor:
+        of_sides = h.split([batch.targets.numel()] * len(called))
+        return apply_head(plan, dict(zip(called, of_sides, strict=True)), weight, constants)
+
+    return _forward(model, views.of(*called), use)
+
+
+# ---------------------------------------------------------------------------------------------- the model up to the head
+
+
+def _forward(
+    model: TransformerDecoder, view: View, use: Callable[[Float[Tensor, "N H"], Tensor], Tensor]
+) -> Float[Tensor, "..."]:
+    """Run ``use(normed hidden states that predict policy tokens, head weight)`` in place of the model's unembedding."""
+
+    def unembed(h: Float[Tensor, "R L H"]) -> Tensor:
+        with keep_on_device():
+            return use(model.norm(h[view.rows, view.columns]), _local_weight(model))
+
+    if view.mask is None:
+        with _unembedding(model, unembed, model.max_seq_len):
+            return model(view.tokens)
+    read_trees(model)
+    if view.depth > model.max_seq_len:
+        raise InputError(
+            f"a prompt with its completion has {view.depth} tokens, above the model's max_seq_len {model.max_seq_len}; raise "
+            "model.max_seq_len, or drop long rows"
+        )
+    with _unembedding(model, unembed, max(model.max_seq_len, view.tokens.shape[1])):
+        return model(view.tokens, mask=view.mask, input_pos=view.positions)
+
+
+@contextmanager
+def _unembedding(model: TransformerDecoder, unembed: Callable[[Tensor], Tensor], max_seq_len: int) -> Iterator[None]:
+    """Shadow ``model.unembed`` on the instance; torchtune and the state dict stay as they are.
+
+    torchtune refuses rows longer than ``max_seq_len``; of a packed row it is the longest path that counts.
+    """
+    longest = model.max_seq_len
+    model.unembed, model.max_seq_len = unembed, max_seq_len
+    try:
+        yield
+    finally:
+        del model.unembed
+        model.max_seq_len = longest
+
+
+def _head_module(model: TransformerDecoder) -> nn.Module:
+    """The module that owns the head's weight: the output layer, or the embedding it is tied to."""
+    head = getattr(model.output, "tied_module", model.output)
+    if type(head) not in (nn.Linear, nn.Embedding) and not hasattr(head, "unshard"):
+        raise InputError(
+            f"cannot score with an output layer of type {type(head).__name__}; use a plain or tied linear head (a LoRA model "
+            "with apply_lora_to_output=False)"
+        )
+    if getattr(head, "bias", None) is not None:
+        raise InputError("cannot score with an output layer that has a bias; choose a `model` whose output has none")
+    return head
+
+
+def _local_weight(model: TransformerDecoder) -> Float[Tensor, "V H"]:
+    weight = _head_module(model).weight
+    if isinstance(weight, DTensor):
+        raise InputError(
+            "the output head is sharded on its own, so its weight is not gathered in the model's forward; remove `output` and "
+            "`tok_embeddings` from custom_sharded_layers"
+        )
+    return weight
+
+
+@torch.no_grad()
+def _constant(voice: Voice, views: Views, side: ViewName, shared: nn.Module | None, ready: nn.Module | None = None) -> Term:
+    """A voice on a view that gets no gradient.
+
+    Under FSDP2 this is one more gathering of its layers, and of its head, unless that is the head of ``shared``, which is at
+    hand in the forward to come. A voice of ``ready`` needs no forward.
+    """
+    if voice.module is ready and voice.adapters:
+        return Term(voice.share, None, None)
+
+    def read() -> Float[Tensor, "N H"]:
+        with voice.weights() as module:
+            return _forward(module, views.of(side), lambda h, w: h)
+
+    head = _head_module(voice.module).weight
+    if voice.memory is None:
+        hidden = read()
+    else:
+        hidden = voice.memory.of(views.rollouts, torch.empty(0, head.shape[1], dtype=head.dtype, device=head.device), read)
+    if voice.module is shared:
+        return Term(voice.share, hidden, None)
+    weight = head.detach()
+    return Term(voice.share, hidden, weight.full_tensor() if isinstance(weight, DTensor) else weight)

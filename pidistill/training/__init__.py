@@ -1,0 +1,1 @@
+"""The boring part of a recipe: start, load, update, checkpoints, metrics, evaluation."""

@@ -1,0 +1,83 @@
+"""The checkpoint folders that a run starts from: there, complete, and of the model that the config builds."""
+
+import os
+import re
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from torchtune import utils
+from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
+
+from pidistill.errors import InputError
+from pidistill.models.empty import empty_model
+from pidistill.models.fits import check_fits
+
+log = utils.get_logger("INFO")
+
+
+def use_fallback_checkpoint(cfg: DictConfig) -> None:
+    """Where `checkpointer.checkpoint_dir` does not exist, write `fallback_checkpoint_dir` into its place, and say so.
+
+    For methods of several stages: the config of a later one starts from the base if the earlier one was not run. A resumed
+    run keeps the folder that it began with, which the config.yaml in its output folder records: its frozen teacher and the
+    weights that training began with stay the same, whatever has come into being since.
+    """
+    fallback = cfg.get("fallback_checkpoint_dir")
+    if fallback is None:
+        return
+    folder = cfg.checkpointer.checkpoint_dir
+    began_with = _recorded_checkpoint_dir(cfg) if cfg.get("resume_from_checkpoint", False) else None
+    missing = not Path(folder).is_dir() and began_with != folder
+    if folder != fallback and (began_with == fallback or missing):
+        if os.environ.get("RANK", "0") == "0":
+            why = "the run began there" if began_with == fallback else f"{folder} does not exist: the stage before was not run"
+            log.warning(f"starting from fallback_checkpoint_dir {fallback}, since {why}")
+        cfg.checkpointer.checkpoint_dir = fallback
+
+
+def _recorded_checkpoint_dir(cfg: DictConfig) -> str | None:
+    path = Path(cfg.output_dir) / "config.yaml"
+    return OmegaConf.load(path).checkpointer.checkpoint_dir if path.is_file() else None
+
+
+def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
+    """Refuse a checkpoint folder that lacks its files before anything is loaded."""
+    node = cfg.get(key)
+    if node is None or "checkpoint_dir" not in node or not (_in_hf_format(node) or "checkpoint_files" in node):
+        return
+    folder = Path(node.checkpoint_dir)
+    hint = f"check {key}.checkpoint_dir"
+    stage = re.search(r"runs/((?:tiny|gem|reasoning_gym|tool_world)/\w+)/latest$", folder.as_posix())
+    if stage is not None and stage[1] == "tiny/base":
+        hint = "run `make base` (or `pidistill run sft_distributed --config tiny/base`) first"
+    elif stage is not None:
+        hint = f"it is what configs/{stage[1]}.yaml leaves: run that first, or {hint}"
+    if not folder.is_dir():
+        raise InputError(f"checkpoint folder {folder} does not exist; {hint}")
+    for name in [*(["config.json"] if _in_hf_format(node) else []), *_checkpoint_files(node)]:
+        if not (folder / name).is_file():
+            present = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+            raise InputError(
+                f"checkpoint folder {folder} has no {name} (it holds {present}); {hint}, or check {key}.checkpoint_files"
+            )
+
+
+def check_checkpoint_fits(cfg: DictConfig, key: str) -> None:
+    """Refuse a folder of another model than the config builds, from its config.json and its tensors' names and shapes."""
+    node = cfg.get(key)
+    if node is not None and _in_hf_format(node):
+        model = (cfg.get("teacher_model") if key == "teacher_checkpointer" else None) or cfg.model
+        files = {"checkpoint_files": _checkpoint_files(node)}
+        check_fits(empty_model(model), {**node, **files}, builder=str(model._component_), key=key)
+
+
+def _in_hf_format(node: DictConfig) -> bool:
+    return str(node.get("_component_")).endswith("HFCheckpointer")
+
+
+def _checkpoint_files(node: DictConfig) -> list[str]:
+    """Those that the config names; none where the folder's index does."""
+    files = node.get("checkpoint_files")
+    if isinstance(files, DictConfig):  # torchtune's {filename_format, max_filename}
+        return FormattedCheckpointFiles.from_dict(dict(files)).build_checkpoint_filenames()
+    return list(files or [])

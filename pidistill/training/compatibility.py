@@ -1,0 +1,96 @@
+"""Parts that are right by themselves and train the wrong thing together."""
+
+from omegaconf import DictConfig
+from torch import nn
+
+from pidistill.errors import InputError
+from pidistill.losses.divergences import check_divergence
+from pidistill.models.adapters import has_adapters
+from pidistill.models.empty import empty_model
+from pidistill.objectives.base import Objective
+from pidistill.rollouts import Sampler
+from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, Teacher
+from pidistill.types import ViewName
+
+RECIPE_OF_VIEW: dict[ViewName, str] = {"teacher": "pi_distill_distributed", "student": "opsd_distributed"}
+
+
+def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teacher: Teacher, sampling_view: ViewName) -> None:
+    """Refuse parts that are right by themselves and train the wrong thing together."""
+    if sampler.temperature == 0:
+        raise InputError(
+            "sampler.temperature=0 always takes the likeliest token, and samples without probabilities cannot be trained on; "
+            "set it above 0 (evaluation samples greedily by itself)"
+        )
+    method = cfg.objective._component_.rpartition(".")[2]
+    if objective.sampling_view() != sampling_view:
+        recipe = RECIPE_OF_VIEW[objective.sampling_view()]
+        raise InputError(
+            f"{method} trains on what the {objective.sampling_view()} view samples, and this recipe samples from the "
+            f"{sampling_view} view; run {recipe}, or set another objective"
+        )
+    if not teacher.live and not objective.uses_teacher:
+        raise InputError(f"{method} never looks at a teacher; remove `teacher`, or set objective.report_teacher_kl=True")
+    if cfg.get("teacher_model") and not cfg.get("teacher_checkpointer"):
+        raise InputError("teacher_model needs a teacher_checkpointer: the student's weights are not the teacher's")
+    if isinstance(teacher, EMATeacher) and has_own_teacher(cfg):
+        raise InputError("an EMA teacher averages the student's own weights; remove teacher_model and teacher_checkpointer")
+    for key in ("teacher_model", "teacher_checkpointer", "teacher_tokenizer"):
+        if not teacher.own_weights and cfg.get(key):
+            raise InputError(
+                f"config key {key} is read by nothing while the trained model is the teacher; remove it, or set "
+                "teacher._component_=pidistill.teachers.FrozenTeacher"
+            )
+    steps = range(int(cfg.max_steps))
+    if not teacher.can_sample and any(objective.samples_from_teacher_weights(step) for step in steps):
+        raise InputError(
+            f"{type(teacher).__name__} mixes the logits of two models and cannot sample, which {method} asks of the teacher "
+            "(at alpha=0); keep objective.alpha above 0, or set another teacher"
+        )
+    if objective.on_policy_frac < 1.0 and cfg.group_size != 1:
+        raise InputError(
+            f"objective.lmbda={objective.on_policy_frac} answers some prompts once, from the dataset, and group_size="
+            f"{cfg.group_size} the others several times, so lmbda would not be the share of either; set group_size=1 and raise "
+            "prompts_per_round"
+        )
+    if cfg.get("importance_weights") and not objective.takes_importance_weights:
+        raise InputError(
+            f"{method} as configured has no policy-gradient loss for importance_weights to multiply (a divergence, a "
+            "supervised term, or importance weights of its own); remove importance_weights, or set another objective"
+        )
+    if cfg.get("hindsight"):
+        _check_hindsight(cfg, objective, method)
+    for request in objective.score_request(0).divergences:
+        check_divergence(request)
+    _check_adapters(empty_model(cfg.model), teacher)
+
+
+def _check_hindsight(cfg: DictConfig, objective: Objective, method: str) -> None:
+    if not objective.uses_teacher:
+        raise InputError(f"{method} never looks at a teacher, so nobody would see what hindsight finds; remove `hindsight`")
+    if cfg.privileged.get("control") == "none" and objective.no_pi in ("drop", "error"):
+        raise InputError(
+            f"privileged.control=none takes hindsight from every rollout, and objective.no_pi={objective.no_pi} leaves nothing "
+            "to train; set objective.no_pi=rl or distill"
+        )
+
+
+def _check_adapters(model: nn.Module, teacher: Teacher) -> None:
+    if isinstance(teacher, AdapterOffTeacher) and not has_adapters(model):
+        raise InputError(NO_ADAPTERS)
+    if any(getattr(module, "attn_dropout", 0) or (isinstance(module, nn.Dropout) and module.p) for module in model.modules()):
+        raise InputError(
+            "dropout in the training forward would score another policy than the one that sampled; set model.lora_dropout=0 "
+            "and model.attn_dropout=0"
+        )
+
+
+def has_own_teacher(cfg: DictConfig) -> bool:
+    return bool(cfg.get("teacher_model") or cfg.get("teacher_checkpointer"))
+
+
+def no_pi(cfg: DictConfig, objective: Objective) -> str:
+    """What happens to rows without privileged information. Another model teaches without it: every row distils."""
+    if has_own_teacher(cfg):
+        objective.no_pi = "distill"
+    return objective.no_pi

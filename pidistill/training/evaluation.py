@@ -1,0 +1,150 @@
+"""Success with and without privileged information: what every comparison rests on."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pidistill.chat.messages import messages_text
+from pidistill.chat.phrases import privileged_overlap
+from pidistill.distributed.run import Run
+from pidistill.rollouts import CollectResult, rollout_seed
+from pidistill.training.metrics import rollout_means, rollout_sums
+from pidistill.training.rounds import TextLog
+from pidistill.types import Example, PromptPair, Rollout, ViewName
+
+# Evaluation draws from its own streams, the same at every step, so that curves differ by the model alone.
+EVALUATION_STREAM = -1
+
+Collect = Callable[..., CollectResult]
+
+
+def evaluate(
+    model,
+    prompts: Sequence[tuple[Example, PromptPair]],
+    collect: Collect,
+    run: Run,
+    *,
+    samples: int,
+    success_threshold: float,
+    leak_phrases: Sequence[str],
+) -> dict[str, float]:
+    """`eval_*` numbers of the model on ``prompts``, the same on every rank; see :mod:`pidistill.training.metrics`.
+
+    Greedy without privileged information; ``samples`` per prompt at the sampling temperature without it, and with it
+    (the ceiling), where any row has it.
+    """
+    greedy = sample_view(model, prompts, collect, run, view="student", samples=1, temperature=0.0)
+    sampled = sample_view(model, prompts, collect, run, view="student", samples=samples)
+    views = {"eval_student_success_greedy": greedy, "eval_student_success": sampled}
+    if any(pair.has_privileged for _, pair in prompts):
+        views["eval_teacher_success"] = sample_view(model, prompts, collect, run, view="teacher", samples=samples)
+    result = {name: mean_success(view.rollouts, success_threshold, run) for name, view in views.items()}
+    result |= eval_dropped(views.values(), run)
+    means = rollout_means(run.sums(rollout_sums(sampled.rollouts, success_threshold, leak_phrases)))
+    names = {"reward_mean": "eval_student_reward_mean"}
+    names |= {name: f"eval_{name}" for name in ("leak_frac", "completion_tokens_mean", "truncated_frac")}
+    result |= {names[name]: value for name, value in means.items() if name in names}
+    overlaps = [privileged_overlap(r) for r in sampled.rollouts]
+    shared, said = run.sum(sum(a for a, _ in overlaps)), run.sum(sum(b for _, b in overlaps))
+    if said:
+        result["eval_privileged_overlap_frac"] = shared / said
+    if "eval_teacher_success" in result:
+        result["eval_privileged_gain"] = result["eval_teacher_success"] - result["eval_student_success"]
+    return {name: value for name, value in result.items() if not math.isnan(value)}
+
+
+def eval_dropped(views: Iterable[CollectResult], run: Run) -> dict[str, float]:
+    """Rollouts of an evaluation that have no reward, by reason, over all ranks; absent where there are none."""
+    views = list(views)
+    reasons = {reason for view in views for reason in view.dropped}
+    counts = run.sums({f"eval_dropped/{reason}": sum(view.dropped.get(reason, 0) for view in views) for reason in reasons})
+    return {name: count for name, count in counts.items() if count}
+
+
+def sample_view(
+    model,
+    prompts: Sequence[tuple[Example, PromptPair]],
+    collect: Collect,
+    run: Run,
+    *,
+    view: ViewName,
+    samples: int,
+    temperature: float | None = None,
+    max_new_tokens: int | None = None,
+) -> CollectResult:
+    """This rank's share: ``samples`` rollouts of each of its prompts; ``Rollout.group`` is the prompt's index."""
+    mine = run.share(list(enumerate(prompts)))
+    seeds = [rollout_seed(run.seed, EVALUATION_STREAM, index, member) for index, _ in mine for member in range(samples)]
+    return collect(
+        model,
+        examples=[example for _, (example, _) in mine],
+        prompts=[pair for _, (_, pair) in mine],
+        view=view,
+        group_size=samples,
+        seeds=seeds,
+        groups=[index for index, _ in mine],
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def mean_success(rollouts: Sequence[Rollout], threshold: float, run: Run) -> float:
+    """Over all ranks; NaN without rollouts."""
+    total = run.sum(len(rollouts))
+    return run.sum(sum(r.task_reward >= threshold for r in rollouts)) / total if total else math.nan
+
+
+def pass_at_k(successes: int, samples: int, k: int) -> float:
+    """Unbiased estimate of P(at least one of k samples succeeds): 1 − C(n−c, k)/C(n, k) (arXiv 2107.03374, Eq. 1)."""
+    return 1.0 - math.comb(samples - successes, k) / math.comb(samples, k)
+
+
+def pass_hat_k(successes: int, samples: int, k: int) -> float:
+    """pass^k: unbiased estimate of P(all of k samples succeed), C(c, k)/C(n, k) (τ-bench, arXiv 2406.12045): reliability."""
+    return math.comb(successes, k) / math.comb(samples, k)
+
+
+def bootstrap_interval(values: Sequence[float], seed: int, resamples: int = 2000) -> tuple[float, float]:
+    """95% percentile interval of the mean when rows are drawn anew; ``values`` has one number per row, at least one.
+
+    Rows are what a held-out set is a sample of; more samples per row narrow each value, not the choice of rows.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    means = [numbers[generator.integers(len(numbers), size=len(numbers))].mean() for _ in range(resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def success_numbers(rows: Mapping[int, Sequence[bool]], samples: int, seed: int) -> dict[str, Any]:
+    """avg@k, pass@k and pass^k of rows with up to ``samples`` samples each, k = 2, 4, ..., with `<name>_interval` beside.
+
+    A dropped rollout can leave a row fewer than k samples: it then does not count towards those of k.
+    """
+    result: dict[str, Any] = {}
+    measures = {"pass@": pass_at_k, "pass^": pass_hat_k}
+    per_row = {"success": [sum(row) / len(row) for row in rows.values()]}
+    for k in (2**i for i in range(1, samples.bit_length())):
+        whole = [row for row in rows.values() if len(row) >= k]
+        per_row |= {f"{name}{k}": [measure(sum(row), len(row), k) for row in whole] for name, measure in measures.items()}
+    for name, values in per_row.items():
+        if values:
+            result |= {name: sum(values) / len(values), f"{name}_interval": bootstrap_interval(values, seed)}
+    return result
+
+
+def sample_texts(
+    model, prompts: Sequence[tuple[Example, PromptPair]], collect: Collect, run: Run, settings: TextLog
+) -> list[dict[str, Any]]:
+    """What student and teacher each write for the first rows of ``prompts``; the same list on every rank."""
+    rows: list[dict[str, Any]] = []
+    chosen = prompts[: settings.samples]
+    for view in ("student", "teacher"):
+        collected = sample_view(model, chosen, collect, run, view=view, samples=1, max_new_tokens=settings.max_new_tokens)
+        for rollout in collected.rollouts:
+            text = "\n".join(f"{turn['role']}: {messages_text([turn])}" for turn in rollout.turns)
+            rows.append({"row": rollout.group, "example": rollout.example.id, "view": view, "reward": rollout.reward,
+                         "text": text[: settings.max_chars]})  # fmt: skip
+    return sorted(run.gather(rows), key=lambda row: (row["row"], row["view"]))

@@ -1,0 +1,91 @@
+"""Models from checkpoints: built on the meta device, sharded, filled."""
+
+import functools
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import nn
+from torchtune import modules, training
+from torchtune.modules import TransformerDecoder
+
+from pidistill.config import build
+from pidistill.distributed.run import Run
+from pidistill.distributed.tensor_parallel import parallelize
+from pidistill.distributed.tensor_parallel import shard_model as shard_over_both
+from pidistill.errors import InputError
+from pidistill.models.adapters import scale_weights_alone, train_adapters_only, with_initial_adapters
+from pidistill.models.empty import empty_model
+from pidistill.models.nf4 import check_shapes, stored_as_in
+from pidistill.models.offloading import offload_activations
+from pidistill.models.peft_format import with_adapter_dir
+
+# ---------------------------------------------------------------------------------------------- model
+
+
+def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str, Any], *, trained: bool) -> TransformerDecoder:
+    """Build a model on the meta device, shard it where there is more than one rank, and fill it from a full state dict.
+
+    ``trained`` models get activation checkpointing, offloading and compilation as the config says; teachers do not. Of a model
+    with LoRA adapters these alone can be trained, and a state dict without them starts them anew. With `model.quantize_base`
+    the state dict's full weights become 4-bit ones.
+    """
+    with training.set_default_dtype(run.dtype):
+        model = empty_model(model_node)
+    train_adapters_only(model)
+    scale_weights_alone(model)
+    check_shapes(model, run.processes)
+    if run.mesh is not None:
+        parallelize(model, run.mesh)
+    state_dict = with_initial_adapters(model, state_dict, run.seed)
+    if trained and cfg.get("compile", False):
+        training.compile_model(model, verbose=run.is_main)
+    if trained and cfg.get("enable_activation_checkpointing", False):
+        training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
+    if run.processes > 1:
+        layers = list(cfg.get("custom_sharded_layers") or [])
+        shard = training.shard_model if run.mesh is None else functools.partial(shard_over_both, mesh=run.mesh)
+        shard(
+            model,
+            [functools.partial(training.get_shard_conditions, names_to_match=layers)],
+            cpu_offload=cfg.get("fsdp_cpu_offload", False),
+            reshard_after_forward=cfg.get("fsdp_reshard_after_forward", True),
+        )
+    if trained and cfg.get("enable_activation_offloading", False):
+        offload_activations(model)
+    with training.set_default_dtype(run.dtype), run.device:
+        for module in model.modules():
+            if hasattr(module, "rope_init"):
+                module.rope_init()
+    _fill(model, run, state_dict, cpu_offload=cfg.get("fsdp_cpu_offload", False))
+    training.validate_no_params_on_meta_device(model)
+    return model.train(trained)
+
+
+def load_initial(cfg: DictConfig, run: Run) -> TransformerDecoder:
+    """The checkpoint's model, with `adapter_dir`'s adapter on it or merged into it; for recipes that train nothing."""
+    weights = build(cfg.checkpointer, output_dir=str(run.output_dir)).load_checkpoint()[training.MODEL_KEY]
+    return load_model(cfg, run, cfg.model, with_adapter_dir(cfg, cfg.model, weights), trained=False)
+
+
+def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: bool) -> None:
+    try:
+        if run.processes > 1:
+            training.load_from_full_model_state_dict(model, state_dict, run.device, strict=True, cpu_offload=cpu_offload)
+        else:
+            tensors = {name: t.to(device=run.device, dtype=run.dtype) for name, t in state_dict.items()}
+            model.load_state_dict(stored_as_in(model, tensors), strict=True, assign=True)
+    except (RuntimeError, KeyError, AttributeError) as error:
+        detail = " ".join(str(error).split())[:400]
+        raise InputError(
+            f"the checkpoint does not fit the model built from `model` ({detail}); check model and checkpointer"
+        ) from error
+
+
+def load_teacher(cfg: DictConfig, run: Run) -> TransformerDecoder:
+    """The initial weights again (with `adapter_dir`'s adapter, if there is one), or those of `teacher_checkpointer`."""
+    node = cfg.get("teacher_model") or cfg.model
+    checkpointer = build(cfg.get("teacher_checkpointer") or cfg.checkpointer, output_dir=str(run.output_dir / ".teacher"))
+    weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
+    if not cfg.get("teacher_checkpointer"):
+        weights = with_adapter_dir(cfg, node, weights)
+    return load_model(cfg, run, node, weights, trained=False)

@@ -1,0 +1,159 @@
+"""What a run reports, and what each number means.
+
+`metrics.jsonl` holds one JSON object per optimiser step, and one per evaluation (keys `eval_*`), each with `step`. A number
+that was not computed is absent; nothing stands in for it.
+
+| key | meaning |
+| --- | --- |
+| step | optimiser steps done, this one included |
+| loss | the minimised loss, per policy token of the whole step, nats where it is a KL |
+| reward_mean, reward_std | of this round's rollouts; parts of a reward, `reward_shaping` among them, as `reward/<name>` |
+| success_frac | share of this round's rollouts with reward ≥ `eval_success_threshold`, `reward_shaping` left out |
+| kl_teacher_student_nats | kl(teacher||student) per policy token, full vocabulary, on the sampled traces |
+| kl_student_teacher_nats | kl(student||teacher), likewise |
+| kl_teacher_student_q1 … q4 | the same by quarter of the completion |
+| entropy_nats, teacher_entropy_nats | entropy per policy token of the student and of the teacher view |
+| leak_frac | share of rollouts in which an assistant turn says a leak phrase |
+| clip_frac | share of policy tokens whose policy gradient is clipped to zero (halves weighted by α and 1−α) |
+| ratio_mean | mean of sampling view / μ (hinted rollouts: S/μ); 1 on the first update unless top-p or top-k is on |
+| student_ratio_mean | mean of S/μ (or S/T) in π-Distill's student half |
+| sampler_mismatch_k3_nats | kl(sampler||trainer) per token, estimated by e^Δ − 1 − Δ ≥ 0; at a round's first update only |
+| sampler_mismatch_mean_nats | mean |Δ| over those tokens, Δ = log-prob of the trainer − the sampler, in the view that sampled |
+| sampler_mismatch_max_nats | the largest |Δ| of them |
+| importance_weight_mean | mean truncated importance weight of the round's policy tokens, with `importance_weights` |
+| importance_truncated_frac | share of them whose weight the cap cut |
+| ess_frac | effective sample size of the student's token ratios S/μ, as a share of the policy tokens |
+| grad_norm, lr | before clipping; of this step |
+| round | the round that the step's rollouts were sampled in, from 0 |
+| policy_tokens | policy tokens in the step, all ranks: the loss's denominator |
+| completion_tokens_mean | policy tokens per rollout |
+| rollouts | sampled in this round, all ranks, dropped and replaced ones included |
+| sampled_tokens | policy tokens sampled in this round, all ranks, those of replaced rollouts included |
+| guided_groups | groups sampled again with the hint; the round's reward and leak numbers hold the hinted samples (Guide-GRPO) |
+| rollouts_with_pi_frac | share of this round's rollouts for which hindsight found privileged information |
+| hindsight_too_long | rollouts of this round whose hindsight did not fit, and was left out |
+| hindsight_judge_failures | rollouts of this round about which the judge gave no critique, and which have none |
+| snis_ess | effective sample size of SNIS's weights, in rollouts: 1 to the group's size |
+| sft_loss | mean −log S per token of the demonstrations behind `sft_weight` |
+| zero_advantage_frac | share of rollouts whose advantage from the reward is 0 |
+| truncated_frac | share of rollouts cut off by the token limit |
+| turn_truncated_frac | share of rollouts whose last turn reached `sampler.max_turn_tokens`; part of truncated_frac |
+| rows_without_pi | rows of the training data without privileged information |
+| dropped/<reason> | rollouts left out of this round, by reason: those of :class:`pidistill.rollouts.CollectResult` |
+| dropped_rows/<reason> | rows left out of the training data, by reason |
+| reward_weight | weight of OPSD's policy-gradient term at this step |
+| nonfinite_steps | steps skipped so far because the loss or the gradient was not finite |
+| empty_steps | steps skipped so far because no policy token was left |
+| tokens_per_s | policy tokens sampled and trained per second of the step, all ranks |
+| time_rollout_s, time_score_s, time_update_s | sampling and rewards; forward and the head's gradient; backward, optimiser |
+| alpha, beta | the objective's weights at this step |
+| eval_student_success_greedy | mean success at temperature 0, without privileged information |
+| eval_student_success | the same at the sampling temperature |
+| eval_teacher_success | with privileged information: the ceiling |
+| eval_privileged_gain | eval_teacher_success − eval_student_success |
+| eval_student_reward_mean | mean reward of the samples behind eval_student_success |
+| eval_dropped/<reason>, eval_dropped_rows/<reason> | rollouts and rows left out of the evaluation, by reason |
+| eval_leak_frac | leak_frac of the evaluated student's samples |
+| eval_privileged_overlap_frac | share of the student's word 4-grams that stand in the privileged text it was not shown |
+| eval_completion_tokens_mean, eval_truncated_frac | length of the student's samples; share cut off by the token limit |
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pidistill.chat.phrases import says_leak_phrase
+from pidistill.losses.advantages import group_slots
+from pidistill.losses.policy_gradient import effective_sample_size
+from pidistill.types import Batch, Rollout, RolloutAdvantage, Scores
+
+# ---------------------------------------------------------------------------------------------- numbers of a batch
+
+
+def token_sums(batch: Batch, scores: Scores, extra: dict[str, Tensor]) -> dict[str, float]:
+    """Sums over the policy tokens of a micro-batch, to be added over micro-batches and ranks and divided by their number."""
+    columns = dict(extra)
+    for divergence, value in scores.divergences.items():
+        if divergence.grad == "none":
+            columns[f"{divergence.name}_nats"] = value
+    if scores.student_entropy is not None:
+        columns["entropy_nats"] = scores.student_entropy
+    if scores.teacher_entropy is not None:
+        columns["teacher_entropy_nats"] = scores.teacher_entropy
+    sums = {name: value.detach().double().sum().item() for name, value in columns.items()}
+    kl = columns.get("kl_teacher_student_nats")
+    if kl is not None and kl.numel():
+        sums |= _by_quarter("kl_teacher_student_q", kl.detach(), batch)
+    if batch.sampled_logprobs is not None and scores.student_logprobs is not None:
+        ratio = (scores.student_logprobs.detach() - batch.sampled_logprobs).double().exp()
+        sums |= {"_ratio": ratio.sum().item(), "_ratio_squared": (ratio**2).sum().item()}
+    else:
+        sums["_without_ratio"] = float(len(batch.targets))
+    return sums
+
+
+def _by_quarter(name: str, values: Tensor, batch: Batch) -> dict[str, float]:
+    lengths = torch.bincount(batch.rollout_index)[batch.rollout_index]
+    quarter = (4 * batch.token_index) // lengths
+    result = {}
+    for q in range(4):
+        inside = quarter == q
+        result |= {f"{name}{q + 1}": values[inside].sum().item(), f"_{name}{q + 1}_tokens": inside.sum().item()}
+    return result
+
+
+def token_means(sums: dict[str, float], tokens: float) -> dict[str, float]:
+    """Means per policy token of summed :func:`token_sums`; the keys that start with `_` are consumed."""
+    if tokens == 0:
+        return {}
+    means = {}
+    for name, value in sums.items():
+        if not name.startswith("_"):
+            count = sums.get(f"_{name}_tokens", tokens)
+            if count:
+                means[name] = value / count
+    # Demonstrations among the rollouts (GKD) have no ratio, nor has the micro-batch that they are in.
+    if sums.get("_ratio_squared") and not sums.get("_without_ratio"):
+        means["ess_frac"] = sums["_ratio"] ** 2 / sums["_ratio_squared"] / tokens
+    return means
+
+
+def rollout_sums(rollouts: Sequence[Rollout], success_threshold: float, leak_phrases: Sequence[str]) -> dict[str, float]:
+    """Sums over rollouts, to be added over ranks; see :func:`rollout_means`."""
+    sums = {
+        "_rollouts": float(len(rollouts)),
+        "reward_mean": sum(r.reward for r in rollouts),
+        "_reward_squared": sum(r.reward**2 for r in rollouts),
+        "success_frac": float(sum(r.task_reward >= success_threshold for r in rollouts)),
+        "completion_tokens_mean": float(sum(r.policy_tokens for r in rollouts)),
+        "truncated_frac": float(sum(r.stop_reason in ("length", "turn_length") for r in rollouts)),
+        "turn_truncated_frac": float(sum(r.stop_reason == "turn_length" for r in rollouts)),
+    }
+    if leak_phrases:
+        sums["leak_frac"] = float(sum(says_leak_phrase(r, leak_phrases) for r in rollouts))
+    for rollout in rollouts:
+        for name, part in rollout.reward_parts.items():
+            sums[f"reward/{name}"] = sums.get(f"reward/{name}", 0.0) + part
+    return sums
+
+
+def advantage_sums(pairs: Sequence[tuple[Rollout, RolloutAdvantage]]) -> dict[str, float]:
+    """Sums over rollouts, to be added over ranks; see :func:`rollout_means`."""
+    sums = {"zero_advantage_frac": float(sum(advantage.reward == 0.0 for _, advantage in pairs))}
+    weighted = [(rollout.group, advantage.weight) for rollout, advantage in pairs if advantage.weight is not None]
+    if weighted:
+        groups = torch.tensor([group for group, _ in weighted])
+        slot, size = group_slots(groups)
+        weights = torch.tensor([weight for _, weight in weighted]) / size[slot]
+        sums["snis_ess"] = float(effective_sample_size(weights, groups)[slot].sum())
+    return sums
+
+
+def rollout_means(sums: dict[str, float]) -> dict[str, float]:
+    count = sums["_rollouts"]
+    if not count:
+        return {}
+    means = {name: value / count for name, value in sums.items() if not name.startswith("_")}
+    means["reward_std"] = max(0.0, sums["_reward_squared"] / count - means["reward_mean"] ** 2) ** 0.5
+    return means

@@ -1,0 +1,184 @@
+"""Optimizer states of a checkpoint, and optimizers that need less memory.
+
+`optimizer._component_: torchao.optim.AdamW8bit` keeps Adam's two states in 8 bits (blocks of 256 with a scale; tensors below
+4096 elements stay in fp32). Its step is compiled, which takes seconds per shape of parameter at the first step.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torchao.optim import (  # the import also lets `weights_only` loading read 8-bit states
+    AdamFp8,
+    AdamWFp8,
+    CPUOffloadOptimizer,
+)
+from torchao.optim.adam import _AdamBase
+from torchao.optim.subclass_8bit import OptimState8bit
+
+from pidistill.config import resolve
+from pidistill.errors import InputError
+
+PARTS = "parts"
+
+
+def cpu_offload(params: list[nn.Parameter], optimizer: str = "torch.optim.AdamW", **arguments: Any) -> CPUOffloadOptimizer:
+    """torchao's CPUOffloadOptimizer: states and steps of one GPU's optimizer on the CPU.
+
+    Args:
+        optimizer: dotted path of the optimizer that steps there; it gets ``arguments``.
+
+    Raises:
+        InputError: there is no CUDA device, or there are several processes.
+    """
+    if not torch.cuda.is_available():
+        raise InputError(
+            "optimizer._component_=pidistill.training.optimizers.cpu_offload moves states from a GPU to the CPU, and this "
+            f"machine has no CUDA device; set optimizer._component_={optimizer}"
+        )
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise InputError(
+            f"pidistill.training.optimizers.cpu_offload is for one GPU, and this run has {dist.get_world_size()} processes; "
+            f"set optimizer._component_={optimizer} and fsdp_cpu_offload=True"
+        )
+    return CPUOffloadOptimizer(params, resolve(optimizer), **arguments)
+
+
+def keep_second_moments_above_zero(optimizer: Optimizer) -> None:
+    """Of torchao's 8-bit optimizers, after every step: the code 0 becomes the smallest one above.
+
+    torchao rounds a small second moment to 0 and keeps the first. Where the next gradient is 0 (the embedding of a token that
+    a batch lacks, all weights where no rollout has an advantage) the step would be first moment / eps: 92 at lr 0.01 in a test.
+    Its 4-bit states have no code for 0.
+
+    Raises:
+        InputError: the states are in fp8, which has the same leap (1640 there) and no code to raise.
+    """
+    if isinstance(optimizer, (AdamFp8, AdamWFp8)):
+        raise InputError(
+            f"{type(optimizer).__name__} rounds small second moments to 0, and a gradient of 0 then makes a step of the first "
+            "moment / eps; set optimizer._component_=torchao.optim.AdamW8bit"
+        )
+
+    def raise_codes(*_: Any) -> None:
+        for state in optimizer.state.values():
+            moment = state.get("exp_avg_sq")
+            moment = moment.to_local() if isinstance(moment, DTensor) else moment
+            if isinstance(moment, OptimState8bit):
+                moment.codes.clamp_(min=1)
+
+    if isinstance(optimizer, _AdamBase):
+        optimizer.register_step_post_hook(raise_codes)
+
+
+def check_clipping(optimizer: Optimizer, clip_grad_norm: float) -> None:
+    """Refuse clipping that would have no effect."""
+    if isinstance(optimizer, CPUOffloadOptimizer) and clip_grad_norm != math.inf:
+        raise InputError(
+            f"clip_grad_norm={clip_grad_norm:g} has no effect on pidistill.training.optimizers.cpu_offload, which copies "
+            "gradients to the CPU during the backward, before they are clipped; set clip_grad_norm=null"
+        )
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
+    """Scale gradients so that their norm, over all ranks, is at most ``limit``; returns the norm before.
+
+    torch's `clip_grad_norm_`, for parameters on several meshes too (tensor parallelism), which torch does not add up.
+    """
+    by_mesh: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    norms = [nn.utils.get_total_norm([p.grad for p in of_mesh]) for of_mesh in by_mesh.values()]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = nn.utils.get_total_norm(norms) if len(norms) != 1 else norms[0]
+    for of_mesh in by_mesh.values():
+        nn.utils.clip_grads_with_norm_(of_mesh, limit, total)
+    return float(total)
+
+
+def clear_gradients(optimizer: Optimizer) -> None:
+    """After a step, or in place of one that is skipped."""
+    optimizer.zero_grad(set_to_none=True)
+    if isinstance(optimizer, CPUOffloadOptimizer):
+        optimizer.queue.clear()  # else a parameter without gradient in the next step would take this one's
+
+
+# ---------------------------------------------------------------------------------------------- states
+
+
+def optimizer_state(model: nn.Module, optimizer: Optimizer, is_main: bool) -> dict[str, Any]:
+    """Everything a checkpoint holds of it, on CPU; a collective, of use on rank 0.
+
+    Whole states under their parameters' names, for any number of ranks; but of optimizers whose states torch cannot gather each
+    rank's own part, for the same number of ranks.
+    """
+    if isinstance(optimizer, CPUOffloadOptimizer):
+        return {PARTS: [optimizer.state_dict()]}
+    if not _states_stay_apart(optimizer):
+        return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    parts: list[Any] | None = [None] * dist.get_world_size() if is_main else None
+    dist.gather_object(_own_part(optimizer), parts)
+    return {PARTS: parts}
+
+
+def restore_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Put back what :func:`optimizer_state` gave.
+
+    Raises:
+        InputError: another kind of optimizer wrote it, or another number of ranks.
+    """
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    in_parts = isinstance(optimizer, CPUOffloadOptimizer) or _states_stay_apart(optimizer)
+    found = len(state[PARTS]) if PARTS in state else None
+    if in_parts != (PARTS in state) or (in_parts and found != ranks):
+        theirs = f"{found} processes' own parts" if found else "whole states"
+        raise InputError(
+            f"the checkpoint holds {theirs} of an optimizer, which {type(optimizer).__name__} with {ranks} processes cannot "
+            "take; resume with the `optimizer` and the number of processes that it was trained with"
+        )
+    if isinstance(optimizer, CPUOffloadOptimizer):
+        optimizer.load_state_dict(state[PARTS][0])
+    elif in_parts:
+        _load_own_part(optimizer, state[PARTS][rank])
+    else:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks > 1)
+        set_optimizer_state_dict(model, optimizer, state, options=options)
+
+
+def _states_stay_apart(optimizer: Optimizer) -> bool:
+    """torchao's quantized states of a sharded parameter: DTensor cannot gather them (torch 2.13, torchao 0.15)."""
+    sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+    return sharded and isinstance(optimizer, _AdamBase)
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _own_part(optimizer: Optimizer) -> dict[str, Any]:
+    states = [optimizer.state.get(p, {}) for p in _parameters(optimizer)]
+    local = [{k: (v.to_local() if isinstance(v, DTensor) else v).cpu() for k, v in state.items()} for state in states]
+    return {"state": local, "groups": [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]}
+
+
+def _load_own_part(optimizer: Optimizer, part: dict[str, Any]) -> None:
+    for group, saved in zip(optimizer.param_groups, part["groups"], strict=True):
+        group |= saved
+    for parameter, state in zip(_parameters(optimizer), part["state"], strict=True):
+        if state:
+            optimizer.state[parameter] = {key: _placed(value, parameter, key) for key, value in state.items()}
+
+
+def _placed(value: torch.Tensor, parameter: DTensor, key: str) -> torch.Tensor:
+    if key == "step":
+        return value
+    shard = value.to(parameter.to_local().device)
+    layout = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+    return DTensor.from_local(shard, parameter.device_mesh, parameter.placements, **layout)

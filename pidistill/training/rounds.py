@@ -1,0 +1,111 @@
+"""A round: prompts sampled together, then one or more optimiser steps on their rollouts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from pidistill.errors import InputError
+from pidistill.jsonl import write_jsonl
+from pidistill.training.update import crossed
+from pidistill.types import Rollout, RolloutAdvantage
+
+
+@dataclass(frozen=True)
+class TextLog:
+    """Every ``steps`` steps, ``samples`` rows answered in both views; 0 steps is never."""
+
+    steps: int
+    samples: int
+    max_new_tokens: int | None
+    max_chars: int
+
+
+class Round:
+    """Sizes of a round, counted over all ranks, and how its rollouts are cut into steps.
+
+    Config keys: ``prompts_per_round`` × ``group_size`` rollouts are sampled, then ``updates_per_round`` optimiser steps are
+    taken, each on ``minibatch_rollouts`` of them (null: on all).
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.prompts: int = cfg.prompts_per_round
+        self.group_size: int = cfg.group_size
+        self.updates: int = cfg.get("updates_per_round") or 1
+        self.minibatch: int = cfg.get("minibatch_rollouts") or self.prompts * self.group_size
+        if self.minibatch % self.group_size or self.minibatch > self.prompts * self.group_size:
+            raise InputError(
+                f"minibatch_rollouts={self.minibatch} must be a multiple of group_size={self.group_size} and at most "
+                f"prompts_per_round × group_size = {self.prompts * self.group_size}; groups are not split between steps"
+            )
+        if self.minibatch * self.updates < self.prompts * self.group_size:
+            raise InputError(
+                f"updates_per_round={self.updates} × minibatch_rollouts={self.minibatch} leaves some of the round's "
+                f"{self.prompts * self.group_size} rollouts untrained; raise one of them"
+            )
+        self.score_chunk_tokens = cfg.get("score_chunk_tokens")
+        self._eval_every = cfg.get("eval_every_steps")
+        self.texts = TextLog(
+            steps=int(cfg.get("rollout_log_steps") or 0),
+            samples=int(cfg.get("rollout_log_samples") or 2),
+            max_new_tokens=cfg.get("rollout_log_max_new_tokens"),
+            max_chars=int(cfg.get("rollout_log_max_chars") or 2000),
+        )
+
+    @property
+    def must_match(self) -> dict[str, int]:
+        """What the position in the data depends on; a resumed run must have the same."""
+        return {"prompts_per_round": self.prompts, "group_size": self.group_size, "updates_per_round": self.updates}
+
+    def check_progress(self, step: int, round_: int, max_steps: int) -> None:
+        """Refuse to extend a run that `max_steps` ended inside a round: that round's rollouts are gone."""
+        if step < max_steps and step != round_ * self.updates:
+            raise InputError(
+                f"the checkpoint at step {step} ended inside a round of {self.updates} updates, and cannot be continued "
+                "exactly; resume from a run whose max_steps was a multiple of updates_per_round"
+            )
+
+    def minibatches(self, pairs: Sequence[tuple[Rollout, RolloutAdvantage]]) -> Iterator[list]:
+        """One list per optimiser step of the round: this rank's rollouts of the groups that belong to it, groups in turn."""
+        groups = self.minibatch // self.group_size
+        for update in range(self.updates):
+            chosen = {(update * groups + i) % self.prompts for i in range(groups)}
+            yield [pair for pair in pairs if pair[0].group in chosen]
+
+    def eval_due(self, before: int, now: int) -> bool:
+        return crossed(self._eval_every, before, now)
+
+    def texts_due(self, before: int, now: int) -> bool:
+        return crossed(self.texts.steps, before, now)
+
+
+def check_rewards(rollouts: float, dropped: Mapping[str, float]) -> None:
+    """Refuse to go on if a whole round has no rollout with a reward: no later one would fare better."""
+    if rollouts == 0:
+        reasons = ", ".join(f"{reason} {count:g}" for reason, count in dropped.items() if count)
+        raise InputError(
+            f"no rollout of the round has a reward ({reasons}); the warning above names the first: mend `environment`"
+        )
+
+
+def dump_rollouts(rollouts: Sequence[Rollout], path: Path) -> None:
+    """One JSON object per rollout: enough to see what a step was trained on."""
+    write_jsonl(
+        path,
+        [
+            {
+                "example": r.example.id,
+                "group": r.group,
+                "sampled_by": r.sampled_by,
+                "student_prompt": r.prompts.student,
+                "teacher_prompt": r.prompts.teacher,
+                "completion": r.completion,
+                "policy_mask": r.policy_mask,
+                "sampled_logprobs": [x if m else None for x, m in zip(r.sampled_logprobs or [], r.policy_mask, strict=False)],
+                "reward": r.reward,
+                "stop_reason": r.stop_reason,
+            }
+            for r in rollouts
+        ],
+    )

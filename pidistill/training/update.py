@@ -1,0 +1,86 @@
+"""One optimiser step: clipped, skipped and counted where it is not finite."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchtune import utils
+
+from pidistill.config import build
+from pidistill.distributed.run import Run
+from pidistill.distributed.tensor_parallel import complete_gradients
+from pidistill.errors import InputError
+from pidistill.training.optimizers import check_clipping, clear_gradients, clip_gradients, keep_second_moments_above_zero
+
+log = utils.get_logger("INFO")
+
+
+# ---------------------------------------------------------------------------------------------- optimiser step
+
+
+@dataclass(frozen=True)
+class StepResult:
+    grad_norm: float
+    lr: float
+    applied: bool
+
+
+class Updates:
+    """Applies accumulated gradients; skips and counts a step whose loss or gradient is not finite, or that has no token."""
+
+    def __init__(self, cfg: DictConfig, run: Run, model: nn.Module) -> None:
+        self.run, self.model = run, model
+        self.optimizer: Optimizer = build(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
+        self.scheduler: LRScheduler | None = build(cfg.lr_scheduler, self.optimizer) if cfg.get("lr_scheduler") else None
+        self.clip_grad_norm = float(cfg.get("clip_grad_norm") or math.inf)
+        check_clipping(self.optimizer, self.clip_grad_norm)
+        keep_second_moments_above_zero(self.optimizer)
+        self.max_nonfinite_steps = int(cfg.get("max_nonfinite_steps") or 3)
+        self.nonfinite_steps = 0
+        self.nonfinite_in_a_row = 0
+        self.empty_steps = 0
+
+    def step(self, loss: float, tokens: int, dump: Callable[[Path], None], step: int) -> StepResult:
+        """Clip and step. ``loss`` and ``tokens`` are global, so that all ranks decide alike; ``dump`` writes this rank's batch.
+
+        Without policy tokens there is nothing to learn, and the optimiser's momentum and weight decay must not move weights.
+        """
+        complete_gradients(self.model)
+        grad_norm = clip_gradients(self.model.parameters(), self.clip_grad_norm)
+        lr = float(self.optimizer.param_groups[0]["lr"])  # torchao's is a tensor that the scheduler writes into
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        applied = finite and tokens > 0
+        self.empty_steps += finite and tokens == 0
+        if applied:
+            self.optimizer.step()
+            self.nonfinite_in_a_row = 0
+        elif not finite:
+            self._count_nonfinite(loss, grad_norm, dump, step)
+        clear_gradients(self.optimizer)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return StepResult(grad_norm, lr, applied)
+
+    def _count_nonfinite(self, loss: float, grad_norm: float, dump: Callable[[Path], None], step: int) -> None:
+        self.nonfinite_steps += 1
+        self.nonfinite_in_a_row += 1
+        path = self.run.output_dir / f"nonfinite_step_{step}_rank_{self.run.rank}.jsonl"
+        if self.run.is_first:
+            dump(path)
+        log.warning(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}; its batch is in {path}")
+        if self.nonfinite_in_a_row >= self.max_nonfinite_steps:
+            raise InputError(
+                f"{self.nonfinite_in_a_row} steps in a row had a loss or gradient that is not finite (last: loss {loss}, "
+                f"gradient norm {grad_norm}); lower optimizer.lr or objective.beta, or raise max_nonfinite_steps; batches are "
+                f"in {self.run.output_dir}/nonfinite_step_*.jsonl"
+            )
+
+
+def crossed(every: int | None, before: int, now: int) -> bool:
+    """True if a multiple of ``every`` lies in (before, now]; never for None or 0."""
+    return bool(every) and now // every > before // every

@@ -1,0 +1,85 @@
+"""Tool calls out of messages, however they are written, and calls as text."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pidistill.chat.calls import CallStyle, ToolCall, as_call, calls_of, unreadable_calls
+from pidistill.errors import InputError
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+CALLS = st.lists(st.builds(ToolCall, st.text("abc_", min_size=1, max_size=6), st.dictionaries(st.text(max_size=5), JSON)))
+
+
+def openai(call: ToolCall, as_text: bool) -> dict:
+    arguments = json.dumps(call.arguments) if as_text else call.arguments
+    return {"id": "call_1", "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+@given(CALLS, st.booleans(), st.sampled_from(["arguments", "kwargs", "parameters"]))
+def test_every_way_to_write_calls_says_the_same(calls, as_text, key):
+    message = {"role": "assistant", "content": None, "tool_calls": [openai(call, as_text) for call in calls]}
+    assert calls_of(message) == calls
+    # A closing tag inside an argument ends the action: JSON in text has no other way to know.
+    inside = [json.dumps({"name": call.name, key: call.arguments}) for call in calls]
+    tagged = "So I search.\n" + "\nand\n".join(f"<action>\n{text}\n</action>" for text in inside)
+    if not any("</action>" in text for text in inside):
+        assert calls_of({"role": "assistant", "content": tagged}) == calls
+
+
+def test_other_tags_are_text_until_they_are_named():
+    said = {"role": "assistant", "content": '<call>{"name": "look", "arguments": {}}</call>'}
+    assert calls_of(said) == [] and calls_of(said, ["call"]) == [ToolCall("look", {})]
+
+
+@pytest.mark.parametrize("inside", ["look up the flight", "[1]", '{"arguments": {}}', '{"name": 3}', "{"])
+def test_an_unreadable_action_is_counted_and_is_no_call(inside):
+    said = {"role": "assistant", "content": f'<action>{inside}</action><action>{{"name": "look"}}</action>'}
+    assert calls_of(said) == [ToolCall("look", {})] and unreadable_calls(said) == 1
+
+
+def test_calls_within_reasoning_are_thoughts():
+    look = '<action>{"name": "look"}</action>'
+    for text, calls in (
+        (f"<think>{look}</think>", 0),
+        (f"<think>maybe {look}", 0),
+        (f"{look}</think>{look}", 1),
+        (f"<think>hm</think>{look}{look}", 2),
+    ):
+        assert len(calls_of({"role": "assistant", "content": text})) == calls
+
+
+def test_arguments_that_are_no_object_stay_the_text_that_was_written():
+    assert as_call({"name": "f", "arguments": "[1, 2]"}) == ToolCall("f", "[1, 2]")
+    assert as_call({"function": {"name": "f", "arguments": "not json"}}) == ToolCall("f", "not json")
+
+
+@given(CALLS)
+def test_lines_are_in_the_calls_order_and_give_the_calls_back(calls):
+    lines = CallStyle().write(calls).split("\n") if calls else []
+    assert [line.split(". ", 1)[0] for line in lines] == [str(i) for i in range(1, len(calls) + 1)]
+    for line, call in zip(lines, calls, strict=True):
+        name, _, rest = line.split(". ", 1)[1].partition("(")
+        assert ToolCall(name, json.loads(rest[:-1])) == call
+
+
+def test_the_template_and_the_tools_left_out():
+    turns = [
+        {"role": "assistant", "tool_calls": [openai(ToolCall("think", {"thought": "hm"}), True)]},
+        {"role": "tool", "content": '<action>{"name": "not_mine"}</action>'},
+        {"role": "assistant", "tool_calls": [openai(ToolCall("book", {"to": "SEA"}), True)]},
+    ]
+    style = CallStyle("{number}) {name} with {arguments}", omit_tools=["think"])
+    assert style.write(style.calls(turns)) == '1) book with {"to": "SEA"}'
+
+
+@pytest.mark.parametrize("template", ["{name", "no placeholder", "{name} {result}"])
+def test_a_template_that_would_write_nothing_is_refused(template):
+    with pytest.raises(InputError, match="call_template"):
+        CallStyle(template)

@@ -1,0 +1,179 @@
+"""`pidistill plan`: what it prints, its status, and that each change it offers gives the number it says."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from pidistill.commands import main as _cli
+from pidistill.commands.plan.command import main
+from pidistill.commands.plan.devices import GIB
+from pidistill.commands.plan.lengths import rows_of
+from pidistill.commands.plan.reading import read
+from pidistill.data import load_prompts
+from tests.test_configs import CONFIGS, name_of, ranks_of
+
+TRAINING = {name_of(path): ranks_of(path) for path in CONFIGS if "optimizer" in OmegaConf.load(path)}
+GIVEN = ("--device", "a100", "--prompt-tokens", "150", "--privileged-tokens", "200", "--completion-tokens", "300")
+OPSD = ("qwen2_5/0.5B_opsd", *GIVEN)
+
+
+def run(capsys, *words: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    out = capsys.readouterr()
+    return ended.value.code, out.out + out.err
+
+
+def numbers(capsys, *words: str) -> dict:
+    return json.loads(run(capsys, *words, "--json")[1])
+
+
+def test_there_are_training_configs():
+    assert len(TRAINING) >= 20
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_every_training_config_can_be_planned(capsys, name):
+    result = numbers(capsys, name, *GIVEN, "--ranks", str(TRAINING[name]))
+    assert result["fits"] and result["changes"] == []
+    assert set(result["seconds"]) == {"rollout", "teacher", "forward", "head", "backward", "optimizer"}
+    assert result["seconds"]["forward"] > 0 and result["seconds"]["backward"] > 0
+    assert (result["seconds"]["rollout"] > 0) == ("rollout" in result["memory"])
+
+
+@pytest.mark.parametrize("name", ["tiny/pi_distill", "tiny/sft"])
+def test_lengths_are_those_of_the_rows_that_the_recipe_trains_on(name):
+    cfg = read(name, [])
+    rows = rows_of(cfg, count=50)
+    prompts = [pair for _, pair in load_prompts(cfg, no_pi="rl", samples="batch_size" not in cfg).prompts[:50]]
+    assert rows.longest.student == max(len(pair.student) for pair in prompts)
+    assert rows.longest.teacher == max(len(pair.teacher) for pair in prompts)
+    assert rows.mean.teacher == round(sum(len(pair.teacher) for pair in prompts) / 50)
+    assert rows.mean.shared < rows.mean.student or prompts[0].student == prompts[0].teacher
+    assert rows.longest.completion == 50 or "batch_size" in cfg
+
+
+def test_tables_of_a_run_that_fits(capsys):
+    status, text = run(capsys, "tiny/pi_distill", "--device", "a100", "--rows", "20")
+    assert status == 0
+    assert all(
+        word in text for word in ("optimizer states", "keys and values", "the first 20 rows", "the tree feeds", "fits: peak")
+    )
+    assert "the most it may be" in text
+
+
+def test_a_run_that_does_not_fit_ends_with_1_and_with_what_would(capsys):
+    status, text = run(capsys, *OPSD, "--memory-gib", "8")
+    assert status == 1
+    assert "does not fit: peak" in text and "dtype=bf16" in text and "model.lora_attn_modules=[q_proj,v_proj]" in text
+
+
+def test_each_change_gives_the_peak_that_it_promises(capsys):
+    memory = ("--memory-gib", "8")
+    result = numbers(capsys, *OPSD, *memory)
+    assert len(result["changes"]) >= 4
+    for offered in result["changes"]:
+        words = offered["change"].split()
+        changed = numbers(capsys, *OPSD, *memory, *words)
+        assert changed["peak_bytes"] == offered["peak_bytes"] < result["peak_bytes"]
+        assert changed["fits"] == offered["fits"]
+    assert any(offered["fits"] for offered in result["changes"])
+
+
+def test_where_no_single_change_is_enough_they_are_combined(capsys):
+    result = numbers(capsys, *OPSD, "--memory-gib", "4.5")
+    assert sum(offered["fits"] for offered in result["changes"]) == 1
+    assert len(result["changes"][-1]["change"].split()) > 1 and result["changes"][-1]["fits"]
+
+
+def test_a_builder_without_sizes_of_its_own_has_adapters_offered_too(capsys):
+    result = numbers(capsys, "tiny/opsd", *GIVEN, "--memory-gib", "0.1")
+    assert any("lora_llama3 " in offered["change"] for offered in result["changes"])
+
+
+def test_a_second_copy_of_the_weights_is_seen_and_an_adapter_off_teacher_offered(capsys):
+    lora = ("model._component_=torchtune.models.qwen2_5.lora_qwen2_5_0_5b", "model.lora_attn_modules=[q_proj]")
+    frozen = "teacher._component_=pidistill.teachers.FrozenTeacher"
+    live, copy = numbers(capsys, *OPSD, *lora), numbers(capsys, *OPSD, *lora, frozen, "--memory-gib", "1")
+    assert copy["peak_bytes"] - live["peak_bytes"] == pytest.approx(494e6 * 4, rel=0.02)
+    assert any("AdapterOffTeacher" in offered["change"] for offered in copy["changes"])
+
+
+def test_a_model_whose_positions_are_scaled_has_their_table_counted(capsys):
+    """Llama 3's table exists on real devices only: 131,072 positions of 32 pairs in fp32."""
+    llama = numbers(capsys, "llama3_2/1B_opsd", *GIVEN)
+    weights = 1_235_814_400 * 4
+    assert llama["memory"]["update"]["weights"] == weights + 131_072 * 64 * 4
+
+
+def test_8_bits_halve_twice_what_adam_keeps_and_4_bits_what_is_frozen(capsys):
+    full, small, none = (
+        numbers(capsys, *OPSD, *words)["memory"]["optimizer"]["optimizer states"]
+        for words in (
+            (),
+            ("optimizer._component_=torchao.optim.AdamW8bit",),
+            ("optimizer._component_=pidistill.training.optimizers.cpu_offload",),
+        )
+    )
+    assert small == pytest.approx(full / 4, rel=0.05) and none == 0
+    lora = ("model._component_=torchtune.models.qwen2_5.lora_qwen2_5_0_5b", "model.apply_lora_to_mlp=True")
+    lora += ("model.lora_attn_modules=[q_proj,k_proj,v_proj,output_proj]",)
+    whole, quantized = (numbers(capsys, *OPSD, *lora, f"model.quantize_base={on}") for on in (False, True))
+    saved = whole["memory"]["optimizer"]["weights"] - quantized["memory"]["optimizer"]["weights"]
+    # Of 24 layers' matrices, 358M elements, each 32 bits become 4 bits, and a byte for 64 of them.
+    assert saved == pytest.approx(357.9e6 * (4 - 0.5 - 1 / 64), rel=0.01)
+    assert quantized["memory"]["update"]["4-bit weight made whole"] == 4864 * 896 * 20
+    assert whole["memory"]["update"]["4-bit weight made whole"] == 0
+
+
+def test_overrides_are_those_of_a_run(capsys):
+    base = numbers(capsys, *OPSD)
+    cheaper = numbers(capsys, *OPSD, "micro_batch_tokens=1024", "optimizer=torch.optim.SGD", "~optimizer.betas")
+    assert cheaper["memory"]["update"]["activations"] < base["memory"]["update"]["activations"]
+    assert base["memory"]["optimizer"]["optimizer states"] > 0 == cheaper["memory"]["optimizer"]["optimizer states"]
+    assert numbers(capsys, *OPSD, "eval_dataset=null")["peak_bytes"] == base["peak_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("tiny/evaluate",), "trains nothing"),
+        (("tiny/opsd", "micro_batch_token=5"), "did you mean micro_batch_tokens?"),
+        (("tiny/opsd", "packing=trees"), "packing=trees is unknown; choose tree or padded"),
+        (("tiny/nothing",), "error: config tiny/nothing is neither a file nor a bundled config"),
+        (("tiny/opsd", "group_size=0"), "group_size=0"),
+        (("tiny/opsd", "group_size=1=2"), "key=value"),
+        (("tiny/opsd", "dtype=int3"), "dtype=int3"),
+        (("tiny/opsd", "--ranks", "0"), "--ranks 0"),
+        (("tiny/opsd", "tensor_parallel_dim=2"), "plan with tensor_parallel_dim=1"),
+        (("qwen2_5/0.5B_opsd", "--device", "h100"), "give --prompt-tokens"),
+        (("qwen2_5/0.5B_sft", "--device", "h100", "--prompt-tokens", "9"), "--completion-tokens"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(capsys, words, said):
+    status, text = run(capsys, *words)
+    assert status == 2 and said in text
+    assert text.startswith("error: ") and text.count("\n") == 1
+
+
+def test_a_device_that_is_not_here_has_to_be_named(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, text = run(capsys, "qwen2_5/0.5B_opsd", "--prompt-tokens", "9")
+    assert status == 2 and "--device h100" in text
+
+
+def test_this_machine_is_measured_and_its_ranks_share_its_memory(capsys):
+    one, two = (numbers(capsys, "tiny/opsd", "--prompt-tokens", "9", "--ranks", ranks)["device"] for ranks in "12")
+    assert one["kind"] == "cpu" and one["flops_per_s"] > 1e8 and one["bytes_per_s"] > 1e8 and 1e-6 < one["layer_s"] < 1
+    assert one["memory_bytes"] == 2 * two["memory_bytes"] > GIB
+
+
+def test_the_command_is_reached_from_the_command_line(capsys, monkeypatch):
+    monkeypatch.setattr(_cli, "_ALL_RECIPES", [])
+    monkeypatch.setattr(sys, "argv", ["pidistill", "plan", str(Path("configs/tiny/opsd.yaml").resolve()), *GIVEN])
+    with pytest.raises(SystemExit) as ended:
+        _cli.main()
+    assert ended.value.code == 0 and "Share of a round's time" in capsys.readouterr().out

@@ -1,0 +1,685 @@
+"""Sweeps: parsing, cells, skipping and resuming, several workers, stages, best on validation, the report's numbers.
+
+Most of it runs with a stand-in for the one function that starts processes, which leaves what a recipe would.
+"""
+
+import importlib
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import DictConfig, OmegaConf
+from torchtune.config._utils import _merge_yaml_and_cli_args
+
+from pidistill.commands.places import config_path, recipe_of
+from pidistill.commands.sweep import command, execute
+from pidistill.commands.sweep.cells import Cell, Sweep, as_text, grid_cells, read_sweep, stage_runs
+from pidistill.commands.sweep.pictures import heat_table, mean_curve
+from pidistill.commands.sweep.results import (
+    best_step,
+    bootstrap_interval,
+    group_interval,
+    groups_of,
+    mean_and_sd,
+    read_jsonl,
+    read_results,
+    run_numbers,
+    total,
+)
+from pidistill.commands.sweep.values import Choices, Range, grid_values, parse_axis, parse_overrides, split_top_level
+from pidistill.config import check_config
+from pidistill.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+
+def overrides_of(words: list[str]) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in words[words.index("--config") + 2 :])
+
+
+class Recipes:
+    """Stands in for execute(): a run leaves two evaluations, two checkpoints and its words; beta decides how good it gets."""
+
+    def __init__(self) -> None:
+        self.ran: list[dict[str, str]] = []
+        self.fail = lambda overrides: False
+
+    def __call__(self, words: list[str], log: Path, lock: int) -> int:
+        assert words[:4] == ["pidistill", "run", "--nproc_per_node", "1"]
+        assert all(word.count("=") == 1 for word in words[7:]), "torchtune splits at every ="
+        overrides = overrides_of(words)
+        self.ran.append({"config": words[6]} | overrides)
+        if self.fail(overrides):
+            log.write_text("error: beta is too much\nTraceback\nChildFailedError: recipe failed\n")
+            return 2
+        log.write_text("fine\n")
+        folder = Path(overrides["output_dir"])
+        self.evaluate(folder, overrides) if words[4].startswith("evaluate") else self.train(folder, overrides)
+        return 0
+
+    def train(self, folder: Path, overrides: dict[str, str]) -> None:
+        good = float(overrides.get("objective.beta", 0.4)) + 0.01 * int(overrides.get("seed", 0))
+        rows = [{"step": 0, "eval_student_success": 0.0}]
+        for step in range(1, 5):
+            rows.append({"step": step, "loss": 1.0, "round": (step - 1) // 2, "rollouts": 8, "completion_tokens_mean": 5.0})
+            rows[-1] |= {"policy_tokens": 40 + step, "kl_teacher_student_nats": 0.1 * step}
+            if step % 2 == 0:
+                rows.append({"step": step, "eval_student_success": good if step == 2 else good / 2})
+                (folder / f"step_{step}").mkdir()
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "latest").symlink_to("step_4")
+
+    def evaluate(self, folder: Path, overrides: dict[str, str]) -> None:
+        checkpoint = Path(overrides["checkpointer.checkpoint_dir"])
+        success = {"step_2": 0.75, "step_4": 0.25}.get(checkpoint.resolve().name, 0.0)
+        views = {"student greedy": {"success": success + 0.1}, "student": {"success": success, "leak_frac": 0.5}}
+        (folder / "results.json").write_text(json.dumps(views | {"student + PI": {"success": 0.9}}))
+
+    def trained(self) -> list[dict[str, str]]:
+        return [run for run in self.ran if run["config"] != "tiny/evaluate"]
+
+
+@pytest.fixture
+def recipes(monkeypatch) -> Recipes:
+    made = Recipes()
+    monkeypatch.setattr(execute, "execute", made)
+    return made
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """The command, in this process, into tmp_path/out; returns the last row of each cell."""
+
+    def run(*words: str) -> dict[str, dict]:
+        command.main([*words, "--output-dir", str(tmp_path / "out")])
+        return read_results(tmp_path / "out")
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------- words
+
+
+def test_values_are_split_outside_of_brackets_only():
+    assert split_top_level("0,{start: 1, end: [0, 1]},a b") == ["0", "{start: 1, end: [0, 1]}", "a b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "axis"),
+    [
+        ("0,0.5,1", Choices(("0", "0.5", "1"))),
+        ("0..2", Range(0, 2, whole=True, log=False)),
+        ("-1..1", Range(-1, 1, whole=True, log=False)),
+        ("0.0..2", Range(0, 2, whole=False, log=False)),
+        ("log:1e-5..1e-2", Range(1e-5, 1e-2, whole=False, log=True)),
+        ("runs/../base", Choices(("runs/../base",))),
+    ],
+)
+def test_values_of_a_key(text, axis):
+    assert parse_axis(text) == axis
+
+
+def test_ranges_of_whole_numbers_include_both_ends_and_others_have_no_grid():
+    assert grid_values("seed", parse_axis("-1..2")) == ("-1", "0", "1", "2")
+    with pytest.raises(InputError, match="objective.beta=0..1 is a continuous range"):
+        grid_values("objective.beta", parse_axis("0.0..1.0"))
+    for text in ("2..1", "log:0.0..1.0"):
+        with pytest.raises(InputError, match="range"):
+            parse_axis(text)
+
+
+def test_overrides_are_fixed_swept_or_seeds():
+    fixed, axes, seeds = parse_overrides(["max_steps=3", "objective.beta=0,1", "seed=1..3"])
+    assert fixed == {"max_steps": "3"}
+    assert axes == {"objective.beta": Choices(("0", "1"))}
+    assert seeds == (1, 2, 3)
+    for word in ("beta", "=3", "output_dir=here", "seed=x"):
+        with pytest.raises(InputError):
+            parse_overrides([word])
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 3, 1e-4, "a b", {"start": 1.0, "end": 0, "steps": 4}, [1, "x"], "runs/{sft}/latest"]
+)
+def test_a_value_of_a_sweep_file_arrives_as_the_same_value(value):
+    text = as_text(value)
+    assert "\n" not in text
+    if not (isinstance(value, str) and "{" in value):
+        assert OmegaConf.to_container(OmegaConf.from_dotlist([f"key={text}"]))["key"] == value
+
+
+def test_the_recipe_comes_from_the_configs_first_line(tmp_path):
+    assert recipe_of("tiny/pi_distill") == recipe_of(str(ROOT / "configs/tiny/pi_distill.yaml")) == "pi_distill_distributed"
+    own = tmp_path / "own.yaml"
+    own.write_text("# tune run --nproc_per_node 1 my/recipe.py --config own.yaml\nseed: 0\n")
+    assert recipe_of(str(own)) == "my/recipe.py"
+    own.write_text("seed: 0\n")
+    with pytest.raises(InputError, match="does not say its recipe; begin it with a line like"):
+        recipe_of(str(own))
+    with pytest.raises(InputError, match="config tiny/nothing is neither a file nor a bundled config"):
+        config_path("tiny/nothing")
+
+
+# ------------------------------------------------------------------------------------------- cells
+
+
+def test_the_grid_is_the_product_and_every_cell_one_command():
+    sweep = read_sweep("tiny/pi_distill,tiny/opsd", ["objective.beta=0,1", "max_steps=2", "seed=0..2"], output_dir=Path("out"))
+    cells = grid_cells(sweep)
+    expected = itertools.product(["tiny/pi_distill", "tiny/opsd"], ["0", "1"], [0, 1, 2])
+    assert [(cell.arm.name, cell.settings["objective.beta"], cell.seed) for cell in cells] == list(expected)
+    runs = [list(stage_runs(sweep, cell)) for cell in cells]
+    assert all(len(stages) == 1 for stages in runs)
+    assert len({stages[0].folder for stages in runs}) == len({stages[0].fingerprint for stages in runs}) == 12
+    words = runs[0][0].command
+    assert words[:7] == ["pidistill", "run", "--nproc_per_node", "1", "pi_distill_distributed", "--config", "tiny/pi_distill"]
+    folder = "out/runs/tiny-pi_distill+max_steps_2+objective.beta_0+seed_0"
+    assert overrides_of(words) == {"output_dir": folder, "max_steps": "2", "objective.beta": "0", "seed": "0"}
+
+
+STAGES = """
+base: some/base
+seeds: [0, 1]
+overrides: {save_every_steps: 2, batch_size: 7}
+evaluate: tiny/evaluate
+arms:
+  sft: {config: tiny/sft, overrides: {batch_size: 8}}
+  sft_rl:
+    title: SFT → RL
+    stages:
+      - {name: sft, config: tiny/sft, overrides: {batch_size: 8}}
+      - {name: rl, config: tiny/rl, overrides: {checkpointer.checkpoint_dir: "{sft}/latest"}}
+  opsd: {config: tiny/opsd}
+controls:
+  arms: [opsd]
+  values: {none: {privileged.control: none}}
+"""
+
+
+@pytest.fixture
+def stages_file(tmp_path) -> str:
+    (tmp_path / "stages.yaml").write_text(STAGES)
+    return str(tmp_path / "stages.yaml")
+
+
+def test_stages_name_the_folders_of_earlier_ones_and_start_from_the_base(stages_file):
+    sweep = read_sweep(stages_file, output_dir=Path("out"))
+    assert [arm.name for arm in sweep.arms] == ["base", "sft", "sft_rl", "opsd", "opsd [none]"]
+    cells = {cell.id: list(stage_runs(sweep, cell)) for cell in grid_cells(sweep)}
+    assert next(iter(cells)) == "base" and len(cells) == 1 + 4 * 2
+    first, second = cells["sft_rl,seed=1"]
+    assert first.folder == cells["sft,seed=1"][0].folder, "the same run of the same stage"
+    assert first.folder != cells["sft_rl,seed=0"][0].folder
+    assert overrides_of(first.command)["checkpointer.checkpoint_dir"] == "some/base"
+    assert overrides_of(second.command)["checkpointer.checkpoint_dir"] == f"{first.folder}/latest"
+    # Keys of the file go where a config has them, and an arm's own value wins.
+    assert overrides_of(first.command).keys() == {
+        "output_dir", "checkpointer.checkpoint_dir", "save_every_steps", "batch_size", "seed"
+    }  # fmt: skip
+    assert overrides_of(first.command)["batch_size"] == "8"
+    assert "batch_size" not in overrides_of(second.command)
+    (control,) = cells["opsd [none],seed=0"]
+    assert overrides_of(control.command)["privileged.control"] == "none"
+
+
+def test_typed_keys_go_to_the_stages_that_have_their_first_part_or_else_to_all(stages_file):
+    sweep = read_sweep(
+        stages_file, ["objective.clip_lwo=0.5", "nothing=1", "max_steps=2"], output_dir=Path("out"), arms=["sft_rl"]
+    )
+    (first, second) = stage_runs(sweep, grid_cells(sweep)[0])
+    keys = {"max_steps", "nothing", "objective.clip_lwo"}
+    assert keys & overrides_of(first.command).keys() == {"max_steps", "nothing"}
+    assert keys & overrides_of(second.command).keys() == keys, "a wrong key reaches the recipe, which knows its keys"
+
+
+def test_a_sweep_file_is_checked(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    for text, message in {
+        "arms: {a: {config: tiny/rl}}\nseed: [0]": "key seed, which nothing reads",
+        "arms: {a: {confg: tiny/rl}}": "arm a has the key confg",
+        "arms: {a: {title: x}}": "a stage needs `config`",
+        "arms: {a: {config: tiny/rl, overrides: {checkpointer.checkpoint_dir: '{base}/x'}}}": "the sweep has no `base`",
+        "arms: {a: {config: tiny/rl}}\ncontrols: {arms: [b], values: {}}": "controls name the arm b",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_sweep(str(path))
+    path.write_text("arms: {a: {config: tiny/rl}}")
+    with pytest.raises(InputError, match="arm b is not in the sweep; it has a"):
+        read_sweep(str(path), arms=["b"])
+
+
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_bundled_sweeps_name_configs_and_keys_that_exist(path):
+    assert path.read_text().startswith(f"# pidistill sweep configs/sweeps/{path.name}")
+    sweep = read_sweep(f"sweeps/{path.stem}")
+    cells = grid_cells(sweep)
+    assert len(cells) > 2 and len({cell.id for cell in cells}) == len(cells)
+    for cell in cells:
+        check_commands(sweep, cell)
+    assert len(SWEEPS) >= 2
+
+
+def check_commands(sweep: Sweep, cell: Cell) -> None:
+    """What each recipe would say to its config first."""
+    for run in stage_runs(sweep, cell):
+        words = [f"{key}={value}" for key, value in overrides_of(run.command).items()]
+        module = importlib.import_module(f"recipes.{recipe_of(run.stage.config)}")
+        config = _merge_yaml_and_cli_args(Namespace(**OmegaConf.load(config_path(run.stage.config))), words)
+        for key, node in list(config.items()):  # as a recipe's start() does
+            if isinstance(node, DictConfig) and node.get("_component_", "") is None:
+                config[key] = None
+        check_config(config, module.KEYS, module.REQUIRED)
+
+
+# ------------------------------------------------------------------------------------------- running
+
+
+def test_cells_run_are_evaluated_and_land_in_the_results(recipes, sweep, tmp_path, capsys):
+    rows = sweep("tiny/opsd", "objective.beta=0.2,0.4", "seed=0,1", "--evaluate", "tiny/evaluate")
+    assert list(rows) == [f"tiny/opsd,objective.beta={beta},seed={seed}" for beta in (0.2, 0.4) for seed in (0, 1)]
+    row = rows["tiny/opsd,objective.beta=0.4,seed=1"]
+    assert row["status"] == "ok" and row["config"] == "tiny/opsd" and row["settings"] == {"objective.beta": "0.4"}
+    # Step 2 is the better one on validation, step 4 the last: each evaluated on the held-out split.
+    assert row["validation"] == {
+        "metric": "eval_student_success", "last": pytest.approx(0.205), "best": pytest.approx(0.41), "best_step": 2
+    }  # fmt: skip
+    assert (row["last"]["step"], row["last"]["student_success"]) == (4, 0.25)
+    assert (row["best"]["step"], row["best"]["student_success"]) == (2, 0.75)
+    assert row["last"]["student_with_pi_success"] == 0.9 and row["last"]["leak_frac"] == 0.5
+    # Two rounds of 8 rollouts of 5 tokens, each trained on twice.
+    assert (row["rollouts"], row["policy_tokens_sampled"], row["policy_tokens_trained"], row["steps"]) == (16, 80, 170, 4)
+    assert row["kl_teacher_student_nats"] == pytest.approx(0.25)
+    assert row["stages"][0]["command"].startswith(
+        "pidistill run --nproc_per_node 1 opsd_distributed --config tiny/opsd output_dir="
+    )
+    assert len(recipes.ran) == 4 * 3
+    printed = capsys.readouterr().out
+    assert printed.count("$ pidistill run") == 12
+    assert (
+        "Best on validation (eval_student_success at the last evaluation, mean over 2 seeds): tiny/opsd objective.beta=0.4"
+        in printed
+    )
+    assert {path.name for path in (tmp_path / "out").glob("*.*")} >= {
+        "results.jsonl",
+        "results.md",
+        "curves.png",
+        "success.png",
+    }
+    assert "| tiny/opsd objective.beta=0.4 | 2 | 0.350 ± 0.000 | 0.250 ± 0.000 |" in (tmp_path / "out/results.md").read_text()
+
+
+def test_finished_cells_are_skipped_and_new_ones_join(recipes, sweep, capsys):
+    sweep("tiny/opsd", "objective.beta=0.2", "seed=0")
+    sweep("tiny/opsd", "objective.beta=0.2", "seed=0..1")
+    assert [run["seed"] for run in recipes.ran] == ["0", "1"]
+    assert "2 cells, 1 of them finished before" in capsys.readouterr().out
+    sweep("tiny/opsd", "objective.beta=0.2", "seed=0..1")
+    assert len(recipes.ran) == 2
+
+
+def test_a_failed_cell_is_reported_leaves_the_rest_alone_and_is_tried_again(recipes, sweep, capsys):
+    recipes.fail = lambda overrides: overrides.get("objective.beta") == "9"
+    rows = sweep("tiny/opsd", "objective.beta=9,0.4", "--evaluate", "tiny/evaluate")
+    assert [row["status"] for row in rows.values()] == ["failed", "ok"]
+    error = rows["tiny/opsd,objective.beta=9"]["error"]
+    assert error.startswith("exit code 2: error: beta is too much (all of it in ") and error.endswith("/log.txt)")
+    printed = capsys.readouterr().out
+    assert "FAILED tiny/opsd,objective.beta=9: exit code 2" in printed and "0 (1 failed)" in printed
+    recipes.fail = lambda overrides: False
+    done = len(recipes.ran)
+    assert {row["status"] for row in sweep("tiny/opsd", "objective.beta=9,0.4", "--evaluate", "tiny/evaluate").values()} == {
+        "ok"
+    }
+    assert [run.get("objective.beta") for run in recipes.ran[done:]] == ["9", None, None]
+
+
+def test_a_failed_evaluation_does_not_repeat_the_training(recipes, sweep):
+    recipes.fail = lambda overrides: overrides.get("checkpointer.checkpoint_dir", "").endswith("step_2")
+    words = ("tiny/opsd", "seed=0", "--evaluate", "tiny/evaluate")
+    assert sweep(*words)["tiny/opsd,seed=0"]["status"] == "failed"
+    recipes.fail = lambda overrides: False
+    assert sweep(*words)["tiny/opsd,seed=0"]["status"] == "ok"
+    assert len(recipes.trained()) == 1 and len(recipes.ran) == 1 + 1 + 1 + 1
+
+
+def test_a_changed_config_is_noticed_and_its_cells_run_again(recipes, sweep, tmp_path, capsys):
+    config = tmp_path / "own.yaml"
+    text = (ROOT / "configs/tiny/opsd.yaml").read_text()
+    config.write_text(text)
+    sweep(str(config), "seed=0")
+    config.write_text(text.replace("# more: closer", "# more is closer"))
+    sweep(str(config), "seed=0")
+    assert len(recipes.ran) == 1, "a comment changes nothing"
+    (leftover,) = (tmp_path / "out/runs").glob("own*")
+    (leftover / "step_99").mkdir()
+    config.write_text(text.replace("max_steps: 80", "max_steps: 81"))
+    rows = sweep(str(config), "seed=0")
+    assert len(recipes.ran) == 2 and len(rows) == 1
+    assert "its config has changed since" in capsys.readouterr().out
+    assert not (leftover / "step_99").exists(), "a checkpoint of the earlier run would pass for one of this"
+
+
+def test_a_changed_first_stage_reruns_the_second(recipes, sweep, tmp_path):
+    config, file = tmp_path / "own_sft.yaml", tmp_path / "two.yaml"
+    text = (ROOT / "configs/tiny/sft.yaml").read_text()
+    config.write_text(text)
+    file.write_text(STAGES.split("arms:")[0] + "arms:\n  sft_rl:\n" + STAGES.split("sft_rl:\n")[1].split("  opsd:")[0])
+    file.write_text(file.read_text().replace("tiny/sft", str(config)))
+    sweep(str(file), "--seeds", "0")
+    assert [run["config"] for run in recipes.trained()] == [str(config), "tiny/rl"]
+    config.write_text(text.replace("lr: 3e-4", "lr: 1e-4"))
+    sweep(str(file), "--seeds", "0")
+    assert [run["config"] for run in recipes.trained()] == [str(config), "tiny/rl"] * 2
+
+
+def test_shared_stages_run_once_and_costs_are_summed(recipes, sweep, stages_file):
+    rows = sweep(stages_file, "--seeds", "0", "--arms", "base", "sft", "sft_rl")
+    assert [run["config"] for run in recipes.trained()] == ["tiny/sft", "tiny/rl"]
+    assert rows["base"]["last"]["student_success"] == 0.0 and rows["base"]["stages"] == []
+    assert rows["sft_rl,seed=0"]["steps"] == 8 and rows["sft,seed=0"]["steps"] == 4
+    assert rows["sft_rl,seed=0"]["rollouts"] == 32
+    evaluations = [run["checkpointer.checkpoint_dir"] for run in recipes.ran if run["config"] == "tiny/evaluate"]
+    assert evaluations[0] == "some/base" and len(evaluations) == 5
+
+
+def test_a_folder_that_no_sweep_wrote_is_not_emptied(recipes, sweep, tmp_path):
+    folder = tmp_path / "out/runs/tiny-opsd+seed_0"
+    folder.mkdir(parents=True)
+    (folder / "mine.txt").write_text("precious")
+    rows = sweep("tiny/opsd", "seed=0")
+    assert "holds files that no sweep wrote" in rows["tiny/opsd,seed=0"]["error"]
+    assert (folder / "mine.txt").read_text() == "precious" and not recipes.ran
+
+
+def test_wrong_commands_get_one_sentence(sweep, capsys):
+    for words, sentence in [
+        (("tiny/opsd", "objective.beta=0.0..1.0"), "has no grid"),
+        (("tiny/opsd", "objective.beta=0,1", "--trials", "2"), "--trials counts random and tpe trials"),
+        (("tiny/opsd", "objective.beta=0,1", "--search", "tpe"), "needs --trials of at least 1"),
+        (("tiny/opsd", "seed=0,1", "--search", "tpe", "--trials", "2"), "a key to search"),
+        (("--report", "nowhere"), "nowhere has no results.jsonl"),
+    ]:
+        with pytest.raises(SystemExit):
+            sweep(*words)
+        said = capsys.readouterr().err.strip()
+        assert said.startswith("error: ") and sentence in said and "\n" not in said
+
+
+# ------------------------------------------------------------------------------------------- search
+
+
+@pytest.mark.parametrize("search", ["random", "tpe"])
+def test_search_runs_each_setting_with_all_seeds_and_goes_on_where_it_was(recipes, sweep, search):
+    words = ("tiny/opsd", "objective.beta=log:0.1..1.0", "objective.clip_low=0.7,0.8", "seed=0,1", "--search", search)
+    rows = sweep(*words, "--trials", "3")
+    settings = [json.dumps(row["settings"]) for row in rows.values()]
+    assert len(settings) == 6 and len(set(settings)) == 3, "three trials of two seeds, no two alike"
+    for row in rows.values():
+        assert 0.1 <= float(row["settings"]["objective.beta"]) <= 1.0
+        assert row["settings"]["objective.clip_low"] in ("0.7", "0.8")
+    sweep(*words, "--trials", "3")
+    assert len(recipes.ran) == 6
+    assert len(sweep(*words, "--trials", "4")) == 8 and len(recipes.ran) == 8
+
+
+def test_the_objective_of_a_trial_is_the_mean_of_the_last_validation_values(recipes, sweep, tmp_path):
+    import optuna
+
+    recipes.fail = lambda overrides: float(overrides["objective.beta"]) > 0.9
+    sweep("tiny/opsd", "objective.beta=0.2,0.6,0.95", "seed=0,1", "--search", "random", "--trials", "8")
+    storage = f"sqlite:///{tmp_path / 'out/study.db'}"
+    (name,) = optuna.get_all_study_names(storage)
+    trials = optuna.load_study(study_name=name, storage=storage).trials
+    assert len(trials) == 8 and {trial.state.name for trial in trials} == {"COMPLETE", "FAIL"}
+    for trial in trials:
+        beta = float(trial.params["objective.beta"])
+        expected = None if beta > 0.9 else pytest.approx(statistics.fmean([beta / 2, (beta + 0.01) / 2]))
+        assert trial.value == expected
+    assert len([run for run in recipes.ran if run["objective.beta"] == "0.2"]) == 2, "a setting drawn twice runs once"
+
+
+def test_a_changed_config_starts_a_search_anew(recipes, sweep, tmp_path, capsys):
+    config = tmp_path / "own.yaml"
+    text = (ROOT / "configs/tiny/opsd.yaml").read_text()
+    words = (str(config), "objective.beta=0.1..1.0", "--search", "tpe", "--trials", "2")
+    config.write_text(text)
+    sweep(*words)
+    config.write_text(text.replace("max_steps: 80", "max_steps: 81"))
+    sweep(*words)
+    assert len(recipes.ran) == 4
+    assert "this one starts anew" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- several workers
+
+WORKER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from pidistill.commands.sweep import execute, command
+from tests.commands.test_sweep import Recipes
+fake, mark = Recipes(), Path(sys.argv[1])
+def slow(words, log, lock):
+    name = words[7].rpartition("/")[2]
+    with (mark / "started").open("a") as file:
+        file.write(name + "\\n")
+    time.sleep(float(sys.argv[2]))
+    return fake(words, log, lock)
+execute.execute = slow
+command.main(sys.argv[3:])
+"""
+
+
+def start_worker(folder: Path, wait_s: float, *words: str) -> subprocess.Popen:
+    program = WORKER.format(root=str(ROOT))
+    arguments = [sys.executable, "-c", program, str(folder), str(wait_s), *words, "--output-dir", str(folder / "out")]
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(arguments, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def ended(worker: subprocess.Popen) -> str:
+    output, _ = worker.communicate(timeout=120)
+    assert worker.returncode == 0, output
+    return output
+
+
+@pytest.mark.parametrize("search", [(), ("--search", "random", "--trials", "6")])
+def test_two_workers_on_one_folder_share_the_cells(tmp_path, search):
+    values = "objective.beta=0.0..1.0" if search else "objective.beta=0,0.1,0.2,0.3,0.4,0.5"
+    workers = [start_worker(tmp_path, 0.3, "tiny/opsd", values, *search) for _ in range(2)]
+    outputs = [ended(worker) for worker in workers]
+    started = (tmp_path / "started").read_text().split()
+    assert len(started) == len(set(started)) == 6
+    rows = read_jsonl(tmp_path / "out/results.jsonl")
+    assert len(rows) == 6 and all(row["status"] == "ok" for row in rows)
+    assert all(output.count("$ pidistill run") >= 1 for output in outputs), "both worked"
+
+
+def test_what_a_killed_worker_left_is_taken_over(tmp_path):
+    words = ("tiny/opsd", "objective.beta=0.1,0.2")
+    killed = start_worker(tmp_path, 60, *words)
+    waited = time.monotonic()
+    while not (tmp_path / "started").exists():
+        assert killed.poll() is None and time.monotonic() - waited < 60
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    ended(start_worker(tmp_path, 0, *words))
+    started = (tmp_path / "started").read_text().split()
+    assert len(started) == 3 and len(set(started)) == 2
+    assert {row["status"] for row in read_results(tmp_path / "out").values()} == {"ok"}
+
+
+def test_a_cell_whose_run_outlives_its_worker_is_left_alone(tmp_path):
+    """The run holds the lock too: a second one must not start over in the folder that the first still writes to."""
+    with execute.locked(tmp_path, "run") as lock:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(lock,))
+    try:
+        assert execute.try_lock(tmp_path, "run") is None
+    finally:
+        child.kill()
+        child.wait()
+    free = execute.try_lock(tmp_path, "run")
+    assert free is not None
+    free.close()
+
+
+def test_execute_gives_the_exit_status_the_output_and_the_last_error(tmp_path):
+    with execute.locked(tmp_path, "run") as lock:
+        code = execute.execute(["pidistill", "run", "no_such_recipe", "--config", "tiny/opsd"], tmp_path / "log.txt", lock)
+    assert code != 0
+    assert "no_such_recipe" in (tmp_path / "log.txt").read_text()
+    log = tmp_path / "some.txt"
+    log.write_text("[rank0]: ValueError: first\n  at line 3\ntorch.X.ChildFailedError: all\nbye\n")
+    assert execute.last_error(log) == "[rank0]: ValueError: first"
+    log.write_text("Error: seen\nerror: the recipe's own sentence\nbye\n")
+    assert execute.last_error(log) == "error: the recipe's own sentence"
+
+
+# ------------------------------------------------------------------------------------------- numbers
+
+
+def metrics(folder: Path, rows: list[dict]) -> Path:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_the_best_on_validation_is_chosen_among_saved_steps_and_the_latest_of_equals(tmp_path):
+    values = {0: 0.9, 10: 0.8, 20: 0.6, 30: 0.6, 40: 0.1}
+    metrics(tmp_path, [{"step": step, "eval_x": value} for step, value in values.items()] + [{"step": 41, "loss": 1.0}])
+    assert best_step(tmp_path, "eval_x") == ({"metric": "eval_x", "last": 0.1, "best": None, "best_step": None}, None)
+    for step in (20, 30, 40):
+        (tmp_path / f"step_{step}").mkdir()
+    assert best_step(tmp_path, "eval_x") == ({"metric": "eval_x", "last": 0.1, "best": 0.6, "best_step": 30}, 30)
+    assert best_step(tmp_path, "eval_y")[0]["last"] is None
+
+
+def test_numbers_of_a_run_are_counted_once_per_round_and_unknown_ones_are_none(tmp_path):
+    rows = [
+        {"step": i, "loss": 0.0, "round": i // 3, "policy_tokens": 10, "rollouts": 4, "completion_tokens_mean": 7.5}
+        for i in range(6)
+    ]
+    numbers = run_numbers(metrics(tmp_path, rows))
+    assert (numbers["rollouts"], numbers["policy_tokens_sampled"], numbers["policy_tokens_trained"]) == (8, 60, 60)
+    assert numbers["kl_teacher_student_nats"] is None
+    del rows[-1]["rollouts"]
+    numbers = run_numbers(metrics(tmp_path, rows))
+    assert numbers["rollouts"] is numbers["policy_tokens_sampled"] is None
+    # A run that only samples (recipes/sample_distributed.py) trains on nothing.
+    numbers = run_numbers(metrics(tmp_path, [{"step": 0, "rollouts": 512, "policy_tokens": 9000}]))
+    assert (numbers["rollouts"], numbers["policy_tokens_sampled"], numbers["policy_tokens_trained"]) == (512, 9000, 0)
+    (tmp_path / "metrics.jsonl").unlink()
+    assert run_numbers(tmp_path)["steps"] is None
+    assert total([1, 2]) == 3 and total([1, None]) is None and total([]) is None
+
+
+def result(arm: str, seed: int, success: float, settings: dict | None = None, **more) -> dict:
+    row = {"cell": f"{arm}{seed}{settings}", "arm": arm, "title": arm, "seed": seed, "settings": settings or {}, "status": "ok"}
+    return row | {"last": {"student_success": success}, "select": "eval_x", "stages": [], "config": "c"} | more
+
+
+def test_groups_and_their_mean_and_sd():
+    rows = [result("a", 0, 0.1), result("a", 1, 0.4), result("b", 0, 0.5), result("a", 2, 0.0, status="failed", error="e")]
+    first, second = groups_of(rows)
+    assert (first.title, len(first.rows), first.failed) == ("a", 2, 1)
+    assert mean_and_sd(first.values("last", "student_success")) == "0.250 ± 0.212"  # |0.1 − 0.4| / √2
+    assert mean_and_sd(second.values("last", "student_success")) == "0.500", "one seed has no sd"
+    assert mean_and_sd(second.values("best", "student_success")) == "–"
+
+
+def test_the_bootstrap_interval_is_that_of_all_resamples():
+    values = [0.1, 0.4, 0.7, 0.75, 0.95]
+    means = [statistics.fmean(resample) for resample in itertools.product(values, repeat=5)]  # all 3125, equally likely
+    expected = np.percentile(means, [2.5, 97.5])
+    assert bootstrap_interval([[value] for value in values], 20_000) == pytest.approx(expected, abs=0.02)
+    assert bootstrap_interval([values], 20_000) == pytest.approx(expected, abs=0.02)
+    crossed = bootstrap_interval([[0.1, 0.5], [0.5, 0.9]], 20_000)
+    alone = bootstrap_interval([[0.3], [0.7]], 20_000)
+    assert crossed[0] < alone[0] and crossed[1] > alone[1], "both seeds and tasks spread it"
+    assert bootstrap_interval([[0.3]]) is None
+
+
+def test_the_interval_says_what_was_resampled(tmp_path):
+    rows = [result("a", seed, 0.5, last={"student_success": 0.5, "folder": f"e{seed}"}) for seed in (0, 1)]
+    (group,) = groups_of(rows)
+    assert group_interval(tmp_path, group)[1] == "seeds"
+    for seed in (0, 1):
+        (tmp_path / f"e{seed}").mkdir()
+        (tmp_path / f"e{seed}/rows.json").write_text(json.dumps({"student": {"t0": 0.0, "t1": 1.0}}))
+    interval, what = group_interval(tmp_path, group)
+    assert what == "seeds × tasks" and interval == (0.0, 1.0)
+    assert group_interval(tmp_path, groups_of(rows[:1])[0])[1] == "tasks"
+
+
+def test_curves_and_heat_maps_hold_means_over_seeds():
+    assert mean_curve([{0: 0.0, 10: 1.0}, {0: 0.5, 10: 0.0, 20: 1.0}]) == {0: 0.25, 10: 0.5}
+    places = [("1", "0.5", 0.1), ("1", "2", 0.2), ("10", "2", 0.4)]
+    rows = [
+        result("a", seed, value + 0.1 * seed, {"x": x, "y": y}) for (x, y, value), seed in itertools.product(places, (0, 1))
+    ]
+    xs, ys, table = heat_table(groups_of(rows), "x", "y")
+    assert (xs, ys) == ([1.0, 10.0], [0.5, 2.0])
+    np.testing.assert_allclose(table, [[0.15, np.nan], [0.25, 0.45]])
+
+
+def test_the_report_of_twenty_five_arms_and_two_keys_is_drawn(tmp_path, capsys):
+    stage = [{"folder": "run", "config": "c", "commit": "abc"}]
+    (tmp_path / "run").mkdir()
+    metrics(tmp_path / "run", [{"step": step, "eval_x": 0.5} for step in (0, 5)])
+    more = {"stages": stage, "kl_teacher_student_nats": 0.3, "steps": 5, "validation": {"last": 0.5}}
+    keys = [{"x": str(x), "y": str(y)} for x in range(5) for y in range(5)]
+    rows = [result(f"arm {i} [none]", seed, 0.5, **more) for i in range(25) for seed in (0, 1)]
+    rows += [result("grid", 0, 0.1, setting, **more) for setting in keys]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command.main(["--report", str(tmp_path)])
+    for name in ("curves.png", "success.png", "kl_success.png", "heatmap.png"):
+        assert (tmp_path / name).stat().st_size > 5000
+    assert "arm 24 [none]" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- for real
+
+
+def test_two_cells_of_two_steps_from_random_weights_to_the_table(tmp_path):
+    small = {"model.num_layers": 1, "model.embed_dim": 32, "model.intermediate_dim": 64}
+    first = small | {"max_steps": 2, "batch_size": 4, "dataset.n": 8, "checkpointer.checkpoint_dir": str(tmp_path / "init")}
+    few_rows = {"sampler.max_new_tokens": 8, "eval_dataset.max_rows": 3, "micro_batch_tokens": 400, "rollout_log_steps": 0}
+    then = small | few_rows | {"checkpointer.checkpoint_dir": "{init}/latest", "max_steps": 2, "group_size": 2}
+    then |= {"eval_every_steps": 1, "save_every_steps": 1}
+    stages = [
+        {"name": "init", "config": "tiny/base", "overrides": first},
+        {"name": "rl", "config": "tiny/rl", "overrides": then},
+    ]
+    content = {"evaluate": "tiny/evaluate", "arms": {"rl": {"stages": stages}}}
+    content["evaluate_overrides"] = small | {"sampler.max_new_tokens": 8, "dataset.max_rows": 3}
+    OmegaConf.save(OmegaConf.create(content), tmp_path / "sweep.yaml")
+    words = ["sweep", str(tmp_path / "sweep.yaml"), "prompts_per_round=1,2", "--output-dir", str(tmp_path / "out")]
+    command_line = [sys.executable, "-m", "pidistill.commands.main", *words, "--workers", "2"]
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command_line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = read_results(tmp_path / "out")
+    assert sorted(rows) == ["rl,prompts_per_round=1", "rl,prompts_per_round=2"]
+    for prompts, row in enumerate(rows[name] for name in sorted(rows)):
+        assert row["status"] == "ok", row
+        # Two rounds of 1 or 2 prompts × 2 rollouts; the first stage samples nothing and takes two steps too.
+        assert (row["steps"], row["rollouts"]) == (4, 2 * 2 * (prompts + 1))
+        assert row["policy_tokens_trained"] > 0 and row["cpu_seconds"] > 1 and row["wall_seconds"] > 1
+        assert row["last"]["step"] == 2 and 0 <= row["last"]["student_success"] <= 1
+        assert row["best"]["step"] in (1, 2) and row["kl_teacher_student_nats"] > 0
+    assert len(list((tmp_path / "out/runs").iterdir())) == 3, "the first stage ran once"
+    assert done.stdout.count("$ pidistill run --nproc_per_node 1 sft_distributed") == 1
+    assert "rl prompts_per_round=2" in (tmp_path / "out/results.md").read_text()

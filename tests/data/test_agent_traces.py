@@ -1,0 +1,275 @@
+"""Recorded agent episodes as examples: which trace of a task, what the teacher sees of it, and on the real τ-bench traces."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pidistill.chat.calls import ToolCall
+from pidistill.chat.phrases import count_phrases
+from pidistill.data import build_prompts, trace_dataset, trace_leak_phrases
+from pidistill.data.agent_traces import derived_tools, read_traces
+from pidistill.errors import InputError
+from pidistill.privileged.prompt import PrivilegedPrompt
+from pidistill.privileged.trace_kinds import KINDS
+from pidistill.privileged.trace_task import AgentTrace, TraceTask
+from pidistill.tokenizers import HFChatTokenizer
+from tests.support.tiny_tokenizers import qwen_folder
+
+DATA = os.environ.get("PIDISTILL_TEST_DATA")
+REAL = Path(DATA or ".") / "tau_bench_airline_gpt4o.jsonl"
+needs_data = pytest.mark.skipif(not REAL.is_file(), reason="PIDISTILL_TEST_DATA names no folder with the τ-bench traces")
+SOLVED = ("calls", "call_names", "solution_prefix", "full")
+
+SYSTEM = {"role": "system", "content": "You are an agent."}
+USER = {"role": "user", "content": "Book me a flight."}
+
+
+def call(name: str, **arguments) -> dict:
+    return {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": json.dumps(arguments)}}]}
+
+
+def result(name: str, text: str) -> dict:
+    return {"role": "tool", "name": name, "content": text}
+
+
+LOOK = [call("look", city="SEA"), result("look", "found F1")]
+BOOK = [call("book", flight="F1", seats=2), result("book", "done")]
+BYE = [{"role": "assistant", "content": "It is booked."}, {"role": "user", "content": "Thanks! STOP"}]
+
+
+def episode(task, reward, /, *turns, **more) -> dict:
+    return {"task_id": task, "reward": reward, "messages": [SYSTEM, USER, *turns], **more}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def to_file(*rows, name="traces.jsonl") -> str:
+        text = json.dumps(list(rows)) if name.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return to_file
+
+
+# ------------------------------------------------------------------------------------------- which trace
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 5), st.booleans()), min_size=1, max_size=6))
+def test_the_source_is_the_shortest_success_and_the_first_of_equals(cases):
+    said = {"role": "assistant", "content": "x"}
+    traces = [AgentTrace(f"{i}", "t", [USER], [said] * n, 1.0, None, None, ok) for i, (n, ok) in enumerate(cases)]
+    task = TraceTask("t", traces)
+    expected = None
+    for trace in traces:  # the slow way: a later one has to be shorter
+        if trace.success and (expected is None or len(trace.turns) < len(expected.turns)):
+            expected = trace
+    assert task.source is expected
+    assert task.shown is (expected or traces[0])
+
+
+def test_one_example_per_task_and_every_other_row_is_counted(write):
+    source = write(
+        episode(5, 0.0, *BOOK, *BYE),
+        episode(2, 1.0, *LOOK, *BOOK, *BYE),
+        episode(5, 0.5, *LOOK),
+        episode(2, 1.0, *BOOK, *BYE),
+        {"task_id": 2, "reward": 1.0, "messages": [SYSTEM, USER]},
+    )
+    dataset = trace_dataset(source)
+    assert [example.data["task"] for example in dataset] == ["5", "2"]
+    assert dataset.dropped == {"other_trace_of_task": 2, "no_assistant_turn": 1}
+    failed, solved = dataset
+    assert failed.privileged is None and failed.completion is None and failed.id.endswith("row 0")
+    assert solved.id.endswith("row 3") and solved.messages == [SYSTEM, USER]
+    parsed = {"function": {"name": "book", "arguments": {"flight": "F1", "seats": 2}}}
+    assert solved.completion == [{"role": "assistant", "content": "", "tool_calls": [parsed]}, BOOK[1], BYE[0]]
+    lower = trace_dataset(source, success_threshold=0.5)
+    assert [bool(example.privileged) for example in lower] == [True, True]
+    dropped = trace_dataset(source, unsolved="drop")
+    assert [example.data["task"] for example in dropped] == ["2"]
+    assert dropped.dropped == {"other_trace_of_task": 1, "task_without_success": 2, "no_assistant_turn": 1}
+    assert len(dropped) + sum(dropped.dropped.values()) == 5
+
+
+def test_tasks_without_a_success_go_to_plain_rl_and_are_counted(write, tmp_path):
+    source = write(episode(1, 1.0, *BOOK, *BYE), episode(2, 0.0, *BOOK, *BYE))
+    tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path / "qwen")))
+    prompts = build_prompts(trace_dataset(source), tokenizer, PrivilegedPrompt(), max_new_tokens=8)
+    assert prompts.rows_without_pi == 1 and [pair.has_privileged for _, pair in prompts.prompts] == [True, False]
+    (_, pair) = prompts.prompts[1]
+    assert pair.student == pair.teacher
+
+
+def test_a_greeting_before_the_user_speaks_is_part_of_the_prompt(write):
+    greeting = {"role": "assistant", "content": "How can I help?"}
+    row = {"task_id": 1, "reward": 1, "messages": [SYSTEM, greeting, USER, *BOOK, *BYE]}
+    (example,) = trace_dataset(write(row))
+    assert example.messages == [SYSTEM, greeting, USER] and example.completion[0]["tool_calls"]
+
+
+def test_tasks_are_chosen_by_their_order(write):
+    source = write(*[episode(i, 1.0, *BOOK, *BYE) for i in range(5)])
+    halves = trace_dataset(source, max_tasks=3), trace_dataset(source, first_task=3)
+    assert [[e.data["task"] for e in half] for half in halves] == [["0", "1", "2"], ["3", "4"]]
+    assert halves[0].dropped == halves[1].dropped == {}
+    with pytest.raises(InputError, match="first_task=5 and dataset.max_tasks=None leave none of the 5 tasks"):
+        trace_dataset(source, first_task=5)
+
+
+# ------------------------------------------------------------------------------------------- kinds
+
+
+def text_of(source: str, kind: str, **arguments) -> str | None:
+    (example,) = trace_dataset(source, kind, **arguments)
+    return example.privileged
+
+
+GOLD = [{"name": "book", "kwargs": {"flight": "F1"}}]
+
+
+def test_each_kind_as_text(write):
+    think = [call("think", thought="hm"), result("think", "")]
+    source = write(episode(1, 1.0, *think, *LOOK, *BOOK, *BYE, task={"actions": GOLD}))
+    body = {kind: text_of(source, kind, header="", omit_tools=["think"]) for kind in SOLVED}
+    assert body["calls"] == '1. look({"city": "SEA"})\n2. book({"flight": "F1", "seats": 2})'
+    assert body["call_names"] == "1. look\n2. book"
+    assert body["solution_prefix"] == '1. look({"city": "SEA"})'
+    assert body["full"] == (
+        'assistant: think({"thought": "hm"})\ntool think: \nassistant: look({"city": "SEA"})\ntool look: found F1\n'
+        'assistant: book({"flight": "F1", "seats": 2})\ntool book: done\nassistant: It is booked.'
+    )
+    assert text_of(source, "gold_actions", actions_key="task.actions", header="") == '1. book({"flight": "F1"})'
+    assert text_of(source, "none") is None
+    assert text_of(source, "calls", call_template="{name}", header="Do:", omit_tools=["look"]) == "Do:\nthink\nbook"
+    assert text_of(source, "solution_prefix", prefix_calls=2, header="").count("\n") == 1
+    assert text_of(source, "solution_prefix", prefix_frac=0.5, header="").count("\n") == 1, "half of three, rounded up, is two"
+
+
+def test_calls_between_tags_are_calls_too(write):
+    tagged = {"role": "assistant", "content": 'I look. <action>{"name": "look", "arguments": {"city": "SEA"}}</action>'}
+    broken = {"role": "assistant", "content": "<action>look SEA</action>"}
+    source = write(episode(1, 1.0, tagged, {"role": "user", "content": "F1"}, broken))
+    assert text_of(source, "calls", header="") == '1. look({"city": "SEA"})'
+    assert trace_dataset(source)[0].tools is None, "what is called between tags is described in the system prompt"
+    assert read_traces(source).unreadable_calls == 1
+
+
+def test_a_success_without_calls_is_information_and_a_failure_is_none(write):
+    refusal = {"role": "assistant", "content": "I must not do that."}
+    source = write(episode(1, 1.0, refusal), episode(2, 0.0, refusal, task={"actions": []}))
+    for kind in ("calls", "call_names", "solution_prefix"):
+        said, failed = trace_dataset(source, kind, header="")
+        assert (said.privileged, failed.privileged) == ("(no tool call)", None)
+    said, failed = trace_dataset(source, "gold_actions", actions_key="task.actions", header="")
+    assert (said.privileged, failed.privileged) == (None, "(no tool call)")
+
+
+def test_each_kinds_own_words_for_giving_it_away_are_leak_phrases():
+    for kind in KINDS:
+        phrases = trace_leak_phrases(kind, extra=["my notes"])
+        assert "privileged" in phrases and phrases[-1] == "my notes"
+        assert bool(count_phrases("I follow the provided actions.", phrases)) == (kind not in ("hints", "none"))
+    assert count_phrases("As the provided hint says", trace_leak_phrases("hints")) > 0
+
+
+def test_tools_come_from_the_row_or_a_file_or_the_calls_seen(write, tmp_path):
+    schema = [{"type": "function", "function": {"name": "look"}}]
+    row = episode(1, 1.0, *LOOK, *BOOK, *BYE, tools=json.dumps(schema))
+    assert trace_dataset(write(row), tools_key="tools")[0].tools == schema
+    (tmp_path / "tools.json").write_text(json.dumps(schema))
+    assert trace_dataset(write(row), tools_file=str(tmp_path / "tools.json"))[0].tools == schema
+    derived = trace_dataset(write(row, episode(2, 0.0, call("look", city="LAX", day=3))))
+    assert [tool["function"]["name"] for tool in derived[0].tools] == ["look", "book"]
+    assert derived[0].tools[0]["function"]["parameters"] == {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "day": {"type": "integer"}},
+        "required": ["city"],
+    }
+    assert trace_dataset(write(row), derive_tools=False)[0].tools is None
+
+
+def test_types_of_derived_arguments():
+    calls = [ToolCall("f", {"a": 1, "b": True, "c": [1], "d": {}, "e": None}), ToolCall("f", {"a": 1.5, "b": "x"})]
+    properties = derived_tools(calls)[0]["function"]["parameters"]["properties"]
+    assert {name: value["type"] for name, value in properties.items()} == {
+        "a": "number", "b": ["boolean", "string"], "c": "array", "d": "object", "e": "null",
+    }  # fmt: skip
+
+
+def test_json_rows_are_read_as_they_were_written(write):
+    """A table would give every call the arguments of all others, as nulls, in one order."""
+    objects = [{"role": "assistant", "tool_calls": [{"function": {"name": n, "arguments": a}}]} for n, a in
+               (("look", {"z": 2, "a": 1}), ("book", {"flight": "F1"}))]  # fmt: skip
+    rows = [episode(1, 1.0, objects[0], result("look", "F1"), objects[1])]
+    for name in ("traces.json", "traces.jsonl"):
+        assert text_of(write(*rows, name=name), "calls", header="") == '1. look({"z": 2, "a": 1})\n2. book({"flight": "F1"})'
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"kind": "call"}, "dataset.kind is 'call'; known are calls, call_names"),
+        ({"kind": "gold_actions"}, "no row of .* has any; set dataset.actions_key"),
+        ({"kind": "hints"}, "`kind: hints` needs the file of hints"),
+        ({"hints": "somewhere"}, "`kind: hints` needs the file of hints"),
+        (
+            {"kind": "hints", "hints": "gone.jsonl"},
+            "gone.jsonl does not exist; it is written by the stage before: run `tune run",
+        ),
+        ({"prefix_frac": 0.0}, "dataset.prefix_frac is 0.0"),
+        ({"prefix_calls": 0}, "dataset.prefix_calls is 0"),
+        ({"messages_key": "traj"}, "no column 'traj' with values"),
+        ({"task_key": "reward", "reward_key": "task_id", "unsolved": "skip"}, "dataset.unsolved is 'skip'"),
+        ({"success_threshold": 2.0, "unsolved": "drop"}, "none of the 1 tasks of .* has a trace with reward ≥ 2.0"),
+        ({"reward_key": "messages"}, "row 0: messages is .*, not a number; set dataset.reward_key"),
+        ({"actions_key": "messages"}, "messages is no list of actions"),
+        ({"tools_file": "gone.json"}, "dataset.tools_file gone.json does not exist"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(arguments, said, write):
+    with pytest.raises(InputError, match=said):
+        trace_dataset(write(episode(1, 1.0, *BOOK, *BYE)), **arguments)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    for text in ("{", "[]", '["x"]', "3"):
+        (tmp_path / "traces.json").write_text(text)
+        with pytest.raises(InputError, match="traces.json is (not valid JSON|no list of episodes)"):
+            trace_dataset(str(tmp_path / "traces.json"))
+
+
+# ------------------------------------------------------------------------------------------- the real traces
+
+
+@needs_data
+def test_the_real_traces_against_a_plain_reading():
+    rows = [json.loads(line) for line in REAL.read_text().splitlines()]
+    best: dict[int, tuple[int, dict]] = {}
+    for row in rows:
+        steps = sum(message["role"] == "assistant" for message in row["messages"])
+        if row["reward"] == 1 and (row["task_id"] not in best or steps < best[row["task_id"]][0]):
+            best[row["task_id"]] = steps, row
+    dataset = trace_dataset(str(REAL), "calls", actions_key="task.actions")
+    assert len(dataset) == 30 and dataset.dropped == {"other_trace_of_task": 90}
+    assert {int(e.data["task"]) for e in dataset if e.privileged} == best.keys() and len(best) == 18
+    for example in dataset:
+        assert [message["role"] for message in example.messages] == ["system", "user"]
+        if example.privileged:
+            _, row = best[int(example.data["task"])]
+            raw = [c["function"] for m in row["messages"] for c in m.get("tool_calls") or []]
+            lines = example.privileged.split("\n")[1:]
+            assert len(lines) == max(1, len(raw))
+            for line, function in zip(lines, raw, strict=False):
+                name, _, rest = line.split(". ", 1)[1].partition("(")
+                assert (name, json.loads(rest[:-1])) == (function["name"], json.loads(function["arguments"]))
+            assert not any(m["content"] in example.privileged for m in row["messages"] if m["role"] == "tool" and m["content"])
+    gold = trace_dataset(str(REAL), "gold_actions", actions_key="task.actions")
+    assert all(example.privileged for example in gold)

@@ -1,0 +1,194 @@
+"""Functions as tools: their schemas, and everything a model can get wrong answered with a sentence."""
+
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+
+from pidistill.data.dataset import ExampleDataset
+from pidistill.envs import Environment, EnvStep
+from pidistill.envs.function_tools import FunctionToolEnvironment, ToolError, call_tools, tool, tools_by_name, with_tools
+from pidistill.errors import InputError
+from pidistill.rewards import Constraints
+from pidistill.types import Example
+
+
+def add(state: list, amount: int, note: str | None = None, tags: list[str] | None = None, unit: Literal["kg", "g"] = "g"):
+    """Add to the pile.
+
+    More is said here.
+
+    Args:
+        amount: how much,
+            in units.
+        unit: of the amount.
+
+    Returns:
+        the pile.
+    """
+    if amount < 0:
+        raise ToolError("nothing can be taken away")
+    state.append(amount)
+    return {"pile": sum(state), "note": note}
+
+
+def ratio(a: float, b: float) -> str:
+    """a / b."""
+    return str(a / b)
+
+
+TOOLS = tools_by_name([add, ratio])
+
+
+def says(text="", *calls):
+    made = [{"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in calls]
+    return {"role": "assistant", "content": text} | ({"tool_calls": made} if made else {})
+
+
+def test_a_functions_schema():
+    schema = tool(add).schema["function"]
+    assert schema["name"] == "add" and schema["description"] == "Add to the pile. More is said here."
+    properties = schema["parameters"]["properties"]
+    assert properties["amount"] == {"type": "integer", "description": "how much, in units."}
+    assert properties["note"] == {"anyOf": [{"type": "string"}, {"type": "null"}]}
+    assert properties["tags"]["anyOf"][0] == {"type": "array", "items": {"type": "string"}}
+    assert properties["unit"] == {"type": "string", "enum": ["kg", "g"], "description": "of the amount."}
+    assert schema["parameters"]["required"] == ["amount"] and "state" not in properties
+
+
+def test_functions_that_have_no_schema_are_refused():
+    def untyped(a):
+        pass
+
+    def odd(a: set):
+        pass
+
+    for function, said in ((untyped, "parameter a without a type"), (odd, "parameter a of the tool odd has the type")):
+        with pytest.raises(InputError, match=said):
+            tool(function)
+    with pytest.raises(InputError, match="two tools have one name"):
+        tools_by_name([add, add])
+
+
+def test_calls_are_carried_out_in_order():
+    pile = []
+    first, second, third = call_tools(
+        says("", ("add", {"amount": 2}), ("add", {"amount": 3}), ("ratio", {"a": 1, "b": 4})), TOOLS, pile
+    )
+    assert json.loads(first["content"]) == {"pile": 2, "note": None} and json.loads(second["content"])["pile"] == 5
+    assert third == {"role": "tool", "name": "ratio", "content": "0.25"} and pile == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("sub", {}, "there is no tool sub; the tools are add, ratio"),
+        ("add", {}, "add lacks amount; its arguments are amount, note, tags, unit"),
+        ("add", {"amount": 1, "colour": 2}, "add does not know colour"),
+        ("add", {"amount": 1, "state": []}, "add does not know state"),
+        ("add", {"amount": "1"}, 'amount is "1", but must be {"type": "integer"}'),
+        ("add", {"amount": True}, "amount is true"),
+        ("add", {"amount": 1.0}, "amount is 1.0"),
+        ("add", {"amount": 1, "unit": "t"}, "unit is"),
+        ("add", {"amount": 1, "tags": ["a", 1]}, "tags is"),
+        ("add", [1], "must be an object with amount"),
+        ("add", {"amount": -1}, "nothing can be taken away"),
+        ("ratio", {"a": 1, "b": 0}, "ZeroDivisionError"),
+    ],
+)
+def test_what_a_model_gets_wrong_is_answered(name, arguments, said):
+    pile = []
+    (answer,) = call_tools(says("", (name, arguments)), TOOLS, pile)
+    assert answer["role"] == "tool" and answer["content"].startswith("Error: ") and said in answer["content"] and pile == []
+
+
+def test_a_call_that_cannot_be_read_is_answered_with_the_reason():
+    (answer,) = call_tools(says("x") | {"tool_call_error": "no name"}, TOOLS)
+    assert answer == {"role": "tool", "content": "Error: no name"}
+    assert call_tools(says("just text"), TOOLS) == []
+
+
+def test_an_id_comes_back_with_the_answer():
+    turn = says("", ("ratio", {"a": 1, "b": 2}))
+    turn["tool_calls"][0]["id"] = "c1"
+    assert call_tools(turn, TOOLS)[0]["tool_call_id"] == "c1"
+
+
+def test_a_tools_own_fault_is_logged_once(caplog):
+    def broken(a: int) -> str:
+        """Breaks."""
+        raise RuntimeError("inside")
+
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            call_tools(says("", ("broken", {"a": 1})), tools_by_name([broken]))
+    assert caplog.text.count("the tool broken raised") == 1
+
+
+# ------------------------------------------------------------------------------------------- the environment
+
+
+def begin_pile(example):
+    return [int(example.reference)]
+
+
+def pile_is_ten(example, turns):
+    return float(sum(example.data["state"]) == 10 and turns[-1]["content"] == "done")
+
+
+def environment():
+    return FunctionToolEnvironment(
+        ["tests.envs.test_function_tools.add", "tests.envs.test_function_tools.ratio"],
+        pile_is_ten,
+        begin="tests.envs.test_function_tools.begin_pile",
+    )
+
+
+def example(start):
+    return Example(id=f"row {start}", messages=[{"role": "user", "content": "ten"}], reference=str(start))
+
+
+def play(env, start):
+    state = env.reset(example(start))
+    first = env.step(state, says("", ("add", {"amount": 10 - start})), truncated=False)
+    return first, env.step(state, says("done"), truncated=False), state
+
+
+def test_an_episode_of_functions():
+    first, last, state = play(environment(), 4)
+    assert isinstance(environment(), Environment)
+    assert not first.done and json.loads(first.observations[0]["content"])["pile"] == 10
+    assert last.done and last.reward == 1.0 and [turn["role"] for turn in state.turns] == ["assistant", "tool", "assistant"]
+    with pytest.raises(InputError, match="has ended"):
+        environment().step(state, says("more"), truncated=False)
+
+
+def test_the_parts_of_a_reward_are_told():
+    reward = Constraints({"ten": pile_is_ten, "nested": Constraints({"a": pile_is_ten, "no": lambda example, turns: 0.0})})
+    env = replace(environment(), reward=reward)
+    _, last, _ = play(env, 4)
+    assert last == EnvStep([], 0.75, True, {"ten": 1.0, "nested": 0.5})
+
+
+def test_a_turn_that_was_cut_is_judged_and_calls_nothing():
+    env = environment()
+    state = env.reset(example(0))
+    step = env.step(state, says("", ("add", {"amount": 10})), truncated=True)
+    assert step.done and step.reward == 0.0 and state.state == [0]
+
+
+def test_episodes_in_threads_have_states_of_their_own():
+    env = environment()
+    with ThreadPoolExecutor(8) as threads:
+        results = list(threads.map(lambda start: play(env, start)[1].reward, list(range(10)) * 20))
+    assert results == [1.0] * 200
+
+
+def test_a_dataset_shows_the_schemas():
+    rows = with_tools(ExampleDataset([example(1)], dropped={"x": 2}), ["tests.envs.test_function_tools.ratio"])
+    assert rows[0].tools == [tool(ratio).schema] and rows.dropped == {"x": 2}
+    with pytest.raises(InputError, match="functions is empty"):
+        FunctionToolEnvironment([], pile_is_ten)

@@ -1,0 +1,286 @@
+"""Environments that raise, hang or answer nonsense among others: they cost their own episodes, and nothing waits for them."""
+
+import math
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from pidistill.envs import EnvironmentCrash, EnvironmentOutputError, EnvironmentTimeout, EnvStep, check_step
+from pidistill.errors import InputError
+from pidistill.rewards import LeakPenalty
+from pidistill.rollouts import TorchtuneSampler
+from pidistill.rollouts.calls import DaemonThreads, abandoned_calls, ask
+from pidistill.rollouts.collect import DROP_REASONS, collect_rollouts
+from pidistill.testing import tiny_model
+from pidistill.types import Example, PromptPair
+from tests.rollouts.test_collect import LetterTokenizer, Script, assistant, collect, tool
+
+# ---------------------------------------------------------------------------------------------- one call
+
+
+@pytest.fixture
+def release():
+    """Set at the end of the test: what hangs until then ends."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_a_call_has_its_answer_or_its_exception_with_and_without_a_limit():
+    for limit in (None, 30.0):
+        assert ask(lambda: 7, limit) == 7
+        with pytest.raises(KeyError, match="gone"):
+            ask(lambda: {}["gone"], limit)
+        with pytest.raises(TimeoutError, match="its own"):  # not ours: a socket's, say
+            ask(lambda: (_ for _ in ()).throw(TimeoutError("its own")), limit)
+    with pytest.raises(SystemExit):
+        ask(lambda: sys.exit(3), 30.0)
+
+
+def test_a_call_that_is_late_is_abandoned(release):
+    before, begin = abandoned_calls(), time.monotonic()
+    with pytest.raises(EnvironmentTimeout, match=r"no answer within 0\.05 s"):
+        ask(release.wait, 0.05)
+    assert time.monotonic() - begin < 20 and abandoned_calls() == before + 1
+    release.set()
+    while abandoned_calls() > before:
+        time.sleep(0.01)
+
+
+def test_threads_answer_in_order_and_leave_whoever_hangs(release):
+    begin = time.monotonic()
+    with DaemonThreads(3) as threads:
+        assert threads.map(lambda a, b: a * b, range(20), range(20)) == [n * n for n in range(20)]
+        with pytest.raises(ZeroDivisionError):
+            threads.map(lambda n: 1 // n, [1, 0, 2])
+        meeting = threading.Barrier(3, timeout=30)  # three at once
+        threads.map(lambda _: meeting.wait(), range(3))
+        hanging = threads.submit(release.wait)
+    assert time.monotonic() - begin < 30 and not hanging.done()
+
+
+SCRIPT = """
+import signal, threading
+from pidistill.envs import EnvironmentTimeout
+from pidistill.rollouts.calls import DaemonThreads, ask
+try:
+    ask(threading.Event().wait, 0.05)
+except EnvironmentTimeout:
+    print("late", flush=True)
+try:
+    with DaemonThreads(2) as threads:
+        answer = threads.submit(threading.Event().wait)
+        print("waiting", flush=True)
+        answer.result()
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+def test_neither_the_exit_nor_an_interrupt_waits_for_threads_that_hang():
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert [process.stdout.readline().strip() for _ in range(2)] == ["late", "waiting"]
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert (process.returncode, said.strip()) == (0, "interrupted"), errors
+
+
+# ---------------------------------------------------------------------------------------------- what is an answer
+
+
+class Odd:
+    def __float__(self):
+        raise ValueError("no number")
+
+
+def raw(observations, reward, done, parts=None):
+    """An EnvStep past the type checker, which under pytest refuses what an environment's own code may well give."""
+    step = EnvStep([], 0.0, True)
+    step.observations, step.reward, step.done, step.reward_parts = observations, reward, done, parts or {}
+    return step
+
+
+OUTPUTS = {
+    "None": (None, "gave None, not an EnvStep"),
+    "dict": ({"reward": 1.0}, "gave {'reward': 1.0} (dict), not an EnvStep"),
+    "tuple": (([], 1.0, True), "(tuple), not an EnvStep"),
+    "text": (raw("obs 5", 0.0, False), "observations is 'obs 5' (str), not a list"),
+    "no message": (raw(["obs 5"], 0.0, False), "observations[0] is a str, not a message"),
+    "role": (raw([{"role": "robot", "content": "x"}], 0.0, False), "unknown role 'robot'"),
+    "assistant": (raw([assistant("x")], 0.0, False), "has the role assistant"),
+    "no content": (raw([{"role": "tool"}], 0.0, False), "has no 'content'"),
+    "number as content": (raw([tool(5)], 0.0, False), "'content' of type int"),
+    "surrogate": (raw([tool("\ud800")], 0.0, False), "holds what is no text"),
+    "None as reward": (raw([], None, True), "reward is None, not a number"),
+    "text as reward": (raw([], "1.0", True), "reward is '1.0' (str), not a number"),
+    "vector as reward": (raw([], np.ones(2), True), "(ndarray), not a number"),
+    "tensors as reward": (raw([], torch.ones(2), True), "(Tensor), not a number"),
+    "odd reward": (raw([], Odd(), True), "(Odd), not a number"),
+    "done": (raw([], 0.0, "no"), "done is 'no' (str), not True or False"),
+    "vector as done": (raw([], 0.0, np.array([True, False])), "(ndarray), not True or False"),
+    "None as done": (raw([], 0.0, None), "done is None"),
+    "list of parts": (raw([], 0.0, True, [1.0]), "reward_parts is [1.0] (list)"),
+    "part": (raw([], 0.0, True, {"style": "high"}), "reward_parts['style'] is 'high' (str), not a number"),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_what_is_no_answer_is_told(name):
+    step, told = OUTPUTS[name]
+    with pytest.raises(EnvironmentOutputError) as error:
+        check_step(step)
+    assert told in str(error.value)
+
+
+def test_an_answer_comes_back_as_plain_numbers_and_messages():
+    step = raw((tool("5"),), np.float32(0.5), np.bool_(False), {"a": torch.tensor(2.0), "b": 1, "c": True})
+    checked = check_step(step)
+    assert checked == EnvStep([tool("5")], 0.5, False, {"a": 2.0, "b": 1.0, "c": 1.0})
+    assert type(checked.reward) is float and type(checked.done) is bool and type(checked.observations) is list
+    assert math.isnan(check_step(EnvStep([], math.nan, True)).reward)
+
+
+# ---------------------------------------------------------------------------------------------- 64 episodes, 9 of them ill
+
+RESET, FIRST, SECOND = "reset", 1, 2
+FAULTS = {  # episode: (when, what)
+    3: (FIRST, "raise"), 9: (RESET, "raise"), 14: (SECOND, "exit"), 17: (FIRST, "hang"), 25: (RESET, "hang"),
+    33: (SECOND, "hang"), 41: (FIRST, "role"), 50: (SECOND, "text as reward"), 58: (FIRST, "nan"),
+}  # fmt: skip
+COUNTS = dict(zip(DROP_REASONS, (3, 1, 2, 3, 0), strict=True))
+
+
+class Ill:
+    """Two observations, then the end; `faults` as above, and everything that hangs does so until `release`."""
+
+    def __init__(self, faults, release):
+        self.faults, self.release = faults, release
+
+    def reset(self, example):
+        state = {"row": int(example.id), "turn": 0, "said": []}
+        self.fail(state, RESET)
+        return state
+
+    def step(self, state, turn, *, truncated):
+        state["turn"] += 1
+        state["said"].append(turn["content"])
+        ill = self.fail(state, state["turn"])
+        if ill is not None:
+            return ill
+        reward = sum(map(len, state["said"])) / 7
+        return EnvStep([] if state["turn"] == 3 else [tool(f"{state['row']}")], reward, state["turn"] == 3, {"words": reward})
+
+    def fail(self, state, when):
+        where, what = self.faults.get(state["row"], (None, None))
+        if where != when:
+            return None
+        if what == "raise":
+            raise RuntimeError("ill")
+        if what == "exit":
+            sys.exit(1)
+        if what == "hang":
+            self.release.wait()
+            return EnvStep([tool("too late")], 99.0, False)
+        return EnvStep([], math.nan, True) if what == "nan" else OUTPUTS[what][0]
+
+
+def play(environment, **settings):
+    tokenizer = LetterTokenizer()
+    tokenizer.stop_ids = frozenset(range(1, 60))
+    tokenizer.parse_turn = lambda ids: assistant(tokenizer.decode(ids))
+    examples = [Example(id=str(row), messages=[{"role": "user", "content": "ab"}]) for row in range(64)]
+    pairs = [PromptPair([97, 60 + row], [80, 97, 60 + row], has_privileged=True) for row in range(64)]
+    sampler = TorchtuneSampler(max_new_tokens=30)
+    seeds = list(range(64))
+    return collect_rollouts(
+        tiny_model(128), sampler, tokenizer, environment, examples, pairs, view="student", group_size=1, seeds=seeds, **settings
+    )
+
+
+def numbers(rollout):
+    return (rollout.completion, rollout.policy_mask, rollout.turns, rollout.reward, rollout.reward_parts, rollout.stop_reason,
+            rollout.turn_rewards, rollout.turn_policy_tokens, [x for x in rollout.sampled_logprobs if x == x])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def healthy():
+    result = play(Ill({}, None))
+    assert result.dropped == dict.fromkeys(DROP_REASONS, 0) and len(result.rollouts) == 64
+    assert min(len(result.rollouts[row].turn_rewards) for row in FAULTS) >= 2, "a fault of a second turn would not happen"
+    return {int(rollout.example.id): numbers(rollout) for rollout in result.rollouts}
+
+
+@pytest.mark.parametrize("threads", [None, 8])
+def test_ill_environments_cost_their_own_episodes_and_no_others(threads, healthy, release, caplog):
+    begin = time.monotonic()
+    result = play(Ill(FAULTS, release), environment_threads=threads, environment_timeout_s=2.0)
+    assert time.monotonic() - begin < 60
+    assert result.dropped == COUNTS
+    assert [int(r.example.id) for r in result.rollouts] == [row for row in range(64) if row not in FAULTS]
+    for rollout in result.rollouts:
+        ours, theirs = numbers(rollout), healthy[int(rollout.example.id)]
+        assert ours[:-1] == theirs[:-1], rollout.example.id
+        assert ours[-1] == pytest.approx(theirs[-1], abs=1e-5)  # other rows share its batch: rounding alone differs
+    assert "3 rollouts dropped (environment_timeout)" in caplog.text and "no answer within 2 s" in caplog.text
+    hanging = re.search(r"(\d+) calls of the environment still hang in abandoned threads", caplog.text)
+    assert int(hanging[1]) >= 3  # those of other tests may take a moment to end
+
+
+def test_what_a_call_answers_too_late_changes_nothing(release):
+    (result,) = [collect(Script("q.", "x."), Late(release), environment_timeout_s=0.05)]
+    assert [r.example.id for r in result.rollouts] == ["row a"] and result.dropped["environment_timeout"] == 1
+
+
+class Late:
+    def __init__(self, release):
+        self.release = release
+
+    def reset(self, example):
+        return example.id
+
+    def step(self, state, turn, *, truncated):
+        if state == "row b":
+            self.release.wait()
+        return EnvStep([], 1.0, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(EnvironmentCrash("pod gone"), "environment_crash"), (EnvironmentTimeout("30 s"), "environment_timeout")],
+)
+def test_environments_may_say_themselves_that_they_died_or_are_late(error, reason, caplog):
+    class Says(Late):
+        def step(self, state, turn, *, truncated):
+            if state == "row b":
+                raise error
+            return EnvStep([], 1.0, True)
+
+    result = collect(Script("q.", "q."), Says(None))
+    assert result.dropped == dict.fromkeys(DROP_REASONS, 0) | {reason: 1}
+    assert str(error) in caplog.text and not any(record.exc_info for record in caplog.records)
+
+
+def test_a_penalty_does_not_hide_that_an_answer_is_none():
+    class Wrong(Late):
+        def step(self, state, turn, *, truncated):
+            return {"reward": 1.0} if state == "row b" else EnvStep([], 1.0, True)
+
+    result = collect(Script("q.", "q."), Wrong(None), shaping=[LeakPenalty(["secret"])])
+    assert result.dropped["environment_output"] == 1 and len(result.rollouts) == 1
+
+
+def test_an_environment_that_does_not_fit_still_stops_the_run_with_a_limit():
+    class Picky(Late):
+        def reset(self, example):
+            raise InputError(f"{example.id} has no task; use another dataset")
+
+    for threads in (None, 2):
+        with pytest.raises(InputError, match="row a has no task"):
+            collect(Script("q."), Picky(None), "a", environment_timeout_s=30, environment_threads=threads)

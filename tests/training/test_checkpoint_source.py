@@ -1,0 +1,46 @@
+"""A checkpoint folder that lacks something is refused in one sentence that says what to run or to change."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from pidistill.errors import InputError
+from pidistill.training.checkpoint_source import check_checkpoint_folder
+
+
+def folder_config(folder, files, component="torchtune.training.FullModelHFCheckpointer"):
+    node = {"_component_": component, "checkpoint_dir": str(folder), "checkpoint_files": files}
+    return OmegaConf.create({"checkpointer": node})
+
+
+def test_a_checkpoint_folder_is_looked_at_before_it_is_loaded(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(
+        InputError, match=r"has no config.json \(it holds model.safetensors\); check checkpointer.checkpoint_dir"
+    ):
+        check_checkpoint_folder(folder_config(tmp_path, ["model.safetensors"]), "checkpointer")
+    (tmp_path / "config.json").touch()
+    check_checkpoint_folder(folder_config(tmp_path, ["model.safetensors"]), "checkpointer")
+    with pytest.raises(InputError, match="has no model-2.safetensors"):
+        check_checkpoint_folder(folder_config(tmp_path, ["model.safetensors", "model-2.safetensors"]), "checkpointer")
+    with pytest.raises(InputError, match="does not exist; check checkpointer.checkpoint_dir"):
+        check_checkpoint_folder(folder_config(tmp_path / "gone", []), "checkpointer")
+    runs = tmp_path / "runs" / "tiny"
+    with pytest.raises(InputError, match="tiny/base/latest does not exist; run `make base`"):
+        check_checkpoint_folder(folder_config(runs / "base" / "latest", []), "checkpointer")
+    with pytest.raises(InputError, match="does not exist; it is what configs/tiny/sft.yaml leaves: run that first"):
+        check_checkpoint_folder(folder_config(runs / "sft" / "latest", []), "checkpointer")
+    with pytest.raises(InputError, match="does not exist; it is what configs/gem/base.yaml leaves: run that first"):
+        check_checkpoint_folder(folder_config(tmp_path / "runs" / "gem" / "base" / "latest", []), "checkpointer")
+    check_checkpoint_folder(
+        OmegaConf.create({"checkpointer": {"_component_": "x", "checkpoint_dir": "made later"}}), "checkpointer"
+    )
+    check_checkpoint_folder(OmegaConf.create({}), "teacher_checkpointer")
+
+
+@pytest.mark.parametrize("stage", ["gem/base", "reasoning_gym/base", "tool_world/base"])
+def test_a_stage_that_was_not_run_is_named(stage, tmp_path):
+    assert (Path(__file__).parents[2] / "configs" / f"{stage}.yaml").is_file()
+    with pytest.raises(InputError, match=f"it is what configs/{stage}.yaml leaves: run that first"):
+        check_checkpoint_folder(folder_config(tmp_path / "runs" / stage / "latest", []), "checkpointer")

@@ -1,0 +1,52 @@
+"""Optimizer states in 8 bits: a gradient that is 0 after one that was not, which torchao's own rounding turns into a leap."""
+
+import pytest
+import torch
+from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
+from torchao.optim.subclass_8bit import get_qmap_unsigned
+
+from pidistill.errors import InputError
+from pidistill.training.optimizers import keep_second_moments_above_zero
+
+
+def steps(optimizer_class, guarded: bool) -> torch.Tensor:
+    """What two steps at lr 0.01 add to a matrix; half of its rows have no gradient in the second, as absent tokens'."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(32, 256, generator=generator)
+    second = first.clone()
+    second[::2] = 0.0
+    parameter = torch.nn.Parameter(torch.zeros(32, 256))
+    optimizer = optimizer_class([parameter], lr=0.01, weight_decay=0.0)
+    if guarded:
+        keep_second_moments_above_zero(optimizer)
+    with torch.compiler.set_stance("force_eager"):
+        for gradient in (first, second):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    return parameter.detach()
+
+
+def test_a_gradient_of_zero_makes_no_leap():
+    exact = steps(torch.optim.AdamW, guarded=False)
+    assert (steps(AdamW8bit, guarded=False) - exact).abs().max() > 10.0  # what the guard is for
+    guarded = steps(AdamW8bit, guarded=True)
+    assert guarded.abs().max() < 0.05
+    assert (guarded - exact).norm() < 0.1 * exact.norm()
+
+
+def test_the_code_0_alone_is_a_second_moment_of_0():
+    codes = torch.tensor(get_qmap_unsigned())
+    assert codes[0] == 0.0 and bool((codes.diff() > 0).all())
+
+
+def test_4_bit_states_make_no_leap_and_fp8_ones_are_refused():
+    assert steps(AdamW4bit, guarded=True).abs().max() < 0.05
+    assert steps(AdamWFp8, guarded=False).abs().max() > 10.0
+    with pytest.raises(InputError, match="AdamWFp8 rounds small second moments to 0, .* set optimizer._component_=torchao"):
+        steps(AdamWFp8, guarded=True)
+
+
+def test_other_optimizers_are_left_alone():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    keep_second_moments_above_zero(optimizer)
+    assert not optimizer._optimizer_step_post_hooks
