@@ -134,7 +134,7 @@ def config(case: str, arguments: argparse.Namespace, output_dir: str) -> DictCon
             "dataset": {"_component_": "costs.rows"},
             "environment": {"_component_": "pidistill.envs.SingleTurn", "reward": {"_component_": "costs.reward"}},
             "privileged": {
-                "_component_": "pidistill.privileged.prompt.PrivilegedPrompt",
+                "_component_": "pidistill.privileged.PrivilegedPrompt",
                 "template": "{privileged}",
                 "placement": "user_end",
                 "leak_phrases": ["w3"],

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from pidistill.losses.divergences import generalised_jsd
 from pidistill.objectives import PiDistill
-from pidistill.scoring.head import Term, apply_head
-from pidistill.scoring.head_numbers import Plan
+from pidistill.scoring.head import ConstantPart, apply_head
+from pidistill.scoring.head_numbers import ScorePlan
 from pidistill.types import Batch, Divergence, ScoreRequest, Scores
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -76,10 +76,10 @@ class Problem:
 
     def ours(self, one_pass: bool) -> Tensor:
         request, loss = self.asked()
-        plan = Plan(self.targets, request, 1.0, self.chunk_tokens, loss if one_pass else None)
+        plan = ScorePlan(self.targets, request, 1.0, self.chunk_tokens, loss if one_pass else None)
         hidden, constants = {"student": self.student, "teacher": self.teacher}, {}
         if WORK[self.work] == 1:
-            constants = {"teacher": [Term(1.0, hidden.pop("teacher"), None)]}
+            constants = {"teacher": [ConstantPart(1.0, hidden.pop("teacher"), None)]}
         scores = plan.as_scores(apply_head(plan, hidden, self.weight, constants))
         return loss(slice(None), scores).mean()
 
@@ -91,7 +91,7 @@ class Problem:
         objective, zeros = PiDistill(alpha=0.5), torch.zeros_like(self.targets)
         sampled = torch.full_like(self.advantages, -12.0)
         batch = Batch(None, self.targets, zeros, zeros, sampled, zeros, self.advantages, None, None, zeros == 0)
-        return objective.score_request(0), lambda part, scores: objective.token_loss(batch.tokens(part), scores, 0).loss
+        return objective.score_request(0), lambda part, scores: objective.token_loss(batch.slice(part), scores, 0).loss
 
     def liger(self) -> Tensor:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss

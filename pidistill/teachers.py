@@ -26,7 +26,7 @@ LoadCopy = Callable[[], TransformerDecoder]
 
 
 @dataclass(frozen=True)
-class Voice:
+class MixturePart:
     """One summand of a teacher's logits: ``share`` times those of ``module``, its LoRA adapters on or off.
 
     memory: hidden states computed before, where the weights never change.
@@ -39,7 +39,7 @@ class Voice:
 
     @contextmanager
     def weights(self) -> Iterator[TransformerDecoder]:
-        """The module as this voice speaks, to sample or score with inside the `with`."""
+        """The module as this part speaks, to sample or score with inside the `with`."""
         if self.adapters:
             yield self.module
             return
@@ -74,8 +74,8 @@ class Teacher(Protocol):
     def update(self, model: nn.Module) -> None:
         """Called after every optimiser step."""
 
-    def mixture(self, model: TransformerDecoder) -> list[Voice]:
-        """The voices whose logits add up to the teacher's, ``model`` being the trained one; their shares sum to 1."""
+    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+        """The parts whose logits add up to the teacher's, ``model`` being the trained one; their shares sum to 1."""
 
     def sampling_weights(self, model: TransformerDecoder) -> AbstractContextManager[TransformerDecoder]:
         """`with` these weights the teacher samples."""
@@ -99,12 +99,12 @@ class LiveTeacher:
     def update(self, model: nn.Module) -> None:
         pass
 
-    def mixture(self, model: TransformerDecoder) -> list[Voice]:
-        return [Voice(1.0, model)]
+    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+        return [MixturePart(1.0, model)]
 
     def sampling_weights(self, model: TransformerDecoder) -> AbstractContextManager[TransformerDecoder]:
-        (voice,) = self.mixture(model)
-        return voice.weights()
+        (part,) = self.mixture(model)
+        return part.weights()
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -168,8 +168,8 @@ class AdapterOffTeacher(LiveTeacher):
     def __init__(self, cache_gib: float = 0.0) -> None:
         self._memory = HiddenMemory(cache_gib) if cache_gib else None
 
-    def mixture(self, model: TransformerDecoder) -> list[Voice]:
-        return [Voice(1.0, model, adapters=False, memory=self._memory)]
+    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+        return [MixturePart(1.0, model, adapters=False, memory=self._memory)]
 
 
 class FrozenTeacher(LiveTeacher):
@@ -191,8 +191,8 @@ class FrozenTeacher(LiveTeacher):
     def attach(self, load_copy: LoadCopy) -> None:
         self.module = load_copy().requires_grad_(False).eval()
 
-    def mixture(self, model: TransformerDecoder) -> list[Voice]:
-        return [Voice(1.0, self.module, memory=self._memory)]
+    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+        return [MixturePart(1.0, self.module, memory=self._memory)]
 
 
 class TrustRegionTeacher(FrozenTeacher):
@@ -211,8 +211,8 @@ class TrustRegionTeacher(FrozenTeacher):
             )
         self.live_share = live_share
 
-    def mixture(self, model: TransformerDecoder) -> list[Voice]:
-        return [Voice(1.0 - self.live_share, self.module), Voice(self.live_share, model)]
+    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+        return [MixturePart(1.0 - self.live_share, self.module), MixturePart(self.live_share, model)]
 
     def sampling_weights(self, model: TransformerDecoder) -> AbstractContextManager[TransformerDecoder]:
         raise InputError("a trust-region teacher mixes two models' logits and cannot sample; choose another teacher")
@@ -232,8 +232,8 @@ class EMATeacher(FrozenTeacher):
             )
         self.rate = rate
 
-    def mixture(self, model: TransformerDecoder) -> list[Voice]:
-        return [Voice(1.0, self.module)]
+    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+        return [MixturePart(1.0, self.module)]
 
     def attach(self, load_copy: LoadCopy) -> None:
         module = load_copy()

@@ -16,7 +16,7 @@ from torch import Tensor
 from pidistill.scoring.tree_attention import TreeMask
 
 if TYPE_CHECKING:
-    from pidistill.scoring.batch import Views
+    from pidistill.scoring.batch import ModelInputs
 
 Message = dict[str, Any]  # OpenAI chat format: {"role": ..., "content": ..., "tool_calls"?, "tool_call_id"?, "name"?}
 ViewName = Literal["student", "teacher"]
@@ -84,7 +84,7 @@ class Rollout:
         turn_rewards: the reward of each assistant turn; sums to ``reward``.
         turn_policy_tokens: policy tokens of each assistant turn.
         key: what stays the same when a rollout is copied with other fields; see :class:`pidistill.teachers.HiddenMemory`.
-        behaviour_nats: one value per policy token, filled when the objective asks for it: a number under the weights that
+        behaviour_values: one value per policy token, filled when the objective asks for it: a number under the weights that
             sampled, as :meth:`Objective.behaviour_values` makes it.
         task_reward: the environment's alone, on which success is judged; ``reward`` where it is not given.
         trainer_logprobs, importance_weights: one value per policy token, with `importance_weights` in the config: the trainer's
@@ -104,7 +104,7 @@ class Rollout:
     reward_parts: dict[str, float] = field(default_factory=dict)
     turn_rewards: list[float] = field(default_factory=list)
     turn_policy_tokens: list[int] = field(default_factory=list)
-    behaviour_nats: list[float] | None = None
+    behaviour_values: list[float] | None = None
     task_reward: float | None = None
     trainer_logprobs: list[float] | None = None
     importance_weights: list[float] | None = None
@@ -123,22 +123,22 @@ class RolloutAdvantage:
     """What a round says of one rollout before any gradient step.
 
     Attributes:
-        reward: the advantage from the reward alone, the same for every policy token.
+        advantage: the advantage from the reward alone, the same for every policy token.
         tokens: [policy tokens] in its place, where turns have advantages of their own; None elsewhere.
-        weight: the rollout's self-normalised importance weight × the group's size; None where none was asked for.
+        snis_weight: the rollout's self-normalised importance weight × the group's size; None where none was asked for.
         kl: [policy tokens] what the objective's `kl_mode` adds for the view that sampled; None where it adds nothing.
         keep: False drops the rollout from every loss term and from the token count.
     """
 
-    reward: float
+    advantage: float
     kl: list[float] | None = None
     keep: bool = True
     tokens: list[float] | None = None
-    weight: float | None = None
+    snis_weight: float | None = None
 
 
 @dataclass
-class View:
+class ModelInput:
     """What a model reads for one or more views of a batch, and where each policy token is predicted.
 
     Attributes:
@@ -162,33 +162,33 @@ class Batch:
     """Rollouts side by side. Everything the objectives see is flat over the N policy tokens of the batch.
 
     Attributes:
-        views: the rollouts as model inputs; ``views.of("student")`` is a :class:`View`.
+        views: the rollouts as model inputs; ``views.of("student")`` is a :class:`ModelInput`.
         targets: [N] the policy tokens.
         rollout_index: [N] which rollout of the batch (0..B-1) the token belongs to.
         token_index: [N] index of the token among its rollout's policy tokens.
-        sampled_logprobs: [N] fp32 nats, log μ: the denominator of the ratios. None for demonstrations. With importance weights,
+        ratio_logprobs: [N] fp32 nats, log μ: the denominator of the ratios. None for demonstrations. With importance weights,
             the trainer's own log-probs under the weights that sampled.
         importance_weights: [N] fp32, what the policy-gradient loss of the token is multiplied with; None where that is off.
         rewards: [N] fp32, the environment's reward of the rollout, without `reward_shaping`; None for demonstrations.
         advantages: [N] fp32, from the reward alone; None for demonstrations.
         kl_advantages: [N] fp32, what the objective's `kl_mode` adds for the view that sampled; None where it adds nothing.
-        weights: [N] fp32, the rollout's self-normalised importance weight; None where none was asked for.
+        snis_weights: [N] fp32, the rollout's self-normalised importance weight; None where none was asked for.
         has_privileged: [N] True where the rollout's example has privileged information.
     """
 
-    views: "Views"
+    views: "ModelInputs"
     targets: Int[Tensor, " N"]
     rollout_index: Int[Tensor, " N"]
     token_index: Int[Tensor, " N"]
-    sampled_logprobs: Float[Tensor, " N"] | None
+    ratio_logprobs: Float[Tensor, " N"] | None
     rewards: Float[Tensor, " N"] | None
     advantages: Float[Tensor, " N"] | None
     kl_advantages: Float[Tensor, " N"] | None
-    weights: Float[Tensor, " N"] | None
+    snis_weights: Float[Tensor, " N"] | None
     has_privileged: Bool[Tensor, " N"]
     importance_weights: Float[Tensor, " N"] | None = None
 
-    def tokens(self, part: slice) -> "Batch":
+    def slice(self, part: slice) -> "Batch":
         """The policy tokens of ``part`` as objectives see them; the views stay whole, and rollouts keep their numbers."""
         return replace(self, **{name: value[part] for name, value in vars(self).items() if isinstance(value, Tensor)})
 

@@ -40,7 +40,7 @@ from pidistill.training.keys import COMMON_KEYS, ROUND_KEYS
 from pidistill.training.load import load_model, load_teacher
 from pidistill.training.metrics import advantage_sums, rollout_means, rollout_sums, token_means, token_sums
 from pidistill.training.metrics_log import MetricsLog
-from pidistill.training.rounds import Round, check_rewards, dump_rollouts
+from pidistill.training.rounds import RoundSizes, check_rewards, dump_rollouts
 from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.training.update import Updates
 from pidistill.types import Batch, PerTokenLoss, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
@@ -60,7 +60,7 @@ class OPSDRecipe:
 
     def __init__(self, cfg: DictConfig) -> None:
         self._run = start(cfg, KEYS, REQUIRED)
-        self._round_sizes = Round(cfg)
+        self._round_sizes = RoundSizes(cfg)
         self._max_steps = int(cfg.max_steps)
         self._sft_weight, self._sft_batch = float(cfg.get("sft_weight") or 0.0), int(cfg.get("sft_batch_size") or 64)
         self._timer = Timer(self._run.device)
@@ -213,7 +213,7 @@ class OPSDRecipe:
                 numbers = self._objective.behaviour_values(self._score(batch, request))
             lengths = [rollout.policy_tokens for rollout in chunk]
             for rollout, values in zip(chunk, numbers.split(lengths), strict=True):
-                rollout.behaviour_nats = values.tolist()
+                rollout.behaviour_values = values.tolist()
 
     def update(self, minibatch: list[Pair], report: dict[str, float]) -> None:
         """One optimiser step."""

@@ -294,7 +294,7 @@ def test_sdpos_loss_with_top_k_tail_and_importance_clip():
     term = sdpo.compute_topk_self_distillation_loss(
         student, teacher, distillation_topk=6, distillation_alpha=0.5, distillation_add_tail=True
     )
-    theirs = sdpo.apply_importance_sampling_clipping(term, picked, batch.sampled_logprobs, 2.0)
+    theirs = sdpo.apply_importance_sampling_clipping(term, picked, batch.ratio_logprobs, 2.0)
     assert_same(objective.token_loss(batch, scores, 0).loss, theirs, (student,))
 
 

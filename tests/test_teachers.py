@@ -171,7 +171,7 @@ def test_every_teacher_has_the_protocol_and_shares_that_sum_to_one():
     for teacher in (LiveTeacher(), FrozenTeacher(), EMATeacher(), TrustRegionTeacher(0.3), AdapterOffTeacher()):
         assert isinstance(teacher, Teacher)
         attached(teacher, trained)
-        assert sum(voice.share for voice in teacher.mixture(trained)) == pytest.approx(1.0)
+        assert sum(part.share for part in teacher.mixture(trained)) == pytest.approx(1.0)
 
 
 # ------------------------------------------------------------------------------------------------ weights to sample with
@@ -336,4 +336,4 @@ def test_what_does_not_fit_is_not_kept_and_what_is_kept_goes_with_its_rollout():
 def test_a_teacher_that_moves_remembers_nothing():
     moving = EMATeacher(rate=0.5)
     moving.attach(lambda: model(7))
-    assert [voice.memory for voice in moving.mixture(model(0))] == [None]
+    assert [part.memory for part in moving.mixture(model(0))] == [None]

@@ -11,7 +11,7 @@ from pathlib import Path
 from pidistill.commands.common import exit_on_input_error
 from pidistill.commands.sweep.cells import read_sweep
 from pidistill.commands.sweep.command import report
-from pidistill.commands.sweep.search import Plan, run_sweep
+from pidistill.commands.sweep.search import SweepPlan, run_sweep
 
 SWEEP = "sweeps/demo"
 
@@ -35,6 +35,6 @@ def main(argv: list[str]) -> None:
             base=arguments.base,
             seeds=arguments.seeds,
         )
-        run_sweep(Plan(sweep))
+        run_sweep(SweepPlan(sweep))
         report(sweep.output_dir)
     print(f"{time.perf_counter() - begin:.0f} s")

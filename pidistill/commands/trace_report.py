@@ -24,7 +24,7 @@ from pidistill.privileged.trace_kinds import KINDS
 from pidistill.tokenizers import ChatTokenizer, HFChatTokenizer
 from pidistill.types import Example, PromptPair
 
-Row = dict[str, Any]
+Numbers = dict[str, Any]
 READING = ("messages_key", "task_key", "reward_key", "success_threshold", "actions_key", "tools_key", "action_tags", "split",
            "data_files", "config_name")  # fmt: skip
 
@@ -35,7 +35,7 @@ def kind_table(
     privileged: PrivilegedPrompt | None = None,
     kinds: Sequence[str] | None = None,
     **arguments: Any,
-) -> list[Row]:
+) -> list[Numbers]:
     """One row per kind: tasks, tasks with privileged information, and its length over the tasks that have it.
 
     Lengths are characters of the text alone, and, with a tokenizer, tokens that it adds to the prompt, block included.
@@ -55,7 +55,7 @@ def kind_table(
     return rows
 
 
-def kind_lengths(dataset: ExampleDataset, tokenizer: ChatTokenizer | None, privileged: PrivilegedPrompt) -> Row:
+def kind_lengths(dataset: ExampleDataset, tokenizer: ChatTokenizer | None, privileged: PrivilegedPrompt) -> Numbers:
     shown = [example for example in dataset if example.privileged]
     row = {"tasks": len(dataset), "with_pi": len(shown)} | _mean_and_max("chars", [len(e.privileged) for e in shown])
     if tokenizer is not None:
@@ -63,7 +63,7 @@ def kind_lengths(dataset: ExampleDataset, tokenizer: ChatTokenizer | None, privi
     return row
 
 
-def trace_lengths(dataset: ExampleDataset, tokenizer: ChatTokenizer) -> Row:
+def trace_lengths(dataset: ExampleDataset, tokenizer: ChatTokenizer) -> Numbers:
     """Tokens of the student's prompt, and of the recorded turns: what the agent said and what answered it."""
     prompts = [len(tokenizer.encode_prompt(example.messages, example.tools)) for example in dataset]
     said, answered = [], []
@@ -90,7 +90,7 @@ def both_views(example: Example, tokenizer: ChatTokenizer | None = None, privile
     return "\n".join(f"── {view} · {example.id}\n{text}" for view, text in texts.items())
 
 
-def as_table(rows: Sequence[Row]) -> str:
+def as_table(rows: Sequence[Numbers]) -> str:
     """A Markdown table; a row without a number has an empty cell."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [columns, ["---"] * len(columns), *([_cell(row.get(name)) for name in columns] for row in rows)]
@@ -101,7 +101,7 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:,.0f}" if isinstance(value, float) else str(value)
 
 
-def _mean_and_max(name: str, values: Sequence[int]) -> Row:
+def _mean_and_max(name: str, values: Sequence[int]) -> Numbers:
     return {f"{name}_mean": float(statistics.mean(values)), f"{name}_max": float(max(values))} if values else {}
 
 

@@ -166,7 +166,7 @@ def _carry_out(call: Mapping[str, Any], tools: Mapping[str, Tool], state: Any) -
     except ToolError as error:
         return _answer(call, name, f"Error: {error}")
     except Exception as error:  # a tool's own fault: the model may try something else, and the log says where it is
-        _say_once(name, error)
+        _warn_once(name, error)
         return _answer(call, name, f"Error: {type(error).__name__}: {error}")
 
 
@@ -178,7 +178,7 @@ def _answer(call: Mapping[str, Any], name: str | None, content: str) -> Message:
 _SAID: set[tuple[str, type]] = set()
 
 
-def _say_once(name: str, error: Exception) -> None:
+def _warn_once(name: str, error: Exception) -> None:
     if (name, type(error)) not in _SAID:
         _SAID.add((name, type(error)))
         _log.warning("the tool %s raised %r; models are told so (said once per tool and error)", name, error, exc_info=error)

@@ -99,7 +99,7 @@ class SamplingKL:
         if not self.needs_behaviour:
             return None
         kls = [
-            as_fp32(r.behaviour_nats if r.prompts.has_privileged or no_pi == "distill" else [0.0] * r.policy_tokens)
+            as_fp32(r.behaviour_values if r.prompts.has_privileged or no_pi == "distill" else [0.0] * r.policy_tokens)
             for r in rollouts
         ]
         groups = [r.group for r in rollouts]

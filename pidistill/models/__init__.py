@@ -1,5 +1,6 @@
 """Models that torchtune lacks, and checkpoints in Hugging Face's format."""
 
+from pidistill.models.from_scratch import from_scratch
 from pidistill.models.hf_checkpointer import HFCheckpointer
 from pidistill.models.hf_format import from_hf, to_hf
 from pidistill.models.qwen3_model import (
@@ -28,6 +29,7 @@ from pidistill.models.r1_distill import (
 __all__ = [
     "HFCheckpointer",
     "from_hf",
+    "from_scratch",
     "lora_qwen3",
     "lora_qwen3_0_6b",
     "lora_qwen3_1_7b",

@@ -67,7 +67,7 @@ class Objective(Protocol):
         return None
 
     def behaviour_values(self, scores: Scores) -> Float[Tensor, " N"]:
-        """From those numbers, the one per policy token that :meth:`advantages` finds as ``Rollout.behaviour_nats``."""
+        """From those numbers, the one per policy token that :meth:`advantages` finds as ``Rollout.behaviour_values``."""
         raise NotImplementedError(f"{type(self).__name__} asks for no number before the update")
 
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:

@@ -166,14 +166,14 @@ class PiDistill(Objective):
         if self.student_term != "snis":
             return result
         weights = self.snis_weights(rollouts, step)
-        return [replace(advantage, weight=weight) for advantage, weight in zip(result, weights, strict=True)]
+        return [replace(advantage, snis_weight=weight) for advantage, weight in zip(result, weights, strict=True)]
 
     def snis_weights(self, rollouts: Sequence[Rollout], step: int) -> list[float]:
         """w_k × the group's size (1 on average), from log S and log μ of the whole rollouts under the weights that sampled."""
         beta = self.beta(step) if self.snis_beta is None else self.snis_beta
         sampled = [[x for x, policy in zip(r.sampled_logprobs, r.policy_mask, strict=True) if policy] for r in rollouts]
         scale = [1 if self.snis_level == "sequence" else max(1, r.policy_tokens) for r in rollouts]
-        student = torch.tensor([math.fsum(r.behaviour_nats) / n for r, n in zip(rollouts, scale, strict=True)])
+        student = torch.tensor([math.fsum(r.behaviour_values) / n for r, n in zip(rollouts, scale, strict=True)])
         behaviour = torch.tensor([math.fsum(x) / n for x, n in zip(sampled, scale, strict=True)])
         groups = torch.tensor([r.group for r in rollouts], dtype=torch.long)
         rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float32)
@@ -198,7 +198,7 @@ class PiDistill(Objective):
         """−J per policy token: α·teacher half + (1−α)·student half."""
         alpha = self.alpha(step)
         loss = torch.zeros_like(batch.advantages)
-        metrics = {"ratio_mean": (scores.teacher_logprobs - batch.sampled_logprobs).detach().exp(), "clip_frac": 0.0 * loss}
+        metrics = {"ratio_mean": (scores.teacher_logprobs - batch.ratio_logprobs).detach().exp(), "clip_frac": 0.0 * loss}
         if alpha > 0:
             half, clipped = self.teacher_half(batch, scores, step)
             loss = loss + alpha * half
@@ -217,7 +217,7 @@ class PiDistill(Objective):
     def teacher_half(self, batch: Batch, scores: Scores, step: int) -> tuple[Tensor, Tensor]:
         """−J_T per token: PPO on T/μ plus, in the loss modes, β·kl(T||sg S). Gradient through T only."""
         advantages = batch.advantages if batch.kl_advantages is None else batch.advantages + batch.kl_advantages
-        loss, _, clipped = ppo_clip_loss(scores.teacher_logprobs, batch.sampled_logprobs, advantages, **self.clip)
+        loss, _, clipped = ppo_clip_loss(scores.teacher_logprobs, batch.ratio_logprobs, advantages, **self.clip)
         loss, kl = importance_weighted(loss, batch.importance_weights), self.kl.token_loss(scores)
         if kl is not None:
             loss = loss + self.beta(step) * distill_weight(self.no_pi, batch) * weighted(self.token_weight, kl, batch, scores)
@@ -239,14 +239,14 @@ class PiDistill(Objective):
         elif self.student_term == "sft":
             loss = reinforce_loss(scores.student_logprobs, (batch.rewards > 0).float())
         else:
-            loss = reinforce_loss(scores.student_logprobs, batch.weights)
+            loss = reinforce_loss(scores.student_logprobs, batch.snis_weights)
         loss = importance_weighted(loss, batch.importance_weights if self._weighs_student else None)
         if self.student_kl == "loss":
             loss = loss + self.beta(step) * distill_loss(STUDENT_KL, self.no_pi, self.token_weight, batch, scores)
         return loss, ratio, clipped
 
     def _denominator(self, batch: Batch, scores: Scores) -> Tensor:
-        return batch.sampled_logprobs if self.ratio_denominator == "behaviour" else scores.teacher_logprobs.detach()
+        return batch.ratio_logprobs if self.ratio_denominator == "behaviour" else scores.teacher_logprobs.detach()
 
 
 def check_snis(student_term: str, beta: float | None, level: str, kl: SamplingKL) -> None:

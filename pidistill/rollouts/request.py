@@ -27,7 +27,7 @@ class Request:
 
 
 @runtime_checkable
-class Row(Protocol):
+class DecodingRow(Protocol):
     """One completion on its way.
 
     Attributes:
@@ -47,7 +47,7 @@ class Row(Protocol):
 # ---------------------------------------------------------------------------------------------- turns
 
 
-def end_turn(row: Row, request: Request) -> None:
+def end_turn(row: DecodingRow, request: Request) -> None:
     """Ask what follows the turn that just ended."""
     answer = request.on_turn_end(row.index, row.sample.tokens[row.turn_start :])
     if isinstance(answer, Future):
@@ -56,7 +56,7 @@ def end_turn(row: Row, request: Request) -> None:
         _follow(row, answer, request)
 
 
-def hear_answers(rows: Sequence[Row], request: Request) -> None:
+def collect_answers(rows: Sequence[DecodingRow], request: Request) -> None:
     """Take the answers that have come; wait for one only where every row waits."""
     waiting = [row for row in rows if row.answer is not None]
     if waiting and len(waiting) == len(rows):
@@ -67,7 +67,7 @@ def hear_answers(rows: Sequence[Row], request: Request) -> None:
             _follow(row, answer.result(), request)
 
 
-def _follow(row: Row, forced: Sequence[int] | None, request: Request) -> None:
+def _follow(row: DecodingRow, forced: Sequence[int] | None, request: Request) -> None:
     """End the row or force an observation; one that leaves no room for an answer is not begun."""
     if forced is None:
         row.sample.stop_reason = "done"
@@ -133,7 +133,7 @@ def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def not_finite(rows: int, of: int, first: Row, tokens: int) -> InputError:
+def not_finite(rows: int, of: int, first: DecodingRow, tokens: int) -> InputError:
     """``first``'s completion token ``tokens`` is the first that the model had no finite logits for."""
     return InputError(
         f"the model's logits are not finite for {rows} of {of} rows (row {first.index}, completion token {tokens}); training "

@@ -30,8 +30,8 @@ from pidistill.rollouts.request import (
     check_request,
     check_settings,
     check_truncation,
+    collect_answers,
     end_turn,
-    hear_answers,
     not_finite,
 )
 
@@ -172,7 +172,7 @@ def _sample_rows(
     group, columns = tensor_parallel_group(model), longest + request.max_new_tokens
     with decoding(model, columns, request.pad_id) as own, in_lockstep(own, group) as context:
         while context is not None and (queue or rows):
-            hear_answers(rows, request)
+            collect_answers(rows, request)
             rows = _going_on(rows, context)
             context.reserve(min(size, len(rows) + len(queue)))
             _advance(rows, context, request)

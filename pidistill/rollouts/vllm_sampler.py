@@ -27,8 +27,8 @@ from pidistill.rollouts.request import (
     check_request,
     check_settings,
     check_truncation,
+    collect_answers,
     end_turn,
-    hear_answers,
     not_finite,
 )
 from pidistill.rollouts.vllm_engine import Engine, Settings, Turn, VLLMEngine, require_vllm
@@ -230,7 +230,7 @@ def sample_rows(engine: Engine, rows: list[_Row], request: Request) -> None:
     settings = Settings(request.temperature, request.top_k, request.top_p, tuple(sorted(request.stop_ids)))
     by_index = {row.index: row for row in rows}
     while rows:
-        hear_answers(rows, request)
+        collect_answers(rows, request)
         rows = [row for row in rows if not row.sample.stop_reason]
         for row in rows:
             if not row.sampling and row.answer is None:

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from pidistill.scoring.tree_attention import FLEX_BLOCK, TreeMask
-from pidistill.types import Batch, Rollout, RolloutAdvantage, View, ViewName
+from pidistill.types import Batch, ModelInput, Rollout, RolloutAdvantage, ViewName
 
 BOTH: tuple[ViewName, ...] = ("student", "teacher")
 
@@ -67,7 +67,7 @@ def _common_length(a: list[int], b: list[int]) -> int:
     return int(np.argmax(np.asarray(a[:n]) != np.asarray(b[:n])))
 
 
-class Views:
+class ModelInputs:
     """The views of a batch's rollouts as model inputs, made when they are asked for.
 
     Views that the same weights read go through them together, so that a tree can share what both have.
@@ -75,9 +75,9 @@ class Views:
 
     def __init__(self, rollouts: Sequence[Rollout], packing: str, pad_id: int, device: torch.device) -> None:
         self.rollouts, self._packing, self._pad_id, self._device = rollouts, packing, pad_id, device
-        self._made: dict[tuple[ViewName, ...], View] = {}
+        self._made: dict[tuple[ViewName, ...], ModelInput] = {}
 
-    def of(self, *names: ViewName) -> View:
+    def of(self, *names: ViewName) -> ModelInput:
         """``names`` as one input; the policy tokens of the first view before those of the second, each in batch order."""
         if names not in self._made:
             sequences = [(r.prompts.of(name) + r.completion)[:-1] for name in names for r in self.rollouts]
@@ -88,14 +88,14 @@ class Views:
             self._made[names] = (self._packed if self._packing == "tree" else self._padded)(sequences, predicted)
         return self._made[names]
 
-    def _packed(self, sequences: list[list[int]], predicted: list[list[int]]) -> View:
+    def _packed(self, sequences: list[list[int]], predicted: list[list[int]]) -> ModelInput:
         tree = make_tree(sequences)
         columns = [path[i] for path, indices in zip(tree.columns, predicted, strict=True) for i in indices]
         # A batch without rollouts is one pad token: all ranks run forward. On CUDA rows are whole blocks; a pad sees itself.
         length = max(1, len(tree.tokens))
         length = -(-length // FLEX_BLOCK) * FLEX_BLOCK if self._device.type == "cuda" else length
         pads = range(len(tree.tokens), length)
-        return View(
+        return ModelInput(
             tokens=self._ids([tree.tokens + [self._pad_id] * len(pads)]),
             rows=self._ids([0] * len(columns)),
             columns=self._ids(columns),
@@ -104,12 +104,14 @@ class Views:
             depth=max(tree.positions, default=0) + 1,
         )
 
-    def _padded(self, sequences: list[list[int]], predicted: list[list[int]]) -> View:
+    def _padded(self, sequences: list[list[int]], predicted: list[list[int]]) -> ModelInput:
         """Padding stands only on the right, so the causal mask alone keeps it from every policy token."""
         length = max((len(s) for s in sequences), default=0) or 1
         tokens = [s + [self._pad_id] * (length - len(s)) for s in sequences] or [[self._pad_id]]
         rows = [row for row, indices in enumerate(predicted) for _ in indices]
-        return View(self._ids(tokens), self._ids(rows), self._ids([i for indices in predicted for i in indices]), depth=length)
+        return ModelInput(
+            self._ids(tokens), self._ids(rows), self._ids([i for indices in predicted for i in indices]), depth=length
+        )
 
     def _ids(self, values: list) -> Int[Tensor, "..."]:
         return torch.tensor(values, dtype=torch.long, device=self._device)
@@ -142,11 +144,11 @@ def make_batch(
         return torch.tensor(values, dtype=torch.float32, device=device)
 
     return Batch(
-        views=Views(rollouts, packing, pad_id, device),
+        views=ModelInputs(rollouts, packing, pad_id, device),
         targets=ids([r.completion[t] for r, ts in zip(rollouts, positions, strict=True) for t in ts]),
         rollout_index=ids([row for row, ts in enumerate(positions) for _ in ts]),
         token_index=ids([n for ts in positions for n in range(len(ts))]),
-        sampled_logprobs=per_token([x for r in rollouts for x in r.trainer_logprobs])
+        ratio_logprobs=per_token([x for r in rollouts for x in r.trainer_logprobs])
         if weighed
         else per_token([r.sampled_logprobs[t] for r, ts in zip(rollouts, positions, strict=True) for t in ts])
         if sampled
@@ -154,14 +156,16 @@ def make_batch(
         rewards=per_token([r.task_reward for r, ts in zip(rollouts, positions, strict=True) for _ in ts])
         if all(r.reward is not None for r in rollouts)
         else None,
-        advantages=per_token([x for a, ts in zip(advantages, positions, strict=True) for x in a.tokens or [a.reward] * len(ts)])
+        advantages=per_token(
+            [x for a, ts in zip(advantages, positions, strict=True) for x in a.tokens or [a.advantage] * len(ts)]
+        )
         if advantages is not None
         else None,
         kl_advantages=per_token([x for a in advantages for x in a.kl])
         if advantages is not None and all(a.kl is not None for a in advantages)
         else None,
-        weights=per_token([a.weight for a, ts in zip(advantages, positions, strict=True) for _ in ts])
-        if advantages is not None and all(a.weight is not None for a in advantages)
+        snis_weights=per_token([a.snis_weight for a, ts in zip(advantages, positions, strict=True) for _ in ts])
+        if advantages is not None and all(a.snis_weight is not None for a in advantages)
         else None,
         has_privileged=torch.tensor(
             [r.prompts.has_privileged for r, ts in zip(rollouts, positions, strict=True) for _ in ts],

@@ -7,9 +7,9 @@ A [tokens, vocabulary] tensor never exists, and peak memory does not grow with t
     → what each number counts for in the loss, its coefficient             [C] per number
     → gradient of the logits, written over them → of the hidden states, and added to that of the head
 
-Given the loss (:class:`Plan`), the first pass forms the gradients on the way: each logit is computed once. Without it, or where
-what arrives in the backward is not that loss's gradient up to one factor, a second pass takes the coefficients that arrived; so
-the gradients are right for any use of the numbers.
+Given the loss (:class:`ScorePlan`), the first pass forms the gradients on the way: each logit is computed once. Without it, or
+where what arrives in the backward is not that loss's gradient up to one factor, a second pass takes the coefficients that arrived;
+so the gradients are right for any use of the numbers.
 """
 
 import warnings
@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pidistill.scoring.head_numbers import Plan, at_least_fp32, chunk_numbers, logits_to_gradients
+from pidistill.scoring.head_numbers import ScorePlan, at_least_fp32, chunk_numbers, logits_to_gradients
 
 OTHER_LOSS = (
     "the loss given to the scorer is not the one that was differentiated (up to one factor), so the head runs twice: right, "
@@ -29,7 +29,7 @@ OTHER_LOSS = (
 
 
 @dataclass(frozen=True)
-class Term:
+class ConstantPart:
     """One summand of a constant side's logits: share · hidden @ weightᵀ.
 
     hidden: None is that of the teacher view which the trained model computes. weight: None is the trained model's head.
@@ -49,20 +49,20 @@ _LIVE_SIDES = ("student", "teacher")
 
 
 def apply_head(
-    plan: Plan,
+    plan: ScorePlan,
     hidden: dict[str, Float[Tensor, "N H"]],
     weight: Float[Tensor, "V H"],
-    constants: dict[str, list[Term]] | None = None,
+    constants: dict[str, list[ConstantPart]] | None = None,
 ) -> Float[Tensor, "K N"]:
     """Stacked per-token numbers from the hidden states of the live sides, which share ``weight``, and constant ones."""
     return _ChunkedHead.apply(plan, constants or {}, weight, *[hidden.get(side) for side in _LIVE_SIDES])
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """[K, N] numbers of :class:`Plan`; the backward scales the gradients formed on the way, or runs the second pass."""
+    """[K, N] numbers of :class:`ScorePlan`; the backward scales the gradients formed on the way, or runs the second pass."""
 
     @staticmethod
-    def forward(ctx, plan: Plan, constants: dict, weight: Tensor, *sides: Tensor | None) -> Float[Tensor, "K N"]:
+    def forward(ctx, plan: ScorePlan, constants: dict, weight: Tensor, *sides: Tensor | None) -> Float[Tensor, "K N"]:
         ctx.plan, ctx.constants, ctx.ready = plan, constants, None
         ctx.save_for_backward(weight, *sides)
         hidden = _named(sides)
@@ -124,10 +124,10 @@ class _Pass:
 
 @torch.no_grad()
 def _chunk_by_chunk(
-    plan: Plan,
+    plan: ScorePlan,
     hidden: dict[str, Float[Tensor, "N H"]],
     weight: Float[Tensor, "V H"],
-    constants: dict[str, list[Term]],
+    constants: dict[str, list[ConstantPart]],
     coefficients: Coefficients | None = None,
     trained_head: bool = False,
 ) -> _Pass:
@@ -155,7 +155,7 @@ def _chunk_by_chunk(
 
 
 def _nothing_yet(
-    plan: Plan, hidden: dict[str, Float[Tensor, "N H"]], weight: Float[Tensor, "V H"], gradients: bool, trained_head: bool
+    plan: ScorePlan, hidden: dict[str, Float[Tensor, "N H"]], weight: Float[Tensor, "V H"], gradients: bool, trained_head: bool
 ) -> _Pass:
     tokens = plan.targets.numel()
     numbers = at_least_fp32(weight[:0]).new_empty(len(plan.names), tokens)
@@ -185,13 +185,13 @@ def _add_gradients(
         total.addmm_(grad_logits.T.to(total.dtype), hidden.to(total.dtype), beta=beta)
 
 
-def _constants_of_head(constants: dict[str, list[Term]]) -> dict[str, Float[Tensor, "N H"]]:
+def _constants_of_head(constants: dict[str, list[ConstantPart]]) -> dict[str, Float[Tensor, "N H"]]:
     """Hidden states of the constant sides that are one product with the trained model's head."""
     single = {side: terms[0] for side, terms in constants.items() if len(terms) == 1}
     return {side: term.hidden for side, term in single.items() if term.weight is None and term.hidden is not None}
 
 
-def _term_logits(terms: list[Term], live_teacher: Tensor | None, weight: Tensor, chunk: slice) -> Float[Tensor, "C V"]:
+def _term_logits(terms: list[ConstantPart], live_teacher: Tensor | None, weight: Tensor, chunk: slice) -> Float[Tensor, "C V"]:
     """Of a constant side; a mixture has the ids that all its terms have."""
     parts = [term.logits(live_teacher, weight, chunk) for term in terms]
     if len(parts) == 1:
@@ -200,7 +200,7 @@ def _term_logits(terms: list[Term], live_teacher: Tensor | None, weight: Tensor,
     return sum(term.share * at_least_fp32(part[:, :size]) for term, part in zip(terms, parts, strict=True))
 
 
-def _coefficients_of_loss(plan: Plan) -> Coefficients:
+def _coefficients_of_loss(plan: ScorePlan) -> Coefficients:
     """∂loss/∂number of a chunk's tokens, by autograd over the chunk's few numbers."""
     rows = plan.rows_with_gradient
 

@@ -27,7 +27,7 @@ Name = str | Divergence  # "student_logprobs", "teacher_entropy" …, or the div
 
 
 @dataclass(frozen=True)
-class Plan:
+class ScorePlan:
     """What to compute of each token, and in which order the results are stacked.
 
     loss: the loss per token that the caller makes of the scores, for any slice of the tokens; None where it is not known yet.
@@ -76,7 +76,7 @@ class Plan:
         )
 
 
-def _blocks(plan: Plan, chunk: slice, vocabulary: int) -> Iterator[tuple[slice, Int[Tensor, " c"]]]:
+def _blocks(plan: ScorePlan, chunk: slice, vocabulary: int) -> Iterator[tuple[slice, Int[Tensor, " c"]]]:
     """The rows of a chunk that are looked at together, and their targets."""
     size = max(1, BLOCK_ELEMENTS.get(plan.targets.device.type, 2**25) // vocabulary)
     targets = plan.targets[chunk]
@@ -86,7 +86,7 @@ def _blocks(plan: Plan, chunk: slice, vocabulary: int) -> Iterator[tuple[slice, 
 
 
 def chunk_numbers(
-    plan: Plan, chunk: slice, logits: dict[str, Float[Tensor, "C _"]], numbers: Float[Tensor, "K N"]
+    plan: ScorePlan, chunk: slice, logits: dict[str, Float[Tensor, "C _"]], numbers: Float[Tensor, "K N"]
 ) -> dict[str, Float[Tensor, "C 1"]]:
     """Fill the chunk's columns of ``numbers``; returns log Σ exp of every side, from which log-probs are one subtraction."""
     normalisers = {side: numbers.new_empty(len(x), 1) for side, x in logits.items()}
@@ -102,7 +102,9 @@ def chunk_numbers(
     return normalisers
 
 
-def _block_numbers(plan: Plan, logp: dict[str, Float[Tensor, "c _"]], targets: Int[Tensor, " c"]) -> list[Float[Tensor, " c"]]:
+def _block_numbers(
+    plan: ScorePlan, logp: dict[str, Float[Tensor, "c _"]], targets: Int[Tensor, " c"]
+) -> list[Float[Tensor, " c"]]:
     p = {side: x.exp() for side, x in logp.items()}
     values: dict = {}
     for name in plan.names:
@@ -161,7 +163,7 @@ def _log_mixture(teacher: Float[Tensor, "c V"], student: Float[Tensor, "c V"], b
 
 
 def logits_to_gradients(
-    plan: Plan,
+    plan: ScorePlan,
     chunk: slice,
     logits: dict[str, Float[Tensor, "C _"]],
     normalisers: dict[str, Float[Tensor, "C 1"]],

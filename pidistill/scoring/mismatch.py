@@ -144,7 +144,7 @@ class TruncatedImportanceWeights:
         teacher = torch.tensor(by_teacher, dtype=torch.bool, device=batch.targets.device)
         both = [x for x in (scores.student_logprobs, scores.teacher_logprobs) if x is not None]
         trainer = torch.where(teacher, both[-1], both[0])
-        weights, cut = truncated_weights(trainer, batch.sampled_logprobs, batch.rollout_index, self.level, self.cap)
+        weights, cut = truncated_weights(trainer, batch.ratio_logprobs, batch.rollout_index, self.level, self.cap)
         lengths = [rollout.policy_tokens for rollout in rollouts]
         for rollout, logprobs, values in zip(rollouts, trainer.split(lengths), weights.split(lengths), strict=True):
             rollout.trainer_logprobs, rollout.importance_weights = logprobs.tolist(), values.tolist()

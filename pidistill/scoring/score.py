@@ -17,12 +17,12 @@ from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
 from pidistill.models.offloading import keep_on_device
-from pidistill.scoring.batch import Views
-from pidistill.scoring.head import Term, apply_head
-from pidistill.scoring.head_numbers import Plan
+from pidistill.scoring.batch import ModelInputs
+from pidistill.scoring.head import ConstantPart, apply_head
+from pidistill.scoring.head_numbers import ScorePlan
 from pidistill.scoring.tree_attention import read_trees
-from pidistill.teachers import Teacher, Voice
-from pidistill.types import Batch, PerTokenLoss, ScoreRequest, Scores, View, ViewName
+from pidistill.teachers import MixturePart, Teacher
+from pidistill.types import Batch, ModelInput, PerTokenLoss, ScoreRequest, Scores, ViewName
 
 
 def score(
@@ -60,8 +60,8 @@ def score(
     """
     if not torch.is_grad_enabled():
         request = replace(request, student_grad=False, teacher_grad=False)
-    of_slice = None if loss is None else lambda part, scores: loss(batch.tokens(part), scores)
-    plan = Plan(batch.targets, request, temperature, chunk_tokens, of_slice)
+    of_slice = None if loss is None else lambda part, scores: loss(batch.slice(part), scores)
+    plan = ScorePlan(batch.targets, request, temperature, chunk_tokens, of_slice)
     with torch.set_grad_enabled(request.student_grad or request.teacher_grad):
         return plan.as_scores(_score(plan, model, batch, _voices(teacher, model)))
 
@@ -71,29 +71,29 @@ def student_nll(batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
     return -scores.student_logprobs
 
 
-def _voices(teacher: Teacher | TransformerDecoder | None, model: TransformerDecoder) -> list[Voice]:
+def _voices(teacher: Teacher | TransformerDecoder | None, model: TransformerDecoder) -> list[MixturePart]:
     """The given teacher's, none of them where the trained model is the teacher."""
     if isinstance(teacher, nn.Module):
-        return [Voice(1.0, teacher)]
+        return [MixturePart(1.0, teacher)]
     return [] if teacher is None or teacher.live else teacher.mixture(model)
 
 
-def _score(plan: Plan, model: TransformerDecoder, batch: Batch, voices: list[Voice]) -> Float[Tensor, "K N"]:
+def _score(plan: ScorePlan, model: TransformerDecoder, batch: Batch, parts: list[MixturePart]) -> Float[Tensor, "K N"]:
     """Constant sides first, under no_grad; then one forward of the model for the sides it trains, with the head inside.
 
     Both views in one call: under FSDP2 every layer is gathered once, and so is the head.
     """
     request, views = plan.request, batch.views
-    live = [side for side in request.views if side == "student" or not voices or request.teacher_grad]
+    live = [side for side in request.views if side == "student" or not parts or request.teacher_grad]
     called = [side for side in live if plan.side_has_gradient(side)] or live
-    constants = {side: [_constant(Voice(1.0, model), views, side, model)] for side in live if side not in called}
-    if voices and "teacher" in request.views:
+    constants = {side: [_constant(MixturePart(1.0, model), views, side, model)] for side in live if side not in called}
+    if parts and "teacher" in request.views:
         given = "given_teacher" if "teacher" in live else "teacher"
         # What the live teacher view is about to compute anyway is not computed twice.
         ready = model if "teacher" in called else None
         if given == "teacher" or any(d.grad == "student" for d in request.divergences):
             shared = model if called else None
-            constants[given] = [_constant(v, views, "teacher", shared, ready) for v in voices]
+            constants[given] = [_constant(v, views, "teacher", shared, ready) for v in parts]
     if not called:
         return apply_head(plan, {}, constants["teacher"][0].weight, constants)
 
@@ -108,7 +108,7 @@ def _score(plan: Plan, model: TransformerDecoder, batch: Batch, voices: list[Voi
 
 
 def _forward(
-    model: TransformerDecoder, view: View, use: Callable[[Float[Tensor, "N H"], Tensor], Tensor]
+    model: TransformerDecoder, view: ModelInput, use: Callable[[Float[Tensor, "N H"], Tensor], Tensor]
 ) -> Float[Tensor, "..."]:
     """Run ``use(normed hidden states that predict policy tokens, head weight)`` in place of the model's unembedding."""
 
@@ -168,25 +168,27 @@ def _local_weight(model: TransformerDecoder) -> Float[Tensor, "V H"]:
 
 
 @torch.no_grad()
-def _constant(voice: Voice, views: Views, side: ViewName, shared: nn.Module | None, ready: nn.Module | None = None) -> Term:
-    """A voice on a view that gets no gradient.
+def _constant(
+    part: MixturePart, views: ModelInputs, side: ViewName, shared: nn.Module | None, ready: nn.Module | None = None
+) -> ConstantPart:
+    """A part on a view that gets no gradient.
 
     Under FSDP2 this is one more gathering of its layers, and of its head, unless that is the head of ``shared``, which is at
-    hand in the forward to come. A voice of ``ready`` needs no forward.
+    hand in the forward to come. A part of ``ready`` needs no forward.
     """
-    if voice.module is ready and voice.adapters:
-        return Term(voice.share, None, None)
+    if part.module is ready and part.adapters:
+        return ConstantPart(part.share, None, None)
 
     def read() -> Float[Tensor, "N H"]:
-        with voice.weights() as module:
+        with part.weights() as module:
             return _forward(module, views.of(side), lambda h, w: h)
 
-    head = _head_module(voice.module).weight
-    if voice.memory is None:
+    head = _head_module(part.module).weight
+    if part.memory is None:
         hidden = read()
     else:
-        hidden = voice.memory.of(views.rollouts, torch.empty(0, head.shape[1], dtype=head.dtype, device=head.device), read)
-    if voice.module is shared:
-        return Term(voice.share, hidden, None)
+        hidden = part.memory.of(views.rollouts, torch.empty(0, head.shape[1], dtype=head.dtype, device=head.device), read)
+    if part.module is shared:
+        return ConstantPart(part.share, hidden, None)
     weight = head.detach()
-    return Term(voice.share, hidden, weight.full_tensor() if isinstance(weight, DTensor) else weight)
+    return ConstantPart(part.share, hidden, weight.full_tensor() if isinstance(weight, DTensor) else weight)

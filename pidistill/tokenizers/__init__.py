@@ -4,11 +4,12 @@ from typing import Any
 
 from pidistill.errors import InputError
 from pidistill.tokenizers.base import ChatTokenizer
+from pidistill.tokenizers.byte import byte_tokenizer
 from pidistill.tokenizers.hf_chat import HFChatTokenizer
 from pidistill.tokenizers.torchtune_chat import TorchtuneChatTokenizer
 from pidistill.tokenizers.word import WordTokenizer
 
-__all__ = ["ChatTokenizer", "HFChatTokenizer", "TorchtuneChatTokenizer", "WordTokenizer", "as_chat_tokenizer"]
+__all__ = ["ChatTokenizer", "HFChatTokenizer", "TorchtuneChatTokenizer", "WordTokenizer", "as_chat_tokenizer", "byte_tokenizer"]
 
 
 def as_chat_tokenizer(tokenizer: Any) -> ChatTokenizer:

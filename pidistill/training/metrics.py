@@ -85,8 +85,8 @@ def token_sums(batch: Batch, scores: Scores, extra: dict[str, Tensor]) -> dict[s
     kl = columns.get("kl_teacher_student_nats")
     if kl is not None and kl.numel():
         sums |= _by_quarter("kl_teacher_student_q", kl.detach(), batch)
-    if batch.sampled_logprobs is not None and scores.student_logprobs is not None:
-        ratio = (scores.student_logprobs.detach() - batch.sampled_logprobs).double().exp()
+    if batch.ratio_logprobs is not None and scores.student_logprobs is not None:
+        ratio = (scores.student_logprobs.detach() - batch.ratio_logprobs).double().exp()
         sums |= {"_ratio": ratio.sum().item(), "_ratio_squared": (ratio**2).sum().item()}
     else:
         sums["_without_ratio"] = float(len(batch.targets))
@@ -140,8 +140,8 @@ def rollout_sums(rollouts: Sequence[Rollout], success_threshold: float, leak_phr
 
 def advantage_sums(pairs: Sequence[tuple[Rollout, RolloutAdvantage]]) -> dict[str, float]:
     """Sums over rollouts, to be added over ranks; see :func:`rollout_means`."""
-    sums = {"zero_advantage_frac": float(sum(advantage.reward == 0.0 for _, advantage in pairs))}
-    weighted = [(rollout.group, advantage.weight) for rollout, advantage in pairs if advantage.weight is not None]
+    sums = {"zero_advantage_frac": float(sum(advantage.advantage == 0.0 for _, advantage in pairs))}
+    weighted = [(rollout.group, advantage.snis_weight) for rollout, advantage in pairs if advantage.snis_weight is not None]
     if weighted:
         groups = torch.tensor([group for group, _ in weighted])
         slot, size = group_slots(groups)

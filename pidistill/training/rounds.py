@@ -22,7 +22,7 @@ class TextLog:
     max_chars: int
 
 
-class Round:
+class RoundSizes:
     """Sizes of a round, counted over all ranks, and how its rollouts are cut into steps.
 
     Config keys: ``prompts_per_round`` × ``group_size`` rollouts are sampled, then ``updates_per_round`` optimiser steps are

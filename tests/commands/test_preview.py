@@ -55,7 +55,7 @@ def config_of(
     cfg.model.vocab_size, cfg.model.max_seq_len = 800, 600
     cfg.tokenizer = {"_component_": "pidistill.tokenizers.HFChatTokenizer", "path": str(folder / "model"), "max_seq_len": 600}
     cfg.dataset = chat if "messages" in rows[0] else qa
-    cfg.privileged = {"_component_": "pidistill.privileged.prompt.PrivilegedPrompt"} | privileged
+    cfg.privileged = {"_component_": "pidistill.privileged.PrivilegedPrompt"} | privileged
     if block:
         cfg.privileged.template = block
     del cfg.eval_dataset

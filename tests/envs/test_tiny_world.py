@@ -21,10 +21,10 @@ from pidistill.envs.tiny_world.world import (
     LEAK_WORD,
     MAX_COMPLETION_TOKENS,
     VOCAB,
-    Plan,
+    Decisions,
     Task,
     World,
-    expert_plan,
+    expert_decisions,
     formula_steps,
     make_split,
     privileged_text,
@@ -112,13 +112,13 @@ def test_expert_traces_are_the_documented_words():
     }
     for style, words in documented.items():
         history, ids = list(EXAMPLE.messages), []
-        for message in trace(TASK, expert_plan(TASK), style):
+        for message in trace(TASK, expert_decisions(TASK), style):
             encode = tokenizer.encode_turn if message["role"] == "assistant" else None
             ids += encode(history, message) if encode else tokenizer.encode_observations(history, [message])
             history.append(message)
         assert ids == ids_of(words), style
         assert len(ids) <= MAX_COMPLETION_TOKENS
-    leaking = [turn["content"] for turn in trace(TASK, expert_plan(TASK), leak=True) if turn["role"] == "assistant"]
+    leaking = [turn["content"] for turn in trace(TASK, expert_decisions(TASK), leak=True) if turn["role"] == "assistant"]
     assert all(content.startswith(f"think {LEAK_WORD} ") for content in leaking)
 
 
@@ -219,8 +219,8 @@ def test_random_and_believing_agents_almost_never_succeed():
         task = example.data["task"]
         formula = world.priors["f"][task.class_].draw(rng)
         department, carrier = world.priors["d"][task.item].draw(rng), world.priors["k"][task.city].draw(rng)
-        plan = Plan(department, formula, task.answer_with(formula), carrier)
-        turns = [message["content"] for message in trace(task, plan) if message["role"] == "assistant"]
+        decisions = Decisions(department, formula, task.answer_with(formula), carrier)
+        turns = [message["content"] for message in trace(task, decisions) if message["role"] == "assistant"]
         successes += play(turns, example=example)[1][-1].reward
     assert_share(successes, 40 * len(examples), 0.1**3)
 
@@ -286,7 +286,7 @@ def test_process_reward_is_a_third_per_right_call_and_sums_to_one():
 
 
 def test_feedback_privileged_is_none_without_a_wrong_call():
-    success = trace(TASK, expert_plan(TASK))
+    success = trace(TASK, expert_decisions(TASK))
     assert feedback_privileged(EXAMPLE, success) is None
     assert feedback_privileged(EXAMPLE, success[:2]) is None
 
@@ -408,7 +408,7 @@ def test_prefix_turns_are_prompt_and_the_episode_starts_behind_them(completion):
     environment = TinyWorldEnvironment()
     for number, row in enumerate(rows):
         given, task, whole = number % 3, plain[number // 3].data["task"], plain[number // 3]
-        shown = trace(task, expert_plan(task), "actions")
+        shown = trace(task, expert_decisions(task), "actions")
         assert row.messages == [request_message(task), *shown[: 2 * given]] and row.data.get("given_calls", 0) == given
         assert row.privileged == whole.privileged and row.completion == (completion and whole.completion[2 * given :])
         state = environment.reset(row)  # the rest of the expert's calls, and no others, earn the reward

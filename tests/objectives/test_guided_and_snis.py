@@ -90,7 +90,7 @@ def snis_gradient(chain: MarkovChain, rollouts: list[Rollout]) -> torch.Tensor:
     assert objective.behaviour_request().views == ("student",)
     values = objective.behaviour_values(student_scores(chain, chain.W, rollouts))
     for rollout, own in zip(rollouts, values.split([r.policy_tokens for r in rollouts]), strict=True):
-        rollout.behaviour_nats = own.tolist()
+        rollout.behaviour_values = own.tolist()
     batch = batch_of(rollouts, objective.advantages(rollouts, 0))
 
     def loss(W):
@@ -158,13 +158,13 @@ def test_snis_weights_are_the_softmax_over_the_group_times_its_size(level):
     order = [3, 0, 6, 1, 4, 2, 5]
     rollouts = [rollouts[i] for i in order]  # groups need not be neighbours; the last group has one rollout
     for i, rollout in enumerate(rollouts):
-        rollout.behaviour_nats = [-0.3 * (i + 1) / (t + 1) for t in range(rollout.policy_tokens)]
+        rollout.behaviour_values = [-0.3 * (i + 1) / (t + 1) for t in range(rollout.policy_tokens)]
     answers = snis(snis_level=level, snis_beta=0.8).advantages(rollouts, 0)
 
     def score(r: Rollout) -> float:
         mu = [x for x, m in zip(r.sampled_logprobs, r.policy_mask, strict=True) if m]
         n = 1 if level == "sequence" else len(mu)
-        return (sum(r.behaviour_nats) - sum(mu)) / n + r.reward / 0.8
+        return (sum(r.behaviour_values) - sum(mu)) / n + r.reward / 0.8
 
     for rollout, answer in zip(rollouts, answers, strict=True):
         group = [math.exp(score(r)) for r in rollouts if r.group == rollout.group]
@@ -175,7 +175,7 @@ def test_snis_weights_are_the_softmax_over_the_group_times_its_size(level):
 def test_snis_takes_beta_where_it_has_none_of_its_own():
     rollouts = random_rollouts(4)
     for rollout in rollouts:
-        rollout.behaviour_nats = [-0.5] * rollout.policy_tokens
+        rollout.behaviour_values = [-0.5] * rollout.policy_tokens
     own, given = (snis(beta=b, snis_beta=s).advantages(rollouts, 0) for b, s in ((0.3, None), (9.0, 0.3)))
     assert [a.weight for a in own] == [a.weight for a in given]
     assert snis().advantages([], 0) == []
@@ -184,7 +184,7 @@ def test_snis_takes_beta_where_it_has_none_of_its_own():
 def test_snis_gives_the_weights_no_gradient_and_the_teacher_none():
     rollouts = random_rollouts(4)
     for rollout in rollouts:
-        rollout.behaviour_nats = [-0.5] * rollout.policy_tokens
+        rollout.behaviour_values = [-0.5] * rollout.policy_tokens
     objective = snis()
     advantages = objective.advantages(rollouts, 0)
     batch = batch_of(rollouts, advantages)
@@ -270,7 +270,7 @@ def test_guide_grpo_without_a_failed_group_is_grpo_through_the_whole_round():
     module = model()
     rollouts = on_policy(module, random_rollouts(6, group_size=3), "student")
     for advantage in ("group_mean", "leave_one_out", "standardised"):
-        ours, control = ([a.reward for a in kind(advantage=advantage).advantages(rollouts, 0)] for kind in (GuideGRPO, GRPO))
+        ours, control = ([a.advantage for a in kind(advantage=advantage).advantages(rollouts, 0)] for kind in (GuideGRPO, GRPO))
         assert ours == control
     assert relative_difference(gradient(GuideGRPO(), module, rollouts)[1], gradient(GRPO(), module, rollouts)[1]) == 0.0
 
@@ -313,7 +313,7 @@ def test_zero_advantages_are_judged_over_all_turns():
     rollouts = with_turns(random_rollouts(4, group_size=2), rewards)
     answers = GRPO(advantage="turn_returns", drop_zero_advantage="row").advantages(rollouts, 0)
     assert [a.keep for a in answers] == [False, False, True, True]
-    assert answers[0].reward == 0.0 and set(answers[0].tokens) == {0.0}
+    assert answers[0].advantage == 0.0 and set(answers[0].tokens) == {0.0}
     # Same total, credited to other turns: only the return from the second turn on differs.
     assert set(answers[2].tokens) == {0.0, -0.5} and set(answers[3].tokens) == {0.0, 0.5}
 
@@ -339,9 +339,9 @@ def test_demonstrations_among_the_rollouts_have_no_part_in_the_groups():
     sampled = GRPO().advantages(rollouts[:4], 0)
     demonstration = replace(rollouts[4], reward=None, sampled_logprobs=None, group=0)
     mixed = GRPO().advantages([demonstration, *rollouts[:4]], 0)
-    assert mixed[1:] == sampled and mixed[0].reward == 0.0
+    assert mixed[1:] == sampled and mixed[0].advantage == 0.0
     batch = batch_of([demonstration, *rollouts[:4]], mixed)
-    assert batch.rewards is None and batch.sampled_logprobs is None
+    assert batch.rewards is None and batch.ratio_logprobs is None
 
 
 # ---------------------------------------------------------------------------------------- token weights in π-Distill and OPSD

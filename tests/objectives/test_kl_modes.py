@@ -36,9 +36,9 @@ def expected_gradient(objective, chain: MarkovChain) -> torch.Tensor:
     if request is not None:
         kl = objective.behaviour_values(scores_of(chain.W, request))
         for rollout, values in zip(rollouts, kl.split([len(r.completion) for r in rollouts]), strict=True):
-            rollout.behaviour_nats = values.tolist()
+            rollout.behaviour_values = values.tolist()
     batch = batch_of(rollouts, objective.advantages(rollouts, 0))
-    batch.sampled_logprobs = batch.sampled_logprobs.double()
+    batch.ratio_logprobs = batch.ratio_logprobs.double()
     log_probability = torch.stack([chain.logprob(chain.sampler, chain.W, tuple(r.completion)) for r in rollouts])
     pair_probability = log_probability.view(-1, 2).sum(1).exp().repeat_interleave(2)[batch.rollout_index]
 

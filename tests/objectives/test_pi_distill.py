@@ -27,7 +27,7 @@ def fill_behaviour_kl(objective, module, rollouts) -> None:
         return
     kl = objective.behaviour_values(score(module, batch_of(rollouts), request))
     for rollout, values in zip(rollouts, kl.split([r.policy_tokens for r in rollouts]), strict=True):
-        rollout.behaviour_nats = values.tolist()
+        rollout.behaviour_values = values.tolist()
 
 
 def gradient(objective, module, rollouts: list[Rollout], step: int = 0):
@@ -81,7 +81,7 @@ def leaf_scores(batch, objective, step=0) -> tuple[Scores, dict[str, torch.Tenso
 def sides(objective, *, group_size=2):
     rollouts = random_rollouts(4, group_size=group_size)
     for rollout in rollouts:
-        rollout.behaviour_nats = [0.1 * i for i in range(rollout.policy_tokens)]
+        rollout.behaviour_values = [0.1 * i for i in range(rollout.policy_tokens)]
     batch = batch_of(rollouts, objective.advantages(rollouts, 0))
     scores, logits = leaf_scores(batch, objective)
     objective.token_loss(batch, scores, 0).loss.sum().backward()
@@ -127,7 +127,7 @@ def test_equals_the_equations_written_out(alpha):
     A = (rewards - means)[batch.rollout_index].double()
 
     def clipped(logp):
-        rho = (logp.gather(1, picked).squeeze(1) - batch.sampled_logprobs.double()).exp()
+        rho = (logp.gather(1, picked).squeeze(1) - batch.ratio_logprobs.double()).exp()
         return torch.minimum(rho * A, rho.clamp(0.8, 1.2) * A)
 
     kl_T = (T.exp() * (T - S.detach())).sum(-1)
@@ -227,7 +227,7 @@ def test_the_teacher_half_is_corrected_by_the_behaviour_policy_whatever_the_deno
 def test_no_pi_distill_keeps_the_kl_in_every_mode():
     rollouts = random_rollouts(4, with_pi=False)
     for rollout in rollouts:
-        rollout.behaviour_nats = [0.1 * (i + 1) for i in range(rollout.policy_tokens)]
+        rollout.behaviour_values = [0.1 * (i + 1) for i in range(rollout.policy_tokens)]
     for kl_mode in ("reward_k1", "reward_rb", "loss_rb_complete"):
         by_policy = {n: PiDistill(kl_mode=kl_mode, no_pi=n).advantages(rollouts, 0) for n in ("rl", "distill")}
         assert not any(any(a.kl) for a in by_policy["rl"]), kl_mode
@@ -252,7 +252,7 @@ def test_shared_reward_gives_both_halves_one_advantage():
     objective = PiDistill(alpha=0.0, beta=0.9, kl_mode="reward_rb", student_kl="shared_reward")
     rollouts = random_rollouts(4)
     for rollout in rollouts:
-        rollout.behaviour_nats = [rollout.reward] * rollout.policy_tokens
+        rollout.behaviour_values = [rollout.reward] * rollout.policy_tokens
     batch = batch_of(rollouts, objective.advantages(rollouts, 0))
     totals = torch.tensor([r.reward - 0.9 * r.reward * r.policy_tokens for r in rollouts]).view(2, 2)
     expected = (totals - totals.mean(1, keepdim=True)).reshape(-1)[batch.rollout_index]
@@ -263,9 +263,9 @@ def test_shared_reward_gives_both_halves_one_advantage():
 def test_kl_reward_scale_token_mean_divides_by_the_policy_tokens():
     rollouts = random_rollouts(2)
     for rollout in rollouts:
-        rollout.behaviour_nats = [0.2 * (i + 1) for i in range(rollout.policy_tokens)]
+        rollout.behaviour_values = [0.2 * (i + 1) for i in range(rollout.policy_tokens)]
     answers = PiDistill(beta=0.5, kl_mode="reward_rb", kl_reward_scale="token_mean").advantages(rollouts, 0)
-    penalties = [0.5 * sum(r.behaviour_nats) / r.policy_tokens for r in rollouts]
+    penalties = [0.5 * sum(r.behaviour_values) / r.policy_tokens for r in rollouts]
     expected = -(penalties[0] - sum(penalties) / 2)
     assert answers[0].kl == pytest.approx([expected] * rollouts[0].policy_tokens, abs=1e-6)
 
@@ -275,7 +275,7 @@ def test_drop_zero_advantage():
     rollouts = random_rollouts(4)
     for rollout, reward in zip(rollouts, (1.0, 1.0, 0.0, 1.0), strict=True):
         rollout.reward = reward
-        rollout.behaviour_nats = [float(rollout.group)] + [0.5] * (rollout.policy_tokens - 1)
+        rollout.behaviour_values = [float(rollout.group)] + [0.5] * (rollout.policy_tokens - 1)
     kept = PiDistill(kl_mode="reward_k1", drop_zero_advantage="row").advantages(rollouts, 0)
     assert [a.keep for a in kept] == [False, False, True, True]
     without = PiDistill(kl_mode="reward_k1", drop_zero_advantage="policy_gradient").advantages(rollouts, 0)

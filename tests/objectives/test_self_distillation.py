@@ -183,7 +183,7 @@ def tokens_of(batch: Batch, logits: dict[str, Tensor], picked: Tensor) -> list[T
             t=logits["teacher"][n].detach(),
             s=logits["student"][n],
             target=int(picked[n]),
-            mu=float(batch.sampled_logprobs[n]),
+            mu=float(batch.ratio_logprobs[n]),
             advantage=float(batch.advantages[n]),
             has_pi=bool(batch.has_privileged[n]),
             index=int(batch.token_index[n]),
@@ -293,7 +293,7 @@ def test_sdpo_keeps_or_drops_rollouts_without_hindsight():
     assert [a.keep for a in SDPO().advantages(rollouts, 0)] == [True] * 6
     assert [a.keep for a in SDPO(no_pi="drop").advantages(rollouts, 0)] == [False, True] * 3
     with_drop, without = (SDPO(no_pi=n).advantages(rollouts, 0) for n in ("drop", "rl"))
-    assert [a.reward for a in with_drop] == [a.reward for a in without]  # the group's mean is of all its rollouts
+    assert [a.advantage for a in with_drop] == [a.advantage for a in without]  # the group's mean is of all its rollouts
 
 
 def test_sdpo_refuses_rollouts_without_hindsight_where_it_must():

@@ -233,7 +233,7 @@ def test_a_pi_distill_step_over_replayed_episodes_touches_assistant_tokens_only(
     handle = model.layers[-1].register_forward_hook(on_hidden)
     try:
         loss, batch = pi_distill_loss(model, group, objective)
-        assert all(a.reward == 0.0 for a in objective.advantages(group, 0)), "a recorded episode has no policy gradient"
+        assert all(a.advantage == 0.0 for a in objective.advantages(group, 0)), "a recorded episode has no policy gradient"
         loss.backward()
         (hidden,) = [h for h in kept if h.grad is not None]
         expected = torch.zeros(hidden.shape[:2], dtype=torch.bool)

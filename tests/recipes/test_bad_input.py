@@ -132,7 +132,7 @@ BY_COMMAND_LINE = [
     ),
     (
         "pi_distill",
-        ["teacher_checkpointer={_component_: pidistill.models.from_scratch.from_scratch}"],
+        ["teacher_checkpointer={_component_: pidistill.models.from_scratch}"],
         "teacher_checkpointer.checkpoint_dir is missing",
     ),
     # models, tokenizers, lengths
@@ -186,7 +186,7 @@ def test_command_line(name, overrides, expected, sentence, tiny_base, tmp_path, 
 
 
 SCRATCH = {
-    "_component_": "pidistill.models.from_scratch.from_scratch",
+    "_component_": "pidistill.models.from_scratch",
     "checkpoint_dir": "scratch",
     "model": {},
     "hf_config": {},

@@ -253,7 +253,7 @@ def test_a_teacher_without_all_ids_of_the_tokenizer_is_refused(tiny_base, tmp_pa
         **OmegaConf.load(ROOT / "configs/tiny/opsd.yaml").model,
         "vocab_size": 80,
     }
-    scratch = {"_component_": "pidistill.models.from_scratch.from_scratch", "checkpoint_dir": str(tmp_path / "scratch")}
+    scratch = {"_component_": "pidistill.models.from_scratch", "checkpoint_dir": str(tmp_path / "scratch")}
     scratch |= {"model": {}, "hf_config": {}, "model_type": "LLAMA3"}
     with pytest.raises(InputError, match="the teacher's vocabulary is 80 and the student's tokenizer has 85 ids"):
         run("opsd", other_teacher(tiny_base, tmp_path, teacher_model=small, teacher_checkpointer=scratch))

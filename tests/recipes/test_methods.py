@@ -85,8 +85,8 @@ def assert_sampled_from_its_view(recipe: Any, rollouts: list[Rollout]) -> None:
     by_teacher = torch.tensor([rollouts[i].sampled_by == "teacher" for i in batch.rollout_index.tolist()])
     own = torch.where(by_teacher, scores.teacher_logprobs, scores.student_logprobs)
     other = torch.where(by_teacher, scores.student_logprobs, scores.teacher_logprobs)
-    torch.testing.assert_close(batch.sampled_logprobs, own, atol=1e-4, rtol=1e-4)
-    assert (batch.sampled_logprobs - other).abs().max() > 0.05
+    torch.testing.assert_close(batch.ratio_logprobs, own, atol=1e-4, rtol=1e-4)
+    assert (batch.ratio_logprobs - other).abs().max() > 0.05
 
 
 def test_a_group_that_fails_is_sampled_again_with_the_pi_replaced_and_counted(tiny_base, tmp_path):

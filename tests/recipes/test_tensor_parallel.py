@@ -62,7 +62,7 @@ SLOW = {
     "checkpointing": ("rl", {"enable_activation_checkpointing": True, "max_steps": 2, **SGD}),
     "embedding": ("rl", {"custom_sharded_layers": ["tok_embeddings"], "max_steps": 2}),
     "foreach": ("rl", {"max_steps": 3, "optimizer__foreach": True}),
-    "judge": ("sdpo", {"hindsight": {"_component_": "pidistill.privileged.hindsight.Hindsight", **JUDGE}, "max_steps": 2}),
+    "judge": ("sdpo", {"hindsight": {"_component_": "pidistill.privileged.Hindsight", **JUDGE}, "max_steps": 2}),
     "threads": ("rl", {"prompts_per_round": 3, "max_steps": 2, "environment_threads": 3, "environment__wait_s": 0.01}),
     "poisoned": ("rl", {"max_steps": 3, "objective": {
         "_component_": "tests.support.worlds.PoisonedGRPO", "steps": [1], "report_teacher_kl": True,

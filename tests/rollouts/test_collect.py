@@ -448,8 +448,8 @@ def test_the_scorer_agrees_with_the_sampler(view):
     scores = score(model, batch, ScoreRequest(student_grad=False, teacher_grad=False), temperature=0.75)
     own, other = scores.student_logprobs, scores.teacher_logprobs
     own, other = (own, other) if view == "student" else (other, own)
-    torch.testing.assert_close((own - batch.sampled_logprobs).exp(), torch.ones_like(own), atol=1e-5, rtol=0)
-    assert ((other - batch.sampled_logprobs).abs() > 1e-3).any()
+    torch.testing.assert_close((own - batch.ratio_logprobs).exp(), torch.ones_like(own), atol=1e-5, rtol=0)
+    assert ((other - batch.ratio_logprobs).abs() > 1e-3).any()
 
 
 class TrustingWorld:

@@ -10,7 +10,7 @@ from pidistill.data import build_prompts, chat_dataset, demonstration
 from pidistill.distributed.run import Run
 from pidistill.envs.base import EnvStep
 from pidistill.envs.tiny_world import TinyWorldEnvironment, tiny_world_dataset, tiny_world_tokenizer
-from pidistill.envs.tiny_world.world import expert_plan, trace
+from pidistill.envs.tiny_world.world import expert_decisions, trace
 from pidistill.errors import InputError
 from pidistill.jsonl import write_jsonl
 from pidistill.privileged.prompt import PrivilegedPrompt
@@ -30,7 +30,7 @@ def assistant(content):
 def right_turns(example):
     """The words of the expert's three turns."""
     task = example.data["task"]
-    return [message["content"] for message in trace(task, expert_plan(task), "actions")[::2]]
+    return [message["content"] for message in trace(task, expert_decisions(task), "actions")[::2]]
 
 
 class Says:
@@ -159,7 +159,7 @@ def test_an_intervention_is_the_right_turns_and_the_failing_one_rewritten(failin
     sampler = Says([right[failing]])
     selected = Interventions().select(rollouts, [], rewriter(sampler), 0)
     (made,) = selected.traces
-    expert = trace(example.data["task"], expert_plan(example.data["task"]), "actions")
+    expert = trace(example.data["task"], expert_decisions(example.data["task"]), "actions")
     assert made.completion == expert[: 2 * failing + 1] and made.example is example
     assert made.reward == float(failing == 2)
     assert made.provenance == {"sampled_by": "student", "rewritten_by": "teacher", "rewritten_turn": failing}

@@ -16,8 +16,8 @@ from pidistill.objectives import SDPO, PiDistill
 from pidistill.objectives.base import Objective
 from pidistill.scoring import head, head_numbers
 from pidistill.scoring.batch import policy_positions
-from pidistill.scoring.head import Term, apply_head
-from pidistill.scoring.head_numbers import Plan
+from pidistill.scoring.head import ConstantPart, apply_head
+from pidistill.scoring.head_numbers import ScorePlan
 from pidistill.scoring.score import score, student_nll
 from pidistill.types import Divergence, RolloutAdvantage, ScoreRequest
 from tests.support.builders import batch_of, gradients, model, random_rollouts, relative_difference
@@ -53,7 +53,7 @@ def mixed_loss(scores):
 
 def run(plan_loss, weight, student, teacher, *, targets, temperature=0.7, chunk_tokens=3, divergences=ALL):
     request = ScoreRequest(True, True, divergences=divergences)
-    plan = Plan(targets, request, temperature, chunk_tokens, plan_loss)
+    plan = ScorePlan(targets, request, temperature, chunk_tokens, plan_loss)
     return plan.as_scores(apply_head(plan, {"student": student, "teacher": teacher}, weight))
 
 
@@ -149,7 +149,7 @@ def test_an_id_that_a_side_lacks_moves_nothing_on_that_side():
     weight, student, _ = inputs(torch.float32)
     targets = torch.full((TOKENS,), IDS)
     request = ScoreRequest(True, False, views=("student",), entropy=False)
-    plan = Plan(targets, request, 1.0, 4, lambda _, s: s.student_logprobs.exp() * torch.inf)
+    plan = ScorePlan(targets, request, 1.0, 4, lambda _, s: s.student_logprobs.exp() * torch.inf)
     scores = plan.as_scores(apply_head(plan, {"student": student}, weight))
     assert scores.student_logprobs.isneginf().all()
     grads = torch.autograd.grad(scores.student_logprobs, (weight, student), torch.full((TOKENS,), torch.nan))
@@ -175,8 +175,8 @@ def test_a_constant_side_of_the_same_head_shares_the_product():
     request = ScoreRequest(True, False, divergences=wanted)
     results = []
     for own_weight in (None, weight.detach().clone()):
-        plan = Plan(torch.arange(TOKENS) % IDS, request, 1.0, 4)
-        constants = {"teacher": [Term(1.0, teacher.detach(), own_weight)]}
+        plan = ScorePlan(torch.arange(TOKENS) % IDS, request, 1.0, 4)
+        constants = {"teacher": [ConstantPart(1.0, teacher.detach(), own_weight)]}
         scores = plan.as_scores(apply_head(plan, {"student": student}, weight, constants))
         total = sum((1 + i) * scores.divergences[d].sum() for i, d in enumerate(wanted) if d.grad == "student")
         results.append([scores.teacher_logprobs, *torch.autograd.grad(total, (weight, student))])
@@ -191,7 +191,7 @@ STUDENT_TERMS = [{"student_term": term} for term in ("topr", "sft")] + [{"kl_mod
 
 
 def advantages_of(rollouts):
-    return [RolloutAdvantage(0.7 * (-1) ** i, kl=[0.1] * r.policy_tokens, weight=1.0) for i, r in enumerate(rollouts)]
+    return [RolloutAdvantage(0.7 * (-1) ** i, kl=[0.1] * r.policy_tokens, snis_weight=1.0) for i, r in enumerate(rollouts)]
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_supervised_loss_with_and_without_tokens(rollouts, monkeypatch):
 def test_a_slice_of_a_batch_has_the_fields_of_its_tokens():
     rollouts = random_rollouts(3)
     batch = batch_of(rollouts, advantages_of(rollouts))
-    part = batch.tokens(slice(2, 5))
+    part = batch.slice(slice(2, 5))
     assert part.targets.tolist() == [r.completion[t] for r in rollouts for t in policy_positions(r)][2:5]
     assert part.rollout_index.tolist() == batch.rollout_index[2:5].tolist()
     assert len(part.kl_advantages) == len(part.has_privileged) == 3

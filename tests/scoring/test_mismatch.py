@@ -132,7 +132,7 @@ def losses(objective, rollouts, module, weights: list[list[float]] | None):
     """Loss per token with trained weights that have moved since sampling, and its gradient by logits' log-probs."""
     rollouts = [replace(r) for r in rollouts]
     for rollout in rollouts:
-        rollout.behaviour_nats = [0.3] * rollout.policy_tokens
+        rollout.behaviour_values = [0.3] * rollout.policy_tokens
         rollout.trainer_logprobs = recorded(rollout)
     for rollout, values in zip(rollouts, weights or [[1.0] * r.policy_tokens for r in rollouts], strict=True):
         rollout.importance_weights = values

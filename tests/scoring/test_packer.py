@@ -269,7 +269,7 @@ def test_groups_move_whole_to_the_rank_that_has_less():
     shares = [[pair for pair in pairs if pair[0].group < 5], [pair for pair in pairs if pair[0].group == 5]]
     moved = both_ranks(lambda p, rank: p.balanced(shares[rank]))
     assert sorted(pair[0].example.id for share in moved for pair in share) == sorted(pair[0].example.id for pair in pairs)
-    assert all(pair[1].reward == float(pair[0].example.id.split()[1]) for share in moved for pair in share)
+    assert all(pair[1].advantage == float(pair[0].example.id.split()[1]) for share in moved for pair in share)
     # What stays is the same object: a teacher's memory of it holds.
     assert all(any(pair[0] is own[0] for own in shares[0]) for pair in moved[0]) and moved[1][0][0] is shares[1][0][0]
     groups = [{pair[0].group for pair in share} for share in moved]
@@ -304,4 +304,4 @@ def both_ranks(call):
 
 def test_an_empty_micro_batch_has_every_field_that_an_objective_reads():
     batch = packer(10).batch([])
-    assert batch.advantages.shape == batch.kl_advantages.shape == batch.weights.shape == (0,)
+    assert batch.advantages.shape == batch.kl_advantages.shape == batch.snis_weights.shape == (0,)

@@ -316,7 +316,7 @@ def test_a_trust_region_teacher_mixes_the_logits_of_reference_and_live(share, te
 
 
 def test_a_trust_region_teacher_beside_a_trained_live_one_uses_what_that_computes():
-    """π-Distill with 0<α<1: sg T of the student half is the mixture; its live voice costs no forward and takes no gradient."""
+    """π-Distill with 0<α<1: sg T of the student half is the mixture; its live part costs no forward and takes no gradient."""
     live, reference, rollouts = model(0), model(1), random_rollouts(4)
     to_student, to_teacher = Divergence("kl_teacher_student", "student"), Divergence("kl_teacher_student", "teacher")
     calls = []

@@ -18,7 +18,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-from pidistill.envs import tiny_world
+from pidistill.envs.tiny_world import dataset
+from pidistill.envs.tiny_world.world import World, make_split
 from pidistill.training.checkpoints import STATE_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,9 +63,8 @@ def quick_setup() -> Iterator[None]:
     """Without what takes most of a small run's time: torchtune's gc.collect(), and drawing all tasks of the tiny world anew."""
     gc.collect()
     gc.freeze()
-    make_split = tiny_world.make_split
-    splits = functools.cache(lambda seed: make_split(tiny_world.World(seed)))
-    with mock.patch.object(tiny_world, "make_split", lambda world: splits(world.seed)):
+    splits = functools.cache(lambda seed: make_split(World(seed)))
+    with mock.patch.object(dataset, "make_split", lambda world: splits(world.seed)):
         yield
     gc.unfreeze()
 

@@ -101,7 +101,7 @@ def test_what_was_not_computed_is_absent():
     batch = batch_of(random_rollouts(2))
     bare = Scores(scores_of(batch).student_logprobs, None, {}, None, None)
     assert token_means(token_sums(batch, bare, {}), 5).keys() == {"ess_frac"}
-    batch.sampled_logprobs = None
+    batch.ratio_logprobs = None
     assert token_means(token_sums(batch, bare, {}), 5) == {}
     assert token_means({"entropy_nats": 0.0}, 0) == {}
     empty = batch_of([])
@@ -110,7 +110,7 @@ def test_what_was_not_computed_is_absent():
 
 def test_equal_policies_have_the_whole_sample_as_effective_size():
     batch = batch_of(random_rollouts(3))
-    scores = Scores(batch.sampled_logprobs.clone(), None, {}, None, None)
+    scores = Scores(batch.ratio_logprobs.clone(), None, {}, None, None)
     assert token_means(token_sums(batch, scores, {}), batch.targets.numel())["ess_frac"] == pytest.approx(1.0)
 
 

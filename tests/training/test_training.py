@@ -22,7 +22,7 @@ from pidistill.testing import TINY_SIZES, tiny_model
 from pidistill.training.keys import LEAST
 from pidistill.training.load import load_model
 from pidistill.training.lr_schedules import get_cosine_schedule_with_warmup_and_floor, get_linear_warmup_schedule
-from pidistill.training.rounds import Round, dump_rollouts
+from pidistill.training.rounds import RoundSizes, dump_rollouts
 from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.training.update import Updates, crossed
 from pidistill.types import RolloutAdvantage
@@ -201,7 +201,7 @@ def test_alone_every_sum_is_its_own():
 )
 def test_minibatches_use_every_group_whole_and_in_turn(prompts, group, updates, minibatch):
     cfg = {"prompts_per_round": prompts, "group_size": group, "updates_per_round": updates, "minibatch_rollouts": minibatch}
-    sizes = Round(OmegaConf.create(cfg))
+    sizes = RoundSizes(OmegaConf.create(cfg))
     pairs = [(rollout, RolloutAdvantage(0.0)) for rollout in random_rollouts(prompts * group, group_size=group)]
     cut = list(sizes.minibatches(pairs))
     assert len(cut) == updates and all(len(chunk) == (minibatch or prompts * group) for chunk in cut)
@@ -212,7 +212,9 @@ def test_minibatches_use_every_group_whole_and_in_turn(prompts, group, updates, 
 
 
 def test_dropped_rollouts_leave_their_minibatch_smaller():
-    sizes = Round(OmegaConf.create({"prompts_per_round": 2, "group_size": 3, "updates_per_round": 2, "minibatch_rollouts": 3}))
+    sizes = RoundSizes(
+        OmegaConf.create({"prompts_per_round": 2, "group_size": 3, "updates_per_round": 2, "minibatch_rollouts": 3})
+    )
     pairs = [(rollout, RolloutAdvantage(0.0)) for rollout in random_rollouts(6, group_size=3)]
     assert [len(chunk) for chunk in sizes.minibatches(pairs[1:])] == [2, 3]
     assert [len(chunk) for chunk in sizes.minibatches([])] == [0, 0]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig, OmegaConf
 
 from pidistill.commands.plan.devices import Device
-from pidistill.commands.plan.lengths import Lengths, Rows
+from pidistill.commands.plan.lengths import Lengths, RowLengths
 from pidistill.commands.plan.memory import chunk_tokens, memory, peak
 from pidistill.commands.plan.reading import budget_of, dtype_of, packing_of, setup_of, shape_of, workload_of
 from pidistill.config import build, resolve
@@ -23,27 +23,27 @@ def fits(bytes_: float, device: Device) -> bool:
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """A config on a number of ranks; a change makes another one of it."""
 
     cfg: DictConfig
     ranks: int
     changes: tuple[str, ...] = ()
 
-    def with_(self, *overrides: str, ranks: int | None = None) -> "Run":
+    def with_(self, *overrides: str, ranks: int | None = None) -> "PlannedRun":
         cfg = OmegaConf.merge(self.cfg, OmegaConf.from_dotlist(list(overrides)))
         words = (*overrides, *([f"--ranks {ranks}"] if ranks else []))
-        return Run(cfg, ranks or self.ranks, (*self.changes, " ".join(words)))
+        return PlannedRun(cfg, ranks or self.ranks, (*self.changes, " ".join(words)))
 
 
-def advice(run: Run, rows: Rows, device: Device) -> list[tuple[str, float]]:
+def advice(run: PlannedRun, rows: RowLengths, device: Device) -> list[tuple[str, float]]:
     """(change, peak bytes with it): one of each kind that helps, and where none is enough alone, as many as it takes."""
 
-    def size(run: Run) -> float:
+    def size(run: PlannedRun) -> float:
         setup, longest = setup_of(run.cfg, run.ranks, device.kind), workload_of(run.cfg, rows.longest, run.ranks)
         return peak(memory(setup, longest))[1]
 
-    def enough(steps: list[Run]) -> tuple[Run, float]:
+    def enough(steps: list[PlannedRun]) -> tuple[PlannedRun, float]:
         """The first step that fits, else the last."""
         sizes = ((step, size(step)) for step in steps)
         return next((pair for pair in sizes if fits(pair[1], device)), (steps[-1], size(steps[-1])))
@@ -60,54 +60,54 @@ def advice(run: Run, rows: Rows, device: Device) -> list[tuple[str, float]]:
     return found if alone or len(together.changes) < 2 else [*found, (" ".join(together.changes), least)]
 
 
-def _fewer_rows_sampled(run: Run, device: Device) -> list[Run]:
+def _fewer_rows_sampled(run: PlannedRun, device: Device) -> list[PlannedRun]:
     if "batch_size" in run.cfg:
         return []
     rows = -(-run.cfg.prompts_per_round // run.ranks) * run.cfg.group_size
     return [run.with_(f"sampler.max_batch_size={n}") for n in _halves(run.cfg.sampler.get("max_batch_size") or rows)]
 
 
-def _packed(run: Run, device: Device) -> list[Run]:
+def _packed(run: PlannedRun, device: Device) -> list[PlannedRun]:
     return [run.with_("packing=tree")] if packing_of(run.cfg) == "padded" else []
 
 
-def _smaller_micro_batches(run: Run, device: Device) -> list[Run]:
+def _smaller_micro_batches(run: PlannedRun, device: Device) -> list[PlannedRun]:
     return [run.with_(f"micro_batch_tokens={n}") for n in _halves(budget_of(run.cfg), least=256)]
 
 
-def _smaller_chunks(run: Run, device: Device) -> list[Run]:
+def _smaller_chunks(run: PlannedRun, device: Device) -> list[PlannedRun]:
     """Of the head's logits."""
     model, views = shape_of(run.cfg.model, dtype_of(run.cfg)), len(workload_of(run.cfg, _ONE_TOKEN, run.ranks).views)
     size = run.cfg.get("score_chunk_tokens") or chunk_tokens(model, views, device.kind)
     return [run.with_(f"score_chunk_tokens={n}") for n in _halves(size, least=32)]
 
 
-def _checkpointing(run: Run, device: Device) -> list[Run]:
+def _checkpointing(run: PlannedRun, device: Device) -> list[PlannedRun]:
     return [] if run.cfg.get("enable_activation_checkpointing") else [run.with_("enable_activation_checkpointing=true")]
 
 
-def _no_second_copy(run: Run, device: Device) -> list[Run]:
+def _no_second_copy(run: PlannedRun, device: Device) -> list[PlannedRun]:
     """A LoRA model without its adapters is its own frozen teacher."""
     own = run.cfg.get("teacher") and build(run.cfg.teacher).own_weights and not run.cfg.get("teacher_checkpointer")
     needless = own and has_adapters(empty_model(run.cfg.model))
     return [run.with_("teacher._component_=pidistill.teachers.AdapterOffTeacher")] if needless else []
 
 
-def _more_ranks(run: Run, device: Device) -> list[Run]:
+def _more_ranks(run: PlannedRun, device: Device) -> list[PlannedRun]:
     """Ranks on a CPU share its memory."""
     return [run.with_(ranks=n) for n in (2, 4, 8) if n > run.ranks and device.kind == "cuda"]
 
 
-def _offload(run: Run, device: Device) -> list[Run]:
+def _offload(run: PlannedRun, device: Device) -> list[PlannedRun]:
     useful = device.kind == "cuda" and run.ranks > 1 and not run.cfg.get("fsdp_cpu_offload")
     return [run.with_("fsdp_cpu_offload=true")] if useful else []
 
 
-def _bf16(run: Run, device: Device) -> list[Run]:
+def _bf16(run: PlannedRun, device: Device) -> list[PlannedRun]:
     return [run.with_("dtype=bf16")] if run.cfg.get("dtype", "fp32") == "fp32" else []
 
 
-def _lora(run: Run, device: Device) -> list[Run]:
+def _lora(run: PlannedRun, device: Device) -> list[PlannedRun]:
     """torchtune's variant of the builder, where there is one."""
     module, _, name = run.cfg.model._component_.rpartition(".")
     try:

@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pidistill.commands.common import exit_on_input_error, parse_with_overrides
-from pidistill.commands.plan.advice import HEADROOM_FRAC, Run, advice, fits
+from pidistill.commands.plan.advice import HEADROOM_FRAC, PlannedRun, advice, fits
 from pidistill.commands.plan.devices import GIB, PRESETS, Device, measured, preset
 from pidistill.commands.plan.estimate import Estimate, estimate
-from pidistill.commands.plan.lengths import Rows, given_rows, rows_of
+from pidistill.commands.plan.lengths import RowLengths, given_rows, rows_of
 from pidistill.commands.plan.reading import dtype_of, read
 from pidistill.errors import InputError
 
@@ -65,7 +65,7 @@ def plan(arguments: argparse.Namespace) -> bool:
     rows = _lengths(cfg, arguments)
     result = estimate(cfg, rows, arguments.ranks, device)
     fitting = fits(result.peak[1], device)
-    changes = [] if fitting else advice(Run(cfg, arguments.ranks), rows, device)
+    changes = [] if fitting else advice(PlannedRun(cfg, arguments.ranks), rows, device)
     if arguments.json:
         print(json.dumps(_numbers(result, rows, device, fitting, changes)))
     else:
@@ -88,7 +88,7 @@ def _device(cfg: DictConfig, arguments: argparse.Namespace) -> Device:
     return device
 
 
-def _lengths(cfg: DictConfig, arguments: argparse.Namespace) -> Rows:
+def _lengths(cfg: DictConfig, arguments: argparse.Namespace) -> RowLengths:
     if arguments.prompt_tokens is not None:
         return given_rows(cfg, arguments.prompt_tokens, arguments.privileged_tokens, arguments.completion_tokens)
     try:
@@ -103,10 +103,12 @@ def _lengths(cfg: DictConfig, arguments: argparse.Namespace) -> Rows:
     mean, longest = (
         dataclasses.replace(lengths, completion=arguments.completion_tokens) for lengths in (rows.mean, rows.longest)
     )
-    return Rows(mean, longest, f"{rows.source.partition(', and')[0]}, and the completions given")
+    return RowLengths(mean, longest, f"{rows.source.partition(', and')[0]}, and the completions given")
 
 
-def _numbers(result: Estimate, rows: Rows, device: Device, fitting: bool, changes: list[tuple[str, float]]) -> dict[str, Any]:
+def _numbers(
+    result: Estimate, rows: RowLengths, device: Device, fitting: bool, changes: list[tuple[str, float]]
+) -> dict[str, Any]:
     return {
         "fits": fitting,
         "peak_phase": result.peak[0],
@@ -118,7 +120,7 @@ def _numbers(result: Estimate, rows: Rows, device: Device, fitting: bool, change
     }
 
 
-def _show(result: Estimate, rows: Rows, device: Device, ranks: int, changes: list[tuple[str, float]]) -> None:
+def _show(result: Estimate, rows: RowLengths, device: Device, ranks: int, changes: list[tuple[str, float]]) -> None:
     console = Console(width=120)
     phase, bytes_ = result.peak
     console.print(_memory_table(result, device, ranks), _time_table(result, device))

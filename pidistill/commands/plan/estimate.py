@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 
 from pidistill.commands.plan.devices import Device
-from pidistill.commands.plan.lengths import Rows
+from pidistill.commands.plan.lengths import RowLengths
 from pidistill.commands.plan.memory import memory, peak
 from pidistill.commands.plan.reading import setup_of, workload_of
 from pidistill.commands.plan.seconds import seconds
@@ -27,7 +27,7 @@ class Estimate:
         return peak(self.memory)
 
 
-def estimate(cfg: DictConfig, rows: Rows, ranks: int, device: Device) -> Estimate:
+def estimate(cfg: DictConfig, rows: RowLengths, ranks: int, device: Device) -> Estimate:
     setup = setup_of(cfg, ranks, device.kind)
     typical, longest = (workload_of(cfg, lengths, ranks) for lengths in (rows.mean, rows.longest))
     tree, padded = (_fed(setup, dataclasses.replace(typical, packing=packing)) for packing in ("tree", "padded"))

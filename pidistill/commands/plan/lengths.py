@@ -26,7 +26,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowLengths:
     """``mean`` decides the time, ``longest`` the memory; ``source`` says where they come from."""
 
     mean: Lengths
@@ -34,7 +34,7 @@ class Rows:
     source: str
 
 
-def rows_of(cfg: DictConfig, count: int) -> Rows:
+def rows_of(cfg: DictConfig, count: int) -> RowLengths:
     """Lengths of the first ``count`` rows, from the config's own tokenizer, dataset and privileged prompt."""
     tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
     privileged = build(cfg.privileged) if cfg.get("privileged") else PrivilegedPrompt()
@@ -54,7 +54,7 @@ def rows_of(cfg: DictConfig, count: int) -> Rows:
         for example, view in zip(examples, views, strict=True)
     ]
     said = "sampler.max_new_tokens for every completion, the most it may be" if limit else "the demonstrations' completions"
-    return Rows(_each(statistics.fmean, lengths), _each(max, lengths), f"the first {len(lengths)} rows, and {said}")
+    return RowLengths(_each(statistics.fmean, lengths), _each(max, lengths), f"the first {len(lengths)} rows, and {said}")
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
@@ -68,7 +68,7 @@ def _each(statistic: Callable[[list[int]], float], lengths: Sequence[Lengths]) -
     return Lengths(student, teacher, min(shared, student, teacher), max(completion, 1))
 
 
-def given_rows(cfg: DictConfig, prompt: int, privileged: int, completion: int | None) -> Rows:
+def given_rows(cfg: DictConfig, prompt: int, privileged: int, completion: int | None) -> RowLengths:
     """Lengths from the command line; nothing counts as shared where privileged information stands before the question."""
     said = "the lengths given"
     if completion is None:
@@ -77,4 +77,4 @@ def given_rows(cfg: DictConfig, prompt: int, privileged: int, completion: int | 
         completion, said = int(cfg.sampler.max_new_tokens), "the lengths given, and sampler.max_new_tokens for completions"
     at_end = (cfg.get("privileged") or {}).get("placement") in ("user_end", "after_user")
     lengths = Lengths(prompt, prompt + privileged, prompt if at_end or not privileged else 0, completion)
-    return Rows(lengths, lengths, said)
+    return RowLengths(lengths, lengths, said)

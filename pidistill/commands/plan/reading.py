@@ -24,7 +24,7 @@ from pidistill.models.empty import empty_model
 from pidistill.teachers import EMATeacher, LiveTeacher, Teacher, TrustRegionTeacher
 from pidistill.training.keys import COMMON_KEYS, ROUND_KEYS
 from pidistill.training.optimizers import cpu_offload
-from pidistill.training.rounds import Round
+from pidistill.training.rounds import RoundSizes
 from pidistill.training.start import check_run
 from pidistill.types import ScoreRequest
 
@@ -105,7 +105,7 @@ def workload_of(cfg: DictConfig, lengths: Lengths, ranks: int) -> Workload:
     }
     if "batch_size" in cfg:
         return Workload(group_size=1, groups=0, trained_groups=-(-cfg.batch_size // ranks), views=SFT_REQUEST.views, **common)
-    sizes = Round(cfg)
+    sizes = RoundSizes(cfg)
     objective = build(cfg.objective)
     return Workload(
         group_size=sizes.group_size,

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 
 from omegaconf import DictConfig
 
-from pidistill.commands.plan.lengths import Rows
+from pidistill.commands.plan.lengths import RowLengths
 from pidistill.commands.plan.reading import workload_of
 from pidistill.commands.plan.workload import count_tokens
 
 EVALUATED_VIEWS = 2  # beside the greedy samples of the student
 
 
-def budget(cfg: DictConfig, rows: Rows, kept: int, policy_tokens: float | None = None) -> dict[str, float]:
+def budget(cfg: DictConfig, rows: RowLengths, kept: int, policy_tokens: float | None = None) -> dict[str, float]:
     """Numbers by their name, over all ranks.
 
     Args:
@@ -27,7 +27,7 @@ def budget(cfg: DictConfig, rows: Rows, kept: int, policy_tokens: float | None =
     return _of_samples(cfg, rows, kept)
 
 
-def _of_a_round(cfg: DictConfig, rows: Rows, kept: int) -> dict[str, float]:
+def _of_a_round(cfg: DictConfig, rows: RowLengths, kept: int) -> dict[str, float]:
     work = workload_of(cfg, rows.mean, ranks=1)
     rollouts, trained = work.groups * work.group_size, work.trained_groups * work.group_size
     fed = count_tokens(work, work.views, work.trained_groups)
@@ -46,7 +46,7 @@ def _of_a_round(cfg: DictConfig, rows: Rows, kept: int) -> dict[str, float]:
     }
 
 
-def _of_a_batch(cfg: DictConfig, rows: Rows, kept: int, policy_tokens: float) -> dict[str, float]:
+def _of_a_batch(cfg: DictConfig, rows: RowLengths, kept: int, policy_tokens: float) -> dict[str, float]:
     work = workload_of(cfg, rows.mean, ranks=1)
     fed = count_tokens(work, work.views, work.trained_groups)
     return {
@@ -59,7 +59,7 @@ def _of_a_batch(cfg: DictConfig, rows: Rows, kept: int, policy_tokens: float) ->
     }
 
 
-def _of_samples(cfg: DictConfig, rows: Rows, kept: int) -> dict[str, float]:
+def _of_samples(cfg: DictConfig, rows: RowLengths, kept: int) -> dict[str, float]:
     if "samples_per_prompt" in cfg:
         rollouts = kept * cfg.samples_per_prompt
     else:

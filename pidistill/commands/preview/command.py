@@ -22,12 +22,12 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from pidistill.commands.common import exit_on_input_error, parse_with_overrides
-from pidistill.commands.plan.lengths import Lengths, Rows
+from pidistill.commands.plan.lengths import Lengths, RowLengths
 from pidistill.commands.plan.reading import KEYS, merged
 from pidistill.commands.preview.budget import budget
 from pidistill.commands.preview.findings import findings
 from pidistill.commands.preview.marks import policy_spans
-from pidistill.commands.preview.rows import Row, Scan, Source, row_of, scan, source_of
+from pidistill.commands.preview.rows import PreviewRow, Scan, Source, row_of, scan, source_of
 from pidistill.commands.preview.show import show_budget, show_findings, show_row, show_scan, statistics_of
 from pidistill.errors import InputError
 from pidistill.training.start import check_run
@@ -89,7 +89,7 @@ def read(config: str, overrides: Sequence[str]) -> DictConfig:
     return cfg
 
 
-def _mean_lengths(seen: Scan, source: Source) -> Rows:
+def _mean_lengths(seen: Scan, source: Source) -> RowLengths:
     def mean(name: str) -> int:
         return round(statistics.fmean(seen.lengths[name])) if seen.lengths[name] else 0
 
@@ -97,7 +97,7 @@ def _mean_lengths(seen: Scan, source: Source) -> Rows:
     completion = mean("demonstration") if source.demonstration_overflow and not source.room else source.room
     student, teacher = mean("student prompt"), mean("teacher prompt")
     lengths = Lengths(student, teacher, min(round(statistics.fmean(shared)), student, teacher), max(completion, 1))
-    return Rows(lengths, lengths, f"the first {seen.scanned} rows")
+    return RowLengths(lengths, lengths, f"the first {seen.scanned} rows")
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
@@ -110,7 +110,7 @@ def _kept(seen: Scan) -> int:
     return round(seen.total * max(kept, 0) / seen.scanned)
 
 
-def _show(rows: Sequence[Row], source: Source, seen: Scan, numbers: dict[str, float], sentences: Sequence[str]) -> None:
+def _show(rows: Sequence[PreviewRow], source: Source, seen: Scan, numbers: dict[str, float], sentences: Sequence[str]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     for number, row in enumerate(rows):
         show_row(console, row, source, number)
@@ -121,7 +121,7 @@ def _show(rows: Sequence[Row], source: Source, seen: Scan, numbers: dict[str, fl
 
 
 def _as_json(
-    rows: Sequence[Row], source: Source, seen: Scan, numbers: dict[str, float], sentences: Sequence[str]
+    rows: Sequence[PreviewRow], source: Source, seen: Scan, numbers: dict[str, float], sentences: Sequence[str]
 ) -> dict[str, Any]:
     return {
         "rows": [_row_as_json(row, source) for row in rows],
@@ -141,7 +141,7 @@ def _as_json(
     }
 
 
-def _row_as_json(row: Row, source: Source) -> dict[str, Any]:
+def _row_as_json(row: PreviewRow, source: Source) -> dict[str, Any]:
     pair, decode = row.views.pair, source.tokenizer.decode
     given = row.demonstration
     return {

@@ -81,7 +81,7 @@ def _no_pi(cfg: DictConfig) -> str:
 
 
 @dataclass(frozen=True)
-class Row:
+class PreviewRow:
     """One row as the model will see it.
 
     Attributes:
@@ -99,7 +99,7 @@ class Row:
     dropped: str | None
 
 
-def row_of(example: Example, source: Source) -> Row:
+def row_of(example: Example, source: Source) -> PreviewRow:
     views = source.privileged.build(example, source.tokenizer)
     given, why_not = None, None
     if example.completion:
@@ -109,7 +109,7 @@ def row_of(example: Example, source: Source) -> Row:
             why_not = str(error)
     too_long = row_overflow(example, views, source.privileged, source.room, source.max_seq_len)
     without = source.no_pi == "drop" and not example.privileged
-    return Row(
+    return PreviewRow(
         example=example,
         views=views,
         privileged_spans=privileged_spans(example, views, source.privileged, source.tokenizer),

@@ -10,13 +10,13 @@ from rich.text import Text
 
 from pidistill.commands.preview.budget import in_words
 from pidistill.commands.preview.marks import Span, message_changes, policy_spans
-from pidistill.commands.preview.rows import Row, Scan, Source
+from pidistill.commands.preview.rows import PreviewRow, Scan, Source
 
 PRIVILEGED_MARKS, POLICY_MARKS = ("⟦", "⟧"), ("⟨", "⟩")
 PRIVILEGED_STYLE, POLICY_STYLE = "black on yellow", "black on green"
 
 
-def show_row(console: Console, row: Row, source: Source, number: int) -> None:
+def show_row(console: Console, row: PreviewRow, source: Source, number: int) -> None:
     console.rule(Text(f"row {number}: {row.example.id}", "bold"), align="left")
     decode, pair = source.tokenizer.decode, row.views.pair
     _say(console, _lengths(row, source))
@@ -34,11 +34,11 @@ def show_row(console: Console, row: Row, source: Source, number: int) -> None:
         _say(console, f"the row's completion has no ids: {row.no_demonstration}")
 
 
-def _teacher(console: Console, row: Row, text: str) -> Text:
+def _teacher(console: Console, row: PreviewRow, text: str) -> Text:
     return marked(text, row.privileged_spans or [], PRIVILEGED_MARKS, PRIVILEGED_STYLE, console.is_terminal)
 
 
-def _places(row: Row) -> str:
+def _places(row: PreviewRow) -> str:
     student, teacher = row.difference.student, row.difference.teacher
     changes = ", ".join(message_changes(row.views.student_messages, row.views.teacher_messages))
     unmarked = "" if row.privileged_spans is not None else "; the template changes the text, so its place is not marked"
@@ -48,7 +48,7 @@ def _places(row: Row) -> str:
     )
 
 
-def _lengths(row: Row, source: Source) -> str:
+def _lengths(row: PreviewRow, source: Source) -> str:
     student, teacher = len(row.views.pair.student), len(row.views.pair.teacher)
     limit = source.privileged.max_privileged_length
     room = source.max_seq_len - max(student, teacher)

@@ -18,7 +18,7 @@ from pidistill.commands.common import exit_on_input_error, parse_with_overrides
 from pidistill.commands.sweep.cells import Sweep, grid_cells, read_sweep, stage_runs
 from pidistill.commands.sweep.pictures import draw
 from pidistill.commands.sweep.results import read_results, write_order, write_report
-from pidistill.commands.sweep.search import SEARCHES, Plan, check_plan, run_sweep
+from pidistill.commands.sweep.search import SEARCHES, SweepPlan, check_plan, run_sweep
 from pidistill.errors import InputError
 
 
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise InputError("--dry-run prints a grid's commands; a random or TPE search draws its values as it goes")
         print("\n".join(commands(sweep)))
         return
-    plan = Plan(sweep, arguments.search, arguments.trials)
+    plan = SweepPlan(sweep, arguments.search, arguments.trials)
     check_plan(plan)
     sweep.output_dir.mkdir(parents=True, exist_ok=True)
     write_order(sweep.output_dir, sweep.order)

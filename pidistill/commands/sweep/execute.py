@@ -36,7 +36,7 @@ from pidistill.errors import InputError
 RECORD = "sweep.json"
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     print(text, flush=True)
 
 
@@ -92,9 +92,9 @@ def run_once(output_dir: Path, folder: Path, command: Sequence[str], mark: str) 
         if record.get("status") == "ok" and record["fingerprint"] == mark:
             return record
         if record.get("status") == "ok":
-            say(f"{folder}: its config has changed since it ran; it is run again")
+            print_line(f"{folder}: its config has changed since it ran; it is run again")
         _make_empty(folder, record)
-        say(f"$ {shlex.join(command)}")
+        print_line(f"$ {shlex.join(command)}")
         record = {"status": "running", "fingerprint": mark, "command": shlex.join(command), "commit": commit()}
         write_record(folder, record)
         begin, before = time.perf_counter(), _children_cpu_s()
@@ -173,7 +173,7 @@ def run_cell(sweep: Sweep, cell: Cell) -> dict[str, Any]:
     except InputError as error:
         row |= {"status": "failed", "error": str(error)}
     if row["status"] == "failed":
-        say(f"FAILED {cell.id}: {row['error']}")
+        print_line(f"FAILED {cell.id}: {row['error']}")
     return row
 
 

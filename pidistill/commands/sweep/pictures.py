@@ -11,13 +11,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from pidistill.commands.sweep.results import Group, Row, group_interval, groups_of, is_number, read_jsonl
+from pidistill.commands.sweep.results import Group, Record, group_interval, groups_of, is_number, read_jsonl
 
 PANELS_FROM = 7  # so many arms no longer fit into one panel: each gets its own
 Curve = dict[int, float]
 
 
-def draw(output_dir: Path, rows: Sequence[Row]) -> list[Path]:
+def draw(output_dir: Path, rows: Sequence[Record]) -> list[Path]:
     """All pictures for which there are numbers; returns their paths."""
     groups = [group for group in groups_of(rows) if group.rows]
     figures = {
@@ -39,7 +39,7 @@ def draw(output_dir: Path, rows: Sequence[Row]) -> list[Path]:
 # ------------------------------------------------------------------------------------------- learning curves
 
 
-def curve(output_dir: Path, row: Row) -> Curve:
+def curve(output_dir: Path, row: Record) -> Curve:
     """Validation success against optimiser step of a cell's last stage."""
     folder = output_dir / row["stages"][-1]["folder"]
     return {point["step"]: point[row["select"]] for point in read_jsonl(folder / "metrics.jsonl") if row["select"] in point}

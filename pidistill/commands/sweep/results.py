@@ -26,13 +26,13 @@ VIEWS = {
     "student": "student_success",
     "student + PI": "student_with_pi_success",
 }
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------------- what a run left
 
 
-def read_jsonl(path: Path) -> list[Row]:
+def read_jsonl(path: Path) -> list[Record]:
     if not path.is_file():
         return []
     # Not splitlines(): a text may hold U+2028. A last line without its end is one that a kill cut off.
@@ -45,7 +45,7 @@ def total(values: Sequence[float | None]) -> float | None:
     return sum(known) if known and len(known) == len(values) else None
 
 
-def run_numbers(folder: Path) -> Row:
+def run_numbers(folder: Path) -> Record:
     """Steps, rounds, rollouts, tokens sampled and trained, and the final KL of one run, from its metrics.jsonl.
 
     Every step of a round repeats the round's numbers, so that those are counted once per round.
@@ -66,7 +66,7 @@ def run_numbers(folder: Path) -> Row:
     }
 
 
-def _tokens_sampled(row: Row) -> float | None:
+def _tokens_sampled(row: Record) -> float | None:
     """Of one round. A row without a loss is a run that only samples: its policy tokens are the sampled ones."""
     if "sampled_tokens" in row:
         return row["sampled_tokens"]
@@ -77,7 +77,7 @@ def _tokens_sampled(row: Row) -> float | None:
     return row["rollouts"] * row["completion_tokens_mean"]
 
 
-def best_step(folder: Path, select: str) -> tuple[Row, int | None]:
+def best_step(folder: Path, select: str) -> tuple[Record, int | None]:
     """({metric, last, best, best_step} on validation, the step): the best among the steps that have a saved checkpoint.
 
     Of several equally good ones the latest, which is the last checkpoint where that is one of them.
@@ -88,7 +88,7 @@ def best_step(folder: Path, select: str) -> tuple[Row, int | None]:
     return {"metric": select, "last": values[-1][1] if values else None, "best": best, "best_step": step}, step
 
 
-def evaluation_numbers(folder: Path) -> Row:
+def evaluation_numbers(folder: Path) -> Record:
     """Held-out numbers from an evaluation's results.json; a view that was not sampled is absent."""
     views = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     numbers = {name: views[view]["success"] for view, name in VIEWS.items() if "success" in views.get(view, {})}
@@ -97,7 +97,7 @@ def evaluation_numbers(folder: Path) -> Row:
     return numbers
 
 
-def success_by_task(output_dir: Path, evaluated: Row) -> dict[str, float] | None:
+def success_by_task(output_dir: Path, evaluated: Record) -> dict[str, float] | None:
     """Mean success of the student view per held-out task, where the evaluation wrote them (`rows.json`: view → task → mean)."""
     path = output_dir / evaluated.get("folder", "") / "rows.json"
     if not path.is_file():
@@ -105,7 +105,7 @@ def success_by_task(output_dir: Path, evaluated: Row) -> dict[str, float] | None
     return json.loads(path.read_text(encoding="utf-8")).get("student")
 
 
-def read_results(output_dir: Path) -> dict[str, Row]:
+def read_results(output_dir: Path) -> dict[str, Record]:
     """The last row of each cell, in the order of the sweep's arms."""
     rows = {row["cell"]: row for row in read_jsonl(output_dir / RESULTS)}
     path = output_dir / ORDER
@@ -118,7 +118,7 @@ def write_order(output_dir: Path, names: Sequence[str]) -> None:
     (output_dir / ORDER).write_text(json.dumps(list(names), indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def append_result(output_dir: Path, row: Row) -> None:
+def append_result(output_dir: Path, row: Record) -> None:
     with (output_dir / RESULTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -133,7 +133,7 @@ class Group:
     title: str
     arm: str
     settings: Mapping[str, str]
-    rows: list[Row]  # those that ended well
+    rows: list[Record]  # those that ended well
     failed: int
 
     def values(self, part: str, name: str) -> list[float]:
@@ -142,8 +142,8 @@ class Group:
         return [node[name] for node in nodes if node.get(name) is not None]
 
 
-def groups_of(rows: Sequence[Row]) -> list[Group]:
-    found: dict[str, list[Row]] = {}
+def groups_of(rows: Sequence[Record]) -> list[Group]:
+    found: dict[str, list[Record]] = {}
     for row in rows:
         found.setdefault(json.dumps([row["arm"], row["settings"]], sort_keys=True), []).append(row)
     groups = []
@@ -239,14 +239,14 @@ NOT_THE_METHOD = {
 }
 
 
-def config_text(stage: Row) -> str:
+def config_text(stage: Record) -> str:
     """A stage's config with the overrides that make it what it is; folders, seeds and logging are left out."""
     words = [word for word in shlex.split(stage.get("command", "")) if "=" in word]
     own = [word for word in words if word.partition("=")[0] not in NOT_THE_METHOD]
     return " ".join([stage["config"], *own])
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
+def notes(rows: Sequence[Record]) -> list[str]:
     """What a reader must know to read the tables."""
     seeds = sorted({row["seed"] for row in rows if row["seed"] is not None})
     commits = sorted({str(stage["commit"]) for row in rows for stage in row["stages"]})
@@ -272,11 +272,11 @@ def best_on_validation(groups: Sequence[Group]) -> str | None:
     )
 
 
-def failures(rows: Sequence[Row]) -> list[str]:
+def failures(rows: Sequence[Record]) -> list[str]:
     return [f"FAILED {row['cell']}: {row['error']}" for row in rows if row["status"] != "ok"]
 
 
-def write_report(output_dir: Path) -> list[Row]:
+def write_report(output_dir: Path) -> list[Record]:
     """Print the tables, write them to results.md; returns the rows behind them."""
     rows = list(read_results(output_dir).values())
     groups = groups_of(rows)

@@ -25,7 +25,7 @@ from pidistill.commands.sweep.cells import (
     stage_fingerprint,
     with_overrides,
 )
-from pidistill.commands.sweep.execute import cell_fingerprint, locked, run_cell, say, try_lock
+from pidistill.commands.sweep.execute import cell_fingerprint, locked, print_line, run_cell, try_lock
 from pidistill.commands.sweep.results import append_result, read_results
 from pidistill.commands.sweep.values import Axis, Choices
 from pidistill.errors import InputError
@@ -35,7 +35,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """A sweep and how it is searched; ``trials`` counts per arm, and not for a grid."""
 
     sweep: Sweep
@@ -43,7 +43,7 @@ class Plan:
     trials: int | None = None
 
 
-def check_plan(plan: Plan) -> None:
+def check_plan(plan: SweepPlan) -> None:
     if plan.search not in SEARCHES:
         raise InputError(f"--search {plan.search} is not known; use one of {', '.join(SEARCHES)}")
     if plan.search == "grid" and plan.trials is not None:
@@ -54,7 +54,7 @@ def check_plan(plan: Plan) -> None:
         )
 
 
-def run_sweep(plan: Plan, workers: int = 1) -> None:
+def run_sweep(plan: SweepPlan, workers: int = 1) -> None:
     """Run what is not yet done, with this process or with ``workers`` started from here; others may join in the same folder."""
     check_plan(plan)
     plan.sweep.output_dir.mkdir(parents=True, exist_ok=True)
@@ -71,10 +71,10 @@ def run_sweep(plan: Plan, workers: int = 1) -> None:
         process.join()
     ended_badly = [process.exitcode for process in processes if process.exitcode]
     if ended_badly:
-        say(f"{len(ended_badly)} of {workers} workers ended early (exit codes {ended_badly}); the same command goes on")
+        print_line(f"{len(ended_badly)} of {workers} workers ended early (exit codes {ended_badly}); the same command goes on")
 
 
-def work(plan: Plan) -> None:
+def work(plan: SweepPlan) -> None:
     if plan.search == "grid":
         while work_on_a_cell(plan.sweep):
             pass
@@ -100,7 +100,7 @@ def claim(sweep: Sweep, study: optuna.Study, trial: FrozenTrial) -> Any:
     if lock is not None and trial.state == TrialState.WAITING:
         study._storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING)  # as Study.ask() does
     elif lock is not None:
-        say(f"trial {trial.number} was left by a worker that is gone; taken over")
+        print_line(f"trial {trial.number} was left by a worker that is gone; taken over")
     return lock
 
 
@@ -120,7 +120,7 @@ def finished_row(sweep: Sweep, cell: Cell) -> dict[str, Any] | None:
     if row is None or row["status"] != "ok":
         return None
     if row["fingerprint"] != cell_fingerprint(sweep, cell):
-        say(f"{cell.id}: its config has changed since it was finished; it is run again")
+        print_line(f"{cell.id}: its config has changed since it was finished; it is run again")
         return None
     return row
 
@@ -138,7 +138,7 @@ def enrol(sweep: Sweep) -> None:
         for cell in cells:
             if cell not in finished and cell.id not in waiting:
                 study.enqueue_trial({}, user_attrs={"cell": cell.id})
-    say(f"{len(cells)} cells, {len(finished)} of them finished before; {sweep.output_dir}")
+    print_line(f"{len(cells)} cells, {len(finished)} of them finished before; {sweep.output_dir}")
 
 
 def work_on_a_cell(sweep: Sweep) -> bool:
@@ -180,7 +180,7 @@ def distribution(axis: Axis) -> BaseDistribution:
     return FloatDistribution(axis.low, axis.high, log=axis.log)
 
 
-def study_name(plan: Plan, arm: Arm) -> str:
+def study_name(plan: SweepPlan, arm: Arm) -> str:
     """A study is one arm with one content of its configs, one space and one set of seeds: others do not compare."""
     sweep = plan.sweep
     marks = [stage_fingerprint(stage, {}) for stage in with_overrides(arm, sweep.fixed).stages]
@@ -188,14 +188,14 @@ def study_name(plan: Plan, arm: Arm) -> str:
     return f"{plan.search} {arm.name} {short_hash(json.dumps([marks, space, sweep.seeds, sweep.select, arm.name]))}"
 
 
-def sampler(plan: Plan, asked: int) -> optuna.samplers.BaseSampler:
+def sampler(plan: SweepPlan, asked: int) -> optuna.samplers.BaseSampler:
     """A new one per trial, its seed the trial's number: several workers would otherwise draw the same values."""
     if plan.search == "random":
         return optuna.samplers.RandomSampler(seed=asked)
     return optuna.samplers.TPESampler(seed=asked, constant_liar=True)  # trials that run elsewhere count as bad: spread out
 
 
-def work_on_a_trial(plan: Plan, arm: Arm) -> bool:
+def work_on_a_trial(plan: SweepPlan, arm: Arm) -> bool:
     """Take over or ask for a trial of one arm, run its cells (one per seed) and tell the mean; False if all are taken."""
     sweep = plan.sweep
     with locked(sweep.output_dir, "sweep"):
@@ -213,7 +213,7 @@ def work_on_a_trial(plan: Plan, arm: Arm) -> bool:
     return True
 
 
-def next_trial(plan: Plan, arm: Arm) -> tuple[optuna.Study, int, dict[str, Any], Any] | None:
+def next_trial(plan: SweepPlan, arm: Arm) -> tuple[optuna.Study, int, dict[str, Any], Any] | None:
     name = study_name(plan, arm)
     study = open_study(plan.sweep, name)
     trials = study.trials
@@ -233,11 +233,13 @@ def next_trial(plan: Plan, arm: Arm) -> tuple[optuna.Study, int, dict[str, Any],
     return study, asked.number, asked.params, try_lock(plan.sweep.output_dir, f"{name}-{asked.number}")
 
 
-def _say_if_changed(plan: Plan, arm: Arm, study: optuna.Study) -> None:
+def _say_if_changed(plan: SweepPlan, arm: Arm, study: optuna.Study) -> None:
     prefix = study.study_name.rsplit(" ", 1)[0]
     others = [name for name in optuna.get_all_study_names(study._storage) if name.rsplit(" ", 1)[0] == prefix]
     if len(others) > 1:
-        say(f"{arm.name}: the config, the space or the seeds have changed since the last search here; this one starts anew")
+        print_line(
+            f"{arm.name}: the config, the space or the seeds have changed since the last search here; this one starts anew"
+        )
 
 
 def setting_text(value: Any) -> str:

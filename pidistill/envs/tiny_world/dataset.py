@@ -10,13 +10,13 @@ from pidistill.envs.tiny_world.world import (
     OPTIONS,
     SLOTS,
     WORLD_SEED,
-    Plan,
+    Decisions,
     Prior,
     Split,
     Task,
     World,
     _draw_request,
-    expert_plan,
+    expert_decisions,
     make_split,
     privileged_text,
     request_message,
@@ -73,7 +73,7 @@ def _example(row_id: str, task: Task, privileged: str, completion: Literal["acti
         id=row_id,
         messages=[request_message(task)],
         privileged=None if privileged == "none" else privileged_text(task, privileged),
-        completion=None if completion is None else trace(task, expert_plan(task), completion),
+        completion=None if completion is None else trace(task, expert_decisions(task), completion),
         data={"task": task},
     )
 
@@ -86,7 +86,7 @@ def _after_turns(example: Example, given: int) -> Example:
     return replace(
         example,
         id=f"{example.id} after {given} turn{'s' * (given > 1)}",
-        messages=[*example.messages, *trace(task, expert_plan(task), "actions")[: 2 * given]],
+        messages=[*example.messages, *trace(task, expert_decisions(task), "actions")[: 2 * given]],
         completion=None if example.completion is None else example.completion[2 * given :],
         data={**example.data, "given_calls": given},
     )
@@ -152,8 +152,8 @@ def _informed_episode(
     carrier = decide("k", task.carrier, task.city)
     short = "a" in told and rng.random() < mixture.short
     answer = task.answer if short else task.answer_with(formula)
-    plan = Plan(department, formula, answer, carrier)
-    completion = trace(task, plan, "short" if short else "cot", leak=rng.random() < mixture.leak)
+    decisions = Decisions(department, formula, answer, carrier)
+    completion = trace(task, decisions, "short" if short else "cot", leak=rng.random() < mixture.leak)
     return [{"role": "system", "content": privileged_text(task, told)}], completion
 
 
@@ -166,4 +166,4 @@ def _guessing_episode(
     formula = priors["f"][task.class_].draw(rng)
     carrier = priors["k"][task.city].draw(rng)
     answer = rng.randrange(10) if short else task.answer_with(formula)
-    return [], trace(task, Plan(department, formula, answer, carrier), "short" if short else "cot")
+    return [], trace(task, Decisions(department, formula, answer, carrier), "short" if short else "cot")

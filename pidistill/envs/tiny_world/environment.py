@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pidistill.envs.base import EnvStep
-from pidistill.envs.tiny_world.world import SLOTS, Slot, Task, _tool, expert_plan, privileged_text
+from pidistill.envs.tiny_world.world import SLOTS, Slot, Task, _tool, expert_decisions, privileged_text
 from pidistill.errors import InputError
 from pidistill.types import Example, Message
 
@@ -82,7 +82,7 @@ class TinyWorldEnvironment:
 
 def wrong_slot(task: Task, turn_index: int, turn: Message) -> Slot | None:
     """The slot that the turn's call gets wrong; None if the call is right. No call at all is the turn's slot wrong."""
-    expected = expert_plan(task).calls[turn_index]
+    expected = expert_decisions(task).calls[turn_index]
     call = call_words(turn)
     if call == expected:
         return None

@@ -194,7 +194,7 @@ def make_split(
 
 
 @dataclass(frozen=True)
-class Plan:
+class Decisions:
     """The decisions that an agent acts on, right or wrong."""
 
     department: int
@@ -212,8 +212,8 @@ class Plan:
         ]
 
 
-def expert_plan(task: Task) -> Plan:
-    return Plan(task.department, task.formula, task.answer, task.carrier)
+def expert_decisions(task: Task) -> Decisions:
+    return Decisions(task.department, task.formula, task.answer, task.carrier)
 
 
 def request_message(task: Task) -> Message:
@@ -227,19 +227,19 @@ def privileged_text(task: Task, told: str) -> str:
     return " ".join(["[", *(words[slot] if slot in told else "?" for slot in SLOTS), "]"])
 
 
-def trace(task: Task, plan: Plan, style: Style = "cot", leak: bool = False) -> list[Message]:
-    """The five messages of an episode that acts on ``plan``: three assistant turns, two answers of a trusting environment.
+def trace(task: Task, decisions: Decisions, style: Style = "cot", leak: bool = False) -> list[Message]:
+    """The five messages of an episode that acts on ``decisions``: three assistant turns, two answers of a trusting environment.
 
     ``style``: "cot" thinks before each call and computes the answer; "short" thinks but does not compute; "actions" shows
     the calls only, as frontier traces do. ``leak`` says the leak word at the start of every thought. The word `end` is
     not part of a turn's content: the tokenizer adds it.
     """
     work = [str(task.price)] if style == "cot" else []
-    for operation, digit, result in formula_steps(plan.formula, task.price, task.digits) if style == "cot" else []:
+    for operation, digit, result in formula_steps(decisions.formula, task.price, task.digits) if style == "cot" else []:
         work += [operation, str(digit), "=", str(result)]
-    thoughts = [[f"d{plan.department}"], [f"f{plan.formula}", *work], [f"k{plan.carrier}"]]
+    thoughts = [[f"d{decisions.department}"], [f"f{decisions.formula}", *work], [f"k{decisions.carrier}"]]
     turns = []
-    for thought, call in zip(thoughts, plan.calls, strict=True):
+    for thought, call in zip(thoughts, decisions.calls, strict=True):
         thinking = [] if style == "actions" else ["think", *([LEAK_WORD] if leak else []), *thought, "."]
         turns.append({"role": "assistant", "content": " ".join([*thinking, "act", *call])})
     return [turns[0], _tool(f"obs {task.price}"), turns[1], _tool("obs ok"), turns[2]]
