@@ -25,6 +25,23 @@ ADDED_ARGUMENTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
+# Where components of version 0.1 stand now. To be deleted at 1.0.
+MOVED = {
+    "pidistill.checkpoints.from_scratch": "pidistill.models.from_scratch",
+    "pidistill.divergences": "pidistill.losses.divergences",
+    "pidistill.envs.tools": "pidistill.envs.function_tools",
+    "pidistill.hindsight": "pidistill.privileged",
+    "pidistill.hints": "pidistill.rollouts.hints",
+    "pidistill.judges": "pidistill.privileged.judges",
+    "pidistill.mismatch": "pidistill.scoring.mismatch",
+    "pidistill.optimizers": "pidistill.training.optimizers",
+    "pidistill.schedules": "pidistill.training.lr_schedules",
+    "pidistill.testing.byte_tokenizer": "pidistill.tokenizers.byte_tokenizer",
+    "pidistill.token_weights": "pidistill.losses.token_weights",
+    "pidistill.traces": "pidistill.rollouts.selections",
+}
+
+
 def build(node: Any, *args: Any, **kwargs: Any) -> Any:
     """Instantiate a component node, its nested component nodes first (torchtune 0.6.1 leaves those as dicts).
 
@@ -49,8 +66,18 @@ def resolve(path: str) -> Any:
     try:
         return _get_component_from_path(path)
     except (InstantiationError, ValueError) as error:
+        if (new := _moved(path)) is not None:
+            raise InputError(f"component {path} has moved; write {new}") from None
         reason = " ".join(str(error.__cause__ or error).split())
         raise InputError(f"component {path} cannot be found ({reason}); check the dotted path") from error
+
+
+def _moved(path: str) -> str | None:
+    """Return the present path of a component of version 0.1, or None where it has not moved."""
+    for old, new in MOVED.items():
+        if path == old or path.startswith(f"{old}."):
+            return new + path.removeprefix(old)
+    return None
 
 
 def check_config(cfg: DictConfig, known: Collection[str], required: Collection[str] = ()) -> None:

@@ -1,5 +1,6 @@
 """Configs: nested components are built; what nothing reads, finds or gives is named before anything runs."""
 
+import re
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from pidistill.config import build, check_config, resolve
+from pidistill.config import MOVED, build, check_config, resolve
 from pidistill.errors import InputError
 
 
@@ -167,3 +168,11 @@ def test_what_passes_the_check_can_be_built():
     check(**cfg)
     optimizer = build(cfg.optimizer, [torch.nn.Parameter(torch.zeros(2))])
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("old", sorted(MOVED))
+def test_a_component_that_has_moved_is_refused_with_its_new_path_which_exists(old):
+    new = MOVED[old]
+    assert resolve(new) is not None
+    with pytest.raises(InputError, match=rf"component {re.escape(old)}\b.* has moved; write {re.escape(new)}"):
+        resolve(old if old.rpartition(".")[2] in ("from_scratch", "byte_tokenizer") else f"{old}.anything")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from pidistill.tokenizers import HFChatTokenizer
+from pidistill.tokenizers.hf_chat import HFChatTokenizer
 
 if TYPE_CHECKING:
     pass

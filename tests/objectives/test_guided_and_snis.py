@@ -168,8 +168,8 @@ def test_snis_weights_are_the_softmax_over_the_group_times_its_size(level):
 
     for rollout, answer in zip(rollouts, answers, strict=True):
         group = [math.exp(score(r)) for r in rollouts if r.group == rollout.group]
-        assert answer.weight == pytest.approx(len(group) * math.exp(score(rollout)) / sum(group), rel=1e-5)
-    assert sum(a.weight for a in answers) == pytest.approx(len(rollouts), rel=1e-5)
+        assert answer.snis_weight == pytest.approx(len(group) * math.exp(score(rollout)) / sum(group), rel=1e-5)
+    assert sum(a.snis_weight for a in answers) == pytest.approx(len(rollouts), rel=1e-5)
 
 
 def test_snis_takes_beta_where_it_has_none_of_its_own():
@@ -177,7 +177,7 @@ def test_snis_takes_beta_where_it_has_none_of_its_own():
     for rollout in rollouts:
         rollout.behaviour_values = [-0.5] * rollout.policy_tokens
     own, given = (snis(beta=b, snis_beta=s).advantages(rollouts, 0) for b, s in ((0.3, None), (9.0, 0.3)))
-    assert [a.weight for a in own] == [a.weight for a in given]
+    assert [a.snis_weight for a in own] == [a.snis_weight for a in given]
     assert snis().advantages([], 0) == []
 
 
@@ -192,7 +192,7 @@ def test_snis_gives_the_weights_no_gradient_and_the_teacher_none():
     objective.token_loss(batch, scores, 0).loss.sum().backward()
     student = logits["student"].detach().clone().requires_grad_()
     logp = torch.log_softmax(student, -1)
-    weights = [advantages[i].weight for i in batch.rollout_index.tolist()]
+    weights = [advantages[i].snis_weight for i in batch.rollout_index.tolist()]
     sum(-w * logp[n, picked[n]] for n, w in enumerate(weights)).backward()
     torch.testing.assert_close(logits["student"].grad, student.grad, atol=1e-6, rtol=1e-6)
     assert logits["teacher"].grad is None or not logits["teacher"].grad.any()

@@ -179,7 +179,7 @@ def test_each_rollout_is_weighed_in_the_view_that_sampled_it():
     assert [r.trainer_logprobs for r in rollouts] == trainer
     torch.testing.assert_close(flat(r.importance_weights for r in rollouts), flat(expected), rtol=1e-4, atol=1e-7)
     weighed = batch_of(rollouts, [RolloutAdvantage(1.0)] * 4)
-    torch.testing.assert_close(weighed.sampled_logprobs.double(), flat(trainer), rtol=1e-6, atol=0)
+    torch.testing.assert_close(weighed.ratio_logprobs.double(), flat(trainer), rtol=1e-6, atol=0)
     torch.testing.assert_close(weighed.importance_weights.double(), flat(expected), rtol=1e-4, atol=1e-7)
     assert batch.importance_weights is None
     report = weigher.report(alone())

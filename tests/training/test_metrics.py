@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from pidistill.chat.phrases import privileged_overlap, says_leak_phrase
 from pidistill.distributed.run import Run
 from pidistill.objectives.base import BOTH_KLS
-from pidistill.training import metrics
+from pidistill.training import metrics_log
 from pidistill.training.metrics import rollout_means, rollout_sums, token_means, token_sums
 from pidistill.training.metrics_log import CollapseAlarm, MetricsLog
 from pidistill.types import Divergence, Example, PromptPair, Rollout, Scores
@@ -75,7 +75,7 @@ def test_token_means_are_means_over_all_policy_tokens_however_they_were_cut(turn
             sums[name] = sums.get(name, 0.0) + value
     means = token_means(sums, n)
 
-    ratios = [math.exp(s - m) for s, m in zip(scores.student_logprobs.tolist(), whole.sampled_logprobs.tolist(), strict=True)]
+    ratios = [math.exp(s - m) for s, m in zip(scores.student_logprobs.tolist(), whole.ratio_logprobs.tolist(), strict=True)]
     expected = {
         "kl_teacher_student_nats": statistics.fmean(scores.divergences[KL].tolist()),
         "kl_student_teacher_nats": statistics.fmean(scores.divergences[BOTH_KLS[1]].tolist()),
@@ -269,7 +269,7 @@ def test_a_fresh_log_in_an_old_folder_starts_empty(tmp_path):
 @pytest.fixture
 def warnings(monkeypatch):
     said = []
-    monkeypatch.setattr(metrics, "log", type("Log", (), {"warning": staticmethod(said.append)}))
+    monkeypatch.setattr(metrics_log, "log", type("Log", (), {"warning": staticmethod(said.append)}))
     return said
 
 
