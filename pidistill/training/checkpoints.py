@@ -123,8 +123,8 @@ class Checkpoints:
             raise self._damaged(folder, STATE_FILE, error) from error
         if state.get("format", FORMAT) > FORMAT:
             raise InputError(
-                f"{folder / STATE_FILE} has format {state['format']} and this version of pidistill reads up to {FORMAT}; resume "
-                "with the version that wrote it"
+                f"{folder / STATE_FILE} has format {state['format']} and this version of pidistill reads up to {FORMAT}; "
+                "resume with the version that wrote it"
             )
         if found[0] != self.method:
             raise InputError(

@@ -37,7 +37,7 @@ _state = _State()
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[None]:
-    """Handle SIGTERM and SIGINT while a recipe runs; afterwards the former handlers are back. Nothing outside the main thread."""
+    """Handle SIGTERM and SIGINT while a recipe runs, in the main thread alone; afterwards restore the former handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
