@@ -129,8 +129,9 @@ class Health:
         if rows and not (self._shows_nothing and self._reward_free):
             return (
                 f"the gradient was 0 for {ZERO_GRADIENT_STEPS} steps in a row, so nothing is learned; likely no group has "
-                f"rollouts of different reward (zero_advantage_frac {row.get('zero_advantage_frac', 'not given')}) or the teacher "
-                "says what the student says; check privileged, raise group_size, or choose rows of other difficulty with dataset"
+                f"rollouts of different reward (zero_advantage_frac {row.get('zero_advantage_frac', 'not given')}) or the "
+                "teacher says what the student says; check privileged, raise group_size, or choose rows of other difficulty "
+                "with dataset"
             )
         return None
 
@@ -140,8 +141,8 @@ class Health:
             return None
         return (
             f"kl(teacher||student) was {max(values):.1e} nats in the first {STEPS} steps: the teacher says exactly what "
-            f"the student says (rows_without_pi {row.get('rows_without_pi', 'not given')}); check that privileged puts text into the "
-            "teacher's prompt, or set privileged.control=none if that is meant"
+            f"the student says (rows_without_pi {row.get('rows_without_pi', 'not given')}); check that privileged puts text "
+            "into the teacher's prompt, or set privileged.control=none if that is meant"
         )
 
     def teacher_corrupt(self, row: Row) -> str | None:
@@ -175,7 +176,8 @@ class Health:
         cause = "group_size=1 leaves nothing to compare with" if alone else "every group's rollouts have the same reward"
         return (
             f"no rollout of the last {STEPS} rounds had an advantage ({cause}; reward_mean "
-            f"{row.get('reward_mean', math.nan):.3g}), so the reward teaches nothing; raise group_size, or choose easier or harder rows with dataset"
+            f"{row.get('reward_mean', math.nan):.3g}), so the reward teaches nothing; raise group_size, or choose easier "
+            "or harder rows with dataset"
         )
 
 

@@ -170,7 +170,7 @@ def test_a_recipe_that_saves_nothing_does_not_end_as_if_it_were_done(capsys):
         signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(SystemExit) as stopped:
-        one_sentence_errors(recipe)(None)
+        one_sentence_errors(recipe)(OmegaConf.create({}))
     assert stopped.value.code == 128 + signal.SIGTERM
     assert "SIGTERM: stopped before the end; nothing is saved" in capsys.readouterr().err
     assert interrupts.received_signal() == 0
