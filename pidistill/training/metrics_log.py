@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from pidistill.config import build
 from pidistill.distributed.run import Run
-from pidistill.jsonl import write_jsonl
+from pidistill.jsonl import whole_lines, write_jsonl
 
 log = utils.get_logger("INFO")
 
@@ -100,9 +100,7 @@ def _keep_rows_until(path: Path, step: int) -> list[dict[str, Any]]:
     """Cut off the rows after ``step``; returns those that stay. Step 0 is a fresh run: none stays."""
     if not path.is_file():
         return []
-    # Not splitlines(): texts hold characters such as U+2028 that it takes for line ends. What follows the last newline is
-    # empty, or the half of a line that a kill left.
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    lines = whole_lines(path)
     rows = [json.loads(line) for line in lines] if step > 0 else []
     kept = [row["step"] <= step for row in rows]
     temporary = path.with_suffix(".tmp")

@@ -30,7 +30,6 @@ from pidistill.commands.sweep.results import (
     group_interval,
     groups_of,
     mean_and_sd,
-    read_jsonl,
     read_results,
     run_numbers,
     total,
@@ -38,6 +37,7 @@ from pidistill.commands.sweep.results import (
 from pidistill.commands.sweep.values import Choices, Range, grid_values, parse_axis, parse_overrides, split_top_level
 from pidistill.config import check_config
 from pidistill.errors import InputError
+from pidistill.jsonl import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 
