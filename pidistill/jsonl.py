@@ -6,7 +6,24 @@ from pathlib import Path
 from typing import Any
 
 
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read the whole rows of a file that :func:`write_jsonl` wrote, none where there is no file.
+
+    A last line without its newline is one that a kill cut off; it is left out.
+    """
+    return [json.loads(line) for line in whole_lines(path)]
+
+
+def whole_lines(path: Path) -> list[str]:
+    """Read the lines that end with a newline and are not empty, none where there is no file."""
+    if not path.is_file():
+        return []
+    # Not splitlines(): a text may hold characters such as U+2028, which that takes for line ends.
+    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+
+
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Append one line per row."""
     # Half a surrogate pair, which a model can write, has no UTF-8; its backslash escape is JSON's own.
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

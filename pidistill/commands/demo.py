@@ -5,6 +5,7 @@ The sweep `configs/sweeps/demo.yaml`: trains each arm with its bundled config, e
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> None:
             base=arguments.base,
             seeds=arguments.seeds,
         )
-        run_sweep(SweepPlan(sweep))
+        ended_well = run_sweep(SweepPlan(sweep))
         report(sweep.output_dir)
     print(f"{time.perf_counter() - begin:.0f} s")
+    if not ended_well:
+        sys.exit(1)

@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torchtune._cli.tune import TuneCLIParser
 from torchtune._recipe_registry import _ALL_RECIPES, Config, Recipe
 
+from pidistill.commands.common import exit_on_input_error
 from pidistill.commands.places import folders
 
 
@@ -59,7 +60,9 @@ def main() -> None:
     register()
     command = next(iter(sys.argv[1:]), None)
     if command in COMMANDS:
-        importlib.import_module(COMMANDS[command]).main(sys.argv[2:])
+        with exit_on_input_error():  # a library that an extra would install is missing
+            module = importlib.import_module(COMMANDS[command])
+        module.main(sys.argv[2:])
         return
     parser = TuneCLIParser()
     parser._parser.prog = "pidistill"

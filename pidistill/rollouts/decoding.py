@@ -57,6 +57,14 @@ class _Step:
         return self.masks.get(repeats)
 
 
+def grown_columns(needed: int, most: int) -> int:
+    """Return the columns of a cache that has just grown to hold ``needed``: a quarter more, at least 64 more.
+
+    It gets no more than ``most``, the longest row that the sampler may reach.
+    """
+    return max(needed, min(most, needed + max(64, needed // 4)))
+
+
 class _Cache(nn.Module):
     """Keys and values of one layer, [slots, kv heads, columns, head dim]; each row fills its own columns from 0 on.
 
@@ -109,7 +117,7 @@ class _Cache(nn.Module):
 
     def _reserve(self, columns: int, like: Tensor) -> None:
         if self._k is None or columns > self._k.shape[2]:
-            wanted = max(columns, min(self._max_columns, columns + max(64, columns // 4)))
+            wanted = grown_columns(columns, self._max_columns)
             self._k, self._v = (self._grown(old, wanted, like) for old in (self._k, self._v))
 
     def _grown(self, old: Tensor | None, columns: int, like: Tensor) -> Tensor:

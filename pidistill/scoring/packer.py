@@ -14,7 +14,7 @@ and is not read.
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -60,28 +60,10 @@ class Packer:
         A rank that could do with fewer spreads its rollouts evenly over as many.
         """
         sizes = _sizes([rollout_of(item) for item in items], views)
-        most = max(1, self._run.max(len(self._cut(sizes, self.budget))))
-        low, high = 1, self.budget
-        while low < high:  # the smallest budget that needs no more lists
-            middle = (low + high) // 2
-            low, high = (low, middle) if len(self._cut(sizes, middle)) <= most else (middle + 1, high)
         first = 0
-        lengths = self._cut(sizes, high)
-        for length in lengths + [0] * (most - len(lengths)):
+        for length in micro_batch_lengths(sizes, self.packing, self.budget, self._run.max):
             yield list(items[first : first + length])
             first += length
-
-    def _cut(self, sizes: "Sequence[_Size]", budget: int) -> list[int]:
-        """Lengths of consecutive lists: a new one begins where the next rollout would not fit."""
-        lengths: list[int] = []
-        load = _Load(self.packing)
-        for size in sizes:
-            if not lengths or load.tokens_with(size) > budget:
-                load = _Load(self.packing)
-                lengths.append(0)
-            load.add(size)
-            lengths[-1] += 1
-        return lengths
 
     def balanced(
         self, items: list[tuple[Rollout, RolloutAdvantage]], views: tuple[ViewName, ...] = BOTH
@@ -116,7 +98,7 @@ def rollout_of(item: Any) -> Rollout:
 
 
 @dataclass(frozen=True)
-class _Size:
+class RolloutSize:
     """What one rollout adds to a forward: a row per view, or its completion once per view and its prompts if they are new."""
 
     prompts: int  # which prompts, as a number
@@ -126,7 +108,42 @@ class _Size:
     longest: int
 
 
-def _sizes(rollouts: Sequence[Rollout], views: tuple[ViewName, ...]) -> list[_Size]:
+def micro_batch_lengths(
+    sizes: Sequence[RolloutSize], packing: str, budget: int, most_of_ranks: Callable[[int], int] = int
+) -> list[int]:
+    """Return how many consecutive rollouts each micro-batch takes: as few lists as ``budget`` allows, spread evenly.
+
+    Args:
+        packing: ``tree`` or ``padded``.
+        budget: tokens of one forward.
+        most_of_ranks: takes the number of lists that this rank needs, and returns the largest number of all ranks. A rank
+            whose rollouts are too few for so many lists ends with empty ones.
+    """
+    most = max(1, most_of_ranks(len(_cut(sizes, packing, budget))))
+    if most == 1:
+        return [len(sizes)]
+    low, high = 1, budget
+    while low < high:  # the smallest budget that needs no more lists
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_cut(sizes, packing, middle)) <= most else (middle + 1, high)
+    lengths = _cut(sizes, packing, high)
+    return lengths + [0] * (most - len(lengths))
+
+
+def _cut(sizes: Sequence[RolloutSize], packing: str, budget: int) -> list[int]:
+    """Return the lengths of consecutive lists: a new one begins where the next rollout would not fit."""
+    lengths: list[int] = []
+    load = _Load(packing)
+    for size in sizes:
+        if not lengths or load.tokens_with(size) > budget:
+            load = _Load(packing)
+            lengths.append(0)
+        load.add(size)
+        lengths[-1] += 1
+    return lengths
+
+
+def _sizes(rollouts: Sequence[Rollout], views: tuple[ViewName, ...]) -> list[RolloutSize]:
     """Further sharing (text that two groups or two completions begin with) is left out: the true tree is smaller."""
     numbers: dict[Any, int] = {}
     tree_tokens: list[int] = []
@@ -140,7 +157,7 @@ def _sizes(rollouts: Sequence[Rollout], views: tuple[ViewName, ...]) -> list[_Si
         length = len(rollout.completion) - 1
         number = numbers[key]
         sizes.append(
-            _Size(number, tree_tokens[number], length * len(set(key)), len(views), length + max(len(p) for p in prompts))
+            RolloutSize(number, tree_tokens[number], length * len(set(key)), len(views), length + max(len(p) for p in prompts))
         )
     return sizes
 
@@ -153,12 +170,12 @@ class _Load:
         self._rows = self._longest = self._tokens = 0
         self._prompts: set[int] = set()
 
-    def tokens_with(self, size: _Size) -> int:
+    def tokens_with(self, size: RolloutSize) -> int:
         if self._padded:
             return (self._rows + size.rows) * max(self._longest, size.longest)
         return self._tokens + size.completion_tokens + (0 if size.prompts in self._prompts else size.prompt_tokens)
 
-    def add(self, size: _Size) -> None:
+    def add(self, size: RolloutSize) -> None:
         self._tokens = self.tokens_with(size)
         self._rows += size.rows
         self._longest = max(self._longest, size.longest)

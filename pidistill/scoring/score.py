@@ -7,7 +7,8 @@ states that predict policy tokens only.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -78,22 +79,52 @@ def _voices(teacher: Teacher | TransformerDecoder | None, model: TransformerDeco
     return [] if teacher is None or teacher.live else teacher.mixture(model)
 
 
+@dataclass(frozen=True)
+class Forwards:
+    """The forwards over a micro-batch that a request needs.
+
+    Attributes:
+        called: views that one forward of the trained model computes together, with the output head inside it.
+        gradient: those of ``called`` that gradient flows back from.
+        constant: views that the trained model computes under ``no_grad``, each in a forward of its own.
+        given: the side that the parts of a given teacher compute, each in a forward of its own; None where there is none. A
+            part that is the trained model itself needs no forward where the teacher view is in ``called``.
+    """
+
+    called: tuple[ViewName, ...]
+    gradient: tuple[ViewName, ...]
+    constant: tuple[ViewName, ...]
+    given: Literal["teacher", "given_teacher"] | None
+
+
+def list_forwards(request: ScoreRequest, *, live_teacher: bool) -> Forwards:
+    """List the forwards of ``request``; ``live_teacher`` where the trained model itself is the teacher."""
+    live = tuple(view for view in request.views if view == "student" or live_teacher or request.teacher_grad)
+    has_gradient = {"student": request.student_grad, "teacher": request.teacher_grad}
+    gradient = tuple(view for view in live if has_gradient[view])
+    called = gradient or live
+    given = None
+    if not live_teacher and "teacher" in request.views:
+        if "teacher" not in live:
+            given = "teacher"
+        elif any(divergence.grad == "student" for divergence in request.divergences):
+            given = "given_teacher"  # beside the trained teacher view, it serves only what reaches the student alone
+    return Forwards(called, gradient, tuple(view for view in live if view not in called), given)
+
+
 def _score(plan: ScorePlan, model: TransformerDecoder, batch: Batch, parts: list[MixturePart]) -> Float[Tensor, "K N"]:
     """Constant sides first, under no_grad; then one forward of the model for the sides it trains, with the head inside.
 
     Both views in one call: under FSDP2 every layer is gathered once, and so is the head.
     """
-    request, views = plan.request, batch.views
-    live = [side for side in request.views if side == "student" or not parts or request.teacher_grad]
-    called = [side for side in live if plan.side_has_gradient(side)] or live
-    constants = {side: [_constant(MixturePart(1.0, model), views, side, model)] for side in live if side not in called}
-    if parts and "teacher" in request.views:
-        given = "given_teacher" if "teacher" in live else "teacher"
+    views, forwards = batch.views, list_forwards(plan.request, live_teacher=not parts)
+    called = forwards.called
+    constants = {side: [_constant(MixturePart(1.0, model), views, side, model)] for side in forwards.constant}
+    if forwards.given is not None:
         # What the live teacher view is about to compute anyway is not computed twice.
         ready = model if "teacher" in called else None
-        if given == "teacher" or any(d.grad == "student" for d in request.divergences):
-            shared = model if called else None
-            constants[given] = [_constant(v, views, "teacher", shared, ready) for v in parts]
+        shared = model if called else None
+        constants[forwards.given] = [_constant(v, views, "teacher", shared, ready) for v in parts]
     if not called:
         return apply_head(plan, {}, constants["teacher"][0].weight, constants)
 

@@ -1,6 +1,7 @@
 """The cost model against what it models: the modules' counts, the packer's rows, what autograd keeps, FLOPs as torch counts."""
 
 import dataclasses
+import random
 from pathlib import Path
 
 import pytest
@@ -13,19 +14,22 @@ from torchtune.models.llama3 import llama3
 from torchtune.models.qwen2 import lora_qwen2, qwen2
 
 from pidistill.commands.plan.devices import Device
-from pidistill.commands.plan.memory import memory
+from pidistill.commands.plan.memory import cache_columns, memory
+from pidistill.commands.plan.reading import list_passes
 from pidistill.commands.plan.seconds import attention_flops, seconds
 from pidistill.commands.plan.shape import model_shape
 from pidistill.commands.plan.workload import Pass, Setup, Workload, count_tokens, micro_batches
 from pidistill.distributed.run import Run
 from pidistill.models import qwen3
 from pidistill.models.adapters import train_adapters_only
+from pidistill.rollouts.decoding import decoding
 from pidistill.scoring.batch import make_tree
 from pidistill.scoring.packer import Packer, rollout_of
-from pidistill.scoring.score import _forward
+from pidistill.scoring.score import _forward, score
 from pidistill.scoring.tree_attention import FLEX_BLOCK
-from pidistill.types import Example, PromptPair, Rollout
-from tests.support.builders import CPU
+from pidistill.teachers import FrozenTeacher, LiveTeacher, TrustRegionTeacher
+from pidistill.types import Divergence, Example, PromptPair, Rollout, ScoreRequest
+from tests.support.builders import CPU, batch_of, random_rollouts
 
 SIZES = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64, "intermediate_dim": 160, "max_seq_len": 256}
 BUILDERS = {
@@ -168,6 +172,63 @@ def test_tokens_are_those_of_the_packer(case, packing, views):
     assert counted.policy_at_once == max(batch.targets.numel() for batch in batches) * len(views)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_micro_batches_of_random_rounds_are_those_of_the_packer(seed):
+    draw = random.Random(seed)
+    student, teacher, completion = (draw.randint(1, most) for most in (12, 20, 9))
+    work = workload(
+        student=student,
+        teacher=teacher,
+        shared=draw.randint(0, min(student, teacher) - 1),
+        completion=completion,
+        group_size=draw.randint(1, 6),
+        trained_groups=draw.randint(1, 9),
+        micro_batch_tokens=draw.choice([1, 20, 50, 100, 300, 8192]),
+        packing=draw.choice(["tree", "padded"]),
+        views=draw.choice([BOTH, ("student",), ("teacher",)]),
+    )
+    packed = packer(work.micro_batch_tokens, work.packing)
+    lists = list(packed.micro_batches(rollouts(work), work.views))
+    assert [n for n, _ in micro_batches(work, work.trained_groups)] == [len(items) for items in lists]
+    fed = [packed.batch(items).views.of(*work.views).tokens.numel() for items in lists]
+    counted = count_tokens(work, work.views, work.trained_groups)
+    assert (counted.fed, counted.fed_at_once) == (sum(fed), max(fed))
+
+
+# ---------------------------------------------------------------------------------------------- forwards
+
+
+REQUESTS = [
+    ScoreRequest(student_grad, teacher_grad, views, divergences)
+    for student_grad in (False, True)
+    for teacher_grad in (False, True)
+    for views in (BOTH, ("student",), ("teacher",))
+    for divergences in (
+        (),
+        (Divergence("kl_student_teacher", grad="student"),),
+        (Divergence("kl_student_teacher", grad="none"),),
+    )
+    if views == BOTH or not divergences
+]
+
+
+@pytest.mark.parametrize("teacher", [LiveTeacher, FrozenTeacher, TrustRegionTeacher])
+@pytest.mark.parametrize("request_", REQUESTS, ids=str)
+def test_forwards_of_the_plan_are_those_that_the_scorer_runs(request_, teacher):
+    """Each forward of the trained model and of the teacher's own weights, in order, with the views that it reads."""
+    trained, frozen, own = BUILDERS["llama"](), BUILDERS["llama"](), teacher()
+    own.attach(lambda: frozen)
+    items = random_rollouts(3)
+    read = []
+    for name, module in (("trained", trained), ("teacher", frozen)):
+        module.register_forward_pre_hook(lambda _, args, name=name: read.append((name, args[0].shape[0] // len(items))))
+    score(trained, batch_of(items, packing="padded"), request_, teacher=own)
+    shapes = {"trained": model_shape(on_meta("llama")), "teacher": model_shape(on_meta("qwen3"))}
+    names = {shape: name for name, shape in shapes.items()}
+    planned = list_passes(request_, own, shapes["trained"], shapes["teacher"] if own.own_weights else None)
+    assert [(names[one.model], len(one.views)) for one in planned] == read
+
+
 def test_tree_tokens_are_distinct_prefixes_and_pairs_their_lengths():
     """The definition: a node of the tree is a prefix, and sees one key per token of it."""
     work = workload(micro_batch_tokens=10_000)
@@ -205,8 +266,22 @@ def test_ranks_divide_what_is_sharded_and_gather_the_whole_model_to_sample():
 
 def test_keys_and_values_are_those_of_the_rows_sampled_at_once():
     work = workload(groups=4, group_size=3, sampler_rows=6)
-    expected = 6 * (5 + 64) * 2 * 2 * (2 * 16) * 4  # rows, columns, keys and values, layers, kv heads x head dim, fp32
+    # rows, columns (the longest a row can become, below the 64 more that growth asks for), keys and values, layers,
+    # kv heads x head dim, fp32
+    expected = 6 * (5 + 4) * 2 * 2 * (2 * 16) * 4
     assert memory(setup(), work)["rollout"]["keys and values"] == expected
+
+
+@pytest.mark.parametrize("prompt, completion", [(350, 512), (5, 4), (3, 70), (64, 65), (1, 1), (90, 300), (257, 129)])
+def test_the_cache_has_the_columns_that_the_sampler_gives_it(prompt, completion):
+    """A real sampler reads the prompt and then every token but the last, one at a time."""
+    model = llama3(vocab_size=50, **(SIZES | {"num_layers": 1, "max_seq_len": 1024}))
+    with torch.no_grad(), decoding(model, prompt + completion, 0) as context:
+        context.reserve(1)
+        context.read_prompts([[1] * prompt], [0])
+        for _ in range(completion - 1):
+            context.read([0], [[1]])
+        assert cache_columns(prompt, completion) == context._caches[0]._k.shape[2]
 
 
 def test_adapters_and_checkpointing_save_what_they_say():

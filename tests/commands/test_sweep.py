@@ -30,7 +30,6 @@ from pidistill.commands.sweep.results import (
     group_interval,
     groups_of,
     mean_and_sd,
-    read_jsonl,
     read_results,
     run_numbers,
     total,
@@ -38,6 +37,7 @@ from pidistill.commands.sweep.results import (
 from pidistill.commands.sweep.values import Choices, Range, grid_values, parse_axis, parse_overrides, split_top_level
 from pidistill.config import check_config
 from pidistill.errors import InputError
+from pidistill.jsonl import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,11 +97,19 @@ def recipes(monkeypatch) -> Recipes:
 
 @pytest.fixture
 def sweep(tmp_path):
-    """The command, in this process, into tmp_path/out; returns the last row of each cell."""
+    """Run the command in this process, into tmp_path/out; return the last row of each cell. Status 1 must mean a failed one."""
 
     def run(*words: str) -> dict[str, dict]:
-        command.main([*words, "--output-dir", str(tmp_path / "out")])
-        return read_results(tmp_path / "out")
+        status = 0
+        try:
+            command.main([*words, "--output-dir", str(tmp_path / "out")])
+        except SystemExit as end:
+            status = end.code
+            if status != 1:
+                raise
+        rows = read_results(tmp_path / "out")
+        assert status == int(any(row["status"] == "failed" for row in rows.values()))
+        return rows
 
     return run
 
@@ -402,6 +410,34 @@ def test_a_folder_that_no_sweep_wrote_is_not_emptied(recipes, sweep, tmp_path):
     rows = sweep("tiny/opsd", "seed=0")
     assert "holds files that no sweep wrote" in rows["tiny/opsd,seed=0"]["error"]
     assert (folder / "mine.txt").read_text() == "precious" and not recipes.ran
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["tiny/opsd", "objective.bta=1", "seed=0"], "objective.bta is not an argument"),
+        (["tiny/opsd", "group_size=2,0"], "cell tiny/opsd,group_size=0 cannot run, so nothing was started: group_size=0"),
+        (["tiny/opsd", "objective._component_=pidistill.objectives.OPSD,pidistill.objectives.Nothing"], "Nothing"),
+        (["tiny/opsd", "no_such_key=1..3", "--search", "random", "--trials", "2"], "no_such_key"),
+        (["tiny/opsd", "group_size=0..4", "--search", "tpe", "--trials", "2"], "group_size=0"),
+    ],
+)
+def test_all_cells_are_checked_before_the_first_one_starts(recipes, sweep, tmp_path, words, sentence, capsys):
+    with pytest.raises(SystemExit) as end:
+        sweep(*words, "--evaluate", "tiny/evaluate")
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and said.startswith("error: ") and "\n" not in said
+    assert sentence in said and "nothing was started" in said
+    assert not recipes.ran and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command_, library", [("sweep", "optuna"), ("demo", "matplotlib")])
+def test_a_missing_library_is_one_sentence_with_the_extra_that_installs_it(command_, library):
+    code = f"import sys; sys.modules[{library!r}] = None; from pidistill.commands.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, command_, "--help"], cwd=ROOT, capture_output=True, text=True)
+    said = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and said[-1].startswith(f"error: the library {library} is not usable here")
+    assert "pip install 'pidistill[sweep]'" in said[-1] and "Traceback" not in done.stderr
 
 
 def test_wrong_commands_get_one_sentence(sweep, capsys):

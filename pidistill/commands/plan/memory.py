@@ -7,7 +7,7 @@ from math import ceil
 
 from pidistill.commands.plan.shape import ModelShape, kv_bytes
 from pidistill.commands.plan.workload import Setup, Workload, count_tokens
-from pidistill.rollouts.decoding import _TOKENS_PER_READ
+from pidistill.rollouts.decoding import _TOKENS_PER_READ, grown_columns
 from pidistill.scoring.head_numbers import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 
 # Python, torch and the data on a CPU; the context and the libraries' workspaces on CUDA.
@@ -57,16 +57,20 @@ def _rollout_bytes(setup: Setup, work: Workload) -> dict[str, float]:
     return {
         # Gathered once per rollout on every rank, beside its shard.
         "gathered weights": _gathered_bytes(setup, whole=True),
-        "keys and values": rows * _columns(prompt, prompt + work.completion - 1) * kv_bytes(model),
+        "keys and values": rows * cache_columns(prompt, work.completion) * kv_bytes(model),
         "prefill or step": max(read_at_once * _passing_bytes(model), rows * model.vocabulary * _LOGIT_BYTES),
     }
 
 
-def _columns(prompt: int, needed: int) -> int:
-    """Of the cache in the end: it grows by a quarter, at least by 64, whenever it is full."""
-    columns = prompt + max(64, prompt // 4)
-    while columns < needed:
-        columns += 1 + max(64, (columns + 1) // 4)
+def cache_columns(prompt: int, completion: int) -> int:
+    """Return the columns of the sampler's cache at the end: it grows whenever a row's next token finds it full.
+
+    The last token of a completion is sampled and never read.
+    """
+    most = prompt + completion
+    columns = grown_columns(prompt, most)
+    while columns < most - 1:
+        columns = grown_columns(columns + 1, most)
     return columns
 
 

@@ -21,6 +21,7 @@ from pidistill.commands.plan.workload import Pass, Setup, Workload
 from pidistill.config import build, resolve
 from pidistill.errors import InputError
 from pidistill.models.empty import empty_model
+from pidistill.scoring.score import list_forwards
 from pidistill.teachers import EMATeacher, LiveTeacher, Teacher, TrustRegionTeacher
 from pidistill.training.keys import COMMON_KEYS, ROUND_KEYS
 from pidistill.training.optimizers import cpu_offload
@@ -63,8 +64,8 @@ def setup_of(cfg: DictConfig, ranks: int, device: str) -> Setup:
     other = shape_of(cfg.get("teacher_model") or cfg.model, dtype_of(cfg)) if teacher.own_weights else None
     return Setup(
         model=model,
-        update=tuple(_passes(request, teacher, model, other)),
-        behaviour=tuple(_passes(behaviour, teacher, model, other)) if behaviour else (),
+        update=tuple(list_passes(request, teacher, model, other)),
+        behaviour=tuple(list_passes(behaviour, teacher, model, other)) if behaviour else (),
         teacher_bytes=other.weights_bytes if other else 0.0,
         average_elements=model.trained if isinstance(teacher, EMATeacher) else 0,
         state_bytes=_state_bytes(cfg.optimizer, model.item_bytes),
@@ -76,23 +77,16 @@ def setup_of(cfg: DictConfig, ranks: int, device: str) -> Setup:
     )
 
 
-def _passes(request: ScoreRequest, teacher: Teacher, model: ModelShape, other: ModelShape | None) -> Iterator[Pass]:
-    """The forwards of `pidistill.scoring.score.score`: views with gradient in one, every constant view in one of its own."""
-    gradient = tuple(view for view in request.views if (request.student_grad, request.teacher_grad)[view == "teacher"])
-    live = tuple(view for view in request.views if view == "student" or teacher.live or request.teacher_grad)
-    called = gradient or live
-    yield from (Pass(model, (view,)) for view in live if view not in called)
-    # Beside a live teacher view that is trained, a given teacher serves only what reaches the student alone.
-    if not teacher.live and "teacher" in request.views and ("teacher" not in live or _reaches_student(request)):
+def list_passes(request: ScoreRequest, teacher: Teacher, model: ModelShape, other: ModelShape | None) -> Iterator[Pass]:
+    """Yield the scorer's forwards of ``request``, each with the model that computes it."""
+    forwards = list_forwards(request, live_teacher=teacher.live)
+    yield from (Pass(model, (view,)) for view in forwards.constant)
+    if forwards.given is not None:
         yield Pass(other or model, ("teacher",))
-        if isinstance(teacher, TrustRegionTeacher) and "teacher" not in live:
+        if isinstance(teacher, TrustRegionTeacher) and "teacher" not in forwards.called:  # its other part: the trained model
             yield Pass(model, ("teacher",))
-    if called:
-        yield Pass(model, called, gradient)
-
-
-def _reaches_student(request: ScoreRequest) -> bool:
-    return any(divergence.grad == "student" for divergence in request.divergences)
+    if forwards.called:
+        yield Pass(model, forwards.called, forwards.gradient)
 
 
 def workload_of(cfg: DictConfig, lengths: Lengths, ranks: int) -> Workload:

@@ -1,14 +1,14 @@
 """The work of one round on one rank: its lengths and groups, the forwards over them, how they are trained, and their tokens.
 
-All rollouts have the same lengths here. Micro-batches are cut as :class:`pidistill.scoring.packer.Packer` cuts them.
+All rollouts have the same lengths here. The packer itself (:mod:`pidistill.scoring.packer`) cuts them into micro-batches.
 """
 
-from bisect import bisect_right
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Literal
 
 from pidistill.commands.plan.shape import ModelShape
+from pidistill.scoring.packer import RolloutSize, micro_batch_lengths
 from pidistill.scoring.tree_attention import FLEX_BLOCK
 from pidistill.types import ViewName
 
@@ -146,32 +146,20 @@ def _shares(work: Workload, views: tuple[ViewName, ...]) -> tuple[_Share, _Share
 
 @lru_cache(maxsize=256)
 def micro_batches(work: Workload, groups: int) -> tuple[tuple[int, int], ...]:
-    """(rollouts, groups that they belong to) of each, as :class:`~pidistill.scoring.packer.Packer` cuts them: as few lists as
-    the budget allows, spread evenly."""
-    rollouts, (group, rollout) = groups * work.group_size, _shares(work, work.views)
+    """Return (rollouts, groups that they belong to) of each micro-batch, as the packer cuts them."""
+    sizes = [_size(work, group) for group in range(groups) for _ in range(work.group_size)]
+    parts, first = [], 0
+    for n in micro_batch_lengths(sizes, work.packing, max(1, work.micro_batch_tokens)):
+        parts.append((n, len({size.prompts for size in sizes[first : first + n]})))
+        first += n
+    return tuple(parts)
 
-    def touched(first: int, n: int) -> int:
-        return (first + n - 1) // work.group_size - first // work.group_size + 1
 
-    def tokens(first: int, n: int) -> int:
-        return touched(first, n) * group.tokens + n * rollout.tokens
-
-    def cut(budget: int) -> list[tuple[int, int]]:
-        """Consecutive rollouts as long as they fit, at least one."""
-        parts, first = [], 0
-        while first < rollouts:
-            n = max(1, bisect_right(range(1, rollouts - first + 1), budget, key=partial(tokens, first)))
-            parts.append((n, touched(first, n)))
-            first += n
-        return parts or [(0, 0)]
-
-    high = max(1, work.micro_batch_tokens)
-    most = len(cut(high))
-    low = min(high, tokens(0, rollouts) // most)  # less cannot hold all of them
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(cut(middle)) <= most else (middle + 1, high)
-    return tuple(cut(high))
+def _size(work: Workload, group: int) -> RolloutSize:
+    """Return what a rollout of this group adds to a forward over all the views of ``work``."""
+    trunk, leaf = (sum(n for _, n in branches) for branches in (_trunk(work, work.views), _leaf(work, work.views)))
+    longest = max(work.prompt(view) for view in work.views) + work.completion - 1
+    return RolloutSize(group, trunk, leaf, len(work.views), longest)
 
 
 Branch = tuple[int, int]  # (position of its first token, tokens)

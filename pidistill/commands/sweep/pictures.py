@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from pidistill.commands.sweep.results import Group, Record, group_interval, groups_of, is_number, read_jsonl
+from pidistill.commands.sweep.results import Group, Record, group_interval, groups_of, is_number
+from pidistill.jsonl import read_jsonl
 
 PANELS_FROM = 7  # so many arms no longer fit into one panel: each gets its own
 Curve = dict[int, float]

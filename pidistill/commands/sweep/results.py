@@ -17,6 +17,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pidistill.jsonl import read_jsonl, write_jsonl
+
 RESULTS = "results.jsonl"
 ORDER = "arms.json"
 BOOTSTRAP_SAMPLES = 4000
@@ -30,13 +32,6 @@ Record = dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------------- what a run left
-
-
-def read_jsonl(path: Path) -> list[Record]:
-    if not path.is_file():
-        return []
-    # Not splitlines(): a text may hold U+2028. A last line without its end is one that a kill cut off.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
 
 
 def total(values: Sequence[float | None]) -> float | None:
@@ -119,8 +114,7 @@ def write_order(output_dir: Path, names: Sequence[str]) -> None:
 
 
 def append_result(output_dir: Path, row: Record) -> None:
-    with (output_dir / RESULTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_jsonl(output_dir / RESULTS, [row])
 
 
 # ------------------------------------------------------------------------------------------- groups: cells that differ by seed

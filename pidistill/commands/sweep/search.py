@@ -25,8 +25,9 @@ from pidistill.commands.sweep.cells import (
     stage_fingerprint,
     with_overrides,
 )
+from pidistill.commands.sweep.check import check_cells
 from pidistill.commands.sweep.execute import cell_fingerprint, locked, print_line, run_cell, try_lock
-from pidistill.commands.sweep.results import append_result, read_results
+from pidistill.commands.sweep.results import append_result, read_results, write_order
 from pidistill.commands.sweep.values import Axis, Choices
 from pidistill.errors import InputError
 
@@ -54,15 +55,23 @@ def check_plan(plan: SweepPlan) -> None:
         )
 
 
-def run_sweep(plan: SweepPlan, workers: int = 1) -> None:
-    """Run what is not yet done, with this process or with ``workers`` started from here; others may join in the same folder."""
+def run_sweep(plan: SweepPlan, workers: int = 1) -> bool:
+    """Run what is not yet done, with this process or with ``workers`` started from here; others may join in the same folder.
+
+    Every cell is checked before the first one starts.
+
+    Returns:
+        True if no cell of this sweep failed and no worker ended early.
+    """
     check_plan(plan)
+    check_cells(plan.sweep, plan.search)
     plan.sweep.output_dir.mkdir(parents=True, exist_ok=True)
+    write_order(plan.sweep.output_dir, plan.sweep.order)
     if plan.search == "grid":
         enrol(plan.sweep)
     if workers == 1:
         work(plan)
-        return
+        return not _failed_cells(plan)
     context = multiprocessing.get_context("spawn")  # a fork would share SQLite's connections
     processes = [context.Process(target=work, args=(plan,)) for _ in range(workers)]
     for process in processes:
@@ -72,6 +81,15 @@ def run_sweep(plan: SweepPlan, workers: int = 1) -> None:
     ended_badly = [process.exitcode for process in processes if process.exitcode]
     if ended_badly:
         print_line(f"{len(ended_badly)} of {workers} workers ended early (exit codes {ended_badly}); the same command goes on")
+    return not ended_badly and not _failed_cells(plan)
+
+
+def _failed_cells(plan: SweepPlan) -> list[str]:
+    """List the failed cells of this sweep: of a grid its own cells, of a search all cells of its arms."""
+    rows = read_results(plan.sweep.output_dir)
+    arms = {arm.name for arm in plan.sweep.arms}
+    own = {cell.id for cell in grid_cells(plan.sweep)} if plan.search == "grid" else rows
+    return [cell for cell, row in rows.items() if cell in own and row["arm"] in arms and row["status"] != "ok"]
 
 
 def work(plan: SweepPlan) -> None:
