@@ -112,6 +112,9 @@ def with_tail(logp: Float[Tensor, "*tokens V"], ids: Int[Tensor, "*tokens K"]) -
     return torch.cat([logp.gather(-1, ids), tail], dim=-1)
 
 
+NAMES = ("kl_teacher_student", "kl_student_teacher", "jsd")
+
+
 def divergence(
     request: Divergence, teacher_logp: Float[Tensor, "*tokens V"], student_logp: Float[Tensor, "*tokens V"]
 ) -> Float[Tensor, "*tokens"]:
@@ -119,7 +122,7 @@ def divergence(
 
     ``kl_teacher_student`` is KL(T||S), ``kl_student_teacher`` KL(S||T), ``jsd`` the generalised JSD with ``request.beta``. With
     ``top_k`` it is that of the (K+1)-way distributions of :func:`with_tail` over the student's K most probable tokens, a choice
-    without gradient; ``entry_clip`` then bounds each of the K+1 terms.
+    without gradient; ``entry_clip`` then bounds each of the K+1 terms. ``fn`` takes the place of the named formulas.
 
     Raises:
         InputError: what :func:`check_divergence` refuses; ``top_k`` above the vocabulary.
@@ -135,6 +138,8 @@ def divergence(
             )
         ids = student.detach().topk(request.top_k, dim=-1).indices
         teacher, student = with_tail(teacher, ids), with_tail(student, ids)
+    if request.fn is not None:
+        return _own_value(request, teacher, student)
     if request.name == "jsd":
         return generalised_jsd(teacher, student, request.beta)
     p, q = (teacher, student) if request.name == "kl_teacher_student" else (student, teacher)
@@ -143,8 +148,16 @@ def divergence(
 
 def check_divergence(request: Divergence) -> None:
     """Refuse an unknown name or side, and options that the named divergence does not have."""
-    if request.name not in ("kl_teacher_student", "kl_student_teacher", "jsd"):
-        raise InputError(f"unknown divergence {request.name!r}; choose kl_teacher_student, kl_student_teacher or jsd")
+    if request.fn is None and request.name not in NAMES:
+        raise InputError(
+            f"unknown divergence {request.name!r}; choose kl_teacher_student, kl_student_teacher or jsd, or give the dotted "
+            "path of a function of your own"
+        )
+    if request.fn is not None and (request.name in NAMES or request.entry_clip is not None):
+        raise InputError(
+            f"divergence {request.name}: a function of one's own needs a name of its own, and no "
+            f"entry_clip={request.entry_clip}, which bounds the terms of a KL"
+        )
     if request.grad not in ("student", "teacher", "both", "none"):
         raise InputError(f"divergence {request.name}: grad={request.grad!r} is not one of student, teacher, both, none")
     if (request.beta is not None) != (request.name == "jsd"):
@@ -159,6 +172,19 @@ def check_divergence(request: Divergence) -> None:
         )
     if request.top_k is not None and request.top_k < 1:
         raise InputError(f"divergence {request.name}: top_k={request.top_k} must be at least 1")
+
+
+def _own_value(
+    request: Divergence, teacher: Float[Tensor, "*tokens V"], student: Float[Tensor, "*tokens V"]
+) -> Float[Tensor, "*tokens"]:
+    value = request.fn(teacher, student)
+    if not isinstance(value, Tensor) or value.shape != teacher.shape[:-1]:
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(
+            f"divergence {request.name}: its function gave a result of {got} for log-probs of shape {list(teacher.shape)}; it "
+            f"must give one number per token, shape {list(teacher.shape[:-1])} (sum over the last dimension only)"
+        )
+    return value
 
 
 def _require_fp32(*logps: Tensor) -> None:

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pidistill.scoring.head_numbers import ScorePlan, at_least_fp32, chunk_numbers, logits_to_gradients
+from pidistill.types import check_per_token
 
 OTHER_LOSS = (
     "the loss given to the scorer is not the one that was differentiated (up to one factor), so the head runs twice: right, "
@@ -240,7 +241,9 @@ def _coefficients_of_loss(plan: ScorePlan) -> Coefficients:
             values = list(numbers.clone())
             for row, leaf in zip(rows, leaves, strict=True):
                 values[row] = leaf
-            total = plan.loss(chunk, plan.as_scores(values)).sum()
+            loss = plan.loss(chunk, plan.as_scores(values))
+            check_per_token(loss, numbers.shape[1])
+            total = loss.sum()
         if not leaves or not total.requires_grad:
             return numbers.new_zeros(len(rows), numbers.shape[1])
         return torch.stack(torch.autograd.grad(total, leaves, materialize_grads=True))

@@ -135,7 +135,7 @@ def _at(logp: Float[Tensor, "c V"], targets: Int[Tensor, " c"]) -> Float[Tensor,
 
 def _is_plain(name: Divergence, teacher: Tensor, student: Tensor) -> bool:
     """Over one vocabulary and without options: done by hand here, the others by :mod:`pidistill.losses.divergences`."""
-    return name.top_k is None and name.entry_clip is None and teacher.shape == student.shape
+    return name.fn is None and name.top_k is None and name.entry_clip is None and teacher.shape == student.shape
 
 
 def _divergence(name: Divergence, teacher: str, logp: dict[str, Tensor], p: dict[str, Tensor]) -> Float[Tensor, " c"]:

@@ -39,3 +39,12 @@ def test_a_teacher_without_privileged_information_leaves_the_weights_bit_equal(
     assert all(torch.equal(p, starts[0][key]) for key, p in recipe._model.named_parameters())
     if name == "sdft":
         assert isinstance(recipe._teacher, EMATeacher)
+
+
+def test_a_run_with_a_divergence_of_ones_own_learns_and_logs_it(tiny_base, tmp_path):
+    path = "tests.support.own_divergences.renyi"
+    with quick_setup():
+        run("opsd_ucla", small_config("opsd_ucla", tiny_base, tmp_path, max_steps=1, objective__divergence=path))
+    (row,) = [row for row in metrics(tmp_path) if "loss" in row]
+    assert row["renyi_nats"] > 0 and row["grad_norm"] > 0
+    assert row["loss"] == pytest.approx(row["renyi_nats"], rel=1e-4)
