@@ -254,14 +254,14 @@ class TokenLoss:
         InputError: a loss that is not one number per policy token, such as a mean over them.
     """
 
-    loss: Float[Tensor, " N"]
+    loss: Tensor  # [N], checked below in one sentence
     metrics: dict[str, Float[Tensor, " N"]]
 
     def __post_init__(self) -> None:
         check_per_token(self.loss)
 
 
-def check_per_token(loss: Tensor, tokens: int | None = None) -> None:
+def check_per_token(loss: object, tokens: int | None = None) -> None:
     """Refuse a loss that is not one number per policy token, ``tokens`` of them where that is known."""
     if not isinstance(loss, Tensor) or loss.ndim != 1 or (tokens is not None and len(loss) != tokens):
         got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

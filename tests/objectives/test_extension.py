@@ -12,7 +12,7 @@ from pidistill.objectives.base import Objective
 from pidistill.scoring.head import apply_head
 from pidistill.scoring.head_numbers import ScorePlan
 from pidistill.scoring.score import score
-from pidistill.types import Divergence, ScoreRequest, TokenLoss
+from pidistill.types import Divergence, ScoreRequest, TokenLoss, check_per_token
 from tests.support import own_divergences
 from tests.support.builders import batch_of, model, random_rollouts
 
@@ -113,4 +113,4 @@ def test_a_token_loss_that_is_not_one_number_per_token_is_refused(size, shape):
 
 def test_a_number_as_token_loss_is_refused():
     with pytest.raises(InputError, match="a loss of float where one number per policy token"):
-        TokenLoss(0.5, {})
+        check_per_token(0.5)
