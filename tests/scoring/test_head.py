@@ -254,7 +254,7 @@ def test_a_loss_across_tokens_is_not_given():
 
 @pytest.mark.parametrize("rollouts", [0, 3])
 def test_supervised_loss_with_and_without_tokens(rollouts, monkeypatch):
-    """T-j: without tokens a zero loss with a gradient function, and zero gradients everywhere."""
+    """without tokens a zero loss with a gradient function, and zero gradients everywhere."""
     module, batch = model(0), batch_of(random_rollouts(rollouts))
     calls = passes(monkeypatch)
     scores = score(module, batch, ScoreRequest(True, False, views=("student",)), loss=student_nll)
