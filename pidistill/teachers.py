@@ -127,7 +127,7 @@ class HiddenMemory:
     def of(
         self, rollouts: Sequence[Rollout], none: Float[Tensor, "0 H"], read: Callable[[], Float[Tensor, "N H"]]
     ) -> Float[Tensor, "N H"]:
-        """Of the policy tokens of ``rollouts``: kept ones if that is all of them on every rank, else what ``read`` gives."""
+        """Return those of the policy tokens of ``rollouts``: kept ones if every rank has all of its own, else what ``read`` gives."""
         kept = [self._kept.get(rollout.key) for rollout in rollouts]
         if _on_all_ranks(all(hidden is not None for hidden in kept), none.device):
             return torch.cat([none, *(hidden.to(none.device) for hidden in kept)])
@@ -262,7 +262,7 @@ def _frozen(module: TransformerDecoder) -> TransformerDecoder:
 
 
 def _reshard(model: nn.Module) -> None:
-    """Back to the shards: `fsdp_reshard_after_forward: false` leaves whole copies, and what is written to those is lost."""
+    """Return to the shards: `fsdp_reshard_after_forward: false` leaves whole copies, and what is written to those is lost."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -175,7 +175,7 @@ def _nothing_yet(
 def _add_gradients(
     done: _Pass, chunk: slice, grad_logits: Float[Tensor, "M V"], hidden: Float[Tensor, "M H"], weight: Float[Tensor, "V H"]
 ) -> None:
-    """Those of a chunk's hidden states, and its share of the head's; M = live sides · C."""
+    """Add the gradients of a chunk's hidden states, and its share of the head's; M = live sides · C."""
     for side, grad in zip(done.grad_hidden, (grad_logits @ weight).split(chunk.stop - chunk.start), strict=True):
         done.grad_hidden[side][chunk] = grad
     total, beta = done.grad_weight, float(chunk.start > 0)
@@ -223,7 +223,7 @@ def _rows_equal_to_student(
 
 
 def _term_logits(terms: list[ConstantPart], live_teacher: Tensor | None, weight: Tensor, chunk: slice) -> Float[Tensor, "C V"]:
-    """Of a constant side; a mixture has the ids that all its terms have."""
+    """Return the logits of a constant side; a mixture has the ids that all its terms have."""
     parts = [term.logits(live_teacher, weight, chunk) for term in terms]
     if len(parts) == 1:
         return parts[0]

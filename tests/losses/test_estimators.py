@@ -71,7 +71,7 @@ def row(estimator, seed: int, sampler: str = "teacher", end: int | None = None) 
     return cosine_and_norm_ratio(chain.expected_gradient(estimator), chain.true_gradient())
 
 
-# ------------------------------------------------------------------------------------------- the table of modes and their gradients
+# --------------------------------------------------------------------------------- the table of modes and their gradients
 
 
 @pytest.mark.parametrize(("sampler", "end"), CHAINS)
