@@ -127,7 +127,7 @@ class HiddenMemory:
     def of(
         self, rollouts: Sequence[Rollout], none: Float[Tensor, "0 H"], read: Callable[[], Float[Tensor, "N H"]]
     ) -> Float[Tensor, "N H"]:
-        """Return those of the policy tokens of ``rollouts``: kept ones if every rank has all of its own, else what ``read`` gives."""
+        """Return those of the policy tokens of ``rollouts``: kept ones if all ranks have all of them, else from ``read``."""
         kept = [self._kept.get(rollout.key) for rollout in rollouts]
         if _on_all_ranks(all(hidden is not None for hidden in kept), none.device):
             return torch.cat([none, *(hidden.to(none.device) for hidden in kept)])
