@@ -57,60 +57,53 @@ NO_ADAPTERS = (
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Attributes:
+    """Whose weights score the teacher view. A teacher subclasses this and says what differs.
 
-    live: True where the trained model itself is the teacher; only then can the teacher view be trained.
-    own_weights: True where it holds weights beside the trained model's; only then can they be another checkpoint's.
-    can_sample: False where its distribution is no single model's, so that the sampler cannot draw from it.
+    As written here it holds no weights and no state, and it can sample.
+
+    Attributes:
+        live: True where the trained model itself is the teacher; only then can the teacher view be trained.
+        own_weights: True where it holds weights beside the trained model's; only then can they be another checkpoint's.
+        can_sample: False where its distribution is no single model's, so that the sampler cannot draw from it.
     """
 
-    live: bool
-    own_weights: bool
-    can_sample: bool
+    live: bool = False
+    own_weights: bool = False
+    can_sample: bool = True
 
     def attach(self, load_copy: LoadCopy) -> None:
-        """Called once, after the trained model is set up; ``load_copy`` loads (and shards) the initial weights again."""
+        """Take what is needed once the trained model is set up; ``load_copy`` loads (and shards) the initial weights again."""
+        return None
 
     def update(self, model: nn.Module) -> None:
-        """Called after every optimiser step."""
+        """Follow the trained model after an optimiser step."""
+        return None
 
     def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
-        """The parts whose logits add up to the teacher's, ``model`` being the trained one; their shares sum to 1."""
+        """Return the parts whose logits add up to the teacher's, ``model`` being the trained one; their shares sum to 1."""
+        ...
 
     def sampling_weights(self, model: TransformerDecoder) -> AbstractContextManager[TransformerDecoder]:
-        """`with` these weights the teacher samples."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold (tensors may be sharded); empty if the teacher can be rebuilt from the config."""
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
-
-
-class LiveTeacher:
-    """The trained weights themselves, seeing the privileged information (π-Distill, OPSD)."""
-
-    live = True
-    own_weights = False
-    can_sample = True
-
-    def attach(self, load_copy: LoadCopy) -> None:
-        pass
-
-    def update(self, model: nn.Module) -> None:
-        pass
-
-    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
-        return [MixturePart(1.0, model)]
-
-    def sampling_weights(self, model: TransformerDecoder) -> AbstractContextManager[TransformerDecoder]:
+        """Return the context in which the teacher's weights sample."""
         (part,) = self.mixture(model)
         return part.weights()
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold (tensors may be sharded); empty if the teacher can be rebuilt from the config."""
         return {}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        pass
+        """Take back what :meth:`state_dict` returned."""
+        return None
+
+
+class LiveTeacher(Teacher):
+    """The trained weights themselves, seeing the privileged information (π-Distill, OPSD)."""
+
+    live = True
+
+    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+        return [MixturePart(1.0, model)]
 
 
 class HiddenMemory:
@@ -134,7 +127,7 @@ class HiddenMemory:
     def of(
         self, rollouts: Sequence[Rollout], none: Float[Tensor, "0 H"], read: Callable[[], Float[Tensor, "N H"]]
     ) -> Float[Tensor, "N H"]:
-        """Of the policy tokens of ``rollouts``: kept ones if that is all of them on every rank, else what ``read`` gives."""
+        """Return those of the policy tokens of ``rollouts``: kept ones if all ranks have all of them, else from ``read``."""
         kept = [self._kept.get(rollout.key) for rollout in rollouts]
         if _on_all_ranks(all(hidden is not None for hidden in kept), none.device):
             return torch.cat([none, *(hidden.to(none.device) for hidden in kept)])
@@ -156,14 +149,12 @@ def _on_all_ranks(yes: bool, device: torch.device) -> bool:
     return bool(answer)
 
 
-class AdapterOffTeacher(LiveTeacher):
+class AdapterOffTeacher(Teacher):
     """The trained model with its LoRA adapters switched off: the initial weights, without a second copy of them.
 
     Args:
         cache_gib: see :class:`HiddenMemory`; 0 keeps nothing.
     """
-
-    live = False
 
     def __init__(self, cache_gib: float = 0.0) -> None:
         self._memory = HiddenMemory(cache_gib) if cache_gib else None
@@ -172,7 +163,7 @@ class AdapterOffTeacher(LiveTeacher):
         return [MixturePart(1.0, model, adapters=False, memory=self._memory)]
 
 
-class FrozenTeacher(LiveTeacher):
+class FrozenTeacher(Teacher):
     """The initial weights, never changed; with `teacher_checkpointer` (and `teacher_model`) another model's.
 
     Another model may be of another size and have more or fewer padded rows in its output, see :mod:`pidistill.scoring.score`;
@@ -182,26 +173,26 @@ class FrozenTeacher(LiveTeacher):
         cache_gib: see :class:`HiddenMemory`; 0 keeps nothing.
     """
 
-    live = False
     own_weights = True
 
     def __init__(self, cache_gib: float = 0.0) -> None:
         self._memory = HiddenMemory(cache_gib) if cache_gib else None
 
     def attach(self, load_copy: LoadCopy) -> None:
-        self.module = load_copy().requires_grad_(False).eval()
+        self.module = _frozen(load_copy())
 
     def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
         return [MixturePart(1.0, self.module, memory=self._memory)]
 
 
-class TrustRegionTeacher(FrozenTeacher):
+class TrustRegionTeacher(Teacher):
     """Teacher logits = (1 − live_share)·reference + live_share·live, a step from the reference towards the student.
 
     SDPO's (arXiv 2601.20802) at .01. The reference is the initial model or that of `teacher_checkpointer`; both see the teacher
     view, and neither gets gradient. A distribution of two models' logits is no model's own: it scores, and cannot sample.
     """
 
+    own_weights = True
     can_sample = False
 
     def __init__(self, live_share: float = 0.01) -> None:
@@ -211,6 +202,9 @@ class TrustRegionTeacher(FrozenTeacher):
             )
         self.live_share = live_share
 
+    def attach(self, load_copy: LoadCopy) -> None:
+        self.module = _frozen(load_copy())
+
     def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
         return [MixturePart(1.0 - self.live_share, self.module), MixturePart(self.live_share, model)]
 
@@ -218,12 +212,14 @@ class TrustRegionTeacher(FrozenTeacher):
         raise InputError("a trust-region teacher mixes two models' logits and cannot sample; choose another teacher")
 
 
-class EMATeacher(FrozenTeacher):
+class EMATeacher(Teacher):
     """φ ← (1−rate)·φ + rate·θ after every optimiser step, starting from the initial weights.
 
     The average is kept in fp32 whatever the model's dtype: in bf16 a small rate would round every step away. Of a model with
     LoRA adapters these alone are averaged; the rest never moves.
     """
+
+    own_weights = True
 
     def __init__(self, rate: float = 0.05) -> None:
         if not 0.0 < rate <= 1.0:
@@ -238,7 +234,7 @@ class EMATeacher(FrozenTeacher):
     def attach(self, load_copy: LoadCopy) -> None:
         module = load_copy()
         self._average = {name: p.detach().float() for name, p in module.named_parameters() if p.requires_grad}
-        super().attach(lambda: module)
+        self.module = _frozen(module)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -261,8 +257,12 @@ class EMATeacher(FrozenTeacher):
             self.module.get_parameter(name).copy_(average)
 
 
+def _frozen(module: TransformerDecoder) -> TransformerDecoder:
+    return module.requires_grad_(False).eval()
+
+
 def _reshard(model: nn.Module) -> None:
-    """Back to the shards: `fsdp_reshard_after_forward: false` leaves whole copies, and what is written to those is lost."""
+    """Return to the shards: `fsdp_reshard_after_forward: false` leaves whole copies, and what is written to those is lost."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pidistill.errors import InputError
 from pidistill.scoring.tree_attention import TreeMask
 
 if TYPE_CHECKING:
@@ -198,18 +199,22 @@ class Divergence:
     """A full-vocabulary divergence that an objective asks the scorer for.
 
     Attributes:
-        name: ``kl_teacher_student``, ``kl_student_teacher`` or ``jsd`` (generalised, see :mod:`pidistill.losses.divergences`).
+        name: ``kl_teacher_student``, ``kl_student_teacher`` or ``jsd`` (generalised, see :mod:`pidistill.losses.divergences`);
+            with ``fn`` any other name.
         grad: the side that gradient reaches; the other side's log-probs are constants.
         beta: weight of the teacher in the mixture; only for ``jsd``.
         entry_clip: upper bound of each vocabulary entry's term before the sum; only for the two KLs.
         top_k: the divergence after merging all but the student's K most probable tokens into one tail bucket.
+        fn: a divergence of one's own: from the log-probs of the teacher and of the student, [C, V] each and in fp32, one number
+            per token, [C], in nats. The head calls it for C tokens at a time and differentiates it by autograd.
     """
 
-    name: Literal["kl_teacher_student", "kl_student_teacher", "jsd"]
-    grad: Literal["student", "teacher", "both", "none"]
+    name: str
+    grad: Literal["student", "teacher", "both", "none"] = "student"
     beta: float | None = None
     entry_clip: float | None = None
     top_k: int | None = None
+    fn: Callable[[Float[Tensor, "C V"], Float[Tensor, "C V"]], Float[Tensor, " C"]] | None = None
 
 
 @dataclass(frozen=True)
@@ -243,10 +248,28 @@ class Scores:
 
 @dataclass
 class TokenLoss:
-    """An objective's answer: a loss per policy token (nats, not reduced) and detached per-token values to log as means."""
+    """An objective's answer: a loss per policy token (nats, not reduced) and detached per-token values to log as means.
 
-    loss: Float[Tensor, " N"]
+    Raises:
+        InputError: a loss that is not one number per policy token, such as a mean over them.
+    """
+
+    loss: Tensor  # [N], checked below in one sentence
     metrics: dict[str, Float[Tensor, " N"]]
+
+    def __post_init__(self) -> None:
+        check_per_token(self.loss)
+
+
+def check_per_token(loss: object, tokens: int | None = None) -> None:
+    """Refuse a loss that is not one number per policy token, ``tokens`` of them where that is known."""
+    if not isinstance(loss, Tensor) or loss.ndim != 1 or (tokens is not None and len(loss) != tokens):
+        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        wanted = "one number per policy token" if tokens is None else f"one number for each of the {tokens} policy tokens"
+        raise InputError(
+            f"the objective's token_loss gave a loss of {got} where {wanted} is needed; remove its .mean() or .sum(), the "
+            "recipe averages over all policy tokens of the step"
+        )
 
 
 PerTokenLoss = Callable[[Batch, Scores], Float[Tensor, " N"]]  # of any slice of a batch

@@ -18,25 +18,29 @@ from pidistill.types import Divergence
 def kl(
     logp: Float[Tensor, "*tokens V"], logq: Float[Tensor, "*tokens V"], entry_clip: float | None = None
 ) -> Float[Tensor, "*tokens"]:
-    """KL(p||q) = Σ_v p_v·(log p_v − log q_v) per token, in nats.
+    """Return KL(p||q) = Σ_v p_v·(log p_v − log q_v) per token, in nats.
 
-    Gradient reaches whichever side requires it: ∂/∂log p_v = p_v·(log p_v − log q_v + 1), ∂/∂log q_v = −p_v. Entries with
-    p_v = 0 (log-prob −inf, or too small for the dtype) add 0 and get a zero gradient. q_v = 0 < p_v gives +inf: the value.
+    It is computed as Σ_v [p_v·(log p_v − log q_v) − p_v + q_v]: the added masses sum to 0 for distributions and change neither
+    the value nor the gradient that reaches logits through a softmax. With them the gradient is 0 exactly, entry by entry, where
+    p and q are equal. Without them it is rounding noise, and an optimiser such as AdamW turns noise into steps of full size.
+
+    Gradient reaches whichever side requires it: ∂/∂log p_v = p_v·(log p_v − log q_v), ∂/∂log q_v = q_v − p_v. Entries with
+    p_v = 0 (log-prob −inf, or too small for the dtype) give log p_v a zero gradient. Where q_v = 0 < p_v the value is +inf.
 
     Args:
-        entry_clip: upper bound of each vocabulary entry's term before the sum (a later revision of arXiv 2601.18734 uses
-            .05). Clipped entries have no gradient, and since negative terms stay, the result may be negative.
+        entry_clip: upper bound of each vocabulary entry's p_v·(log p_v − log q_v) before the sum (a later revision of
+            arXiv 2601.18734 uses .05). A clipped term has no gradient. Negative terms stay, so the result may be negative.
 
     Raises:
         InputError: log-probs below fp32: a bfloat16 log-prob near −20 is off by up to 0.06 nats.
     """
     _require_fp32(logp, logq)
     p = logp.exp()
-    # Masking the ratio, not the product: 0·inf in the product would come back as NaN in the gradient.
+    # The ratio is masked, not the product: 0·inf in the product would come back as NaN in the gradient.
     terms = p * (logp - logq).masked_fill(p == 0, 0.0)
     if entry_clip is not None:
         terms = terms.clamp(max=entry_clip)
-    return terms.sum(-1)
+    return (terms + (logq.exp() - p)).sum(-1)
 
 
 def generalised_jsd(
@@ -64,6 +68,8 @@ def generalised_jsd(
     impossible = teacher_logp.isneginf() & student_logp.isneginf()
     weighted_student = student_logp.masked_fill(impossible, 0.0) + math.log1p(-beta)
     mixture_logp = torch.logaddexp(teacher_logp + math.log(beta), weighted_student)
+    # Where T and S are equal, so is M to the bit, and the gradient is 0. The KLs below send no gradient to M in such an entry.
+    mixture_logp = torch.where(teacher_logp == student_logp, teacher_logp, mixture_logp)
     return beta * kl(teacher_logp, mixture_logp) + (1 - beta) * kl(student_logp, mixture_logp)
 
 
@@ -106,16 +112,7 @@ def with_tail(logp: Float[Tensor, "*tokens V"], ids: Int[Tensor, "*tokens K"]) -
     return torch.cat([logp.gather(-1, ids), tail], dim=-1)
 
 
-def append_tail(top_logp: Float[Tensor, "*tokens K"]) -> Float[Tensor, "*tokens K+1"]:
-    """``with_tail`` where only K of the V log-probs are known (a served teacher): tail = log(1 − Σ_K p).
-
-    Computed as log(−expm1(x)) or log1p(−exp(x)), x = log Σ_K p, whichever is exact there. The tail is not resolved below the
-    dtype's epsilon (1e-7 in fp32): it stays at epsilon, without gradient, instead of 0, where a KL would be infinite.
-    """
-    _require_fp32(top_logp)
-    x = top_logp.logsumexp(-1, keepdim=True).clamp(max=-torch.finfo(top_logp.dtype).eps)
-    tail = torch.where(x > -math.log(2.0), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
-    return torch.cat([top_logp, tail], dim=-1)
+NAMES = ("kl_teacher_student", "kl_student_teacher", "jsd")
 
 
 def divergence(
@@ -125,7 +122,7 @@ def divergence(
 
     ``kl_teacher_student`` is KL(T||S), ``kl_student_teacher`` KL(S||T), ``jsd`` the generalised JSD with ``request.beta``. With
     ``top_k`` it is that of the (K+1)-way distributions of :func:`with_tail` over the student's K most probable tokens, a choice
-    without gradient; ``entry_clip`` then bounds each of the K+1 terms.
+    without gradient; ``entry_clip`` then bounds each of the K+1 terms. ``fn`` takes the place of the named formulas.
 
     Raises:
         InputError: what :func:`check_divergence` refuses; ``top_k`` above the vocabulary.
@@ -141,6 +138,8 @@ def divergence(
             )
         ids = student.detach().topk(request.top_k, dim=-1).indices
         teacher, student = with_tail(teacher, ids), with_tail(student, ids)
+    if request.fn is not None:
+        return _own_value(request, teacher, student)
     if request.name == "jsd":
         return generalised_jsd(teacher, student, request.beta)
     p, q = (teacher, student) if request.name == "kl_teacher_student" else (student, teacher)
@@ -149,8 +148,16 @@ def divergence(
 
 def check_divergence(request: Divergence) -> None:
     """Refuse an unknown name or side, and options that the named divergence does not have."""
-    if request.name not in ("kl_teacher_student", "kl_student_teacher", "jsd"):
-        raise InputError(f"unknown divergence {request.name!r}; choose kl_teacher_student, kl_student_teacher or jsd")
+    if request.fn is None and request.name not in NAMES:
+        raise InputError(
+            f"unknown divergence {request.name!r}; choose kl_teacher_student, kl_student_teacher or jsd, or give the dotted "
+            "path of a function of your own"
+        )
+    if request.fn is not None and (request.name in NAMES or request.entry_clip is not None):
+        raise InputError(
+            f"divergence {request.name}: a function of one's own needs a name of its own, and no "
+            f"entry_clip={request.entry_clip}, which bounds the terms of a KL"
+        )
     if request.grad not in ("student", "teacher", "both", "none"):
         raise InputError(f"divergence {request.name}: grad={request.grad!r} is not one of student, teacher, both, none")
     if (request.beta is not None) != (request.name == "jsd"):
@@ -165,6 +172,19 @@ def check_divergence(request: Divergence) -> None:
         )
     if request.top_k is not None and request.top_k < 1:
         raise InputError(f"divergence {request.name}: top_k={request.top_k} must be at least 1")
+
+
+def _own_value(
+    request: Divergence, teacher: Float[Tensor, "*tokens V"], student: Float[Tensor, "*tokens V"]
+) -> Float[Tensor, "*tokens"]:
+    value = request.fn(teacher, student)
+    if not isinstance(value, Tensor) or value.shape != teacher.shape[:-1]:
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(
+            f"divergence {request.name}: its function gave a result of {got} for log-probs of shape {list(teacher.shape)}; it "
+            f"must give one number per token, shape {list(teacher.shape[:-1])} (sum over the last dimension only)"
+        )
+    return value
 
 
 def _require_fp32(*logps: Tensor) -> None:

@@ -5,7 +5,6 @@ within each micro-batch would weigh tokens by how full their micro-batch is. Whe
 the recipe multiplies the scalar by the number of data-parallel ranks.
 """
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -20,21 +19,6 @@ def token_mean(per_token: Float[Tensor, " N"], total_tokens: int | Tensor) -> Fl
         total_tokens: policy tokens of the whole optimiser step (all ranks and micro-batches), not of this micro-batch.
     """
     return per_token.sum() / _at_least_one(total_tokens)
-
-
-def sequence_mean(
-    per_token: Float[Tensor, " N"], rollout_index: Int[Tensor, " N"], total_rollouts: int | Tensor
-) -> Float[Tensor, ""]:
-    """Σ_i (mean over rollout i's tokens) / total_rollouts: every rollout weighs the same, a token less in a longer one.
-
-    A rollout's tokens must all be in this call. Empty input as in ``token_mean``.
-
-    Args:
-        rollout_index: which rollout a token belongs to; any numbers from 0 up.
-        total_rollouts: rollouts of the whole optimiser step that have policy tokens.
-    """
-    lengths = torch.bincount(rollout_index)
-    return (per_token / lengths[rollout_index]).sum() / _at_least_one(total_rollouts)
 
 
 def sum_by_rollout(

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pidistill.errors import InputError
-from pidistill.losses.estimators import complete_kl_advantages
+from pidistill.losses.estimators import complete_kl_advantages, k1, k2
 from pidistill.losses.rollout_advantages import as_fp32, group_advantages
 from pidistill.types import Divergence, Rollout, ScoreRequest, Scores, ViewName
 
@@ -83,7 +83,7 @@ class SamplingKL:
 
     def behaviour_values(self, scores: Scores) -> Float[Tensor, " N"]:
         if self.mode == "reward_k1":
-            return self._log_ratio(scores)
+            return k1(*self._logprobs(scores))
         return scores.divergences[self.divergence()]
 
     def token_loss(self, scores: Scores) -> Float[Tensor, " N"] | None:
@@ -91,7 +91,7 @@ class SamplingKL:
         if self.in_reward:
             return None
         if self.mode == "loss_k2":
-            return 0.5 * self._log_ratio(scores) ** 2
+            return k2(*self._logprobs(scores))
         return scores.divergences[self.divergence(self.policy)]
 
     def advantages(self, rollouts: Sequence[Rollout], beta: float, advantage: str, no_pi: str) -> list[list[float]] | None:
@@ -112,8 +112,8 @@ class SamplingKL:
         without = group_advantages(advantage, rewards, groups)
         return [[a - b] * r.policy_tokens for a, b, r in zip(with_kl, without, rollouts, strict=True)]
 
-    def _log_ratio(self, scores: Scores) -> Float[Tensor, " N"]:
-        """log P − log sg Q of the sampled token."""
+    def _logprobs(self, scores: Scores) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """Return log P and log sg Q of the sampled token."""
         if self.policy == "teacher":
-            return scores.teacher_logprobs - scores.student_logprobs.detach()
-        return scores.student_logprobs - scores.teacher_logprobs.detach()
+            return scores.teacher_logprobs, scores.student_logprobs.detach()
+        return scores.student_logprobs, scores.teacher_logprobs.detach()

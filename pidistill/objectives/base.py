@@ -1,14 +1,17 @@
 """What every objective answers, and the pieces that more than one objective is made of."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pidistill.config import resolve
 from pidistill.errors import InputError
-from pidistill.losses.divergences import check_divergence
+from pidistill.losses.divergences import NAMES as DIVERGENCE_NAMES
+from pidistill.losses.divergences import check_divergence, divergence
 from pidistill.losses.rollout_advantages import ADVANTAGES, rollout_advantages
 from pidistill.losses.sampling_kl import SamplingKL
 from pidistill.losses.token_weights import TokenWeight, weighted
@@ -53,6 +56,15 @@ class Objective(Protocol):
     guides_failed_groups: bool = False
     on_policy_frac: float = 1.0
     takes_importance_weights: bool = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Objective":
+        missing = [name for name in ("score_request", "token_loss") if getattr(cls, name) is getattr(Objective, name)]
+        if missing:
+            raise InputError(
+                f"objective {cls.__name__} has no method {' and no method '.join(missing)}; every objective says in "
+                "score_request which numbers it needs, and in token_loss what it makes of them"
+            )
+        return super().__new__(cls)
 
     def sampling_view(self) -> ViewName:
         """The view whose prompt the sampler sees."""
@@ -103,17 +115,50 @@ def distill_weight(no_pi: str, batch: Batch) -> Float[Tensor, " N"]:
 # -------------------------------------------------------------------------------- distillation of the student's own samples
 
 
-def student_divergence(name: str, jsd_beta: float, **options: Any) -> Divergence:
-    """The divergence an objective's keys `divergence` and `jsd_beta` name, with gradient to the student alone."""
-    check_choice("divergence", name, ("kl_teacher_student", "kl_student_teacher", "jsd"))
+def student_divergence(name: str, jsd_beta: float, choices: tuple[str, ...] = DIVERGENCE_NAMES, **options: Any) -> Divergence:
+    """Return the divergence that an objective's keys `divergence` and `jsd_beta` name, with gradient to the student alone.
+
+    A name with a dot is the path of a function of one's own, see :class:`pidistill.types.Divergence`.
+    """
+    if isinstance(name, str) and "." in name:
+        return own_divergence(name, **options)
+    check_choice("divergence", name, choices)
     if not 0.0 < jsd_beta < 1.0:
         raise InputError(
             f"objective.jsd_beta={jsd_beta} must lie inside (0, 1); the ends are divergence: kl_teacher_student (0) and "
             "kl_student_teacher (1)"
         )
-    divergence = Divergence(name, grad="student", beta=jsd_beta if name == "jsd" else None, **options)
-    check_divergence(divergence)
-    return divergence
+    request = Divergence(name, grad="student", beta=jsd_beta if name == "jsd" else None, **options)
+    check_divergence(request)
+    return request
+
+
+def own_divergence(path: str, **options: Any) -> Divergence:
+    """Return the divergence of the function under a dotted path, after a trial on two small distributions."""
+    fn = resolve(path)
+    if not callable(fn):
+        raise InputError(
+            f"objective.divergence={path} is no function; give one that takes teacher and student log-probs [C, V]"
+        )
+    request = Divergence(path.rsplit(".", 1)[1], grad="student", fn=fn, **options)
+    check_divergence(request)
+    teacher = torch.log_softmax(torch.arange(10.0).view(2, 5), -1)
+    student = torch.log_softmax(torch.zeros(2, 5), -1).requires_grad_()
+    with torch.enable_grad():
+        try:
+            value = divergence(replace(request, top_k=None), teacher, student)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"objective.divergence={path} raised {type(error).__name__} ({error}) on log-probs of shape [2, 5]; it must "
+                "take those of the teacher and of the student and give one number per token"
+            ) from error
+    if not value.requires_grad:
+        raise InputError(
+            f"objective.divergence={path} has no gradient to the student's log-probs; compute it from them in torch"
+        )
+    return request
 
 
 def distill_request(divergence: Divergence) -> ScoreRequest:

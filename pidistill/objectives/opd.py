@@ -18,13 +18,15 @@ from pidistill.losses.token_weights import TokenWeight, weighted
 from pidistill.objectives.base import BOTH_KLS, Objective, check_choice, distill_loss, distill_request, student_divergence
 from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
 
+CHOICES = ("sampled", "kl_student_teacher", "kl_teacher_student", "jsd")
+
 
 class OPD(Objective):
     """Distils another model on the student's samples.
 
     Args:
         divergence: "sampled" (the log-ratio of the sampled token as its advantage), "kl_student_teacher", "kl_teacher_student"
-            or "jsd".
+            "jsd", or the dotted path of a function of one's own.
         jsd_beta: weight of the teacher in the mixture of "jsd"; inside (0, 1).
         top_k: the student's K most probable tokens and one tail bucket in place of the full vocabulary.
         token_weight: see :mod:`pidistill.losses.token_weights`.
@@ -39,10 +41,9 @@ class OPD(Objective):
         top_k: int | None = None,
         token_weight: TokenWeight | None = None,
     ) -> None:
-        check_choice("divergence", divergence, ("sampled", "kl_student_teacher", "kl_teacher_student", "jsd"))
         if divergence == "sampled":
             check_choice("top_k", top_k, (None,), because="divergence=sampled looks at the sampled token only")
-        self.divergence = None if divergence == "sampled" else student_divergence(divergence, jsd_beta, top_k=top_k)
+        self.divergence = None if divergence == "sampled" else student_divergence(divergence, jsd_beta, CHOICES, top_k=top_k)
         self.token_weight, self.takes_importance_weights = token_weight, divergence == "sampled"
 
     def score_request(self, step: int) -> ScoreRequest:

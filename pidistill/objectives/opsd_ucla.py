@@ -22,7 +22,7 @@ class OPSDUCLA(Objective):
     """A full-vocabulary divergence from a frozen teacher with privileged information, on the student's samples.
 
     Args:
-        divergence: "jsd", "kl_teacher_student" or "kl_student_teacher".
+        divergence: "jsd", "kl_teacher_student", "kl_student_teacher", or the dotted path of a function of one's own.
         jsd_beta: weight of the teacher in the mixture of "jsd"; inside (0, 1).
         entry_clip: upper bound of each vocabulary entry's term of a KL; the revision uses 0.05.
         token_weight: see :mod:`pidistill.losses.token_weights`.

@@ -20,7 +20,8 @@ class SDFT(Objective):
 
     Args:
         skip_first_tokens: policy tokens of each completion that are not trained.
-        divergence: "kl_teacher_student", or "kl_student_teacher" as the paper's text has it.
+        divergence: "kl_teacher_student", or "kl_student_teacher" as the paper's text has it; or the dotted path of a
+            function of one's own.
         token_weight: see :mod:`pidistill.losses.token_weights`; after the skip.
         no_pi: rows without privileged information: "drop" (counted), "error", "distill" (towards the teacher without it).
     """
@@ -32,9 +33,8 @@ class SDFT(Objective):
         token_weight: TokenWeight | None = None,
         no_pi: str = "drop",
     ) -> None:
-        check_choice("divergence", divergence, ("kl_teacher_student", "kl_student_teacher"))
         check_choice("no_pi", no_pi, ("distill", "drop", "error"))
-        self.divergence = student_divergence(divergence, jsd_beta=0.5)
+        self.divergence = student_divergence(divergence, jsd_beta=0.5, choices=("kl_teacher_student", "kl_student_teacher"))
         skip = SkipFirst(skip_first_tokens)
         self.token_weight = skip if token_weight is None else Chain([skip, token_weight])
         self.no_pi = no_pi

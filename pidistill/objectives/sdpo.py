@@ -30,7 +30,7 @@ class SDPO(Objective):
     """A top-k divergence from a lagged teacher that sees hindsight; GRPO where there is none.
 
     Args:
-        divergence: "kl_teacher_student", "kl_student_teacher" or "jsd".
+        divergence: "kl_teacher_student", "kl_student_teacher", "jsd", or the dotted path of a function of one's own.
         jsd_beta: weight of the teacher in the mixture of "jsd"; inside (0, 1).
         top_k: the student's K most probable tokens, the rest one bucket; null for the full vocabulary. The source: 20 to 100.
         importance_clip: c, the bound on S/μ; null for no importance weight.

@@ -1,1 +1,6 @@
-"""Both views of a completion in one pass: packing, trees, the head and its gradients."""
+"""Both views of the completions through the model, in one pass; read :mod:`pidistill.scoring.score` first.
+
+Rollouts with their advantages enter: the packer forms micro-batches of them, and `batch` writes each as one tree or as padded
+rows. What leaves are :class:`pidistill.types.Scores`, a few numbers per policy token with their gradient. `head` and
+`head_numbers` make them from hidden states, chunk by chunk; `mismatch` compares them with what the sampler recorded.
+"""

@@ -9,7 +9,7 @@ A [tokens, vocabulary] tensor never exists, and peak memory does not grow with t
 
 Given the loss (:class:`ScorePlan`), the first pass forms the gradients on the way: each logit is computed once. Without it, or
 where what arrives in the backward is not that loss's gradient up to one factor, a second pass takes the coefficients that
-arrived; so the gradients are right for any use of the numbers.
+arrived, so that the gradients are right for any use of the numbers.
 """
 
 import warnings
@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pidistill.scoring.head_numbers import ScorePlan, at_least_fp32, chunk_numbers, logits_to_gradients
+from pidistill.types import check_per_token
 
 OTHER_LOSS = (
     "the loss given to the scorer is not the one that was differentiated (up to one factor), so the head runs twice: right, "
@@ -135,6 +136,7 @@ def _chunk_by_chunk(
     own = hidden | _constants_of_head(constants)
     others = {side: terms for side, terms in constants.items() if side not in own}
     done = _nothing_yet(plan, hidden, weight, coefficients is not None, trained_head)
+    equal = _rows_equal_to_student(own, others, hidden.get("teacher"), weight)
     chunks = list(plan.chunks(len(own | others) * weight.shape[0]))
     buffer = weight.new_empty(len(own) * max((c.stop - c.start for c in chunks), default=0), weight.shape[0])
     for chunk in chunks:
@@ -144,6 +146,8 @@ def _chunk_by_chunk(
             stacked = torch.cat([h[chunk] for h in own.values()])
             products = torch.mm(stacked, weight.T, out=buffer[: len(stacked)])
             logits |= dict(zip(own, products.split(size), strict=True))
+        for side, rows in equal.items():
+            logits[side][rows[chunk]] = logits["student"][rows[chunk]]
         normalisers = chunk_numbers(plan, chunk, logits, done.numbers)
         if coefficients is not None:
             done.coefficients[:, chunk] = coefficients(chunk, done.numbers[:, chunk])
@@ -171,7 +175,7 @@ def _nothing_yet(
 def _add_gradients(
     done: _Pass, chunk: slice, grad_logits: Float[Tensor, "M V"], hidden: Float[Tensor, "M H"], weight: Float[Tensor, "V H"]
 ) -> None:
-    """Those of a chunk's hidden states, and its share of the head's; M = live sides · C."""
+    """Add the gradients of a chunk's hidden states, and its share of the head's; M = live sides · C."""
     for side, grad in zip(done.grad_hidden, (grad_logits @ weight).split(chunk.stop - chunk.start), strict=True):
         done.grad_hidden[side][chunk] = grad
     total, beta = done.grad_weight, float(chunk.start > 0)
@@ -191,8 +195,35 @@ def _constants_of_head(constants: dict[str, list[ConstantPart]]) -> dict[str, Fl
     return {side: term.hidden for side, term in single.items() if term.weight is None and term.hidden is not None}
 
 
+def _rows_equal_to_student(
+    own: dict[str, Float[Tensor, "N H"]],
+    others: dict[str, list[ConstantPart]],
+    live_teacher: Float[Tensor, "N H"] | None,
+    weight: Float[Tensor, "V H"],
+) -> dict[str, Bool[Tensor, " N"]]:
+    """Return, per other side, the tokens whose hidden states and head equal the student's to the bit; a side without is absent.
+
+    Their logits are copied: two products of the same numbers may round differently, and a teacher that equals the student must
+    give a divergence and a gradient of exactly 0.
+    """
+    student, found = own.get("student"), {}
+    if student is None:
+        return found
+    sides = {side: [ConstantPart(1.0, h, None)] for side, h in own.items() if side != "student"} | others
+    for side, terms in sides.items():
+        states = [live_teacher if term.hidden is None else term.hidden for term in terms]
+        heads = [weight if term.weight is None else term.weight for term in terms]
+        if any(h.shape != student.shape or w.shape != weight.shape for h, w in zip(states, heads, strict=True)):
+            continue
+        rows = torch.stack([(h == student).all(-1) for h in states]).all(0)
+        same_head = (w is weight or (w.dtype == weight.dtype and torch.equal(w, weight)) for w in heads)
+        if bool(rows.any()) and all(same_head):
+            found[side] = rows
+    return found
+
+
 def _term_logits(terms: list[ConstantPart], live_teacher: Tensor | None, weight: Tensor, chunk: slice) -> Float[Tensor, "C V"]:
-    """Of a constant side; a mixture has the ids that all its terms have."""
+    """Return the logits of a constant side; a mixture has the ids that all its terms have."""
     parts = [term.logits(live_teacher, weight, chunk) for term in terms]
     if len(parts) == 1:
         return parts[0]
@@ -210,7 +241,9 @@ def _coefficients_of_loss(plan: ScorePlan) -> Coefficients:
             values = list(numbers.clone())
             for row, leaf in zip(rows, leaves, strict=True):
                 values[row] = leaf
-            total = plan.loss(chunk, plan.as_scores(values)).sum()
+            loss = plan.loss(chunk, plan.as_scores(values))
+            check_per_token(loss, numbers.shape[1])
+            total = loss.sum()
         if not leaves or not total.requires_grad:
             return numbers.new_zeros(len(rows), numbers.shape[1])
         return torch.stack(torch.autograd.grad(total, leaves, materialize_grads=True))

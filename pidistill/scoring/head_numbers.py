@@ -135,7 +135,7 @@ def _at(logp: Float[Tensor, "c V"], targets: Int[Tensor, " c"]) -> Float[Tensor,
 
 def _is_plain(name: Divergence, teacher: Tensor, student: Tensor) -> bool:
     """Over one vocabulary and without options: done by hand here, the others by :mod:`pidistill.losses.divergences`."""
-    return name.top_k is None and name.entry_clip is None and teacher.shape == student.shape
+    return name.fn is None and name.top_k is None and name.entry_clip is None and teacher.shape == student.shape
 
 
 def _divergence(name: Divergence, teacher: str, logp: dict[str, Tensor], p: dict[str, Tensor]) -> Float[Tensor, " c"]:
@@ -146,9 +146,9 @@ def _divergence(name: Divergence, teacher: str, logp: dict[str, Tensor], p: dict
     if beta in (0.0, 1.0):
         difference = logp_t - logp_s
         return (difference.mul_(p[teacher])).sum(-1) if beta == 0.0 else -(difference.mul_(p["student"])).sum(-1)
-    log_mixture = _log_mixture(p[teacher], p["student"], beta)
-    to_teacher = (logp_t - log_mixture).mul_(p[teacher]).sum(-1)
-    to_student = torch.sub(logp_s, log_mixture, out=log_mixture).mul_(p["student"]).sum(-1)
+    mixture = torch.lerp(p["student"], p[teacher], beta)
+    to_teacher = _log_ratio(p[teacher], mixture).mul_(p[teacher]).sum(-1)
+    to_student = _log_ratio(p["student"], mixture).mul_(p["student"]).sum(-1)
     return beta * to_teacher + (1 - beta) * to_student
 
 
@@ -157,9 +157,10 @@ def _beta(name: Divergence) -> float:
     return {"kl_teacher_student": 0.0, "kl_student_teacher": 1.0}.get(name.name, name.beta)
 
 
-def _log_mixture(teacher: Float[Tensor, "c V"], student: Float[Tensor, "c V"], beta: float) -> Float[Tensor, "c V"]:
-    """log(β·T + (1−β)·S); where neither has mass, a finite number that multiplies 0."""
-    return torch.lerp(student, teacher, beta).clamp_(min=torch.finfo(teacher.dtype).tiny).log_()
+def _log_ratio(p: Float[Tensor, "c V"], q: Float[Tensor, "c V"]) -> Float[Tensor, "c V"]:
+    """Return log p − log q: exactly 0 where p and q are equal, and finite where one of them has no mass."""
+    tiny = torch.finfo(p.dtype).tiny
+    return p.clamp(min=tiny).div_(q.clamp(min=tiny)).log_()
 
 
 def logits_to_gradients(
@@ -200,12 +201,13 @@ def _gradient(name: Divergence, side: str, logp: dict[str, Tensor], p: dict[str,
     beta, other = _beta(name), teacher if side == "student" else "student"
     first = teacher if beta == 0.0 else "student"
     if beta in (0.0, 1.0) and side != first:
-        return -1.0, p[other]
+        # −p[other] alone is the same gradient after the softmax, but rounding noise instead of 0 where both sides are equal.
+        return 1.0, p[side] - p[other]
     if beta in (0.0, 1.0):
         return 1.0, (logp[side] - logp[other]).mul_(p[side])
-    log_mixture = _log_mixture(p[teacher], p["student"], beta)
+    mixture = torch.lerp(p["student"], p[teacher], beta)
     share = beta if side == teacher else 1 - beta
-    return share, torch.sub(logp[side], log_mixture, out=log_mixture).mul_(p[side])
+    return share, _log_ratio(p[side], mixture).mul_(p[side])
 
 
 def _gradient_by_autograd(name: Divergence, side: str, logp_t: Tensor, logp_s: Tensor) -> Float[Tensor, "c _"]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
+from pidistill.losses.estimators import k1, k3
 from pidistill.losses.reductions import sum_by_rollout
 from pidistill.rollouts import Sampler
 from pidistill.scoring.batch import policy_positions
@@ -55,9 +56,10 @@ class MismatchMeter:
         """Add a micro-batch; nothing where its weights are no longer those that sampled."""
         if not self._due:
             return
-        gap = mismatch(batch, scores, self._view)
+        trainer, recorded = logprobs_of_both(batch, scores, self._view)
+        gap = k1(trainer, recorded)
         self._tokens += len(gap)
-        self._sums["k3"] += (gap.expm1() - gap).sum().item()
+        self._sums["k3"] += k3(recorded, trainer).sum().item()
         self._sums["mean"] += gap.abs().sum().item()
         self._max = max([self._max, *gap.abs().tolist()])
 
@@ -84,14 +86,17 @@ class MismatchMeter:
         return {f"sampler_mismatch_{name}_nats": value for name, value in (("k3", k3), ("mean", mean), ("max", largest))}
 
 
-def mismatch(batch: Batch, scores: Scores, view: ViewName) -> Float[Tensor, " M"]:
-    """Δ of the policy tokens that ``view`` sampled; demonstrations, and what the other view sampled, are left out. float64."""
+def logprobs_of_both(batch: Batch, scores: Scores, view: ViewName) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
+    """Return log π and log μ, in float64, of the policy tokens that ``view`` sampled.
+
+    Demonstrations, and what the other view sampled, are left out.
+    """
     recorded = torch.tensor(
         [x for r in batch.views.rollouts for x in _recorded(r, view)], dtype=torch.float64, device=batch.targets.device
     )
     trainer = scores.student_logprobs if view == "student" else scores.teacher_logprobs
     counted = ~recorded.isnan()
-    return (trainer.detach().double() - recorded)[counted]
+    return trainer.detach().double()[counted], recorded[counted]
 
 
 def _recorded(rollout: Rollout, view: ViewName) -> list[float]:

@@ -129,10 +129,33 @@ def _score(plan: ScorePlan, model: TransformerDecoder, batch: Batch, parts: list
         return apply_head(plan, {}, constants["teacher"][0].weight, constants)
 
     def use(h: Float[Tensor, "M H"], weight: Tensor) -> Tensor:
-        of_sides = h.split([batch.targets.numel()] * len(called))
-        return apply_head(plan, dict(zip(called, of_sides, strict=True)), weight, constants)
+        hidden = dict(zip(called, h.split([batch.targets.numel()] * len(called)), strict=True))
+        _share_equal_views(views, live, hidden, constants)
+        return apply_head(plan, hidden, weight, constants)
 
     return _forward(model, views.of(*called), use)
+
+
+def _share_equal_views(
+    views: ModelInputs, live: list[ViewName], hidden: dict[str, Tensor], constants: dict[str, list[ConstantPart]]
+) -> None:
+    """Give both views of the trained model the same hidden states on rollouts whose two prompts are the same ids.
+
+    They are the same function of the same tokens. Computed in two places they may round differently, and a divergence that is 0
+    would have a gradient of rounding noise.
+    """
+    per_rollout = [r.prompts.student == r.prompts.teacher for r in views.rollouts]
+    if len(live) < 2 or not any(per_rollout):
+        return
+    lengths = torch.tensor([r.policy_tokens for r in views.rollouts])
+    same = torch.tensor(per_rollout).repeat_interleave(lengths)[:, None].to(next(iter(hidden.values())).device)
+    if len(hidden) == 2:
+        hidden["teacher"] = torch.where(same, hidden["student"], hidden["teacher"])
+        return
+    ((trained, states),) = hidden.items()
+    constant = "teacher" if trained == "student" else "student"
+    (part,) = constants[constant]
+    constants[constant] = [replace(part, hidden=torch.where(same, states.detach(), part.hidden))]
 
 
 # ---------------------------------------------------------------------------------------------- the model up to the head

@@ -76,7 +76,7 @@ def token_sums(batch: Batch, scores: Scores, extra: dict[str, Tensor]) -> dict[s
     """Sums over the policy tokens of a micro-batch, to be added over micro-batches and ranks and divided by their number."""
     columns = dict(extra)
     for divergence, value in scores.divergences.items():
-        if divergence.grad == "none":
+        if divergence.grad == "none" or divergence.fn is not None:
             columns[f"{divergence.name}_nats"] = value
     if scores.student_entropy is not None:
         columns["entropy_nats"] = scores.student_entropy

@@ -44,7 +44,7 @@ def test_advantages_equal_the_loop(name):
 @settings(deadline=None)
 @given(rounds, st.randoms())
 def test_rollouts_of_a_group_need_not_be_neighbours(case, random):
-    """T-k: statistics are those of the group, wherever its rollouts stand; ranks get whole groups (test_two_processes)."""
+    """statistics are those of the group, wherever its rollouts stand; ranks get whole groups (test_two_processes)."""
     order = list(range(len(case)))
     random.shuffle(order)
     rewards, groups = as_tensors(case)

@@ -1,4 +1,4 @@
-"""What is and is not a gradient of the sequence KL, by exact enumeration of every sequence of a small chain (SPEC §2, T-f)."""
+"""What is and is not a gradient of the sequence KL, by exact enumeration of every sequence of a small chain."""
 
 import itertools
 
@@ -71,7 +71,7 @@ def row(estimator, seed: int, sampler: str = "teacher", end: int | None = None) 
     return cosine_and_norm_ratio(chain.expected_gradient(estimator), chain.true_gradient())
 
 
-# ------------------------------------------------------------------------------------------------ the table of SPEC §2
+# --------------------------------------------------------------------------------- the table of modes and their gradients
 
 
 @pytest.mark.parametrize(("sampler", "end"), CHAINS)

@@ -1,4 +1,4 @@
-"""Laws of the policy-gradient losses: values against the formula, gradients against the table of coefficients (T-e, T-g)."""
+"""Laws of the policy-gradient losses: values against the formula, gradients against the table of coefficients."""
 
 import itertools
 import math
@@ -61,7 +61,7 @@ def test_ppo_value_equals_the_formula_anywhere(log_ratio, advantage, low, high, 
 
 
 def test_ppo_gradient_at_a_bound_is_the_whole_one():
-    # torch.min shares the gradient of a tie; T-e gives the bound itself to the inside.
+    # torch.min shares the gradient of a tie; here the bound itself belongs to the inside.
     logp = torch.zeros(2, requires_grad=True)
     loss, _, clipped = ppo_clip_loss(logp, torch.zeros(2), torch.tensor([1.0, -1.0]), clip_low=1.0, clip_high=1.0)
     assert torch.autograd.grad(loss.sum(), logp)[0].tolist() == [-1.0, 1.0] and not clipped.any()

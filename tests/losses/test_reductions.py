@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pidistill.losses.reductions import sequence_mean, sum_by_rollout, token_mean
+from pidistill.losses.reductions import sum_by_rollout, token_mean
 
 rollouts = st.lists(st.lists(st.floats(-3, 3), min_size=1, max_size=5), min_size=1, max_size=6)
 
@@ -21,11 +21,8 @@ def test_any_split_into_micro_batches_adds_up_to_the_loop(case, cut):
     parts = [case[:cut], case[cut:]]
     tokens = sum(len(rollout) for rollout in case)
     by_token = sum(x for rollout in case for x in rollout) / tokens
-    by_rollout = sum(sum(rollout) / len(rollout) for rollout in case) / len(case)
     got = torch.stack([token_mean(flat(part)[0], tokens) for part in parts]).sum()
     assert got.item() == pytest.approx(by_token, abs=1e-12)
-    got = torch.stack([sequence_mean(*flat(part), len(case)) for part in parts]).sum()
-    assert got.item() == pytest.approx(by_rollout, abs=1e-12)
 
 
 def test_gradients_are_the_weights_of_the_tokens():
@@ -33,8 +30,6 @@ def test_gradients_are_the_weights_of_the_tokens():
     index = torch.tensor([0, 0, 1])
     (gradient,) = torch.autograd.grad(token_mean(values, 8), values)
     assert gradient.tolist() == [1 / 8] * 3
-    (gradient,) = torch.autograd.grad(sequence_mean(values, index, 4), values)
-    assert gradient.tolist() == [1 / 8, 1 / 8, 1 / 4]
     (gradient,) = torch.autograd.grad(sum_by_rollout(values, index, 2)[1], values)
     assert gradient.tolist() == [0, 0, 1]
 
@@ -42,12 +37,10 @@ def test_gradients_are_the_weights_of_the_tokens():
 @pytest.mark.parametrize("total", [0, 7, torch.tensor(0), torch.tensor(7)])
 def test_no_policy_token_gives_a_finite_zero_with_a_graph(total):
     parameter = torch.ones(3, requires_grad=True)
-    index = torch.zeros(0, dtype=torch.long)
-    for reduce in (token_mean, lambda per_token, total: sequence_mean(per_token, index, total)):
-        value = reduce((parameter * 2.0)[:0], total)
-        assert value.item() == 0.0 and value.grad_fn is not None
-        (gradient,) = torch.autograd.grad(value, parameter)
-        assert (gradient == 0).all()
+    value = token_mean((parameter * 2.0)[:0], total)
+    assert value.item() == 0.0 and value.grad_fn is not None
+    (gradient,) = torch.autograd.grad(value, parameter)
+    assert (gradient == 0).all()
 
 
 def test_a_tensor_total_is_the_integer_total():

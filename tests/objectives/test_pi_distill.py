@@ -50,7 +50,7 @@ def combine(a, b, alpha):
 
 @pytest.mark.parametrize("kl_mode", ["loss_rb", "loss_rb_complete", "loss_k2", "reward_k1", "reward_rb"])
 def test_gradient_is_linear_in_alpha(kl_mode):
-    """T-c: grad(α) = α·grad(1) + (1−α)·grad(0), for every kl_mode."""
+    """grad(α) = α·grad(1) + (1−α)·grad(0), for every kl_mode."""
     module, rollouts = model(), random_rollouts(6, group_size=3)
     one, zero, mixed = (gradient(PiDistill(alpha=a, beta=0.7, kl_mode=kl_mode), module, rollouts)[1] for a in (1, 0, 0.3))
     assert relative_difference(mixed, combine(one, zero, 0.3)) < 1e-5
@@ -91,7 +91,7 @@ def sides(objective, *, group_size=2):
 @pytest.mark.parametrize("kl_mode", ["loss_rb", "loss_rb_complete", "loss_k2", "reward_k1", "reward_rb"])
 @pytest.mark.parametrize("student_term", ["ppo", "topr"])
 def test_stop_gradients(kl_mode, student_term):
-    """T-d: no gradient to the student at α=1, none to the teacher at α=0; both get some in between."""
+    """no gradient to the student at α=1, none to the teacher at α=0; both get some in between."""
     build = lambda alpha: PiDistill(alpha=alpha, beta=0.5, kl_mode=kl_mode, student_term=student_term)  # noqa: E731
     assert sides(build(1.0))["student"] is None or not sides(build(1.0))["student"].any()
     assert sides(build(1.0))["teacher"].any()
@@ -144,7 +144,7 @@ def test_equals_the_equations_written_out(alpha):
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("kl_mode", ["loss_rb", "loss_rb_complete", "reward_k1", "reward_rb"])
 def test_without_pi_it_is_the_rl_baseline(alpha, kl_mode):
-    """T-b: no PI and a live teacher: teacher = student, KL 0, and the gradient is GRPO's for every α."""
+    """no PI and a live teacher: teacher = student, KL 0, and the gradient is GRPO's for every α."""
     module = model()
     rollouts = on_policy(module, random_rollouts(6, group_size=3, with_pi=False), "student")
     loss, ours = gradient(PiDistill(alpha=alpha, beta=0.7, kl_mode=kl_mode), module, rollouts)
@@ -159,7 +159,7 @@ def test_without_pi_it_is_the_rl_baseline(alpha, kl_mode):
 
 
 def test_without_pi_and_reward_nothing_moves():
-    """T-b: equal rewards and no PI: zero loss, zero gradient."""
+    """equal rewards and no PI: zero loss, zero gradient."""
     module = model()
     rollouts = on_policy(module, random_rollouts(4, with_pi=False), "student")
     for rollout in rollouts:
@@ -182,7 +182,7 @@ def test_a_row_without_pi_has_no_kl_term_even_with_another_teacher():
 
 
 def test_micro_batches_and_order_change_nothing():
-    """T-a: the sum over micro-batches, in any order, is the whole batch's loss and gradient."""
+    """the sum over micro-batches, in any order, is the whole batch's loss and gradient."""
     module, rollouts = model(), random_rollouts(6, group_size=3)
     objective = PiDistill(alpha=0.5, beta=0.5)
     _, whole = gradient(objective, module, rollouts)

@@ -194,7 +194,7 @@ def tokens_of(batch: Batch, logits: dict[str, Tensor], picked: Tensor) -> list[T
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_its_equation_value_and_gradient_and_leaves_the_teacher_alone(name):
-    """T-d: the teacher's gradient is exactly zero."""
+    """the teacher's gradient is exactly zero."""
     objective, equation = CASES[name]
     rollouts = mixed_rollouts()
     batch = batch_of(rollouts, objective.advantages(rollouts, 0))
@@ -260,7 +260,7 @@ REWARD_FREE = {
 
 @pytest.mark.parametrize("name", REWARD_FREE)
 def test_without_pi_a_live_teacher_teaches_nothing(name):
-    """T-b: exactly nothing where such rows do not count, and zero up to rounding where they do: teacher = student."""
+    """exactly nothing where such rows do not count, and zero up to rounding where they do: teacher = student."""
     module = model()
     rollouts = on_policy(module, random_rollouts(4, with_pi=False), "student")
     for no_pi, bound in (("drop", 0.0), ("distill", 1e-6)):
@@ -326,7 +326,7 @@ def test_both_kls_are_asked_for_the_log_by_every_method_with_a_teacher():
 
 @pytest.mark.parametrize("name", CASES)
 def test_an_empty_batch_has_a_finite_zero_loss_with_a_gradient_function(name):
-    """T-j: a rank without work takes part in the backward."""
+    """a rank without work takes part in the backward."""
     objective, _ = CASES[name]
     batch = batch_of([], [])
     scores, _, _ = dense_scores(objective, batch)

@@ -184,6 +184,39 @@ def test_a_constant_side_of_the_same_head_shares_the_product():
         torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
 
 
+# ------------------------------------------------------------------------------------------------ equal sides
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_equal_sides_have_a_gradient_of_exactly_0_in_the_head(one_pass, scale):
+    """fp32, every divergence and side: a live teacher, one with the same head, and one whose own head has equal weights."""
+    weight, student, _ = inputs(torch.float32, ids=301)
+    student = (scale * student).detach().requires_grad_()
+    trained = [d for d in ALL if d.grad != "none"]
+    for own_weight, live in ((None, True), (None, False), (weight.detach().clone(), False)):
+        wanted = [d for d in trained if live or d.grad == "student"]
+        request = ScoreRequest(True, live, divergences=tuple(wanted))
+        total = lambda _, s: sum((1.3 + i) * s.divergences[d] for i, d in enumerate(wanted))  # noqa: B023, E731
+        plan = ScorePlan(torch.arange(TOKENS), request, 0.7, 4, total if one_pass else None)
+        copy = student.detach().clone()
+        constants = {} if live else {"teacher": [ConstantPart(1.0, copy, own_weight)]}
+        hidden = {"student": student} | ({"teacher": copy.requires_grad_()} if live else {})
+        scores = plan.as_scores(apply_head(plan, hidden, weight, constants))
+        assert all(scores.divergences[d].abs().max() < 1e-6 for d in wanted) and len(wanted) > 3
+        gradients_ = torch.autograd.grad(total(None, scores).sum(), (weight, *hidden.values()))
+        assert not any(gradient.any() for gradient in gradients_)
+
+
+def test_logits_of_equal_tokens_are_copied_and_others_are_not():
+    weight, student, teacher = (x.detach() for x in inputs(torch.float32))
+    teacher[::2] = student[::2]
+    rows = head._rows_equal_to_student({"student": student, "teacher": teacher}, {}, None, weight)
+    assert rows["teacher"].tolist() == [n % 2 == 0 for n in range(TOKENS)]
+    other = {"teacher": [ConstantPart(1.0, student, weight + 1e-3)]}
+    assert head._rows_equal_to_student({"student": student}, other, None, weight) == {}
+
+
 # ------------------------------------------------------------------------------------------------ with a model and a method
 
 METHODS = [getattr(objectives, name) for name in objectives.__all__ if name != "Objective"]
@@ -221,7 +254,7 @@ def test_a_loss_across_tokens_is_not_given():
 
 @pytest.mark.parametrize("rollouts", [0, 3])
 def test_supervised_loss_with_and_without_tokens(rollouts, monkeypatch):
-    """T-j: without tokens a zero loss with a gradient function, and zero gradients everywhere."""
+    """without tokens a zero loss with a gradient function, and zero gradients everywhere."""
     module, batch = model(0), batch_of(random_rollouts(rollouts))
     calls = passes(monkeypatch)
     scores = score(module, batch, ScoreRequest(True, False, views=("student",)), loss=student_nll)

@@ -19,7 +19,7 @@ from pidistill.scoring.mismatch import (
     DEFAULT_LIMIT_NATS,
     MismatchMeter,
     TruncatedImportanceWeights,
-    mismatch,
+    logprobs_of_both,
     truncated_weights,
 )
 from pidistill.scoring.score import score
@@ -253,8 +253,9 @@ def test_demonstrations_and_what_the_other_view_sampled_are_left_out():
     scores = score(model(), batch, BOTH_VIEWS)
     first = sum(r.policy_tokens for r in rollouts[:2])
     expected = scores.teacher_logprobs[first:].double() - flat(map(recorded, rollouts[2:]))
-    torch.testing.assert_close(mismatch(batch, scores, "teacher"), expected)
-    assert len(mismatch(batch, scores, "student")) == rollouts[1].policy_tokens
+    trainer, sampler = logprobs_of_both(batch, scores, "teacher")
+    torch.testing.assert_close(trainer - sampler, expected)
+    assert len(logprobs_of_both(batch, scores, "student")[0]) == rollouts[1].policy_tokens
 
 
 def test_only_the_first_update_of_a_round_is_looked_at():

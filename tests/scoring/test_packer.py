@@ -84,7 +84,7 @@ def numbers_and_gradients(module, rollouts, packing, request=REQUEST):
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("query_block", [256, 5])
 def test_tree_and_padded_rows_give_the_same_numbers_and_gradients(seed, query_block, monkeypatch):
-    """T-a over ragged random forests: groups, views, turns, forks, several trees in a row."""
+    """Over ragged random forests: groups, views, turns, forks, several trees in a row."""
     monkeypatch.setattr(tree_attention_module, "_QUERY_BLOCK", query_block)
     module, rollouts = model(seed), forest(seed)
     packed, packed_gradients = numbers_and_gradients(module, rollouts, "tree")
@@ -126,7 +126,6 @@ def test_a_row_may_be_longer_than_the_model_reads():
 
 @pytest.mark.parametrize("packing", ["tree", "padded"])
 def test_a_batch_without_rollouts_has_a_zero_loss_with_a_gradient(packing):
-    """T-j."""
     module = model(0)
     scores = score(module, batch_of([], packing=packing), REQUEST)
     scores.student_logprobs.sum().backward()

@@ -60,7 +60,7 @@ def tied_model(seed: int):
 @pytest.mark.parametrize("chunk_tokens", [None, 1, 5])
 @pytest.mark.parametrize("packing", ["tree", "padded"])
 def test_scores_and_gradients_equal_the_dense_computation(build, temperature, chunk_tokens, packing):
-    """T-a (padding, packing, chunk size), T-h (alignment in both views, ragged prompts, several turns)."""
+    """Padding, packing and chunk size change nothing; both views are aligned, with ragged prompts and several turns."""
     module, rollouts = build(0), random_rollouts(5)
     request = ScoreRequest(student_grad=True, teacher_grad=True, divergences=DIVERGENCES)
     batch = batch_of(rollouts, packing=packing)
@@ -148,7 +148,7 @@ def test_nothing_is_left_on_the_model():
 
 
 def test_padding_side_amount_and_id_change_nothing():
-    """T-a: a longer companion row pads the others; the pad id is never looked at."""
+    """a longer companion row pads the others; the pad id is never looked at."""
     module, rollouts = model(0), random_rollouts(6)
     request = ScoreRequest(student_grad=True, teacher_grad=True, divergences=DIVERGENCES)
     together = score(module, batch_of(rollouts), request)
@@ -160,7 +160,7 @@ def test_padding_side_amount_and_id_change_nothing():
 
 
 def test_an_empty_batch_has_a_zero_loss_with_a_gradient_function():
-    """T-j: a rank without policy tokens takes part in the backward, with gradients that are exactly zero."""
+    """a rank without policy tokens takes part in the backward, with gradients that are exactly zero."""
     module = model(0)
     request = ScoreRequest(student_grad=True, teacher_grad=True, divergences=DIVERGENCES)
     scores = score(module, batch_of([]), request)
@@ -172,7 +172,7 @@ def test_an_empty_batch_has_a_zero_loss_with_a_gradient_function():
 
 
 def test_bf16_is_within_tolerance_of_fp32():
-    """T-l: bf16 weights and hidden states, fp32 softmax and KL."""
+    """bf16 weights and hidden states, fp32 softmax and KL."""
     module, rollouts = model(0), random_rollouts(6)
     low = model(0).to(torch.bfloat16)
     request = ScoreRequest(student_grad=False, teacher_grad=False, divergences=DIVERGENCES)
