@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pidistill.chat.messages import check_messages, last_user_index
+from pidistill.chat.messages import check_messages, last_user_index, messages_from_text, with_system
 from pidistill.data.dataset import ExampleDataset
 from pidistill.data.sources import get, load_rows, require_value
 from pidistill.errors import InputError
@@ -28,6 +28,7 @@ def chat_dataset(
     completion_key: str | None = None,
     reference_key: str | None = None,
     tools_key: str | None = None,
+    system_key: str | None = "system",
     split: str = "train",
     data_files: str | Sequence[str] | None = None,
     max_rows: int | None = None,
@@ -47,6 +48,7 @@ def chat_dataset(
             assistant message.
         reference_key: what the reward compares with.
         tools_key: tool schemas, as a list or as JSON text.
+        system_key: a column with the system text of the conversation, read where rows have one; null ignores it.
         made_by: the command that writes the file ``source``; the error names it where the file does not exist yet.
     """
     _check_made(source, made_by)
@@ -65,6 +67,8 @@ def chat_dataset(
     examples = []
     for where, row in rows:
         conversation = _conversation(require_value(row, messages_key, where, "messages_key"), where, messages_key, "user")
+        if system_key is not None:
+            conversation = with_system(conversation, get(row, system_key), where, system_key)
         messages, demonstration = _split_conversation(conversation, completion, f"{where}: {messages_key}")
         if completion_key is not None:
             demonstration = _demonstration(get(row, completion_key), where, completion_key)
@@ -114,7 +118,9 @@ def _split_conversation(messages: list[Message], how: str | None, where: str) ->
 
 
 def _conversation(value: Any, where: str, key: str, role: str) -> list[Message]:
-    return check_messages([{"role": role, "content": value}] if isinstance(value, str) else value, where, key)
+    if isinstance(value, str):
+        value = messages_from_text(value) or [{"role": role, "content": value}]
+    return check_messages(value, where, key)
 
 
 def _demonstration(value: Any, where: str, key: str) -> list[Message] | None:
@@ -128,13 +134,17 @@ def _demonstration(value: Any, where: str, key: str) -> list[Message] | None:
 
 def _privileged(row: Mapping[str, Any], key: str | None, where: str) -> str | list[Message] | None:
     value = get(row, key) if key is not None else None
-    if value is None or value in ("", []):
+    if isinstance(value, str):
+        value = messages_from_text(value) or value
+    if not value or (isinstance(value, str) and not value.strip()):
         return None
     return value if isinstance(value, str) else check_messages(value, where, str(key))
 
 
 def check_tools(value: Any, where: str, key: str) -> list[dict[str, Any]] | None:
-    """Tool schemas, given as a list or as JSON text; None where there are none."""
+    """Return tool schemas, given as a list or as JSON text; None where there are none."""
+    if isinstance(value, str) and not value.strip():
+        return None
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -203,6 +213,8 @@ def _question(
     row: Mapping[str, Any], where: str, key: str, template: str = "{question}", system_prompt: str | None = None
 ) -> list[Message]:
     value = require_value(row, key, where, "question_key")
+    if isinstance(value, str):
+        value = messages_from_text(value) or value
     if isinstance(value, str):
         messages = [{"role": "user", "content": template.format(question=value)}]
     else:
