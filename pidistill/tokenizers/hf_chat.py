@@ -26,6 +26,7 @@ from pidistill.chat.tool_calls import (
 )
 from pidistill.errors import InputError
 from pidistill.tokenizers.chat_template import ChatTemplate, find_templates, rewritten_turns
+from pidistill.tokenizers.rendering import REASONING_KEYS
 from pidistill.types import Message
 
 _log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ class HFChatTokenizer:
     def encode_at_once(
         self, history: Sequence[Message], completion: Sequence[Message], tools: Tools = None
     ) -> list[tuple[list[int], list[int]]] | None:
-        """Return (ids before the turn, ids of the turn) of every assistant turn of ``completion``, from four renderings.
+        """Return (ids before the turn, ids of the turn) of every assistant turn of ``completion``, from few renderings.
 
         Rendering the conversation anew for every turn costs the square of its length. None where one rendering does not show
         what :meth:`encode_turn` and :meth:`encode_observations` would give: the template rewrites turns that are followed by
@@ -157,7 +158,14 @@ class HFChatTokenizer:
         last = self._render(whole[:-1], tools, marker, generation_prompt=True)
         text = self._render(whole, tools, marker, generation_prompt=False)
         spans = self._turn_spans(text, ended, first, last, len(turns))
-        return None if spans is None else self._encode_spans(text, spans, marker)
+        if spans is None:
+            return None
+        shapes = {_shape(completion[i]): number for number, i in reversed(list(enumerate(turns)))}
+        for number in shapes.values():  # the first turn of each shape, rendered as the last one
+            so_far = [*history, *completion[: turns[number] + 1]]
+            if not self._render(so_far, tools, marker, generation_prompt=False).startswith(text[: spans[number][2]]):
+                return None
+        return self._encode_spans(text, spans, marker)
 
     def _turn_spans(self, text: str, ended: str, first: str, last: str, count: int) -> list[tuple[int, int, int]] | None:
         """Return (begin of the header, begin, end with the stop token) of every turn; None where they cannot be told apart.
@@ -426,6 +434,12 @@ def _escaped(marker: str) -> str:
 
 def _split(text: str, marker: str) -> list[str]:
     return text.replace(_escaped(marker), marker).split(marker)
+
+
+def _shape(turn: Message) -> tuple[bool, ...]:
+    """Return what templates look at to choose how they write an assistant turn."""
+    text = message_text(turn)
+    return bool(turn.get("tool_calls")), bool(text), "</think>" in text, any(key in turn for key in REASONING_KEYS)
 
 
 def _with_sentinel(turn: Message, sentinel: str) -> Message:

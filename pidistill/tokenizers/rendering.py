@@ -105,10 +105,16 @@ def _encode_one_by_one(
     """Return (ids before the turn, ids of the turn) of every turn; each is rendered after all that stands before it."""
     history, encoded = list(history), []
     for between, turn in groups:
-        between_ids = tokenizer.encode_observations(history, between, tools) if encoded else []
-        history += between
-        encoded.append((between_ids, tokenizer.encode_turn(history, turn, tools)))
-        history.append(turn)
+        try:
+            between_ids = tokenizer.encode_observations(history, between, tools) if encoded else []
+            turn_ids = tokenizer.encode_turn([*history, *between], turn, tools)
+        except InputError as error:
+            if between or not encoded:
+                raise
+            raise InputError(f"turns {len(encoded)} and {len(encoded) + 1} are two assistant messages in a row, which the chat "
+                             f"template does not take ({error}); join them into one message") from error  # fmt: skip
+        history += [*between, turn]
+        encoded.append((between_ids, turn_ids))
     return encoded
 
 
@@ -200,13 +206,14 @@ def _forms(value: Any) -> tuple[str, ...]:
 
 
 def find_missing(text: str, parts: Sequence[Part]) -> Part | None:
-    """Return the first part that ``text`` lacks, or None.
+    """Return the first of the parts that ``text`` lacks, or None.
 
     A place in the text counts for one part, so that an answer "5" is not found inside the reasoning that was written. The
     longest parts take their places first; equal ones are counted together, and each kind of part reads the text once.
     """
     left = _compact(text)
     wanted: dict[tuple[str, ...], list[Part]] = {}
+    missing: list[Part] = []
     for part in parts:
         forms = tuple(filter(None, map(_compact, part.forms)))
         if forms:
@@ -218,9 +225,8 @@ def find_missing(text: str, parts: Sequence[Part]) -> Part | None:
             same = same[len(pieces) - 1 :]
             if not same:
                 break
-        if same:
-            return same[0]
-    return None
+        missing += same
+    return min(missing, key=parts.index, default=None)
 
 
 def _compact(text: str) -> str:

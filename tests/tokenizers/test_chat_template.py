@@ -104,9 +104,7 @@ def test_both_views_in_every_placement_are_transformers_ids(made, family, name):
     assert tokenizer.encode_prompt(messages, tools) == expected and len(expected) > 8
     example = Example(id="row 0", messages=messages, tools=tools, privileged="Zebra-4711")
     if family == "r1-distill" and tools:
-        with pytest.raises(
-            InputError, match=r"row 0: the chat template leaves out the tool 'look_up'; set tokenizer\."
-        ):
+        with pytest.raises(InputError, match=r"row 0: the chat template leaves out the tool 'look_up'; set tokenizer\."):
             PrivilegedPrompt().build(example, tokenizer)
         return
     for placement in PLACEMENTS:
