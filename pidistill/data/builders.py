@@ -6,12 +6,12 @@ Every builder reads a .jsonl, .json or .parquet file, a glob, a folder or a Hub 
 
 import json
 import re
-import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pidistill.chat.messages import check_messages, last_user_index, messages_from_text, with_system
+from pidistill.chat.templates import check_template
 from pidistill.data.dataset import ExampleDataset
 from pidistill.data.sources import get, load_rows, require_value
 from pidistill.errors import InputError
@@ -186,7 +186,7 @@ def qa_dataset(
         made_by: as in :func:`chat_dataset`.
     """
     _check_made(source, made_by)
-    _check_question_template(question_template)
+    check_template(question_template, "dataset.question_template", ("question",))
     rows = load_rows(source, split, data_files, max_rows, config_name)
     rows.require(question_key, "question_key")
     if privileged_key is not None:
@@ -221,15 +221,6 @@ def _question(
         messages, _ = _split_conversation(check_messages(value, where, key), None, f"{where}: {key}")
     has_system = messages[0]["role"] == "system"
     return messages if has_system or system_prompt is None else [{"role": "system", "content": system_prompt}, *messages]
-
-
-def _check_question_template(template: str) -> None:
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise InputError(f"dataset.question_template is malformed ({error}); double the braces of its text") from error
-    if set(names) != {"question"}:
-        raise InputError(f"dataset.question_template has the placeholders {names}; it needs {{question}} and no other")
 
 
 # ------------------------------------------------------------------------------------------- GSM8K

@@ -14,12 +14,12 @@ system message that carries the privileged information would otherwise replace i
 """
 
 import random
-import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pidistill.chat.messages import last_user_index, messages_text, with_text
+from pidistill.chat.templates import check_template
 from pidistill.errors import InputError
 from pidistill.tokenizers.base import ChatTokenizer
 from pidistill.tokenizers.rendering import check_prompt
@@ -46,7 +46,6 @@ DEFAULT_LEAK_PHRASES = (
 
 PLACEMENTS = ("system_end", "user_end", "before_user", "after_user")
 CONTROLS = (None, "none", "shuffled")
-PLACEHOLDERS = frozenset({"privileged"})
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class PrivilegedPrompt:
         _check_choice("role", self.role, ("user", "system"))
         _check_choice("control", self.control, CONTROLS)
         _check_choice("on_overflow", self.on_overflow, ("error", "drop"))
-        _check_template(self.template)
+        check_template(self.template, "privileged.template", ("privileged",))
         if self.max_privileged_length is not None and self.max_privileged_length < 1:
             raise InputError(
                 f"privileged.max_privileged_length is {self.max_privileged_length}; give at least 1, or null for no limit; "
@@ -263,16 +262,3 @@ def _check_choice(key: str, value: str | None, known: Sequence[str | None]) -> N
     if value not in known:
         names = ", ".join("null" if name is None else name for name in known)
         raise InputError(f"privileged.{key} is {value!r}; known are {names}")
-
-
-def _check_template(template: str) -> None:
-    hint = "write {privileged} where the information goes, and {{ and }} for braces of the text"
-    try:
-        fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
-    except ValueError as error:
-        raise InputError(f"privileged.template is malformed ({error}); {hint}") from error
-    for _, name, spec, conversion in fields:
-        if name not in PLACEHOLDERS or spec or conversion:
-            raise InputError(f"privileged.template has the unknown placeholder {{{name}}}; {hint}")
-    if not fields:
-        raise InputError(f"privileged.template lacks {{privileged}}, so the teacher would see nothing; {hint}")
