@@ -1,1 +1,5 @@
-"""Messages, tool calls and phrases: what a conversation says, before any tokenizer has seen it."""
+"""Conversations as plain messages, before any tokenizer.
+
+Enters: whatever a row, a model or an environment says. Leaves: messages in one form, calls, and texts for prompts and reports.
+Read :mod:`pidistill.chat.messages` first.
+"""

@@ -6,21 +6,19 @@
 
 import json
 import re
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from pidistill.chat.messages import message_text, parsed_arguments
-from pidistill.errors import InputError
+from pidistill.chat.templates import check_template
 from pidistill.types import Message
 
 ACTION_TAGS = ("action", "tool_call")
 _ARGUMENT_KEYS = ("arguments", "kwargs", "parameters")  # OpenAI and Qwen; τ-bench's reference actions; Llama 3
 
 CALL_TEMPLATE = "{number}. {name}({arguments})"
-_PLACEHOLDERS = frozenset({"number", "name", "arguments"})
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,7 @@ class CallStyle:
     action_tags: Sequence[str] = ACTION_TAGS
 
     def __post_init__(self) -> None:
-        try:
-            names = {name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None}
-        except ValueError as error:
-            raise InputError(f"call_template is malformed ({error}); double the braces of its text") from error
-        if not names or names - _PLACEHOLDERS:
-            known = ", ".join(f"{{{name}}}" for name in sorted(_PLACEHOLDERS))
-            raise InputError(f"call_template {self.template!r} needs at least one of {known}, and no other placeholder")
+        check_template(self.template, "call_template", (), ("number", "name", "arguments"))
 
     def calls(self, turns: Sequence[Message]) -> list[ToolCall]:
         """The calls of all assistant turns, in order, without those of ``omit_tools``."""

@@ -1,6 +1,19 @@
-"""The chat format: what a list of messages must look like, and the text of a message."""
+"""The chat format: what a list of messages must look like, and the text of a message.
+
+Rows write conversations in several ways. :func:`check_messages` reads the ones that have one meaning only, and returns the one
+form that the rest of the package knows:
+
+    stored as                                        becomes
+    JSON text of a list of messages                  the list
+    {"from": "human", "value": "..."} (ShareGPT)     {"role": "user", "content": "..."}
+    the roles developer, function                    system, tool
+    function_call (OpenAI's older form)              tool_calls with one call
+    arguments as JSON text; "" or null               an object; {}
+    weight, train, loss_weight: 0 or false           weight: 0 (the turn is shown and not learned)
+"""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,15 +64,43 @@ def _spoken(turn: Message) -> str:
 
 
 def last_user_index(messages: Sequence[Message]) -> int | None:
+    """Return the position of the last user message, or None where there is none."""
     return next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "user"), None)
 
 
-def check_messages(value: Any, where: str, key: str) -> list[Message]:
-    """``value`` as a list of messages, or an error that names the row (``where``), the message and the field.
+_SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant",
+    "system": "system", "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
+    "function_call": "assistant",
+}  # fmt: skip
+_OTHER_ROLES = {"developer": "system", "function": "tool"}
+_WEIGHT_KEYS = ("weight", "train", "loss_weight")
+_LIKE_A_WEIGHT = re.compile(r"(^|_)(weights?|train(ing|able|ed)?|loss|masks?|masked|learn(ed|able)?)(_|$)")
 
-    Fields that are null are removed, and tool arguments written as JSON text become objects: Arrow files hold a null for
-    every field that some other row has, and chat templates write both out as if they were meant.
+
+def messages_from_text(text: str) -> list[Any] | None:
+    """Return the messages that ``text`` holds as JSON (a list of objects with a role); None where it is ordinary text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    is_messages = isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "from"} & set(m) for m in value)
+    return value if is_messages else None
+
+
+def check_messages(value: Any, where: str, key: str) -> list[Message]:
+    """Return ``value`` as a list of messages in the form that the module's table says.
+
+    Fields that are null are removed from messages and calls, because tables hold a null for every field that some other row
+    has, and chat templates write both out as if they were meant. Nulls among the arguments of a call are kept.
+
+    Raises:
+        InputError: the sentence names the row (``where``), the message and the field.
     """
+    if isinstance(value, str):
+        value = messages_from_text(value) or value
     if not isinstance(value, list) or not value:
         found = "empty" if isinstance(value, list) else f"a {type(value).__name__}"
         raise InputError(f"{where}: {key} is {found}, not a list of messages like {{'role': 'user', 'content': '...'}}")
@@ -69,15 +110,44 @@ def check_messages(value: Any, where: str, key: str) -> list[Message]:
 def _check_message(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise InputError(f"{where} is a {type(message).__name__}, not a message like {{'role': 'user', 'content': '...'}}")
-    message = without_nulls(message)
+    message = _without_null_fields(message)
+    if "role" not in message and "from" in message:
+        message = _from_sharegpt(message, where)
     if "role" not in message:
         raise InputError(f"{where} has no 'role' (it has: {', '.join(message) or 'nothing'})")
+    message["role"] = _OTHER_ROLES.get(message["role"], message["role"])
     if message["role"] not in ROLES:
         raise InputError(f"{where} has the unknown role {message['role']!r}; known roles are {', '.join(ROLES)}")
+    _read_function_call(message, where)
     _check_content(message, where)
     if "tool_calls" in message:
-        message["tool_calls"] = [_check_tool_call(call, where) for call in message["tool_calls"]]
+        message["tool_calls"] = _check_tool_calls(message["tool_calls"], where)
+    _read_weight(message, where)
     return message
+
+
+def _from_sharegpt(message: Message, where: str) -> Message:
+    """Return a message of ``from`` and ``value`` with ``role`` and ``content``."""
+    speaker = message.pop("from")
+    if speaker not in _SHAREGPT_ROLES:
+        raise InputError(f"{where} is from {speaker!r}; known are {', '.join(_SHAREGPT_ROLES)}")
+    message = {"role": _SHAREGPT_ROLES[speaker], **message}
+    if "value" in message:
+        message["function_call" if speaker == "function_call" else "content"] = message.pop("value")
+    return message
+
+
+def _read_function_call(message: Message, where: str) -> None:
+    """Turn OpenAI's older ``function_call`` into ``tool_calls``."""
+    call = message.pop("function_call", None)
+    if call is None:
+        return
+    if isinstance(call, str):
+        call = parsed_arguments(call)
+    calls = _check_tool_calls([call], where)
+    if message.get("tool_calls"):
+        raise InputError(f"{where} has both 'function_call' and 'tool_calls'; keep the one that is meant")
+    message["tool_calls"] = [{"type": "function", "function": calls[0].get("function", calls[0])}]
 
 
 def _check_content(message: Message, where: str) -> None:
@@ -88,31 +158,90 @@ def _check_content(message: Message, where: str) -> None:
     elif isinstance(content, list):
         if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
             raise InputError(f"{where} has a content part that is not text; only text is supported")
+        message["content"] = [_without_null_fields(part) for part in content]
     elif not isinstance(content, str):
         raise InputError(f"{where} has a 'content' of type {type(content).__name__}; it must be text")
+
+
+def _check_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    if isinstance(calls, str):  # tables of one type for every row hold calls as JSON text
+        try:
+            calls = json.loads(calls or "[]")
+        except ValueError as error:
+            raise InputError(f"{where} has 'tool_calls' that are text but not JSON ({error}); give a list of calls") from error
+    if not isinstance(calls, list):
+        raise InputError(f"{where} has 'tool_calls' of type {type(calls).__name__}; give a list of calls")
+    return [_check_tool_call(call, where) for call in calls]
 
 
 def _check_tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise InputError(f"{where} has a tool call without a function name: {call!r}")
-    function = {**function, "arguments": parsed_arguments(function.get("arguments", {}))}
-    return {**call, "function": function} if "function" in call else function
+    function = {**_without_null_fields(function), "arguments": parsed_arguments(function.get("arguments"))}
+    return {**_without_null_fields(call), "function": function} if "function" in call else function
+
+
+def _read_weight(message: Message, where: str) -> None:
+    """Leave ``weight: 0`` in an assistant message that is not to be learned, and no other key of this kind."""
+    given = {key: message.pop(key) for key in [*message] if _LIKE_A_WEIGHT.search(key)}
+    for key, value in given.items():
+        if key not in _WEIGHT_KEYS:
+            known = ", ".join(_WEIGHT_KEYS)
+            raise InputError(
+                f"{where} has the key {key!r}, which seems to say what is learned and is not read; write {known} "
+                "(0: the turn is not learned), or remove it"
+            )
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise InputError(f"{where}: {key} is {value!r}; a turn is learned (1) or not (0), and nothing between is supported")
+        if value and message["role"] != "assistant":
+            raise InputError(
+                f"{where}: {key} is {value!r} on a {message['role']} message; only assistant messages are learned: set it to 0 "
+                "or remove it"
+            )
+    if len({bool(value) for value in given.values()}) > 1:
+        raise InputError(f"{where}: {' and '.join(given)} contradict each other; keep one of them")
+    if given and message["role"] == "assistant" and not any(given.values()):
+        message["weight"] = 0
 
 
 def parsed_arguments(arguments: Any) -> Any:
-    """A tool call's arguments as an object where they are JSON text of one; else as they are."""
+    """Return a tool call's arguments as an object where they are JSON text of one or are missing; else as they are."""
+    if arguments is None:
+        return {}
     if not isinstance(arguments, str):
         return arguments
+    if not arguments.strip():
+        return {}
     try:
         parsed = json.loads(arguments)
-    except json.JSONDecodeError:  # what a model wrote need not be JSON; the template gets the text as it is
+    except ValueError:  # what a model wrote need not be JSON; the template gets the text as it is
         return arguments
     return parsed if isinstance(parsed, dict) else arguments
 
 
+def with_system(messages: list[Message], system: Any, where: str, key: str) -> list[Message]:
+    """Return the messages with ``system``, the text of a column of its own, as their system message; unchanged where empty."""
+    if system is None or (isinstance(system, str) and not system.strip()):
+        return messages
+    if not isinstance(system, str):
+        raise InputError(f"{where}: {key} is a {type(system).__name__}, not a system text; set dataset.system_key: null")
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if message_text(messages[0]).strip() != system.strip():
+        raise InputError(
+            f"{where} has one system text in the column {key!r} and another one in its messages; remove one, or set "
+            "dataset.system_key: null to ignore the column"
+        )
+    return messages
+
+
+def _without_null_fields(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if item is not None}
+
+
 def without_nulls(value: Any) -> Any:
-    """Plain dicts and lists without the keys whose value is None, at every depth."""
+    """Return plain dicts and lists without the keys whose value is None, at every depth."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):

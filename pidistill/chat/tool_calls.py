@@ -1,7 +1,8 @@
 """Tool calls in the text of an assistant turn, in the form that a model family writes them.
 
     hermes   <tool_call>{"name": "f", "arguments": {...}}</tool_call>, any number of them, text around (Hermes, Qwen 2.5 and 3)
-    llama3   {"name": "f", "parameters": {...}} as the whole turn, behind <|python_tag|> or not (Llama 3.1 and later)
+    llama3   {"name": "f", "parameters": {...}} as the whole turn, behind <|python_tag|> or not (Llama 3.1 and later);
+             without the tag, JSON is a call only if it has both keys
     action   <action>{"name": "f", "arguments": {...}}</action>, for models whose chat template knows no tools
     none     the text stays as it is
 
@@ -88,11 +89,11 @@ def _tagged(text: str, tag: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def _whole(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """An answer may be JSON too: without the tag it is a call only if it has a call's keys."""
+    """Read a turn that is one call; an answer may be JSON too, so without the tag it needs a call's two keys."""
     stripped = text.strip()
     if stripped.startswith(_PYTHON_TAG):
         return "", [_call(stripped.removeprefix(_PYTHON_TAG), ("parameters", "arguments"))]
-    if stripped.startswith("{") and re.search(r'"(name|parameters)"\s*:', stripped):
+    if stripped.startswith("{") and all(re.search(key, stripped) for key in (r'"name"\s*:', r'"(parameters|arguments)"\s*:')):
         return "", [_call(stripped, ("parameters", "arguments"))]
     return text, []
 

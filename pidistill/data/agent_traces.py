@@ -7,7 +7,6 @@ teacher sees of the successful trace is its *kind* (:mod:`pidistill.privileged.t
 completion, and the environment :class:`pidistill.envs.ReplayEnvironment` finds it in ``example.data["trace"]``.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pidistill.chat.calls import ACTION_TAGS, CALL_TEMPLATE, CallStyle, ToolCall, as_call, unreadable_calls
-from pidistill.chat.messages import check_messages
+from pidistill.chat.messages import check_messages, with_system
 from pidistill.data.builders import check_tools
 from pidistill.data.dataset import ExampleDataset
-from pidistill.data.sources import Rows, get, load_rows, require_value
+from pidistill.data.sources import get, load_rows, require_value
 from pidistill.errors import InputError
 from pidistill.privileged.trace_kinds import TraceText
 from pidistill.privileged.trace_task import AgentTrace, TraceTask
@@ -52,6 +51,7 @@ def trace_dataset(
     success_threshold: float = 1.0,
     actions_key: str | None = None,
     tools_key: str | None = None,
+    system_key: str | None = "system",
     tools_file: str | None = None,
     derive_tools: bool = True,
     call_template: str = CALL_TEMPLATE,
@@ -84,6 +84,7 @@ def trace_dataset(
         tools_key: tool schemas in the rows; ``tools_file``: in a JSON file, as a list. With neither, and
             ``derive_tools``, they are derived from the calls seen in all traces: names, arguments and JSON types, no
             descriptions, and no tool that no trace calls. Calls between tags give none: there the system prompt says it.
+        system_key: a column with the system text of the episode, read where rows have one; null ignores it.
         call_template, omit_tools, action_tags: see :class:`pidistill.chat.calls.CallStyle`.
         header: the line above the information; null is the kind's own, "" is none.
         prefix_calls, prefix_frac: how much ``kind: solution_prefix`` shows: so many calls, or that share, rounded up.
@@ -103,6 +104,7 @@ def trace_dataset(
         success_threshold=success_threshold,
         actions_key=actions_key,
         tools_key=tools_key,
+        system_key=system_key,
         action_tags=action_tags,
         split=split,
         data_files=data_files,
@@ -156,13 +158,14 @@ def read_traces(
     success_threshold: float = 1.0,
     actions_key: str | None = None,
     tools_key: str | None = None,
+    system_key: str | None = "system",
     action_tags: Sequence[str] = ACTION_TAGS,
     split: str = "train",
     data_files: str | Sequence[str] | None = None,
     config_name: str | None = None,
 ) -> TraceRows:
     """The traces of ``source`` by task; arguments as in :func:`trace_dataset`."""
-    rows = _read_rows(source, split, data_files, config_name)
+    rows = load_rows(source, split, data_files, None, config_name)
     named = {"messages_key": messages_key, "task_key": task_key, "reward_key": reward_key, "tools_key": tools_key,
              "actions_key": actions_key}  # fmt: skip
     for option, key in named.items():
@@ -173,6 +176,8 @@ def read_traces(
     unreadable, seen = 0, []
     for where, row in rows:
         messages = check_messages(require_value(row, messages_key, where, "messages_key"), where, messages_key)
+        if system_key is not None:
+            messages = with_system(messages, get(row, system_key), where, system_key)
         prompt, turns = _split([{"content": "", **message} for message in messages])  # templates read it in bare calls too
         if not turns:
             unusable[NO_ANSWER] += 1
@@ -188,21 +193,6 @@ def read_traces(
     if not tasks:
         raise InputError(f"no row of {source} has an assistant turn after a user message; check dataset.messages_key")
     return TraceRows([TraceTask(*item) for item in tasks.items()], dict(unusable), unreadable, derived_tools(seen))
-
-
-def _read_rows(source: str, split: str, data_files: Any, config_name: str | None) -> Rows:
-    """Local JSON is read as it is: a table would give every call the arguments of all others, as nulls, in another order."""
-    path = Path(source)
-    if not path.is_file() or path.suffix not in (".json", ".jsonl"):
-        return load_rows(source, split, data_files, None, config_name)
-    text = path.read_text(encoding="utf-8")
-    try:
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise InputError(f"dataset.source {source} is not valid JSON ({error}); check the file") from error
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"dataset.source {source} is no list of episodes, each an object; check the file")
-    return Rows(path.name, rows)
 
 
 def _split(messages: list[Message]) -> tuple[list[Message], list[Message]]:

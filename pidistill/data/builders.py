@@ -6,12 +6,12 @@ Every builder reads a .jsonl, .json or .parquet file, a glob, a folder or a Hub 
 
 import json
 import re
-import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pidistill.chat.messages import check_messages, last_user_index
+from pidistill.chat.messages import check_messages, last_user_index, messages_from_text, with_system
+from pidistill.chat.templates import check_template
 from pidistill.data.dataset import ExampleDataset
 from pidistill.data.sources import get, load_rows, require_value
 from pidistill.errors import InputError
@@ -28,6 +28,7 @@ def chat_dataset(
     completion_key: str | None = None,
     reference_key: str | None = None,
     tools_key: str | None = None,
+    system_key: str | None = "system",
     split: str = "train",
     data_files: str | Sequence[str] | None = None,
     max_rows: int | None = None,
@@ -47,6 +48,7 @@ def chat_dataset(
             assistant message.
         reference_key: what the reward compares with.
         tools_key: tool schemas, as a list or as JSON text.
+        system_key: a column with the system text of the conversation, read where rows have one; null ignores it.
         made_by: the command that writes the file ``source``; the error names it where the file does not exist yet.
     """
     _check_made(source, made_by)
@@ -65,6 +67,8 @@ def chat_dataset(
     examples = []
     for where, row in rows:
         conversation = _conversation(require_value(row, messages_key, where, "messages_key"), where, messages_key, "user")
+        if system_key is not None:
+            conversation = with_system(conversation, get(row, system_key), where, system_key)
         messages, demonstration = _split_conversation(conversation, completion, f"{where}: {messages_key}")
         if completion_key is not None:
             demonstration = _demonstration(get(row, completion_key), where, completion_key)
@@ -114,7 +118,9 @@ def _split_conversation(messages: list[Message], how: str | None, where: str) ->
 
 
 def _conversation(value: Any, where: str, key: str, role: str) -> list[Message]:
-    return check_messages([{"role": role, "content": value}] if isinstance(value, str) else value, where, key)
+    if isinstance(value, str):
+        value = messages_from_text(value) or [{"role": role, "content": value}]
+    return check_messages(value, where, key)
 
 
 def _demonstration(value: Any, where: str, key: str) -> list[Message] | None:
@@ -128,13 +134,17 @@ def _demonstration(value: Any, where: str, key: str) -> list[Message] | None:
 
 def _privileged(row: Mapping[str, Any], key: str | None, where: str) -> str | list[Message] | None:
     value = get(row, key) if key is not None else None
-    if value is None or value in ("", []):
+    if isinstance(value, str):
+        value = messages_from_text(value) or value
+    if not value or (isinstance(value, str) and not value.strip()):
         return None
     return value if isinstance(value, str) else check_messages(value, where, str(key))
 
 
 def check_tools(value: Any, where: str, key: str) -> list[dict[str, Any]] | None:
-    """Tool schemas, given as a list or as JSON text; None where there are none."""
+    """Return tool schemas, given as a list or as JSON text; None where there are none."""
+    if isinstance(value, str) and not value.strip():
+        return None
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -176,7 +186,7 @@ def qa_dataset(
         made_by: as in :func:`chat_dataset`.
     """
     _check_made(source, made_by)
-    _check_question_template(question_template)
+    check_template(question_template, "dataset.question_template", ("question",))
     rows = load_rows(source, split, data_files, max_rows, config_name)
     rows.require(question_key, "question_key")
     if privileged_key is not None:
@@ -204,20 +214,13 @@ def _question(
 ) -> list[Message]:
     value = require_value(row, key, where, "question_key")
     if isinstance(value, str):
+        value = messages_from_text(value) or value
+    if isinstance(value, str):
         messages = [{"role": "user", "content": template.format(question=value)}]
     else:
         messages, _ = _split_conversation(check_messages(value, where, key), None, f"{where}: {key}")
     has_system = messages[0]["role"] == "system"
     return messages if has_system or system_prompt is None else [{"role": "system", "content": system_prompt}, *messages]
-
-
-def _check_question_template(template: str) -> None:
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise InputError(f"dataset.question_template is malformed ({error}); double the braces of its text") from error
-    if set(names) != {"question"}:
-        raise InputError(f"dataset.question_template has the placeholders {names}; it needs {{question}} and no other")
 
 
 # ------------------------------------------------------------------------------------------- GSM8K

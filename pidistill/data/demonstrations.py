@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from pidistill.data.load import RecipeData
 from pidistill.errors import InputError
 from pidistill.tokenizers import ChatTokenizer
+from pidistill.tokenizers.rendering import Piece, encode_completion
 from pidistill.types import Example, PromptPair, Rollout
 
 
@@ -59,33 +60,23 @@ def row_completions(data: RecipeData) -> list[Rollout]:
 def demonstration(
     example: Example, prompts: PromptPair, tokenizer: ChatTokenizer, *, max_seq_len: int | None = None
 ) -> Rollout:
-    """The ids that a policy would have sampled to say ``example.completion``; messages between its turns are observations.
+    """Return the ids that a policy would have sampled to say ``example.completion``.
+
+    Messages between its turns are observations, and turns with ``weight: 0`` are shown and not learned, as observations are.
 
     Raises:
-        InputError: the example has no completion, or none of its messages is an assistant turn.
+        InputError: the example has no completion, none of its messages is an assistant turn that is learned, or the chat
+            template leaves out a part of a message.
         TooLong: prompt and completion exceed ``max_seq_len``.
     """
     if not any(message["role"] == "assistant" for message in example.completion or []):
         raise InputError(f"{example.id} has no assistant turn to learn from; check the dataset's completion key")
-    history, observations = list(example.messages), []
-    completion: list[int] = []
-    policy_mask: list[bool] = []
-    turn_policy_tokens: list[int] = []
-    for message in example.completion:
-        if message["role"] != "assistant":
-            observations.append(message)
-            continue
-        if observations:
-            ids = tokenizer.encode_observations(history, observations, example.tools)
-            completion += ids
-            policy_mask += [False] * len(ids)
-            history += observations
-            observations = []
-        ids = tokenizer.encode_turn(history, message, example.tools)
-        completion += ids
-        policy_mask += [True] * len(ids)
-        turn_policy_tokens.append(len(ids))
-        history.append(message)
+    pieces = encode_completion(tokenizer, example.messages, example.completion, example.tools, example.id)
+    turns = [piece for piece in pieces if piece.turn is not None]
+    if not any(map(_is_learned, turns)):
+        raise InputError(f"{example.id}: every assistant turn has weight 0, so nothing is learned; remove the row or the key")
+    completion = [token for piece in pieces for token in piece.ids]
+    policy_mask = [_is_learned(piece) for piece in pieces for _ in piece.ids]
     length = len(prompts.student) + len(completion)
     if max_seq_len is not None and length > max_seq_len:
         raise TooLong(
@@ -103,5 +94,10 @@ def demonstration(
         group=0,
         stop_reason="done",
         turns=list(example.completion),
-        turn_policy_tokens=turn_policy_tokens,
+        turn_policy_tokens=[len(piece.ids) if _is_learned(piece) else 0 for piece in turns],
     )
+
+
+def _is_learned(piece: Piece) -> bool:
+    """Return whether the piece is an assistant turn that its row does not exclude from learning (``weight: 0``)."""
+    return piece.turn is not None and piece.turn.get("weight", 1) != 0

@@ -1,12 +1,11 @@
 """Prompts that ask a model to summarise successful traces; see :mod:`pidistill.rollouts.hints`."""
 
-import string
 from typing import Any
 
 from pidistill.chat.messages import transcript_text
+from pidistill.chat.templates import check_template
 from pidistill.data.agent_traces import UNSOLVED, read_traces
 from pidistill.data.dataset import ExampleDataset
-from pidistill.errors import InputError
 from pidistill.privileged.trace_task import TraceTask
 from pidistill.types import Example
 
@@ -30,9 +29,7 @@ def hint_prompts(source: str, template: str = HINT_TEMPLATE, max_tasks: int | No
         max_tasks: only the first tasks of the source, with and without success.
         keys: arguments of :func:`pidistill.data.agent_traces.read_traces`, the same as for the dataset that reads the hints.
     """
-    names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    if set(names) != {"conversation"}:
-        raise InputError(f"dataset.template has the placeholders {names}; it needs {{conversation}} and no other")
+    check_template(template, "dataset.template", ("conversation",))
     tasks = read_traces(source, **keys).tasks[:max_tasks]
     examples = [_prompt(task, template) for task in tasks if task.source is not None]
     without = len(tasks) - len(examples)

@@ -1,6 +1,13 @@
-"""Rows out of files and the Hub, through Hugging Face datasets."""
+"""Read rows out of files and from the Hub.
 
+JSON and CSV files are read as they are, so that a null of a row stays a null. Parquet files, folders and Hub datasets go
+through Hugging Face datasets; the nulls that a table holds for the fields of other rows are removed from lists.
+"""
+
+import csv
 import glob
+import io
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +16,10 @@ from typing import Any
 
 import datasets
 
+from pidistill.chat.messages import without_nulls
 from pidistill.errors import InputError
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 _MISSING = object()
 
@@ -61,7 +69,7 @@ def load_rows(
     max_rows: int | None = None,
     config_name: str | None = None,
 ) -> Rows:
-    """The rows of a .jsonl, .json or .parquet file, of several (a glob), of a folder, or of a dataset on the Hub.
+    """Return the rows of a .jsonl, .json, .parquet or .csv file, of several (a glob), of a folder, or of a dataset on the Hub.
 
     Args:
         source: a path as given (relative to the working directory), a glob, or a Hub name such as ``openai/gsm8k``.
@@ -75,15 +83,100 @@ def load_rows(
     if max_rows is not None and max_rows < 1:
         raise InputError(f"dataset.max_rows is {max_rows}; give at least 1, or null for all rows")
     files = _local_files(source)
-    if files:
-        loaded = _load(source, FORMATS[files[0].suffix], split, {split.partition("[")[0]: [str(file) for file in files]})
+    if files and files[0].suffix != ".parquet":
+        rows = _slice([row for file in files for row in read_rows(file)], source, split)[:max_rows]
     else:
-        loaded = _load(source, source, split, data_files, config_name, local=Path(source).is_dir())
-    rows = list(loaded if max_rows is None else loaded.select(range(min(max_rows, len(loaded)))))
+        loaded = _load_table(source, files, split, data_files, config_name)
+        loaded = loaded if max_rows is None else loaded.select(range(min(max_rows, len(loaded))))
+        rows = [_without_table_nulls(row) for row in loaded]
     name = Path(source).name if files or Path(source).is_dir() else f"{source} {split}"
     if not rows:
         raise _no_rows(source, split)
     return Rows(name, rows)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of one JSON, JSON-lines or CSV file; errors name the file, the line and what is wrong there."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        byte = error.object[error.start]
+        raise InputError(
+            f"dataset.source {file} cannot be loaded (line {line} holds the byte 0x{byte:02x}, which is not UTF-8); write it "
+            f"as UTF-8, for example with `iconv -f latin1 -t utf-8 {file.name}`"
+        ) from error
+    if file.suffix == ".csv":  # every value is text, as it is written; an empty cell has no value
+        return [{key: value or None for key, value in row.items()} for row in csv.DictReader(io.StringIO(text, newline=""))]
+    rows = _json_lines(file, text) if file.suffix == ".jsonl" else _json_rows(file, text)
+    for where, row in rows:
+        _check_row(row, f"dataset.source {file} {where}")
+    return [row for _, row in rows]
+
+
+def _json_rows(file: Path, text: str) -> list[tuple[str, Any]]:
+    """Return the rows of a file that holds one list; several objects, one a line, are read too."""
+    if not text.strip():
+        return []
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        if text.lstrip().startswith("{"):
+            return _json_lines(file, text)
+        raise InputError(f"dataset.source {file} cannot be loaded (not valid JSON: {error}); check the file") from error
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise InputError(f"dataset.source {file} is no list of rows, each an object; check the file")
+    return [(f"row {i}", row) for i, row in enumerate(value)]
+
+
+def _json_lines(file: Path, text: str) -> list[tuple[str, Any]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((f"line {number}", json.loads(line)))
+        except ValueError as error:
+            raise InputError(
+                f"dataset.source {file} cannot be loaded (line {number} is not valid JSON: {error}); check the file: "
+                "the line may be cut off"
+            ) from error
+    return rows
+
+
+def _check_row(row: Any, where: str) -> None:
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is a {type(row).__name__}, not an object with named fields; check the file")
+    for key, value in row.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise InputError(
+                f"{where}: {key} holds {half}, half of a surrogate pair, which is no character and has no tokens; mend the "
+                "text (it was probably cut within an emoji) or leave the row out"
+            ) from error
+
+
+def _slice(rows: list[Any], source: str, split: str) -> list[Any]:
+    """Return the part of the rows that a split such as ``train[:100]`` names; a file is its whole split, whatever its name."""
+    name, bracket, _ = split.partition("[")
+    if not bracket:
+        return rows
+    try:
+        (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
+    except (ValueError, AssertionError) as error:
+        raise InputError(f"dataset.split {split!r} is no part of {source}'s {len(rows)} rows ({error})") from error
+    return rows[part.from_ : part.to]
+
+
+def _without_table_nulls(value: Any) -> Any:
+    """Return the value without the nulls that a table holds, in a list of objects, for the fields of the other objects."""
+    if isinstance(value, Mapping):
+        return {key: _without_table_nulls(item) for key, item in value.items()}
+    return without_nulls(value) if isinstance(value, list) else value
 
 
 def _local_files(source: str) -> list[Path]:
@@ -100,6 +193,26 @@ def _local_files(source: str) -> list[Path]:
         known = ", ".join(FORMATS)
         raise InputError(f"dataset.source {source} names files of type {', '.join(sorted(suffixes))}; give one type of {known}")
     return files
+
+
+def _load_table(source: str, files: list[Path], split: str, data_files: Any, config_name: str | None) -> Any:
+    folder = Path(source)
+    if files:
+        return _load(source, "parquet", split, {split.partition("[")[0]: [str(file) for file in files]})
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _load_saved(source, split)
+    return _load(source, source, split, data_files, config_name, local=folder.is_dir())
+
+
+def _load_saved(source: str, split: str) -> Any:
+    """Return the split of a folder that ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote."""
+    saved = datasets.load_from_disk(source)
+    name, bracket, _ = split.partition("[")
+    if isinstance(saved, datasets.DatasetDict):
+        if name not in saved:
+            raise InputError(f"dataset.source {source} has the splits {', '.join(saved)}, and not {name!r}; set dataset.split")
+        saved = saved[name]
+    return saved.select(_slice(range(len(saved)), source, split)) if bracket else saved
 
 
 def _load(source: str, path: str, split: str, data_files: Any, config_name: str | None = None, local: bool = True) -> Any:

@@ -10,7 +10,6 @@ import http.client
 import json
 import logging
 import os
-import string
 import tempfile
 import threading
 import time
@@ -23,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pidistill.chat.messages import transcript_text
+from pidistill.chat.templates import check_template
 from pidistill.errors import InputError
 from pidistill.types import Example, Message
 
@@ -66,11 +66,7 @@ class Judge:
     _said: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
-        names = {name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None}
-        if "attempt" not in names or names - {"task", "attempt"}:
-            raise InputError(
-                f"feedback.template has the placeholders {sorted(names)}; it needs {{attempt}}, and may have {{task}}"
-            )
+        check_template(self.template, "feedback.template", ("attempt",), ("task",))
         if not callable(self.ask):
             raise InputError(f"feedback.ask is {self.ask!r}; give a component that maps a prompt to a text")
 

@@ -14,14 +14,15 @@ system message that carries the privileged information would otherwise replace i
 """
 
 import random
-import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pidistill.chat.messages import last_user_index, message_text, messages_text, with_text
+from pidistill.chat.messages import last_user_index, messages_text, with_text
+from pidistill.chat.templates import check_template
 from pidistill.errors import InputError
 from pidistill.tokenizers.base import ChatTokenizer
+from pidistill.tokenizers.rendering import check_prompt
 from pidistill.types import Example, Message, PromptPair
 
 DEFAULT_TEMPLATE = """\
@@ -45,7 +46,6 @@ DEFAULT_LEAK_PHRASES = (
 
 PLACEMENTS = ("system_end", "user_end", "before_user", "after_user")
 CONTROLS = (None, "none", "shuffled")
-PLACEHOLDERS = frozenset({"privileged"})
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class PrivilegedPrompt:
         _check_choice("role", self.role, ("user", "system"))
         _check_choice("control", self.control, CONTROLS)
         _check_choice("on_overflow", self.on_overflow, ("error", "drop"))
-        _check_template(self.template)
+        check_template(self.template, "privileged.template", ("privileged",))
         if self.max_privileged_length is not None and self.max_privileged_length < 1:
             raise InputError(
                 f"privileged.max_privileged_length is {self.max_privileged_length}; give at least 1, or null for no limit; "
@@ -125,6 +125,7 @@ class PrivilegedPrompt:
             ids = tokenizer.encode_prompt(example.messages, example.tools)
         except InputError as error:
             raise InputError(f"{example.id}: {error}") from error
+        check_prompt(tokenizer, ids, example.messages, example.tools, example.id)
         if not example.privileged:
             return PromptViews(example.messages, example.messages, PromptPair(ids, ids, has_privileged=False))
         student = with_default_system(example, tokenizer)
@@ -135,7 +136,7 @@ class PrivilegedPrompt:
             )
         teacher = self.teacher_messages(example, student)
         try:
-            teacher_ids = _encode_whole(teacher, student, example, tokenizer)
+            teacher_ids = _encode_whole(teacher, example, tokenizer)
         except InputError as error:
             raise InputError(self._refused(example, student, tokenizer, error)) from error
         return PromptViews(student, teacher, PromptPair(ids, teacher_ids, has_privileged=True))
@@ -152,12 +153,12 @@ class PrivilegedPrompt:
         ]
         role = f", role: {self.role}" if self.placement in ("before_user", "after_user") else ""
         used = f"privileged.placement: {self.placement}{role}"
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = " ".join(str(error.__cause__ or error).partition("; ")[0].split())
         return f"{example.id}: the chat template does not take {used} ({reason}); set {' or '.join(advice)}"
 
     def _is_taken(self, example: Example, student: list[Message], tokenizer: ChatTokenizer) -> bool:
         try:
-            _encode_whole(self.teacher_messages(example, student), student, example, tokenizer)
+            _encode_whole(self.teacher_messages(example, student), example, tokenizer)
         except InputError:
             return False
         return True
@@ -215,16 +216,10 @@ class PrivilegedPrompt:
         return shuffle_privileged(examples, self.control_seed) if self.control == "shuffled" else list(examples)
 
 
-def _encode_whole(teacher: list[Message], student: list[Message], example: Example, tokenizer: ChatTokenizer) -> list[int]:
-    """Ids of the teacher's prompt. Raises InputError where the template leaves out a message that it writes for the student."""
+def _encode_whole(teacher: list[Message], example: Example, tokenizer: ChatTokenizer) -> list[int]:
+    """Return the ids of the teacher's prompt; raises InputError where the template leaves out a message or a tool."""
     ids = tokenizer.encode_prompt(teacher, example.tools)
-    left_out = getattr(tokenizer, "left_out", None)  # of tokenizers with a template that may
-    if left_out is not None:
-        by_itself = [student[i] for i in left_out(student, example.tools)]
-        lost = [teacher[i] for i in left_out(teacher, example.tools) if teacher[i] not in by_itself]
-        if lost:
-            text = message_text(lost[0])
-            raise InputError(f"it leaves out a {lost[0]['role']} message, {text[:40]!r}{'…' if len(text) > 40 else ''}")
+    check_prompt(tokenizer, ids, teacher, example.tools)
     return ids
 
 
@@ -267,16 +262,3 @@ def _check_choice(key: str, value: str | None, known: Sequence[str | None]) -> N
     if value not in known:
         names = ", ".join("null" if name is None else name for name in known)
         raise InputError(f"privileged.{key} is {value!r}; known are {names}")
-
-
-def _check_template(template: str) -> None:
-    hint = "write {privileged} where the information goes, and {{ and }} for braces of the text"
-    try:
-        fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
-    except ValueError as error:
-        raise InputError(f"privileged.template is malformed ({error}); {hint}") from error
-    for _, name, spec, conversion in fields:
-        if name not in PLACEHOLDERS or spec or conversion:
-            raise InputError(f"privileged.template has the unknown placeholder {{{name}}}; {hint}")
-    if not fields:
-        raise InputError(f"privileged.template lacks {{privileged}}, so the teacher would see nothing; {hint}")

@@ -235,7 +235,7 @@ class _Episode:
         """Add one turn and the environment's verdict on it; True where the episode ends."""
         if self.failure is not None:
             return True
-        turn = self.tokenizer.parse_turn(ids)
+        turn = self.tokenizer.parse_turn(ids, self.example.tools)
         self.turns.append(turn)
         self.turn_policy_tokens.append(len(ids))
         self.tokens += len(ids)

@@ -1,4 +1,8 @@
-"""Tokenizers as the package uses them; see :mod:`pidistill.tokenizers.base` for the protocol."""
+"""Tokenizers: messages in, token ids out, and back.
+
+Enters: messages and tool schemas. Leaves: ids of prompts, turns and observations, which rendering.py checks against the
+messages. Read :mod:`pidistill.tokenizers.base`, the protocol, first.
+"""
 
 from typing import Any
 

@@ -41,8 +41,11 @@ class ChatTokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens included."""
 
-    def parse_turn(self, ids: Sequence[int]) -> Message:
-        """The assistant message that the sampled ids of one turn say; the stop id is not part of its text."""
+    def parse_turn(self, ids: Sequence[int], tools: Sequence[dict[str, Any]] | None = None) -> Message:
+        """Return the assistant message that the sampled ids of one turn say; the stop id is not part of its text.
+
+        ``tools`` are those of the prompt. Where there are none, an answer that looks like a call is an answer.
+        """
 
     def default_system(self, tools: Sequence[dict[str, Any]] | None = None) -> str | None:
         """The system text that prompts get where the messages have no system message; None where they get none."""

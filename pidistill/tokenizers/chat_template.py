@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pidistill.chat.messages import message_text
 from pidistill.errors import InputError
+from pidistill.tokenizers.rendering import REASONING_KEYS
 from pidistill.types import Message
 
 
@@ -56,9 +57,6 @@ class ChatTemplate:
             ) from error
 
 
-_REASONING = ("reasoning_content", "thinking", "reasoning")
-
-
 def _as_templates_read(message: Message) -> Message:
     """The message in the one form that all templates know; but for the text parts, what transformers makes of it.
 
@@ -66,7 +64,7 @@ def _as_templates_read(message: Message) -> Message:
     list of text parts is written out as a list by some templates, and left out by others (Qwen3's).
     """
     message = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((message[key] for key in _REASONING if key in message), None)
+    reasoning = next((message[key] for key in REASONING_KEYS if key in message), None)
     if reasoning is not None:
         message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
     if isinstance(message.get("content"), list):

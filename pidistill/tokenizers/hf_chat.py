@@ -4,10 +4,12 @@ Ids are those of transformers' ``apply_chat_template`` with one difference: a co
 stays text. A row, or its privileged information, cannot end a turn or open another one.
 """
 
+import itertools
 import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from pidistill.chat.tool_calls import (
 )
 from pidistill.errors import InputError
 from pidistill.tokenizers.chat_template import ChatTemplate, find_templates, rewritten_turns
+from pidistill.tokenizers.rendering import REASONING_KEYS
 from pidistill.types import Message
 
 _log = logging.getLogger(__name__)
@@ -81,6 +84,7 @@ class HFChatTokenizer:
         self._control_pattern = _any_of(self._find_control_tokens())
         self._default_systems: dict[str, str | None] = {}
         self.tool_format, self._plain_tools = self._find_tool_format(tool_format)
+        self._reads_tags_without_tools = tool_format in ("hermes", "action")
 
     # ------------------------------------------------------------------------------------------- the protocol
 
@@ -132,13 +136,88 @@ class HFChatTokenizer:
             raise self._no_stop_error()
         return self._encode(text[stop.end() :], marker, after=text[: stop.end()])
 
+    def encode_at_once(
+        self, history: Sequence[Message], completion: Sequence[Message], tools: Tools = None
+    ) -> list[tuple[list[int], list[int]]] | None:
+        """Return (ids before the turn, ids of the turn) of every assistant turn of ``completion``, from few renderings.
+
+        Rendering the conversation anew for every turn costs the square of its length. None where one rendering does not show
+        what :meth:`encode_turn` and :meth:`encode_observations` would give: the template rewrites turns that are followed by
+        such messages, or begins turns in another way than its generation prompt.
+        """
+        turns = [i for i, message in enumerate(completion) if message["role"] == "assistant"]
+        answers = {message["role"] for message in completion[turns[0] : turns[-1]]} - {"assistant"}
+        two_in_a_row = any(b - a == 1 for a, b in itertools.pairwise(turns))
+        rewritten = any(f"a {role} message" in kind for role in answers for kind in self._rewritten_turns)
+        if turns[0] > 0 or two_in_a_row or rewritten:
+            return None
+        whole = [*history, *completion[: turns[-1] + 1]]
+        marker = _unused_marker(whole, tools)
+        ended = self._render(history, tools, marker, generation_prompt=False)
+        first = self._render(history, tools, marker, generation_prompt=True)
+        last = self._render(whole[:-1], tools, marker, generation_prompt=True)
+        text = self._render(whole, tools, marker, generation_prompt=False)
+        spans = self._turn_spans(text, ended, first, last, len(turns))
+        if spans is None:
+            return None
+        shapes = {_shape(completion[i]): number for number, i in reversed(list(enumerate(turns)))}
+        for number in shapes.values():  # the first turn of each shape, rendered as the last one
+            so_far = [*history, *completion[: turns[number] + 1]]
+            if not self._render(so_far, tools, marker, generation_prompt=False).startswith(text[: spans[number][2]]):
+                return None
+        return self._encode_spans(text, spans, marker)
+
+    def _turn_spans(self, text: str, ended: str, first: str, last: str, count: int) -> list[tuple[int, int, int]] | None:
+        """Return (begin of the header, begin, end with the stop token) of every turn; None where they cannot be told apart.
+
+        ``ended`` is the history without a generation prompt; ``first`` and ``last`` are the prompts of the first and last turn.
+        """
+        header = first.removeprefix(ended)
+        if (
+            not self._control_pattern.search(header)
+            or header == first
+            or not text.startswith(first)
+            or not text.startswith(last)
+        ):
+            return None
+        spans, at = [], len(first) - len(header)
+        while len(spans) < count:
+            at = text.find(header, at)
+            stop = self._stop_pattern.search(text, at + len(header)) if at >= 0 else None
+            if stop is None:
+                return None
+            spans.append((at, at + len(header), stop.end()))
+            at = stop.end()
+        is_whole = spans[-1][1] == len(last) and not self._stop_pattern.sub("", text[at:]).strip()
+        return spans if is_whole else None
+
+    def _encode_spans(self, text: str, spans: Sequence[tuple[int, int, int]], marker: str) -> list[tuple[list[int], list[int]]]:
+        """Return the ids before and in every span; what stands before the first one is the prompt, and gives none."""
+        encoded, before = [], None
+        for header, begin, end in spans:
+            between: list[int] = []
+            if before is not None:
+                between = self._encode(text[before[2] : begin], marker, after=text[before[0] : before[2]])
+            encoded.append((between, self._encode(text[begin:end], marker, after=text[header:begin])))
+            before = (header, begin, end)
+        return encoded
+
+    @cached_property
+    def _rewritten_turns(self) -> list[str]:
+        return rewritten_turns(self._template)
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
-    def parse_turn(self, ids: Sequence[int]) -> Message:
-        """Tool calls become ``tool_calls``, or a ``tool_call_error``; see :mod:`pidistill.chat.tool_calls`."""
+    def parse_turn(self, ids: Sequence[int], tools: Tools = None) -> Message:
+        """Turn calls into ``tool_calls``, or a ``tool_call_error``; see :mod:`pidistill.chat.tool_calls`.
+
+        Without tools nothing is a call, except between tags where ``tool_format`` names them: there the messages may say what
+        can be called.
+        """
         said = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
-        return parse_turn_text(self.decode(said), self.tool_format)
+        is_read = tools or self._reads_tags_without_tools
+        return parse_turn_text(self.decode(said), self.tool_format if is_read else "none")
 
     def default_system(self, tools: Tools = None) -> str | None:
         """Found by rendering: the text s for which [system s, user] and [user] give the same prompt."""
@@ -148,24 +227,13 @@ class HFChatTokenizer:
             self._default_systems[key] = self._find_default_system(tools)
         return self._default_systems[key]
 
-    def left_out(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
-        """Which system and user messages the template does not write: some templates keep the last system text only."""
-        text = self._template.render(messages, tools, True)
-
-        def is_written(said: str) -> bool:
-            # As it is, or inside JSON.
-            return said in text or any(json.dumps(said, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
-
-        texts = ((i, message_text(m).strip()) for i, m in enumerate(messages) if m["role"] in ("system", "user"))
-        return [i for i, said in texts if not is_written(said)]
-
     def history_rewrites(self) -> str | None:
         """How the template's rendering of a conversation differs from the context that rollouts grow; None where it does not.
 
         Rollouts only append, so a turn stays in the context as it was sampled. A server that renders the conversation anew
         for every turn shows the model what the template makes of it.
         """
-        turns = rewritten_turns(self._template)
+        turns = self._rewritten_turns
         if not turns:
             return None
         return (
@@ -366,6 +434,12 @@ def _escaped(marker: str) -> str:
 
 def _split(text: str, marker: str) -> list[str]:
     return text.replace(_escaped(marker), marker).split(marker)
+
+
+def _shape(turn: Message) -> tuple[bool, ...]:
+    """Return what templates look at to choose how they write an assistant turn."""
+    text = message_text(turn)
+    return bool(turn.get("tool_calls")), bool(text), "</think>" in text, any(key in turn for key in REASONING_KEYS)
 
 
 def _with_sentinel(turn: Message, sentinel: str) -> Message:

@@ -81,7 +81,7 @@ class TorchtuneChatTokenizer:
         known = [i for i in ids if i < self.vocab_size]
         return self._tokenizer.decode(known, **{key: value for key, value in wanted.items() if key in accepted})
 
-    def parse_turn(self, ids: Sequence[int]) -> Message:
+    def parse_turn(self, ids: Sequence[int], tools: Tools = None) -> Message:
         said = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
         return {"role": "assistant", "content": self.decode(said)}
 

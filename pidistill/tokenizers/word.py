@@ -45,7 +45,7 @@ class WordTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(self._words[i] for i in ids)
 
-    def parse_turn(self, ids: Sequence[int]) -> Message:
+    def parse_turn(self, ids: Sequence[int], tools: Sequence[dict[str, Any]] | None = None) -> Message:
         said = ids[:-1] if ids and ids[-1] == self._end_id else ids
         return {"role": "assistant", "content": self.decode(said)}
 

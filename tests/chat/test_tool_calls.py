@@ -8,9 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pidistill.chat.tool_calls import parse_turn_text, visible_text, written_format
+from pidistill.envs import SingleTurn
 from pidistill.errors import InputError
+from pidistill.rewards import ExactMatch
 from pidistill.rollouts import collect
 from pidistill.tokenizers import HFChatTokenizer
+from pidistill.types import Example
 from tests.support.tiny_tokenizers import llama_folder, qwen_folder, r1_folder
 
 PLAIN = (  # knows no tools
@@ -70,6 +73,8 @@ def tool(content):
         ("llama3", '{"name": "weather", "parameters": {"city": "Rome"}}', turn("", call(city="Rome"))),
         ("llama3", '<|python_tag|>{"name": "weather", "parameters": {"city": "Rome"}}', turn("", call(city="Rome"))),
         ("llama3", '{"city": "Rome"}', turn('{"city": "Rome"}')),
+        ("llama3", '{"name": "Alice", "age": 30}', turn('{"name": "Alice", "age": 30}')),
+        ("llama3", '{"parameters": {}}', turn('{"parameters": {}}')),
         ("llama3", 'I say {"name": "weather", "parameters": {}}', turn('I say {"name": "weather", "parameters": {}}')),
         ("action", 'So <action>{"name": "a", "arguments": {"n": 1.5}}</action>', turn("So ", call("a", n=1.5))),
         ("none", "<tool_call>{</tool_call>", turn("<tool_call>{</tool_call>")),
@@ -97,7 +102,7 @@ def test_turns_are_read(format, text, expected):
         ("hermes", "<tool_call>" + "[" * 100_000 + "</tool_call>", "not valid JSON"),
         ("llama3", '{"name": "a", "parameters": {}', "not valid JSON"),
         ("llama3", '{"name": "a", "parameters": {}}; {"name": "b", "parameters": {}}', "not valid JSON"),
-        ("llama3", '{"parameters": {}}', 'like {"name": "...", "parameters": {...}}'),
+        ("llama3", '<|python_tag|>{"parameters": {}}', 'like {"name": "...", "parameters": {...}}'),
         ("llama3", "<|python_tag|>print(1)", "not valid JSON"),
         ("action", "<action>a(1)</action>", "not valid JSON"),
     ],
@@ -147,9 +152,35 @@ def test_reading_a_written_turn_and_writing_it_again_gives_its_ids(tmp_path, for
         turns += [turn("Let me look.", call(city="Rome")), turn("Both.\n\nNow:", call(city="a"), call("other"))]
     for given_turn in turns:
         ids = tokenizer.encode_turn(HISTORY, given_turn, TOOLS)
-        assert tokenizer.parse_turn(ids) == given_turn
-        assert tokenizer.encode_turn(HISTORY, tokenizer.parse_turn(ids), TOOLS) == ids
-        assert tokenizer.parse_turn(ids[:-1]) == given_turn
+        assert tokenizer.parse_turn(ids, TOOLS) == given_turn
+        assert tokenizer.encode_turn(HISTORY, tokenizer.parse_turn(ids, TOOLS), TOOLS) == ids
+        assert tokenizer.parse_turn(ids[:-1], TOOLS) == given_turn
+
+
+@pytest.mark.parametrize(
+    ("format", "answer"),
+    [
+        ("llama3", '{"name": "Alice", "age": 30}'),
+        ("llama3", '{"name": "weather", "parameters": {"city": "Rome"}}'),
+        ("hermes", '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'),
+    ],
+)
+def test_without_tools_an_answer_that_looks_like_a_call_is_an_answer(tmp_path, format, answer):
+    tokenizer = tokenizers(tmp_path)[format]
+    ids = tokenizer.encode_turn(HISTORY, turn(answer))
+    for tools in (None, []):
+        said = tokenizer.parse_turn(ids, tools)
+        assert said == turn(answer)
+    environment = SingleTurn(reward=ExactMatch())
+    row = Example(id="row 0", messages=HISTORY, reference=answer)
+    assert environment.step(environment.reset(row), said, truncated=False).reward == 1.0
+
+
+def test_the_action_tags_are_read_without_tools(tmp_path):
+    """Their name in the config says that the messages tell what can be called."""
+    tokenizer = tokenizers(tmp_path)["action"]
+    ids = tokenizer.encode_turn(HISTORY, turn("", call(city="Rome")))
+    assert tokenizer.parse_turn(ids) == turn("", call(city="Rome"))
 
 
 def test_observations_follow_a_turn_whatever_was_wrong_with_it(tmp_path):

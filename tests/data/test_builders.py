@@ -99,9 +99,9 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
     write(tmp_path / "mixed" / "b.parquet", ROWS)
     with pytest.raises(InputError, match=r"files of type \.jsonl, \.parquet; give one type of \.jsonl, \.json, \.parquet"):
         qa_dataset(str(tmp_path / "mixed" / "*"))
-    (tmp_path / "rows.csv").write_text("a,b\n")
-    with pytest.raises(InputError, match=r"files of type \.csv; give one type of"):
-        qa_dataset(str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.txt").write_text("a,b\n")
+    with pytest.raises(InputError, match=r"files of type \.txt; give one type of"):
+        qa_dataset(str(tmp_path / "rows.txt"))
     (tmp_path / "broken.jsonl").write_text('{"question": \n')
     with pytest.raises(InputError, match=r"broken\.jsonl cannot be loaded \(.+\); check the file"):
         qa_dataset(str(tmp_path / "broken.jsonl"))

@@ -242,5 +242,5 @@ def test_settings_that_cannot_be_meant_are_refused(changes, said, monkeypatch):
 
 def test_templates_that_show_the_judge_nothing_are_refused():
     for template in ("look at this", "{task}", "{attempt} {reward}"):
-        with pytest.raises(InputError, match="feedback.template has the placeholders"):
+        with pytest.raises(InputError, match="feedback.template (lacks|has the unknown placeholder|is malformed)"):
             Judge(str, template=template)

@@ -194,7 +194,7 @@ class Ill:
 def play(environment, **settings):
     tokenizer = LetterTokenizer()
     tokenizer.stop_ids = frozenset(range(1, 60))
-    tokenizer.parse_turn = lambda ids: assistant(tokenizer.decode(ids))
+    tokenizer.parse_turn = lambda ids, tools: assistant(tokenizer.decode(ids))
     examples = [Example(id=str(row), messages=[{"role": "user", "content": "ab"}]) for row in range(64)]
     pairs = [PromptPair([97, 60 + row], [80, 97, 60 + row], has_privileged=True) for row in range(64)]
     sampler = TorchtuneSampler(max_new_tokens=30)

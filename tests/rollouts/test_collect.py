@@ -45,7 +45,7 @@ class LetterTokenizer:
     def decode(self, ids):
         return "".join(map(chr, ids))
 
-    def parse_turn(self, ids):
+    def parse_turn(self, ids, tools=None):
         return assistant(self.decode([i for i in ids if i != STOP]))
 
     def default_system(self, tools=None):
@@ -344,7 +344,7 @@ def test_completions_are_the_turns_and_observations_in_order():
             return EnvStep([tool(f"{state['turns']}{turn['content'][:2]}")], 1.0, state["turns"] == 3, {})
 
     tokenizer.stop_ids = frozenset(range(1, 60))
-    tokenizer.parse_turn = lambda ids: assistant(tokenizer.decode(ids))
+    tokenizer.parse_turn = lambda ids, tools: assistant(tokenizer.decode(ids))
     result = collect(
         TorchtuneSampler(max_new_tokens=40, max_batch_size=3),
         EndsOnThirdTurn(),
@@ -371,7 +371,7 @@ def test_slow_environments_and_the_sampler_work_at_the_same_time():
     """An answer to `a` comes only after `b`'s last turn: in one thread it would never come. The rollouts are the same."""
     tokenizer, model = LetterTokenizer(), tiny_model(128)
     tokenizer.stop_ids = frozenset(range(1, 60))
-    tokenizer.parse_turn = lambda ids: assistant(tokenizer.decode(ids))
+    tokenizer.parse_turn = lambda ids, tools: assistant(tokenizer.decode(ids))
     b_ended = threading.Event()
 
     class Patient(Counting):

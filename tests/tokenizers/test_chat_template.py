@@ -103,6 +103,10 @@ def test_both_views_in_every_placement_are_transformers_ids(made, family, name):
     expected = reference(messages, tools)
     assert tokenizer.encode_prompt(messages, tools) == expected and len(expected) > 8
     example = Example(id="row 0", messages=messages, tools=tools, privileged="Zebra-4711")
+    if family == "r1-distill" and tools:
+        with pytest.raises(InputError, match=r"row 0: the chat template leaves out the tool 'look_up'; set tokenizer\."):
+            PrivilegedPrompt().build(example, tokenizer)
+        return
     for placement in PLACEMENTS:
         views = PrivilegedPrompt(placement=placement).build(example, tokenizer)
         assert views.pair.student == expected == reference(views.student_messages, tools), placement
@@ -221,10 +225,10 @@ def test_a_system_text_that_would_vanish_from_the_teachers_view_is_refused(made)
     """R1's template keeps the last one alone: the teacher would not see the instructions that the student sees."""
     tokenizer, _ = made("r1-distill")
     said = refusal(tokenizer, [system("Be brief."), user("a")], placement="before_user", role="system")
-    assert "(it leaves out a system message, 'Be brief.'); set privileged.role=user or privileged.placement=system_end" in said
-    # Two of the row's own: one is left out for the student too, as in inference.
-    twice = Example(id="row", messages=[system("x"), system("y"), user("a")], privileged="z")
-    assert PrivilegedPrompt(placement="user_end").build(twice, tokenizer).pair.has_privileged
+    assert "(the chat template leaves out the content of the system message 'Be brief.'); set privileged.role=user or " in said
+    twice = Example(id="row 3", messages=[system("Be brief."), system("Be kind."), user("a")])
+    with pytest.raises(InputError, match=r"row 3: the chat template leaves out the content of the system message 'Be brief.'"):
+        PrivilegedPrompt().build(twice, tokenizer)
 
 
 def test_a_folder_without_a_template_says_where_one_is(tmp_path):

@@ -1,0 +1,172 @@
+"""Rows stored another way: read where there is one meaning, refused by name where there is none; weights of turns."""
+
+import json
+
+import datasets
+import pytest
+
+from pidistill.chat.messages import check_messages
+from pidistill.data import build_demonstrations, build_prompts, chat_dataset, demonstration, qa_dataset, trace_dataset
+from pidistill.errors import InputError
+from pidistill.privileged.prompt import PrivilegedPrompt
+from pidistill.tokenizers import HFChatTokenizer
+from pidistill.types import PromptPair
+from tests.support.tiny_tokenizers import qwen_folder
+
+USER = {"role": "user", "content": "A table for two?"}
+ANSWER = {"role": "assistant", "content": "Done."}
+BOOK = {"name": "book", "arguments": {"seats": 2, "note": None}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return HFChatTokenizer(str(qwen_folder(tmp_path_factory.mktemp("qwen"))))
+
+
+def lines(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read(path, *rows, **options):
+    return list(chat_dataset(lines(path, *rows), **{"privileged_key": None, "completion": "after_last_user"} | options))
+
+
+def tool(name, key, kind):
+    parameters = {"type": "object", "properties": {key: {"type": kind, "default": None}}}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_messages_as_json_text_are_messages(tmp_path, name):
+    text = json.dumps([USER, ANSWER])
+    if name.endswith(".csv"):
+        (tmp_path / name).write_text('messages\n"' + text.replace('"', '""') + '"\n')
+        (row,) = chat_dataset(str(tmp_path / name), privileged_key=None, completion="after_last_user")
+    else:
+        (row,) = read(tmp_path / name, {"messages": text})
+    assert row.messages == [USER] and row.completion == [ANSWER]
+
+
+def test_a_text_that_only_looks_like_a_list_is_one_user_message(tmp_path):
+    for text in ("[1, 2]", "[brackets", '[{"city": "Rome"}]'):
+        (row,) = read(tmp_path / "rows.jsonl", {"messages": text}, completion=None)
+        assert row.messages == [{"role": "user", "content": text}]
+
+
+def test_sharegpt_rows_are_read(tmp_path):
+    turns = [{"from": "human", "value": "A table?"}, {"from": "function_call", "value": json.dumps(BOOK)},
+             {"from": "observation", "value": "booked"}, {"from": "gpt", "value": "Done."}]  # fmt: skip
+    (row,) = read(tmp_path / "rows.jsonl", {"conversations": turns, "system": "Be brief."}, messages_key="conversations")
+    assert row.messages == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A table?"}]
+    called, result, said = row.completion
+    assert called["tool_calls"] == [{"type": "function", "function": BOOK}]
+    assert result == {"role": "tool", "content": "booked"} and said == ANSWER
+    with pytest.raises(InputError, match=r"rows.jsonl row 0: messages\[0\] is from 'alien'; known are human"):
+        read(tmp_path / "rows.jsonl", {"messages": [{"from": "alien", "value": "x"}]})
+
+
+def test_a_system_column_is_the_system_message(tmp_path):
+    system = {"role": "system", "content": "Be brief."}
+    for rows in ([USER, ANSWER], [system, USER, ANSWER]):
+        (row,) = read(tmp_path / "rows.jsonl", {"messages": rows, "system": "Be brief."})
+        assert row.messages == [system, USER]
+    with pytest.raises(InputError, match=r"row 0 has one system text in the column 'system' and another .*system_key: null"):
+        read(tmp_path / "rows.jsonl", {"messages": [system, USER, ANSWER], "system": "Be kind."})
+    (row,) = read(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER], "system": "Be kind."}, system_key=None)
+    assert row.messages == [USER]
+    file = lines(tmp_path / "traces.jsonl", {"task_id": 1, "reward": 1, "messages": [USER, ANSWER], "system": "Be brief."})
+    assert trace_dataset(file)[0].messages[0] == system
+
+
+def test_the_older_function_call_is_a_call(tmp_path, tokenizer):
+    old = {"role": "assistant", "content": "", "function_call": {"name": "book", "arguments": '{"seats": 2}'}}
+    (row,) = read(tmp_path / "rows.jsonl", {"messages": [USER, old]})
+    prompt = tokenizer.encode_prompt(row.messages)
+    made = demonstration(row, PromptPair(prompt, prompt, has_privileged=False), tokenizer)
+    assert '{"name": "book", "arguments": {"seats": 2}}' in tokenizer.decode(made.completion)
+    trace = {"task_id": "a", "reward": 1.0, "messages": [USER, old, {"role": "function", "content": "booked"}, ANSWER]}
+    (example,) = trace_dataset(lines(tmp_path / "traces.jsonl", trace))
+    assert "book" in example.privileged and example.tools[0]["function"]["name"] == "book"
+    with pytest.raises(InputError, match="has both 'function_call' and 'tool_calls'"):
+        check_messages([old | {"tool_calls": [{"function": BOOK}]}], "row 0", "messages")
+
+
+@pytest.mark.parametrize("arguments", ["", " ", None, "{}", {}])
+def test_empty_arguments_are_no_arguments(arguments):
+    call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": arguments}}
+    (message,) = check_messages([{"role": "assistant", "content": None, "tool_calls": [call]}], "row 0", "messages")
+    assert message["tool_calls"][0]["function"] == {"name": "now", "arguments": {}}
+
+
+def test_nulls_of_a_table_are_removed_and_nulls_of_a_row_are_kept(tmp_path):
+    tools = [tool("book", "seats", "integer"), tool("cancel", "id", "string")]
+    row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"function": BOOK}]}], "tools": tools}
+    (kept,) = read(tmp_path / "rows.jsonl", row, tools_key="tools")
+    assert kept.tools == tools and kept.completion[0]["tool_calls"] == [{"function": BOOK}]
+    datasets.Dataset.from_list([row]).to_parquet(str(tmp_path / "rows.parquet"))
+    options = {"privileged_key": None, "completion": "after_last_user", "tools_key": "tools"}
+    (cleaned,) = chat_dataset(str(tmp_path / "rows.parquet"), **options)
+    assert [list(one["function"]["parameters"]["properties"]) for one in cleaned.tools] == [["seats"], ["id"]]
+    assert cleaned.completion[0]["tool_calls"][0]["function"]["arguments"] == {"seats": 2}
+
+
+def test_a_saved_dataset_is_read_and_blanks_are_nothing(tmp_path):
+    datasets.Dataset.from_list([{"messages": [USER]}] * 3).save_to_disk(str(tmp_path / "saved"))
+    assert len(chat_dataset(str(tmp_path / "saved"), privileged_key=None)) == 3
+    (row,) = read(tmp_path / "rows.jsonl", {"messages": [USER], "tools": [tool("a", "b", "string")]}, completion=None)
+    blank = [{"messages": [USER], "tools": ""}, {"messages": [USER], "tools": json.dumps([tool("a", "b", "string")])}]
+    assert [one.tools is None for one in read(tmp_path / "rows.jsonl", *blank, completion=None, tools_key="tools")] == [1, 0]
+    (row,) = qa_dataset(lines(tmp_path / "qa.jsonl", {"question": "q", "answer": "1", "hint": " \n"}), privileged_key="hint")
+    assert row.privileged is None
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"messages": "Z\xfcrich"}\n', r"line 1 holds the byte 0xfc, which is not UTF-8"),
+        (b'{"messages": "a"}\n\n{"messages": ', r"line 3 is not valid JSON"),
+        (b'{"messages": "a"}\n{"messages": "Thanks \\ud83d"}\n', r"line 2: messages holds \\ud83d, half of a surrogate pair"),
+        (b'{"messages": "a"}\n["b"]\n', r"line 2 is a list, not an object with named fields"),
+        (b"", r"has no rows in the split 'train'; check dataset.source"),
+    ],
+)
+def test_a_damaged_file_is_one_sentence_with_its_line(tmp_path, content, said):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    for build in (chat_dataset, trace_dataset):
+        with pytest.raises(InputError, match=rf"dataset\.source .*rows\.jsonl.*{said}"):
+            build(str(tmp_path / "rows.jsonl"))
+
+
+# ------------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "loss_weight"])
+def test_a_turn_of_weight_0_is_shown_and_not_learned(tmp_path, tokenizer, key):
+    turns = [USER, {"role": "assistant", "content": "wrong", key: 0}, USER, ANSWER | {key: 1}]
+    rows = read(tmp_path / "rows.jsonl", {"messages": turns}, completion="from_first_assistant")
+    prompts = build_prompts(rows, tokenizer, PrivilegedPrompt(), max_new_tokens=0).prompts
+    ((made,), _) = build_demonstrations(prompts, tokenizer, max_seq_len=10**6, on_overflow=None)
+    own = [token for token, is_own in zip(made.completion, made.policy_mask, strict=True) if is_own]
+    assert tokenizer.decode(own) == "Done.<|im_end|>" and "wrong" in tokenizer.decode(made.completion)
+    assert sum(made.turn_policy_tokens) == len(own) and len(made.turn_policy_tokens) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"weight": 0.5}, r"weight is 0\.5; a turn is learned \(1\) or not \(0\)"),
+        ({"weight": 0, "train": True}, "weight and train contradict each other"),
+        ({"loss_mask": 0}, "has the key 'loss_mask', which seems to say what is learned and is not read; write weight, train"),
+        ({"role": "user", "train": True}, "train is True on a user message; only assistant messages are learned"),
+    ],
+)
+def test_weights_that_cannot_be_honoured_are_refused(fields, said):
+    with pytest.raises(InputError, match=rf"row 0: messages\[0\].*{said}"):
+        check_messages([ANSWER | fields], "row 0", "messages")
+
+
+def test_a_row_of_which_nothing_is_learned_is_refused(tmp_path, tokenizer):
+    (row,) = read(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER | {"weight": 0}]})
+    with pytest.raises(InputError, match="row 0: every assistant turn has weight 0"):
+        demonstration(row, PromptPair([1], [1], has_privileged=False), tokenizer)
