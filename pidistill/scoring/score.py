@@ -130,14 +130,14 @@ def _score(plan: ScorePlan, model: TransformerDecoder, batch: Batch, parts: list
 
     def use(h: Float[Tensor, "M H"], weight: Tensor) -> Tensor:
         hidden = dict(zip(called, h.split([batch.targets.numel()] * len(called)), strict=True))
-        _share_equal_views(views, live, hidden, constants)
+        _share_equal_views(views, (*called, *forwards.constant), hidden, constants)
         return apply_head(plan, hidden, weight, constants)
 
     return _forward(model, views.of(*called), use)
 
 
 def _share_equal_views(
-    views: ModelInputs, live: list[ViewName], hidden: dict[str, Tensor], constants: dict[str, list[ConstantPart]]
+    views: ModelInputs, live: tuple[ViewName, ...], hidden: dict[str, Tensor], constants: dict[str, list[ConstantPart]]
 ) -> None:
     """Give both views of the trained model the same hidden states on rollouts whose two prompts are the same ids.
 

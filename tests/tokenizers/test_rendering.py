@@ -159,9 +159,7 @@ CONVERSATIONS = {
 
 
 def test_two_assistant_messages_that_the_template_does_not_take_are_refused(tokenizers):
-    with pytest.raises(
-        InputError, match=r"row 3: turns 1 and 2 are two assistant messages in a row.*join them into one"
-    ):
+    with pytest.raises(InputError, match=r"row 3: turns 1 and 2 are two assistant messages in a row.*join them into one"):
         learned(tokenizers["qwen3"], assistant("a"), assistant("b"))
 
 
