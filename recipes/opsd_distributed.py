@@ -28,7 +28,7 @@ from pidistill.data import epoch_order, load_prompts, row_completions
 from pidistill.distributed.run import Timer
 from pidistill.losses.reductions import token_mean
 from pidistill.privileged.hindsight import add_hindsight
-from pidistill.rollouts import DROP_REASONS, rollout_seed
+from pidistill.rollouts import rollout_seed
 from pidistill.scoring.mismatch import MismatchMeter
 from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score
@@ -89,9 +89,8 @@ class OPSDRecipe:
         progress = self._checkpoints.restore(self._model, self._updates, self._teacher)
         self._step, self._round = progress["step"], progress["round"]
         self._round_sizes.check_progress(self._step, self._round, self._max_steps)
-        self._log = MetricsLog(
-            cfg, self._run, first_step=self._step, last_step=self._max_steps, title=cfg.objective._component_.rpartition(".")[2]
-        )
+        title = cfg.objective._component_.rpartition(".")[2]
+        self._log = MetricsLog(cfg, self._run, first_step=self._step, last_step=self._max_steps, title=title)
 
     # ------------------------------------------------------------------------------------------------ the method
 
@@ -124,33 +123,31 @@ class OPSDRecipe:
         groups = self._run.share(list(enumerate(order)))
         given = self.dataset_completions(groups)
         answered = {rollout.group for rollout in given}
-        self._counts = Counter(dict.fromkeys(("rollouts", "sampled_tokens", *DROP_REASONS), 0.0))
+        self._counts = Counter()
         with self._timer.phase("rollout"):
             rollouts = self.sample_groups([g for g in groups if g[0] not in answered], SAMPLING_VIEW)
             if self._objective.guides_failed_groups:
                 rollouts = self.guide_failed_groups(groups, rollouts)
         if self._hindsight is not None:
             limits = {"run": self._run, "max_seq_len": self._data.max_seq_len}
-            found = add_hindsight(self._hindsight, rollouts, self._privileged, self._data.tokenizer, **limits)
+            self._counts.update(add_hindsight(self._hindsight, rollouts, self._privileged, self._data.tokenizer, **limits))
         self._counts = self._run.sums(self._counts)
         return rollouts + given
 
     def sample_groups(self, groups: list[tuple[int, int]], view: ViewName, first_member: int = 0) -> list[Rollout]:
         """`group_size` rollouts of each (group, row), in ``view``."""
-        size = self._round_sizes.group_size
-        members = range(first_member, first_member + size)
+        members = range(first_member, first_member + self._round_sizes.group_size)
         collected = self._collect(
             self._model,
             examples=[self._data.prompts[row][0] for _, row in groups],
             prompts=[self._data.prompts[row][1] for _, row in groups],
             view=view,
-            group_size=size,
+            group_size=len(members),
             groups=[group for group, _ in groups],
             seeds=[rollout_seed(self._run.seed, self._round, group, member) for group, _ in groups for member in members],
         )
-        self._counts["rollouts"] += len(groups) * size
-        self._counts["sampled_tokens"] += sum(rollout.policy_tokens for rollout in collected.rollouts)
-        self._counts.update(collected.dropped)
+        tokens = sum(rollout.policy_tokens for rollout in collected.rollouts)
+        self._counts.update(collected.dropped | {"rollouts": len(groups) * len(members), "sampled_tokens": tokens})
         return collected.rollouts
 
     def guide_failed_groups(self, groups: list[tuple[int, int]], rollouts: list[Rollout]) -> list[Rollout]:
@@ -171,10 +168,7 @@ class OPSDRecipe:
 
     @torch.no_grad()
     def score_behaviour(self, rollouts: list[Rollout]) -> None:
-        """Write what the objective asks for under the weights that sampled (a KL estimate) onto each rollout.
-
-        And, with `importance_weights`, the weights that turn the sampler's distribution into the trainer's.
-        """
+        """Write onto each rollout what is asked for under the weights that sampled: a KL estimate, `importance_weights`."""
         self._mismatch.start_round()
         request = self._objective.behaviour_request()
         if request is None and self._importance is None:

@@ -124,12 +124,13 @@ class PiDistillRecipe:
         self._counts = self._run.sums({"rollouts": float(len(groups) * sizes.group_size)} | collected.dropped)
         return collected.rollouts
 
+    def sampling_teacher(self) -> Teacher:
+        """Whose weights sample: the live ones; at α=0, where they do not learn to teach, the `teacher`'s."""
+        return self._teacher if self._objective.samples_from_teacher_weights(self._step) else LiveTeacher()
+
     @torch.no_grad()
     def score_behaviour(self, rollouts: list[Rollout]) -> None:
-        """Write what the objective asks for under the weights that sampled (a KL estimate) onto each rollout.
-
-        And, with `importance_weights`, the weights that turn the sampler's distribution into the trainer's.
-        """
+        """Write onto each rollout what is asked for under the weights that sampled: a KL estimate, `importance_weights`."""
         self._mismatch.start_round()
         request, teacher = self._objective.behaviour_request(), self.sampling_teacher()
         if request is None and self._importance is None:
@@ -177,10 +178,6 @@ class PiDistillRecipe:
         row |= token_means(self._run.sums(sums), tokens) | self._objective.coefficients(self._step) | mismatch
         self._step += 1
         self._log.write({"step": self._step, "round": self._round} | row | report, shown=SHOWN)
-
-    def sampling_teacher(self) -> Teacher:
-        """Whose weights sample: the live ones; at α=0, where they do not learn to teach, the `teacher`'s."""
-        return self._teacher if self._objective.samples_from_teacher_weights(self._step) else LiveTeacher()
 
     def _score(self, batch: Batch, request: ScoreRequest, teacher: Teacher, loss: PerTokenLoss | None = None) -> Scores:
         return score(
