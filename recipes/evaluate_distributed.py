@@ -6,7 +6,6 @@ the same for every entry of `domains` → a table each, `results.json`, and `row
 tune run --nproc_per_node 1 recipes/evaluate_distributed.py --config configs/tiny/evaluate.yaml
 """
 
-import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -20,9 +19,8 @@ from torchtune import config
 from pidistill.config import build
 from pidistill.data import RecipeData, load_prompts
 from pidistill.errors import InputError
-from pidistill.rewards import build_shaping
-from pidistill.rollouts import collect_rollouts
-from pidistill.training.evaluation import Collect, eval_dropped, sample_view, success_numbers
+from pidistill.training.collector import Collect, build_collector
+from pidistill.training.evaluation import eval_dropped, sample_view, success_numbers
 from pidistill.training.keys import EVALUATION_KEYS
 from pidistill.training.load import load_initial
 from pidistill.training.metrics import rollout_means, rollout_sums
@@ -124,17 +122,7 @@ def domain_configs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
 
 def load_domain(cfg: DictConfig, prefix: str, sampler: Any) -> Domain:
     data = load_prompts(cfg, no_pi="rl")
-    collect = functools.partial(
-        collect_rollouts,
-        sampler=sampler,
-        tokenizer=data.tokenizer,
-        environment=build(cfg.environment),
-        max_turns=cfg.get("max_turns"),
-        environment_threads=cfg.get("environment_threads"),
-        environment_timeout_s=cfg.get("environment_timeout_s"),
-        shaping=build_shaping(cfg.get("reward_shaping")),
-    )
-    return Domain(prefix, data, collect)
+    return Domain(prefix, data, build_collector(cfg, sampler, data.tokenizer))
 
 
 def table_of(title: str, columns: dict[str, dict[str, Any]]) -> Table:

@@ -19,8 +19,9 @@ from pidistill.data import load_prompts
 from pidistill.errors import InputError
 from pidistill.jsonl import write_jsonl
 from pidistill.privileged.prompt import PrivilegedPrompt
-from pidistill.rollouts import CollectResult, collect_rollouts, rollout_seed
+from pidistill.rollouts import CollectResult, rollout_seed
 from pidistill.rollouts.selections import SAMPLING_STREAM, AfterTurns, Rewriter, Selected, trace_row
+from pidistill.training.collector import build_collector
 from pidistill.training.keys import EVALUATION_KEYS
 from pidistill.training.load import load_initial
 from pidistill.training.metrics import rollout_means, rollout_sums
@@ -52,17 +53,10 @@ class SampleRecipe:
         self._data = load_prompts(cfg, no_pi="rl")
         self._selection = build(cfg.selection)
         sampler, environment = build(cfg.sampler), build(cfg.environment)
-        collect = functools.partial(
-            collect_rollouts,
-            sampler=sampler,
-            tokenizer=self._data.tokenizer,
-            environment_threads=cfg.get("environment_threads"),
-            environment_timeout_s=cfg.get("environment_timeout_s"),
-        )
-        model = load_initial(cfg, self._run)
-        self._collect = functools.partial(collect, model, environment=environment, max_turns=cfg.get("max_turns"))
+        collect = build_collector(cfg, sampler, self._data.tokenizer, environment)
+        self._collect = functools.partial(collect, load_initial(cfg, self._run))
         self._rewrite = Rewriter(
-            collect=functools.partial(collect, model, environment=AfterTurns(environment)),
+            collect=functools.partial(self._collect, environment=AfterTurns(environment), max_turns=None),
             tokenizer=self._data.tokenizer,
             privileged=build(cfg.privileged) if cfg.get("privileged") else PrivilegedPrompt(),
             run=self._run,

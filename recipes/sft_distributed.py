@@ -11,6 +11,7 @@ inside a demonstration are context, not targets.
 
 import functools
 import sys
+from collections import Counter
 
 from omegaconf import DictConfig
 from torchtune import config
@@ -19,15 +20,14 @@ from pidistill.config import build
 from pidistill.data import build_demonstrations, epoch_order, load_prompts
 from pidistill.distributed.run import Timer
 from pidistill.losses.reductions import token_mean
-from pidistill.rewards import build_shaping
-from pidistill.rollouts import collect_rollouts
 from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score, student_nll
 from pidistill.training.checkpoints import Checkpoints
-from pidistill.training.evaluation import evaluate
+from pidistill.training.collector import build_collector
+from pidistill.training.evaluation import Evaluation
 from pidistill.training.keys import COMMON_KEYS
 from pidistill.training.load import load_model
-from pidistill.training.metrics import token_means, token_sums
+from pidistill.training.metrics import step_report, token_means, token_sums
 from pidistill.training.metrics_log import MetricsLog
 from pidistill.training.rounds import dump_rollouts
 from pidistill.training.run_folder import log_config
@@ -63,26 +63,8 @@ class SFTRecipe:
             on_overflow=cfg.get("on_overflow"),
         )
         self._dropped = self._data.dropped | {"demonstration_too_long": too_long}
-        if cfg.get("eval_dataset"):
-            collect = functools.partial(
-                collect_rollouts,
-                sampler=build(cfg.sampler),
-                tokenizer=self._data.tokenizer,
-                environment=build(cfg.environment),
-                max_turns=cfg.get("max_turns"),
-                environment_threads=cfg.get("environment_threads"),
-                environment_timeout_s=cfg.get("environment_timeout_s"),
-                shaping=build_shaping(cfg.get("reward_shaping")),
-            )
-            self._evaluate = functools.partial(
-                evaluate,
-                prompts=self._data.eval_prompts,
-                collect=collect,
-                run=self._run,
-                samples=int(cfg.get("eval_samples") or 1),
-                success_threshold=self._data.success_threshold,
-                leak_phrases=self._data.leak_phrases,
-            )
+        collect = build_collector(cfg, build(cfg.sampler), self._data.tokenizer) if cfg.get("eval_dataset") else None
+        self._evaluation = Evaluation(cfg, self._run, self._data, collect)
         must_match = {"batch_size": self._batch_size, "rows": len(self._demonstrations)}
         self._checkpoints = Checkpoints(cfg, self._run, method="sft", must_match=must_match)
 
@@ -114,40 +96,32 @@ class SFTRecipe:
     def update(self, demonstrations: list[Rollout]) -> None:
         """One optimiser step."""
         tokens = int(self._run.sum(sum(d.policy_tokens for d in demonstrations)))
-        total_loss, sums = 0.0, {}
+        total_loss, sums = 0.0, Counter()
         for chunk in self._packer.micro_batches(demonstrations, REQUEST.views):
             batch = self._packer.batch(chunk)
             with self._timer.phase("score"):
+                # The head forms the gradients of this loss in the forward; the call below is the same loss, for autograd and
+                # the log.
                 scores = score(self._model, batch, REQUEST, chunk_tokens=self._chunk_tokens, loss=student_nll)
                 loss = token_mean(student_nll(batch, scores), tokens)
             with self._timer.phase("update"):
                 (loss * self._run.world_size).backward()  # FSDP2 averages gradients over ranks; the loss is already global
             total_loss += loss.item()
-            for name, value in token_sums(batch, scores, {}).items():
-                sums[name] = sums.get(name, 0.0) + value
+            sums.update(token_sums(batch, scores, {}))
         total_loss = self._run.sum(total_loss)
         with self._timer.phase("update"):
             result = self._updates.step(total_loss, tokens, functools.partial(dump_rollouts, demonstrations), self._step + 1)
         self._step += 1
-        row = {"step": self._step, "loss": total_loss, "grad_norm": result.grad_norm, "lr": result.lr}
-        row |= {
-            "policy_tokens": tokens,
-            "nonfinite_steps": self._updates.nonfinite_steps,
-            "empty_steps": self._updates.empty_steps,
-        }
-        row |= {f"dropped_rows/{reason}": count for reason, count in self._dropped.items()}
+        row = step_report(total_loss, tokens, result, self._timer, phases=("score", "update"))
         row |= token_means(self._run.sums(sums), tokens)
-        seconds = self._timer.take()
-        row |= {f"time_{phase}_s": seconds.get(phase, 0.0) for phase in ("score", "update")}
-        row["tokens_per_s"] = tokens / max(sum(seconds.values()), 1e-9)
-        self._log.write(row, shown=SHOWN)
+        row |= {f"dropped_rows/{reason}": count for reason, count in self._dropped.items()}
+        self._log.write({"step": self._step} | row, shown=SHOWN)
 
     # ------------------------------------------------------------------------------------------------ reports
 
     def evaluate(self) -> None:
-        if self._data.eval_prompts:
-            dropped = {f"eval_dropped_rows/{reason}": count for reason, count in self._data.eval_dropped.items()}
-            self._log.write({"step": self._step} | self._evaluate(self._model) | dropped, shown=SHOWN)
+        if numbers := self._evaluation.numbers(self._model):
+            self._log.write({"step": self._step} | numbers, shown=SHOWN)
 
     def save_checkpoint(self) -> None:
         self._checkpoints.save(self._step, self._step, self._model, self._updates, None)

@@ -36,7 +36,7 @@ class SDPO(Objective):
         importance_clip: c, the bound on S/μ; null for no importance weight.
         clip_low, clip_high, dual_clip, advantage: of the GRPO fallback, as in π-Distill.
         token_weight: see :mod:`pidistill.losses.token_weights`; acts on the divergence.
-        no_pi: rollouts without privileged information: "rl" (GRPO), "drop", "error".
+        no_pi: rollouts without privileged information: "rl" (GRPO), "distill" (where another model teaches), "drop", "error".
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class SDPO(Objective):
         token_weight: TokenWeight | None = None,
         no_pi: str = "rl",
     ) -> None:
-        check_choice("no_pi", no_pi, ("rl", "drop", "error"))
+        check_choice("no_pi", no_pi, ("rl", "distill", "drop", "error"))
         check_choice("advantage", advantage, ("group_mean", "leave_one_out", "standardised"))
         check_clip(clip_low, clip_high, dual_clip)
         if importance_clip is not None and not importance_clip > 0.0:

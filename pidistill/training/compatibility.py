@@ -1,8 +1,11 @@
 """Parts that are right by themselves and train the wrong thing together."""
 
+import inspect
+
 from omegaconf import DictConfig
 from torch import nn
 
+from pidistill.config import build, resolve
 from pidistill.errors import InputError
 from pidistill.losses.divergences import check_divergence
 from pidistill.models.adapters import has_adapters
@@ -89,8 +92,11 @@ def has_own_teacher(cfg: DictConfig) -> bool:
     return bool(cfg.get("teacher_model") or cfg.get("teacher_checkpointer"))
 
 
-def no_pi(cfg: DictConfig, objective: Objective) -> str:
-    """What happens to rows without privileged information. Another model teaches without it: every row distils."""
-    if has_own_teacher(cfg):
-        objective.no_pi = "distill"
-    return objective.no_pi
+def build_objective(cfg: DictConfig) -> Objective:
+    """Build `objective`, with `no_pi: distill` where another model teaches and the config does not set `no_pi`.
+
+    Such a teacher needs no privileged information, so that every row can distil. What the config sets is kept.
+    """
+    node = cfg.objective
+    decided = node.get("no_pi") is not None or "no_pi" not in inspect.signature(resolve(node._component_)).parameters
+    return build(node) if decided or not has_own_teacher(cfg) else build(node, no_pi="distill")

@@ -1,23 +1,42 @@
 """Success with and without privileged information: what every comparison rests on."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from omegaconf import DictConfig
 
 from pidistill.chat.messages import messages_text
 from pidistill.chat.phrases import privileged_overlap
+from pidistill.data import RecipeData
 from pidistill.distributed.run import Run
 from pidistill.rollouts import CollectResult, rollout_seed
+from pidistill.training.collector import Collect
 from pidistill.training.metrics import rollout_means, rollout_sums
-from pidistill.training.rounds import TextLog
+from pidistill.training.update import crossed
 from pidistill.types import Example, PromptPair, Rollout, ViewName
 
 # Evaluation draws from its own streams, the same at every step, so that curves differ by the model alone.
 EVALUATION_STREAM = -1
 
-Collect = Callable[..., CollectResult]
+
+class Evaluation:
+    """Evaluates the model of a training run on the rows of `eval_dataset`."""
+
+    def __init__(self, cfg: DictConfig, run: Run, data: RecipeData, collect: Collect | None) -> None:
+        """``collect`` may be None where there are no such rows."""
+        self._run, self._data, self._collect = run, data, collect
+        self._samples = int(cfg.get("eval_samples") or 1)
+
+    def numbers(self, model) -> dict[str, float]:
+        """Return the `eval_*` numbers of the model, the same on every rank; empty without rows."""
+        data = self._data
+        if not data.eval_prompts:
+            return {}
+        settings = {"success_threshold": data.success_threshold, "leak_phrases": data.leak_phrases, "samples": self._samples}
+        dropped = {f"eval_dropped_rows/{reason}": count for reason, count in data.eval_dropped.items()}
+        return evaluate(model, data.eval_prompts, self._collect, self._run, **settings) | dropped
 
 
 def evaluate(
@@ -135,16 +154,26 @@ def success_numbers(rows: Mapping[int, Sequence[bool]], samples: int, seed: int)
     return result
 
 
-def sample_texts(
-    model, prompts: Sequence[tuple[Example, PromptPair]], collect: Collect, run: Run, settings: TextLog
-) -> list[dict[str, Any]]:
-    """What student and teacher each write for the first rows of ``prompts``; the same list on every rank."""
-    rows: list[dict[str, Any]] = []
-    chosen = prompts[: settings.samples]
-    for view in ("student", "teacher"):
-        collected = sample_view(model, chosen, collect, run, view=view, samples=1, max_new_tokens=settings.max_new_tokens)
-        for rollout in collected.rollouts:
-            text = "\n".join(f"{turn['role']}: {messages_text([turn])}" for turn in rollout.turns)
-            rows.append({"row": rollout.group, "example": rollout.example.id, "view": view, "reward": rollout.reward,
-                         "text": text[: settings.max_chars]})  # fmt: skip
-    return sorted(run.gather(rows), key=lambda row: (row["row"], row["view"]))
+class TextSamples:
+    """Shows what student and teacher each write for the same rows, side by side, every `rollout_log_steps` steps."""
+
+    def __init__(self, cfg: DictConfig, run: Run, data: RecipeData, collect: Collect) -> None:
+        self._run, self._collect = run, collect
+        self._every = int(cfg.get("rollout_log_steps") or 0)
+        self._prompts = data.prompts[: int(cfg.get("rollout_log_samples") or 2)]
+        self._max_new_tokens = cfg.get("rollout_log_max_new_tokens")
+        self._max_chars = int(cfg.get("rollout_log_max_chars") or 2000)
+
+    def due(self, before: int, now: int) -> bool:
+        return crossed(self._every, before, now)
+
+    def sample(self, model) -> list[dict[str, Any]]:
+        """Return one entry per row and view; the same list on every rank."""
+        rows: list[dict[str, Any]] = []
+        settings = {"samples": 1, "max_new_tokens": self._max_new_tokens}
+        for view in ("student", "teacher"):
+            for rollout in sample_view(model, self._prompts, self._collect, self._run, view=view, **settings).rollouts:
+                text = "\n".join(f"{turn['role']}: {messages_text([turn])}" for turn in rollout.turns)
+                rows.append({"row": rollout.group, "example": rollout.example.id, "view": view, "reward": rollout.reward,
+                             "text": text[: self._max_chars]})  # fmt: skip
+        return sorted(self._run.gather(rows), key=lambda row: (row["row"], row["view"]))

@@ -65,8 +65,10 @@ import torch
 from torch import Tensor
 
 from pidistill.chat.phrases import says_leak_phrase
+from pidistill.distributed.run import Timer
 from pidistill.losses.advantages import group_slots
 from pidistill.losses.policy_gradient import effective_sample_size
+from pidistill.training.update import StepResult
 from pidistill.types import Batch, Rollout, RolloutAdvantage, Scores
 
 # ---------------------------------------------------------------------------------------------- numbers of a batch
@@ -158,3 +160,26 @@ def rollout_means(sums: dict[str, float]) -> dict[str, float]:
     means = {name: value / count for name, value in sums.items() if not name.startswith("_")}
     means["reward_std"] = max(0.0, sums["_reward_squared"] / count - means["reward_mean"] ** 2) ** 0.5
     return means
+
+
+# ---------------------------------------------------------------------------------------------- numbers of a step
+
+
+def step_report(
+    loss: float, tokens: int, result: StepResult, timer: Timer, phases: Sequence[str] = ("rollout", "score", "update")
+) -> dict[str, float]:
+    """Return what every recipe reports of an optimiser step; ``loss`` and ``tokens`` are over all ranks.
+
+    ``phases`` are reported as `time_<phase>_s`; the timer starts again from 0.
+    """
+    seconds = timer.take()
+    return {
+        "loss": loss,
+        "grad_norm": result.grad_norm,
+        "lr": result.lr,
+        "policy_tokens": tokens,
+        **{f"time_{phase}_s": seconds.get(phase, 0.0) for phase in phases},
+        "tokens_per_s": tokens / max(sum(seconds.values()), 1e-9),
+        "nonfinite_steps": result.nonfinite_steps,
+        "empty_steps": result.empty_steps,
+    }

@@ -1,25 +1,19 @@
 """A round: prompts sampled together, then one or more optimiser steps on their rollouts."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from pidistill.data import RecipeData
+from pidistill.distributed.run import Run
 from pidistill.errors import InputError
 from pidistill.jsonl import write_jsonl
+from pidistill.rollouts import DROP_REASONS
+from pidistill.scoring.mismatch import TruncatedImportanceWeights
+from pidistill.training.metrics import advantage_sums, rollout_means, rollout_sums
 from pidistill.training.update import crossed
 from pidistill.types import Rollout, RolloutAdvantage
-
-
-@dataclass(frozen=True)
-class TextLog:
-    """Every ``steps`` steps, ``samples`` rows answered in both views; 0 steps is never."""
-
-    steps: int
-    samples: int
-    max_new_tokens: int | None
-    max_chars: int
 
 
 class RoundSizes:
@@ -46,12 +40,6 @@ class RoundSizes:
             )
         self.score_chunk_tokens = cfg.get("score_chunk_tokens")
         self._eval_every = cfg.get("eval_every_steps")
-        self.texts = TextLog(
-            steps=int(cfg.get("rollout_log_steps") or 0),
-            samples=int(cfg.get("rollout_log_samples") or 2),
-            max_new_tokens=cfg.get("rollout_log_max_new_tokens"),
-            max_chars=int(cfg.get("rollout_log_max_chars") or 2000),
-        )
 
     @property
     def must_match(self) -> dict[str, int]:
@@ -76,8 +64,42 @@ class RoundSizes:
     def eval_due(self, before: int, now: int) -> bool:
         return crossed(self._eval_every, before, now)
 
-    def texts_due(self, before: int, now: int) -> bool:
-        return crossed(self.texts.steps, before, now)
+
+def round_report(
+    run: Run,
+    data: RecipeData,
+    rollouts: Sequence[Rollout],
+    advantages: Sequence[RolloutAdvantage],
+    counts: Mapping[str, float],
+    importance: TruncatedImportanceWeights | None,
+) -> dict[str, float]:
+    """Return the numbers of a round, over all ranks; every step of the round reports them.
+
+    Args:
+        rollouts, advantages: this rank's; completions of the dataset among them have no reward, and are not averaged.
+        counts: over all ranks: rollouts left out, by reason, and whatever else the recipe has counted.
+
+    Raises:
+        InputError: no rollout is left to train on.
+    """
+    pairs = list(zip(rollouts, advantages, strict=True))
+    sampled = [(rollout, advantage) for rollout, advantage in pairs if rollout.reward is not None]
+    sums = rollout_sums([rollout for rollout, _ in sampled], data.success_threshold, data.leak_phrases)
+    sums = run.sums(sums | advantage_sums(sampled) | {"_present": float(len(rollouts))})
+    dropped = {reason: counts[reason] for reason in DROP_REASONS}
+    check_rewards(sums["_present"], dropped)
+    report = rollout_means(sums) | {name: count for name, count in counts.items() if name not in dropped}
+    if "_with_pi" in report:
+        report["rollouts_with_pi_frac"] = report.pop("_with_pi") / max(1.0, sums["_rollouts"])
+    report |= {f"dropped/{reason}": count for reason, count in dropped.items()}
+    report |= importance.report(run) if importance is not None else {}
+    return report | rows_report(data)
+
+
+def rows_report(data: RecipeData) -> dict[str, float]:
+    """Return what became of the training rows: how many were left out, by reason, and how many lack privileged information."""
+    dropped = {f"dropped_rows/{reason}": count for reason, count in data.dropped.items()}
+    return dropped | {"rows_without_pi": data.rows_without_pi}
 
 
 def check_rewards(rollouts: float, dropped: Mapping[str, float]) -> None:

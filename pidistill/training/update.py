@@ -34,9 +34,19 @@ log = utils.get_logger("INFO")
 
 @dataclass(frozen=True)
 class StepResult:
+    """What became of one optimiser step.
+
+    Attributes:
+        grad_norm: before clipping.
+        applied: False where the step was skipped.
+        nonfinite_steps, empty_steps: steps skipped so far, by reason.
+    """
+
     grad_norm: float
     lr: float
     applied: bool
+    nonfinite_steps: int
+    empty_steps: int
 
 
 class Updates:
@@ -93,17 +103,21 @@ class Updates:
             set_group_value(group, "lr", rate)
         self.scheduler.base_lrs, self.scheduler._last_lr = base, rates
 
-    def step(self, loss: float, tokens: int, dump: Callable[[Path], None], step: int) -> StepResult:
+    def step(
+        self, loss: float, tokens: int, dump: Callable[[Path], None], step: int, *, supervised_term: bool = False
+    ) -> StepResult:
         """Clip and step. ``loss`` and ``tokens`` are global, so that all ranks decide alike; ``dump`` writes this rank's batch.
 
-        Without policy tokens there is nothing to learn, and the optimiser's momentum and weight decay must not move weights.
+        Without policy tokens there is nothing to learn, and the optimiser's momentum and weight decay must not move weights;
+        except where there is a ``supervised_term``, whose tokens are not among ``tokens``.
         """
         complete_gradients(self.model)
         grad_norm = clip_gradients(self.model.parameters(), self.clip_grad_norm)
         lr = float(self.optimizer.param_groups[0]["lr"])  # torchao's is a tensor that the scheduler writes into
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        applied = finite and tokens > 0
-        self.empty_steps += finite and tokens == 0
+        empty = tokens == 0 and not supervised_term
+        applied = finite and not empty
+        self.empty_steps += finite and empty
         if applied:
             self.optimizer.step()
             self.nonfinite_in_a_row = 0
@@ -112,7 +126,7 @@ class Updates:
         clear_gradients(self.optimizer)
         if self.scheduler is not None:
             self.scheduler.step()
-        return StepResult(grad_norm, lr, applied)
+        return StepResult(grad_norm, lr, applied, self.nonfinite_steps, self.empty_steps)
 
     def _count_nonfinite(self, loss: float, grad_norm: float, dump: Callable[[Path], None], step: int) -> None:
         self.nonfinite_steps += 1

@@ -260,6 +260,25 @@ def test_shared_reward_gives_both_halves_one_advantage():
     assert not any(d.grad == "student" for d in objective.score_request(0).divergences)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_shared_reward_is_what_both_halves_train_on(alpha):
+    """Before the first update the gradient is −A·∇log P of either half, A being the reward with the KL in it."""
+    module = model()
+    rollouts = on_policy(module, random_rollouts(6, group_size=3), "teacher")
+    objective = PiDistill(alpha=alpha, beta=0.9, kl_mode="reward_rb", student_kl="shared_reward", ratio_denominator="behaviour")
+    objective.clip = {"clip_low": 0.0, "clip_high": 1e6, "dual_clip": None}
+    _, ours = gradient(objective, module, rollouts)
+    totals = torch.tensor([r.reward - 0.9 * sum(r.behaviour_values) for r in rollouts]).view(2, 3)
+    batch = batch_of(rollouts)
+    advantage = (totals - totals.mean(1, keepdim=True)).reshape(-1)[batch.rollout_index]
+    module.zero_grad()
+    scores = score(module, batch, ScoreRequest(True, True))
+    student_ratio = (scores.student_logprobs.detach() - batch.ratio_logprobs).exp()
+    half_t, half_s = advantage * scores.teacher_logprobs, advantage * student_ratio * scores.student_logprobs
+    token_mean(-(alpha * half_t + (1 - alpha) * half_s), len(batch.targets)).backward()
+    assert relative_difference(ours, gradients(module)) < 1e-4
+
+
 def test_kl_reward_scale_token_mean_divides_by_the_policy_tokens():
     rollouts = random_rollouts(2)
     for rollout in rollouts:

@@ -303,9 +303,8 @@ def test_sdpo_refuses_rollouts_without_hindsight_where_it_must():
 
 
 def test_sdpo_distils_every_rollout_where_another_model_teaches():
-    """The recipes set `no_pi` to "distill" then: a teacher that is another model teaches without privileged information."""
-    objective, control = SDPO(top_k=3), SDPO(top_k=3)
-    objective.no_pi = "distill"
+    """`no_pi: distill` is the default then: a teacher that is another model teaches without privileged information."""
+    objective, control = SDPO(top_k=3, no_pi="distill"), SDPO(top_k=3)
     rollouts = mixed_rollouts()
     assert all(a.keep for a in objective.advantages(rollouts, 0))
     batch = batch_of(rollouts, objective.advantages(rollouts, 0))
@@ -353,7 +352,6 @@ def test_an_empty_batch_has_a_finite_zero_loss_with_a_gradient_function(name):
         (lambda: OPDPPO(clip_low=1.0), "objective.clip_low=1.0"),
         (lambda: SDPO(importance_clip=0.0), "objective.importance_clip=0.0 must be above 0"),
         (lambda: SDPO(advantage="turn_returns"), "objective.advantage=turn_returns is not one of"),
-        (lambda: SDPO(no_pi="distill"), "objective.no_pi=distill is not one of"),
         (lambda: GuideGRPO(drop_zero_advantage=True), "is not one of False, policy_gradient, row"),
     ],
 )

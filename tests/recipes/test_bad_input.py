@@ -404,9 +404,9 @@ def test_a_skipped_step_moves_no_moving_average(tiny_base, tmp_path):
             result = token_loss(batch, scores, step)
             return dataclasses.replace(result, loss=result.loss * (float("nan") if step == 1 else 1.0))
 
-        def watch(*arguments):
+        def watch(*arguments, **keywords):
             averages.append(recipe._teacher.state_dict()["output.weight"].clone())  # before each step
-            return update(*arguments)
+            return update(*arguments, **keywords)
 
         recipe._objective.token_loss, recipe._updates.step = poisoned_loss, watch
 

@@ -278,7 +278,7 @@ def first_gradient(name: str, base: Path, folder: Path, **changes: Any) -> tuple
     def prepare(recipe):
         found["recipe"] = recipe
 
-        def step(*args):
+        def step(*args, **kwargs):
             found["grads"] = {n: p.grad.clone() for n, p in recipe._model.named_parameters()}
             raise Stop
 
@@ -298,7 +298,7 @@ def test_the_sft_term_adds_its_weight_times_the_supervised_gradient(name, tiny_b
     total, tokens = 0.0, 0
     for row in rows:
         example, prompts = recipe._data.prompts[row]
-        rollout = recipe._demonstrations[row]
+        rollout = recipe._supervised.demonstrations[row]
         assert rollout.turns == example.completion and rollout.prompts is prompts
         ids = prompts.student + rollout.completion
         logp = torch.log_softmax(recipe._model(torch.tensor([ids])), -1)[0]

@@ -18,7 +18,7 @@ from pidistill.data.prompts import check_no_pi, row_overflow
 from pidistill.errors import InputError
 from pidistill.privileged.prompt import PrivilegedPrompt, PromptViews
 from pidistill.tokenizers import ChatTokenizer, as_chat_tokenizer
-from pidistill.training.compatibility import no_pi
+from pidistill.training.compatibility import build_objective
 from pidistill.types import Example, Rollout
 
 
@@ -74,7 +74,7 @@ def _no_pi(cfg: DictConfig) -> str:
     """Hindsight brings privileged information with the rollouts: rows need none of their own."""
     if not cfg.get("objective") or cfg.get("hindsight"):
         return "rl"
-    return no_pi(cfg, build(cfg.objective))
+    return build_objective(cfg).no_pi
 
 
 # ------------------------------------------------------------------------------------------- one row

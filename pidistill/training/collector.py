@@ -1,0 +1,34 @@
+"""The one place where a config says how episodes are played."""
+
+import functools
+from collections.abc import Callable
+
+from omegaconf import DictConfig
+
+from pidistill.config import build
+from pidistill.envs.base import Environment
+from pidistill.rewards import build_shaping
+from pidistill.rollouts import CollectResult, Sampler, collect_rollouts
+from pidistill.tokenizers import ChatTokenizer
+
+Collect = Callable[..., CollectResult]
+
+
+def build_collector(
+    cfg: DictConfig, sampler: Sampler, tokenizer: ChatTokenizer, environment: Environment | None = None
+) -> Collect:
+    """Return :func:`pidistill.rollouts.collect_rollouts` with everything filled in that stays the same for a whole run.
+
+    Args:
+        environment: plays the episodes in place of the one that `environment` names.
+    """
+    return functools.partial(
+        collect_rollouts,
+        sampler=sampler,
+        tokenizer=tokenizer,
+        environment=build(cfg.environment) if environment is None else environment,
+        max_turns=cfg.get("max_turns"),
+        environment_threads=cfg.get("environment_threads"),
+        environment_timeout_s=cfg.get("environment_timeout_s"),
+        shaping=build_shaping(cfg.get("reward_shaping")),
+    )
