@@ -36,7 +36,7 @@ from pidistill.teachers import LiveTeacher, Teacher
 from pidistill.training.checkpoints import Checkpoints
 from pidistill.training.compatibility import check_method, no_pi
 from pidistill.training.evaluation import evaluate, sample_texts
-from pidistill.training.keys import COMMON_KEYS, ROUND_KEYS
+from pidistill.training.keys import keys_of, setting
 from pidistill.training.load import load_model, load_teacher
 from pidistill.training.metrics import advantage_sums, rollout_means, rollout_sums, token_means, token_sums
 from pidistill.training.metrics_log import MetricsLog
@@ -45,7 +45,7 @@ from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.training.update import Updates
 from pidistill.types import Batch, PerTokenLoss, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
 
-KEYS = COMMON_KEYS | ROUND_KEYS | {"hindsight"}
+KEYS = keys_of("opsd")
 REQUIRED = ("output_dir", "max_steps", "model", "tokenizer", "checkpointer", "dataset", "environment", "privileged", "sampler",
             "objective", "optimizer", "prompts_per_round", "group_size")  # fmt: skip
 SAMPLING_VIEW: ViewName = "student"
@@ -62,7 +62,7 @@ class OPSDRecipe:
         self._run = start(cfg, KEYS, REQUIRED)
         self._round_sizes = RoundSizes(cfg)
         self._max_steps = int(cfg.max_steps)
-        self._sft_weight, self._sft_batch = float(cfg.get("sft_weight") or 0.0), int(cfg.get("sft_batch_size") or 64)
+        self._sft_weight, self._sft_batch = float(setting(cfg, "sft_weight")), setting(cfg, "sft_batch_size")
         self._timer = Timer(self._run.device)
 
     def setup(self, cfg: DictConfig) -> None:
@@ -107,7 +107,7 @@ class OPSDRecipe:
             prompts=self._data.eval_prompts,
             collect=self._collect,
             run=self._run,
-            samples=int(cfg.get("eval_samples") or 1),
+            samples=setting(cfg, "eval_samples"),
             success_threshold=self._data.success_threshold,
             leak_phrases=self._data.leak_phrases,
         )

@@ -25,7 +25,7 @@ from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score, student_nll
 from pidistill.training.checkpoints import Checkpoints
 from pidistill.training.evaluation import evaluate
-from pidistill.training.keys import COMMON_KEYS
+from pidistill.training.keys import keys_of, setting
 from pidistill.training.load import load_model
 from pidistill.training.metrics import token_means, token_sums
 from pidistill.training.metrics_log import MetricsLog
@@ -34,7 +34,7 @@ from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.training.update import Updates, crossed
 from pidistill.types import Rollout, ScoreRequest
 
-KEYS = COMMON_KEYS | {"batch_size"}
+KEYS = keys_of("sft")
 REQUIRED = ("output_dir", "max_steps", "model", "tokenizer", "checkpointer", "dataset", "optimizer", "batch_size")
 REQUEST = ScoreRequest(student_grad=True, teacher_grad=False, views=("student",))
 SHOWN = ("loss", "entropy_nats", "eval_student_success_greedy")
@@ -78,7 +78,7 @@ class SFTRecipe:
                 prompts=self._data.eval_prompts,
                 collect=collect,
                 run=self._run,
-                samples=int(cfg.get("eval_samples") or 1),
+                samples=setting(cfg, "eval_samples"),
                 success_threshold=self._data.success_threshold,
                 leak_phrases=self._data.leak_phrases,
             )

@@ -97,7 +97,7 @@ def check(known=("box", "optimizer", "lr_scheduler", "checkpointer"), required=(
 
 
 def test_a_right_config_passes():
-    check(box=node(first=1, second=None, inner=node(first=2)), required=["box"])
+    check(box=node(first=None, second=3, inner=node(first=2)), required=["box"])
     check(box={"_component_": ANYTHING, "first": 1, "unknown": 2})
     check(box=[1, 2], optimizer=None)
 

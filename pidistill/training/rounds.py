@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from pidistill.errors import InputError
 from pidistill.jsonl import write_jsonl
+from pidistill.training.keys import setting
 from pidistill.training.update import crossed
 from pidistill.types import Rollout, RolloutAdvantage
 
@@ -32,7 +33,7 @@ class RoundSizes:
     def __init__(self, cfg: DictConfig) -> None:
         self.prompts: int = cfg.prompts_per_round
         self.group_size: int = cfg.group_size
-        self.updates: int = cfg.get("updates_per_round") or 1
+        self.updates: int = setting(cfg, "updates_per_round")
         self.minibatch: int = cfg.get("minibatch_rollouts") or self.prompts * self.group_size
         if self.minibatch % self.group_size or self.minibatch > self.prompts * self.group_size:
             raise InputError(
@@ -47,10 +48,10 @@ class RoundSizes:
         self.score_chunk_tokens = cfg.get("score_chunk_tokens")
         self._eval_every = cfg.get("eval_every_steps")
         self.texts = TextLog(
-            steps=int(cfg.get("rollout_log_steps") or 0),
-            samples=int(cfg.get("rollout_log_samples") or 2),
+            steps=setting(cfg, "rollout_log_steps"),
+            samples=setting(cfg, "rollout_log_samples"),
             max_new_tokens=cfg.get("rollout_log_max_new_tokens"),
-            max_chars=int(cfg.get("rollout_log_max_chars") or 2000),
+            max_chars=setting(cfg, "rollout_log_max_chars"),
         )
 
     @property

@@ -4,10 +4,11 @@ The test for what stands here rather than in a recipe: would two papers differ i
 """
 
 import functools
-import math
+import importlib.util
 import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torchtune import training, utils
 
 from pidistill.config import check_config
@@ -26,7 +28,7 @@ from pidistill.errors import InputError
 from pidistill.models.offloading import check_offloading
 from pidistill.models.peft_format import check_adapter_dir
 from pidistill.training.checkpoint_source import check_checkpoint_fits, check_checkpoint_folder, use_fallback_checkpoint
-from pidistill.training.keys import LEAST
+from pidistill.training.keys import check_values, setting
 
 log = utils.get_logger("INFO")
 
@@ -42,15 +44,15 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
         check_checkpoint_folder(cfg, key)
         check_checkpoint_fits(cfg, key)
     check_adapter_dir(cfg)
-    device = _device(cfg.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = _dtype(cfg.get("dtype", "fp32"), device)
+    device = _device(setting(cfg, "device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = _dtype(setting(cfg, "dtype"), device)
     if device.type == "cpu":
         # Two ranks with all threads each are slower than one; results do not depend on it within one run's settings.
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(int(cfg.get("threads") or max(1, (os.cpu_count() or 1) // ranks)))
     if not dist.is_initialized():
         if training.is_distributed():
-            offload = bool(cfg.get("fsdp_cpu_offload", False)) and device.type != "cpu"
+            offload = setting(cfg, "fsdp_cpu_offload") and device.type != "cpu"
             dist.init_process_group(training.get_distributed_backend(device.type, offload_ops_to_cpu=offload))
         else:
             dist.init_process_group(training.get_distributed_backend(device.type), store=dist.HashStore(), rank=0, world_size=1)
@@ -58,14 +60,13 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     check_offloading(cfg, device, processes)
     shares = check_tensor_parallel(cfg, processes)
     mesh = make_mesh(device.type, processes, shares) if shares > 1 else None
-    seed = int(cfg.get("seed") or 0)
+    seed = setting(cfg, "seed")
     # The same on every rank (not torchtune's set_seed), so that a dataset that shuffles itself is the same one on all of them;
     # rollouts have seeds of their own.
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    output_dir = Path(cfg.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = make_output_dir(cfg.output_dir)
     run = Run(device, dtype, rank // shares, processes // shares, seed, output_dir, mesh)
     if run.is_main:
         OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
@@ -73,10 +74,15 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
 
 
 def check_run(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> None:
-    """What can be wrong with a config by itself; a component that was set to null on the command line is taken out of it."""
+    """Check what can be wrong with a config by itself; take out components that were set to null on the command line."""
     _drop_null_components(cfg)
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise InputError(f"the config cannot be resolved ({' '.join(str(error).split())}); check its ${{...}}") from error
     check_config(cfg, known, required)
-    _check_numbers(cfg)
+    check_values(cfg)
+    _check_logger(cfg)
 
 
 def _drop_null_components(cfg: DictConfig) -> None:
@@ -84,6 +90,39 @@ def _drop_null_components(cfg: DictConfig) -> None:
     for key, node in cfg.items_ex(resolve=False):
         if isinstance(node, DictConfig) and node.get("_component_", "") is None:
             cfg[key] = None
+
+
+# The package that each of torchtune's metric loggers imports when it is built, which is after the weights are loaded.
+_LOGGER_PACKAGES = {
+    "WandBLogger": "wandb",
+    "CometLogger": "comet_ml",
+    "TensorBoardLogger": "tensorboard",
+    "MLFlowLogger": "mlflow",
+}
+
+
+def _check_logger(cfg: DictConfig) -> None:
+    """Refuse a metric logger whose package is not installed."""
+    name = cfg.metric_logger._component_ if cfg.get("metric_logger") else ""
+    package = _LOGGER_PACKAGES.get(name.rpartition(".")[2]) if name.startswith("torchtune.") else None
+    if package and importlib.util.find_spec(package) is None:
+        raise InputError(
+            f"metric_logger {name} needs the package {package}, which is not installed; run `pip install {package}`"
+        )
+
+
+def make_output_dir(path: str) -> Path:
+    """Make the folder of the run and return it."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"output_dir={path} cannot be written to ({error.strerror}); set output_dir to another folder"
+        ) from error
+    return folder
 
 
 def _device(name: str) -> torch.device:
@@ -99,24 +138,6 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
         return training.get_dtype(name, device=device)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"dtype={name} cannot be used on {device.type} ({error}); set dtype to fp32 or bf16") from error
-
-
-def _check_numbers(cfg: DictConfig) -> None:
-    for key, least in LEAST.items():
-        value = cfg.get(key)
-        if value is not None and (type(value) is not int or value < least):
-            raise InputError(f"{key}={value} must be a whole number of at least {least}")
-    if cfg.get("packing") not in (None, "tree", "padded"):
-        raise InputError(f"packing={cfg.packing} is unknown; choose tree or padded")
-    norm = cfg.get("clip_grad_norm")
-    if norm is not None and (not isinstance(norm, int | float) or norm <= 0):
-        raise InputError(f"clip_grad_norm={norm} must be a number above 0, or null for no clipping")
-    limit = cfg.get("environment_timeout_s")
-    if limit is not None and (type(limit) not in (int, float) or not 0 < limit < math.inf):
-        raise InputError(f"environment_timeout_s={limit} must be a number of seconds above 0, or null for no limit")
-    weight = cfg.get("sft_weight")
-    if weight is not None and (type(weight) not in (int, float) or not 0 <= weight < math.inf):
-        raise InputError(f"sft_weight={weight} must be a number of at least 0; 0 or null for no supervised term")
 
 
 def cleanup() -> None:
