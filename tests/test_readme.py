@@ -14,7 +14,7 @@ from pidistill.commands.plan.command import parser as plan_parser
 from pidistill.commands.plan.reading import read
 from pidistill.commands.sweep.cells import grid_cells, read_sweep
 from pidistill.commands.sweep.command import parser as sweep_parser
-from pidistill.commands.sweep.search import Plan, check_plan
+from pidistill.commands.sweep.search import SweepPlan, check_plan
 from pidistill.config import check_config, resolve
 from tests.commands.test_sweep import check_commands
 
@@ -69,7 +69,7 @@ def test_a_sweep_command_of_the_readme_can_be_planned(command):
         evaluate=arguments.evaluate,
         select=arguments.select,
     )
-    check_plan(Plan(sweep, arguments.search, arguments.trials))
+    check_plan(SweepPlan(sweep, arguments.search, arguments.trials))
     for cell in grid_cells(sweep) if arguments.search == "grid" else ():
         check_commands(sweep, cell)
 
