@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError
 from torchtune import training, utils
 
 from pidistill.config import check_config
@@ -76,10 +76,7 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
 def check_run(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> None:
     """Check what can be wrong with a config by itself; take out components that were set to null on the command line."""
     _drop_null_components(cfg)
-    try:
-        OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
-        raise InputError(f"the config cannot be resolved ({' '.join(str(error).split())}); check its ${{...}}") from error
+    OmegaConf.to_container(cfg, resolve=True)  # an interpolation that leads nowhere
     check_config(cfg, known, required)
     check_values(cfg)
     _check_logger(cfg)
@@ -149,19 +146,25 @@ def cleanup() -> None:
 
 
 def one_sentence_errors(recipe_main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """Print an InputError as one sentence, once, and exit with status 2; anything else keeps its traceback."""
+    """Print an InputError, or a key that cannot be resolved, as one sentence, once, and exit with status 2; anything else keeps its traceback."""
 
     @functools.wraps(recipe_main)
     def wrapper(cfg: DictConfig) -> Any:
         try:
             return recipe_main(cfg)
-        except InputError as error:
+        except (InputError, InterpolationResolutionError) as error:
             if _first_to_fail():
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                print(f"error: {_one_sentence(error)}", file=sys.stderr, flush=True)
             cleanup()
             sys.exit(2)
 
     return wrapper
+
+
+def _one_sentence(error: Exception) -> str:
+    if isinstance(error, InputError):
+        return str(error)
+    return f"the config cannot be resolved ({' '.join(str(error).split())}); check its ${{...}}"
 
 
 def _first_to_fail() -> bool:
