@@ -146,7 +146,10 @@ def cleanup() -> None:
 
 
 def one_sentence_errors(recipe_main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """Print an InputError, or a key that cannot be resolved, as one sentence, once, and exit with status 2; anything else keeps its traceback."""
+    """Print an InputError, or a key that cannot be resolved, as one sentence, once, and exit with status 2.
+
+    Any other error keeps its traceback.
+    """
 
     @functools.wraps(recipe_main)
     def wrapper(cfg: DictConfig) -> Any:
