@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 import os
 import re
 import sys
@@ -95,6 +96,8 @@ def check_config(cfg: DictConfig, known: Collection[str], required: Collection[s
             raise InputError(f"config key {key} is missing; this recipe needs it")
     for key, node in raw.items():
         _check_component(key, node)
+        if not (isinstance(node, float) and math.isinf(node)):  # the table of keys says where infinity is a value
+            _check_finite(key, node)
 
 
 def _check_component(path: str, node: Any) -> None:
@@ -117,6 +120,8 @@ def _check_component(path: str, node: Any) -> None:
         parameters = inspect.signature(component).parameters
     except ValueError:  # some builtins have none
         return
+    for key in parameters.keys() & node.keys():
+        _check_argument(f"{path}.{key}", node[key], parameters[key])
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in node:
             if key != COMPONENT and key not in parameters:
@@ -129,6 +134,44 @@ def _check_component(path: str, node: Any) -> None:
         )
         if required and parameter.name not in node and parameter.name not in keywords:
             raise InputError(f"config key {path}.{parameter.name} is missing; {node[COMPONENT]} needs it")
+
+
+def _check_argument(path: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Refuse text in place of a number, and null in place of a number that the component needs."""
+    annotation = "" if parameter.annotation is parameter.empty else inspect.formatannotation(parameter.annotation)
+    names = set(re.findall(r"\w+", annotation))
+    has_number = type(parameter.default) in (int, float)
+    if not (has_number or annotation in ("int", "float")) or names & {"str", "Literal", "Any", "object"}:
+        return
+    interpolated = isinstance(value, str) and "${" in value
+    needs_value = parameter.default is not None and annotation in ("int", "float")
+    if (isinstance(value, str) and not interpolated) or (value is None and needs_value):
+        raise InputError(f"{path}={'null' if value is None else value} must be a number")
+
+
+def _check_finite(path: str, node: Any) -> None:
+    """Refuse NaN, and infinity unless it is the default of the component's argument."""
+    if isinstance(node, float) and not math.isfinite(node):
+        raise InputError(f"config key {path} is {node}; set it to a finite number")
+    if isinstance(node, list):
+        for i, value in enumerate(node):
+            _check_finite(f"{path}[{i}]", value)
+    if isinstance(node, dict):
+        unbounded = _infinite_defaults(node.get(COMPONENT))
+        for key, value in node.items():
+            if not (value == math.inf and key in unbounded):
+                _check_finite(f"{path}.{key}", value)
+
+
+def _infinite_defaults(component: str | None) -> set[str]:
+    """Return the arguments of a component whose default is infinity."""
+    try:
+        parameters = inspect.signature(resolve(component)).parameters if component else {}
+    except ValueError:  # some builtins have no signature
+        return set()
+    return {
+        name for name, parameter in parameters.items() if isinstance(parameter.default, float) and parameter.default == math.inf
+    }
 
 
 # Keys of earlier versions, and what does their work now.

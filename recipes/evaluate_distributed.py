@@ -21,14 +21,14 @@ from pidistill.data import RecipeData, load_prompts
 from pidistill.errors import InputError
 from pidistill.training.collector import Collect, build_collector
 from pidistill.training.evaluation import eval_dropped, sample_view, success_numbers
-from pidistill.training.keys import EVALUATION_KEYS
+from pidistill.training.keys import keys_of, setting
 from pidistill.training.load import load_initial
 from pidistill.training.metrics import rollout_means, rollout_sums
 from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.types import Rollout
 
-KEYS = EVALUATION_KEYS | {"domains", "reward_shaping"}
+KEYS = keys_of("evaluate")
 REQUIRED = ("output_dir", "model", "tokenizer", "checkpointer", "dataset", "environment", "sampler")
 VIEWS = {  # name: (view, temperature; None is the sampler's)
     "student greedy": ("student", 0.0),
@@ -53,7 +53,7 @@ class EvaluateRecipe:
 
     def __init__(self, cfg: DictConfig) -> None:
         self._run = start(cfg, KEYS, REQUIRED)
-        self._samples = int(cfg.get("eval_samples") or 1)
+        self._samples = setting(cfg, "eval_samples")
 
     def setup(self, cfg: DictConfig) -> None:
         sampler = build(cfg.sampler)

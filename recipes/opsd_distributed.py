@@ -37,7 +37,7 @@ from pidistill.training.checkpoints import Checkpoints
 from pidistill.training.collector import build_collector
 from pidistill.training.compatibility import build_objective, check_method
 from pidistill.training.evaluation import Evaluation, TextSamples
-from pidistill.training.keys import COMMON_KEYS, ROUND_KEYS
+from pidistill.training.keys import keys_of
 from pidistill.training.load import load_model, load_teacher
 from pidistill.training.metrics import step_report, token_means, token_sums
 from pidistill.training.metrics_log import MetricsLog
@@ -48,7 +48,7 @@ from pidistill.training.supervised import SupervisedTerm
 from pidistill.training.update import Updates
 from pidistill.types import Batch, PerTokenLoss, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
 
-KEYS = COMMON_KEYS | ROUND_KEYS | {"hindsight"}
+KEYS = keys_of("opsd")
 REQUIRED = ("output_dir", "max_steps", "model", "tokenizer", "checkpointer", "dataset", "environment", "privileged", "sampler",
             "objective", "optimizer", "prompts_per_round", "group_size")  # fmt: skip
 SAMPLING_VIEW: ViewName = "student"

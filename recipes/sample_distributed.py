@@ -22,14 +22,14 @@ from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.rollouts import CollectResult, rollout_seed
 from pidistill.rollouts.selections import SAMPLING_STREAM, AfterTurns, Rewriter, Selected, trace_row
 from pidistill.training.collector import build_collector
-from pidistill.training.keys import EVALUATION_KEYS
+from pidistill.training.keys import keys_of, setting
 from pidistill.training.load import load_initial
 from pidistill.training.metrics import rollout_means, rollout_sums
 from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.types import Example, PromptPair
 
-KEYS = (EVALUATION_KEYS - {"eval_samples"}) | {"view", "samples_per_prompt", "prompts_per_batch", "selection"}
+KEYS = keys_of("sample")
 REQUIRED = ("output_dir", "model", "tokenizer", "checkpointer", "dataset", "environment", "sampler", "view",
             "samples_per_prompt", "selection")  # fmt: skip
 TRACES = "traces.jsonl"
@@ -45,7 +45,7 @@ class SampleRecipe:
         if cfg.view not in ("teacher", "student"):
             raise InputError(f"view={cfg.view} is unknown; teacher sees the privileged information, student does not")
         self._view, self._samples = cfg.view, int(cfg.samples_per_prompt)
-        self._batch = int(cfg.get("prompts_per_batch") or 64)
+        self._batch = setting(cfg, "prompts_per_batch")
         # Written aside and moved into place when complete: the file is whole, or there is none.
         self._aside = {name: self._run.output_dir / f".{name}" for name in (TRACES, "metrics.jsonl")}
 

@@ -25,7 +25,7 @@ from pidistill.scoring.score import score, student_nll
 from pidistill.training.checkpoints import Checkpoints
 from pidistill.training.collector import build_collector
 from pidistill.training.evaluation import Evaluation
-from pidistill.training.keys import COMMON_KEYS
+from pidistill.training.keys import keys_of
 from pidistill.training.load import load_model
 from pidistill.training.metrics import step_report, token_means, token_sums
 from pidistill.training.metrics_log import MetricsLog
@@ -35,7 +35,7 @@ from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.training.update import Updates, crossed
 from pidistill.types import Rollout, ScoreRequest
 
-KEYS = COMMON_KEYS | {"batch_size"}
+KEYS = keys_of("sft")
 REQUIRED = ("output_dir", "max_steps", "model", "tokenizer", "checkpointer", "dataset", "optimizer", "batch_size")
 REQUEST = ScoreRequest(student_grad=True, teacher_grad=False, views=("student",))
 SHOWN = ("loss", "entropy_nats", "eval_student_success_greedy")

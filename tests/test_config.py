@@ -1,5 +1,6 @@
 """Configs: nested components are built; what nothing reads, finds or gives is named before anything runs."""
 
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def check(known=("box", "optimizer", "lr_scheduler", "checkpointer"), required=(
 
 
 def test_a_right_config_passes():
-    check(box=node(first=1, second=None, inner=node(first=2)), required=["box"])
+    check(box=node(first=None, second=3, inner=node(first=2)), required=["box"])
     check(box={"_component_": ANYTHING, "first": 1, "unknown": 2})
     check(box=[1, 2], optimizer=None)
 
@@ -168,6 +169,45 @@ def test_what_passes_the_check_can_be_built():
     check(**cfg)
     optimizer = build(cfg.optimizer, [torch.nn.Parameter(torch.zeros(2))])
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+@dataclass
+class Bounded:
+    """A component with numbers of all kinds."""
+
+    limit: float = math.inf
+    rate: float = 0.1
+    count: int | None = None
+    word: int | str = 1
+
+
+def test_text_or_null_in_place_of_a_number_is_refused():
+    bounded = "tests.test_config.Bounded"
+    check(box={"_component_": bounded, "rate": 1, "count": None, "word": "all"})
+    check(box={"_component_": bounded, "rate": "${box.count}", "count": 3})
+    with pytest.raises(InputError, match="box.rate=fast must be a number"):
+        check(box={"_component_": bounded, "rate": "fast"})
+    with pytest.raises(InputError, match="box.rate=null must be a number"):
+        check(box=[{"_component_": bounded, "rate": None}][0])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_refused_at_every_depth(value):
+    for path, box in {
+        "box.first": node(first=value),
+        r"box.first\[1\]": node(first=[0.0, value]),
+        "box.inner.first": node(first=1, inner=node(first=value)),
+        "box.first.start": node(first={"start": value}),
+    }.items():
+        with pytest.raises(InputError, match=f"config key {path} is {value}; set it to a finite number"):
+            check(box=box)
+
+
+def test_infinity_is_accepted_where_it_is_the_argument_s_default():
+    check(box={"_component_": "tests.test_config.Bounded", "limit": math.inf})
+    for wrong in (math.nan, -math.inf):
+        with pytest.raises(InputError, match="config key box.limit is"):
+            check(box={"_component_": "tests.test_config.Bounded", "limit": wrong})
 
 
 @pytest.mark.parametrize("old", sorted(MOVED))

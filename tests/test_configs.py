@@ -117,8 +117,10 @@ def test_the_tiny_worlds_rows_and_words_can_be_made(path):
 def test_the_files_of_a_checkpoint_are_named_and_written_elsewhere(path):
     cfg = OmegaConf.load(path)
     node = cfg.checkpointer
-    inspect.signature(resolve(node[COMPONENT])).bind(**{key: node[key] for key in node if key != COMPONENT})
-    assert Path(node.output_dir) == Path(cfg.output_dir) != Path(node.checkpoint_dir)
+    assert "output_dir" not in node, "the recipe passes it"
+    arguments = {key: node[key] for key in node if key != COMPONENT} | {"output_dir": cfg.output_dir}
+    inspect.signature(resolve(node[COMPONENT])).bind(**arguments)
+    assert Path(cfg.output_dir) != Path(node.checkpoint_dir)
 
 
 def test_there_are_configs_for_the_models_that_people_train():

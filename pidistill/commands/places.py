@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from pidistill.errors import InputError
 
@@ -35,7 +37,10 @@ def load_config(name: str) -> DictConfig:
 
 @functools.lru_cache(maxsize=256)
 def _load(path: Path, _mtime_ns: int, _size: int) -> DictConfig:
-    config = OmegaConf.load(path)
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
+        raise InputError(f"config {path} is not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(config, DictConfig):
         raise InputError(f"config {path} is not a mapping of keys to values")
     return config

@@ -13,6 +13,7 @@ from pidistill.data import RecipeData
 from pidistill.distributed.run import Run
 from pidistill.rollouts import CollectResult, rollout_seed
 from pidistill.training.collector import Collect
+from pidistill.training.keys import setting
 from pidistill.training.metrics import rollout_means, rollout_sums
 from pidistill.training.update import crossed
 from pidistill.types import Example, PromptPair, Rollout, ViewName
@@ -27,7 +28,7 @@ class Evaluation:
     def __init__(self, cfg: DictConfig, run: Run, data: RecipeData, collect: Collect | None) -> None:
         """``collect`` may be None where there are no such rows."""
         self._run, self._data, self._collect = run, data, collect
-        self._samples = int(cfg.get("eval_samples") or 1)
+        self._samples = setting(cfg, "eval_samples")
 
     def numbers(self, model) -> dict[str, float]:
         """Return the `eval_*` numbers of the model, the same on every rank; empty without rows."""
@@ -159,10 +160,10 @@ class TextSamples:
 
     def __init__(self, cfg: DictConfig, run: Run, data: RecipeData, collect: Collect) -> None:
         self._run, self._collect = run, collect
-        self._every = int(cfg.get("rollout_log_steps") or 0)
-        self._prompts = data.prompts[: int(cfg.get("rollout_log_samples") or 2)]
+        self._every = setting(cfg, "rollout_log_steps")
+        self._prompts = data.prompts[: setting(cfg, "rollout_log_samples")]
         self._max_new_tokens = cfg.get("rollout_log_max_new_tokens")
-        self._max_chars = int(cfg.get("rollout_log_max_chars") or 2000)
+        self._max_chars = setting(cfg, "rollout_log_max_chars")
 
     def due(self, before: int, now: int) -> bool:
         return crossed(self._every, before, now)

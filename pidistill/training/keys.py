@@ -1,39 +1,250 @@
-"""Config keys: which recipes read them, and the least value of each whole number."""
+"""Hold the table of all top-level config keys: type, bounds, default, meaning, and the recipes that read them.
 
-# Keys that mean the same in every recipe,
-EVALUATION_KEYS = frozenset(
-    {
-        "output_dir", "seed", "device", "dtype", "threads", "model", "tokenizer", "checkpointer", "dataset", "environment",
-        "privileged", "sampler", "max_turns", "environment_threads", "environment_timeout_s", "on_overflow", "eval_samples",
-        "eval_success_threshold", "fsdp_reshard_after_forward", "fsdp_cpu_offload", "custom_sharded_layers",
-        "fallback_checkpoint_dir", "adapter_dir", "tensor_parallel_dim",
-    }
-)  # fmt: skip
-# and in every one that trains.
-COMMON_KEYS = EVALUATION_KEYS | frozenset(
-    {
-        "max_steps", "optimizer", "lr_scheduler", "clip_grad_norm", "max_nonfinite_steps", "save_every_steps",
-        "resume_from_checkpoint", "metric_logger", "enable_activation_checkpointing", "enable_activation_offloading",
-        "compile", "score_chunk_tokens", "eval_dataset", "eval_every_steps", "packing", "micro_batch_tokens",
-        "reward_shaping", "keep_last",
-    }
-)  # fmt: skip
+The checks of a config, the defaults in the code (:func:`setting`), `docs/keys.md` and `pidistill keys` are made from it.
+"""
 
-# Whole numbers, and the least that each may be; null leaves the default.
-LEAST = {
-    "seed": 0, "threads": 1, "max_steps": 1, "batch_size": 1, "micro_batch_tokens": 1, "prompts_per_round": 1, "group_size": 1,
-    "updates_per_round": 1, "minibatch_rollouts": 1, "score_chunk_tokens": 1, "max_turns": 1, "environment_threads": 1,
-    "max_nonfinite_steps": 1, "eval_samples": 1, "eval_every_steps": 0, "save_every_steps": 0, "rollout_log_steps": 0,
-    "samples_per_prompt": 1, "prompts_per_batch": 1, "rollout_log_samples": 1, "sft_batch_size": 1,
-    "rollout_log_max_new_tokens": 1, "rollout_log_max_chars": 1, "tensor_parallel_dim": 1, "keep_last": 1,
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig
+
+from pidistill.errors import InputError
+
+ROUNDS = ("pi_distill", "opsd")
+TRAINING = (*ROUNDS, "sft")
+EVALUATING = (*TRAINING, "evaluate")
+EVERY = (*EVALUATING, "sample")
+
+WHOLE, NUMBER, FLAG, TEXT = "whole number", "number", "true or false", "text"
+COMPONENT, COMPONENTS, TEXTS, MAPPING = "component", "list of components", "list of texts", "mapping"
+
+
+@dataclass(frozen=True)
+class Key:
+    """Describe one config key; ``null`` says what an absent or null value means where ``default`` cannot."""
+
+    name: str
+    kind: str
+    meaning: str
+    recipes: tuple[str, ...]
+    default: Any = None
+    least: int | None = None
+    above: int | None = None  # a bound that the value must exceed
+    null: str = ""
+    choices: tuple[str, ...] = ()
+    infinite: bool = False  # infinity is a sensible value
+
+    @property
+    def bounds(self) -> str:
+        """Return what a value must be, as a message or the page says it."""
+        if self.choices:
+            return " or ".join((*(("true", "false") if self.kind == FLAG else ()), *self.choices))
+        kind = f"{self.kind} of seconds" if self.kind == NUMBER and self.name.endswith("_s") else self.kind
+        if self.least is not None:
+            return f"{kind} of at least {self.least}" if self.kind == WHOLE else f"{kind}, at least {self.least}"
+        return kind if self.above is None else f"{kind} above {self.above}"
+
+    @property
+    def shown_default(self) -> str:
+        if self.default is None:
+            return self.null or "–"
+        return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
+
+
+TABLE: Mapping[str, Key] = {
+    key.name: key
+    for key in (
+        # the run
+        Key("output_dir", TEXT, "folder of the run: metrics, checkpoints, rollouts", EVERY),
+        Key("seed", WHOLE, "seed of the data order, of sampling and of new weights", EVERY, 0, least=0),
+        Key("device", TEXT, "device of every process: cuda, cpu", EVERY, null="cuda where there is one, else cpu"),
+        Key("dtype", TEXT, "type of the weights and of the arithmetic: fp32 or bf16", EVERY, "fp32"),
+        Key("threads", WHOLE, "CPU threads of each process", EVERY, least=1, null="an equal share of the cores"),
+        # the model
+        Key("model", COMPONENT, "builder of the model that is trained, sampled or evaluated", EVERY),
+        Key("tokenizer", COMPONENT, "tokenizer with its chat template and `max_seq_len`", EVERY),
+        Key("checkpointer", COMPONENT, "reader and writer of the weights; the recipe passes it `output_dir`", EVERY),
+        Key(
+            "fallback_checkpoint_dir", TEXT, "folder to start from where `checkpointer.checkpoint_dir` does not exist", EVERY,
+            null="no other folder",
+        ),
+        Key("adapter_dir", TEXT, "folder of a PEFT adapter to start from or to evaluate", EVERY, null="no adapter"),
+        Key("tensor_parallel_dim", WHOLE, "neighbouring processes that share each model's matrices", EVERY, 1, least=1),
+        Key("fsdp_reshard_after_forward", FLAG, "frees the gathered weights after each forward", EVERY, True),
+        Key("fsdp_cpu_offload", FLAG, "keeps weights, gradients and optimizer state in host memory", EVERY, False),
+        Key("custom_sharded_layers", TEXTS, "names of layers that are sharded by themselves", EVERY, null="none"),
+        # the data and the rollouts
+        Key("dataset", COMPONENT, "rows to train on, to sample from or to evaluate", EVERY),
+        Key("environment", COMPONENT, "what answers the model's turns and gives the reward", EVERY),
+        Key("privileged", COMPONENT, "where the privileged information stands in the teacher's prompt", EVERY),
+        Key("sampler", COMPONENT, "sampler with its temperature and `max_new_tokens`", EVERY),
+        Key("max_turns", WHOLE, "turns of the model after which an episode ends", EVERY, least=1, null="no limit"),
+        Key(
+            "environment_threads", WHOLE, "episodes that talk to the environment at once", EVERY,
+            least=1, null="one, in the sampler's own thread",
+        ),
+        Key("environment_timeout_s", NUMBER, "seconds that one `reset` or `step` may take", EVERY, above=0, null="no limit"),
+        Key(
+            "on_overflow", TEXT, "what happens to rows that do not fit into `max_seq_len`", EVERY,
+            null="`privileged.on_overflow`", choices=("error", "drop"),
+        ),
+        Key("reward_shaping", COMPONENTS, "parts that are added to an episode's reward", EVALUATING, null="none"),
+        # training
+        Key("max_steps", WHOLE, "optimizer steps of the whole run", TRAINING, least=1),
+        Key("batch_size", WHOLE, "demonstrations of one step, over all processes", ("sft",), least=1),
+        Key("optimizer", COMPONENT, "optimizer with its learning rate", TRAINING),
+        Key("lr_scheduler", COMPONENT, "schedule of the learning rate", TRAINING, null="a constant rate"),
+        Key("clip_grad_norm", NUMBER, "largest norm of a step's gradient", TRAINING, above=0, null="no clipping"),
+        Key(
+            "max_nonfinite_steps", WHOLE, "steps in a row with a loss or gradient that is not finite before the run stops",
+            TRAINING, 3, least=1,
+        ),
+        Key(
+            "packing", TEXT, "tree: text that a group shares is held once; padded: rows side by side", TRAINING, "tree",
+            choices=("tree", "padded"),
+        ),
+        Key("micro_batch_tokens", WHOLE, "tokens of one forward of each process; fewer: less memory", TRAINING, 8192, least=1),
+        Key(
+            "score_chunk_tokens", WHOLE, "tokens whose logits exist at once; fewer need less memory", TRAINING,
+            least=1, null="sized to the vocabulary",
+        ),
+        Key("enable_activation_checkpointing", FLAG, "computes activations twice to hold fewer of them", TRAINING, False),
+        Key("enable_activation_offloading", FLAG, "keeps activations in host memory; CUDA only", TRAINING, False),
+        Key("compile", FLAG, "compiles the model's layers", TRAINING, False),
+        Key("save_every_steps", WHOLE, "steps between two checkpoints", TRAINING, least=0, null="one at the end"),
+        Key("keep_last", WHOLE, "checkpoints to keep; older ones are removed", TRAINING, least=1, null="all of them"),
+        Key(
+            "resume_from_checkpoint", FLAG, "true resumes the run in `output_dir`; auto resumes it or starts; start_over moves "
+            "its files aside and starts", TRAINING, False, choices=("auto", "start_over"),
+        ),
+        Key("metric_logger", COMPONENT, "a torchtune metric logger beside `metrics.jsonl`", TRAINING, null="none"),
+        # evaluation
+        Key("eval_dataset", COMPONENT, "rows of the evaluation during training", TRAINING, null="no evaluation"),
+        Key("eval_every_steps", WHOLE, "steps between two evaluations", TRAINING, least=0, null="first and last only"),
+        Key("eval_samples", WHOLE, "sampled rollouts of each evaluated prompt", EVALUATING, 1, least=1),
+        Key("eval_success_threshold", NUMBER, "reward from which a rollout counts as a success", EVERY, 1.0),
+        Key("domains", MAPPING, "other rows to evaluate, each under its name", ("evaluate",), null="none"),
+        # the on-policy methods
+        Key("objective", COMPONENT, "the method: its loss, its weights, its advantage", ROUNDS),
+        Key("prompts_per_round", WHOLE, "prompts of one round, over all processes", ROUNDS, least=1),
+        Key("group_size", WHOLE, "rollouts of each prompt", ROUNDS, least=1),
+        Key("updates_per_round", WHOLE, "optimizer steps of each round; more are further from on-policy", ROUNDS, 1, least=1),
+        Key("minibatch_rollouts", WHOLE, "rollouts of one optimizer step", ROUNDS, least=1, null="the whole round"),
+        Key("teacher", COMPONENT, "the weights that score as the teacher", ROUNDS, null="the trained weights"),
+        Key("teacher_model", COMPONENT, "builder of a teacher of its own", ROUNDS, null="`model`"),
+        Key("teacher_checkpointer", COMPONENT, "reader of the teacher's weights", ROUNDS, null="`checkpointer`"),
+        Key("teacher_tokenizer", COMPONENT, "the teacher's tokenizer, to compare with the student's", ROUNDS, null="none"),
+        Key("hindsight", COMPONENT, "privileged information that a round's own rollouts reveal", ("opsd",), null="none"),
+        Key("sft_weight", NUMBER, "weight of the mean −log S of the dataset's completions", ROUNDS, 0.0, least=0),
+        Key("sft_batch_size", WHOLE, "demonstrations of that term in one step", ROUNDS, 64, least=1),
+        Key(
+            "max_sampler_mismatch_nats", NUMBER, "difference of sampler and trainer log-probs that stops a run", ROUNDS,
+            above=0, null="0.1; no limit with top-p or top-k", infinite=True,
+        ),
+        Key("importance_weights", COMPONENT, "correction for a sampler that is not the trained policy", ROUNDS, null="none"),
+        Key("rollout_log_steps", WHOLE, "steps between two logs of sampled texts; 0: none", ROUNDS, 0, least=0),
+        Key("rollout_log_samples", WHOLE, "prompts whose texts are logged", ROUNDS, 2, least=1),
+        Key("rollout_log_max_new_tokens", WHOLE, "most tokens of a logged text", ROUNDS, least=1, null="the sampler's"),
+        Key("rollout_log_max_chars", WHOLE, "most characters of a logged text", ROUNDS, 2000, least=1),
+        # sampling
+        Key(
+            "view", TEXT, "teacher: with the privileged information; student: without it", ("sample",),
+            choices=("teacher", "student"),
+        ),
+        Key("samples_per_prompt", WHOLE, "rollouts of each prompt", ("sample",), least=1),
+        Key("prompts_per_batch", WHOLE, "prompts that are sampled together, over all processes", ("sample",), 64, least=1),
+        Key("selection", COMPONENT, "which rollouts become rows of traces.jsonl", ("sample",)),
+    )
 }  # fmt: skip
 
 
-ROUND_KEYS = frozenset(
-    {
-        "prompts_per_round", "group_size", "updates_per_round", "minibatch_rollouts", "objective",
-        "teacher", "teacher_model", "teacher_checkpointer", "teacher_tokenizer", "rollout_log_steps", "rollout_log_samples",
-        "rollout_log_max_new_tokens", "rollout_log_max_chars", "sft_weight", "sft_batch_size", "max_sampler_mismatch_nats",
-        "importance_weights",
-    }
-)  # fmt: skip
+def keys_of(recipe: str) -> frozenset[str]:
+    """Return the keys that a bundled recipe reads; ``recipe`` is its name without `_distributed`."""
+    return frozenset(key.name for key in TABLE.values() if recipe in key.recipes)
+
+
+# Keys that mean the same in every recipe, in every one that trains, and in the on-policy ones.
+EVALUATION_KEYS = frozenset(key.name for key in TABLE.values() if key.recipes == EVERY) | {"eval_samples"}
+COMMON_KEYS = keys_of("sft") - {"batch_size"}
+ROUND_KEYS = (keys_of("pi_distill") & keys_of("opsd")) - COMMON_KEYS
+# Whole numbers, and the least that each may be; null leaves the default.
+LEAST = {key.name: key.least for key in TABLE.values() if key.kind == WHOLE}
+
+
+def setting(cfg: DictConfig, name: str) -> Any:
+    """Return the value of a key of the table: its default where the config has none or null."""
+    value = cfg.get(name)
+    return TABLE[name].default if value is None else value
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Refuse a top-level value of the wrong type or outside its bounds.
+
+    Raises:
+        InputError: names the key, its value, and what it must be.
+    """
+    for key in TABLE.values():
+        value = cfg.get(key.name)
+        if value is not None and not _allowed(key, value):
+            raise InputError(f"{key.name}={_shown(value)} {_demand(key)}")
+
+
+def _allowed(key: Key, value: Any) -> bool:
+    if key.choices:
+        return value in key.choices or (key.kind == FLAG and isinstance(value, bool))
+    if key.kind in (WHOLE, NUMBER):
+        numeric = type(value) is int or (key.kind == NUMBER and type(value) is float)
+        return numeric and _within(key, value)
+    if key.kind == COMPONENT:
+        return isinstance(value, DictConfig) and "_component_" in value
+    types: dict[str, Any] = {TEXT: str, FLAG: bool, TEXTS: ListConfig, MAPPING: DictConfig}
+    return isinstance(value, types.get(key.kind, DictConfig | ListConfig))  # build_shaping looks into reward_shaping
+
+
+def _within(key: Key, value: float) -> bool:
+    if math.isnan(value) or (math.isinf(value) and not key.infinite):
+        return False
+    return (key.least is None or value >= key.least) and (key.above is None or value > key.above)
+
+
+def _demand(key: Key) -> str:
+    if key.choices:
+        return f"is unknown; choose {key.bounds}"
+    if key.kind == COMPONENT:
+        return f"is not a component; write {key.name}._component_=dotted.path and {key.name}.argument=value"
+    if key.kind in (TEXT, FLAG):
+        return f"must be {key.bounds}"
+    finite = "finite " if key.kind == NUMBER and key.least is None and key.above is None else ""
+    return f"must be a {finite}{key.bounds}" + (f", or null for {key.null}" if key.null and key.kind == NUMBER else "")
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# ------------------------------------------------------------------------------------------------- the page
+
+_RECIPES = {EVERY: "all", EVALUATING: "all but sample", TRAINING: "pi_distill, opsd, sft"}
+
+
+def page() -> str:
+    """Return `docs/keys.md`."""
+    head = (
+        "# Config keys\n\n"
+        "Every top-level key, its type, its default, and the recipes that read it. The arguments of a component are described\n"
+        "in its docstring. `pidistill keys [word]` prints the rows that contain a word, and `pidistill keys --markdown` makes\n"
+        "this page.\n\n| key | type | default | recipes | meaning |\n| --- | --- | --- | --- | --- |\n"
+    )
+    return head + "".join(f"| {' | '.join(row)} |\n" for row in rows("`{}`"))
+
+
+def rows(name_format: str = "{}", word: str = "") -> Iterator[tuple[str, ...]]:
+    """Yield (key, type, default, recipes, meaning) of every key whose row contains ``word``."""
+    for key in TABLE.values():
+        recipes = _RECIPES.get(key.recipes, ", ".join(key.recipes))
+        row = (name_format.format(key.name), key.bounds, key.shown_default, recipes, key.meaning)
+        if word.lower() in " ".join(row).lower():
+            yield row

@@ -18,6 +18,7 @@ from pidistill.models.empty import empty_model
 from pidistill.models.nf4 import check_shapes, stored_as_in
 from pidistill.models.offloading import offload_activations
 from pidistill.models.peft_format import with_adapter_dir
+from pidistill.training.keys import setting
 
 # ---------------------------------------------------------------------------------------------- model
 
@@ -37,9 +38,9 @@ def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str,
     if run.mesh is not None:
         parallelize(model, run.mesh)
     state_dict = with_initial_adapters(model, state_dict, run.seed)
-    if trained and cfg.get("compile", False):
+    if trained and setting(cfg, "compile"):
         training.compile_model(model, verbose=run.is_main)
-    if trained and cfg.get("enable_activation_checkpointing", False):
+    if trained and setting(cfg, "enable_activation_checkpointing"):
         training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
     if run.processes > 1:
         layers = list(cfg.get("custom_sharded_layers") or [])
@@ -47,16 +48,16 @@ def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str,
         shard(
             model,
             [functools.partial(training.get_shard_conditions, names_to_match=layers)],
-            cpu_offload=cfg.get("fsdp_cpu_offload", False),
-            reshard_after_forward=cfg.get("fsdp_reshard_after_forward", True),
+            cpu_offload=setting(cfg, "fsdp_cpu_offload"),
+            reshard_after_forward=setting(cfg, "fsdp_reshard_after_forward"),
         )
-    if trained and cfg.get("enable_activation_offloading", False):
+    if trained and setting(cfg, "enable_activation_offloading"):
         offload_activations(model)
     with training.set_default_dtype(run.dtype), run.device:
         for module in model.modules():
             if hasattr(module, "rope_init"):
                 module.rope_init()
-    _fill(model, run, state_dict, cpu_offload=cfg.get("fsdp_cpu_offload", False))
+    _fill(model, run, state_dict, cpu_offload=setting(cfg, "fsdp_cpu_offload"))
     training.validate_no_params_on_meta_device(model)
     return model.train(trained)
 

@@ -11,6 +11,7 @@ from pidistill.errors import InputError
 from pidistill.jsonl import write_jsonl
 from pidistill.rollouts import DROP_REASONS
 from pidistill.scoring.mismatch import TruncatedImportanceWeights
+from pidistill.training.keys import setting
 from pidistill.training.metrics import advantage_sums, rollout_means, rollout_sums
 from pidistill.training.update import crossed
 from pidistill.types import Rollout, RolloutAdvantage
@@ -26,7 +27,7 @@ class RoundSizes:
     def __init__(self, cfg: DictConfig) -> None:
         self.prompts: int = cfg.prompts_per_round
         self.group_size: int = cfg.group_size
-        self.updates: int = cfg.get("updates_per_round") or 1
+        self.updates: int = setting(cfg, "updates_per_round")
         self.minibatch: int = cfg.get("minibatch_rollouts") or self.prompts * self.group_size
         if self.minibatch % self.group_size or self.minibatch > self.prompts * self.group_size:
             raise InputError(

@@ -4,10 +4,11 @@ The test for what stands here rather than in a recipe: would two papers differ i
 """
 
 import functools
-import math
+import importlib.util
 import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 from torchtune import training, utils
 
 from pidistill.config import check_config
@@ -27,7 +29,7 @@ from pidistill.models.offloading import check_offloading
 from pidistill.models.peft_format import check_adapter_dir
 from pidistill.training.checkpoint_source import check_checkpoint_fits, check_checkpoint_folder, use_fallback_checkpoint
 from pidistill.training.interrupts import Stopped, handle_signals, training_run
-from pidistill.training.keys import LEAST
+from pidistill.training.keys import check_values, setting
 from pidistill.training.run_folder import RESUME, claim_run_folder, public_config
 
 log = utils.get_logger("INFO")
@@ -46,15 +48,15 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
         check_checkpoint_folder(cfg, key)
         check_checkpoint_fits(cfg, key)
     check_adapter_dir(cfg)
-    device = _device(cfg.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = _dtype(cfg.get("dtype", "fp32"), device)
+    device = _device(setting(cfg, "device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = _dtype(setting(cfg, "dtype"), device)
     if device.type == "cpu":
         # Two ranks with all threads each are slower than one; results do not depend on it within one run's settings.
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(int(cfg.get("threads") or max(1, (os.cpu_count() or 1) // ranks)))
     if not dist.is_initialized():
         if training.is_distributed():
-            offload = bool(cfg.get("fsdp_cpu_offload", False)) and device.type != "cpu"
+            offload = setting(cfg, "fsdp_cpu_offload") and device.type != "cpu"
             dist.init_process_group(training.get_distributed_backend(device.type, offload_ops_to_cpu=offload))
         else:
             dist.init_process_group(training.get_distributed_backend(device.type), store=dist.HashStore(), rank=0, world_size=1)
@@ -62,14 +64,13 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     check_offloading(cfg, device, processes)
     shares = check_tensor_parallel(cfg, processes)
     mesh = make_mesh(device.type, processes, shares) if shares > 1 else None
-    seed = int(cfg.get("seed") or 0)
+    seed = setting(cfg, "seed")
     # The same on every rank (not torchtune's set_seed), so that a dataset that shuffles itself is the same one on all of them;
     # rollouts have seeds of their own.
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    output_dir = Path(cfg.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = make_output_dir(cfg.output_dir)
     run = Run(device, dtype, rank // shares, processes // shares, seed, output_dir, mesh)
     if run.is_main:
         if RESUME in known:
@@ -79,10 +80,12 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
 
 
 def check_run(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> None:
-    """What can be wrong with a config by itself; a component that was set to null on the command line is taken out of it."""
+    """Check what can be wrong with a config by itself; take out components that were set to null on the command line."""
     _drop_null_components(cfg)
+    OmegaConf.to_container(cfg, resolve=True)  # an interpolation that leads nowhere
     check_config(cfg, known, required)
-    _check_numbers(cfg)
+    check_values(cfg)
+    _check_logger(cfg)
 
 
 def _drop_null_components(cfg: DictConfig) -> None:
@@ -90,6 +93,39 @@ def _drop_null_components(cfg: DictConfig) -> None:
     for key, node in cfg.items_ex(resolve=False):
         if isinstance(node, DictConfig) and node.get("_component_", "") is None:
             cfg[key] = None
+
+
+# The package that each of torchtune's metric loggers imports when it is built, which is after the weights are loaded.
+_LOGGER_PACKAGES = {
+    "WandBLogger": "wandb",
+    "CometLogger": "comet_ml",
+    "TensorBoardLogger": "tensorboard",
+    "MLFlowLogger": "mlflow",
+}
+
+
+def _check_logger(cfg: DictConfig) -> None:
+    """Refuse a metric logger whose package is not installed."""
+    name = cfg.metric_logger._component_ if cfg.get("metric_logger") else ""
+    package = _LOGGER_PACKAGES.get(name.rpartition(".")[2]) if name.startswith("torchtune.") else None
+    if package and importlib.util.find_spec(package) is None:
+        raise InputError(
+            f"metric_logger {name} needs the package {package}, which is not installed; run `pip install {package}`"
+        )
+
+
+def make_output_dir(path: str) -> Path:
+    """Make the folder of the run and return it."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"output_dir={path} cannot be written to ({error.strerror}); set output_dir to another folder"
+        ) from error
+    return folder
 
 
 def _device(name: str) -> torch.device:
@@ -107,24 +143,6 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
         raise InputError(f"dtype={name} cannot be used on {device.type} ({error}); set dtype to fp32 or bf16") from error
 
 
-def _check_numbers(cfg: DictConfig) -> None:
-    for key, least in LEAST.items():
-        value = cfg.get(key)
-        if value is not None and (type(value) is not int or value < least):
-            raise InputError(f"{key}={value} must be a whole number of at least {least}")
-    if cfg.get("packing") not in (None, "tree", "padded"):
-        raise InputError(f"packing={cfg.packing} is unknown; choose tree or padded")
-    norm = cfg.get("clip_grad_norm")
-    if norm is not None and (not isinstance(norm, int | float) or norm <= 0):
-        raise InputError(f"clip_grad_norm={norm} must be a number above 0, or null for no clipping")
-    limit = cfg.get("environment_timeout_s")
-    if limit is not None and (type(limit) not in (int, float) or not 0 < limit < math.inf):
-        raise InputError(f"environment_timeout_s={limit} must be a number of seconds above 0, or null for no limit")
-    weight = cfg.get("sft_weight")
-    if weight is not None and (type(weight) not in (int, float) or not 0 <= weight < math.inf):
-        raise InputError(f"sft_weight={weight} must be a number of at least 0; 0 or null for no supervised term")
-
-
 def cleanup() -> None:
     if not dist.is_initialized():
         return
@@ -134,7 +152,10 @@ def cleanup() -> None:
 
 
 def one_sentence_errors(recipe_main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """Print an InputError as one sentence, once, and exit with status 2; anything else keeps its traceback."""
+    """Print an InputError, or a key that cannot be resolved, as one sentence, once, and exit with status 2.
+
+    Any other error keeps its traceback.
+    """
 
     @functools.wraps(recipe_main)
     def wrapper(cfg: DictConfig) -> Any:
@@ -146,13 +167,19 @@ def one_sentence_errors(recipe_main: Callable[[DictConfig], Any]) -> Callable[[D
                 print(f"\n{stopped.sentence}", file=sys.stderr, flush=True)
             cleanup()
             raise
-        except InputError as error:
+        except (InputError, InterpolationResolutionError) as error:
             if _first_to_fail():
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                print(f"error: {_one_sentence(error)}", file=sys.stderr, flush=True)
             cleanup()
             sys.exit(2)
 
     return wrapper
+
+
+def _one_sentence(error: Exception) -> str:
+    if isinstance(error, InputError):
+        return str(error)
+    return f"the config cannot be resolved ({' '.join(str(error).split())}); check its ${{...}}"
 
 
 def _first_to_fail() -> bool:

@@ -8,6 +8,7 @@ from pidistill.distributed.run import Run, Timer
 from pidistill.losses.reductions import token_mean
 from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score, student_nll
+from pidistill.training.keys import setting
 from pidistill.types import ScoreRequest
 
 REQUEST = ScoreRequest(student_grad=True, teacher_grad=False, views=("student",), entropy=False)
@@ -23,7 +24,7 @@ class SupervisedTerm:
 
     def __init__(self, cfg: DictConfig, run: Run, data: RecipeData, packer: Packer, timer: Timer) -> None:
         self._run, self._packer, self._timer = run, packer, timer
-        self._weight, self._batch_size = float(cfg.get("sft_weight") or 0.0), int(cfg.get("sft_batch_size") or 64)
+        self._weight, self._batch_size = float(setting(cfg, "sft_weight")), setting(cfg, "sft_batch_size")
         self._chunk_tokens = cfg.get("score_chunk_tokens")
         self.active = self._weight > 0
         self.demonstrations = sft_demonstrations(cfg, data)

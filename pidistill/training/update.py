@@ -16,6 +16,7 @@ from pidistill.config import build
 from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import complete_gradients
 from pidistill.errors import InputError
+from pidistill.training.keys import setting
 from pidistill.training.optimizers import (
     check_clipping,
     clear_gradients,
@@ -60,7 +61,7 @@ class Updates:
         self._settings = settings(self.optimizer)
         check_clipping(self.optimizer, self.clip_grad_norm)
         keep_second_moments_above_zero(self.optimizer)
-        self.max_nonfinite_steps = int(cfg.get("max_nonfinite_steps") or 3)
+        self.max_nonfinite_steps = setting(cfg, "max_nonfinite_steps")
         self.nonfinite_steps = 0
         self.nonfinite_in_a_row = 0
         self.empty_steps = 0

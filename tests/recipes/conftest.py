@@ -35,7 +35,7 @@ def make_base(folder: Path, model: dict[str, int]) -> Path:
     paths = {"checkpointer.checkpoint_dir": str(folder), "output_dir": str(folder.parent / "unused")}
     for key, value in (model | paths).items():
         OmegaConf.update(cfg, key, value)
-    build(cfg.checkpointer)
+    build(cfg.checkpointer, output_dir=cfg.output_dir)
     generator = torch.Generator().manual_seed(0)
     weights = load_file(folder / "model.safetensors")
     for tensor in weights.values():

@@ -112,6 +112,32 @@ BY_COMMAND_LINE = [
     ("opsd", ["clip_grad_norm=-1"], "clip_grad_norm=-1 must be a number above 0, or null"),
     ("opsd", ["dtype=fp12"], "dtype=fp12 cannot be used on cpu .*; set dtype to fp32 or bf16"),
     ("opsd", ["teacher._component_=pidistill.teachers.EMATeacher", "teacher.rate=0"], r"teacher.rate=0 is outside \(0, 1\]"),
+    # NaN, infinity, text, null, and the wrong type
+    ("opsd", ["optimizer.lr=fast"], "optimizer.lr=fast must be a number"),
+    ("opsd", ["optimizer.lr=.nan"], "config key optimizer.lr is nan; set it to a finite number"),
+    ("sft", ["optimizer.lr=.inf"], "config key optimizer.lr is inf; set it to a finite number"),
+    ("opsd", ["sampler.temperature=.nan"], "config key sampler.temperature is nan"),
+    ("evaluate", ["sampler.temperature=.inf"], "config key sampler.temperature is inf"),
+    ("opsd", ["sampler.max_new_tokens=null"], "sampler.max_new_tokens=null must be a number"),
+    ("pi_distill", ["objective.beta={start: .nan, end: 1, steps: 5}"], "config key objective.beta.start is nan"),
+    ("rl", ["clip_grad_norm=.nan"], "config key clip_grad_norm is nan; set it to a finite number"),
+    ("rl", ["clip_grad_norm=.inf"], "clip_grad_norm=inf must be a number above 0, or null for no clipping"),
+    ("rl", ["clip_grad_norm=true"], "clip_grad_norm=True must be a number above 0, or null for no clipping"),
+    ("opsd", ["sft_weight=.inf"], "sft_weight=inf must be a number, at least 0"),
+    ("opsd", ["eval_success_threshold=.inf"], "eval_success_threshold=inf must be a finite number"),
+    ("sft", ["compile=maybe"], "compile=maybe must be true or false"),
+    ("sft", ["output_dir=3"], "output_dir=3 must be text"),
+    ("sft", ["custom_sharded_layers=output"], "custom_sharded_layers=output must be a list of texts"),
+    ("opsd", ["importance_weights=3"], "importance_weights=3 is not a component; write importance_weights._component_=dotted"),
+    ("opsd", ["on_overflow=crop"], "on_overflow=crop is unknown; choose error or drop"),
+    ("opsd", ["seed=${nowhere}"], r"the config cannot be resolved \(Interpolation key 'nowhere' not found"),
+    # what a run needs around it
+    ("sft", ["output_dir=/proc/run"], "output_dir=/proc/run cannot be written to .*; set output_dir to another folder"),
+    (
+        "opsd",
+        ["metric_logger._component_=torchtune.training.metric_logging.WandBLogger"],
+        "WandBLogger needs the package wandb, which is not installed; run `pip install wandb`",
+    ),
     # options that train nothing, or something else
     ("pi_distill", ["objective.kl_mode=loss_k1"], "kl_mode=loss_k1 is refused: .* zero expected gradient"),
     ("opsd", ["objective.kl_mode=loss_k1"], "kl_mode=loss_k1 is refused: .* zero expected gradient"),
@@ -263,6 +289,18 @@ BY_FILE = [
         "none of the 512 rows has privileged information",
     ),
 ]
+
+
+def test_an_output_dir_that_is_a_file_is_refused(sentence, tiny_base, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in ("file", "file/run"):
+        said = sentence("sft", small_config("sft", tiny_base, tmp_path / path))
+        assert re.search("file.* cannot be written to .*; set output_dir to another folder", said), said
+
+
+def test_a_checkpointer_that_still_gives_output_dir_is_accepted(tiny_base, tmp_path):
+    run("sft", small_config("sft", tiny_base, tmp_path / "run", checkpointer__output_dir="elsewhere", max_steps=1))
+    assert (tmp_path / "run" / "latest" / "config.json").is_file() and not Path("elsewhere").exists()
 
 
 def test_a_run_that_starts_from_the_pointer_it_moves_is_refused(sentence, tiny_base, tmp_path):

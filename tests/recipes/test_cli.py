@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from torchtune import _recipe_registry as recipe_registry
 
 from pidistill.commands import main as _cli
 from tests.support.runs import (
@@ -41,11 +44,11 @@ def pidistill(monkeypatch):
 
     def main(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["pidistill", *arguments])
-        registered = list(_cli._ALL_RECIPES)
+        registered = list(recipe_registry._ALL_RECIPES)
         try:
             _cli.main()
         finally:
-            _cli._ALL_RECIPES[:] = registered
+            recipe_registry._ALL_RECIPES[:] = registered
 
     return main
 
@@ -179,3 +182,49 @@ def test_the_wheel_holds_recipes_and_configs_inside_the_package(tmp_path):
     settings |= {"batch_size": 4, "dataset.n": 8}
     installed("run", "sft_distributed", "--config", "tiny/base", *as_overrides(settings))
     assert [row["step"] for row in metrics(tmp_path / "out")] == [1]
+
+
+def test_the_help_lists_all_commands_and_imports_no_torch():
+    program = "import sys, pidistill.commands.main as c; c.main(); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("ls", "cp", "run", "preview", "plan", "keys", "prepare", "sweep", "demo"):
+        assert f"\n  {command} " in done.stdout
+
+
+def test_the_version_is_the_package_s(pidistill, capsys):
+    pidistill("--version")
+    assert capsys.readouterr().out == f"pidistill {version('pidistill')}\n"
+
+
+def test_cp_keeps_a_file_that_exists(pidistill, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("mine")
+    pidistill("cp", "tiny/opsd", "mine.yaml")
+    assert Path("mine.yaml").read_text() == "mine" and "not overwriting" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["nosuch"], "command nosuch is unknown; choose one of ls, cp, run"),
+        (["run", "nosuch", "--config", "tiny/opsd"], "recipe nosuch is neither a recipe of `pidistill ls` nor a Python file"),
+        (["run", "opsd_distributed", "--config", "nosuch"], "config nosuch is neither a file nor a bundled config"),
+        (["run", "opsd_distributed", "--config"], "a run needs --config"),
+        (["run", "opsd_distributed"], "a run needs --config"),
+        (["run", "--nproc_per_nod", "1"], "the following arguments are required: recipe"),
+        (["run", "opsd_distributed", "--config", "bad.yaml"], "config bad.yaml is not valid YAML .*line 1"),
+        (["run", "opsd_distributed", "--config", "tiny/opsd", "lr"], "config tiny/opsd does not take lr .*key=value"),
+        (["run", "opsd_distributed", "--config", "tiny/opsd", "seed=${nowhere}"], "tiny/opsd does not take seed=.*nowhere"),
+        (["cp", "nosuch", "x.py"], "Invalid file name: nosuch. Try `pidistill ls`"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_words_are_refused_with_one_sentence(words, expected, pidistill, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text("a: [1\n b: 2")
+    with pytest.raises(SystemExit) as ended:
+        pidistill(*words)
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and printed.out == ""
+    assert re.fullmatch(f"error: .*{expected}.*\n", printed.err), printed.err

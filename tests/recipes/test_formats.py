@@ -214,7 +214,7 @@ def test_two_processes_train_qwen3_as_one_does(tmp_path):
     expected = read_metrics(tmp_path / "run")[-1]
     cleanup()
     cfg = OmegaConf.load(tmp_path / "run" / "config.yaml")
-    cfg.output_dir = cfg.checkpointer.output_dir = str(tmp_path / "two")
+    cfg.output_dir = str(tmp_path / "two")
     config = save_config(cfg, tmp_path / "two.yaml")
     recipe = "recipes/opsd_distributed.py"
     done = shell(tune_command("run", "--nproc_per_node", "2", recipe, "--config", str(config)), timeout_s=240)
@@ -238,8 +238,10 @@ def test_there_is_a_step_of_every_family():
 def test_a_folder_of_another_model_is_refused_before_anything_else(qwen, tmp_path):
     cfg = load_config("qwen2_5/0.5B_opsd", small_model(qwen, tmp_path))
     cfg.model = {"_component_": "pidistill.models.qwen3_0_6b"}
-    folder = {key: cfg.checkpointer[key] for key in ("checkpoint_dir", "output_dir")}
-    cfg.checkpointer = {"_component_": "pidistill.models.HFCheckpointer", **folder}
+    cfg.checkpointer = {
+        "_component_": "pidistill.models.HFCheckpointer",
+        "checkpoint_dir": cfg.checkpointer.checkpoint_dir,
+    }
     with pytest.raises(
         InputError, match=r"config.json says model_type=qwen2, hidden_size=64, .*pidistill.models.qwen3_0_6b has"
     ):

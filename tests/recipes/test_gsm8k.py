@@ -102,7 +102,7 @@ def load_as_recipes_do(output_dir, checkpoint):
     """torchtune's model with a checkpoint's weights, by the recipes' own way."""
     cfg = OmegaConf.load(output_dir / "config.yaml")
     files = [path.name for path in checkpoint.glob("*.safetensors")]
-    checkpointer = build(cfg.checkpointer, checkpoint_dir=str(checkpoint), checkpoint_files=files)
+    checkpointer = build(cfg.checkpointer, output_dir=cfg.output_dir, checkpoint_dir=str(checkpoint), checkpoint_files=files)
     run = Run(torch.device("cpu"), torch.float32, rank=0, world_size=1, seed=0, output_dir=output_dir)
     return load_model(cfg, run, cfg.model, checkpointer.load_checkpoint()[training.MODEL_KEY], trained=False)
 

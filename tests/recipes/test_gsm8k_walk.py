@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torchtune import _recipe_registry as recipe_registry
 
 from pidistill.commands import main as _cli
 from tests.support.runs import metrics
@@ -69,7 +70,7 @@ def run(words: list[str], monkeypatch, capsys) -> str:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout
-    monkeypatch.setattr(_cli, "_ALL_RECIPES", [])
+    monkeypatch.setattr(recipe_registry, "_ALL_RECIPES", [])
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as ended:
         _cli.main()

@@ -86,7 +86,7 @@ def random_base(tokenizer_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tool_world_base")
     paths = {"checkpointer.checkpoint_dir": str(folder / "init")}
     cfg = small("base", folder / "unused", tokenizer_folder, **paths)
-    build(cfg.checkpointer)
+    build(cfg.checkpointer, output_dir=cfg.output_dir)
     return folder / "init"
 
 

@@ -70,8 +70,10 @@ def use_model(cfg: DictConfig, name: str, lora: dict[str, Any] | None = None) ->
     component = f"{builder.__module__}.{'lora_' if lora else ''}{builder.__name__}"
     sizes = TINY_SIZES | {"max_seq_len": 1024, "vocab_size": VOCABULARY} | arguments | (lora or {})
     cfg.model = {"_component_": component, **sizes}
-    folder = {key: cfg.checkpointer[key] for key in ("checkpoint_dir", "output_dir")}
-    cfg.checkpointer = {"_component_": "pidistill.models.HFCheckpointer", **folder}
+    cfg.checkpointer = {
+        "_component_": "pidistill.models.HFCheckpointer",
+        "checkpoint_dir": cfg.checkpointer.checkpoint_dir,
+    }
 
 
 # ------------------------------------------------------------------------------------------- running

@@ -84,7 +84,7 @@ class Training:
         self.checkpoints = Checkpoints(self.cfg, run, method, must_match)
         self.model = load_model(self.cfg, run, self.cfg.model, self.checkpoints.load_weights(), trained=True)
         self.teacher = EMATeacher(0.2)
-        first = build(self.cfg.checkpointer).load_checkpoint()["model"]
+        first = build(self.cfg.checkpointer, output_dir=str(folder)).load_checkpoint()["model"]
         self.teacher.attach(lambda: load_model(self.cfg, run, self.cfg.model, first, trained=False))
         self.updates = Updates(self.cfg, run, self.model)
 
