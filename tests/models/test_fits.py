@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,7 +182,11 @@ def test_a_tied_llama_without_rotary_scaling_fits_the_builder_with_a_factor_of_o
     config |= {"num_key_value_heads": 2, "intermediate_size": 96, "rms_norm_eps": 9.999999747378752e-06, "rope_theta": 1e5}
     config |= {"rope_scaling": None, "tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"]}
     sizes = {"rope_base": 100_000, "intermediate_dim": 96, "norm_eps": 1e-5}
-    check_config_fits(llama3_2(32, 1, 4, 2, 64, 64, **sizes, scale_factor=1), config, "FOLDER", "llama3_2", "checkpointer")
+    check_config_fits(
+        llama3_2(32, 1, 4, 2, 64, 64, **sizes, scale_factor=1), config, Path("FOLDER"), "llama3_2", "checkpointer"
+    )
     assert not caplog.records
     with pytest.raises(InputError, match="rope_scaling"):
-        check_config_fits(llama3_2(32, 1, 4, 2, 64, 64, **sizes, scale_factor=32), config, "FOLDER", "llama3_2", "checkpointer")
+        check_config_fits(
+            llama3_2(32, 1, 4, 2, 64, 64, **sizes, scale_factor=32), config, Path("FOLDER"), "llama3_2", "checkpointer"
+        )
