@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml
 base: runs/tiny/base/latest/config.json  ## train the tiny base, once
 
 runs/tiny/base/latest/config.json: | install
-	$(TUNE) recipes/sft_distributed.py --config configs/tiny/base.yaml
+	$(TUNE) recipes/sft_distributed.py --config configs/tiny/base.yaml resume_from_checkpoint=auto
 
 base_easy: install  ## a base that is right twice as often, for configs/sweeps/easier_base.yaml
 	test -f runs/tiny/base_easy/latest/config.json || $(TUNE) recipes/sft_distributed.py --config configs/tiny/base.yaml \
@@ -27,17 +27,17 @@ base_world: install  ## the base of another world, for configs/sweeps/other_worl
 	  output_dir=runs/tiny/base_world dataset.world_seed=4321
 
 sft_rl: install base  ## SFT on the expert's actions, then RL
-	$(TUNE) recipes/sft_distributed.py --config configs/tiny/sft.yaml
-	$(TUNE) recipes/opsd_distributed.py --config configs/tiny/sft_rl.yaml
+	$(TUNE) recipes/sft_distributed.py --config configs/tiny/sft.yaml resume_from_checkpoint=auto
+	$(TUNE) recipes/opsd_distributed.py --config configs/tiny/sft_rl.yaml resume_from_checkpoint=auto
 
 rft: install base  ## sample with PI, keep the successes, SFT without PI
 	$(TUNE) recipes/sample_distributed.py --config configs/tiny/rft_sample.yaml
-	$(TUNE) recipes/sft_distributed.py --config configs/tiny/rft.yaml
+	$(TUNE) recipes/sft_distributed.py --config configs/tiny/rft.yaml resume_from_checkpoint=auto
 
 int: install base  ## interventions, SFT on them, RL
 	$(TUNE) recipes/sample_distributed.py --config configs/tiny/int_sample.yaml
-	$(TUNE) recipes/sft_distributed.py --config configs/tiny/int_sft.yaml
-	$(TUNE) recipes/opsd_distributed.py --config configs/tiny/int_rl.yaml
+	$(TUNE) recipes/sft_distributed.py --config configs/tiny/int_sft.yaml resume_from_checkpoint=auto
+	$(TUNE) recipes/opsd_distributed.py --config configs/tiny/int_rl.yaml resume_from_checkpoint=auto
 
 demo: install base  ## pi-Distill against RL at equal rollouts: runs/demo/results.md and its pictures
 	$(BIN)/pidistill demo

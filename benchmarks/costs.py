@@ -33,7 +33,7 @@ from pidistill.commands.plan.devices import Device, measured
 from pidistill.commands.plan.estimate import Estimate, estimate
 from pidistill.commands.plan.lengths import rows_of
 from pidistill.tokenizers import WordTokenizer
-from pidistill.training.start import start as training
+from pidistill.training import start as training
 from pidistill.types import Example
 
 PROMPT, PRIVILEGED, COMPLETION = 128, 256, 64

@@ -26,6 +26,7 @@ from pidistill.training.evaluation import Collect, eval_dropped, sample_view, su
 from pidistill.training.keys import EVALUATION_KEYS
 from pidistill.training.load import load_initial
 from pidistill.training.metrics import rollout_means, rollout_sums
+from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.types import Rollout
 
@@ -156,7 +157,7 @@ def shown(column: dict[str, Any], key: str) -> str:
 @config.parse
 @one_sentence_errors
 def recipe_main(cfg: DictConfig) -> None:
-    config.log_config(recipe_name="EvaluateRecipe", cfg=cfg)
+    log_config(cfg, "EvaluateRecipe")
     recipe = EvaluateRecipe(cfg)
     recipe.setup(cfg)
     recipe.report(recipe.evaluate())

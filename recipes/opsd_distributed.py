@@ -41,6 +41,7 @@ from pidistill.training.load import load_model, load_teacher
 from pidistill.training.metrics import advantage_sums, rollout_means, rollout_sums, token_means, token_sums
 from pidistill.training.metrics_log import MetricsLog
 from pidistill.training.rounds import RoundSizes, check_rewards, dump_rollouts
+from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.training.update import Updates
 from pidistill.types import Batch, PerTokenLoss, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
@@ -327,7 +328,7 @@ class OPSDRecipe:
 @config.parse
 @one_sentence_errors
 def recipe_main(cfg: DictConfig) -> None:
-    config.log_config(recipe_name="OPSDRecipe", cfg=cfg)
+    log_config(cfg, "OPSDRecipe")
     recipe = OPSDRecipe(cfg)
     recipe.setup(cfg)
     recipe.train()

@@ -35,6 +35,7 @@ from pidistill.training.load import load_model, load_teacher
 from pidistill.training.metrics import advantage_sums, rollout_means, rollout_sums, token_means, token_sums
 from pidistill.training.metrics_log import MetricsLog
 from pidistill.training.rounds import RoundSizes, check_rewards, dump_rollouts
+from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.training.update import Updates
 from pidistill.types import Batch, PerTokenLoss, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
@@ -278,7 +279,7 @@ class PiDistillRecipe:
 @config.parse
 @one_sentence_errors
 def recipe_main(cfg: DictConfig) -> None:
-    config.log_config(recipe_name="PiDistillRecipe", cfg=cfg)
+    log_config(cfg, "PiDistillRecipe")
     recipe = PiDistillRecipe(cfg)
     recipe.setup(cfg)
     recipe.train()

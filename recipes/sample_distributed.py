@@ -24,6 +24,7 @@ from pidistill.rollouts.selections import SAMPLING_STREAM, AfterTurns, Rewriter,
 from pidistill.training.keys import EVALUATION_KEYS
 from pidistill.training.load import load_initial
 from pidistill.training.metrics import rollout_means, rollout_sums
+from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.types import Example, PromptPair
 
@@ -157,7 +158,7 @@ class SampleRecipe:
 @config.parse
 @one_sentence_errors
 def recipe_main(cfg: DictConfig) -> None:
-    config.log_config(recipe_name="SampleRecipe", cfg=cfg)
+    log_config(cfg, "SampleRecipe")
     recipe = SampleRecipe(cfg)
     recipe.setup(cfg)
     recipe.report(recipe.sample())

@@ -30,6 +30,7 @@ from pidistill.training.load import load_model
 from pidistill.training.metrics import token_means, token_sums
 from pidistill.training.metrics_log import MetricsLog
 from pidistill.training.rounds import dump_rollouts
+from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.training.update import Updates, crossed
 from pidistill.types import Rollout, ScoreRequest
@@ -159,7 +160,7 @@ class SFTRecipe:
 @config.parse
 @one_sentence_errors
 def recipe_main(cfg: DictConfig) -> None:
-    config.log_config(recipe_name="SFTRecipe", cfg=cfg)
+    log_config(cfg, "SFTRecipe")
     recipe = SFTRecipe(cfg)
     recipe.setup(cfg)
     recipe.train()

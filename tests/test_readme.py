@@ -14,7 +14,7 @@ from pidistill.commands.plan.command import parser as plan_parser
 from pidistill.commands.plan.reading import read
 from pidistill.commands.sweep.cells import grid_cells, read_sweep
 from pidistill.commands.sweep.command import parser as sweep_parser
-from pidistill.commands.sweep.search import Plan, check_plan
+from pidistill.commands.sweep.search import SweepPlan, check_plan
 from pidistill.config import check_config, resolve
 from tests.commands.test_sweep import check_commands
 
@@ -69,7 +69,7 @@ def test_a_sweep_command_of_the_readme_can_be_planned(command):
         evaluate=arguments.evaluate,
         select=arguments.select,
     )
-    check_plan(Plan(sweep, arguments.search, arguments.trials))
+    check_plan(SweepPlan(sweep, arguments.search, arguments.trials))
     for cell in grid_cells(sweep) if arguments.search == "grid" else ():
         check_commands(sweep, cell)
 
@@ -132,7 +132,11 @@ def test_files_that_are_named_exist():
 
 def test_the_table_of_methods_names_every_objective_and_every_config_of_the_tiny_world():
     table = README.split("## Methods")[1].split("## Run")[0]
-    objectives = {path.name for path in (ROOT / "pidistill" / "objectives").glob("*.py")} - {"__init__.py", "base.py"}
+    objectives = {path.name for path in (ROOT / "pidistill" / "objectives").glob("*.py")} - {
+        "__init__.py",
+        "base.py",
+        "schedule.py",
+    }
     configs = {f"tiny/{path.stem}" for path in (ROOT / "configs" / "tiny").glob("*.yaml")} - {"tiny/base", "tiny/evaluate"}
     assert len(objectives) > 8 and len(configs) > 15
     assert objectives == set(re.findall(r"`(\w+\.py)`", table))

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from pidistill.distributed.tensor_parallel import DATA, TENSOR, from_first
+from pidistill.errors import InputError
 
 T = TypeVar("T")
 
@@ -85,6 +86,30 @@ class Run:
         largest = torch.tensor(value, dtype=torch.long, device=self.device)
         if self.world_size > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
+        return int(largest.item())
+
+    def from_main(self, ask: Callable[[], T]) -> T:
+        """Return the first process's ``ask()`` on every process; an InputError there is raised on all of them."""
+        if self.processes == 1:
+            return ask()
+        answer: list[Any] = [None]
+        if self.is_main:
+            try:
+                answer = [(ask(), None)]
+            except InputError as error:
+                answer = [(None, str(error))]
+        dist.broadcast_object_list(answer, src=0)
+        value, sentence = answer[0]
+        if sentence is not None:
+            raise InputError(sentence)
+        return value
+
+    def max_of_processes(self, value: int) -> int:
+        """Return the largest of a number over all processes, those of a tensor-parallel group included."""
+        if self.processes == 1:
+            return value
+        largest = torch.tensor(value, dtype=torch.long, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest.item())
 
     def share(self, items: Sequence) -> list:

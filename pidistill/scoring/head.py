@@ -8,8 +8,8 @@ A [tokens, vocabulary] tensor never exists, and peak memory does not grow with t
     → gradient of the logits, written over them → of the hidden states, and added to that of the head
 
 Given the loss (:class:`ScorePlan`), the first pass forms the gradients on the way: each logit is computed once. Without it, or
-where what arrives in the backward is not that loss's gradient up to one factor, a second pass takes the coefficients that arrived;
-so the gradients are right for any use of the numbers.
+where what arrives in the backward is not that loss's gradient up to one factor, a second pass takes the coefficients that
+arrived; so the gradients are right for any use of the numbers.
 """
 
 import warnings

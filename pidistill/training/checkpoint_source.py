@@ -11,6 +11,7 @@ from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 from pidistill.errors import InputError
 from pidistill.models.empty import empty_model
 from pidistill.models.fits import check_fits
+from pidistill.training.run_folder import wants_resume
 
 log = utils.get_logger("INFO")
 
@@ -26,7 +27,7 @@ def use_fallback_checkpoint(cfg: DictConfig) -> None:
     if fallback is None:
         return
     folder = cfg.checkpointer.checkpoint_dir
-    began_with = _recorded_checkpoint_dir(cfg) if cfg.get("resume_from_checkpoint", False) else None
+    began_with = _recorded_checkpoint_dir(cfg) if wants_resume(cfg) else None
     missing = not Path(folder).is_dir() and began_with != folder
     if folder != fallback and (began_with == fallback or missing):
         if os.environ.get("RANK", "0") == "0":

@@ -4,12 +4,16 @@
     model with LoRA adapters the merged ones (of 4-bit weights, those that the forward computes with),
     adapter/ with LoRA adapters: these alone in PEFT's format, for the base in transformers,
     the files that came with the initial checkpoint (config.json, tokenizer), and
-    training_state.pt: optimizer, scheduler, adapters, teacher, step, round, random state of every rank, the objective's name.
+    training_state.pt: optimizer, scheduler, adapters, teacher, step, round, random state of every rank, the objective's name,
+    and the version of this format.
 
-`output_dir/latest` points to the newest. Checkpoints fall on round ends, so no half-used rollouts need saving.
+`output_dir/latest` points to the newest. Checkpoints fall on round ends, so no half-used rollouts need saving. `keep_last: N`
+removes all but the newest N. Every file is on the disk before the link moves.
 """
 
+import filecmp
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Mapping
@@ -20,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 from torch import nn
 from torchtune import training, utils
 from torchtune.modules import TransformerDecoder
@@ -33,16 +38,27 @@ from pidistill.models.nf4 import whole
 from pidistill.models.peft_format import FOLDER, PERMUTES, base_config, with_adapter_dir
 from pidistill.models.peft_format import write as write_adapter
 from pidistill.teachers import Teacher
+from pidistill.training.interrupts import Stopped, received_signal, training_begins
 from pidistill.training.optimizers import optimizer_state, restore_optimizer
+from pidistill.training.run_folder import (
+    BEGAN,
+    LATEST,
+    RESUME,
+    STATE_FILE,
+    holds_run,
+    newest_checkpoint,
+    step_folders,
+    step_of,
+    wants_resume,
+)
 from pidistill.training.update import Updates, crossed
 
 log = utils.get_logger("INFO")
 
-STATE_FILE = "training_state.pt"
+FORMAT = 1
 
-LATEST = "latest"
-
-BEGAN = ".began"
+# What reading a file that was cut short or overwritten raises.
+_DAMAGED = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, TypeError, SafetensorError)
 
 
 def step_folder(output_dir: Path, step: int) -> Path:
@@ -64,9 +80,11 @@ class Checkpoints:
         self._cfg, self._node = cfg, cfg.checkpointer
         self._every = cfg.get("save_every_steps")
         self.state: dict[str, Any] | None = None
-        folder = None
-        if cfg.get("resume_from_checkpoint", False) and not self._killed_before_its_first():
-            folder = self._newest()
+        self._keep_last = cfg.get("keep_last")
+        self._stop = 0
+        folder = run.from_main(lambda: self._newest() if wants_resume(cfg) else None)
+        if folder is not None:
+            self.state = self._read_state(folder)
         else:
             self._begin()
         self._checkpointer = self._open(folder)
@@ -79,44 +97,65 @@ class Checkpoints:
                 "set another output_dir"
             )
         if self.run.is_main:
-            # A later resume must find neither an older run's checkpoint in this folder, nor nothing at all.
-            link.unlink(missing_ok=True)
-            (self.run.output_dir / BEGAN).touch()
+            (self.run.output_dir / BEGAN).touch()  # until the first checkpoint: a resume before it starts over
 
-    def _killed_before_its_first(self) -> bool:
-        """True if a run began here and left no checkpoint: it starts over, and a job that always resumes needs no care."""
-        over = (self.run.output_dir / BEGAN).exists() and not (self.run.output_dir / LATEST).exists()
-        if over:
-            log.warning(f"{self.run.output_dir} holds a run without a checkpoint; it starts again from its first step")
-        return over
+    def _newest(self) -> Path | None:
+        """Return the checkpoint to resume from, or None where the run starts: nothing is saved yet, and nothing can be lost."""
+        folder = self.run.output_dir
+        newest = newest_checkpoint(folder)
+        if newest is not None:
+            return newest
+        if (folder / BEGAN).exists() and not os.path.lexists(folder / LATEST):
+            log.warning(f"{folder} holds a run without a checkpoint; it starts again from its first step")
+            return None
+        if self._cfg.get(RESUME) == "auto" and not holds_run(folder):
+            return None
+        raise InputError(
+            f"{RESUME}={self._cfg.get(RESUME)} but {folder / LATEST} holds no {STATE_FILE}, nor does any step_N beside it; set "
+            f"{RESUME}=start_over to move what is there aside and start, or check output_dir"
+        )
 
-    def _newest(self) -> Path:
-        link = self.run.output_dir / LATEST
-        if not (link / STATE_FILE).is_file():
+    def _read_state(self, folder: Path) -> dict[str, Any]:
+        try:
+            state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)
+            found = (state["method"], state["must_match"], state["step"], state["rng"], state["optimizer"])
+        except _DAMAGED as error:
+            raise self._damaged(folder, STATE_FILE, error) from error
+        if state.get("format", FORMAT) > FORMAT:
             raise InputError(
-                f"resume_from_checkpoint=True but {link} holds no {STATE_FILE}; start without it, or check output_dir"
+                f"{folder / STATE_FILE} has format {state['format']} and this version of pidistill reads up to {FORMAT}; "
+                "resume with the version that wrote it"
             )
-        self.state = torch.load(link / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)
-        if self.state["method"] != self.method:
+        if found[0] != self.method:
             raise InputError(
-                f"the checkpoint in {link} was trained with {self.state['method']}, this config says {self.method}; "
+                f"the checkpoint in {folder} was trained with {found[0]}, this config says {self.method}; "
                 "set another output_dir, or the objective it was trained with"
             )
         for key, ours in self.must_match.items():
-            theirs = self.state["must_match"].get(key)
+            theirs = found[1].get(key)
             if theirs != ours:
                 raise InputError(
-                    f"the checkpoint in {link} was trained with {key}={theirs}, this run has {ours}; the order of the data "
+                    f"the checkpoint in {folder} was trained with {key}={theirs}, this run has {ours}; the order of the data "
                     "would differ: resume with the old value, or set another output_dir"
                 )
-        return link.resolve()
+        return state
+
+    def _damaged(self, folder: Path, what: str, error: Exception) -> InputError:
+        detail = " ".join(str(error).split())[:160] or type(error).__name__
+        before = [
+            step for step in step_folders(self.run.output_dir) if step != folder and step_of(step) < _step_or_last(folder)
+        ]
+        remedy = f"the run then resumes from {before[-1].name}" if before else f"no older one is left: set {RESUME}=start_over"
+        return InputError(f"{what} in {folder} is cut short or damaged ({detail}); move {folder} away, {remedy}")
 
     def _open(self, folder: Path | None) -> Any:
         self._writing = self.run.output_dir / ".writing"
+        self._source: Path | None = None  # the step whose weights are loaded; None for the initial checkpoint's
         # Read by the checkpointer at construction; only rank 0 writes into it.
         overrides: dict[str, Any] = {"output_dir": str(self._writing)}
         # With adapters the folder's weights are merged ones: the base's come from the initial checkpoint.
         if folder is not None and not self.state.get("adapters"):
+            self._source = folder
             overrides |= {"checkpoint_dir": str(folder)}
             if self._node.get("checkpoint_files"):  # else the folder's own index names them
                 overrides["checkpoint_files"] = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
@@ -124,7 +163,12 @@ class Checkpoints:
 
     def load_weights(self) -> dict[str, Any]:
         """The full state dict that the run starts from, on CPU."""
-        weights = self._checkpointer.load_checkpoint()[training.MODEL_KEY]
+        try:
+            weights = self._checkpointer.load_checkpoint()[training.MODEL_KEY]
+        except _DAMAGED as error:
+            if self._source is None or isinstance(error, InputError):
+                raise
+            raise self._damaged(self._source, "a file of weights", error) from error
         self._base = _base_mark(weights)
         if self.state is None:
             return with_adapter_dir(self._cfg, self._cfg.model, weights)
@@ -138,6 +182,7 @@ class Checkpoints:
 
     def restore(self, model: TransformerDecoder, updates: Updates, teacher: Teacher | None) -> dict[str, Any]:
         """Put optimizer, scheduler, teacher and random state back; returns {"step", "round"} (zeros for a fresh run)."""
+        training_begins()
         if self.state is None:
             return {"step": 0, "round": 0}
         wanted = has_adapters(model)
@@ -148,9 +193,8 @@ class Checkpoints:
             )
         self._refuse_other_state("lr_scheduler", updates.scheduler is not None, self.state["scheduler"] is not None)
         self._refuse_other_state("teacher", bool(teacher and teacher.state_dict()), bool(self.state["teacher"]))
-        restore_optimizer(model, updates.optimizer, self.state["optimizer"])
-        if updates.scheduler is not None:
-            updates.scheduler.load_state_dict(self.state["scheduler"])
+        restore_optimizer(model, updates.optimizer, self.state["optimizer"], self.state.get("optimizer_kind"))
+        updates.apply_settings(self.state["scheduler"], self.state.get("scheduler_kind"))
         updates.nonfinite_steps, updates.nonfinite_in_a_row, updates.empty_steps = self.state["skipped_steps"]
         if teacher is not None and self.state["teacher"]:
             teacher.load_state_dict(self.state["teacher"])
@@ -169,8 +213,9 @@ class Checkpoints:
             )
 
     def due(self, before: int, now: int) -> bool:
-        """True if a multiple of save_every_steps lies in (before, now]: the first round end at or after it saves."""
-        return crossed(self._every, before, now)
+        """Return whether to save: a multiple of save_every_steps lies in (before, now], or a signal asks the run to stop."""
+        self._stop = self.run.max_of_processes(received_signal())
+        return bool(self._stop) or crossed(self._every, before, now)
 
     def save(self, step: int, round_: int, model: TransformerDecoder, updates: Updates, teacher: Teacher | None) -> None:
         """Write `step_N` whole, then move it into place: a kill leaves the previous checkpoint as the newest."""
@@ -183,16 +228,20 @@ class Checkpoints:
             adapters = get_adapter_state_dict(weights)
             shutil.rmtree(self._writing, ignore_errors=True)
             self._checkpointer.save_checkpoint({training.MODEL_KEY: merged(model, weights)}, epoch=0)
+            remove_outside_copies(self._source or Path(self._node.get("checkpoint_dir") or ""), self._writing / "epoch_0")
             self._write_adapter(model, adapters)
             state = {
+                "format": FORMAT,
                 "method": self.method,
                 "must_match": self.must_match,
                 "step": step,
                 "round": round_,
                 "optimizer": optimizer,
+                "optimizer_kind": type(updates.optimizer).__name__,
                 "adapters": adapters,  # a resumed run puts them beside the base's weights again
                 "base": self._base if adapters else None,
                 "scheduler": updates.scheduler.state_dict() if updates.scheduler is not None else None,
+                "scheduler_kind": type(updates.scheduler).__name__,
                 "skipped_steps": (updates.nonfinite_steps, updates.nonfinite_in_a_row, updates.empty_steps),
                 "teacher": teacher_state,
                 "rng": rng,
@@ -200,7 +249,10 @@ class Checkpoints:
             (self._writing / "epoch_0" / STATE_FILE).unlink(missing_ok=True)  # copied along from a resumed folder
             torch.save(state, self._writing / "epoch_0" / STATE_FILE)
             self._publish(step)
+            self._remove_old(step)
         dist.barrier()
+        if self._stop:
+            raise Stopped(f"stopped after step {step}, which is saved; set {RESUME}=true to continue", self._stop)
 
     def _write_adapter(self, model: nn.Module, adapters: dict[str, torch.Tensor]) -> None:
         folder, hf_config = self._writing / "epoch_0" / FOLDER, base_config(self._node.get("checkpoint_dir"))
@@ -211,14 +263,48 @@ class Checkpoints:
             log.warning(f"no adapter in PEFT's format is saved: config.json's model_type is none of {', '.join(PERMUTES)}")
 
     def _publish(self, step: int) -> None:
-        folder = step_folder(self.run.output_dir, step)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(self._writing / "epoch_0", folder)
-        shutil.rmtree(self._writing, ignore_errors=True)
-        link = self.run.output_dir / f".{LATEST}"
+        """Move the written folder to `step_N` and the link to it, each only once what it names is on the disk."""
+        output_dir, new = self.run.output_dir, self._writing / "epoch_0"
+        folder = step_folder(output_dir, step)
+        set_usual_modes(new)
+        sync_tree(new)
+        if folder.exists():
+            os.rename(folder, self._writing / "replaced")
+        os.replace(new, folder)
+        _sync(output_dir)
+        latest, link = output_dir / LATEST, output_dir / f".{LATEST}"
+        if latest.is_dir() and not latest.is_symlink():  # object stores and `cp -rL` make a folder of the link
+            self._rename_plain_latest(latest)
         link.unlink(missing_ok=True)
         link.symlink_to(folder.name)
-        os.replace(link, self.run.output_dir / LATEST)
+        os.replace(link, latest)
+        (output_dir / BEGAN).unlink(missing_ok=True)
+        _sync(output_dir)
+        shutil.rmtree(self._writing, ignore_errors=True)
+
+    def _rename_plain_latest(self, latest: Path) -> None:
+        number = self.state["step"] if self.state else 0
+        target, copies = step_folder(self.run.output_dir, number), 0
+        while target.exists():
+            copies += 1
+            target = self.run.output_dir / f"{LATEST}_copy_{copies}"
+        log.warning(f"{latest} is a folder, not a link; it is kept as {target.name}")
+        os.rename(latest, target)
+
+    def _remove_old(self, step: int) -> None:
+        """Remove all but the newest `keep_last` checkpoints up to ``step``, never one that the config starts from."""
+        if not self._keep_last:
+            return
+        used = [(self._cfg.get(key) or {}).get("checkpoint_dir") for key in ("checkpointer", "teacher_checkpointer")]
+        used = {Path(path).resolve() for path in used if path}
+        old = [folder for folder in step_folders(self.run.output_dir) if step_of(folder) <= step][: -self._keep_last]
+        for folder in old:
+            if folder.resolve() not in used:
+                # A half-removed folder must not look like a checkpoint.
+                removed = self.run.output_dir / ".removing"
+                shutil.rmtree(removed, ignore_errors=True)
+                os.rename(folder, removed)
+                shutil.rmtree(removed, ignore_errors=True)
 
     def _full(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Whole CPU tensors on rank 0 (every rank takes part in gathering them)."""
@@ -228,6 +314,52 @@ class Checkpoints:
             if self.run.is_main:
                 full[name] = gathered.cpu().contiguous()
         return full
+
+
+def _step_or_last(folder: Path) -> float:
+    """Return N of `step_N`; of a folder with another name (`latest` as a folder) a number above all."""
+    return step_of(folder) if folder.name.removeprefix("step_").isdecimal() else float("inf")
+
+
+def remove_outside_copies(source: Path, copy: Path) -> None:
+    """Remove what was copied through links of a model folder that lead out of it: they could name any file of this machine.
+
+    The hub's cache keeps its files in `blobs` beside `snapshots`, which counts as inside. config.json is part of the weights.
+    """
+    root = source.resolve()
+    inside = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    for path in [path for path in copy.rglob("*") if path.is_file()]:
+        original = source / path.relative_to(copy)
+        if path.name == "config.json" or not original.is_file():
+            continue
+        target = original.resolve()
+        outside = not any(folder in target.parents for folder in inside)
+        if outside and filecmp.cmp(path, target, shallow=False):
+            log.warning(f"{original} is a link to {target}, outside its folder; it is left out of the checkpoint")
+            path.unlink()
+
+
+def set_usual_modes(folder: Path) -> None:
+    """Give every file and folder the mode that the umask says: a copy of a read-only or private file would keep its mode."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until every file below a folder, and the folder's entries, are on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _base_mark(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:

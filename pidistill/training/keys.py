@@ -15,7 +15,7 @@ COMMON_KEYS = EVALUATION_KEYS | frozenset(
         "max_steps", "optimizer", "lr_scheduler", "clip_grad_norm", "max_nonfinite_steps", "save_every_steps",
         "resume_from_checkpoint", "metric_logger", "enable_activation_checkpointing", "enable_activation_offloading",
         "compile", "score_chunk_tokens", "eval_dataset", "eval_every_steps", "packing", "micro_batch_tokens",
-        "reward_shaping",
+        "reward_shaping", "keep_last",
     }
 )  # fmt: skip
 
@@ -25,7 +25,7 @@ LEAST = {
     "updates_per_round": 1, "minibatch_rollouts": 1, "score_chunk_tokens": 1, "max_turns": 1, "environment_threads": 1,
     "max_nonfinite_steps": 1, "eval_samples": 1, "eval_every_steps": 0, "save_every_steps": 0, "rollout_log_steps": 0,
     "samples_per_prompt": 1, "prompts_per_batch": 1, "rollout_log_samples": 1, "sft_batch_size": 1,
-    "rollout_log_max_new_tokens": 1, "rollout_log_max_chars": 1, "tensor_parallel_dim": 1,
+    "rollout_log_max_new_tokens": 1, "rollout_log_max_chars": 1, "tensor_parallel_dim": 1, "keep_last": 1,
 }  # fmt: skip
 
 

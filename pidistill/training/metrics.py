@@ -42,6 +42,7 @@ that was not computed is absent; nothing stands in for it.
 | dropped/<reason> | rollouts left out of this round, by reason: those of :class:`pidistill.rollouts.CollectResult` |
 | dropped_rows/<reason> | rows left out of the training data, by reason |
 | reward_weight | weight of OPSD's policy-gradient term at this step |
+| alarms | {name: sentence} of each alarm that this row gave; the one key that holds text |
 | nonfinite_steps | steps skipped so far because the loss or the gradient was not finite |
 | empty_steps | steps skipped so far because no policy token was left |
 | tokens_per_s | policy tokens sampled and trained per second of the step, all ranks |

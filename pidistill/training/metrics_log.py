@@ -1,6 +1,7 @@
-"""The log of a run: metrics.jsonl, rollouts.jsonl, the metric logger, the progress bar and the collapse alarm."""
+"""The log of a run: metrics.jsonl, rollouts.jsonl, the metric logger, the progress bar and the alarms."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tqdm.auto import tqdm
 from pidistill.config import build
 from pidistill.distributed.run import Run
 from pidistill.jsonl import write_jsonl
+from pidistill.training.health import Health
 
 log = utils.get_logger("INFO")
 
@@ -25,11 +27,11 @@ class MetricsLog:
     def __init__(self, cfg: DictConfig, run: Run, *, first_step: int, last_step: int, title: str) -> None:
         self._active = run.is_main
         self.path = run.output_dir / "metrics.jsonl"
-        self._alarm = CollapseAlarm()
+        self._health = Health(cfg)
         if not self._active:
             return
         for row in _keep_rows_until(self.path, first_step):
-            self._alarm.look(row)  # where the run started is where it is measured from, also after a resume
+            self._health.replay(row)  # the start of the run is what later rows are measured from, also after a resume
         _keep_rows_until(self.path.with_name("rollouts.jsonl"), first_step)
         self._logger = build(cfg.metric_logger) if cfg.get("metric_logger") else None
         self._bar = tqdm(total=last_step, initial=first_step, desc=title, unit="step", mininterval=0.5)
@@ -39,7 +41,8 @@ class MetricsLog:
         row = {key: value for key, value in row.items() if not isinstance(value, float) or _is_finite(value)}
         if not self._active:
             return
-        self._alarm.look(row)
+        if alarms := self._health.look(row):
+            row["alarms"] = alarms
         write_jsonl(self.path, [row])
         if self._logger is not None:
             numbers = {key: value for key, value in row.items() if key != "step" and isinstance(value, int | float)}
@@ -63,49 +66,33 @@ class MetricsLog:
                 self._logger.close()
 
 
-class CollapseAlarm:
-    """Warns, once each, when a run looks lost: the entropy gone, or the KL gone while the reward has not risen."""
-
-    def __init__(self) -> None:
-        self._first: dict[str, float] = {}
-        self._said: set[str] = set()
-
-    def look(self, row: dict[str, Any]) -> None:
-        for key in ("kl_teacher_student_nats", "reward_mean"):
-            if key in row:
-                self._first.setdefault(key, row[key])
-        if row.get("entropy_nats", 1.0) < 1e-3:
-            self._say(
-                "entropy", f"step {row['step']}: entropy is {row['entropy_nats']:.1e} nats per token; the policy is frozen"
-            )
-        start = self._first.get("kl_teacher_student_nats")
-        if (
-            start
-            and row.get("kl_teacher_student_nats", start) < 0.02 * start
-            and row.get("reward_mean", 1.0) <= self._first.get("reward_mean", 0.0)
-        ):
-            self._say("kl", f"step {row['step']}: kl(teacher||student) fell below 2% of its start and the reward has not risen")
-
-    def _say(self, what: str, text: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
-            log.warning(f"collapse alarm: {text}")
-
-
 def _is_finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
 
 
 def _keep_rows_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Cut off the rows after ``step``; returns those that stay. Step 0 is a fresh run: none stays."""
+    """Cut off the rows after ``step`` and what is no row; return those that stay. Step 0 is a fresh run: none stays."""
     if not path.is_file():
         return []
-    # Not splitlines(): texts hold characters such as U+2028 that it takes for line ends. What follows the last newline is
-    # empty, or the half of a line that a kill left.
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    rows = [json.loads(line) for line in lines] if step > 0 else []
-    kept = [row["step"] <= step for row in rows]
+    # By bytes, not splitlines(): texts hold characters such as U+2028, and a damaged line need not be UTF-8.
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()] if step > 0 else []
+    rows = [_read_row(line) for line in lines]
+    if broken := sum(row is None for row in rows[:-1]):  # a kill leaves half of the last line, which is nothing to tell
+        log.warning(f"{broken} lines of {path} are damaged and left out; the run resumes without them")
+    kept = [(line, row) for line, row in zip(lines, rows, strict=True) if row is not None and row["step"] <= step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line, keep in zip(lines, kept, strict=False) if keep), encoding="utf-8")
+    with temporary.open("wb") as file:
+        file.writelines(line + b"\n" for line, _ in kept)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
-    return [row for row, keep in zip(rows, kept, strict=True) if keep]
+    return [row for _, row in kept]
+
+
+def _read_row(line: bytes) -> dict[str, Any] | None:
+    """Return the JSON object of a line that has a step; None for anything else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int | float) else None

@@ -128,8 +128,11 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, is_main: bool) -> di
     return {PARTS: parts}
 
 
-def restore_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Put back what :func:`optimizer_state` gave.
+def restore_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any], kind: str | None = None) -> None:
+    """Put back what :func:`optimizer_state` gave, its settings (lr, weight decay) included.
+
+    Args:
+        kind: name of the optimizer class that wrote it, where it is known.
 
     Raises:
         InputError: another kind of optimizer wrote it, or another number of ranks.
@@ -143,6 +146,11 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, A
             f"the checkpoint holds {theirs} of an optimizer, which {type(optimizer).__name__} with {ranks} processes cannot "
             "take; resume with the `optimizer` and the number of processes that it was trained with"
         )
+    if kind not in (None, type(optimizer).__name__):
+        raise InputError(
+            f"the checkpoint holds the states of {kind}, which {type(optimizer).__name__} cannot take; resume with the "
+            "`optimizer._component_` that it was trained with, or set another output_dir"
+        )
     if isinstance(optimizer, CPUOffloadOptimizer):
         optimizer.load_state_dict(state[PARTS][0])
     elif in_parts:
@@ -150,6 +158,54 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, A
     else:
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks > 1)
         set_optimizer_state_dict(model, optimizer, state, options=options)
+
+
+# Settings that decide which states an optimizer keeps: a change on resume would need states that the checkpoint lacks.
+_STATE_SETTINGS = ("amsgrad", "centered")
+
+
+def settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the settings of every parameter group as plain values (lr, betas, weight_decay, …), without the parameters."""
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return [{key: _plain(value) for key, value in group.items()} for group in groups]
+
+
+def use_settings(optimizer: Optimizer, configured: list[dict[str, Any]]) -> list[str]:
+    """Put the config's settings in place of those that a checkpoint brought; returns the changes, as text.
+
+    `lr` is left alone where a scheduler computes it from `initial_lr`.
+
+    Raises:
+        InputError: a changed setting needs other states than the checkpoint has.
+    """
+    changes = {}
+    for group, wanted in zip(optimizer.param_groups, configured, strict=True):
+        for key, value in wanted.items():
+            found = _plain(group.get(key))
+            if found == value or (key == "lr" and "initial_lr" in wanted):
+                continue
+            if key in _STATE_SETTINGS:
+                raise InputError(
+                    f"optimizer.{key}={value} needs other states than the checkpoint holds, which was trained with {found}; "
+                    f"resume with optimizer.{key}={found}, or set another output_dir"
+                )
+            changes[f"optimizer.{'lr' if key == 'initial_lr' else key} {found} -> {value}"] = None
+            set_group_value(group, key, value)
+    return list(changes)
+
+
+def set_group_value(group: dict[str, Any], key: str, value: Any) -> None:
+    """Set one setting; torchao keeps lr as a tensor, which its compiled step reads."""
+    if isinstance(group.get(key), torch.Tensor):
+        group[key].fill_(value)
+    else:
+        group[key] = value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.item()
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _states_stay_apart(optimizer: Optimizer) -> bool:

@@ -26,7 +26,9 @@ from pidistill.errors import InputError
 from pidistill.models.offloading import check_offloading
 from pidistill.models.peft_format import check_adapter_dir
 from pidistill.training.checkpoint_source import check_checkpoint_fits, check_checkpoint_folder, use_fallback_checkpoint
+from pidistill.training.interrupts import Stopped, handle_signals, training_run
 from pidistill.training.keys import LEAST
+from pidistill.training.run_folder import RESUME, claim_run_folder, public_config
 
 log = utils.get_logger("INFO")
 
@@ -36,6 +38,8 @@ log = utils.get_logger("INFO")
 
 def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Run:
     """Check the config, join the process group (also for one process), set device, dtype, threads and seeds."""
+    if RESUME in known:
+        training_run()
     check_run(cfg, known, required)
     use_fallback_checkpoint(cfg)
     for key in ("checkpointer", "teacher_checkpointer"):
@@ -68,7 +72,9 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     output_dir.mkdir(parents=True, exist_ok=True)
     run = Run(device, dtype, rank // shares, processes // shares, seed, output_dir, mesh)
     if run.is_main:
-        OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
+        if RESUME in known:
+            claim_run_folder(cfg, output_dir)
+        OmegaConf.save(OmegaConf.create(public_config(cfg)), output_dir / "config.yaml")
     return run
 
 
@@ -133,7 +139,13 @@ def one_sentence_errors(recipe_main: Callable[[DictConfig], Any]) -> Callable[[D
     @functools.wraps(recipe_main)
     def wrapper(cfg: DictConfig) -> Any:
         try:
-            return recipe_main(cfg)
+            with handle_signals():
+                return recipe_main(cfg)
+        except Stopped as stopped:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"\n{stopped.sentence}", file=sys.stderr, flush=True)
+            cleanup()
+            raise
         except InputError as error:
             if _first_to_fail():
                 print(f"error: {error}", file=sys.stderr, flush=True)

@@ -4,18 +4,27 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchtune import utils
 
 from pidistill.config import build
 from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import complete_gradients
 from pidistill.errors import InputError
-from pidistill.training.optimizers import check_clipping, clear_gradients, clip_gradients, keep_second_moments_above_zero
+from pidistill.training.optimizers import (
+    check_clipping,
+    clear_gradients,
+    clip_gradients,
+    keep_second_moments_above_zero,
+    set_group_value,
+    settings,
+    use_settings,
+)
 
 log = utils.get_logger("INFO")
 
@@ -38,12 +47,51 @@ class Updates:
         self.optimizer: Optimizer = build(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
         self.scheduler: LRScheduler | None = build(cfg.lr_scheduler, self.optimizer) if cfg.get("lr_scheduler") else None
         self.clip_grad_norm = float(cfg.get("clip_grad_norm") or math.inf)
+        self._settings = settings(self.optimizer)
         check_clipping(self.optimizer, self.clip_grad_norm)
         keep_second_moments_above_zero(self.optimizer)
         self.max_nonfinite_steps = int(cfg.get("max_nonfinite_steps") or 3)
         self.nonfinite_steps = 0
         self.nonfinite_in_a_row = 0
         self.empty_steps = 0
+
+    def apply_settings(self, scheduler: dict[str, Any] | None, kind: str | None) -> None:
+        """After a resume: restore the scheduler's position, and use the config's lr, weight decay and schedule.
+
+        Args:
+            scheduler: the checkpoint's state of it.
+            kind: name of the scheduler class that wrote it, where it is known.
+
+        Raises:
+            InputError: the scheduler's class changed, or the lr did and the scheduler derives each rate from the last.
+        """
+        changes = use_settings(self.optimizer, self._settings)
+        if self.scheduler is not None:
+            name, by_factor = type(self.scheduler).__name__, isinstance(self.scheduler, LambdaLR)
+            if kind not in (None, name):
+                raise InputError(
+                    f"the checkpoint holds the state of {kind} and lr_scheduler builds {name}; resume with the "
+                    "lr_scheduler that it was trained with, or set another output_dir"
+                )
+            if not by_factor and any(change.startswith("optimizer.lr ") for change in changes):
+                raise InputError(
+                    f"a changed optimizer.lr cannot reach {name}, which derives each rate from the last ({changes[0]}); resume "
+                    "with the old optimizer.lr, or set another output_dir"
+                )
+            base = list(self.scheduler.base_lrs)  # as configured; the checkpoint brings its own
+            self.scheduler.load_state_dict(scheduler)
+            if by_factor:
+                self._recompute_lr(base)
+        if changes:
+            log.warning(f"resumed with changed settings, in force from here on: {', '.join(changes)}")
+
+    def _recompute_lr(self, base: list[Any]) -> None:
+        """Write base lr × factor of the present step into the groups, as LambdaLR does at every step."""
+        factors = [factor(self.scheduler.last_epoch) for factor in self.scheduler.lr_lambdas]
+        rates = [lr * factor for lr, factor in zip(base, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            set_group_value(group, "lr", rate)
+        self.scheduler.base_lrs, self.scheduler._last_lr = base, rates
 
     def step(self, loss: float, tokens: int, dump: Callable[[Path], None], step: int) -> StepResult:
         """Clip and step. ``loss`` and ``tokens`` are global, so that all ranks decide alike; ``dump`` writes this rank's batch.

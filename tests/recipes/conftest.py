@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from pidistill.config import build
-from pidistill.envs import tiny_world
+from pidistill.envs.tiny_world.world import VOCAB
 from tests.support.runs import MODEL, ROOT, quick_setup
 
 # The smallest width whose matrices two ranks share in whole blocks of NF4 and of an optimizer's 8-bit states.
@@ -46,7 +46,7 @@ def make_base(folder: Path, model: dict[str, int]) -> Path:
     # A direction that every hidden state shares, and that the end of a turn answers to.
     shared = torch.randn(cfg.model.embed_dim, generator=generator).sign() * 0.3
     weights["model.embed_tokens.weight"] += shared
-    weights["lm_head.weight"][tiny_world.VOCAB.index("end")] += 1.2 * shared
+    weights["lm_head.weight"][VOCAB.index("end")] += 1.2 * shared
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

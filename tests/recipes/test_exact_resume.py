@@ -176,6 +176,31 @@ def test_a_killed_process_resumes_exactly(method, tiny_base, tmp_path, uninterru
     assert_same_run(tmp_path / "run", uninterrupted(method))
 
 
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_loses_no_step(signum, code, tiny_base, tmp_path, uninterrupted):
+    slow = METHODS["opsd"] | {"environment__wait_s": 0.03}
+    config = save_config(small_config("opsd", tiny_base, tmp_path / "run", **slow), tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "torchtune._cli.tune", "run", "recipes/opsd_distributed.py", "--config", str(config)]
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for_row_after_checkpoint(process, tmp_path / "run")
+        process.send_signal(signum)
+        process.wait(60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    text = (tmp_path / "log").read_text()
+    assert process.returncode == code, text[-2000:]
+    assert "Traceback" not in text
+    step = metrics(tmp_path / "run")[-1]["step"]
+    assert step < 7 and f"stopped after step {step}, which is saved; set resume_from_checkpoint=true to continue" in text
+    assert training_state(tmp_path / "run")["step"] == step
+    resume("opsd", tiny_base, tmp_path / "run")
+    # The step at which the signal came is saved besides; all else is equal.
+    assert_same_run(tmp_path / "run", uninterrupted("opsd"))
+
+
 def wait_for_row_after_checkpoint(process, folder, timeout_s=90):
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and process.poll() is None:
@@ -222,12 +247,18 @@ def test_a_checkpoint_with_a_state_that_nothing_takes_is_refused(tiny_base, tmp_
         resume("opsd", tiny_base, tmp_path / "copy", teacher={"_component_": "pidistill.teachers.FrozenTeacher"})
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_over(tiny_base, tmp_path, uninterrupted):
-    """Also in a folder where an older run left checkpoints: those are not its own."""
+@pytest.mark.parametrize("value", [True, "auto"])
+def test_a_run_killed_before_its_first_checkpoint_starts_over(value, tiny_base, tmp_path, uninterrupted):
+    run("opsd", small_config("opsd", tiny_base, tmp_path, **METHODS["opsd"]), stop_after_row(1))
+    assert [row["step"] for row in metrics(tmp_path)] == [0, 1]
+    run("opsd", small_config("opsd", tiny_base, tmp_path, **METHODS["opsd"], resume_from_checkpoint=value))
+    assert_same_run(tmp_path, uninterrupted("opsd"))
+
+
+def test_a_new_run_leaves_a_folder_that_holds_a_run_as_it_is(tiny_base, tmp_path, uninterrupted):
     shutil.copytree(uninterrupted("opsd"), tmp_path / "copy", symlinks=True)
-    run("opsd", small_config("opsd", tiny_base, tmp_path / "copy", **METHODS["opsd"]), stop_after_row(1))
-    assert [row["step"] for row in metrics(tmp_path / "copy")] == [0, 1]
-    resume("opsd", tiny_base, tmp_path / "copy")
+    with pytest.raises(InputError, match=r"holds a run \(newest checkpoint step_7\), which a new one would overwrite"):
+        run("opsd", small_config("opsd", tiny_base, tmp_path / "copy", **METHODS["opsd"]))
     assert_same_run(tmp_path / "copy", uninterrupted("opsd"))
 
 

@@ -9,9 +9,9 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from pidistill.training import metrics as metrics_module
+from pidistill.training import start as training
 from pidistill.training.evaluation import pass_at_k
 from pidistill.training.keys import EVALUATION_KEYS
-from pidistill.training.start import start as training
 from tests.support.runs import EVALUATION, RECIPES, metrics, recipe_module, run, small_config
 
 TRAINED = ["base", "sft", "rl", "opsd", "pi_distill"]  # the others: test_every_config.py

@@ -3,7 +3,9 @@
 import gc
 import io
 import json
+import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +264,201 @@ def test_a_teacher_without_its_state_is_refused(hub, tmp_path):
 def test_a_round_that_passes_a_multiple_saves_at_its_end(every, saved, hub, tmp_path):
     points = Training(tmp_path / "run", hub, save_every_steps=every).checkpoints
     assert [now for before, now in ((0, 2), (2, 5), (5, 6)) if points.due(before, now)] == saved
+
+
+# ------------------------------------------------------------------------------------------- saved work is kept
+
+
+def resumed(hub, folder, **changes):
+    training = Training(folder, hub, resume_from_checkpoint=True, **changes)
+    training.progress = training.checkpoints.restore(training.model, training.updates, training.teacher)
+    return training
+
+
+@pytest.fixture
+def three_steps(hub, tmp_path):
+    training = Training(tmp_path / "run", hub)
+    for step in (2, 4, 10):
+        training.train(1)
+        training.save(step)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("latest", ["missing", "dangling"])
+def test_without_its_link_a_run_resumes_from_the_newest_step(latest, hub, three_steps):
+    (three_steps / "latest").unlink()
+    if latest == "dangling":
+        (three_steps / "latest").symlink_to("step_99")
+    assert resumed(hub, three_steps).progress["step"] == 10
+    assert {path.name for path in three_steps.glob("step_*")} == {"step_2", "step_4", "step_10"}
+
+
+def test_a_missing_link_does_not_start_a_run_over_that_began_here(hub, three_steps):
+    (three_steps / "latest").unlink()
+    (three_steps / ".began").touch()
+    assert resumed(hub, three_steps).progress["step"] == 10
+
+
+def test_a_dangling_link_without_any_step_is_refused(hub, three_steps):
+    for step in (2, 4, 10):
+        shutil.rmtree(three_steps / f"step_{step}")
+    (three_steps / ".began").touch()
+    with pytest.raises(
+        InputError, match=r"holds no training_state.pt, nor does any step_N .*resume_from_checkpoint=start_over"
+    ):
+        resumed(hub, three_steps)
+
+
+@pytest.mark.parametrize("step_is_there", [True, False])
+def test_latest_may_be_a_plain_folder(step_is_there, hub, three_steps):
+    (three_steps / "latest").unlink()
+    copy = shutil.copytree if step_is_there else shutil.move
+    copy(three_steps / "step_10", three_steps / "latest")
+    training = resumed(hub, three_steps)
+    assert training.progress["step"] == 10
+    training.save(11)
+    assert (three_steps / "latest").is_symlink() and (three_steps / "latest").resolve().name == "step_11"
+    assert (three_steps / "step_10" / STATE_FILE).is_file()
+    assert (three_steps / "latest_copy_1").exists() == step_is_there
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "other bytes", "not a training state"])
+def test_a_damaged_state_is_one_sentence_that_names_the_step_before(damage, hub, three_steps):
+    path = three_steps / "step_10" / STATE_FILE
+    whole = path.read_bytes()
+    if damage == "not a training state":
+        torch.save({"step": 10}, path)
+    else:
+        path.write_bytes({"cut short": whole[: len(whole) // 2], "empty": b"", "other bytes": b"x" * 999}[damage])
+    with pytest.raises(InputError, match=r"training_state.pt in .*step_10 is cut short or damaged .*resumes from step_4$"):
+        resumed(hub, three_steps)
+    shutil.move(three_steps / "step_10", three_steps / "aside")  # what the sentence says
+    assert resumed(hub, three_steps).progress["step"] == 4
+
+
+def test_damaged_weights_are_one_sentence_that_names_the_step_before(hub, three_steps):
+    path = three_steps / "step_10" / "model-00001-of-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(InputError, match=r"step_10 is cut short or damaged .*resumes from step_4$"):
+        resumed(hub, three_steps)
+
+
+def test_a_state_of_a_later_format_is_refused(hub, three_steps):
+    path = three_steps / "step_10" / STATE_FILE
+    state = torch.load(path, weights_only=True)
+    assert state["format"] == checkpoints.FORMAT
+    torch.save(state | {"format": 99}, path)
+    with pytest.raises(InputError, match="has format 99 and this version of pidistill reads up to 1"):
+        resumed(hub, three_steps)
+
+
+@pytest.mark.parametrize(("keep", "left"), [(None, {2, 4, 10}), (1, {10}), (2, {4, 10}), (9, {2, 4, 10})])
+def test_keep_last_bounds_the_checkpoints(keep, left, hub, tmp_path):
+    training = Training(tmp_path / "run", hub, keep_last=keep)
+    (tmp_path / "run" / "step_notes").mkdir()
+    for step in (2, 4, 10):
+        training.save(step)
+    assert {path.name for path in (tmp_path / "run").glob("step_*")} == {"step_notes"} | {f"step_{step}" for step in left}
+    assert resumed(hub, tmp_path / "run").progress["step"] == 10
+
+
+def test_everything_is_on_the_disk_before_the_link_moves(hub, tmp_path, monkeypatch):
+    training = Training(tmp_path / "run", hub)
+    events = []
+    sync, replace = checkpoints._sync, checkpoints.os.replace
+    monkeypatch.setattr(checkpoints, "_sync", lambda path: (events.append(path.name), sync(path)))
+    monkeypatch.setattr(checkpoints.os, "replace", lambda a, b: (events.append(f"move {Path(b).name}"), replace(a, b)))
+    training.save(1)
+    files = {path.name for path in (tmp_path / "run" / "step_1").iterdir()}
+    assert STATE_FILE in files
+    assert files <= set(events[: events.index("move step_1")])
+    assert "run" in events[events.index("move step_1") : events.index("move latest")]
+
+
+def test_saved_files_have_the_modes_of_the_umask_and_leave_out_links_that_lead_outside(hub, tmp_path):
+    source, secret = shutil.copytree(hub, tmp_path / "hub"), tmp_path / "secret.txt"
+    secret.write_text("secret")
+    (source / "notes.txt").symlink_to(secret)
+    (source / "inside.json").write_text("{}")
+    (source / "alias.json").symlink_to("inside.json")
+    (source / "inside.json").chmod(0o400)
+    training = Training(tmp_path / "run", source)
+    old = os.umask(0o027)
+    try:
+        training.save(1)
+    finally:
+        os.umask(old)
+    saved = tmp_path / "run" / "step_1"
+    assert not (saved / "notes.txt").exists()
+    assert (saved / "alias.json").read_text() == "{}"
+    assert {path.stat().st_mode & 0o777 for path in saved.iterdir()} == {0o640}
+    assert saved.stat().st_mode & 0o777 == 0o750
+
+
+def test_links_into_the_hubs_cache_are_copied(tmp_path, hub):
+    source = tmp_path / "models--x" / "snapshots" / "abc"
+    shutil.copytree(hub, source)
+    blobs = tmp_path / "models--x" / "blobs"
+    blobs.mkdir()
+    (blobs / "1234").write_text("{}")
+    (source / "tokenizer.json").symlink_to("../../blobs/1234")
+    training = Training(tmp_path / "run", source)
+    training.save(1)
+    assert (tmp_path / "run" / "step_1" / "tokenizer.json").read_text() == "{}"
+
+
+# ------------------------------------------------------------------------------------------- changed settings
+
+
+def test_an_unchanged_lr_is_the_same_to_the_bit_and_a_changed_one_takes_effect(hub, tmp_path):
+    whole = Training(tmp_path / "run", hub)
+    whole.train(3)
+    whole.save(3)
+    same = resumed(hub, tmp_path / "run")
+    assert same.updates.optimizer.param_groups[0]["lr"] == whole.updates.optimizer.param_groups[0]["lr"] > 0
+    changed = {"optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.001, "weight_decay": 0.5}}
+    other = resumed(hub, tmp_path / "run", **changed)
+    group = other.updates.optimizer.param_groups[0]
+    assert group["lr"] == pytest.approx(whole.updates.optimizer.param_groups[0]["lr"] / 10)
+    assert group["weight_decay"] == 0.5
+    whole.train(1)
+    other.train(1)
+    after, expected = other.updates.optimizer.param_groups[0]["lr"], whole.updates.optimizer.param_groups[0]["lr"] / 10
+    assert after == pytest.approx(expected)  # the schedule goes on from the new rate
+
+
+def test_a_changed_lr_without_a_schedule_takes_effect(hub, tmp_path):
+    Training(tmp_path / "run", hub, lr_scheduler=None).save(1)
+    changed = {"optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.003}}
+    assert resumed(hub, tmp_path / "run", lr_scheduler=None, **changed).updates.optimizer.param_groups[0]["lr"] == 0.003
+
+
+STEP_LR = {"_component_": "torch.optim.lr_scheduler.StepLR", "step_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ({}, {"optimizer": {"_component_": "torch.optim.SGD", "lr": 0.01}}, "states of AdamW, which SGD cannot take"),
+        (
+            {},
+            {"optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.01, "amsgrad": True}},
+            "optimizer.amsgrad=True needs other states than the checkpoint holds",
+        ),
+        ({}, {"lr_scheduler": STEP_LR}, "holds the state of LambdaLR and lr_scheduler builds StepLR"),
+        (
+            {"lr_scheduler": STEP_LR},
+            {"lr_scheduler": STEP_LR, "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.1}},
+            r"changed optimizer.lr cannot reach StepLR.*\(optimizer.lr 0.01 -> 0.1\)",
+        ),
+    ],
+)
+def test_settings_that_cannot_take_effect_are_refused(before, after, message, hub, tmp_path):
+    first = Training(tmp_path / "run", hub, **before)
+    first.train(1)
+    first.save(1)
+    with pytest.raises(InputError, match=message):
+        resumed(hub, tmp_path / "run", **after)
 
 
 # ------------------------------------------------------------------------------------------- random weights

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import statistics
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from omegaconf import OmegaConf
 from pidistill.chat.phrases import privileged_overlap, says_leak_phrase
 from pidistill.distributed.run import Run
 from pidistill.objectives.base import BOTH_KLS
-from pidistill.training import metrics_log
 from pidistill.training.metrics import rollout_means, rollout_sums, token_means, token_sums
-from pidistill.training.metrics_log import CollapseAlarm, MetricsLog
+from pidistill.training.metrics_log import MetricsLog
 from pidistill.types import Divergence, Example, PromptPair, Rollout, Scores
 from tests.support.builders import CPU, batch_of, random_rollouts
 
@@ -261,55 +259,3 @@ def test_a_fresh_log_in_an_old_folder_starts_empty(tmp_path):
     log_in(tmp_path).write({"step": 0})
     log_in(tmp_path).write({"step": 5})
     assert rows_in(tmp_path) == [{"step": 5}]
-
-
-# ------------------------------------------------------------------------------------------- the alarm
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    said = []
-    monkeypatch.setattr(metrics_log, "log", type("Log", (), {"warning": staticmethod(said.append)}))
-    return said
-
-
-def row(step, kl=0.5, reward=0.2, entropy=1.0):
-    return {"step": step, "kl_teacher_student_nats": kl, "reward_mean": reward, "entropy_nats": entropy}
-
-
-def test_the_alarm_says_once_that_the_entropy_is_gone(warnings):
-    alarm = CollapseAlarm()
-    for step, entropy in enumerate((1.0, 0.002, 0.0005, 0.0001)):
-        alarm.look(row(step, entropy=entropy))
-    assert len(warnings) == 1
-    assert re.search("step 2: entropy is 5.0e-04 nats", warnings[0])
-
-
-@pytest.mark.parametrize(
-    ("kl", "reward", "alarmed"),
-    [(0.009, 0.2, True), (0.009, 0.1, True), (0.009, 0.5, False), (0.02, 0.2, False), (0.5, 0.0, False)],
-)
-def test_the_alarm_tells_a_lost_kl_from_a_learned_one(warnings, kl, reward, alarmed):
-    alarm = CollapseAlarm()
-    alarm.look({"step": 0, "eval_student_success": 0.0})
-    alarm.look(row(1))
-    alarm.look(row(2, kl, reward))
-    alarm.look(row(3, kl, reward))
-    assert len(warnings) == alarmed
-
-
-def test_a_kl_that_is_zero_from_the_start_alarms_nobody(warnings):
-    alarm = CollapseAlarm()
-    for step in range(3):
-        alarm.look(row(step, kl=0.0))
-    assert warnings == []
-
-
-def test_after_a_resume_the_alarm_still_measures_from_the_start(tmp_path, warnings):
-    log = log_in(tmp_path)
-    log.write(row(1, kl=0.5))
-    log.write(row(2, kl=0.02))
-    resumed = log_in(tmp_path, first_step=2)
-    assert warnings == []
-    resumed.write(row(3, kl=0.009))
-    assert len(warnings) == 1

@@ -1,0 +1,206 @@
+"""The folder of a run: who may write into it, whether a run starts or resumes there, and what config.yaml may hold.
+
+`resume_from_checkpoint` decides what happens in an `output_dir` that holds a run:
+
+| value | a run is there | none is there |
+| --- | --- | --- |
+| false | refused | starts |
+| true | resumes | refused, unless a run began there and was killed before its first checkpoint |
+| auto | resumes | starts |
+| start_over | starts; the old files move to `output_dir/previous_N` | starts |
+"""
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torchtune import utils
+
+from pidistill.errors import InputError
+
+log = utils.get_logger("INFO")
+
+STATE_FILE = "training_state.pt"
+
+LATEST = "latest"
+
+BEGAN = ".began"
+
+LOCK = ".lock"
+
+RESUME = "resume_from_checkpoint"
+
+# What a run writes, and what start_over moves aside. A logger's own files stay.
+_FILES = ("step_*", LATEST, BEGAN, ".writing", "metrics.jsonl", "rollouts.jsonl", "nonfinite_step_*", "config.yaml")
+
+# Open locks of this process, by file. A POSIX lock belongs to the process: its children do not hold it, and a kill releases it.
+_locks: dict[Path, Any] = {}
+
+
+def step_folders(output_dir: Path) -> list[Path]:
+    """Return the complete checkpoints of a folder, the oldest first."""
+    found = [
+        path for path in output_dir.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and (path / STATE_FILE).is_file()
+    ]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """Return what `latest` points to; where it is missing or points to nothing, the newest step with a training state."""
+    latest = output_dir / LATEST
+    if (latest / STATE_FILE).is_file():
+        return latest.resolve()
+    steps = step_folders(output_dir)
+    if not steps:
+        return None
+    log.warning(f"{latest} holds no {STATE_FILE}; the newest checkpoint beside it is {steps[-1].name}, which is used")
+    return steps[-1]
+
+
+def holds_run(output_dir: Path) -> bool:
+    """Return whether a run left checkpoints or metrics here. A config.yaml alone is of a run that never began."""
+    metrics, latest = output_dir / "metrics.jsonl", output_dir / LATEST
+    rows = metrics.is_file() and metrics.stat().st_size > 0
+    return rows or os.path.lexists(latest) or bool(step_folders(output_dir))
+
+
+def wants_resume(cfg: DictConfig) -> bool:
+    """Return whether a checkpoint in the output folder is to be resumed. It stays what it was when the run began."""
+    return cfg.get(RESUME) not in (None, False, "start_over")
+
+
+def claim_run_folder(cfg: DictConfig, output_dir: Path) -> None:
+    """Lock the folder of a training run, and refuse or move aside what a new run would overwrite. For rank 0.
+
+    Raises:
+        InputError: another process runs here; a run is here and the config says nothing of it; the value is unknown.
+    """
+    value = cfg.get(RESUME)
+    if value not in (None, False, True, "auto", "start_over"):
+        raise InputError(f"{RESUME}={value} is not one of false, true, auto, start_over")
+    lock_folder(output_dir)
+    if value == "start_over" and holds_run(output_dir):
+        _move_aside(cfg, output_dir)
+    elif not value and holds_run(output_dir):
+        raise InputError(
+            f"output_dir={output_dir} holds a run ({_summary(output_dir)}), which a new one would overwrite; set {RESUME}=true "
+            f"(or auto) to continue it, {RESUME}=start_over to move its files to {output_dir}/previous_N and start, or another "
+            "output_dir"
+        )
+    elif value and holds_run(output_dir):
+        _say_changes(cfg, output_dir / "config.yaml")
+
+
+def lock_folder(output_dir: Path) -> None:
+    """Take the folder for this process until it ends, by any cause.
+
+    Raises:
+        InputError: another process has it.
+    """
+    path = (output_dir / LOCK).absolute()
+    if path in _locks:
+        return
+    file = path.open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        raise InputError(
+            f"output_dir={output_dir} is in use by another run (process {owner}); wait for it, stop it, or set another one"
+        ) from error
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    _locks[path] = file
+
+
+def _summary(output_dir: Path) -> str:
+    steps = step_folders(output_dir)
+    return f"newest checkpoint {steps[-1].name}" if steps else "without a checkpoint"
+
+
+def _move_aside(cfg: DictConfig, output_dir: Path) -> None:
+    files = [path for pattern in _FILES for path in sorted(output_dir.glob(pattern))]
+    for key in ("checkpointer", "teacher_checkpointer"):
+        source = Path((cfg.get(key) or {}).get("checkpoint_dir") or "/").absolute()
+        inside = [path for path in files if source == path.absolute() or path.absolute() in source.parents]
+        if inside:
+            raise InputError(
+                f"{key}.checkpoint_dir={source} lies in {inside[0]}, which {RESUME}=start_over moves; set another output_dir"
+            )
+    number = 1
+    while (output_dir / f"previous_{number}").exists():
+        number += 1
+    aside = output_dir / f"previous_{number}"
+    aside.mkdir()
+    for path in files:
+        os.replace(path, aside / path.name)
+    log.warning(f"{len(files)} files and folders of the run in {output_dir} were moved to {aside}")
+
+
+def _say_changes(cfg: DictConfig, path: Path) -> None:
+    """Log once which settings differ from those that the run was last started with."""
+    try:
+        before = dict(_leaves(OmegaConf.to_container(OmegaConf.load(path), resolve=False)))
+    except Exception:  # a config.yaml that is absent or broken says nothing, and nothing depends on it
+        return
+    now = dict(_leaves(public_config(cfg)))
+    names = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name) and name != RESUME]
+    if names:
+        changes = ", ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in sorted(names))
+        log.warning(f"the run in {path.parent} is resumed with changed settings: {changes}")
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict | list) and node:
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node
+
+
+# ---------------------------------------------------------------------------------------------- secrets
+
+
+def public_config(cfg: DictConfig) -> dict[str, Any]:
+    """Return the config with its interpolations resolved, but for those whose value comes from the environment.
+
+    `${oc.env:API_KEY}` stays as it is written, also where another key refers to it: files and logs are shared, a key is not.
+    """
+    raw, resolved = (OmegaConf.to_container(cfg, resolve=resolve) for resolve in (False, True))
+    return _public(raw, resolved, _secrets(raw, resolved))
+
+
+def log_config(cfg: DictConfig, recipe: str) -> None:
+    """Log the public config once, as torchtune's ``log_config`` does with a resolved one."""
+    if os.environ.get("RANK", "0") == "0":
+        log.info(f"Running {recipe} with resolved config:\n\n{OmegaConf.to_yaml(public_config(cfg), sort_keys=True)}")
+
+
+def _secrets(raw: Any, resolved: Any) -> set[str]:
+    values = dict(_leaves(resolved))
+    return {str(values[name]) for name, text in _leaves(raw) if _reads_environment(text) and str(values.get(name, ""))}
+
+
+def _reads_environment(text: Any) -> bool:
+    return isinstance(text, str) and re.search(r"\$\{\s*oc\.env\s*:", text) is not None
+
+
+def _public(raw: Any, resolved: Any, secrets: set[str]) -> Any:
+    if isinstance(raw, dict):
+        return {key: _public(value, resolved[key], secrets) for key, value in raw.items()}
+    if isinstance(raw, list):
+        return [_public(value, other, secrets) for value, other in zip(raw, resolved, strict=True)]
+    interpolated = isinstance(raw, str) and "${" in raw
+    if interpolated and (_reads_environment(raw) or any(secret in str(resolved) for secret in secrets)):
+        return raw
+    return resolved
