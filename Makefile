@@ -78,7 +78,7 @@ test-envs: .venv-envs/.installed  ## GEM and Reasoning Gym (extras `gem`, `reaso
 	touch $@
 
 lint: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
 clean:
 	rm -rf runs $(VENV) .venv-vllm .venv-envs

@@ -1,0 +1,22 @@
+"""Recipes for privileged-information distillation. This page is the map.
+
+The folders, in the order of the data's way:
+
+    data -> privileged -> tokenizers, chat -> envs, rewards -> rollouts -> scoring -> objectives, losses -> training
+
+``models`` and ``distributed`` hold what runs on the devices, and ``commands`` holds the command line. To read a method, open
+its recipe (``recipes/pi_distill_distributed.py``), its objective (``objectives/pi_distill.py``), then ``types.py``,
+``data/builders.py``, ``privileged/prompt.py``, ``envs/base.py``, ``rewards/base.py``, ``rollouts/collect.py``,
+``scoring/score.py``, ``scoring/head.py``, ``teachers.py`` and ``training/update.py``: twelve files.
+
+A recipe also runs from Python, in a process that ``tune run`` or torchrun has started:
+
+    from omegaconf import OmegaConf
+    from pidistill.recipes.pi_distill_distributed import PiDistillRecipe
+
+    config = OmegaConf.load("configs/tiny/pi_distill.yaml")
+    recipe = PiDistillRecipe(config)
+    recipe.setup(config)
+    recipe.train()
+    recipe.cleanup()
+"""

@@ -4,6 +4,7 @@ The state of an episode travels: a worker gets it with the turn and gives it bac
 episode, as many episodes as one likes share few workers, and a worker that dies takes with it only the call that it was at.
 """
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -129,7 +130,7 @@ class _Worker:
         return self._receive(timeout_s)
 
     def kill(self) -> None:
-        self.process.kill()
+        _kill_group(self.process)
         self.process.join()
         self._connection.close()
 
@@ -150,13 +151,22 @@ class _Worker:
 
 def _kill_all(workers: set[_Worker]) -> None:
     for worker in workers:
-        worker.process.kill()
+        _kill_group(worker.process)
+
+
+def _kill_group(process: multiprocessing.process.BaseProcess) -> None:
+    """Kill a worker and the programs that its environment has started; the worker leads a process group of its own."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if os.getpgid(process.pid) == process.pid:  # false until the worker's first line has run
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 # ---------------------------------------------------------------------------------------------- in the worker
 
 
 def _serve(connection: Connection, pickled: bytes) -> None:
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c reaches every process of the terminal; the parent decides
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
@@ -176,7 +186,7 @@ def _serve(connection: Connection, pickled: bytes) -> None:
 def _end_with_the_parent() -> None:
     """Idle workers see the pipe close; this is for one that hangs when the parent is killed."""
     multiprocessing.parent_process().join()
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _answer(environment: Environment, request: tuple) -> bytes:

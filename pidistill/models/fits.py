@@ -2,6 +2,7 @@
 is loaded: a folder of another size, of another family, or with other rotations is refused in one sentence."""
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,12 @@ def check_config_fits(model: TransformerDecoder, config: Mapping[str, Any], fold
         builder: what ``model`` was built by, as the config names it.
         key: the config key of the checkpointer.
     """
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, Mapping) else quantization
+        raise InputError(
+            f"the weights in {folder} are quantised ({method}, says its config.json), and training needs them in bf16 or fp32; "
+            f"set {key}.checkpoint_dir to the unquantised model"
+        )
     ours, theirs = model_facts(model), config_facts(config)
     other = [name for name in theirs if name in ours and theirs[name] != ours[name]]
     if other:
@@ -61,7 +68,7 @@ def check_config_fits(model: TransformerDecoder, config: Mapping[str, Any], fold
             f"has {built}; set `{node}` to the builder and arguments of that checkpoint, or {key}.checkpoint_dir to another one"
         )
     eps = config.get("rms_norm_eps")
-    if eps is not None and eps != model.norm.eps:
+    if eps is not None and not math.isclose(eps, model.norm.eps, rel_tol=1e-6):  # files hold it as rounded to fp32
         log.warning(f"{folder}/config.json says rms_norm_eps={eps}, and {builder} has {model.norm.eps}")
 
 
@@ -81,7 +88,7 @@ def model_facts(model: TransformerDecoder) -> dict[str, Any]:
         "tie_word_embeddings": isinstance(model.output, TiedLinear),
     }
     if hasattr(rope, "base"):
-        scaled = hasattr(rope, "scale_factor")
+        scaled = getattr(rope, "scale_factor", 1) != 1  # a factor of 1 leaves every rotation as it is
         facts["rope_theta"] = float(rope.base)
         facts["rope_scaling"] = {name: float(getattr(rope, own)) for name, own in _LLAMA3_SCALING.items()} if scaled else None
     return facts

@@ -52,6 +52,8 @@ def weight_files(folder: Path) -> list[str]:
         )
         raise InputError(f"checkpoint folder {folder} has neither {SINGLE} nor {INDEX} ({_holds(folder)}); {advice}")
     names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    for name in names:
+        check_plain_name(name, folder / INDEX)
     absent = [name for name in names if not (folder / name).is_file()]
     if absent or not names:
         missing = f"{len(absent)} of {len(names)} weight files, {', '.join(absent[:3])}{', …' if len(absent) > 3 else ''},"
@@ -60,6 +62,12 @@ def weight_files(folder: Path) -> list[str]:
             f"{'' if names else ' none'}; download or copy the folder again"
         )
     return names
+
+
+def check_plain_name(name: str, source: Path) -> None:
+    """Refuse a file name that leads out of its folder: weights are later written under the same name."""
+    if not name or name in (".", "..") or any(mark in name for mark in "/\\\0"):
+        raise InputError(f"{source} names the weight file {name!r}, which is not a plain file name; do not trust this folder")
 
 
 def stored_tensors(folder: Path, files: Sequence[str]) -> dict[str, Stored]:

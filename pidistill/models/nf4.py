@@ -73,10 +73,6 @@ def check_shapes(model: nn.Module, ranks: int) -> None:
             )
 
 
-def has_nf4(model: nn.Module) -> bool:
-    return any(is_nf4(parameter) for parameter in model.parameters())
-
-
 def stored_bytes(parameter: Tensor, item_bytes: int) -> float:
     """Of a parameter: whole elements, or 4 bits each, a byte for each block's scale and an element for each 256 scales."""
     whole_bytes = parameter.numel() * item_bytes

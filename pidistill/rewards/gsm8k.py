@@ -19,6 +19,7 @@ from pidistill.rewards.base import last_answer, reference_text
 from pidistill.types import Example, Message
 
 MAX_ANSWER_CHARS = 64
+MAX_NESTING = 3
 
 # The only level at which math_verify says, once, that its timeouts are off; they are off on purpose.
 logging.getLogger("math_verify.parser").setLevel(logging.ERROR)
@@ -48,7 +49,10 @@ class GSM8KReward:
         if not gold:
             raise InputError(f"{example.id}: the reference {example.reference!r} is not a number; use another reward")
         answer = final_answer(last_answer(turns), self.format)
-        return 0.0 if answer is None else float(verify(list(gold), list(_parse_number(answer)), timeout_seconds=None))
+        if answer is None:
+            return 0.0
+        readings = (_parse_number(answer), _parse_number(_number_with_unit(answer) or ""))
+        return float(any(verify(list(gold), list(reading), timeout_seconds=None) for reading in readings))
 
 
 def final_answer(text: str, format: str = "any") -> str | None:
@@ -73,11 +77,32 @@ def _last_boxed(text: str) -> str | None:
     return None  # cut off before the closing brace
 
 
+def _number_with_unit(answer: str) -> str | None:
+    """The only number of an answer that also holds a unit, words or Markdown marks; None where it holds a calculation."""
+    plain = re.sub(r"[*`]+(?!\d)|(?<!\d)[*`]+", "", answer[: 4 * MAX_ANSWER_CHARS])
+    plain = re.sub(r"\^\{?\\circ\}?|(?<=[A-Za-z}])\^\{?[23]\}?(?!\d)", "", plain)  # degrees, square and cubic units
+    numbers = list(re.finditer(r"-?\d[\d,]*(?:\.\d+)?", plain))
+    if len(numbers) != 1 or re.search(r"[\^!=]|\d\.?[eE][+-]|\\(?:frac|sqrt)", plain):
+        return None
+    return numbers[0].group().rstrip(",")
+
+
+def _nesting(text: str) -> int:
+    """The depth of the deepest bracket of any kind."""
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "{[(") - (character in "}])")
+        deepest = max(deepest, depth)
+    return deepest
+
+
 @lru_cache(maxsize=4096)  # a group answers one question many times
 def _parse_number(answer: str) -> tuple[Any, ...]:
     """math_verify's readings of a final answer; none where it is too long or could take long to evaluate."""
     answer = answer.replace("\\$", "").replace("$", "").replace("\\!", "").strip().rstrip(".").strip()
     commands = set(re.findall(r"\\([A-Za-z]+)", answer))
     if not answer or len(answer) > MAX_ANSWER_CHARS or re.search(r"\^|\*\*|!", answer) or commands - _HARMLESS_COMMANDS:
+        return ()
+    if _nesting(answer) > MAX_NESTING or re.search(r"\d\.?[eE]", answer):  # each level multiplies the time; 1E9999 the digits
         return ()
     return tuple(parse(f"\\boxed{{{answer}}}", parsing_timeout=None))

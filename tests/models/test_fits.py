@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,3 +166,27 @@ def test_the_config_says_which_model_a_checkpointer_belongs_to(folder, tmp_path)
     cfg.teacher_model.head_dim = 16
     with pytest.raises(InputError, match=r"set `teacher_model` .*teacher_checkpointer.checkpoint_dir"):
         check_checkpoint_fits(cfg, "teacher_checkpointer")
+
+
+def test_a_quantised_folder_is_refused_as_quantised(folder):
+    change_config(folder, quantization_config={"quant_method": "fp8"})
+    assert "quantised (fp8" in refusal("qwen2", folder)
+
+
+def test_a_tied_llama_without_rotary_scaling_fits_the_builder_with_a_factor_of_one(caplog):
+    from torchtune.models.llama3_2 import llama3_2
+
+    from pidistill.models.fits import check_config_fits
+
+    config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 32}
+    config |= {"num_key_value_heads": 2, "intermediate_size": 96, "rms_norm_eps": 9.999999747378752e-06, "rope_theta": 1e5}
+    config |= {"rope_scaling": None, "tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"]}
+    sizes = {"rope_base": 100_000, "intermediate_dim": 96, "norm_eps": 1e-5}
+    check_config_fits(
+        llama3_2(32, 1, 4, 2, 64, 64, **sizes, scale_factor=1), config, Path("FOLDER"), "llama3_2", "checkpointer"
+    )
+    assert not caplog.records
+    with pytest.raises(InputError, match="rope_scaling"):
+        check_config_fits(
+            llama3_2(32, 1, 4, 2, 64, 64, **sizes, scale_factor=32), config, Path("FOLDER"), "llama3_2", "checkpointer"
+        )
