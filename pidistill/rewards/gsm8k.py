@@ -26,6 +26,14 @@ logging.getLogger("math_verify.parser").setLevel(logging.ERROR)
 logging.getLogger("math_verify.grader").setLevel(logging.ERROR)
 
 _HARMLESS_COMMANDS = set("frac dfrac tfrac text textbf mathbf mathrm left right times cdot approx".split())  # noqa: SIM905
+_SCALES = frozenset(
+    (
+        *("hundred", "hundreds", "thousand", "thousands", "million", "millions", "billion", "billions", "dozen", "dozens", "k"),
+        *("percent", "half", "halves", "third", "thirds", "quarter", "quarters", "tenth", "tenths", "mil", "squared", "cubed"),
+        *("times", "plus", "minus", "divided", "over", "or", "and", "not", "to"),
+    )
+)
+_SHORT_UNITS = frozenset("ghlms")
 _FORMATS = ("any", "boxed", "hashes")
 
 
@@ -78,13 +86,23 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _number_with_unit(answer: str) -> str | None:
-    """The only number of an answer that also holds a unit, words or Markdown marks; None where it holds a calculation."""
-    plain = re.sub(r"[*`]+(?!\d)|(?<!\d)[*`]+", "", answer[: 4 * MAX_ANSWER_CHARS])
+    """Return the number that an answer begins with, where only a unit follows it; None where anything could change its value.
+
+    A unit is one to four words. Words that scale the number ("million", "dozen"), operators and further numbers are no unit.
+    Markdown's marks for bold and code around the number or the unit are ignored.
+    """
+    plain = re.sub(r"\*\*|`", "", answer[: 4 * MAX_ANSWER_CHARS + 1]) if len(answer) <= 4 * MAX_ANSWER_CHARS else ""
     plain = re.sub(r"\^\{?\\circ\}?|(?<=[A-Za-z}])\^\{?[23]\}?(?!\d)", "", plain)  # degrees, square and cubic units
-    numbers = list(re.finditer(r"-?\d[\d,]*(?:\.\d+)?", plain))
-    if len(numbers) != 1 or re.search(r"[\^!=]|\d\.?[eE][+-]|\\(?:frac|sqrt)", plain):
+    plain = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r" \1 ", plain)
+    found = re.fullmatch(
+        r"\s*((?:-\s?)?[$€£]?\s?-?\d[\d,]*(?:\.\d+)?)(\s*\(?[A-Za-z]+(?:[ -][A-Za-z]+){0,3}\)?)?\s*\.?\s*", plain
+    )
+    if found is None:
         return None
-    return numbers[0].group().rstrip(",")
+    words = re.findall(r"[a-z]+", (found[2] or "").lower())
+    if any(word in _SCALES or (len(word) == 1 and word not in _SHORT_UNITS) for word in words):
+        return None
+    return re.sub(r"[$€£\s]", "", found[1]).rstrip(",")
 
 
 def _nesting(text: str) -> int:

@@ -34,7 +34,7 @@ def keys(name: str) -> frozenset[str]:
 def reads(monkeypatch):
     """The top-level keys of a config that code has asked for."""
     found: set[str] = set()
-    monkeypatch.setattr(training, "_check_numbers", lambda cfg: None)
+    monkeypatch.setattr(training, "check_values", lambda cfg: None)
 
     def record(method):
         original = getattr(DictConfig, method)
@@ -92,7 +92,8 @@ def test_every_number_is_documented_and_finite(name, left):
     for row in rows:
         for key, value in row.items():
             assert any(pattern.fullmatch(key) for pattern in table), f"{key} is not in the table of pidistill.training.metrics"
-            assert isinstance(value, int | float) and math.isfinite(value), key
+            if key != "alarms":  # sentences, by alarm
+                assert isinstance(value, int | float) and math.isfinite(value), key
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINED if name != "base"])

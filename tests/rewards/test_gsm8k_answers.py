@@ -11,7 +11,7 @@ def reward(text, reference="72"):
     return GSM8KReward()(row, [{"role": "assistant", "content": text}])
 
 
-RIGHT = ["#### 72 eggs", "#### 72 dollars", "#### **72**", "**#### 72**", "#### `72`", "#### She has 72", "#### 72 (dollars)"]
+RIGHT = ["#### 72 eggs", "#### 72 dollars", "#### **72**", "**#### 72**", "#### `72`", "#### 72 (dollars)"]
 RIGHT += ["\\boxed{72 cups}", "\\boxed{72^\\circ}", "\\boxed{72\\text{ cm}^2}"]
 
 

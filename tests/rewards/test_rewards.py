@@ -177,3 +177,24 @@ def check_all(dataset, answer_format):
         wrong = row.completion[0]["content"].replace(final, final.replace(row.reference, f"{float(row.reference) + 1:g}"))
         assert wrong != row.completion[0]["content"]
         assert GSM8KReward(format=answer_format)(row, said(wrong)) == 0.0, row.id
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "72 million",
+        "72k",
+        "72 dozen",
+        "72 + x",
+        "72 x 3",
+        "not 72",
+        "-72",
+        "72 hours and 5 minutes",
+        "72 half-dozens",
+        "1E999999",
+    ],
+)
+def test_words_and_signs_that_change_the_value_are_no_unit(answer):
+    example = Example(id="row", messages=[], reference="72")
+    assert GSM8KReward()(example, [{"role": "assistant", "content": f"#### {answer}"}]) == 0.0
+    assert GSM8KReward()(example, [{"role": "assistant", "content": "#### **72** cups of tea"}]) == 1.0
