@@ -10,6 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import nn
+from torchtune import _recipe_registry as recipe_registry
 
 from pidistill.commands import main as _cli
 from pidistill.commands.plan.command import main as plan
@@ -171,7 +172,7 @@ def test_output_folders_differ():
 
 
 def test_every_config_is_offered_with_its_recipe(monkeypatch):
-    monkeypatch.setattr(_cli, "_ALL_RECIPES", [])
+    monkeypatch.setattr(recipe_registry, "_ALL_RECIPES", [])
     _cli.register()
-    offered = {config.name: recipe.name for recipe in _cli._ALL_RECIPES for config in recipe.configs}
+    offered = {config.name: recipe.name for recipe in recipe_registry._ALL_RECIPES for config in recipe.configs}
     assert offered == {name_of(path): recipe_of(path) for path in CONFIGS}

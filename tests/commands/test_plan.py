@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from torchtune import _recipe_registry as recipe_registry
 
 from pidistill.commands import main as _cli
 from pidistill.commands.plan.command import main
@@ -172,7 +173,7 @@ def test_this_machine_is_measured_and_its_ranks_share_its_memory(capsys):
 
 
 def test_the_command_is_reached_from_the_command_line(capsys, monkeypatch):
-    monkeypatch.setattr(_cli, "_ALL_RECIPES", [])
+    monkeypatch.setattr(recipe_registry, "_ALL_RECIPES", [])
     monkeypatch.setattr(sys, "argv", ["pidistill", "plan", str(Path("configs/tiny/opsd.yaml").resolve()), *GIVEN])
     with pytest.raises(SystemExit) as ended:
         _cli.main()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from torchtune import _recipe_registry as recipe_registry
 
 from pidistill.commands import main as _cli
 from pidistill.commands.prepare import main
@@ -98,7 +99,7 @@ def test_a_system_prompt_stands_in_front(tmp_path):
 def test_what_is_wrong_is_said_in_one_sentence(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text(json.dumps({"question": "6 * 12?", "answer": "72"}) + "\n")
-    monkeypatch.setattr(_cli, "_ALL_RECIPES", [])
+    monkeypatch.setattr(recipe_registry, "_ALL_RECIPES", [])
     monkeypatch.setattr(sys, "argv", ["pidistill", "prepare", "gsm8k", *words])
     with pytest.raises(SystemExit) as ended:
         _cli.main()

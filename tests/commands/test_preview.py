@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from torchtune import _recipe_registry as recipe_registry
 
 from pidistill.chat.messages import message_text
 from pidistill.commands import main as _cli
+from pidistill.commands import places
 from pidistill.commands.places import load_config
 from pidistill.commands.preview.command import main
 from pidistill.commands.preview.marks import difference
@@ -51,7 +53,7 @@ def config_of(
     source = {"source": str(folder / "rows.jsonl"), "privileged_key": "privileged"}
     qa = {"_component_": "pidistill.data.qa_dataset", "answer_key": None, "completion_key": "answer"} | source
     chat = {"_component_": "pidistill.data.chat_dataset"} | source
-    cfg = OmegaConf.load(Path(_cli.folders()[1]) / "tiny" / "opsd.yaml")
+    cfg = OmegaConf.load(Path(places.folders()[1]) / "tiny" / "opsd.yaml")
     cfg.model.vocab_size, cfg.model.max_seq_len = 800, 600
     cfg.tokenizer = {"_component_": "pidistill.tokenizers.HFChatTokenizer", "path": str(folder / "model"), "max_seq_len": 600}
     cfg.dataset = chat if "messages" in rows[0] else qa
@@ -294,7 +296,7 @@ def test_what_is_wrong_is_said_in_one_sentence(capsys, monkeypatch, tmp_path, wo
 
 
 def test_the_command_is_reached_from_the_command_line(capsys, monkeypatch):
-    monkeypatch.setattr(_cli, "_ALL_RECIPES", [])
+    monkeypatch.setattr(recipe_registry, "_ALL_RECIPES", [])
     monkeypatch.setattr(sys, "argv", ["pidistill", "preview", "tiny/pi_distill", "--rows", "1", "--scan", "3"])
     with pytest.raises(SystemExit) as ended:
         _cli.main()
