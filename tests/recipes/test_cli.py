@@ -99,9 +99,11 @@ def test_a_copied_and_edited_recipe_runs_elsewhere(pidistill, capsys, tiny_base,
     pidistill("cp", "opsd_distributed", "my_recipe.py")
     pidistill("cp", "tiny/opsd", "my_config.yaml")
     assert "Copied file to my_recipe.py" in capsys.readouterr().out
-    recipe, line = Path("my_recipe.py").read_text(), '        row = {"loss": total_loss,'
+    recipe, line = Path("my_recipe.py").read_text(), "        row = step_report("
     assert recipe.count(line) == 1
-    Path("my_recipe.py").write_text(recipe.replace(line, line + ' "longest": max(r.policy_tokens for r, _ in kept),'))
+    Path("my_recipe.py").write_text(
+        recipe.replace(line, '        row = {"longest": max(r.policy_tokens for r, _ in kept)} | step_report(')
+    )
     assert OmegaConf.load("my_config.yaml") == OmegaConf.load(ROOT / "configs" / "tiny" / "opsd.yaml")
     overrides = small_overrides("opsd", tiny_base, "out", max_steps=2)
     overrides = [text for text in overrides if not text.startswith("environment.")]
