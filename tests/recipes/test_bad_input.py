@@ -303,12 +303,11 @@ def test_a_checkpointer_that_still_gives_output_dir_is_accepted(tiny_base, tmp_p
     assert (tmp_path / "run" / "latest" / "config.json").is_file() and not Path("elsewhere").exists()
 
 
-def test_a_run_that_starts_from_the_pointer_it_moves_is_refused(sentence, tiny_base, tmp_path):
+def test_a_run_that_starts_inside_a_folder_with_saved_steps_is_refused_and_loses_nothing(sentence, tiny_base, tmp_path):
     shutil.copytree(tiny_base, tmp_path / "run" / "step_3")
     (tmp_path / "run" / "latest").symlink_to("step_3")
-    changes = {"resume_from_checkpoint": "auto"}  # anything else refuses a folder that holds files of a run already
-    said = sentence("opsd", small_config("opsd", tmp_path / "run" / "latest", tmp_path / "run", **changes))
-    assert re.search("latest is the pointer that this run moves; name the step_N folder behind it", said), said
+    said = sentence("opsd", small_config("opsd", tmp_path / "run" / "latest", tmp_path / "run"))
+    assert re.search("holds a run .* set resume_from_checkpoint=true", said), said
     assert (tmp_path / "run" / "latest" / "config.json").is_file()
 
 
