@@ -719,3 +719,18 @@ def test_two_cells_of_two_steps_from_random_weights_to_the_table(tmp_path):
     assert len(list((tmp_path / "out/runs").iterdir())) == 3, "the first stage ran once"
     assert done.stdout.count("$ pidistill run --nproc_per_node 1 sft_distributed") == 1
     assert "rl prompts_per_round=2" in (tmp_path / "out/results.md").read_text()
+
+
+def test_a_run_that_a_signal_stopped_is_not_recorded_as_ended_well_and_runs_again(tmp_path, monkeypatch):
+    calls = []
+
+    def stopped_once(words, log, lock):
+        calls.append(words)
+        log.write_text("SIGTERM: the round is finished and saved, then the run stops\n" if len(calls) == 1 else "done\n")
+        return 0
+
+    monkeypatch.setattr(execute, "execute", stopped_once)
+    first = execute.run_once(tmp_path, tmp_path / "run", ["train"], "mark")
+    assert first["status"] == "failed" and first["error"].startswith("SIGTERM: ")
+    assert [execute.run_once(tmp_path, tmp_path / "run", ["train"], "mark")["status"] for _ in range(2)] == ["ok", "ok"]
+    assert len(calls) == 2

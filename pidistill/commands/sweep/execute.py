@@ -99,12 +99,24 @@ def run_once(output_dir: Path, folder: Path, command: Sequence[str], mark: str) 
         write_record(folder, record)
         begin, before = time.perf_counter(), _children_cpu_s()
         code = execute(command, folder / "log.txt", lock)
-        record |= {"status": "failed" if code else "ok", "exit_code": code}
+        stopped = stopped_by_signal(folder / "log.txt")
+        record |= {"status": "failed" if code or stopped else "ok", "exit_code": code}
         record |= {"wall_seconds": time.perf_counter() - begin, "cpu_seconds": _children_cpu_s() - before}
-        if code:
-            record["error"] = last_error(folder / "log.txt")
+        if record["status"] == "failed":
+            record["error"] = stopped or last_error(folder / "log.txt")
         write_record(folder, record)
         return record
+
+
+def stopped_by_signal(log: Path) -> str | None:
+    """Return the line in which a run says that a signal stopped it; None where none did.
+
+    A training run that SIGTERM stops saves and ends with exit status 0, although steps are missing.
+    """
+    if not log.is_file():
+        return None
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if re.match(r"SIG(TERM|INT)( again)?: ", line)), None)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
