@@ -20,11 +20,11 @@ runs/tiny/base/latest/config.json: | install
 
 base_easy: install  ## a base that is right twice as often, for configs/sweeps/easier_base.yaml
 	test -f runs/tiny/base_easy/latest/config.json || $(TUNE) recipes/sft_distributed.py --config configs/tiny/base.yaml \
-	  output_dir=runs/tiny/base_easy dataset.true_option_prob=0.2
+	  output_dir=runs/tiny/base_easy dataset.true_option_prob=0.2 resume_from_checkpoint=auto
 
 base_world: install  ## the base of another world, for configs/sweeps/other_world.yaml
 	test -f runs/tiny/base_world/latest/config.json || $(TUNE) recipes/sft_distributed.py --config configs/tiny/base.yaml \
-	  output_dir=runs/tiny/base_world dataset.world_seed=4321
+	  output_dir=runs/tiny/base_world dataset.world_seed=4321 resume_from_checkpoint=auto
 
 sft_rl: install base  ## SFT on the expert's actions, then RL
 	$(TUNE) recipes/sft_distributed.py --config configs/tiny/sft.yaml resume_from_checkpoint=auto
