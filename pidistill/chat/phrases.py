@@ -1,4 +1,4 @@
-"""What an assistant says: leak phrases, and words that it shares with the privileged information."""
+"""Find leak phrases in what an assistant says, and words that it shares with the privileged information."""
 
 import re
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from pidistill.types import Message, Rollout
 
 
 def assistant_text(turns: Sequence[Message]) -> str:
-    """What the policy wrote, tool calls included."""
+    """Return what the policy wrote, tool calls included."""
     return messages_text([turn for turn in turns if turn["role"] == "assistant"])
 
 
 def says_leak_phrase(rollout: Rollout, phrases: Sequence[str]) -> bool:
-    """True if an assistant turn says one of the phrases as whole words, whatever the case."""
+    """Return True if an assistant turn says one of the phrases as whole words, whatever the case."""
     return count_phrases(assistant_text(rollout.turns), phrases) > 0
 
 
 def privileged_overlap(rollout: Rollout, n: int = 4) -> tuple[int, int]:
-    """(word n-grams of the student's text that stand in the privileged text, all its n-grams)."""
+    """Return (word n-grams of the student's text that stand in the privileged text, all its n-grams)."""
     privileged = rollout.example.privileged
     if privileged is None:
         return 0, 0
@@ -35,5 +35,5 @@ def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 
 
 def count_phrases(text: str, phrases: Sequence[str]) -> int:
-    """How often ``text`` says any of the phrases as whole words, whatever the case; a phrase inside another counts too."""
+    """Count how often ``text`` says any of the phrases as whole words, whatever the case; a phrase inside another counts too."""
     return sum(len(re.findall(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE)) for phrase in phrases)

@@ -1,4 +1,4 @@
-"""Where a recipe runs: device, ranks, sums over ranks, and seconds by phase."""
+"""Hold where a recipe runs: device, ranks, sums over ranks, and seconds by phase."""
 
 import contextlib
 import math
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Run:
-    """Where a recipe runs.
+    """Hold where a recipe runs.
 
     Attributes:
         rank, world_size: among the data-parallel ranks. Sums and shares are over these; those of a tensor-parallel group have
@@ -42,7 +42,7 @@ class Run:
 
     @property
     def is_first(self) -> bool:
-        """The one that acts for its tensor-parallel group."""
+        """Return True on the rank that acts for its tensor-parallel group."""
         return self.mesh is None or self.mesh.get_local_rank(TENSOR) == 0
 
     @property
@@ -60,14 +60,14 @@ class Run:
         return from_first(self.mesh.get_group(TENSOR), ask() if self.is_first else None)
 
     def sum(self, value: float | int) -> float:
-        """Sum of a number over all ranks (float64)."""
+        """Return the sum of a number over all ranks (float64)."""
         total = torch.tensor(float(value), dtype=torch.float64, device=self.device)
         if self.world_size > 1:
             dist.all_reduce(total, group=self._group)
         return total.item()
 
     def sums(self, values: dict[str, float]) -> dict[str, float]:
-        """Sums over all ranks of numbers whose names may differ between ranks."""
+        """Return the sums over all ranks of numbers whose names may differ between ranks."""
         if self.world_size == 1:
             return dict(values)
         gathered = self.gather([values])
@@ -75,7 +75,7 @@ class Run:
         return {name: math.fsum(one.get(name, 0.0) for one in gathered) for name in names}
 
     def gather(self, items: list) -> list:
-        """The items of all ranks, on every rank."""
+        """Return the items of all ranks, on every rank."""
         if self.world_size == 1:
             return items
         gathered: list[Any] = [None] * self.world_size
@@ -113,7 +113,7 @@ class Run:
         return int(largest.item())
 
     def share(self, items: Sequence) -> list:
-        """This rank's share of items that every rank holds in the same order."""
+        """Return this rank's share of items that every rank holds in the same order."""
         return list(items[self.rank :: self.world_size])
 
 

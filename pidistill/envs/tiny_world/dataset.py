@@ -94,7 +94,7 @@ def _after_turns(example: Example, given: int) -> Example:
 
 @dataclass(frozen=True)
 class BaseMixture:
-    """What the base model is trained on, as probabilities; each belongs to one decision of :func:`base_row`."""
+    """Hold the probabilities of what the base model is trained on; each belongs to one decision of :func:`base_row`."""
 
     privileged: float = 0.5  # the row has a block
     show: float = 0.8  # a slot of the block is told

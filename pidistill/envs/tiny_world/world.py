@@ -98,7 +98,7 @@ class Task:
         return self.answer_with(self.formula)
 
     def answer_with(self, formula: int) -> int:
-        """What another formula would give on this task's numbers."""
+        """Return what another formula would give on this task's numbers."""
         return formula_steps(formula, self.price, self.digits)[-1][2]
 
     @property
