@@ -35,5 +35,5 @@ def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 
 
 def count_phrases(text: str, phrases: Sequence[str]) -> int:
-    """Count how often ``text`` says any of the phrases as whole words, whatever the case; a phrase inside another counts too."""
+    """Count how often ``text`` says any of the phrases as whole words, whatever the case; phrases inside others count."""
     return sum(len(re.findall(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE)) for phrase in phrases)
