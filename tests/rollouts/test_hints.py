@@ -103,7 +103,7 @@ def test_prompts_hold_the_shortest_successful_trace_of_each_task(write):  # noqa
     assert 'assistant: book({"flight": "F1", "seats": 2})\ntool book: done\nassistant: It is booked.' in message["content"]
     assert "look(" not in message["content"] and "You are an agent" not in message["content"]
     assert hint_prompts(source, template="{conversation}!")[0].messages[0]["content"].endswith("It is booked.!")
-    with pytest.raises(InputError, match="it needs {conversation} and no other"):
+    with pytest.raises(InputError, match="dataset.template has the unknown placeholder {trace}; write {conversation}"):
         hint_prompts(source, template="{trace}")
 
 
