@@ -18,12 +18,11 @@ from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
 from pidistill.models.offloading import keep_on_device
-from pidistill.scoring.batch import ModelInputs
 from pidistill.scoring.head import ConstantPart, apply_head
 from pidistill.scoring.head_numbers import ScorePlan
 from pidistill.scoring.tree_attention import read_trees
 from pidistill.teachers import MixturePart, Teacher
-from pidistill.types import Batch, ModelInput, PerTokenLoss, ScoreRequest, Scores, ViewName
+from pidistill.types import Batch, BatchInputs, ModelInput, PerTokenLoss, ScoreRequest, Scores, ViewName
 
 
 def score(
@@ -137,7 +136,7 @@ def _score(plan: ScorePlan, model: TransformerDecoder, batch: Batch, parts: list
 
 
 def _share_equal_views(
-    views: ModelInputs, live: tuple[ViewName, ...], hidden: dict[str, Tensor], constants: dict[str, list[ConstantPart]]
+    views: BatchInputs, live: tuple[ViewName, ...], hidden: dict[str, Tensor], constants: dict[str, list[ConstantPart]]
 ) -> None:
     """Give both views of the trained model the same hidden states on rollouts whose two prompts are the same ids.
 
@@ -223,7 +222,7 @@ def _local_weight(model: TransformerDecoder) -> Float[Tensor, "V H"]:
 
 @torch.no_grad()
 def _constant(
-    part: MixturePart, views: ModelInputs, side: ViewName, shared: nn.Module | None, ready: nn.Module | None = None
+    part: MixturePart, views: BatchInputs, side: ViewName, shared: nn.Module | None, ready: nn.Module | None = None
 ) -> ConstantPart:
     """A part on a view that gets no gradient.
 
