@@ -10,7 +10,10 @@ import torch
 from pidistill.objectives.base import Objective
 from tests.support.runs import metrics, run, small_config
 
-NONE = {"privileged__control": "none", "lr_scheduler": None, "optimizer__lr": 3e-4, "prompts_per_round": 2}
+NONE = {"privileged__control": "none", "lr_scheduler": None, "optimizer__lr": 3e-4, "prompts_per_round": 1} | {
+    "sampler__max_new_tokens": 8,
+    "group_size": 2,
+}
 DISTIL = {"objective__no_pi": "distill"}
 REWARD_FREE_OPSD = {"objective__reward_weight": 0.0, "objective__advantage": "group_mean"} | DISTIL
 OWN_WEIGHTS = {"teacher_model": None, "teacher_checkpointer": None}
@@ -26,8 +29,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name → the tiny config, 
         DISTIL | {"objective__divergence": "kl_teacher_student", "objective__entry_clip": 0.05},
     ),
     "opsd_ucla, own divergence": ("opsd_ucla", DISTIL | {"objective__divergence": "tests.support.own_divergences.renyi"}),
-    "gkd, half off-policy": ("gkd", DISTIL | {"group_size": 1, "prompts_per_round": 6, "objective__lmbda": 0.5}),
-    "gkd, beta 0": ("gkd", DISTIL | {"group_size": 1, "prompts_per_round": 6, "objective__beta": 0.0}),
+    "gkd, half off-policy": ("gkd", DISTIL | {"group_size": 1, "prompts_per_round": 2, "objective__lmbda": 0.5}),
+    "gkd, beta 0": ("gkd", DISTIL | {"group_size": 1, "prompts_per_round": 2, "objective__beta": 0.0}),
     "opd, sampled": ("opd", OWN_WEIGHTS),
     "opd, top-k": ("opd", OWN_WEIGHTS | {"objective__divergence": "kl_student_teacher", "objective__top_k": 5}),
     "opd_ppo": ("opd_ppo", DISTIL | {"objective__beta": 0.0}),

@@ -1,4 +1,4 @@
-"""Every method without reward, 40 steps in its control arm `none`, with every teacher, one pass and two of the head."""
+"""Every method without reward, 40 steps in its control arm `none`: with every teacher, and with two passes of the head."""
 
 import pytest
 
