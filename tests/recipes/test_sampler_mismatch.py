@@ -158,9 +158,10 @@ def test_importance_weights_say_what_they_cannot_correct(tiny_base, tmp_path, mo
     said = []
     monkeypatch.setattr("pidistill.training.compatibility.log.warning", said.append)
     rows_of("rl", tiny_base, tmp_path / "cut", sampler__top_p=0.9, max_steps=1, **WEIGHTS)
-    assert len(said) == 1 and "sampler.top_p=0.9 never samples the tokens that it cuts off" in said[0]
+    assert sum("sampler.top_p=0.9 never samples the tokens that it cuts off" in text for text in said) == 1
+    said.clear()
     rows_of("rl", tiny_base, tmp_path / "whole", max_steps=1, **WEIGHTS)
-    assert len(said) == 1
+    assert not any("never samples" in text for text in said)
 
 
 def test_groups_of_one_are_refused_where_only_the_reward_teaches_and_said_elsewhere(tiny_base, tmp_path, monkeypatch):
@@ -169,9 +170,10 @@ def test_groups_of_one_are_refused_where_only_the_reward_teaches_and_said_elsewh
     with pytest.raises(InputError, match="group_size=1 leaves the advantage of GRPO nothing to compare"):
         rows_of("rl", tiny_base, tmp_path / "rl", group_size=1)
     rows_of("opsd", tiny_base, tmp_path / "opsd", group_size=1, max_steps=1)
-    assert len(said) == 1 and "group_size=1 leaves the advantage of OPSD" in said[0]
+    assert sum("group_size=1 leaves the advantage of OPSD" in text for text in said) == 1
+    said.clear()
     rows_of("sdft", tiny_base, tmp_path / "sdft", group_size=1, max_steps=1)
-    assert len(said) == 1
+    assert not any("group_size=1" in text for text in said)
 
 
 def test_weights_for_a_method_without_a_policy_gradient_are_refused(tiny_base, tmp_path):
