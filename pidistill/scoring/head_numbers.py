@@ -22,6 +22,8 @@ CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**27}
 # small enough that glibc does not return them to the system each time, which costs several times the arithmetic.
 BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
 
+# How often a number may have been rounded before what is left of a difference counts as more than rounding.
+_ROUNDINGS = 64
 
 Name = str | Divergence  # "student_logprobs", "teacher_entropy" …, or the divergence asked for
 
@@ -215,7 +217,22 @@ def _gradient_by_autograd(name: Divergence, side: str, logp_t: Tensor, logp_s: T
         leaf = (logp_s if side == "student" else logp_t).clone().requires_grad_()
         sides = (logp_t, leaf) if side == "student" else (leaf, logp_s)
         total = divergence(name, *_cropped(*sides)).sum()
-    return torch.autograd.grad(total, leaf)[0]
+    (grad,) = torch.autograd.grad(total, leaf)
+    return grad if name.fn is None or logp_t.shape != logp_s.shape else _without_noise(grad, logp_t, logp_s)
+
+
+def _without_noise(
+    grad: Float[Tensor, "c V"], logp_t: Float[Tensor, "c V"], logp_s: Float[Tensor, "c V"]
+) -> Float[Tensor, "c V"]:
+    """Set the gradient of a divergence of one's own to 0 on rows whose two sides are equal, where rounding alone is left of it.
+
+    The formulas of this package are written so that it is 0 there. A function of the user's need not be, and an optimiser such
+    as AdamW would turn the noise into steps of full size.
+    """
+    p, total = logp_s.exp(), grad.sum(-1, keepdim=True)
+    noise = _ROUNDINGS * torch.finfo(grad.dtype).eps * (grad.abs() + p * total.abs())
+    only_noise = ((grad - p * total).abs() <= noise).all(-1, keepdim=True)
+    return grad.masked_fill(only_noise & (logp_t == logp_s).all(-1, keepdim=True), 0.0)
 
 
 def _through_softmax(
