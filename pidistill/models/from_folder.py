@@ -1,8 +1,8 @@
 """Build the decoder that a model folder's config.json describes, so that a config needs no sizes.
 
-Dense models of the Llama, Mistral, Qwen2 and Qwen3 kinds are built from torchtune's modules, with the arguments that torchtune's
-``lora_`` builders take. Whatever changes the numbers and is not computed here is refused in one sentence before any weight is
-loaded.
+Dense models of the Llama, Mistral, Qwen2 and Qwen3 kinds are built from torchtune's modules, with the arguments that
+torchtune's ``lora_`` builders take. Whatever changes the numbers and is not computed here is refused in one sentence before any
+weight is loaded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -42,8 +42,9 @@ def from_folder(
 
     Args:
         path: folder in Hugging Face's format; only its config.json is read.
-        lora_attn_modules: attention layers that get an adapter (q_proj, k_proj, v_proj, output_proj); ``None`` trains all weights.
-        lora_rank: as the arguments after it, the same as in torchtune's ``lora_`` builders; read with ``lora_attn_modules`` only.
+        lora_attn_modules: attention layers that get an adapter (q_proj, k_proj, v_proj, output_proj); ``None`` trains all
+            weights.
+        lora_rank: as the arguments after it, the same as in torchtune's ``lora_`` builders.
         max_seq_len: longest position that the model has a rotation for; ``None`` takes config.json's max_position_embeddings.
 
     Raises:

@@ -1,5 +1,7 @@
-"""Builders of Qwen3 (arXiv 2505.09388): Qwen2 without biases, with RMS norms over the head width of queries and keys, and with a
-head width of its own (128, which is not embed_dim / num_heads)."""
+"""Builders of Qwen3 (arXiv 2505.09388): Qwen2 without biases, with RMS norms over the head width of queries and keys.
+
+Its head width is 128, which is not embed_dim / num_heads.
+"""
 
 from collections.abc import Sequence
 from typing import Any
