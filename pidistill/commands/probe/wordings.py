@@ -23,7 +23,7 @@ NOUNS = {
 }
 _ANSWER = "Now write your own answer, step by step."
 _SOLUTION = "Now write the solution, one calculation per line, and end with the final answer."
-_RETHINK = "After you have understood it, answer the question in your own words, step by step, as if you had found the answer yourself."
+_RETHINK = "Understand it first. Then answer step by step in your own words, as if you had found the answer alone."
 
 
 @dataclass(frozen=True)
