@@ -33,7 +33,10 @@ COMMANDS = {
         "Measure which wording of the privileged information helps the model, before training.",
     ),
     "keys": ("pidistill.commands.keys", "Print the config keys with type, default, recipes and meaning."),
-    "prepare": ("pidistill.commands.prepare", "Write a dataset as a parquet file with its privileged information."),
+    "prepare": (
+        "pidistill.commands.prepare",
+        "Write a dataset as a parquet file with its privileged information, or a GGUF file as a model folder.",
+    ),
     "sweep": ("pidistill.commands.sweep.command", "Run a config over several values and seeds, and compare the results."),
     "demo": ("pidistill.commands.demo", "Compare methods on the tiny world."),
 }
