@@ -3,15 +3,10 @@
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from pidistill.tokenizers.hf_chat import HFChatTokenizer
-
-if TYPE_CHECKING:
-    pass
-
 
 # ---------------------------------------------------------------------------------------------- text without a vocabulary
 

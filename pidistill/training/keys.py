@@ -141,7 +141,7 @@ TABLE: Mapping[str, Key] = {
         Key("sft_batch_size", WHOLE, "demonstrations of that term in one step", ROUNDS, 64, least=1),
         Key(
             "max_sampler_mismatch_nats", NUMBER, "difference of sampler and trainer log-probs that stops a run", ROUNDS,
-            above=0, null="0.1; no limit with top-p or top-k", infinite=True,
+            above=0, null="0.1, beside what top-p or top-k explains", infinite=True,
         ),
         Key("importance_weights", COMPONENT, "correction for a sampler that is not the trained policy", ROUNDS, null="none"),
         Key("rollout_log_steps", WHOLE, "steps between two logs of sampled texts; 0: none", ROUNDS, 0, least=0),
