@@ -155,7 +155,7 @@ def _head_gradient_bytes(setup: Setup) -> float:
 
 
 def _head_matrices_bytes(setup: Setup, work: Workload) -> float:
-    """Logits of a chunk in fp32, all views; temporaries of a block; in bf16 a copy of the logits' gradient or, on CPU, the head."""
+    """Logits of a chunk in fp32, all views; temporaries of a block; in bf16 a copy of their gradient or, on CPU, the head."""
     model, views = setup.model, len({view for one in setup.update for view in one.views})
     policy = count_tokens(work, ("student",), work.trained_groups).policy_at_once
     logits = views * min(work.chunk_tokens or chunk_tokens(model, views, setup.device), policy) * model.vocabulary
