@@ -60,7 +60,9 @@ TABLE: Mapping[str, Key] = {
         Key("output_dir", TEXT, "folder of the run: metrics, checkpoints, rollouts", EVERY),
         Key("seed", WHOLE, "seed of the data order, of sampling and of new weights", EVERY, 0, least=0),
         Key("device", TEXT, "device of every process: cuda, cpu", EVERY, null="cuda where there is one, else cpu"),
-        Key("dtype", TEXT, "type of the weights and of the arithmetic: fp32 or bf16", EVERY, "fp32"),
+        Key("dtype", TEXT, "type of the weights, their gradients and the optimizer's states: fp32 or bf16", EVERY, "fp32"),
+        Key("compute_dtype", TEXT, "type that weights are multiplied in; bf16 beside dtype fp32: mixed precision", EVERY,
+            null="that of `dtype`"),
         Key("threads", WHOLE, "CPU threads of each process", EVERY, least=1, null="an equal share of the cores"),
         # the model
         Key("model", COMPONENT, "builder of the model that is trained, sampled or evaluated", EVERY),
