@@ -282,5 +282,5 @@ class FunctionToolEnvironment:
         if answers:
             return EnvStep(answers, 0.0, done=False)
         example = replace(state.example, data={**state.example.data, STATE: state.state})
-        judged = judge(self.reward, example, state.turns)
-        return EnvStep([], judged.reward, done=True, reward_parts=dict(judged.parts))
+        reward, parts = judge(self.reward, example, state.turns)
+        return EnvStep([], reward, done=True, reward_parts=parts)
