@@ -152,14 +152,51 @@ def test_what_an_environment_raises_arrives_with_its_traceback(talkative, text, 
 def test_what_cannot_be_meant_is_refused(talkative):
     with pytest.raises(InputError, match="no such task"):
         talkative.reset(row("refused"))
-    with pytest.raises(InputError, match="a state of Talkative cannot be pickled .*lock"):
-        talkative.reset(row("unpicklable"))
     with pytest.raises(InputError, match="SingleTurn cannot be sent to a worker process"):
         ProcessEnvironment(SingleTurn(lambda example, turns: 1.0))
     with pytest.raises(InputError, match=r"environment\.workers is 0"):
         ProcessEnvironment(Talkative(), workers=0)
     with pytest.raises(InputError, match=r"environment\.timeout_s is 0"):
         ProcessEnvironment(Talkative(), timeout_s=0)
+
+
+def test_a_state_that_cannot_be_pickled_costs_its_episode(talkative):
+    with pytest.raises(EnvironmentOutputError, match="a state of Talkative cannot be pickled .*lock"):
+        talkative.reset(row("unpicklable"))
+    assert say(talkative, talkative.reset(row()), "pid").reward == 1.0
+
+
+class Made:
+    """Can be made in a worker as long as its file is there."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        open(self.path).close()
+
+    def reset(self, example):
+        if example.id == "die":
+            os.unlink(self.path)
+            os._exit(3)
+        return {}
+
+    def step(self, state, turn, *, truncated):
+        return EnvStep([], 1.0, True)
+
+
+def test_an_environment_that_cannot_be_made_is_refused_at_first_and_costs_episodes_later(tmp_path):
+    path = tmp_path / "there"
+    environment = ProcessEnvironment(Made(str(path)), workers=1)
+    with pytest.raises(InputError, match="cannot be made in a worker process: FileNotFoundError"):
+        environment.reset(row())
+    path.touch()
+    assert say(environment, environment.reset(row()), "x").reward == 1.0
+    with pytest.raises(EnvironmentCrash, match="exit code 3"):
+        environment.reset(row("die"))
+    with pytest.raises(EnvironmentCrash, match="cannot be made in a worker process"):
+        environment.reset(row())
 
 
 def test_an_episodes_random_numbers_are_its_own(talkative):

@@ -15,7 +15,7 @@ from pidistill.envs.tiny_world.world import (
     Split,
     Task,
     World,
-    _draw_request,
+    draw_request,
     expert_decisions,
     make_split,
     privileged_text,
@@ -131,7 +131,7 @@ def tiny_world_base_dataset(
 
 def base_row(row_id: str, rng: random.Random, priors: Mapping[str, Sequence[Prior]], mixture: BaseMixture) -> Example:
     """One row of the base data. Its right decisions are random, not the world's: only the block can tell them."""
-    item, class_, city, digits, price = _draw_request(rng)
+    item, class_, city, digits, price = draw_request(rng)
     task = Task(item, class_, city, digits, price, *(rng.randrange(OPTIONS) for _ in range(3)))
     with_block = rng.random() < mixture.privileged
     block, completion = (_informed_episode if with_block else _guessing_episode)(task, rng, priors, mixture)

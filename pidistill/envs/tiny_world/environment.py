@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pidistill.envs.base import EnvStep
-from pidistill.envs.tiny_world.world import SLOTS, Slot, Task, _tool, expert_decisions, privileged_text
+from pidistill.envs.tiny_world.world import SLOTS, Slot, Task, expert_decisions, privileged_text, tool_message
 from pidistill.errors import InputError
 from pidistill.types import Example, Message
 
@@ -67,10 +67,10 @@ class TinyWorldEnvironment:
             state.done = truncated or state.retries == self.retries
             state.retries += not state.done
             state.failed_slot = wrong if self.feedback else None
-            told = [_tool("fail")] if self.feedback or not state.done else []
+            told = [tool_message("fail")] if self.feedback or not state.done else []
             return EnvStep(told, 0.0, state.done, reward_parts=self._parts(0.0))
         state.failed_slot = None
-        observation = [_tool(f"obs {state.task.price}"), _tool("obs ok"), None][state.right_calls]
+        observation = [tool_message(f"obs {state.task.price}"), tool_message("obs ok"), None][state.right_calls]
         state.right_calls += 1
         state.done = observation is None
         reward = 1 / 3 if self.process_reward else float(state.done)

@@ -140,7 +140,7 @@ class World:
 
     def draw_task(self, rng: random.Random) -> Task:
         """A uniformly random request with the decisions that the conventions prescribe."""
-        item, class_, city, digits, price = _draw_request(rng)
+        item, class_, city, digits, price = draw_request(rng)
         return Task(item, class_, city, digits, price, self.departments[item], self.formulas[class_], self.carriers[city])
 
 
@@ -156,7 +156,8 @@ def _prior(rng: random.Random, true_option: int, true_option_prob: float) -> Pri
     return Prior((true_option, others[0], others[1]), (true_option_prob, 0.55 * rest, 0.45 * rest))
 
 
-def _draw_request(rng: random.Random) -> tuple[int, int, int, tuple[int, int, int], int]:
+def draw_request(rng: random.Random) -> tuple[int, int, int, tuple[int, int, int], int]:
+    """Return a random request: item, class, city, three digits, and the price behind it."""
     item, class_, city = (rng.randrange(FEATURES) for _ in range(3))
     a, b, c, price = (rng.randrange(10) for _ in range(4))
     return item, class_, city, (a, b, c), price
@@ -242,8 +243,9 @@ def trace(task: Task, decisions: Decisions, style: Style = "cot", leak: bool = F
     for thought, call in zip(thoughts, decisions.calls, strict=True):
         thinking = [] if style == "actions" else ["think", *([LEAK_WORD] if leak else []), *thought, "."]
         turns.append({"role": "assistant", "content": " ".join([*thinking, "act", *call])})
-    return [turns[0], _tool(f"obs {task.price}"), turns[1], _tool("obs ok"), turns[2]]
+    return [turns[0], tool_message(f"obs {task.price}"), turns[1], tool_message("obs ok"), turns[2]]
 
 
-def _tool(content: str) -> Message:
+def tool_message(content: str) -> Message:
+    """Return what a tool answers, as a message."""
     return {"role": "tool", "content": content}
