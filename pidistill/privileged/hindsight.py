@@ -185,9 +185,9 @@ def add_hindsight(
             text, views = None, privileged.build(replace(rollout.example, privileged=None), tokenizer)
         rollout.example, rollout.prompts = replace(rollout.example, privileged=text), views.pair
     counts = {"_with_pi": float(sum(r.prompts.has_privileged for r in rollouts)), "hindsight_too_long": float(too_long)}
-    counts["hindsight_errors"] = float(len(hindsight.errors) - errors)
     if len(hindsight.errors) > errors:
-        _log.warning("%g rollouts get no hindsight; %s", counts["hindsight_errors"], hindsight.errors[errors])
+        counts["hindsight_errors"] = float(len(hindsight.errors) - errors)
+        _log.warning("%d texts of hindsight are missing; %s", len(hindsight.errors) - errors, hindsight.errors[errors])
     if failures is not None:
         counts["hindsight_judge_failures"] = float(hindsight.feedback.failures - failures)
     return counts

@@ -19,8 +19,8 @@ from pidistill.envs.streams import RandomStreams
 from pidistill.errors import InputError
 from pidistill.rollouts import DROP_REASONS
 from pidistill.types import Example
-from tests.rollouts.test_calls import FIRST, RESET, SECOND, Ill, healthy, numbers, play  # noqa: F401 (a fixture)
-from tests.rollouts.test_collect import assistant, tool
+from tests.support.episodes import assistant, tool
+from tests.support.ill_worlds import FIRST, RESET, SECOND, Ill, healthy_numbers, numbers, play
 
 
 class Fatal(Ill):
@@ -229,7 +229,9 @@ FAULTS = {  # episode: (when, what), as in tests/rollouts/test_calls.py
 COUNTS = dict(zip(DROP_REASONS, (2, 1, 2, 2, 2), strict=True))
 
 
-def test_of_64_episodes_in_3_processes_the_ill_ones_are_lost_and_no_others(healthy):  # noqa: F811
+def test_of_64_episodes_in_3_processes_the_ill_ones_are_lost_and_no_others():
+    healthy = healthy_numbers()
+    assert min(len(healthy[row][6]) for row in FAULTS) >= 2, "a fault of a second turn would not happen"
     environment = ProcessEnvironment(Fatal(FAULTS, None), workers=3, timeout_s=2.0)
     result = play(environment, environment_threads=6)
     assert result.dropped == COUNTS

@@ -15,12 +15,10 @@ import torch
 from pidistill.envs import EnvironmentCrash, EnvironmentOutputError, EnvironmentTimeout, EnvStep, check_step
 from pidistill.errors import InputError
 from pidistill.rewards import LeakPenalty
-from pidistill.rollouts import TorchtuneSampler
 from pidistill.rollouts.calls import DaemonThreads, abandoned_calls, ask
-from pidistill.rollouts.collect import DROP_REASONS, collect_rollouts
-from pidistill.testing import tiny_model
-from pidistill.types import Example, PromptPair
-from tests.rollouts.test_collect import LetterTokenizer, Script, assistant, collect, tool
+from pidistill.rollouts.collect import DROP_REASONS
+from tests.support.episodes import Script, collect, tool
+from tests.support.ill_worlds import FIRST, OUTPUTS, RESET, SECOND, Ill, healthy_numbers, numbers, play, raw
 
 # ---------------------------------------------------------------------------------------------- one call
 
@@ -95,42 +93,6 @@ def test_neither_the_exit_nor_an_interrupt_waits_for_threads_that_hang():
 # ---------------------------------------------------------------------------------------------- what is an answer
 
 
-class Odd:
-    def __float__(self):
-        raise ValueError("no number")
-
-
-def raw(observations, reward, done, parts=None):
-    """An EnvStep past the type checker, which under pytest refuses what an environment's own code may well give."""
-    step = EnvStep([], 0.0, True)
-    step.observations, step.reward, step.done, step.reward_parts = observations, reward, done, parts or {}
-    return step
-
-
-OUTPUTS = {
-    "None": (None, "gave None, not an EnvStep"),
-    "dict": ({"reward": 1.0}, "gave {'reward': 1.0} (dict), not an EnvStep"),
-    "tuple": (([], 1.0, True), "(tuple), not an EnvStep"),
-    "text": (raw("obs 5", 0.0, False), "observations is 'obs 5' (str), not a list"),
-    "no message": (raw(["obs 5"], 0.0, False), "observations[0] is a str, not a message"),
-    "role": (raw([{"role": "robot", "content": "x"}], 0.0, False), "unknown role 'robot'"),
-    "assistant": (raw([assistant("x")], 0.0, False), "has the role assistant"),
-    "no content": (raw([{"role": "tool"}], 0.0, False), "has no 'content'"),
-    "number as content": (raw([tool(5)], 0.0, False), "'content' of type int"),
-    "surrogate": (raw([tool("\ud800")], 0.0, False), "holds what is no text"),
-    "None as reward": (raw([], None, True), "reward is None, not a number"),
-    "text as reward": (raw([], "1.0", True), "reward is '1.0' (str), not a number"),
-    "vector as reward": (raw([], np.ones(2), True), "(ndarray), not a number"),
-    "tensors as reward": (raw([], torch.ones(2), True), "(Tensor), not a number"),
-    "odd reward": (raw([], Odd(), True), "(Odd), not a number"),
-    "done": (raw([], 0.0, "no"), "done is 'no' (str), not True or False"),
-    "vector as done": (raw([], 0.0, np.array([True, False])), "(ndarray), not True or False"),
-    "None as done": (raw([], 0.0, None), "done is None"),
-    "list of parts": (raw([], 0.0, True, [1.0]), "reward_parts is [1.0] (list)"),
-    "part": (raw([], 0.0, True, {"style": "high"}), "reward_parts['style'] is 'high' (str), not a number"),
-}
-
-
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_what_is_no_answer_is_told(name):
     step, told = OUTPUTS[name]
@@ -149,7 +111,6 @@ def test_an_answer_comes_back_as_plain_numbers_and_messages():
 
 # ---------------------------------------------------------------------------------------------- 64 episodes, 9 of them ill
 
-RESET, FIRST, SECOND = "reset", 1, 2
 FAULTS = {  # episode: (when, what)
     3: (FIRST, "raise"), 9: (RESET, "raise"), 14: (SECOND, "exit"), 17: (FIRST, "hang"), 25: (RESET, "hang"),
     33: (SECOND, "hang"), 41: (FIRST, "role"), 50: (SECOND, "text as reward"), 58: (FIRST, "nan"),
@@ -157,64 +118,11 @@ FAULTS = {  # episode: (when, what)
 COUNTS = dict(zip(DROP_REASONS, (3, 1, 2, 3, 0), strict=True))
 
 
-class Ill:
-    """Two observations, then the end; `faults` as above, and everything that hangs does so until `release`."""
-
-    def __init__(self, faults, release):
-        self.faults, self.release = faults, release
-
-    def reset(self, example):
-        state = {"row": int(example.id), "turn": 0, "said": []}
-        self.fail(state, RESET)
-        return state
-
-    def step(self, state, turn, *, truncated):
-        state["turn"] += 1
-        state["said"].append(turn["content"])
-        ill = self.fail(state, state["turn"])
-        if ill is not None:
-            return ill
-        reward = sum(map(len, state["said"])) / 7
-        return EnvStep([] if state["turn"] == 3 else [tool(f"{state['row']}")], reward, state["turn"] == 3, {"words": reward})
-
-    def fail(self, state, when):
-        where, what = self.faults.get(state["row"], (None, None))
-        if where != when:
-            return None
-        if what == "raise":
-            raise RuntimeError("ill")
-        if what == "exit":
-            sys.exit(1)
-        if what == "hang":
-            self.release.wait()
-            return EnvStep([tool("too late")], 99.0, False)
-        return EnvStep([], math.nan, True) if what == "nan" else OUTPUTS[what][0]
-
-
-def play(environment, **settings):
-    tokenizer = LetterTokenizer()
-    tokenizer.stop_ids = frozenset(range(1, 60))
-    tokenizer.parse_turn = lambda ids, tools: assistant(tokenizer.decode(ids))
-    examples = [Example(id=str(row), messages=[{"role": "user", "content": "ab"}]) for row in range(64)]
-    pairs = [PromptPair([97, 60 + row], [80, 97, 60 + row], has_privileged=True) for row in range(64)]
-    sampler = TorchtuneSampler(max_new_tokens=30)
-    seeds = list(range(64))
-    return collect_rollouts(
-        tiny_model(128), sampler, tokenizer, environment, examples, pairs, view="student", group_size=1, seeds=seeds, **settings
-    )
-
-
-def numbers(rollout):
-    return (rollout.completion, rollout.policy_mask, rollout.turns, rollout.reward, rollout.reward_parts, rollout.stop_reason,
-            rollout.turn_rewards, rollout.turn_policy_tokens, [x for x in rollout.sampled_logprobs if x == x])  # fmt: skip
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def healthy():
-    result = play(Ill({}, None))
-    assert result.dropped == dict.fromkeys(DROP_REASONS, 0) and len(result.rollouts) == 64
-    assert min(len(result.rollouts[row].turn_rewards) for row in FAULTS) >= 2, "a fault of a second turn would not happen"
-    return {int(rollout.example.id): numbers(rollout) for rollout in result.rollouts}
+    healthy = healthy_numbers()
+    assert min(len(healthy[row][6]) for row in FAULTS) >= 2, "a fault of a second turn would not happen"
+    return healthy
 
 
 @pytest.mark.parametrize("threads", [None, 8])
