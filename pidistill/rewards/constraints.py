@@ -51,6 +51,6 @@ class Constraints:
 
     def _check(self, name: str, check: Reward, example: Example, turns: Sequence[Message]) -> float:
         value, _ = judge(check, example, turns)
-        if isinstance(value, str) or not 0.0 <= float(value) <= 1.0:  # also where it is NaN
+        if isinstance(value, str | bytes) or not 0.0 <= float(value) <= 1.0:  # also where it is NaN
             raise ValueError(f"the check {name!r} gave {value} for {example.id}, which is not in [0, 1]")
         return float(value)

@@ -1,6 +1,7 @@
 """Play episodes between a scripted sampler and small environments, without a model."""
 
 import math
+from concurrent.futures import Future
 
 from pidistill.envs.base import EnvStep
 from pidistill.rollouts import Sample, collect_rollouts
@@ -64,6 +65,7 @@ class Script:
             sample.logprobs.append(-float(len(sample.tokens)))
             if character == ".":
                 forced = on_turn_end(row, sample.tokens[start:])
+                forced = forced.result() if isinstance(forced, Future) else forced
                 if forced is None:
                     sample.stop_reason = "done"
                     return sample
