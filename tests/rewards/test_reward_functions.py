@@ -59,7 +59,7 @@ def test_a_function_that_needs_no_example_makes_the_reward_as_a_class_does():
     [
         (
             f"{PATH}.of_one",
-            r"of_one cannot be called with an example and the turns .*define it as def of_one\(example, turns\)",
+            r"of_one cannot be called with an example and the turns .*as def of_one\(example, turns\)",
         ),
         (f"{PATH}.gone", "component tests.support.own_rewards.gone cannot be found"),
         ({"_component_": f"{PATH}.is_short", "limits": 3}, r"reward.limits is not an argument of .*did you mean limit\?"),

@@ -1,6 +1,7 @@
 """Environments that raise, hang or answer nonsense among others: they cost their own episodes, and nothing waits for them."""
 
 import math
+import os
 import re
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pidistill.errors import InputError
 from pidistill.rewards import LeakPenalty
 from pidistill.rollouts.calls import DaemonThreads, abandoned_calls, ask
 from pidistill.rollouts.collect import DROP_REASONS
+from pidistill.training import interrupts
 from tests.support.episodes import Script, collect, tool
 from tests.support.ill_worlds import FIRST, OUTPUTS, RESET, SECOND, Ill, healthy_numbers, numbers, play, raw
 
@@ -192,3 +194,63 @@ def test_an_environment_that_does_not_fit_still_stops_the_run_with_a_limit():
     for threads in (None, 2):
         with pytest.raises(InputError, match="row a has no task"):
             collect(Script("q."), Picky(None), "a", environment_timeout_s=30, environment_threads=threads)
+
+
+# ---------------------------------------------------------------------------------------------- signals
+
+
+class Signalled(Late):
+    """In row b: sends a signal to this process, or raises what a signal would raise."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def step(self, state, turn, *, truncated):
+        if state == "row b":
+            self.act()
+        return EnvStep([], 1.0, True)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def send(signum):
+    def act():
+        os.kill(os.getpid(), signum)
+        time.sleep(5)  # the handler runs first
+
+    return act
+
+
+LIMITS = [{}, {"environment_timeout_s": 30}, {"environment_timeout_s": 30, "environment_threads": 2}]
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+def test_a_keyboard_interrupt_that_the_environment_raises_costs_its_episode(limits):
+    result = collect(Script("q.", "q.", "q."), Signalled(interrupt), "abc", **limits)
+    assert result.dropped["reward_error"] == 1 and [r.example.id for r in result.rollouts] == ["row a", "row c"]
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+def test_a_real_interrupt_stops_the_collector_and_leaves_pythons_handler(limits):
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        collect(Script("q.", "q.", "q."), Signalled(send(signal.SIGINT)), "abc", **limits)
+    assert time.monotonic() - begin < 20 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_training_ends_the_recipe_from_within_an_environment(signum):
+    with interrupts.handle_signals(), pytest.raises(interrupts.Stopped, match=str(130 if signum == signal.SIGINT else 143)):
+        collect(Script("q.", "q.", "q."), Signalled(send(signum)), "abc")
+
+
+def test_a_signal_during_training_waits_and_a_second_interrupt_ends_the_recipe():
+    with interrupts.handle_signals():
+        interrupts.training_begins()
+        act = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+        result = collect(Script("q.", "q.", "q."), Signalled(act), "abc")
+        assert len(result.rollouts) == 3 and interrupts.received_signal() == signal.SIGINT
+        with pytest.raises(interrupts.Stopped):
+            collect(Script("q.", "q.", "q."), Signalled(send(signal.SIGINT)), "abc")
