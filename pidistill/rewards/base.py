@@ -9,7 +9,7 @@ from pidistill.types import Example, Message
 
 
 class RewardWithParts(float):
-    """A reward, which is a number, with named numbers that are logged beside it as ``reward/<name>``."""
+    """Hold a reward, which is a number, with named numbers that are logged beside it as ``reward/<name>``."""
 
     parts: Mapping[str, float]
 
