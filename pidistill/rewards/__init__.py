@@ -1,4 +1,11 @@
-"""Rewards: (example, the turns of its episode) → float in a stated range; and parts that shape it once an episode is over."""
+"""Judge episodes, and shape their rewards.
+
+In: an :class:`~pidistill.types.Example` and the messages of its episode.
+Out: a number within a stated range, with named parts for the log where a reward has them.
+
+Read base.py first: what a reward is (a plain function suffices). exact_match.py and gsm8k.py judge answers, constraints.py makes
+one reward of several, shaping.py adds parts to the reward of a whole episode.
+"""
 
 from pidistill.chat.phrases import count_phrases
 from pidistill.rewards.base import Reward, RewardWithParts, last_answer

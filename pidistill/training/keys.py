@@ -89,6 +89,10 @@ TABLE: Mapping[str, Key] = {
         ),
         Key("environment_timeout_s", NUMBER, "seconds that one `reset` or `step` may take", EVERY, above=0, null="no limit"),
         Key(
+            "max_observation_chars", WHOLE, "characters of an environment's answer to one turn; a longer one costs its episode",
+            EVERY, 200_000, least=1,
+        ),
+        Key(
             "on_overflow", TEXT, "what happens to rows that do not fit into `max_seq_len`", EVERY,
             null="`privileged.on_overflow`", choices=("error", "drop"),
         ),
