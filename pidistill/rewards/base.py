@@ -19,6 +19,9 @@ Reward = Callable[[Example, Sequence[Message]], float | RewardWithParts]
 """(example, the turns of its episode) → a number within the range that its docstring states, with parts or without.
 
 A reward that raises, or gives a number that is not finite, drops the rollout; it never counts as 0.
+
+A reward may have a method ``check_reference(example)``, which raises InputError where it cannot judge the example at all. It is
+asked about every row before any weights are loaded; see :func:`pidistill.data.load.check_references`.
 """
 
 

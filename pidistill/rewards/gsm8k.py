@@ -52,10 +52,18 @@ class GSM8KReward:
         if self.format not in _FORMATS:
             raise InputError(f"the reward's format is {self.format!r}; known are {', '.join(_FORMATS)}")
 
-    def __call__(self, example: Example, turns: Sequence[Message]) -> float:
+    def check_reference(self, example: Example) -> None:
+        """Refuse an example whose reference is no number: no answer would ever be right."""
         gold = _parse_number(reference_text(example))
-        if not gold:
-            raise InputError(f"{example.id}: the reference {example.reference!r} is not a number; use another reward")
+        if not any(getattr(reading, "is_number", False) and reading.is_finite for reading in gold):
+            raise InputError(
+                f"{example.id}: the reference {example.reference!r} is not a number; use another reward, or check the "
+                "dataset's answer_key"
+            )
+
+    def __call__(self, example: Example, turns: Sequence[Message]) -> float:
+        self.check_reference(example)
+        gold = _parse_number(reference_text(example))
         answer = final_answer(last_answer(turns), self.format)
         if answer is None:
             return 0.0

@@ -30,6 +30,7 @@ from pidistill.commands.preview.marks import policy_spans
 from pidistill.commands.preview.rows import PreviewRow, Scan, Source, row_of, scan, source_of
 from pidistill.commands.preview.show import show_budget, show_findings, show_row, show_scan, statistics_of
 from pidistill.errors import InputError
+from pidistill.tokenizers.prefix import common_prefix_length
 from pidistill.training.start import check_run
 
 SAMPLING_KEYS = frozenset({"view", "samples_per_prompt", "prompts_per_batch", "selection"})
@@ -93,15 +94,11 @@ def _mean_lengths(seen: Scan, source: Source) -> RowLengths:
     def mean(name: str) -> int:
         return round(statistics.fmean(seen.lengths[name])) if seen.lengths[name] else 0
 
-    shared = [_shared(views.pair.student, views.pair.teacher) for views in seen.views]
+    shared = [common_prefix_length(views.pair.student, views.pair.teacher) for views in seen.views]
     completion = mean("demonstration") if source.demonstration_overflow and not source.room else source.room
     student, teacher = mean("student prompt"), mean("teacher prompt")
     lengths = Lengths(student, teacher, min(round(statistics.fmean(shared)), student, teacher), max(completion, 1))
     return RowLengths(lengths, lengths, f"the first {seen.scanned} rows")
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _kept(seen: Scan) -> int:

@@ -14,6 +14,7 @@ def findings(source: Source, scan: Scan) -> list[str]:
     students = [source.tokenizer.decode(view.pair.student) for view in scan.views]
     rows = list(zip(scan.examples, students, strict=True))
     found = [
+        getattr(source.tokenizer, "stop_warning", None),
         _about(scan, rows, _in_students_view, "the student's prompt holds the privileged information as it stands"),
         *_leak_phrases(source, scan, rows),
     ]

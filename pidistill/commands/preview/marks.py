@@ -7,6 +7,7 @@ from pidistill.chat.messages import message_text
 from pidistill.errors import InputError
 from pidistill.privileged.prompt import PrivilegedPrompt, PromptViews
 from pidistill.tokenizers import ChatTokenizer
+from pidistill.tokenizers.prefix import common_prefix_length
 from pidistill.types import Example, Message
 
 Span = tuple[int, int]  # [start, end)
@@ -22,9 +23,8 @@ class Difference:
 
 def difference(student: Sequence, teacher: Sequence) -> Difference:
     """Empty ranges where both prompts are the same."""
-    shortest = min(len(student), len(teacher))
-    start = next((i for i in range(shortest) if student[i] != teacher[i]), shortest)
-    end = next((i for i in range(shortest - start) if student[-1 - i] != teacher[-1 - i]), shortest - start)
+    start = common_prefix_length(student, teacher)
+    end = common_prefix_length(student[start:][::-1], teacher[start:][::-1])
     return Difference((start, len(student) - end), (start, len(teacher) - end))
 
 
@@ -41,7 +41,7 @@ def privileged_spans(
     text = tokenizer.decode(views.pair.teacher)
     pieces, stand_ins, messages = _stand_ins(example, views, privileged, text)
     try:
-        other = tokenizer.decode(tokenizer.encode_prompt(messages, example.tools))
+        other = tokenizer.decode(privileged.teachers_tokenizer(tokenizer).encode_prompt(messages, example.tools))
     except InputError:  # a tokenizer that knows its own words only
         return _only_addition(pieces, text, tokenizer.decode(views.pair.student))
     spans, made = [], ""

@@ -13,7 +13,7 @@ from pidistill.commands.preview.marks import Difference, Span, difference, privi
 from pidistill.config import build
 from pidistill.data import ExampleDataset, demonstration
 from pidistill.data.demonstrations import TooLong
-from pidistill.data.load import check_models
+from pidistill.data.load import check_models, load_privileged
 from pidistill.data.prompts import check_no_pi, row_overflow
 from pidistill.errors import InputError
 from pidistill.privileged.prompt import PrivilegedPrompt, PromptViews
@@ -50,7 +50,7 @@ def source_of(cfg: DictConfig) -> Source:
     """Tokenizer, dataset and limits of a config, checked as the recipe does; no weights are read."""
     tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
     max_seq_len = check_models(cfg, tokenizer)
-    privileged = build(cfg.privileged) if cfg.get("privileged") else PrivilegedPrompt()
+    privileged = load_privileged(cfg, tokenizer)
     seed = int(cfg.get("seed") or 0)  # as in training.start: a dataset that shuffles itself is the run's
     torch.manual_seed(seed)
     random.seed(seed)
