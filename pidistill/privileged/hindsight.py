@@ -5,25 +5,30 @@ the completion stay, id for id. A rollout for which nothing is found has no priv
 it on its reward; with the other self-distillation objectives it gets weight 0 and stays in the denominator.
 """
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pidistill.chat.calls import ACTION_TAGS, CALL_TEMPLATE, CallStyle
 from pidistill.chat.messages import message_text, tool_call_text, transcript_text
 from pidistill.chat.tool_calls import visible_text
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
+from pidistill.privileged.judges import describe_error, usable_text
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.tokenizers import ChatTokenizer
 from pidistill.types import Example, Message, Rollout
+
+_log = logging.getLogger(__name__)
 
 TextOfTurns = Callable[[Example, Sequence[Message]], str | None]
 
 
 class Transcript:
-    """The turns as they were said, tool calls, results and other answers of the environment included."""
+    """Writes the turns as they were said, tool calls, results and other answers of the environment included."""
 
     def __call__(self, example: Example, turns: Sequence[Message]) -> str:
         return transcript_text(turns)
@@ -31,7 +36,7 @@ class Transcript:
 
 @dataclass(frozen=True)
 class SiblingToolCalls:
-    """The tool calls that a sibling made, without its words and without results; None where it made none.
+    """Writes the tool calls that a sibling made, without its words and without results; None where it made none.
 
     Attributes:
         header: the line above them; "" for none.
@@ -51,7 +56,7 @@ class SiblingToolCalls:
 
 @dataclass(frozen=True)
 class ToolFeedback:
-    """What tools answered in the rollout itself, each answer under the turn's calls; None where nothing is said.
+    """Writes what tools answered in the rollout itself, each answer under the turn's calls; None where nothing is said.
 
     A call that could not be read is shown as it was written, without the reasoning before it.
 
@@ -82,7 +87,7 @@ class ToolFeedback:
 
 @dataclass(frozen=True)
 class Hindsight:
-    """What the teacher sees of a rollout's round (SDPO, arXiv 2601.20802).
+    """Chooses what the teacher sees of a rollout's round (SDPO, arXiv 2601.20802).
 
     Attributes:
         sibling: writes a successful rollout of the same group, other than the rollout itself, for the teacher to see; None
@@ -92,6 +97,7 @@ class Hindsight:
         success_threshold: the reward from which a sibling counts as successful.
         feedback_threads: so many rollouts get their feedback at once, for a judge that answers over a network
             (:mod:`pidistill.privileged.judges`); None asks one after the other.
+        failed: "sibling" or "feedback" for every call that raised or wrote no text so far; reported as ``hindsight_failures``.
     """
 
     sibling: TextOfTurns | None
@@ -99,6 +105,7 @@ class Hindsight:
     feedback_with_sibling: bool = False
     success_threshold: float = 1.0
     feedback_threads: int | None = None
+    failed: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.feedback_threads is not None and self.feedback_threads < 1:
@@ -109,7 +116,7 @@ class Hindsight:
             )
 
     def texts(self, rollouts: Sequence[Rollout]) -> list[str | None]:
-        """The privileged text of each rollout of whole groups; None where there is none."""
+        """Return the privileged text of each rollout of whole groups; None where there is none."""
         groups: dict[int, list[int]] = {}
         for i, rollout in enumerate(rollouts):
             groups.setdefault(rollout.group, []).append(i)
@@ -123,12 +130,27 @@ class Hindsight:
         place = members.index(i)
         others = [rollouts[j] for j in members[place + 1 :] + members[:place]]
         succeeded = next((r for r in others if r.task_reward >= self.success_threshold), None)
-        return self.sibling(rollouts[i].example, succeeded.turns) if self.sibling and succeeded else None
+        return self._write("sibling", rollouts[i].example, succeeded.turns) if self.sibling and succeeded else None
 
     def _feedback(self, rollouts: Sequence[Rollout]) -> list[str | None]:
         with ThreadPoolExecutor(self.feedback_threads) if self.feedback_threads else nullcontext() as threads:
             each = threads.map if threads else map
-            return list(each(self.feedback, [r.example for r in rollouts], [r.turns for r in rollouts]))
+            write = functools.partial(self._write, "feedback")
+            return list(each(write, [r.example for r in rollouts], [r.turns for r in rollouts]))
+
+    def _write(self, which: str, example: Example, turns: Sequence[Message]) -> str | None:
+        """Return what `hindsight.sibling` or `hindsight.feedback` writes; None, counted, where it fails or writes no text."""
+        try:
+            text = getattr(self, which)(example, turns)
+            if text is not None and text != "":
+                usable_text(text)
+            return text
+        except (Exception, SystemExit) as error:  # a component of the user's own must not end a run of hours
+            self.failed.append(which)
+            if self.failed.count(which) == 1:
+                said = describe_error(error)
+                _log.warning("hindsight.%s wrote nothing about a rollout of %s (%s); it has none", which, example.id, said)
+            return None
 
 
 def add_hindsight(
@@ -145,6 +167,7 @@ def add_hindsight(
     rollout of another group. A text that does not fit into ``max_seq_len`` is left out and counted.
     """
     failures = getattr(hindsight.feedback, "failures", None)  # a judge counts its own
+    failed = len(hindsight.failed)
     texts = run.once(lambda: hindsight.texts(rollouts))  # a judge may answer twice in two ways
     if privileged.control == "none":
         texts = [None] * len(rollouts)
@@ -158,14 +181,18 @@ def add_hindsight(
             too_long += 1
             text, views = None, privileged.build(replace(rollout.example, privileged=None), tokenizer)
         rollout.example, rollout.prompts = replace(rollout.example, privileged=text), views.pair
-    counts = {"_with_pi": float(sum(r.prompts.has_privileged for r in rollouts)), "hindsight_too_long": float(too_long)}
+    counts = {
+        "_with_pi": float(sum(r.prompts.has_privileged for r in rollouts)),
+        "hindsight_too_long": float(too_long),
+        "hindsight_failures": float(len(hindsight.failed) - failed),
+    }
     if failures is not None:
         counts["hindsight_judge_failures"] = float(hindsight.feedback.failures - failures)
     return counts
 
 
 def _from_other_groups(rollouts: Sequence[Rollout], texts: Sequence[str | None], run: Run) -> list[str | None]:
-    """To every rollout that has a text, the next other text of another group, in the order of groups over all ranks.
+    """Give every rollout that has a text the next other text of another group, in the order of groups over all ranks.
 
     Feedback has few words, and groups may share a text: a rollout for which no other one exists gets none.
     """
