@@ -261,8 +261,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class _Exchange:
     """One request and its answer, in a thread of its own, so that the time limit holds for all of it.
 
-    urllib's own limit is for one packet: a server that sends a byte of a header now and then would never reach it. When the time
-    is over, the connection is shut down, which ends the thread too.
+    urllib's own limit is for one packet: a server that sends a byte of a header now and then would never reach it. When the
+    time is over, the connection is shut down, which ends the thread too.
     """
 
     def __init__(self, request: urllib.request.Request, timeout_s: float) -> None:
