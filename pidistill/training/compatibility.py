@@ -44,7 +44,7 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
         raise InputError("teacher_model needs a teacher_checkpointer: the student's weights are not the teacher's")
     if isinstance(teacher, EMATeacher) and has_own_teacher(cfg):
         raise InputError("an EMA teacher averages the student's own weights; remove teacher_model and teacher_checkpointer")
-    for key in ("teacher_model", "teacher_checkpointer", "teacher_tokenizer"):
+    for key in ("teacher_model", "teacher_checkpointer"):
         if not teacher.own_weights and cfg.get(key):
             raise InputError(
                 f"config key {key} is read by nothing while the trained model is the teacher; remove it, or set "

@@ -141,7 +141,10 @@ TABLE: Mapping[str, Key] = {
         Key("teacher", COMPONENT, "the weights that score as the teacher", ROUNDS, null="the trained weights"),
         Key("teacher_model", COMPONENT, "builder of a teacher of its own", ROUNDS, null="`model`"),
         Key("teacher_checkpointer", COMPONENT, "reader of the teacher's weights", ROUNDS, null="`checkpointer`"),
-        Key("teacher_tokenizer", COMPONENT, "the teacher's tokenizer, to compare with the student's", ROUNDS, null="none"),
+        Key(
+            "teacher_tokenizer", COMPONENT, "tokenizer whose chat template renders the teacher's view; its ids must be the "
+            "student's", (*ROUNDS, "evaluate", "sample"), null="`tokenizer`",
+        ),
         Key("hindsight", COMPONENT, "privileged information that a round's own rollouts reveal", ("opsd",), null="none"),
         Key("sft_weight", NUMBER, "weight of the mean −log S of the dataset's completions", ROUNDS, 0.0, least=0),
         Key("sft_batch_size", WHOLE, "demonstrations of that term in one step", ROUNDS, 64, least=1),
