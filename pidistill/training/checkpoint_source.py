@@ -11,7 +11,7 @@ from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 from pidistill.errors import InputError
 from pidistill.models.empty import empty_model
 from pidistill.models.fits import check_fits
-from pidistill.training.run_folder import wants_resume
+from pidistill.training.run_folder import read_config, wants_resume
 
 log = utils.get_logger("INFO")
 
@@ -37,8 +37,9 @@ def use_fallback_checkpoint(cfg: DictConfig) -> None:
 
 
 def _recorded_checkpoint_dir(cfg: DictConfig) -> str | None:
-    path = Path(cfg.output_dir) / "config.yaml"
-    return OmegaConf.load(path).checkpointer.checkpoint_dir if path.is_file() else None
+    """Return the checkpoint folder of the run's own config.yaml; None where there is none, or it cannot be read."""
+    recorded = read_config(Path(cfg.output_dir))
+    return None if recorded is None else OmegaConf.select(recorded, "checkpointer.checkpoint_dir")
 
 
 def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:

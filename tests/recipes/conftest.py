@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests.support.runs import MODEL, quick_setup
-from tests.support.small_base import make_base
+from tests.support.tiny_base import make_base
 
 # The smallest width whose matrices two ranks share in whole blocks of NF4 and of an optimizer's 8-bit states.
 WIDE = {"model.embed_dim": 256, "model.intermediate_dim": 256}

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from pidistill.errors import InputError
 from pidistill.training import run_folder
-from tests.support.runs import EVALUATION, MODEL, assert_same_tensors, quick_setup, run, small_config, stop_after_row, weights
-from tests.support.small_base import make_base
+from pidistill.training.disk import is_disk_fault
+from tests.support.runs import MODEL, assert_same_tensors, quick_setup, run, small_config, stop_after_row, weights
+from tests.support.tiny_base import make_base
 
 STATE = "training_state.pt"
-SETTINGS = {"max_steps": 6, "save_every_steps": 2, "eval_every_steps": 3, "rollout_log_steps": 2, **EVALUATION}
+SETTINGS = {"max_steps": 6, "save_every_steps": 2, "rollout_log_steps": 2}
 EMA = {"_component_": "pidistill.teachers.EMATeacher", "rate": 0.3}
 METHODS = {"opsd": SETTINGS | {"teacher": EMA}, "sft": {k: v for k, v in SETTINGS.items() if k != "rollout_log_steps"}}
 STOPPED_AFTER = 5  # step_2 and step_4 are saved
@@ -390,6 +391,8 @@ class Trial:
         except InputError as error:
             return f"sentence: {error}" if "\n" not in str(error) else f"several lines: {error}"
         except Exception as error:
+            if is_disk_fault(error):  # `one_sentence_errors` says so
+                return f"sentence: {error}"
             return f"traceback: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         try:
             assert_same_tensors(weights(copy), self.expected)

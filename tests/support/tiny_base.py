@@ -1,4 +1,4 @@
-"""Make the checkpoint of a tiny-world model with random weights, in milliseconds."""
+"""Make a random checkpoint of the tiny world in milliseconds."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.support.runs import ROOT
 
 
 def make_base(folder: Path, model: dict[str, int]) -> Path:
-    """Random weights under which two views differ and a turn ends after about five words."""
+    """Write random weights under which two views differ and a turn ends after about five words."""
     cfg = OmegaConf.load(ROOT / "configs" / "tiny" / "base.yaml")
     paths = {"checkpointer.checkpoint_dir": str(folder), "output_dir": str(folder.parent / "unused")}
     for key, value in (model | paths).items():
