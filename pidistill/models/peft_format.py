@@ -176,6 +176,7 @@ def _read_config(folder: Path, hf_config: Mapping[str, Any]) -> dict[str, Any]:
     config = read_json(folder / CONFIG)
     if absent := [key for key in ("r", "lora_alpha") if key not in config and config.get("peft_type") == "LORA"]:
         raise InputError(f"{folder / CONFIG} has no {absent[0]}, as PEFT writes it; check adapter_dir")
+    _check_values(config, folder)
     changes = {key: config[key] for key, plain in _NOT_READ.items() if (config.get(key) or plain) != plain}
     changes |= {key: config[key] for key in ("peft_type",) if config.get(key) != "LORA"}
     start = config.get("init_lora_weights")
@@ -188,6 +189,21 @@ def _read_config(folder: Path, hf_config: Mapping[str, Any]) -> dict[str, Any]:
             "name the merged folder in checkpointer.checkpoint_dir"
         )
     return config
+
+
+def _check_values(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse ranks and α that are no numbers, and patterns that could take days to compare with a name."""
+    values = {key: config[key] for key in ("r", "lora_alpha") if key in config}
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise InputError(f"{folder / CONFIG} has {key} {config[key]!r}, which is no object; check adapter_dir")
+        values |= {f"{key} {name}": value for name, value in (config.get(key) or {}).items()}
+        for pattern in config.get(key) or {}:
+            if not re.fullmatch(r"[\w.\\^$|*]+", pattern) or pattern.count("*") > 2:
+                raise InputError(f"{folder / CONFIG} has {key} {pattern!r}, and patterns of names are read; check adapter_dir")
+    for key, value in values.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e9:
+            raise InputError(f"{folder / CONFIG} has {key} {value!r}, which must be a positive number; check adapter_dir")
 
 
 def _from_hf(name: str, folder: Path) -> tuple[str, str]:
@@ -211,6 +227,9 @@ def _check_layer(layer: str, tensors: Mapping[str, Tensor], config: Mapping[str,
             raise InputError(
                 f"the adapter in {folder} lacks {_PREFIX}{_to_hf(layer)}.{_PARTS[part]}; the file is incomplete, save it again"
             )
+    for part in PARTS[:2]:
+        if tensors[f"{layer}.{part}"].ndim != 2:
+            raise InputError(f"the adapter in {folder} has a {part} of {_to_hf(layer)} that is no matrix; save it again")
     rank, found = int(_own(config, "rank_pattern", "r", layer)), tensors[f"{layer}.lora_a.weight"].shape[0]
     if rank != found or tensors[f"{layer}.lora_b.weight"].shape[1] != found:
         raise InputError(
@@ -320,7 +339,7 @@ def with_adapter_dir(cfg: DictConfig, model_node: Any, weights: dict[str, Any]) 
 def base_config(checkpoint_dir: str | None) -> dict[str, Any]:
     """config.json of a checkpoint folder; empty where there is none."""
     path = Path(checkpoint_dir or "") / "config.json"
-    return json.loads(path.read_text()) if checkpoint_dir and path.is_file() else {}
+    return read_json(path) if checkpoint_dir and path.is_file() else {}
 
 
 def _read_for(cfg: DictConfig) -> Adapter:

@@ -11,6 +11,7 @@ from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 from pidistill.errors import InputError
 from pidistill.models.empty import empty_model
 from pidistill.models.fits import check_fits
+from pidistill.training.disk import check_copyable
 from pidistill.training.run_folder import read_config, wants_resume
 
 log = utils.get_logger("INFO")
@@ -56,6 +57,8 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
         hint = f"it is what configs/{stage[1]}.yaml leaves: run that first, or {hint}"
     if not folder.is_dir():
         raise InputError(f"checkpoint folder {folder} does not exist; {hint}")
+    if key == "checkpointer" and _in_hf_format(node):
+        check_copyable(folder)
     for name in [*(["config.json"] if _in_hf_format(node) else []), *_checkpoint_files(node)]:
         if not (folder / name).is_file():
             present = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
