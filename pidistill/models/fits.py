@@ -64,8 +64,8 @@ def check_config_fits(model: TransformerDecoder, config: Mapping[str, Any], fold
     node = "teacher_model" if key == "teacher_checkpointer" else "model"
     if reason := not_computed(config, model.max_seq_len):
         raise InputError(
-            f"the model in {folder} has {reason}; set `{node}` to a builder that computes it, or {key}.checkpoint_dir to another "
-            "model"
+            f"the model in {folder} has {reason}; set `{node}` to a builder that computes it, or {key}.checkpoint_dir to "
+            "another model"
         )
     ours, theirs = model_facts(model), config_facts(config)
     other = [name for name in theirs if name in ours and theirs[name] != ours[name]]
@@ -136,8 +136,8 @@ def check_tensors_fit(
     if quantized := sorted(name for name, tensor in found.items() if _is_quantized(name, tensor)):
         kind = found[quantized[0]].dtype
         raise InputError(
-            f"the weights in {folder} are quantised ({_first(quantized)} is of type {kind}), and training needs them in bf16 or "
-            "fp32; set checkpoint_dir to the unquantised model"
+            f"the weights in {folder} are quantised ({_first(quantized)} is of type {kind}), and training needs them in bf16 "
+            "or fp32; set checkpoint_dir to the unquantised model"
         )
     hint = "the folder is incomplete, or of another model: check checkpoint_dir and `model`"
     if missing := sorted(wanted.keys() - found.keys()):

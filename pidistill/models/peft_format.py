@@ -199,11 +199,22 @@ def _check_values(config: Mapping[str, Any], folder: Path) -> None:
             raise InputError(f"{folder / CONFIG} has {key} {config[key]!r}, which is no object; check adapter_dir")
         values |= {f"{key} {name}": value for name, value in (config.get(key) or {}).items()}
         for pattern in config.get(key) or {}:
-            if not re.fullmatch(r"[\w.\\^$|*]+", pattern) or pattern.count("*") > 2:
+            if not _is_pattern(pattern):
                 raise InputError(f"{folder / CONFIG} has {key} {pattern!r}, and patterns of names are read; check adapter_dir")
     for key, value in values.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e9:
             raise InputError(f"{folder / CONFIG} has {key} {value!r}, which must be a positive number; check adapter_dir")
+
+
+def _is_pattern(text: str) -> bool:
+    """Return whether a name's pattern is one that is compared at once: few stars, no groups and no repeated groups."""
+    if not re.fullmatch(r"[\w.\\^$|*]+", text) or text.count("*") > 2:
+        return False
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def _from_hf(name: str, folder: Path) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from torchtune import utils
+from torchtune.training.checkpointing._utils import SUFFIXES_TO_NOT_COPY
 
 from pidistill.errors import InputError
 
@@ -75,13 +76,15 @@ def check_copyable(folder: Path) -> None:
 def remove_outside_copies(source: Path, copy: Path) -> None:
     """Remove what was copied through links of a model folder that lead out of it: they could name any file of this machine.
 
-    The hub's cache keeps its files in `blobs` beside `snapshots`, which counts as inside. config.json is part of the weights.
+    The hub's cache keeps its files in `blobs` beside `snapshots`, which counts as inside. Weights and config.json are written,
+    not copied.
     """
     root = source.resolve()
     inside = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     for path in [path for path in copy.rglob("*") if path.is_file()]:
         original = source / path.relative_to(copy)
-        if path.name == "config.json" or not original.is_file():
+        written = path.name == "config.json" or path.name.endswith(tuple(SUFFIXES_TO_NOT_COPY))
+        if written or not original.is_file():
             continue
         target = original.resolve()
         outside = not any(folder in target.parents for folder in inside)

@@ -434,6 +434,18 @@ def test_a_changed_lr_without_a_schedule_takes_effect(hub, tmp_path):
     assert resumed(hub, tmp_path / "run", lr_scheduler=None, **changed).updates.optimizer.param_groups[0]["lr"] == 0.003
 
 
+def test_an_optimizer_without_states_resumes(hub, tmp_path):
+    plain = {"optimizer": {"_component_": "torch.optim.SGD", "lr": 0.01}}
+    whole = Training(tmp_path / "run", hub, **plain)
+    whole.train(2)
+    whole.save(2)
+    again = resumed(hub, tmp_path / "run", **plain)
+    assert again.updates.optimizer.param_groups[0]["lr"] == whole.updates.optimizer.param_groups[0]["lr"]
+    for training in (whole, again):
+        training.train(1)
+    assert same(whole.model, again.model)
+
+
 STEP_LR = {"_component_": "torch.optim.lr_scheduler.StepLR", "step_size": 2}
 
 
