@@ -14,7 +14,7 @@ from torchtune.modules import FeedForward, MultiHeadAttention, TiedLinear, Trans
 from pidistill.errors import InputError
 from pidistill.models.config_json import check_sizes, not_computed, rotation_kind, rotations
 from pidistill.models.hf_folder import Stored, read_json, stored_tensors, weight_files
-from pidistill.models.hf_format import FAMILIES, family, head_dim, is_tied, not_loaded, to_hf
+from pidistill.models.hf_format import FAMILIES, LIKE_LLAMA, family, head_dim, is_tied, not_loaded, to_hf
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +110,9 @@ def config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     scaling: Any = None if kind == "default" else str(kind)
     if kind == "llama3":
         scaling = {name: float(rope[name]) for name in _LLAMA3_SCALING}
+    name = family(config)
     return {
-        "model_type": family(config),
+        "model_type": "llama" if name in LIKE_LLAMA else name,
         "hidden_size": config["hidden_size"],
         "num_hidden_layers": config["num_hidden_layers"],
         "num_attention_heads": config["num_attention_heads"],

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from pidistill.errors import InputError
 from pidistill.models.adapters import PARTS, adapter_modules, has_adapters, is_dora, merge, rank_of, scale_of
-from pidistill.models.empty import empty_model
+from pidistill.models.empty import shared_empty_model
 from pidistill.models.hf_folder import read_json
+from pidistill.models.hf_format import FAMILIES, LIKE_LLAMA
 
 FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
-# model_type → whether its query and key rows are permuted.
-PERMUTES = {"llama": True, "mistral": True, "qwen2": False, "qwen3": False}
 _MODULES = {
     "attn.q_proj": "self_attn.q_proj",
     "attn.k_proj": "self_attn.k_proj",
@@ -122,7 +121,7 @@ def _permuted(rows: Tensor, layer: str, hf_config: Mapping[str, Any], *, to_hf: 
     """[out, …] of a query or key in the other format's row order; every other layer's as it is."""
     heads = {"attn.q_proj": "num_attention_heads", "attn.k_proj": "num_key_value_heads"}
     key = next((key for module, key in heads.items() if layer.endswith(module)), None)
-    if key is None or not PERMUTES[hf_config["model_type"]]:
+    if key is None or hf_config["model_type"] not in LIKE_LLAMA:
         return rows
     number = hf_config.get(key) or hf_config["num_attention_heads"]
     pairs = rows.shape[0] // number // 2
@@ -168,9 +167,9 @@ def _read_config(folder: Path, hf_config: Mapping[str, Any]) -> dict[str, Any]:
         if not (folder / name).is_file():
             present = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "no folder"
             raise InputError(f"adapter_dir={folder} has no {name} ({present}); name a folder that PEFT saved an adapter in")
-    if hf_config.get("model_type") not in PERMUTES:
+    if hf_config.get("model_type") not in FAMILIES:
         raise InputError(
-            f"adapters are read for {', '.join(PERMUTES)}, and config.json beside the weights has model_type "
+            f"adapters are read for {', '.join(FAMILIES)}, and config.json beside the weights has model_type "
             f"{hf_config.get('model_type')!r}; remove adapter_dir"
         )
     config = read_json(folder / CONFIG)
@@ -314,7 +313,7 @@ def _check_base_shape(adapter: Adapter, layer: str, weight: Tensor | None) -> No
 def check_adapter_dir(cfg: DictConfig) -> None:
     """Refuse an `adapter_dir` that cannot be read, or that `model` cannot take, before any weight is loaded."""
     if cfg.get("adapter_dir"):
-        check_fits(_read_for(cfg), empty_model(cfg.model))
+        check_fits(_read_for(cfg), shared_empty_model(cfg.model))
         _check_not_merged_already(Path(cfg.adapter_dir), Path(cfg.checkpointer.get("checkpoint_dir") or ""))
 
 
@@ -344,7 +343,7 @@ def with_adapter_dir(cfg: DictConfig, model_node: Any, weights: dict[str, Any]) 
         return weights
     adapter = _read_for(cfg)
     both = {**weights, **adapter.tensors}
-    return both if has_adapters(empty_model(model_node)) else merge(both, adapter.scales)
+    return both if has_adapters(shared_empty_model(model_node)) else merge(both, adapter.scales)
 
 
 def base_config(checkpoint_dir: str | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torchtune import utils
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
 from pidistill.errors import InputError
-from pidistill.models.empty import empty_model
+from pidistill.models.empty import shared_empty_model
 from pidistill.models.fits import check_fits
 from pidistill.training.disk import check_copyable
 from pidistill.training.run_folder import read_config, wants_resume
@@ -73,7 +73,7 @@ def check_checkpoint_fits(cfg: DictConfig, key: str) -> None:
     if node is not None and _in_hf_format(node):
         model = (cfg.get("teacher_model") if key == "teacher_checkpointer" else None) or cfg.model
         files = {"checkpoint_files": _checkpoint_files(node)}
-        check_fits(empty_model(model), {**node, **files}, builder=str(model._component_), key=key)
+        check_fits(shared_empty_model(model), {**node, **files}, builder=str(model._component_), key=key)
 
 
 def _in_hf_format(node: DictConfig) -> bool:

@@ -30,8 +30,9 @@ from pidistill.config import build
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
 from pidistill.models.adapters import has_adapters, merged
+from pidistill.models.hf_format import FAMILIES
 from pidistill.models.nf4 import whole
-from pidistill.models.peft_format import FOLDER, PERMUTES, base_config, with_adapter_dir
+from pidistill.models.peft_format import FOLDER, base_config, with_adapter_dir
 from pidistill.models.peft_format import write as write_adapter
 from pidistill.teachers import Teacher
 from pidistill.training.disk import (
@@ -301,10 +302,10 @@ class Checkpoints:
     def _write_adapter(self, model: nn.Module, adapters: dict[str, torch.Tensor]) -> None:
         folder, hf_config = self._writing / "epoch_0" / FOLDER, base_config(self._node.get("checkpoint_dir"))
         remove_tree(folder)  # copied along from a base that a run with adapters left
-        if adapters and hf_config.get("model_type") in PERMUTES:
+        if adapters and hf_config.get("model_type") in FAMILIES:
             write_adapter(folder, model, adapters, hf_config, str(Path(self._node.checkpoint_dir).resolve()))
         elif adapters:
-            log.warning(f"no adapter in PEFT's format is saved: config.json's model_type is none of {', '.join(PERMUTES)}")
+            log.warning(f"no adapter in PEFT's format is saved: config.json's model_type is none of {', '.join(FAMILIES)}")
 
     def _publish(self, step: int, marks: dict[str, int]) -> None:
         """Move the written folder to `step_N` and the link to it, each only once what it names is on the disk."""
