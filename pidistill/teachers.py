@@ -64,11 +64,13 @@ class Teacher(Protocol):
     Attributes:
         live: True where the trained model itself is the teacher; only then can the teacher view be trained.
         own_weights: True where it holds weights beside the trained model's; only then can they be another checkpoint's.
+        averages: True where it adds small steps to weights of its own, which then must not be rounded to `compute_dtype`.
         can_sample: False where its distribution is no single model's, so that the sampler cannot draw from it.
     """
 
     live: bool = False
     own_weights: bool = False
+    averages: bool = False
     can_sample: bool = True
 
     def attach(self, load_copy: LoadCopy) -> None:
@@ -215,11 +217,13 @@ class TrustRegionTeacher(Teacher):
 class EMATeacher(Teacher):
     """φ ← (1−rate)·φ + rate·θ after every optimiser step, starting from the initial weights.
 
-    The average is kept in fp32 whatever the model's dtype: in bf16 a small rate would round every step away. Of a model with
-    LoRA adapters these alone are averaged; the rest never moves.
+    The average is kept in fp32 whatever the model's dtype: in bf16 a small rate would round every step away. Where the weights
+    are in fp32, as in mixed precision, they are the average themselves, without a copy. Of a model with LoRA adapters these
+    alone are averaged; the rest never moves.
     """
 
     own_weights = True
+    averages = True
 
     def __init__(self, rate: float = 0.05) -> None:
         if not 0.0 < rate <= 1.0:

@@ -25,6 +25,10 @@ SMALL = {  # name → (options, what its table says)
         "--layers 1 --vocabulary 512 --prompts 2 --group-size 2 --prompt-tokens 8 --new-tokens 8 --cases equal --no-torchtune",
         "equal",
     ),
+    "real_step.py": (
+        "--methods sdft --prompts 1 --group 2 --new-tokens 4 --layers 1 --vocabulary 512 --device cpu",
+        "speed-up",
+    ),
 }
 
 

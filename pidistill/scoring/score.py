@@ -18,6 +18,7 @@ from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
 from pidistill.models.offloading import keep_on_device
+from pidistill.models.precision import compute_dtype_of
 from pidistill.scoring.equal_views import have_equal_weights, share_equal_views
 from pidistill.scoring.head import ConstantPart, apply_head
 from pidistill.scoring.head_numbers import ScorePlan
@@ -50,8 +51,7 @@ def score(
         teacher: whose weights score the teacher view; a live one is as None, a model stands for itself. Others never receive
             gradient. Where the request trains the live teacher view too, they take part only in the divergences whose gradient
             reaches the student alone (the sg T of π-Distill's student half).
-        chunk_tokens: tokens whose logits exist at once; by default as many as make 256 MiB over all sides, in fp32 on CPU and
-            bf16 on CUDA.
+        chunk_tokens: tokens whose logits, in fp32, exist at once; by default as many as make 256 MiB over all sides.
         loss: the loss per token that the caller is about to make of the scores, from any slice of the batch; the head's
             gradients are then formed on the way, and each logit is computed once. It changes no result: where another loss is
             differentiated (up to one factor for all tokens), or none is given, the backward computes the logits again.
@@ -219,12 +219,12 @@ def _constant(
         with part.weights() as module:
             return _forward(module, views.of(side), lambda h, w: h)
 
-    head = _head_module(part.module).weight
+    head, dtype = _head_module(part.module).weight, compute_dtype_of(part.module)
     if part.memory is None:
         hidden = read()
     else:
-        hidden = part.memory.of(views.rollouts, torch.empty(0, head.shape[1], dtype=head.dtype, device=head.device), read)
+        hidden = part.memory.of(views.rollouts, torch.empty(0, head.shape[1], dtype=dtype, device=head.device), read)
     if part.module is shared:
         return ConstantPart(part.share, hidden, None)
-    weight = head.detach()
+    weight = head.detach().to(dtype)
     return ConstantPart(part.share, hidden, weight.full_tensor() if isinstance(weight, DTensor) else weight)

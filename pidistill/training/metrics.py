@@ -34,6 +34,7 @@ that was not computed is absent; nothing stands in for it.
 | guided_groups | groups sampled again with the hint; the round's reward and leak numbers hold the hinted samples (Guide-GRPO) |
 | rollouts_with_pi_frac | share of this round's rollouts for which hindsight found privileged information |
 | hindsight_too_long | rollouts of this round whose hindsight did not fit, and was left out |
+| hindsight_failures | calls of `hindsight.sibling` and `hindsight.feedback` in this round that raised or wrote no text |
 | hindsight_judge_failures | rollouts of this round about which the judge gave no critique, and which have none |
 | snis_ess | effective sample size of SNIS's weights, in rollouts: 1 to the group's size |
 | sft_loss | mean −log S per token of the demonstrations behind `sft_weight` |
@@ -55,6 +56,7 @@ that was not computed is absent; nothing stands in for it.
 | eval_teacher_success | with privileged information: the ceiling |
 | eval_privileged_gain | eval_teacher_success − eval_student_success |
 | eval_student_reward_mean | mean reward of the samples behind eval_student_success |
+| eval_reward/<name> | parts of their reward, such as `success_strict` and `success_last_number` of GSM8K answers |
 | eval_dropped/<reason>, eval_dropped_rows/<reason> | rollouts and rows left out of the evaluation, by reason |
 | eval_leak_frac | leak_frac of the evaluated student's samples |
 | eval_privileged_overlap_frac | share of the student's word 4-grams that stand in the privileged text it was not shown |
