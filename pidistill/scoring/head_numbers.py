@@ -148,7 +148,7 @@ def _divergence(name: Divergence, teacher: str, logp: dict[str, Tensor], p: dict
     if beta in (0.0, 1.0):
         difference = logp_t - logp_s
         return (difference.mul_(p[teacher])).sum(-1) if beta == 0.0 else -(difference.mul_(p["student"])).sum(-1)
-    mixture = torch.lerp(p["student"], p[teacher], beta)
+    mixture = _mixture(p["student"], p[teacher], beta)
     to_teacher = _log_ratio(p[teacher], mixture).mul_(p[teacher]).sum(-1)
     to_student = _log_ratio(p["student"], mixture).mul_(p["student"]).sum(-1)
     return beta * to_teacher + (1 - beta) * to_student
@@ -159,10 +159,14 @@ def _beta(name: Divergence) -> float:
     return {"kl_teacher_student": 0.0, "kl_student_teacher": 1.0}.get(name.name, name.beta)
 
 
-def _log_ratio(p: Float[Tensor, "c V"], q: Float[Tensor, "c V"]) -> Float[Tensor, "c V"]:
-    """Return log p − log q: exactly 0 where p and q are equal, and finite where one of them has no mass."""
-    tiny = torch.finfo(p.dtype).tiny
-    return p.clamp(min=tiny).div_(q.clamp(min=tiny)).log_()
+def _mixture(p: Float[Tensor, "c V"], q: Float[Tensor, "c V"], share: float) -> Float[Tensor, "c V"]:
+    """Return (1 − share)·p + share·q, at least the smallest normal number: p itself where both are equal."""
+    return torch.lerp(p, q, share).clamp_(min=torch.finfo(p.dtype).tiny)
+
+
+def _log_ratio(p: Float[Tensor, "c V"], mixture: Float[Tensor, "c V"]) -> Float[Tensor, "c V"]:
+    """Return log p − log mixture: exactly 0 where they are equal, and finite where p has no mass."""
+    return p.clamp(min=torch.finfo(p.dtype).tiny).div_(mixture).log_()
 
 
 def logits_to_gradients(
@@ -207,7 +211,7 @@ def _gradient(name: Divergence, side: str, logp: dict[str, Tensor], p: dict[str,
         return 1.0, p[side] - p[other]
     if beta in (0.0, 1.0):
         return 1.0, (logp[side] - logp[other]).mul_(p[side])
-    mixture = torch.lerp(p["student"], p[teacher], beta)
+    mixture = _mixture(p["student"], p[teacher], beta)
     share = beta if side == teacher else 1 - beta
     return share, _log_ratio(p[side], mixture).mul_(p[side])
 
