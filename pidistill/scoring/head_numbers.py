@@ -30,7 +30,7 @@ Name = str | Divergence  # "student_logprobs", "teacher_entropy" …, or the div
 
 @dataclass(frozen=True)
 class ScorePlan:
-    """What to compute of each token, and in which order the results are stacked.
+    """Say what to compute of each token, and in which order the results are stacked.
 
     loss: the loss per token that the caller makes of the scores, for any slice of the tokens; None where it is not known yet.
     """
@@ -60,7 +60,7 @@ class ScorePlan:
         return {"student": self.request.student_grad, "teacher": self.request.teacher_grad}.get(side, False)
 
     def chunks(self, elements_per_token: int) -> Iterator[slice]:
-        """Of nearly equal size: a small last one would read the whole head for little."""
+        """Yield chunks of nearly equal size: a small last one would read the whole head for little."""
         tokens = self.targets.numel()
         most = self.chunk_tokens or max(1, CHUNK_ELEMENTS.get(self.targets.device.type, 2**26) // elements_per_token)
         size = math.ceil(tokens / math.ceil(tokens / most)) if tokens else 1
@@ -79,7 +79,7 @@ class ScorePlan:
 
 
 def _blocks(plan: ScorePlan, chunk: slice, vocabulary: int) -> Iterator[tuple[slice, Int[Tensor, " c"]]]:
-    """The rows of a chunk that are looked at together, and their targets."""
+    """Yield the rows of a chunk that are looked at together, and their targets."""
     size = max(1, BLOCK_ELEMENTS.get(plan.targets.device.type, 2**25) // vocabulary)
     targets = plan.targets[chunk]
     for start in range(0, len(targets), size):
@@ -136,7 +136,7 @@ def _at(logp: Float[Tensor, "c V"], targets: Int[Tensor, " c"]) -> Float[Tensor,
 
 
 def _is_plain(name: Divergence, teacher: Tensor, student: Tensor) -> bool:
-    """Over one vocabulary and without options: done by hand here, the others by :mod:`pidistill.losses.divergences`."""
+    """Return whether it is over one vocabulary and without options: done by hand here, others in `losses.divergences`."""
     return name.fn is None and name.top_k is None and name.entry_clip is None and teacher.shape == student.shape
 
 
@@ -155,7 +155,7 @@ def _divergence(name: Divergence, teacher: str, logp: dict[str, Tensor], p: dict
 
 
 def _beta(name: Divergence) -> float:
-    """The three divergences as one family: the generalised JSD, whose ends are the two KLs."""
+    """Return the β of the three divergences as one family, the generalised JSD, whose ends are the two KLs."""
     return {"kl_teacher_student": 0.0, "kl_student_teacher": 1.0}.get(name.name, name.beta)
 
 
@@ -199,7 +199,7 @@ def _reaches(name: Divergence, side: str, sides: dict) -> bool:
 
 
 def _gradient(name: Divergence, side: str, logp: dict[str, Tensor], p: dict[str, Tensor]) -> tuple[float, Float[Tensor, "c V"]]:
-    """(factor, matrix): their product is ∂divergence/∂log-probs of ``side``, up to a multiple of p that the softmax removes."""
+    """Return (factor, matrix): the product is ∂divergence/∂log-probs of ``side`` but for a multiple of p."""
     teacher = _teacher_of(name, logp)
     logp_t, logp_s = logp[teacher], logp["student"]
     if not _is_plain(name, logp_t, logp_s):
@@ -245,7 +245,7 @@ def _through_softmax(
     targets: Int[Tensor, " c"],
     p: Float[Tensor, "c V"],
 ) -> Float[Tensor, "c V"]:
-    """G − p · ΣG, G the sum of coefficient · matrix and, at the target, the coefficient of its log-prob."""
+    """Return G − p · ΣG, G the sum of coefficient · matrix and, at the target, the coefficient of its log-prob."""
     grad, total = None, torch.zeros_like(p[:, :1])
     for coefficient, matrix in terms:
         grad = coefficient * matrix if grad is None else grad.addcmul_(coefficient, matrix)
@@ -267,12 +267,12 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def _scaled(x: Float[Tensor, "c V"], temperature: float) -> Float[Tensor, "c V"]:
-    """Softmax and divergences are in fp32 (float64 stays float64)."""
+    """Return x / temperature in fp32, where softmax and divergences are computed; float64 stays float64."""
     x = at_least_fp32(x)
     return x if temperature == 1.0 else x / temperature
 
 
 def _cropped(*logps: Float[Tensor, "c _"]) -> list[Float[Tensor, "c V"]]:
-    """Both sides over the ids that both have, renormalised; unchanged where they have the same."""
+    """Return both sides over the ids that both have, renormalised; unchanged where they have the same."""
     size = min(logp.shape[-1] for logp in logps)
     return [logp if logp.shape[-1] == size else torch.log_softmax(logp[:, :size], dim=-1) for logp in logps]
