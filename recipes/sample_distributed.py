@@ -24,6 +24,7 @@ from pidistill.training.collector import build_collector
 from pidistill.training.keys import keys_of, setting
 from pidistill.training.load import load_initial
 from pidistill.training.metrics import rollout_means, rollout_sums
+from pidistill.training.rounds import check_rewards
 from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.types import Example, PromptPair
@@ -88,6 +89,8 @@ class SampleRecipe:
                     totals[name] = totals.get(name, 0.0) + value
                 bar.update(len(batch))
                 bar.set_postfix(kept=f"{totals['kept']:g}", sampled=f"{totals['_rollouts']:g}", refresh=False)
+        dropped = {name.removeprefix("_dropped/"): n for name, n in totals.items() if name.startswith("_dropped/")}
+        check_rewards(totals.get("_rollouts", 0), dropped, "of the run")
         return self.summarise(totals)
 
     def sample_batch(self, prompts: list[Indexed]) -> CollectResult:

@@ -19,7 +19,7 @@ from pidistill.types import Example, PromptPair
 
 @dataclass(frozen=True)
 class RecipeData:
-    """Training and evaluation rows of a recipe, with what it needs to know about them.
+    """Holds training and evaluation rows of a recipe, with what it needs to know about them.
 
     Attributes:
         dropped: training rows left out, by reason.

@@ -11,18 +11,13 @@ from torch import nn
 from torchtune.modules import FeedForward, MultiHeadAttention, TiedLinear, TransformerDecoder
 
 from pidistill.errors import InputError
+from pidistill.models.from_folder import LLAMA3_SCALING, rope_kind, rope_settings
 from pidistill.models.hf_folder import Stored, read_json, stored_tensors, weight_files
-from pidistill.models.hf_format import FAMILIES, family, head_dim, is_tied, not_loaded, to_hf
+from pidistill.models.hf_format import FAMILIES, LIKE_LLAMA, family, head_dim, is_tied, not_loaded, to_hf
 
 log = logging.getLogger(__name__)
 
 _ADAPTER = ("lora_a.weight", "lora_b.weight", "magnitude")
-_LLAMA3_SCALING = {
-    "factor": "scale_factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "old_context_len",
-}
 
 
 def check_fits(model: nn.Module, checkpointer: Mapping[str, Any], builder: str, key: str) -> None:
@@ -90,20 +85,20 @@ def model_facts(model: TransformerDecoder) -> dict[str, Any]:
     if hasattr(rope, "base"):
         scaled = getattr(rope, "scale_factor", 1) != 1  # a factor of 1 leaves every rotation as it is
         facts["rope_theta"] = float(rope.base)
-        facts["rope_scaling"] = {name: float(getattr(rope, own)) for name, own in _LLAMA3_SCALING.items()} if scaled else None
+        facts["rope_scaling"] = {name: float(getattr(rope, own)) for name, own in LLAMA3_SCALING.items()} if scaled else None
     return facts
 
 
 def config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same of a config.json, in either of the layouts that transformers has had for rotations."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+    rope = rope_settings(config)
+    kind = rope_kind(rope)
     scaling: Any = None if kind == "default" else str(kind)
     if kind == "llama3":
-        scaling = {name: float(rope[name]) for name in _LLAMA3_SCALING}
+        scaling = {name: float(rope[name]) for name in LLAMA3_SCALING}
+    name = family(config)
     return {
-        "model_type": family(config),
+        "model_type": "llama" if name in LIKE_LLAMA else name,
         "hidden_size": config["hidden_size"],
         "num_hidden_layers": config["num_hidden_layers"],
         "num_attention_heads": config["num_attention_heads"],
@@ -112,7 +107,7 @@ def config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
         "intermediate_size": config["intermediate_size"],
         "vocab_size": config["vocab_size"],
         "tie_word_embeddings": is_tied(config),
-        "rope_theta": float(theta),
+        "rope_theta": float(rope.get("rope_theta", 10_000.0)),
         "rope_scaling": scaling,
     }
 

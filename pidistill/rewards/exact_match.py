@@ -1,4 +1,4 @@
-"""The answer is the reference, character by character."""
+"""Compare an answer with the reference, character by character."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from pidistill.types import Example, Message
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """1.0 where the text of the last assistant turn equals ``example.reference``, else 0.0.
+    """Return 1.0 where the text of the last assistant turn equals ``example.reference``, else 0.0.
 
     Attributes:
         strip: whitespace around both does not count.

@@ -36,7 +36,7 @@ class TextLeftOut(InputError):
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of text that must be in the rendered conversation.
+    """Holds a piece of text that must be in the rendered conversation.
 
     Attributes:
         name: what it is, for the sentence that refuses the row.
@@ -51,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Piece:
-    """Ids of one assistant turn (``turn`` is its message), or of what stands between two turns (``turn`` is None)."""
+    """Holds the ids of one assistant turn (``turn`` is its message), or of what stands between two turns (``turn`` is None)."""
 
     ids: list[int]
     turn: Message | None

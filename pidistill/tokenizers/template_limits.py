@@ -28,11 +28,11 @@ _TO_TEXT = frozenset(["tojson", "string", "pprint", "join", "replace", "trim", "
 
 
 class TemplateLimitError(Exception):
-    """What a template did too long or made too large."""
+    """Says what a template did too long or made too large."""
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """The immutable sandbox, with limits on time and size; see the module's docstring.
+    """Is the immutable sandbox with limits on time and size; see the module's docstring.
 
     Everything that runs or compiles a template happens within :meth:`limited`.
     """
@@ -135,7 +135,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Loop:
-    """The items of a loop, with a look at the clock for each."""
+    """Yields the items of a loop, and looks at the clock before each."""
 
     def __init__(self, environment: LimitedEnvironment, items: Any) -> None:
         self._environment, self._items = environment, items

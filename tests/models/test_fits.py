@@ -145,7 +145,7 @@ def test_torchtunes_checkpointer_is_checked_as_well_where_the_family_is_known(fo
     assert "hidden_size=64" in refusal("qwen3", folder, component=TORCHTUNES, files=files, embed_dim=128)
     change_config(folder, model_type="gemma2")
     check("qwen3", folder, component=TORCHTUNES, files=files)
-    assert "model_type 'gemma2', and weights are converted for llama, qwen2, qwen3" in refusal("qwen3", folder)
+    assert "model_type 'gemma2', and weights are converted for llama, mistral, qwen2, qwen3" in refusal("qwen3", folder)
 
 
 def test_the_config_says_which_model_a_checkpointer_belongs_to(folder, tmp_path):

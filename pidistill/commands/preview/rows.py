@@ -82,7 +82,7 @@ def source_of(cfg: DictConfig, supervised: bool = False, part: str = "dataset") 
 
 
 def _no_pi(cfg: DictConfig) -> str:
-    """Hindsight brings privileged information with the rollouts: rows need none of their own."""
+    """Return what happens to rows without privileged information; hindsight brings it with the rollouts."""
     if not cfg.get("objective") or cfg.get("hindsight"):
         return "rl"
     return build_objective(cfg).no_pi
