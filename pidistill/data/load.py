@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from pidistill.config import COMPONENT, build, resolve
 from pidistill.data.prompts import Prompts, build_prompts
 from pidistill.errors import InputError
-from pidistill.models.empty import empty_model
+from pidistill.models.empty import shared_empty_model
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.tokenizers import ChatTokenizer, as_chat_tokenizer
 from pidistill.types import Example, PromptPair
@@ -178,5 +178,5 @@ def _compare_vocabularies(ours: Mapping[int, str], theirs: Mapping[int, str], wh
 
 def _inspect(node: DictConfig) -> tuple[int, int]:
     """Return (vocabulary, max_seq_len) of a model, built without weights."""
-    model = empty_model(node)
+    model = shared_empty_model(node)
     return model.tok_embeddings.num_embeddings, model.max_seq_len

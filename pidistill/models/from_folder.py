@@ -5,13 +5,14 @@ torchtune's ``lora_`` builders take. Whatever changes the numbers and is not com
 weight is loaded.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
+from pidistill.models.config_json import check_sizes, not_computed, rotation_kind, rotations
 from pidistill.models.decoder import Shape, decoder, lora
 from pidistill.models.hf_folder import read_json
 from pidistill.models.hf_format import family, head_dim, is_tied
@@ -79,90 +80,32 @@ def shape_of(config: Mapping[str, Any], path: str, max_seq_len: int | None = Non
         InputError: the family is unknown, a size is absent, or the model computes something that torchtune's modules do not.
     """
     name = family(config)
-    longest = max_seq_len or int(_size(config, "max_position_embeddings", path))
-    _refuse_what_is_not_computed(config, path, longest)
-    rope = rope_settings(config)
+    check_sizes(config, Path(path))
+    longest = max_seq_len or config.get("max_position_embeddings")
+    if not isinstance(longest, int) or longest < 1:
+        raise InputError(
+            f"{path}/config.json has max_position_embeddings {longest!r}; set model.max_seq_len to the longest prompt with its "
+            "completion, in tokens"
+        )
+    if reason := not_computed(config, longest):
+        raise InputError(
+            f"the model in {path} has {reason}; choose another model, or set `model` to a builder that computes it"
+        )
+    rope = rotations(config)
     return Shape(
-        vocab_size=_size(config, "vocab_size", path),
-        num_layers=_size(config, "num_hidden_layers", path),
-        num_heads=_size(config, "num_attention_heads", path),
+        vocab_size=config["vocab_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
         num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
         head_dim=head_dim(config),
-        embed_dim=_size(config, "hidden_size", path),
-        intermediate_dim=_size(config, "intermediate_size", path),
+        embed_dim=config["hidden_size"],
+        intermediate_dim=config["intermediate_size"],
         max_seq_len=longest,
-        rope_base=float(rope.get("rope_theta", 10_000.0)),
-        rope_scaling={ours: rope[theirs] for theirs, ours in LLAMA3_SCALING.items()} if rope_kind(rope) == "llama3" else {},
+        rope_base=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+        rope_scaling={ours: rope[theirs] for theirs, ours in LLAMA3_SCALING.items()} if rotation_kind(rope) == "llama3" else {},
         norm_eps=config.get("rms_norm_eps", 1e-6),
         rotation="halves" if name.startswith("qwen") else "neighbours",
         tie_word_embeddings=is_tied(config),
         attention_bias=_QKV if name == "qwen2" else (),
         qk_norm=name == "qwen3",
     )
-
-
-def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the rotations, from either of the layouts that transformers has had for them."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
-    return theta | dict(rope)
-
-
-def _refuse_what_is_not_computed(config: Mapping[str, Any], path: str, longest: int) -> None:
-    for wrong, reason in _NOT_COMPUTED:
-        if found := wrong(config, longest):
-            raise InputError(
-                f"the model in {path} has {found} (its config.json), and from_folder {reason}; choose another model, or set "
-                "`model` to a builder that computes it"
-            )
-
-
-def rope_kind(rope: Mapping[str, Any]) -> str:
-    """Return the kind of the rotations: default, llama3, or another of transformers' names."""
-    return rope.get("rope_type", rope.get("type", "default")) or "default"
-
-
-def _activation(config: Mapping[str, Any], _: int) -> str | None:
-    found = config.get("hidden_act", "silu")
-    return None if found in ("silu", "swish") else f"hidden_act {found!r}"
-
-
-def _scaling(config: Mapping[str, Any], _: int) -> str | None:
-    found = rope_kind(rope_settings(config))
-    return None if found in ("default", "llama3") else f"rotations of the kind {found!r}"
-
-
-def _partial_rotation(config: Mapping[str, Any], _: int) -> str | None:
-    found = rope_settings(config).get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    return None if found in (None, 1, 1.0) else f"partial_rotary_factor {found}"
-
-
-def _bias(config: Mapping[str, Any], _: int) -> str | None:
-    found = [key for key in ("attention_bias", "mlp_bias") if config.get(key)]
-    return f"{found[0]} true" if found else None
-
-
-def _window(config: Mapping[str, Any], longest: int) -> str | None:
-    window = config.get("sliding_window")
-    used = config.get("use_sliding_window", config.get("model_type") == "mistral")
-    if not used or window is None or window >= longest:
-        return None
-    return f"a sliding window of {window:,} tokens, shorter than the longest position {longest:,}"
-
-
-_NOT_COMPUTED: tuple[tuple[Callable[[Mapping[str, Any], int], str | None], str], ...] = (
-    (_activation, "computes SiLU"),
-    (_scaling, "computes plain rotations and Llama 3.1's scaling (llama3)"),
-    (_partial_rotation, "rotates whole heads"),
-    (_bias, "builds these layers without a bias"),
-    (_window, "attends to all earlier tokens: where prompts and completions are shorter, set model.max_seq_len to the window"),
-)
-
-
-def _size(config: Mapping[str, Any], key: str, path: str) -> int:
-    found = config.get(key)
-    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        raise InputError(
-            f"{path}/config.json has {key} {found!r}, and a positive whole number is needed; copy the folder again"
-        )
-    return found

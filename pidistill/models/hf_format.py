@@ -26,6 +26,7 @@ _NORMS = {"self_attn.q_norm.weight": "attn.q_norm.scale", "self_attn.k_norm.weig
 def family(config: Config) -> str:
     """The config's ``model_type``. Raises InputError where it is none of FAMILIES, or is no causal language model."""
     name, architectures = config.get("model_type"), config.get("architectures") or []
+    architectures = architectures if isinstance(architectures, list) else [architectures]
     if name not in FAMILIES:
         raise InputError(
             f"config.json has model_type {name!r}, and weights are converted for {', '.join(FAMILIES)}; for a family that "

@@ -10,7 +10,7 @@ from pidistill.config import build, resolve
 from pidistill.errors import InputError
 from pidistill.losses.divergences import check_divergence
 from pidistill.models.adapters import has_adapters
-from pidistill.models.empty import empty_model
+from pidistill.models.empty import shared_empty_model
 from pidistill.objectives import GRPO, SDPO
 from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
@@ -73,7 +73,7 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
         _check_hindsight(cfg, objective, method)
     for request in objective.score_request(0).divergences:
         check_divergence(request)
-    _check_adapters(empty_model(cfg.model), teacher)
+    _check_adapters(shared_empty_model(cfg.model), teacher)
 
 
 def _check_truncation(cfg: DictConfig, objective: Objective, sampler: Sampler) -> None:

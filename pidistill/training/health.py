@@ -60,8 +60,9 @@ class Health:
 
     def replay(self, row: Row) -> None:
         """Take in a row that was written before a resume; what it said is not said again."""
-        self.said |= set(row.get("alarms") or {})
-        self._remember(row)
+        alarms = row.get("alarms")
+        self.said |= set(alarms) if isinstance(alarms, dict) else set()
+        self._remember({key: value for key, value in row.items() if isinstance(value, int | float)})
 
     def look(self, row: Row) -> dict[str, str]:
         """Return the new alarms at this row, by name, and log each."""

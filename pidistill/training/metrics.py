@@ -34,7 +34,7 @@ that was not computed is absent; nothing stands in for it.
 | guided_groups | groups sampled again with the hint; the round's reward and leak numbers hold the hinted samples (Guide-GRPO) |
 | rollouts_with_pi_frac | share of this round's rollouts for which hindsight found privileged information |
 | hindsight_too_long | rollouts of this round whose hindsight did not fit, and was left out |
-| hindsight_errors | rollouts of this round for which `hindsight.sibling` or `hindsight.feedback` raised or wrote no text |
+| hindsight_failures | calls of `hindsight.sibling` and `hindsight.feedback` in this round that raised or wrote no text |
 | hindsight_judge_failures | rollouts of this round about which the judge gave no critique, and which have none |
 | snis_ess | effective sample size of SNIS's weights, in rollouts: 1 to the group's size |
 | sft_loss | mean −log S per token of the demonstrations behind `sft_weight` |

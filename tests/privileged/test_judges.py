@@ -249,7 +249,7 @@ def test_a_callable_that_fails_costs_its_rollout_the_information_and_is_counted(
     if which == "sibling":  # each has a sibling that succeeded; that of the last two is broken
         rollouts = [rollout(said, group, reward) for group, said in enumerate(["fine", "broken"]) for reward in (0.0, 1.0)]
     counts = add_hindsight(Hindsight(**parts), rollouts, PRIVILEGED, TOKENIZER, ONE, 96)
-    assert counts["_with_pi"] == 1.0 and counts["hindsight_errors"] == {"feedback": 2.0, "sibling": 1.0}[which]
+    assert counts["_with_pi"] == 1.0 and counts["hindsight_failures"] == {"feedback": 2.0, "sibling": 1.0}[which]
     assert len([r for r in caplog.records if f"hindsight.{which} failed" in r.getMessage()]) == 1
 
 
@@ -329,7 +329,8 @@ def test_a_rollout_whose_critique_failed_has_none_and_is_counted():
     rollouts = [rollout("fine", 0, 0.0), rollout("broken", 1, 0.0), rollout("broken", 2, 0.0)]
     run: Run = ONE
     counts = add_hindsight(Hindsight(None, judge), rollouts, PRIVILEGED, TOKENIZER, run, 96)
-    assert counts == {"_with_pi": 1.0, "hindsight_too_long": 0.0, "hindsight_judge_failures": 2.0}
+    failures = {"hindsight_failures": 0.0, "hindsight_judge_failures": 2.0}
+    assert counts == {"_with_pi": 1.0, "hindsight_too_long": 0.0} | failures
     assert [r.example.privileged for r in rollouts] == ["obs", None, None]
     assert [r.prompts.teacher == r.prompts.student for r in rollouts] == [False, True, True]
     again = add_hindsight(Hindsight(None, judge), rollouts[1:2], PRIVILEGED, TOKENIZER, run, 96)

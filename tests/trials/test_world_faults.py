@@ -106,7 +106,7 @@ def play_hindsight(which: str, fault: str) -> tuple[list[str], int]:
     run = Run(torch.device("cpu"), torch.float32, rank=0, world_size=1, seed=0, output_dir=Path("unused"))
     counts = add_hindsight(hindsight, rollouts, PrivilegedPrompt(), tokenizer, run, 10**6)
     kept = [r.example.id for r in rollouts if r.reward == 0.0 and r.prompts.has_privileged]
-    return kept, int(counts.get("hindsight_errors", 0))
+    return kept, int(counts.get("hindsight_failures", 0))
 
 
 def named(prefix: str) -> list[str]:
