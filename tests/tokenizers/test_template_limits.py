@@ -40,6 +40,10 @@ LARGE = {
     "a replaced text": "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}",
     "a filter that replaces": "{{ ('a' * 1000000) | replace('a', 'b' * 1000000) }}",
     "a joined list": "{{ (['a' * 1000000] * 1000000) | join }}",
+    "a list of one large text": "{{ (['a' * 1000000] * 1000000) | string }}",
+    "a generator of large texts": "{{ range(100000) | map('string') | map('replace', '1', 'b' * 1000000) | join }}",
+    "a text that is formatted in many places": "{{ ('{0}' * 100000).format('a' * 1000000) }}",
+    "a text that is put in many places": "{{ ('%(a)s' * 100000) % {'a': 'a' * 1000000} }}",
     "one list in many places": (
         "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson }}"
     ),
