@@ -1,6 +1,6 @@
 """Privileged information that exists only once a round is sampled: a sibling that succeeded, what the environment answered.
 
-Each rollout's teacher prompt is written anew, from its own example with the information found for it; the student's prompt and
+Each rollout's teacher prompt is written again, from its own example with the information found for it; the student's prompt and
 the completion stay, id for id. A rollout for which nothing is found has no privileged information, and is counted: SDPO trains
 it on its reward; with the other self-distillation objectives it gets weight 0 and stays in the denominator.
 """
@@ -165,7 +165,7 @@ def add_hindsight(
     run: Run,
     max_seq_len: int,
 ) -> dict[str, float]:
-    """Write each rollout's teacher prompt anew, in place; returns counts over this rank's rollouts, to be summed.
+    """Write each rollout's teacher prompt again, in place; return counts over this rank's rollouts, to be summed.
 
     ``privileged`` says where the text goes, and its ``control`` applies: "none" shows nothing, "shuffled" the text of a
     rollout of another group. A text that does not fit into ``max_seq_len`` is left out and counted.

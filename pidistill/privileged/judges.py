@@ -2,7 +2,7 @@
 
 `hindsight.feedback` takes any callable (example, turns) → text or None. :class:`Judge` makes one of a callable prompt → text,
 such as :class:`ChatEndpoint`, and adds what an answer over the network needs: answers are kept on disk under a hash of the
-question, and a failure is counted and gives None, so that the rollout has no critique. Nothing is made up in its place.
+question, and a failure is counted and gives None, so that the rollout has no critique. No other text takes its place.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ class Judge:
     Attributes:
         ask: prompt → text; whatever it raises is a failure. Its ``settings``, if it has any, are part of the cache's key.
         template: ``{task}`` stands for the example's messages, ``{attempt}`` for the turns.
-        cache_dir: a folder with one JSON file per answer, kept between runs; null asks anew every time. Failures are not kept.
+        cache_dir: a folder with one JSON file per answer, kept between runs; null asks every time. Failures are not kept.
         failures: rollouts without a critique so far; reported as ``hindsight_judge_failures``.
     """
 

@@ -158,7 +158,7 @@ class HFChatTokenizer:
     ) -> list[tuple[list[int], list[int]]] | None:
         """Return (ids before the turn, ids of the turn) of every assistant turn of ``completion``, from few renderings.
 
-        Rendering the conversation anew for every turn costs the square of its length. None where one rendering does not show
+        Rendering the conversation again for every turn costs the square of its length. None where one rendering does not show
         what :meth:`encode_turn` and :meth:`encode_observations` would give: the template rewrites turns that are followed by
         such messages, or begins turns in another way than its generation prompt.
         """
@@ -248,7 +248,7 @@ class HFChatTokenizer:
     def history_rewrites(self) -> str | None:
         """Return how the rendering of a conversation differs from the context that rollouts grow; None where it does not.
 
-        Rollouts only append, so a turn stays in the context as it was sampled. A server that renders the conversation anew
+        Rollouts only append, so a turn stays in the context as it was sampled. A server that renders the conversation again
         for every turn shows the model what the template makes of it.
         """
         turns = self._find_rewritten_turns()
@@ -262,7 +262,7 @@ class HFChatTokenizer:
     # ------------------------------------------------------------------------------------------- text to ids
 
     def _render(self, messages: Sequence[Message], tools: Tools, marker: str, *, generation_prompt: bool) -> str:
-        """Return the conversation as text, with ``marker`` inside every control token that a message brought along."""
+        """Return the conversation as text, with ``marker`` inside every control token that comes from a message."""
         if self._plain_tools:
             messages, tools = as_plain_messages(messages, tools, self.default_system()), None
         messages, tools = mark([list(messages), tools and list(tools)], self._control_pattern, marker)

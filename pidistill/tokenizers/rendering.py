@@ -168,7 +168,7 @@ def message_parts(message: Message, *, reasoning: bool = False) -> Iterator[Part
 def _content_pieces(message: Message, is_learned: bool) -> list[str]:
     """Return the texts of the content that must be written.
 
-    Prompts may open the reasoning of a turn, and templates write its tags anew. Of an earlier turn, templates leave the
+    Prompts may open the reasoning of a turn, and templates write its tags themselves. Of an earlier turn, templates leave the
     reasoning out on purpose, and Llama's leave out the text beside a call; a server shows the model the same.
     """
     text = message_text(message)
