@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pidistill.errors import InputError
 from pidistill.rewards.base import last_answer, reference_text
 from pidistill.types import Example, Message
 
@@ -19,6 +20,13 @@ class Contains:
     """
 
     casefold: bool = True
+
+    def check_reference(self, example: Example) -> None:
+        """Refuse an example whose reference is empty: every answer would contain it."""
+        if not reference_text(example).strip():
+            raise InputError(
+                f"{example.id}: the reference is empty, so every answer would contain it; check dataset.answer_key"
+            )
 
     def __call__(self, example: Example, turns: Sequence[Message]) -> float:
         text, wanted = last_answer(turns), reference_text(example).strip()

@@ -36,6 +36,13 @@ def test_a_number_is_taken(reference):
     check_references(SINGLE, [example(reference)])
 
 
+def test_an_empty_reference_that_every_answer_would_contain_is_refused():
+    contains = {"_component_": "pidistill.rewards.Contains"}
+    check_references({"reward": contains}, [example("Oslo")])
+    with pytest.raises(InputError, match=r"train\.jsonl row 4: the reference is empty"):
+        check_references({"reward": contains}, [example("  ")])
+
+
 def test_rewards_are_found_at_any_depth_and_the_environment_is_not_built():
     checks = {"_component_": "pidistill.rewards.Constraints", "checks": {"right": REWARD}}
     outer = {"_component_": "tests.data.test_references.no_environment", "inner": [{"reward": checks}]}
