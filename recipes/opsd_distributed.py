@@ -70,7 +70,8 @@ class OPSDRecipe:
         self._sampler = build(cfg.sampler)
         # Hindsight comes with the rollouts: rows need no privileged information of their own.
         self._hindsight = build(cfg.get("hindsight"))
-        self._data = load_prompts(cfg, no_pi="rl" if self._hindsight else self._objective.no_pi)
+        no_pi, judged = "rl" if self._hindsight else self._objective.no_pi, self._objective.on_policy_frac > 0.0
+        self._data = load_prompts(cfg, no_pi=no_pi, judged=judged)
         self._collect = build_collector(cfg, self._sampler, self._data.tokenizer)
         self._packer = Packer(cfg, self._run, self._data.tokenizer.pad_id)
         self._supervised = SupervisedTerm(cfg, self._run, self._data, self._packer, self._timer)

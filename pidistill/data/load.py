@@ -43,10 +43,11 @@ class RecipeData:
     privileged: PrivilegedPrompt = field(default_factory=PrivilegedPrompt)
 
 
-def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True) -> RecipeData:
+def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True, judged: bool = True) -> RecipeData:
     """Build tokenizer, datasets and prompts of `dataset` and `eval_dataset`.
 
     ``samples``: completions of the training rows are sampled, so that a prompt must leave room for `sampler.max_new_tokens`.
+    ``judged``: the environment's rewards judge these completions, so that they must be able to judge every row.
 
     Raises:
         InputError: whatever is wrong with rows, lengths or vocabularies; nothing large has been loaded by then.
@@ -59,7 +60,7 @@ def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True) -> Recipe
     train = build_prompts(
         build(cfg.dataset), tokenizer, privileged, no_pi=no_pi, max_new_tokens=room if samples else 0, **limits
     )
-    if samples:
+    if samples and judged:
         check_references(cfg.get("environment"), [example for example, _ in train.prompts])
     evaluation = Prompts([], {}, 0)
     if cfg.get("eval_dataset"):

@@ -55,8 +55,8 @@ def no_environment(inner):
     raise AssertionError("the environment was built")
 
 
-@pytest.mark.parametrize("samples", [True, False])
-def test_a_run_refuses_the_rows_that_it_samples_and_no_others(tmp_path, samples):
+@pytest.mark.parametrize(("samples", "judged"), [(True, True), (True, False), (False, True)])
+def test_a_run_refuses_the_rows_that_it_samples_and_judges_and_no_others(tmp_path, samples, judged):
     folder = qwen_folder(tmp_path / "model")
     rows = [{"question": "q", "answer": "4"}, {"question": "q", "answer": "see the book"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -69,8 +69,8 @@ def test_a_run_refuses_the_rows_that_it_samples_and_no_others(tmp_path, samples)
             "_component_": "pidistill.data.qa_dataset", "source": str(tmp_path / "rows.jsonl"), "privileged_key": None,
         },
     })  # fmt: skip
-    if samples:
+    if samples and judged:
         with pytest.raises(InputError, match=r"rows\.jsonl row 1: the reference 'see the book' is not a number"):
-            load_prompts(cfg, no_pi="rl", samples=True)
+            load_prompts(cfg, no_pi="rl")
     else:
-        assert len(load_prompts(cfg, no_pi="rl", samples=False).prompts) == 2
+        assert len(load_prompts(cfg, no_pi="rl", samples=samples, judged=judged).prompts) == 2
