@@ -20,7 +20,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from pidistill.config import resolve
@@ -168,8 +168,8 @@ def _carry_out(call: Mapping[str, Any], tools: Mapping[str, Tool], state: Any) -
         return _answer(call, name, f"Error: {error}")
     except Exception as error:  # a tool's own fault: the model may try something else, and the log says where it is
         _warn_once(name, error)
-        text, failure = attempt(lambda: str(error)[:MAX_ERROR_CHARS])
-        return _answer(call, name, f"Error: {type(error).__name__}" + (f": {text}" if failure is None else ""))
+        text, _ = attempt(partial(str, error))
+        return _answer(call, name, f"Error: {type(error).__name__}" + (f": {text[:MAX_ERROR_CHARS]}" if text else ""))
 
 
 def _answer(call: Mapping[str, Any], name: str | None, content: str) -> Message:

@@ -3,8 +3,8 @@
 In: an :class:`~pidistill.types.Example` and the messages of its episode.
 Out: a number within a stated range, with named parts for the log where a reward has them.
 
-Read base.py first: what a reward is (a plain function suffices). exact_match.py and gsm8k.py judge answers, constraints.py makes
-one reward of several, shaping.py adds parts to the reward of a whole episode.
+Read base.py first: what a reward is (a plain function suffices). exact_match.py and gsm8k.py judge answers,
+constraints.py makes one reward of several, shaping.py adds parts to the reward of a whole episode.
 """
 
 from pidistill.chat.phrases import count_phrases
