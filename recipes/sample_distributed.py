@@ -18,7 +18,6 @@ from pidistill.config import build
 from pidistill.data import load_prompts
 from pidistill.errors import InputError
 from pidistill.jsonl import write_jsonl
-from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.rollouts import CollectResult, rollout_seed
 from pidistill.rollouts.selections import SAMPLING_STREAM, AfterTurns, Rewriter, Selected, trace_row
 from pidistill.training.collector import build_collector
@@ -59,7 +58,7 @@ class SampleRecipe:
         self._rewrite = Rewriter(
             collect=functools.partial(self._collect, environment=AfterTurns(environment), max_turns=None),
             tokenizer=self._data.tokenizer,
-            privileged=build(cfg.privileged) if cfg.get("privileged") else PrivilegedPrompt(),
+            privileged=self._data.privileged,
             run=self._run,
             max_new_tokens=sampler.max_new_tokens,
             max_seq_len=self._data.max_seq_len,

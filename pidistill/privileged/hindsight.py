@@ -184,9 +184,12 @@ def add_hindsight(
             too_long += 1
             text, views = None, privileged.build(replace(rollout.example, privileged=None), tokenizer)
         rollout.example, rollout.prompts = replace(rollout.example, privileged=text), views.pair
-    counts = {"_with_pi": float(sum(r.prompts.has_privileged for r in rollouts)), "hindsight_too_long": float(too_long)}
-    if len(hindsight.errors) > errors:
-        counts["hindsight_errors"] = float(len(hindsight.errors) - errors)
+    counts = {
+        "_with_pi": float(sum(r.prompts.has_privileged for r in rollouts)),
+        "hindsight_too_long": float(too_long),
+        "hindsight_failures": float(len(hindsight.errors) - errors),
+    }
+    if counts["hindsight_failures"]:
         _log.warning("%d texts of hindsight are missing; %s", len(hindsight.errors) - errors, hindsight.errors[errors])
     if failures is not None:
         counts["hindsight_judge_failures"] = float(hindsight.feedback.failures - failures)

@@ -32,6 +32,9 @@ Reward = Callable[[Example, Sequence[Message]], float]
 
 The number may be a :class:`RewardWithParts`. A reward that raises, or returns what is not a finite number, costs its episode,
 which is counted; it never counts as 0.
+
+A reward may have a method ``check_reference(example)``, which raises InputError where it cannot judge the example at all. It is
+asked about every row before any weights are loaded; see :func:`pidistill.data.load.check_references`.
 """
 
 

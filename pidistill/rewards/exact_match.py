@@ -19,6 +19,10 @@ class ExactMatch:
     strip: bool = True
     casefold: bool = False
 
+    def check_reference(self, example: Example) -> None:
+        """Refuse an example without a reference: no answer would ever be right."""
+        reference_text(example)
+
     def __call__(self, example: Example, turns: Sequence[Message]) -> float:
         return float(self._normal(last_answer(turns)) == self._normal(reference_text(example)))
 

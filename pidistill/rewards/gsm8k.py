@@ -52,13 +52,18 @@ class GSM8KReward:
         if self.format not in _FORMATS:
             raise InputError(f"the reward's format is {self.format!r}; known are {', '.join(_FORMATS)}")
 
-    def __call__(self, example: Example, turns: Sequence[Message]) -> RewardWithParts:
+    def check_reference(self, example: Example) -> Fraction:
+        """Return the reference as a number; refuse an example whose reference is none: no answer would ever be right."""
         gold = read_number(reference_text(example))
         if gold is None:
             raise InputError(
                 f"{example.id}: the reference {bounded_repr(example.reference)} is not a number; use another reward, or check "
                 "the dataset's answer_key"
             )
+        return gold
+
+    def __call__(self, example: Example, turns: Sequence[Message]) -> RewardWithParts:
+        gold = self.check_reference(example)
         text = last_answer(turns)
         answers = {
             "success_strict": final_answer(text, "any" if self.format == "last_number" else self.format),

@@ -9,9 +9,10 @@ from torchtune import utils
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
 from pidistill.errors import InputError
-from pidistill.models.empty import empty_model
+from pidistill.models.empty import shared_empty_model
 from pidistill.models.fits import check_fits
-from pidistill.training.run_folder import wants_resume
+from pidistill.training.disk import check_copyable
+from pidistill.training.run_folder import read_config, wants_resume
 
 log = utils.get_logger("INFO")
 
@@ -37,8 +38,9 @@ def use_fallback_checkpoint(cfg: DictConfig) -> None:
 
 
 def _recorded_checkpoint_dir(cfg: DictConfig) -> str | None:
-    path = Path(cfg.output_dir) / "config.yaml"
-    return OmegaConf.load(path).checkpointer.checkpoint_dir if path.is_file() else None
+    """Return the checkpoint folder of the run's own config.yaml; None where there is none, or it cannot be read."""
+    recorded = read_config(Path(cfg.output_dir))
+    return None if recorded is None else OmegaConf.select(recorded, "checkpointer.checkpoint_dir")
 
 
 def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
@@ -52,6 +54,8 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
         hint = "run `make base` (or `pidistill run sft_distributed --config tiny/base`) first"
     if not folder.is_dir():
         raise InputError(f"checkpoint folder {folder} does not exist; {hint}")
+    if key == "checkpointer" and _in_hf_format(node):
+        check_copyable(folder)
     for name in [*(["config.json"] if _in_hf_format(node) else []), *_checkpoint_files(node)]:
         if not (folder / name).is_file():
             present = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
@@ -74,7 +78,7 @@ def check_checkpoint_fits(cfg: DictConfig, key: str) -> None:
     if node is not None and _in_hf_format(node):
         model = (cfg.get("teacher_model") if key == "teacher_checkpointer" else None) or cfg.model
         files = {"checkpoint_files": _checkpoint_files(node)}
-        check_fits(empty_model(model), {**node, **files}, builder=str(model._component_), key=key)
+        check_fits(shared_empty_model(model), {**node, **files}, builder=str(model._component_), key=key)
 
 
 def _in_hf_format(node: DictConfig) -> bool:

@@ -18,9 +18,9 @@ from pidistill.errors import StopRequest
 from pidistill.privileged import PrivilegedPrompt
 from pidistill.privileged.hindsight import Hindsight, add_hindsight
 from pidistill.types import PromptPair, Rollout
-from tests.recipes.conftest import make_base
 from tests.support.episodes import LetterTokenizer, Script, collect, example
 from tests.support.runs import MODEL, metrics, quick_setup, run, small_config
+from tests.support.tiny_base import make_base
 from tests.trials import world_faults as faults
 from tests.trials.world_faults import FAULTS, FaultyShaping, FaultyText, FaultyWorld
 
@@ -106,7 +106,7 @@ def play_hindsight(which: str, fault: str) -> tuple[list[str], int]:
     run = Run(torch.device("cpu"), torch.float32, rank=0, world_size=1, seed=0, output_dir=Path("unused"))
     counts = add_hindsight(hindsight, rollouts, PrivilegedPrompt(), tokenizer, run, 10**6)
     kept = [r.example.id for r in rollouts if r.reward == 0.0 and r.prompts.has_privileged]
-    return kept, int(counts.get("hindsight_errors", 0))
+    return kept, int(counts.get("hindsight_failures", 0))
 
 
 def named(prefix: str) -> list[str]:
