@@ -26,7 +26,7 @@ from typing import Any, Literal
 from pidistill.config import resolve
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs.base import EnvStep
-from pidistill.errors import InputError, attempt, bounded_repr, bounded_traceback
+from pidistill.errors import InputError, attempt, bounded_repr, bounded_traceback, escape_controls
 from pidistill.rewards.base import Reward, judge
 from pidistill.types import Example, Message
 
@@ -184,7 +184,7 @@ def _warn_once(name: str, error: Exception) -> None:
     if (name, type(error)) not in _SAID:
         _SAID.add((name, type(error)))
         told = f"{bounded_repr(error, 300)}; models are told so (said once per tool and error)\n{bounded_traceback(error)}"
-        _log.warning("the tool %s raised %s", name, told)
+        _log.warning("the tool %s raised %s", name, escape_controls(told))
 
 
 def _check_arguments(tool: Tool, arguments: Any) -> None:

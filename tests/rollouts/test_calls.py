@@ -143,6 +143,15 @@ def test_ill_environments_cost_their_own_episodes_and_no_others(threads, healthy
     assert int(hanging[1]) >= 3  # those of other tests may take a moment to end
 
 
+def test_control_characters_of_an_exception_are_escaped_in_the_log(caplog):
+    class Colourful(Late):
+        def step(self, state, turn, *, truncated):
+            raise RuntimeError("\x1b[2J\ud800")
+
+    collect(Script("q."), Colourful(None), "a")
+    assert "\x1b" not in caplog.text and "\\x1b[2J\\ud800" in caplog.text and "Traceback" in caplog.text
+
+
 def test_a_late_answer_changes_nothing(release):
     (result,) = [collect(Script("q.", "x."), Late(release), environment_timeout_s=0.05)]
     assert [r.example.id for r in result.rollouts] == ["row a"] and result.dropped["environment_timeout"] == 1
