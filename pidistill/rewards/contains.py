@@ -1,4 +1,4 @@
-"""The answer says the reference somewhere, as whole words."""
+"""Look for the reference anywhere in an answer, as whole words."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from pidistill.types import Example, Message
 
 @dataclass(frozen=True)
 class Contains:
-    """1.0 where the last assistant turn contains ``example.reference`` as whole words, else 0.0.
+    """Return 1.0 where the last assistant turn contains ``example.reference`` as whole words, else 0.0.
 
     An answer that lists many candidates passes too; keep ``sampler.max_new_tokens`` short, or add a length penalty.
 
