@@ -13,7 +13,6 @@ pidistill demo                                        the comparison that `make 
 
 import argparse
 import importlib
-import logging
 import os
 import sys
 from importlib.metadata import version
@@ -49,7 +48,6 @@ def main() -> None:
     if command in ("--help", "-h", "--version"):
         print(f"pidistill {version('pidistill')}" if command == "--version" else help_text())
         return
-    logging.getLogger("torchao").addFilter(lambda record: "Skipping import of cpp extensions" not in record.getMessage())
     if command in COMMANDS:
         from pidistill.commands.common import exit_on_input_error
 
@@ -114,7 +112,9 @@ def run_torchtune() -> None:
     from torchtune._cli.tune import TuneCLIParser
 
     from pidistill.commands.common import exit_on_input_error
+    from pidistill.distributed.launcher import print_refusals, refusal
 
+    print_refusals()
     register()
     parser = TuneCLIParser()
     parser._parser.prog = "pidistill"
@@ -124,7 +124,9 @@ def run_torchtune() -> None:
         with exit_on_input_error():
             check_arguments(arguments)
             parser.run(arguments)
-    except ChildFailedError as error:  # the recipe has said what is wrong; torchrun's own traceback would bury it
+    except ChildFailedError as error:  # torchrun's own traceback would bury what the recipe said
+        if sentence := refusal(error):
+            print(sentence, file=sys.stderr, flush=True)
         sys.exit(error.get_first_failure()[1].exitcode or 1)
     except BrokenPipeError:  # `pidistill ls | head`; the interpreter would fail again on flushing
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

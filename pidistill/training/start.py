@@ -1,4 +1,4 @@
-"""The boring part of a recipe: process group, device, seeds, model, optimizer, step, clean exit.
+"""Start and end a recipe: checks, process group, device, threads, seeds, output folder, clean exit.
 
 The test for what stands here rather than in a recipe: would two papers differ in it?
 """
@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 from torchtune import training, utils
 
-from pidistill.config import check_config
+from pidistill.config import check_command_line, check_config
+from pidistill.distributed.launcher import close_progress_bars, refuse
 from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import check_tensor_parallel, make_mesh
 from pidistill.errors import InputError
@@ -151,25 +152,28 @@ def cleanup() -> None:
     time.sleep(0.2)
 
 
-def one_sentence_errors(recipe_main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+def one_sentence_errors(recipe_main: Callable[..., Any]) -> Callable[..., Any]:
     """Print an InputError, or a key that cannot be resolved, as one sentence, once, and exit with status 2.
 
-    Any other error keeps its traceback.
+    Stands above torchtune's ``config.parse``, so that a command line that cannot be read is refused in the same way. Any other
+    error keeps its traceback.
     """
 
     @functools.wraps(recipe_main)
-    def wrapper(cfg: DictConfig) -> Any:
+    def wrapper(*config: DictConfig) -> Any:
         try:
             with handle_signals():
-                return recipe_main(cfg)
+                if not config:
+                    check_command_line(sys.argv[1:])
+                return recipe_main(*config)
         except Stopped as stopped:
             if os.environ.get("RANK", "0") == "0":
+                close_progress_bars()
                 print(f"\n{stopped.sentence}", file=sys.stderr, flush=True)
             cleanup()
             raise
         except (InputError, InterpolationResolutionError) as error:
-            if _first_to_fail():
-                print(f"error: {_one_sentence(error)}", file=sys.stderr, flush=True)
+            refuse(_one_sentence(error), is_first=_first_to_fail())
             cleanup()
             sys.exit(2)
 
@@ -183,7 +187,7 @@ def _one_sentence(error: Exception) -> str:
 
 
 def _first_to_fail() -> bool:
-    """True on exactly one of the ranks that fail: all may have met the same error, or one alone one of its own."""
+    """Return True on exactly one of the ranks that fail: all may have met the same error, or one alone one of its own."""
     if not dist.is_initialized():  # the config is wrong, which every rank sees
         return os.environ.get("RANK", "0") == "0"
     return dist.distributed_c10d._get_default_store().add("pidistill failed", 1) == 1
