@@ -16,7 +16,7 @@ def accepts(hint: Any, value: Any, component: str) -> bool:
     """Return False where a value of plain YAML cannot be what ``hint`` asks for.
 
     A mapping with the key ``component`` becomes an object of a type that is not known here, so every hint but the plain ones
-    accepts it, and a class that is not plain also accepts text, which some functions translate (`bf16`, `cuda`).
+    accepts it, and a class of another library also accepts text and mappings, which some functions translate (`bf16`, `cuda`).
     """
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:
@@ -35,7 +35,8 @@ def accepts(hint: Any, value: Any, component: str) -> bool:
     if issubclass(kind, list | tuple | set | frozenset) or (kind.__module__ == "collections.abc" and hasattr(kind, "__iter__")):
         item = inner[0] if inner else Any
         return isinstance(value, list) and all(accepts(item, part, component) for part in value)
-    return isinstance(value, str) and not issubclass(kind, torch.Tensor) and not kind.__module__.startswith("pidistill.")
+    ours = issubclass(kind, torch.Tensor) or kind.__module__.startswith("pidistill.")
+    return isinstance(value, str | dict) and not ours
 
 
 def _is_plain(hint: Any, value: Any) -> bool:

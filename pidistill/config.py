@@ -1,7 +1,6 @@
 """Read, check and build configs: every key is read by something, every component binds, nested components are built."""
 
 import argparse
-import copy
 import difflib
 import inspect
 import math
@@ -32,6 +31,9 @@ ADDED_ARGUMENTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "teacher_checkpointer": (0, ("output_dir",)),
 }
 
+
+# Arguments of model builders and tokenizers that count something of which there is at least one.
+_SIZE = re.compile(r"num_layers|num_heads|num_kv_heads|embed_dim|head_dim|intermediate_dim|vocab_size|max_seq_len|lora_rank")
 
 # Where components of version 0.1 stand now. To be deleted at 1.0.
 MOVED = {
@@ -102,7 +104,7 @@ def merge(name: str, config: DictConfig, overrides: Sequence[str]) -> DictConfig
     """
     said = " ".join(overrides) or "its own interpolations"
     try:
-        merged = _merge_yaml_and_cli_args(argparse.Namespace(**copy.copy(config)), list(overrides))
+        merged = _merge_yaml_and_cli_args(argparse.Namespace(**OmegaConf.to_container(config, resolve=False)), list(overrides))
         OmegaConf.to_container(merged, resolve=True)
     except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"config {name} does not take {said} ({' '.join(str(error).split())})") from error
@@ -251,10 +253,14 @@ def _check_argument(path: str, value: Any, raw: Any, parameter: inspect.Paramete
     if hint is Any and type(default) in (bool, int, float):
         hint = float if type(default) is int else type(default)
     if value is default or accepts(hint, value, COMPONENT):
+        least = 1 if _SIZE.fullmatch(parameter.name) else 0 if parameter.name.startswith(("num_", "max_")) else None
+        if least is not None and type(value) is int and value < least:
+            raise InputError(f"{path}={raw} must be at least {least}")
         return
     shown = "null" if raw is None else str(raw)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    quote = f"; on the command line, quote text that holds a colon: '{path}=\"...\"'" if isinstance(value, dict) else ""
+    colon = isinstance(value, dict) and accepts(hint, "", COMPONENT)
+    quote = f"; on the command line, quote text that holds a colon: '{path}=\"...\"'" if colon else ""
     raise InputError(f"{path}={shown} must be {demanded(hint)}{quote}")
 
 

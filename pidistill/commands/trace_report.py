@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from pidistill.chat.messages import transcript_text
-from pidistill.commands.common import exit_on_input_error
+from pidistill.commands.common import Parser, exit_on_input_error
 from pidistill.data.agent_traces import read_traces, trace_dataset
 from pidistill.data.dataset import ExampleDataset
 from pidistill.data.demonstrations import demonstration
@@ -106,7 +106,7 @@ def _mean_and_max(name: str, values: Sequence[int]) -> Numbers:
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m pidistill.commands.trace_report", description=__doc__.split("\n", 1)[0])
+    parser = Parser(prog="python -m pidistill.commands.trace_report", description=__doc__.split("\n", 1)[0])
     parser.add_argument("source", help="the traces: .json, .jsonl, .parquet")
     parser.add_argument("--tokenizer", help="a model's folder; without it, lengths are characters")
     parser.add_argument("--kind", default="calls", help="the kind that --show shows")

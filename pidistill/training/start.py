@@ -54,7 +54,7 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     if device.type == "cpu":
         # Two ranks with all threads each are slower than one; results do not depend on it within one run's settings.
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(int(cfg.get("threads") or max(1, (os.cpu_count() or 1) // ranks)))
+        torch.set_num_threads(setting(cfg, "threads") or max(1, (os.cpu_count() or 1) // ranks))
     if not dist.is_initialized():
         if training.is_distributed():
             offload = setting(cfg, "fsdp_cpu_offload") and device.type != "cpu"
@@ -130,9 +130,14 @@ def make_output_dir(path: str) -> Path:
 
 
 def _device(name: str) -> torch.device:
-    """torchtune's, which takes the CPU where there is no such device: a large run would then crawl without a word."""
-    device = utils.get_device(name)
-    if device.type != torch.device(name).type:
+    """Return torchtune's device; refuse one that is not there, for which it takes the CPU without a word."""
+    try:
+        device, asked = utils.get_device(name), torch.device(name)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"device={name} is no device of torch ({' '.join(str(error).split())[:200]}); set cuda or cpu"
+        ) from error
+    if device.type != asked.type:
         raise InputError(f"device is {name}, which this machine does not show (it has {device.type}); set device={device.type}")
     return device
 

@@ -202,8 +202,11 @@ def test_the_version_is_the_package_s(pidistill, capsys):
 def test_cp_keeps_a_file_that_exists(pidistill, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("mine")
-    pidistill("cp", "tiny/opsd", "mine.yaml")
-    assert Path("mine.yaml").read_text() == "mine" and "not overwriting" in capsys.readouterr().out
+    for name in ("mine.yaml", "mine"):
+        with pytest.raises(SystemExit) as ended:
+            pidistill("cp", "tiny/opsd", name)
+        assert ended.value.code == 2 and Path("mine.yaml").read_text() == "mine"
+        assert re.fullmatch(f"error: {name} exists and is kept; name another file.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -216,8 +219,11 @@ def test_cp_keeps_a_file_that_exists(pidistill, capsys, tmp_path, monkeypatch):
         (["run", "opsd_distributed"], "a run needs --config"),
         (["run", "--nproc_per_nod", "1"], "the following arguments are required: recipe"),
         (["run", "opsd_distributed", "--config", "bad.yaml"], "config bad.yaml is not valid YAML .*line 1"),
-        (["run", "opsd_distributed", "--config", "tiny/opsd", "lr"], "config tiny/opsd does not take lr .*key=value"),
-        (["run", "opsd_distributed", "--config", "tiny/opsd", "seed=${nowhere}"], "tiny/opsd does not take seed=.*nowhere"),
+        (["run", "opsd_distributed", "--config", "tiny/opsd", "lr"], "config .*tiny/opsd.yaml does not take lr .*key=value"),
+        (
+            ["run", "opsd_distributed", "--config", "tiny/opsd", "seed=${nowhere}"],
+            "tiny/opsd.yaml does not take seed=.*nowhere",
+        ),
         (["cp", "nosuch", "x.py"], "Invalid file name: nosuch. Try `pidistill ls`"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -12,6 +12,7 @@ close it comes: pidistill/commands/plan/__init__.py and benchmarks/costs.py.
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from typing import Any
 
@@ -20,7 +21,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from pidistill.commands.common import exit_on_input_error, parse_with_overrides
+from pidistill.commands.common import Parser, exit_on_input_error, parse_with_overrides
 from pidistill.commands.plan.advice import HEADROOM_FRAC, PlannedRun, advice, fits
 from pidistill.commands.plan.devices import GIB, PRESETS, Device, measured, preset
 from pidistill.commands.plan.estimate import Estimate, estimate
@@ -30,9 +31,7 @@ from pidistill.errors import InputError
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="pidistill plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Parser(prog="pidistill plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("config", help="a bundled config, or a path")
     made.add_argument("overrides", nargs="*", metavar="key=value")
     made.add_argument("--ranks", type=int, default=1, help="processes, as in --nproc_per_node")
@@ -55,6 +54,11 @@ def plan(arguments: argparse.Namespace) -> bool:
     """Print the estimate of a config, and what would make it fit; True if it fits."""
     if min(arguments.ranks, arguments.rows) < 1:
         raise InputError(f"--ranks {arguments.ranks} and --rows {arguments.rows} must be at least 1")
+    for name in ("prompt_tokens", "privileged_tokens", "completion_tokens"):
+        if (getattr(arguments, name) or 0) < 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 0")
+    if arguments.memory_gib is not None and not 0 < arguments.memory_gib < math.inf:
+        raise InputError(f"--memory-gib {arguments.memory_gib} must be above 0")
     cfg = read(arguments.config, arguments.overrides)
     if (cfg.get("tensor_parallel_dim") or 1) != 1:
         raise InputError(

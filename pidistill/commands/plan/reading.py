@@ -1,6 +1,5 @@
 """From a config to what the estimates are made of: which forwards it runs, how it trains, and one rank's part of a round."""
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
@@ -9,16 +8,14 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torchtune import training
-from torchtune.config._utils import _merge_yaml_and_cli_args
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
 from pidistill.commands.places import load_config
 from pidistill.commands.plan.lengths import Lengths
 from pidistill.commands.plan.shape import ModelShape, model_shape
 from pidistill.commands.plan.workload import Pass, Setup, Workload
-from pidistill.config import build, resolve
+from pidistill.config import build, merge, resolve
 from pidistill.errors import InputError
 from pidistill.models.empty import empty_model
 from pidistill.scoring.score import list_forwards
@@ -34,15 +31,8 @@ SFT_REQUEST = ScoreRequest(student_grad=True, teacher_grad=False, views=("studen
 
 
 def merged(config: str, overrides: Sequence[str]) -> DictConfig:
-    """A bundled config or a file, with overrides as torchtune's command line takes them."""
-    try:
-        cfg = _merge_yaml_and_cli_args(argparse.Namespace(**load_config(config)), list(overrides))
-        OmegaConf.to_container(cfg, resolve=True)  # an interpolation that leads nowhere
-    except InputError:
-        raise
-    except (ValueError, OmegaConfBaseException) as error:
-        raise InputError(f"config {config} does not take {' '.join(overrides)} ({' '.join(str(error).split())})") from error
-    return cfg
+    """Return a bundled config or a file, with overrides as torchtune's command line takes them."""
+    return merge(config, load_config(config), overrides)
 
 
 def read(config: str, overrides: Sequence[str]) -> DictConfig:

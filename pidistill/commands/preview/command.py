@@ -21,7 +21,7 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
-from pidistill.commands.common import exit_on_input_error, parse_with_overrides
+from pidistill.commands.common import Parser, exit_on_input_error, parse_with_overrides
 from pidistill.commands.plan.lengths import Lengths, RowLengths
 from pidistill.commands.plan.reading import KEYS, merged
 from pidistill.commands.preview.budget import budget
@@ -37,9 +37,7 @@ ROUND_NEEDS = ("sampler", "prompts_per_round", "group_size", "max_steps")
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="pidistill preview", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Parser(prog="pidistill preview", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("config", help="a bundled config, or a path")
     made.add_argument("overrides", nargs="*", metavar="key=value")
     made.add_argument("--rows", type=int, default=2, help="rows of the dataset that are printed")

@@ -16,7 +16,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from pidistill.commands.common import exit_on_input_error, parse_with_overrides
+from pidistill.commands.common import Parser, exit_on_input_error, parse_with_overrides
 from pidistill.commands.sweep.cells import Sweep, grid_cells, read_sweep, stage_runs
 from pidistill.commands.sweep.pictures import draw
 from pidistill.commands.sweep.results import read_results, write_report
@@ -25,9 +25,7 @@ from pidistill.errors import InputError
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="pidistill sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Parser(prog="pidistill sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("config", nargs="?", help="a bundled config, a path, several with commas between, or a sweep file")
     made.add_argument("overrides", nargs="*", metavar="key=values")
     made.add_argument("--search", choices=SEARCHES, default="grid")
