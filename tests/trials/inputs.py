@@ -46,7 +46,7 @@ class Inputs:
     def __init__(self, folder: Path, base: Path) -> None:
         self.folder, self.base = folder, base
         for recipe in CONFIGS:
-            self.write(f"{recipe}.yaml", OmegaConf.to_yaml(self.config(recipe)))
+            self.write(f"{recipe}.yaml", self.text(recipe))
         (folder / "a_file").write_text("text")
         (folder / "an_empty_folder").mkdir()
 
@@ -69,6 +69,10 @@ class Inputs:
             if key.partition(".")[0] in keys.keys_of(recipe):
                 OmegaConf.update(cfg, key, value, merge=False, force_add=True)
         return cfg
+
+    def text(self, recipe: str, cfg: DictConfig | None = None) -> str:
+        """Return a config as the text of a file that says which recipe it is for."""
+        return f"# pidistill run {recipe}_distributed --config {recipe}.yaml\n{OmegaConf.to_yaml(cfg or self.config(recipe))}"
 
     def write(self, name: str, text: str | bytes) -> str:
         path = self.folder / name
@@ -142,7 +146,7 @@ class Inputs:
         cfg = self.config(recipe)
         node = OmegaConf.select(cfg, path)
         del node[COMPONENT]
-        return self.write(f"absent/{recipe}.{path}.yaml", OmegaConf.to_yaml(cfg))
+        return self.write(f"absent/{recipe}.{path}.yaml", self.text(recipe, cfg))
 
     # --------------------------------------------------------------------------------------- words
 
@@ -212,7 +216,7 @@ class Inputs:
     # --------------------------------------------------------------------------------------- files and folders
 
     def config_files(self) -> Iterator[Input]:
-        good = OmegaConf.to_yaml(self.config("sft"))
+        good = self.text("sft")
         files = {
             "empty": "", "list": "- 1\n- 2\n", "text": "just words", "number": "3", "bracket": f"{good}x: [1\n",
             "tab": f"{good}\tx: 1\n",
@@ -318,13 +322,13 @@ class Inputs:
             words = ("dataset={_component_: pidistill.data.chat_dataset, source: " + source + "}",)
             cfg = self.config("opsd")
             cfg.dataset = {COMPONENT: "pidistill.data.chat_dataset", "source": source}
-            yield self.run("row", "opsd", config=self.write(f"sources/{len(source)}.yaml", OmegaConf.to_yaml(cfg)))
+            yield self.run("row", "opsd", config=self.write(f"sources/{len(source)}.yaml", self.text("opsd", cfg)))
             yield self.run("row", "opsd", *words)
 
     def _dataset_config(self, recipe: str, name: str) -> str:
         cfg = self.config(recipe)
         cfg.dataset = {COMPONENT: "pidistill.data.chat_dataset", "source": str(self.folder / f"rows/{name}.jsonl")}
-        return self.write(f"rows/{recipe}.{name}.yaml", OmegaConf.to_yaml(cfg))
+        return self.write(f"rows/{recipe}.{name}.yaml", self.text(recipe, cfg))
 
     def _dataset(self, recipe: str, name: str, text: str | bytes) -> Input:
         self.write(f"rows/{name}.jsonl", text)

@@ -28,6 +28,7 @@ from pidistill.commands.plan.estimate import Estimate, estimate
 from pidistill.commands.plan.lengths import RowLengths, given_rows, rows_of
 from pidistill.commands.plan.reading import dtype_of, read
 from pidistill.errors import InputError
+from pidistill.training.keys import setting
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,7 +61,7 @@ def plan(arguments: argparse.Namespace) -> bool:
     if arguments.memory_gib is not None and not 0 < arguments.memory_gib < math.inf:
         raise InputError(f"--memory-gib {arguments.memory_gib} must be above 0")
     cfg = read(arguments.config, arguments.overrides)
-    if (cfg.get("tensor_parallel_dim") or 1) != 1:
+    if setting(cfg, "tensor_parallel_dim") != 1:
         raise InputError(
             f"pidistill plan does not know what tensor_parallel_dim={cfg.tensor_parallel_dim} saves and costs; plan with "
             "tensor_parallel_dim=1"

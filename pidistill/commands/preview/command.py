@@ -70,7 +70,7 @@ def preview(arguments: argparse.Namespace) -> None:
     numbers = budget(cfg, _mean_lengths(seen, source), _kept(seen), statistics.fmean(own) if own else None)
     sentences = findings(source, seen)
     if arguments.json:
-        print(json.dumps(_as_json(rows, source, seen, numbers, sentences), ensure_ascii=False))
+        print(json.dumps(_as_json(rows, source, seen, numbers, sentences)))
     else:
         _show(rows, source, seen, numbers, sentences)
         if cfg.get("hindsight"):

@@ -31,13 +31,14 @@ from pidistill.commands.sweep.cells import (
     stage_runs,
 )
 from pidistill.commands.sweep.results import best_step, evaluation_numbers, run_numbers, total
-from pidistill.errors import InputError
+from pidistill.errors import InputError, escape_controls
 
 RECORD = "sweep.json"
 
 
 def print_line(text: str) -> None:
-    print(text, flush=True)
+    """Print a line at once, so that those of several workers do not mix."""
+    print(escape_controls(text), flush=True)
 
 
 # ------------------------------------------------------------------------------------------- locks
@@ -76,8 +77,9 @@ def execute(command: Sequence[str], log: Path, lock: int) -> int:
 
 
 def last_error(log: Path) -> str:
-    """The recipe's own sentence, or the last exception, or the last line."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    """Return the recipe's own sentence, or the last exception, or the last line."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line.strip() for line in re.split(r"[\n\r]", text) if line.strip()]  # a progress bar ends in a carriage return
     for pattern in (r"error: ", r"(\[rank\d+\]:\s*)?(?!.*ChildFailedError)[\w.]*(Error|Exception)\b"):
         found = [line for line in lines if re.match(pattern, line)]
         if found:

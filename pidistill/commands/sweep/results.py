@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pidistill.errors import escape_controls
 from pidistill.jsonl import read_jsonl, write_jsonl
+from pidistill.training.evaluation import bootstrap_interval
 
 RESULTS = "results.jsonl"
 ORDER = "arms.json"
@@ -143,26 +144,9 @@ def groups_of(rows: Sequence[Record]) -> list[Group]:
     groups = []
     for members in found.values():
         first, good = members[0], [row for row in members if row["status"] == "ok"]
-        title = " ".join([first["title"], *(f"{key}={value}" for key, value in first["settings"].items())])
+        title = escape_controls(" ".join([first["title"], *(f"{key}={value}" for key, value in first["settings"].items())]))
         groups.append(Group(title, first["arm"], first["settings"], good, len(members) - len(good)))
     return groups
-
-
-def bootstrap_interval(values: Sequence[Sequence[float]], samples: int = BOOTSTRAP_SAMPLES) -> tuple[float, float] | None:
-    """95% percentile interval of the mean of a seeds × tasks table, seeds and tasks resampled with replacement.
-
-    A dimension of length 1 has no spread to resample; None if both have.
-    """
-    table = np.asarray(values, dtype=float)
-    if table.ndim != 2 or table.size < 2:
-        return None
-    generator = np.random.default_rng(0)
-    seeds, tasks = table.shape
-    means = [
-        table[generator.integers(seeds, size=seeds)][:, generator.integers(tasks, size=tasks)].mean() for _ in range(samples)
-    ]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def group_interval(output_dir: Path, group: Group) -> tuple[tuple[float, float] | None, str]:
@@ -172,8 +156,11 @@ def group_interval(output_dir: Path, group: Group) -> tuple[tuple[float, float] 
     if rows and all(table is not None and table.keys() == tables[0].keys() for table in tables):
         names = list(tables[0])
         what = "seeds × tasks" if len(rows) > 1 else "tasks"
-        return bootstrap_interval([[table[name] for name in names] for table in tables]), what
-    return bootstrap_interval([[row["last"]["student_success"]] for row in rows]), "seeds"
+        values = [[table[name] for name in names] for table in tables]
+    else:
+        what, values = "seeds", [[row["last"]["student_success"]] for row in rows]
+    enough = sum(map(len, values)) > 1  # one number has no spread to resample
+    return bootstrap_interval(values, seed=0, resamples=BOOTSTRAP_SAMPLES) if enough else None, what
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -267,7 +254,7 @@ def best_on_validation(groups: Sequence[Group]) -> str | None:
 
 
 def failures(rows: Sequence[Record]) -> list[str]:
-    return [f"FAILED {row['cell']}: {row['error']}" for row in rows if row["status"] != "ok"]
+    return [escape_controls(f"FAILED {row['cell']}: {row['error']}") for row in rows if row["status"] != "ok"]
 
 
 def write_report(output_dir: Path) -> list[Record]:

@@ -1,0 +1,45 @@
+"""`pidistill validate` refuses what `pidistill preview` refuses, and prints one line where both accept."""
+
+import pytest
+
+from pidistill.commands.preview.command import main as preview
+from pidistill.commands.validate import main as validate
+
+FEW = ["dataset.max_rows=20"]
+
+
+def ended(main, *words) -> int:
+    with pytest.raises(SystemExit) as status:
+        main(list(words))
+    return status.value.code
+
+
+@pytest.mark.parametrize("name", [["tiny/opsd"], ["--config", "tiny/opsd"]])
+def test_a_right_config_gets_one_line(name, capsys):
+    validate([*name, *FEW])
+    assert capsys.readouterr().out == "tiny/opsd is right; 20 of its 20 rows were checked\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["groupsize=3"], ["objective.beta=fast"], ["objective.beta=-1"], ["dataset.split=nosuch"], ["tokenizer.max_seq_len=30"],
+     ["privileged.template=none"], ["model.vocab_size=7"], ["objective.no_pi=error", "dataset.privileged=none"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_validate_and_preview_refuse_the_same_with_the_same_sentence(words, capsys):
+    assert ended(preview, "tiny/opsd", *FEW, *words) == 2
+    expected = capsys.readouterr().err
+    assert ended(validate, "tiny/opsd", *FEW, *words) == 2
+    printed = capsys.readouterr()
+    assert printed.err == expected and printed.err.startswith("error: ") and printed.out == ""
+
+
+@pytest.mark.parametrize("words", [[], ["nosuch"], ["tiny/opsd", "--scan", "0"], ["tiny/opsd", "--nosuch"]], ids=str)
+def test_wrong_words_get_one_sentence(words, capsys):
+    assert ended(validate, *words) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_rows_that_are_left_out_are_counted(capsys):
+    validate(["tiny/opsd", *FEW, "objective.no_pi=drop", "privileged.on_overflow=drop", "tokenizer.max_seq_len=74"])
+    assert "; dropped: " in capsys.readouterr().out
