@@ -1,7 +1,10 @@
 """`pidistill validate` refuses what `pidistill preview` refuses, and prints one line where both accept."""
 
+import json
+
 import pytest
 
+from pidistill.commands.places import config_path
 from pidistill.commands.preview.command import main as preview
 from pidistill.commands.validate import main as validate
 
@@ -17,7 +20,7 @@ def ended(main, *words) -> int:
 @pytest.mark.parametrize("name", [["tiny/opsd"], ["--config", "tiny/opsd"]])
 def test_a_right_config_gets_one_line(name, capsys):
     validate([*name, *FEW])
-    assert capsys.readouterr().out == "tiny/opsd is right; 20 of its 20 rows were checked\n"
+    assert capsys.readouterr().out == "tiny/opsd is right: 20 of 20 rows were checked\n"
 
 
 @pytest.mark.parametrize(
@@ -40,6 +43,13 @@ def test_wrong_words_get_one_sentence(words, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_rows_that_are_left_out_are_counted(capsys):
-    validate(["tiny/opsd", *FEW, "objective.no_pi=drop", "privileged.on_overflow=drop", "tokenizer.max_seq_len=74"])
-    assert "; dropped: " in capsys.readouterr().out
+def test_rows_that_are_left_out_are_counted(capsys, tmp_path):
+    row = {"messages": [{"role": "user", "content": "req i1 c2 g3 1 2 3 go"}], "privileged_messages": "[ d2 f0 ? k3 ]"}
+    long = row | {"messages": [{"role": "user", "content": "req " * 90}]}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, long, row)))
+    text = config_path("tiny/opsd").read_text()
+    start, end = text.index("dataset:\n"), text.index("eval_dataset:\n")
+    dataset = f"dataset:\n  _component_: pidistill.data.chat_dataset\n  source: {tmp_path}/rows.jsonl\n"
+    (tmp_path / "config.yaml").write_text(text[:start] + dataset + text[end:])
+    validate([str(tmp_path / "config.yaml"), "privileged.on_overflow=drop", "eval_dataset=null"])
+    assert capsys.readouterr().out.endswith("is right: 3 of 3 rows were checked; dropped: prompt_too_long 1\n")

@@ -74,7 +74,7 @@ def _each(statistic: Callable[[list[int]], float], lengths: Sequence[Lengths]) -
 
 
 def given_rows(cfg: DictConfig, prompt: int, privileged: int, completion: int | None) -> RowLengths:
-    """Return lengths from the command line; nothing counts as shared where privileged information stands before the question."""
+    """Return lengths from the command line; nothing is shared where privileged information stands before the question."""
     said = "the lengths given"
     if completion is None:
         if is_supervised(cfg):
