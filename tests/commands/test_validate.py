@@ -48,8 +48,8 @@ def test_rows_that_are_left_out_are_counted(capsys, tmp_path):
     long = row | {"messages": [{"role": "user", "content": "req " * 90}]}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, long, row)))
     text = config_path("tiny/opsd").read_text()
-    start, end = text.index("dataset:\n"), text.index("eval_dataset:\n")
+    start, end = text.index("dataset:\n"), text.index("environment:\n")
     dataset = f"dataset:\n  _component_: pidistill.data.chat_dataset\n  source: {tmp_path}/rows.jsonl\n"
     (tmp_path / "config.yaml").write_text(text[:start] + dataset + text[end:])
-    validate([str(tmp_path / "config.yaml"), "privileged.on_overflow=drop", "eval_dataset=null"])
+    validate([str(tmp_path / "config.yaml"), "privileged.on_overflow=drop"])
     assert capsys.readouterr().out.endswith("is right: 3 of 3 rows were checked; dropped: prompt_too_long 1\n")
