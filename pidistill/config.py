@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import functools
 import inspect
 import math
 import os
@@ -11,6 +12,7 @@ import traceback
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -30,6 +32,9 @@ ADDED_ARGUMENTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "checkpointer": (0, ("output_dir",)),
     "teacher_checkpointer": (0, ("output_dir",)),
 }
+
+# Keys whose value may be a plain function of an example and of the turns of its episode, and keys whose entries may be one.
+FUNCTION_KEYS, FUNCTIONS_KEYS = ("reward", "sibling", "feedback"), ("checks",)
 
 
 # Arguments of model builders and tokenizers that count something of which there is at least one.
@@ -119,25 +124,35 @@ def merge(name: str, config: DictConfig, overrides: Sequence[str]) -> DictConfig
 def build(node: Any, *args: Any, **kwargs: Any) -> Any:
     """Instantiate a component node, its nested component nodes first (torchtune 0.6.1 leaves those as dicts).
 
-    A node that is not a component comes back as plain containers; positional and keyword arguments are added to the call.
+    A node that is not a component comes back as plain containers; positional and keyword arguments are added to the call. A
+    reward may be a plain function (:data:`FUNCTION_KEYS`), as a dotted path or as a component: it is not called, but comes back
+    with its other arguments filled in.
 
     Raises:
         InputError: a component cannot be found, or refuses its arguments.
     """
     if isinstance(node, (DictConfig, ListConfig)):
         node = OmegaConf.to_container(node, resolve=True)
+    return _build(node, "", args, kwargs)
+
+
+def _build(node: Any, path: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    if isinstance(node, str) and _may_be_function(path):
+        node = {COMPONENT: node}
     if isinstance(node, Mapping) and COMPONENT in node:
-        arguments = {key: build(value) for key, value in node.items() if key != COMPONENT}
-        return _call(node[COMPONENT], args, {**arguments, **kwargs})
+        arguments = {key: _build(value, f"{path}.{key}") for key, value in node.items() if key != COMPONENT}
+        component = resolve(node[COMPONENT])
+        if _may_be_function(path) and _is_used_as_it_is(component, arguments):
+            return functools.partial(component, **arguments) if arguments else component
+        return _call(component, node[COMPONENT], args, {**arguments, **kwargs})
     if isinstance(node, Mapping):
-        return {key: build(value) for key, value in node.items()}
+        return {key: _build(value, f"{path}.{key}") for key, value in node.items()}
     if isinstance(node, list):
-        return [build(value) for value in node]
+        return [_build(value, f"{path}[]") for value in node]
     return node
 
 
-def _call(path: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    component = resolve(path)
+def _call(component: Any, path: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     try:
         return component(*args, **kwargs)
     except InputError:
@@ -149,6 +164,34 @@ def _call(path: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
             f"component {path} cannot be built from {', '.join(kwargs) or 'no arguments'} ({reason}, at {frame.filename} line "
             f"{frame.lineno}); check these arguments"
         ) from error
+
+
+def _may_be_function(path: str) -> bool:
+    """Return whether a plain function may stand under a config key."""
+    parent, _, key = path.rpartition(".")
+    return key in FUNCTION_KEYS or parent.rpartition(".")[2] in FUNCTIONS_KEYS
+
+
+def _is_used_as_it_is(component: Any, arguments: Mapping[str, Any]) -> bool:
+    """Return whether a component is a function that needs more than ``arguments``; one that does not makes what is used."""
+    if inspect.isclass(component):
+        return False
+    try:
+        inspect.signature(component).bind(**arguments)
+    except TypeError:
+        return True
+    return False
+
+
+def _check_function(path: str, name: str, function: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse a function that cannot be called with an example and turns."""
+    try:
+        inspect.signature(function).bind(None, None, **arguments)
+    except TypeError as error:
+        raise InputError(
+            f"{path}: {name} cannot be called with an example and the turns of its episode ({error}); define it as "
+            f"def {name.rpartition('.')[2]}(example, turns)"
+        ) from None
 
 
 def resolve(path: str) -> Any:
@@ -203,6 +246,8 @@ def _check_component(path: str, node: Any, raw: Any) -> None:
     if isinstance(node, list):
         for i, value in enumerate(node):
             _check_component(f"{path}[{i}]", value, raw[i] if isinstance(raw, list) else raw)
+    if isinstance(node, str) and _may_be_function(path) and "${" not in node:
+        node = {COMPONENT: node}
     if not isinstance(node, dict):
         return
     for key, value in node.items():
@@ -229,6 +274,9 @@ def _check_component(path: str, node: Any, raw: Any) -> None:
         for key in node:
             if key != COMPONENT and key not in parameters:
                 raise InputError(f"config key {path}.{key} is not an argument of {node[COMPONENT]}{_closest(key, parameters)}")
+    given = {key: value for key, value in node.items() if key != COMPONENT}
+    if _may_be_function(path) and _is_used_as_it_is(component, given):
+        return _check_function(path, node[COMPONENT], component, given)
     positional, keywords = ADDED_ARGUMENTS.get(path, (0, ()))
     for parameter in list(parameters.values())[positional:]:
         required = parameter.default is parameter.empty and parameter.kind not in (
@@ -252,7 +300,8 @@ def _check_argument(path: str, value: Any, raw: Any, parameter: inspect.Paramete
     default = parameter.default
     if hint is Any and type(default) in (bool, int, float):
         hint = float if type(default) is int else type(default)
-    if value is default or accepts(hint, value, COMPONENT):
+    named_function = (isinstance(value, str) and _may_be_function(path)) or parameter.name in FUNCTIONS_KEYS
+    if value is default or named_function or accepts(hint, value, COMPONENT):
         least = 1 if _SIZE.fullmatch(parameter.name) else 0 if parameter.name.startswith(("num_", "max_")) else None
         if least is not None and type(value) is int and value < least:
             raise InputError(f"{path}={raw} must be at least {least}")

@@ -1,6 +1,12 @@
 """Hold the one exception for wrong input, whose message is a sentence that says what to change, and how text is shown."""
 
 import re
+import reprlib
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 # Line feed and tab are shown as they are. Every other control character can move the cursor, change colours or window titles
 # (C0, C1), or reorder what is read (the marks for bidirectional text); a lone surrogate cannot be printed at all.
@@ -14,3 +20,41 @@ class InputError(ValueError):
 def escape_controls(text: str) -> str:
     r"""Return ``text`` with its control characters written as ``\x1b``, for terminals, logs, reports and pictures."""
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
+
+
+# ------------------------------------------------------------------------------------------- code of a user
+
+
+class StopRequest(BaseException):
+    """Mark an exception that a signal raised: it ends the run, whatever code is being executed when it comes."""
+
+
+def attempt(call: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """Call the code of a user and return (its answer, None), or (None, what it raised).
+
+    Everything that it raises is caught, also SystemExit and KeyboardInterrupt; a signal (:class:`StopRequest`) is not.
+    """
+    try:
+        return call(), None
+    except StopRequest:
+        raise
+    except BaseException as error:
+        return None, error
+
+
+def bounded_repr(value: object, limit: int = 80) -> str:
+    """Return ``repr(value)``, cut after ``limit`` characters. It does not fail where the value's own ``repr`` raises."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = limit
+    text, error = attempt(lambda: short.repr(value))
+    text = f"<{type(value).__name__} whose repr raises>" if error is not None else text
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def bounded_traceback(error: BaseException, limit: int = 4000) -> str:
+    """Return the traceback of an exception; the middle of one of more than ``limit`` characters is left out."""
+    text, failure = attempt(lambda: "".join(traceback.format_exception(error)))
+    text = f"<traceback of {type(error).__name__} that cannot be shown>" if failure is not None else text.rstrip()
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 4]}\n... {len(text) - limit} characters are left out ...\n{text[-(limit - limit // 4) :]}"

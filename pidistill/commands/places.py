@@ -29,7 +29,10 @@ def config_path(name: str) -> Path:
 
 
 def load_config(name: str) -> DictConfig:
-    """Return the config as it is now. Do not change it: each state of its file is read once, for all who ask."""
+    """Return the config as it is now; do not change it.
+
+    It is read once per state of its file, because a sweep asks for it thousands of times.
+    """
     path = config_path(name)
     state = path.stat()
     return _load(path, state.st_mtime_ns, state.st_size)
@@ -41,7 +44,7 @@ def _load(path: Path, _mtime_ns: int, _size: int) -> DictConfig:
 
 
 def recipe_of(name: str) -> str:
-    """Return the recipe in the command that a config's first line gives: a bundled one by name, another one by its path."""
+    """Return the recipe in the command of a config's first line: a bundled one by name, another one by its path."""
     first = config_path(name).read_text(encoding="utf-8", errors="replace").split("\n", 1)[0]
     found = re.match(r"#.*\brun\b(?:\s+--nproc_per_node[ =]\d+)?\s+(\S+)\s+--config\s", first)
     if not found:
@@ -64,6 +67,20 @@ def keys_of_recipe(recipe: str) -> tuple[frozenset[str], tuple[str, ...]] | None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return (module.KEYS, module.REQUIRED) if hasattr(module, "KEYS") and hasattr(module, "REQUIRED") else None
+
+
+def is_supervised(name: str, config: DictConfig) -> bool:
+    """Return whether a config's recipe trains on the dataset's completions alone.
+
+    The first line of the config says so where it names a bundled recipe; else the key `batch_size` does, which no other bundled
+    recipe reads.
+    """
+    try:
+        recipe = recipe_of(name)
+    except InputError:
+        recipe = ""
+    bundled = (folders()[0] / f"{recipe}.py").is_file()
+    return recipe == "sft_distributed" if bundled else "batch_size" in config
 
 
 def has_key(config: str, key: str) -> bool:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from omegaconf import DictConfig, OmegaConf
 
 from pidistill.commands.plan.devices import Device
-from pidistill.commands.plan.lengths import Lengths, RowLengths, is_supervised
+from pidistill.commands.plan.lengths import Lengths, RowLengths, learns_demonstrations
 from pidistill.commands.plan.memory import chunk_tokens, memory, peak
 from pidistill.commands.plan.reading import dtype_of, setup_of, shape_of, workload_of
 from pidistill.config import build, resolve
 from pidistill.errors import InputError
 from pidistill.models.adapters import has_adapters
-from pidistill.models.empty import empty_model
+from pidistill.models.empty import shared_empty_model
 from pidistill.training.keys import setting
 
 # Ragged lengths, the allocator's gaps and what the estimate misses.
@@ -64,7 +64,7 @@ def advice(run: PlannedRun, rows: RowLengths, device: Device) -> list[tuple[str,
 
 
 def _fewer_rows_sampled(run: PlannedRun, device: Device) -> list[PlannedRun]:
-    if is_supervised(run.cfg):
+    if learns_demonstrations(run.cfg):
         return []
     rows = -(-run.cfg.prompts_per_round // run.ranks) * run.cfg.group_size
     return [run.with_(f"sampler.max_batch_size={n}") for n in _halves(run.cfg.sampler.get("max_batch_size") or rows)]
@@ -92,7 +92,7 @@ def _checkpointing(run: PlannedRun, device: Device) -> list[PlannedRun]:
 def _no_second_copy(run: PlannedRun, device: Device) -> list[PlannedRun]:
     """Return a run whose LoRA model without its adapters is its own frozen teacher, where the teacher is a second copy."""
     own = run.cfg.get("teacher") and build(run.cfg.teacher).own_weights and not run.cfg.get("teacher_checkpointer")
-    needless = own and has_adapters(empty_model(run.cfg.model))
+    needless = own and has_adapters(shared_empty_model(run.cfg.model))
     return [run.with_("teacher._component_=pidistill.teachers.AdapterOffTeacher")] if needless else []
 
 
@@ -107,7 +107,11 @@ def _offload(run: PlannedRun, device: Device) -> list[PlannedRun]:
 
 
 def _bf16(run: PlannedRun, device: Device) -> list[PlannedRun]:
-    return [run.with_("dtype=bf16")] if setting(run.cfg, "dtype") == "fp32" else []
+    """Return a run with products in bf16, then one with weights in bf16, which lose most steps of a small learning rate."""
+    if setting(run.cfg, "dtype") != "fp32":
+        return []
+    mixed = [] if run.cfg.get("compute_dtype") else [run.with_("compute_dtype=bf16")]
+    return [*mixed, run.with_("dtype=bf16", "compute_dtype=null")]
 
 
 def _lora(run: PlannedRun, device: Device) -> list[PlannedRun]:

@@ -12,7 +12,7 @@ from torchtune import training
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
 from pidistill.commands.places import keys_of_recipe, load_config, recipe_of
-from pidistill.commands.plan.lengths import Lengths, is_supervised
+from pidistill.commands.plan.lengths import Lengths, learns_demonstrations
 from pidistill.commands.plan.shape import ModelShape, model_shape
 from pidistill.commands.plan.workload import Pass, Setup, Workload
 from pidistill.config import build, merge, resolve
@@ -47,7 +47,8 @@ def read(config: str, overrides: Sequence[str]) -> DictConfig:
 
 def setup_of(cfg: DictConfig, ranks: int, device: str) -> Setup:
     """Return how the config trains: models, forwards, optimizer states, sharding."""
-    model = shape_of(cfg.model, dtype_of(cfg))
+    model, trained = shape_of(cfg.model, dtype_of(cfg)), _named_dtype(cfg, "dtype")
+    mixed = trained != dtype_of(cfg)
     teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
     objective = build(cfg.objective) if cfg.get("objective") else None
     request = objective.score_request(0) if objective else SFT_REQUEST
@@ -59,10 +60,11 @@ def setup_of(cfg: DictConfig, ranks: int, device: str) -> Setup:
         behaviour=tuple(list_passes(behaviour, teacher, model, other)) if behaviour else (),
         teacher_bytes=other.weights_bytes if other else 0.0,
         average_elements=model.trained if isinstance(teacher, EMATeacher) else 0,
-        state_bytes=_state_bytes(cfg.optimizer, model.item_bytes),
+        state_bytes=_state_bytes(cfg.optimizer, trained.itemsize),
+        mixed=mixed,
         ranks=ranks,
         reshard=setting(cfg, "fsdp_reshard_after_forward"),
-        cpu_offload=setting(cfg, "fsdp_cpu_offload") and ranks > 1,
+        cpu_offload=setting(cfg, "fsdp_cpu_offload") and (ranks > 1 or mixed),
         checkpointing=setting(cfg, "enable_activation_checkpointing"),
         device=device,
     )
@@ -88,7 +90,7 @@ def workload_of(cfg: DictConfig, lengths: Lengths, ranks: int) -> Workload:
         "micro_batch_tokens": setting(cfg, "micro_batch_tokens"),
         "chunk_tokens": cfg.get("score_chunk_tokens"),
     }
-    if is_supervised(cfg):
+    if learns_demonstrations(cfg):
         return Workload(group_size=1, groups=0, trained_groups=-(-cfg.batch_size // ranks), views=SFT_REQUEST.views, **common)
     sizes = RoundSizes(cfg)
     objective = build(cfg.objective)
@@ -105,10 +107,14 @@ def workload_of(cfg: DictConfig, lengths: Lengths, ranks: int) -> Workload:
 
 
 def dtype_of(cfg: DictConfig) -> torch.dtype:
-    """Return the type by its name alone: the run may be planned on a machine that cannot run it."""
-    name = setting(cfg, "dtype")
+    """Return the dtype that forwards compute in, by name alone: the run may be planned on a machine that cannot run it."""
+    return _named_dtype(cfg, "compute_dtype" if cfg.get("compute_dtype") else "dtype")
+
+
+def _named_dtype(cfg: DictConfig, key: str) -> torch.dtype:
+    name = cfg.get(key) or "fp32"
     if name not in ("fp32", "bf16"):
-        raise InputError(f"dtype={name} cannot be planned; set dtype to fp32 or bf16")
+        raise InputError(f"{key}={name} cannot be planned; set {key} to fp32 or bf16")
     return PRECISION_STR_TO_DTYPE[name]
 
 
