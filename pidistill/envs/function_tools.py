@@ -168,7 +168,7 @@ def _carry_out(call: Mapping[str, Any], tools: Mapping[str, Tool], state: Any) -
         return _answer(call, name, f"Error: {error}")
     except Exception as error:  # a tool's own fault: the model may try something else, and the log says where it is
         _warn_once(name, error)
-        text, failure = attempt(lambda: str(error)[:MAX_ERROR_CHARS])
+        text, failure = attempt(lambda shown=error: str(shown)[:MAX_ERROR_CHARS])
         return _answer(call, name, f"Error: {type(error).__name__}" + (f": {text}" if failure is None else ""))
 
 
