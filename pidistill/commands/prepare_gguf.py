@@ -22,9 +22,7 @@ _TIED_COSINE = 0.99
 
 
 def parser() -> argparse.ArgumentParser:
-    made = Parser(
-        prog="pidistill prepare gguf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Parser(prog="pidistill prepare gguf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("file", help="a GGUF file; of a split one, the first part joined with the others")
     made.add_argument("--output", required=True, help="the folder; one that holds a model is kept")
     return made

@@ -40,7 +40,7 @@ def validate(config: str, overrides: list[str], count: int) -> str:
     Raises:
         InputError: the config is wrong, or a run would refuse one of the first ``count`` rows.
     """
-    source = source_of(read(config, overrides))
+    source = source_of(*read(config, overrides))
     if not source.examples:
         raise InputError("the dataset has no rows; check `dataset`")
     seen = scan(source, count)

@@ -45,9 +45,7 @@ TRUNCATED_TOO_OFTEN = 0.2
 
 
 def parser() -> argparse.ArgumentParser:
-    made = Parser(
-        prog="pidistill probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Parser(prog="pidistill probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("config", help="a bundled config, or a path")
     made.add_argument("overrides", nargs="*", metavar="key=value")
     made.add_argument("--rows", type=int, default=32, help="rows with privileged information that are tried")
