@@ -5,9 +5,10 @@ pidistill plan qwen2_5/0.5B_opsd --device h100 --prompt-tokens 150 --privileged-
 pidistill plan qwen2_5/0.5B_opsd --device a100 --ranks 4 micro_batch_tokens=4096
 
 Overrides are those of `pidistill run`. Lengths come from the config's own tokenizer and the first rows of its dataset; no
-weights are loaded. A config is code: its components are imported, and model (without weights), teacher, objective, optimizer and
-what the prompts need are built. Ends with status 0 if the run fits, 1 if it does not, 2 if the config is wrong. What is counted and how
-close it comes: pidistill/commands/plan/__init__.py and benchmarks/costs.py.
+weights are loaded. A config is code: its components are imported, and the model (without weights), teacher, objective and
+optimizer are built, and what the prompts need; environment, reward and sampler are not. Ends with status 0 if the run fits, 1
+if it does not, 2 if the config is wrong. What is counted and how close it comes: pidistill/commands/plan/__init__.py and
+benchmarks/costs.py.
 """
 
 import argparse
