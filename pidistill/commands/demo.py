@@ -1,4 +1,4 @@
-"""`pidistill demo`: methods against the RL control at equal rollouts on the tiny world, from one base, on held-out tasks.
+"""`pidistill demo`: compare methods with the RL control at equal rollouts on the tiny world, from one base, on held-out tasks.
 
 The sweep `configs/sweeps/demo.yaml`: trains each arm with its bundled config, evaluates base and arms on the test split
 (nothing was selected on it), and leaves tables and pictures in the terminal and the output folder.

@@ -1,4 +1,4 @@
-"""`pidistill keys [word]`: the config keys with type, default, recipes and meaning; with a word, the rows that contain it."""
+"""`pidistill keys [word]`: print the config keys with type, default, recipes and meaning, or the rows that contain a word."""
 
 from rich.console import Console
 from rich.markup import escape

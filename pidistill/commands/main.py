@@ -1,4 +1,4 @@
-"""The `pidistill` command: torchtune's own command line with our recipes and configs registered, plus commands of our own.
+"""Run the `pidistill` command: torchtune's own command line with our recipes and configs registered, plus commands of our own.
 
 pidistill ls                                          our recipes and configs, then torchtune's
 pidistill run pi_distill_distributed --config tiny/pi_distill max_steps=20
@@ -193,9 +193,8 @@ def check_run_arguments(recipe: str, words: list[str]) -> None:
 
 
 def _is_recipe_file(recipe: str) -> bool:
-    """Return True for `my_recipe.py`, `my_recipe` and `folder.my_recipe`, all of which torchtune runs."""
-    path = Path(recipe)
-    return path.is_file() or Path(f"{recipe.replace('.', '/')}.py").is_file()
+    """Return True for `my_recipe.py` and `my_recipe`, both of which torchtune runs as a module."""
+    return Path(f"{os.path.splitext(recipe)[0]}.py").is_file()
 
 
 def is_ours(config: str) -> bool:

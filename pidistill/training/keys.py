@@ -91,7 +91,7 @@ TABLE: Mapping[str, Key] = {
         Key("max_turns", WHOLE, "turns of the model after which an episode ends", EVERY, least=1, null="no limit"),
         Key(
             "environment_threads", WHOLE, "episodes that talk to the environment at once", EVERY,
-            least=1, null="one, in the sampler's own thread",
+            least=1, most=1024, null="one, in the sampler's own thread",
         ),
         Key("environment_timeout_s", NUMBER, "seconds that one `reset` or `step` may take", EVERY, above=0, null="no limit"),
         Key(

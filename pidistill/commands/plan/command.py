@@ -1,4 +1,4 @@
-"""`pidistill plan`: will this config fit, where will its time go, and what would make it fit?
+"""`pidistill plan`: say whether a config will fit, where its time will go, and what would make it fit.
 
 pidistill plan tiny/pi_distill
 pidistill plan qwen2_5/0.5B_opsd --device h100 --prompt-tokens 150 --privileged-tokens 200
