@@ -118,15 +118,15 @@ def test_adapters_have_the_names_and_shapes_of_torchtunes_builder(folders):
     [
         ({"model_type": "gemma3_text"}, "model_type 'gemma3_text', and weights are converted for llama, mistral, qwen2, qwen3"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "causal language models"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' .* computes SiLU"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu', and SiLU is computed here"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rotations of the kind 'yarn'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rotations of the kind 'linear'"),
         ({"attention_bias": True}, "attention_bias true"),
         ({"mlp_bias": True}, "mlp_bias true"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        ({"model_type": "mistral", "sliding_window": 256}, "a sliding window of 256 tokens, shorter than .* 512"),
+        ({"model_type": "mistral", "sliding_window": 256}, "a sliding window of 256 tokens, .* up to 512"),
         ({"use_sliding_window": True, "sliding_window": 256}, "a sliding window of 256 tokens"),
-        ({"hidden_size": None}, "hidden_size None, and a positive whole number is needed"),
+        ({"hidden_size": None}, "hidden_size None, which must be a positive whole number"),
         ({"vocab_size": "many"}, "vocab_size 'many'"),
     ],
 )

@@ -250,7 +250,7 @@ def test_a_callable_that_fails_costs_its_rollout_the_information_and_is_counted(
         rollouts = [rollout(said, group, reward) for group, said in enumerate(["fine", "broken"]) for reward in (0.0, 1.0)]
     counts = add_hindsight(Hindsight(**parts), rollouts, PRIVILEGED, TOKENIZER, ONE, 96)
     assert counts["_with_pi"] == 1.0 and counts["hindsight_failures"] == {"feedback": 2.0, "sibling": 1.0}[which]
-    assert len([r for r in caplog.records if f"hindsight.{which} wrote nothing" in r.getMessage()]) == 1
+    assert len([r for r in caplog.records if f"hindsight.{which} failed for" in r.getMessage()]) == 1
 
 
 def test_a_refusal_is_not_tried_again(server):
