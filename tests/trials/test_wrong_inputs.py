@@ -54,10 +54,9 @@ def test_at_least_99_of_100_wrong_inputs_are_refused_with_one_sentence(inputs):
 
 
 def test_a_sample_of_the_wrong_inputs_is_refused_with_one_sentence(inputs):
-    wrong = [tried for tried in inputs.all() if tried.wrong]
-    by_kind = {tried.kind: tried for tried in wrong}
-    tries = [*by_kind.values(), *wrong[:: len(wrong) // 12]]
-    assert len(by_kind) >= 15
+    by_kind = {tried.kind: tried for tried in inputs.all() if tried.wrong}
+    tries = list(by_kind.values())[::2]
+    assert len(tries) >= 12
     assert not (failures := show_failures(tries, try_all(tries, inputs.folder), {REFUSED})), "\n".join(failures)
 
 
@@ -77,7 +76,7 @@ def test_real_commands_end_with_the_sentence(name, inputs):
         tried for tried in inputs.all() if tried.wrong and tried.words[:1] == ("run",) and "_distributed" in tried.words[1]
     ]
     by_kind = {tried.kind: tried for tried in reversed(tries)}
-    tries = [tried for kind, tried in by_kind.items() if kind != "command line"]
+    tries = [tried for kind, tried in by_kind.items() if kind != "command line"][::4]
     results = []
     for tried in tries:
         words = [f"recipes/{tried.words[1]}.py" if name.startswith("tune") else tried.words[1], *tried.words[2:]]
