@@ -21,8 +21,6 @@ from dataclasses import replace
 
 import torch
 from omegaconf import DictConfig
-from torchtune import config
-
 from pidistill.config import build
 from pidistill.data import epoch_order, load_prompts, row_completions
 from pidistill.distributed.run import Timer
@@ -47,6 +45,7 @@ from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.training.supervised import SupervisedTerm
 from pidistill.training.update import Updates
 from pidistill.types import Batch, PerTokenLoss, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
+from torchtune import config
 
 KEYS = keys_of("opsd")
 REQUIRED = ("output_dir", "max_steps", "model", "tokenizer", "checkpointer", "dataset", "environment", "privileged", "sampler",
@@ -246,12 +245,12 @@ class OPSDRecipe:
         cleanup()
 
 
-@config.parse
 @one_sentence_errors
+@config.parse
 def recipe_main(cfg: DictConfig) -> None:
-    log_config(cfg, "OPSDRecipe")
     recipe = OPSDRecipe(cfg)
     recipe.setup(cfg)
+    log_config(cfg, "OPSDRecipe")
     recipe.train()
     recipe.cleanup()
 

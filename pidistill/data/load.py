@@ -14,6 +14,7 @@ from pidistill.errors import InputError
 from pidistill.models.empty import shared_empty_model
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.tokenizers import ChatTokenizer, as_chat_tokenizer
+from pidistill.training.keys import setting
 from pidistill.types import Example, PromptPair
 
 
@@ -74,7 +75,7 @@ def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True, judged: b
         eval_dropped=evaluation.dropped,
         rows_without_pi=train.rows_without_pi,
         leak_phrases=list(privileged.leak_phrases),
-        success_threshold=float(cfg.get("eval_success_threshold", 1.0)),
+        success_threshold=float(setting(cfg, "eval_success_threshold")),
         max_seq_len=max_seq_len,
         privileged=privileged,
     )
