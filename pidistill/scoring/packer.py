@@ -24,6 +24,7 @@ from pidistill.distributed.run import Run
 from pidistill.models.empty import shared_empty_model
 from pidistill.scoring.batch import BOTH, make_batch, make_tree
 from pidistill.scoring.tree_attention import check_trees
+from pidistill.training.keys import setting
 from pidistill.types import Batch, Rollout, RolloutAdvantage, ViewName
 
 Item = TypeVar("Item")
@@ -41,8 +42,8 @@ class Packer:
     """
 
     def __init__(self, cfg: DictConfig, run: Run, pad_id: int) -> None:
-        self.packing: str = cfg.get("packing") or "tree"
-        self.budget: int = cfg.get("micro_batch_tokens") or 8192
+        self.packing: str = setting(cfg, "packing")
+        self.budget: int = setting(cfg, "micro_batch_tokens")
         for key in ("model", "teacher_model"):
             if self.packing == "tree" and cfg.get(key):
                 check_trees(shared_empty_model(cfg[key]))  # before weights are loaded
