@@ -99,7 +99,7 @@ def test_a_second_copy_of_the_weights_is_seen_and_an_adapter_off_teacher_offered
     lora = ("model._component_=torchtune.models.qwen2_5.lora_qwen2_5_0_5b", "model.lora_attn_modules=[q_proj]")
     frozen = "teacher._component_=pidistill.teachers.FrozenTeacher"
     live, copy = numbers(capsys, *OPSD, *lora), numbers(capsys, *OPSD, *lora, frozen, "--memory-gib", "1")
-    assert copy["peak_bytes"] - live["peak_bytes"] == pytest.approx(494e6 * 4, rel=0.02)
+    assert copy["peak_bytes"] - live["peak_bytes"] == pytest.approx(494e6 * 2, rel=0.02)  # in bf16
     assert any("AdapterOffTeacher" in offered["change"] for offered in copy["changes"])
 
 
