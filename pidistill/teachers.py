@@ -131,7 +131,7 @@ class HiddenMemory:
     ) -> Float[Tensor, "N H"]:
         """Return those of the policy tokens of ``rollouts``: kept ones if all ranks have all of them, else from ``read``."""
         kept = [self._kept.get(rollout.key) for rollout in rollouts]
-        if _on_all_ranks(all(hidden is not None for hidden in kept), none.device):
+        if on_all_ranks(all(hidden is not None for hidden in kept), none.device):
             return torch.cat([none, *(hidden.to(none.device) for hidden in kept)])
         whole = read()
         used = sum(hidden.nbytes for hidden in self._kept.values())
@@ -142,8 +142,8 @@ class HiddenMemory:
         return whole
 
 
-def _on_all_ranks(yes: bool, device: torch.device) -> bool:
-    """Reading is a collective where the teacher is sharded: all ranks read, or none does."""
+def on_all_ranks(yes: bool, device: torch.device) -> bool:
+    """Return whether ``yes`` holds on every rank: what calls a collective, such as a sharded forward, all ranks do or none."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return yes
     answer = torch.tensor(int(yes), device=device)

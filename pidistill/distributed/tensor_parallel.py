@@ -27,7 +27,8 @@ from torchtune.training import prepare_mha_for_tp
 
 from pidistill.errors import InputError
 from pidistill.models.adapters import has_adapters
-from pidistill.models.empty import empty_model
+from pidistill.models.empty import shared_empty_model
+from pidistill.models.modules import attention_modules
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ def check_tensor_parallel(cfg: DictConfig, processes: int) -> int:
     _check_settings(cfg, size)
     for key in ("model", "teacher_model"):
         if cfg.get(key):
-            _check_model(empty_model(cfg[key]), key, size)
+            _check_model(shared_empty_model(cfg[key]), key, size)
     return size
 
 
@@ -178,8 +179,8 @@ def complete_gradients(model: nn.Module) -> None:
 
 def _head_norms(module: nn.Module) -> Iterator[nn.Module]:
     """Norms over a head's width, one for all heads (Qwen3)."""
-    for attention in module.modules():
-        if isinstance(attention, MultiHeadAttention) and attention.q_norm is not None:
+    for attention in attention_modules(module):
+        if getattr(attention, "q_norm", None) is not None:
             yield from (attention.q_norm, attention.k_norm)
 
 

@@ -1,8 +1,11 @@
-"""A model's shape without its weights."""
+"""Build models without their weights: to be filled from a checkpoint, or to be looked at before one is loaded."""
 
+import functools
+import json
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torchtune.modules import TransformerDecoder
 
 from pidistill.config import build
@@ -11,7 +14,7 @@ from pidistill.models.nf4 import give_out_whole_weights
 
 
 def empty_model(node: Any) -> TransformerDecoder:
-    """A model's shape without its weights, on the meta device.
+    """Build a model without its weights, on the meta device.
 
     Raises:
         InputError: model.quantize_base=True and torchao cannot store a matrix of the model in 4 bits.
@@ -28,3 +31,14 @@ def empty_model(node: Any) -> TransformerDecoder:
             f"model.quantize_base=True cannot store this model in 4 bits ({' '.join(str(error).split())}): every matrix needs "
             "a multiple of 64*256 elements; set model.quantize_base=False"
         ) from error
+
+
+def shared_empty_model(node: Any) -> TransformerDecoder:
+    """Return the model of :func:`empty_model`, built once for all checks of a start. Nobody may change it."""
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    return _build_once(json.dumps(plain, sort_keys=True), torch.get_default_dtype())
+
+
+@functools.lru_cache(maxsize=4)  # model and teacher, and those of another config in the same process
+def _build_once(node: str, dtype: torch.dtype) -> TransformerDecoder:
+    return empty_model(json.loads(node))

@@ -3,6 +3,7 @@ is loaded: a folder of another size, of another family, or with other rotations 
 
 import logging
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,14 @@ from torch import nn
 from torchtune.modules import FeedForward, MultiHeadAttention, TiedLinear, TransformerDecoder
 
 from pidistill.errors import InputError
+from pidistill.models.config_json import check_sizes, not_computed, rotation_kind, rotations
+from pidistill.models.from_folder import LLAMA3_SCALING
 from pidistill.models.hf_folder import Stored, read_json, stored_tensors, weight_files
-from pidistill.models.hf_format import FAMILIES, family, head_dim, is_tied, not_loaded, to_hf
+from pidistill.models.hf_format import FAMILIES, LIKE_LLAMA, family, head_dim, is_tied, not_loaded, to_hf
 
 log = logging.getLogger(__name__)
 
 _ADAPTER = ("lora_a.weight", "lora_b.weight", "magnitude")
-_LLAMA3_SCALING = {
-    "factor": "scale_factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "old_context_len",
-}
 
 
 def check_fits(model: nn.Module, checkpointer: Mapping[str, Any], builder: str, key: str) -> None:
@@ -58,11 +55,17 @@ def check_config_fits(model: TransformerDecoder, config: Mapping[str, Any], fold
             f"the weights in {folder} are quantised ({method}, says its config.json), and training needs them in bf16 or fp32; "
             f"set {key}.checkpoint_dir to the unquantised model"
         )
+    check_sizes(config, folder)
+    node = "teacher_model" if key == "teacher_checkpointer" else "model"
+    if reason := not_computed(config, model.max_seq_len):
+        raise InputError(
+            f"the model in {folder} has {reason}; set `{node}` to a builder that computes it, or {key}.checkpoint_dir to "
+            "another model"
+        )
     ours, theirs = model_facts(model), config_facts(config)
     other = [name for name in theirs if name in ours and theirs[name] != ours[name]]
     if other:
         said, built = (", ".join(f"{name}={_shown(facts[name])}" for name in other) for facts in (theirs, ours))
-        node = "teacher_model" if key == "teacher_checkpointer" else "model"
         raise InputError(
             f"the checkpoint in {folder} is another model than {builder} builds: its config.json says {said}, and {builder} "
             f"has {built}; set `{node}` to the builder and arguments of that checkpoint, or {key}.checkpoint_dir to another one"
@@ -90,20 +93,21 @@ def model_facts(model: TransformerDecoder) -> dict[str, Any]:
     if hasattr(rope, "base"):
         scaled = getattr(rope, "scale_factor", 1) != 1  # a factor of 1 leaves every rotation as it is
         facts["rope_theta"] = float(rope.base)
-        facts["rope_scaling"] = {name: float(getattr(rope, own)) for name, own in _LLAMA3_SCALING.items()} if scaled else None
+        facts["rope_scaling"] = {name: float(getattr(rope, own)) for name, own in LLAMA3_SCALING.items()} if scaled else None
     return facts
 
 
 def config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same of a config.json, in either of the layouts that transformers has had for rotations."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope = rotations(config)
+    kind = rotation_kind(rope)
     theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
     scaling: Any = None if kind == "default" else str(kind)
     if kind == "llama3":
-        scaling = {name: float(rope[name]) for name in _LLAMA3_SCALING}
+        scaling = {name: float(rope[name]) for name in LLAMA3_SCALING}
+    name = family(config)
     return {
-        "model_type": family(config),
+        "model_type": "llama" if name in LIKE_LLAMA else name,
         "hidden_size": config["hidden_size"],
         "num_hidden_layers": config["num_hidden_layers"],
         "num_attention_heads": config["num_attention_heads"],
@@ -125,6 +129,12 @@ def check_tensors_fit(
     wanted = {name: tuple(tensor.shape) for name, tensor in to_hf(base, dict(config)).items()}
     needless = not_loaded(stored, config)
     found = {name: tensor for name, tensor in stored.items() if name not in needless}
+    if quantized := sorted(name for name, tensor in found.items() if _is_quantized(name, tensor)):
+        kind = found[quantized[0]].dtype
+        raise InputError(
+            f"the weights in {folder} are quantised ({_first(quantized)} is of type {kind}), and training needs them in bf16 "
+            "or fp32; set checkpoint_dir to the unquantised model"
+        )
     hint = "the folder is incomplete, or of another model: check checkpoint_dir and `model`"
     if missing := sorted(wanted.keys() - found.keys()):
         raise InputError(f"checkpoint folder {folder} has no tensor {_first(missing)}, which {builder} needs; {hint}")
@@ -137,6 +147,17 @@ def check_tensors_fit(
                 f"tensor {name} in {folder / found[name].file} has shape {list(found[name].shape)}, and {builder} needs "
                 f"{list(shape)}; check checkpoint_dir and `model`"
             )
+
+
+# What the Hub's ways to quantise add beside a weight: GPTQ and AWQ, bitsandbytes, FP8, compressed-tensors, torchao.
+_SCALES = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|weight[._](scale\w*|zero_point|packed|format|absmax))$"
+)
+
+
+def _is_quantized(name: str, tensor: Stored) -> bool:
+    """Return whether a tensor holds quantised values or their scales, whatever config.json says."""
+    return bool(_SCALES.search(name)) or tensor.dtype.startswith(("I", "U", "F8", "F4", "F6"))
 
 
 def _family_of(attention: nn.Module) -> str:

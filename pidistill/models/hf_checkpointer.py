@@ -11,7 +11,8 @@ from torchtune import training
 from torchtune.training.checkpointing._utils import SUFFIXES_TO_NOT_COPY, copy_files, safe_torch_load
 
 from pidistill.errors import InputError
-from pidistill.models.hf_folder import INDEX, SINGLE, read_json, stored_tensors, weight_files
+from pidistill.models.config_json import check_sizes
+from pidistill.models.hf_folder import INDEX, SINGLE, check_plain_name, read_json, stored_tensors, weight_files
 from pidistill.models.hf_format import family, from_hf, not_loaded, to_hf
 
 # What torchtune calls the families, for configs that name one.
@@ -44,6 +45,7 @@ class HFCheckpointer:
         self._folder, self._output_dir = Path(checkpoint_dir), Path(output_dir)
         self._config = read_json(self._folder / "config.json")
         found = family(self._config)
+        check_sizes(self._config, self._folder)
         if model_type is not None and _TORCHTUNE_NAMES.get(model_type, model_type) != found:
             raise InputError(
                 f"checkpointer.model_type is {model_type} and {self._folder / 'config.json'} says {found}; remove model_type, "
@@ -54,6 +56,8 @@ class HFCheckpointer:
                 f"checkpointer.output_dir {self._output_dir} lies in checkpoint_dir {self._folder}, whose files it gets; "
                 "set another output_dir"
             )
+        for name in checkpoint_files or ():  # weights are saved under the same names
+            check_plain_name(name, "checkpointer.checkpoint_files")
         self._files = list(checkpoint_files or weight_files(self._folder))
         self._file_of = {name: tensor.file for name, tensor in stored_tensors(self._folder, self._files).items()}
         self._output_dir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,7 @@
-"""What a folder in Hugging Face's format holds, from config.json, the index and the files' headers, without their weights."""
+"""Read what a folder in Hugging Face's format holds, from config.json, the index and the files' headers, not their weights.
+
+Whoever made the folder chose what is in it. Names that lead out of the folder are refused, and nothing in it is executed.
+"""
 
 import json
 from collections.abc import Sequence
@@ -16,19 +19,24 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor is, and its shape."""
+    """Where a tensor is, its shape, and its type as safetensors writes it (``F32``, ``BF16``, ``I8``)."""
 
     file: str
     shape: tuple[int, ...]
+    dtype: str = ""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises InputError where the file is absent or is no JSON object."""
+    """Return the object in a JSON file.
+
+    Raises:
+        InputError: the file is absent or is no JSON object.
+    """
     if not path.is_file():
         raise InputError(f"checkpoint folder {path.parent} has no {path.name} ({_holds(path.parent)}); check checkpoint_dir")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); copy or download it again") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} holds a {type(found).__name__}, not a JSON object; copy or download it again")
@@ -36,10 +44,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The files that make up the model: model.safetensors, or those that the index names, whichever transformers would take.
+    """Return the files of the model: model.safetensors, or those that the index names, whichever transformers would take.
 
     Raises:
-        InputError: there is neither, or a file of the index is absent.
+        InputError: there is neither, or the index names a file that is absent or outside the folder.
     """
     if (folder / SINGLE).is_file():
         return [SINGLE]
@@ -51,9 +59,12 @@ def weight_files(folder: Path) -> list[str]:
             else "check checkpoint_dir"
         )
         raise InputError(f"checkpoint folder {folder} has neither {SINGLE} nor {INDEX} ({_holds(folder)}); {advice}")
-    names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-    for name in names:
-        check_plain_name(name, folder / INDEX)
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{folder / INDEX} has no weight_map from tensors to files; download or copy the folder again")
+    for name in weight_map.values():
+        check_plain_name(name, str(folder / INDEX))
+    names = sorted(set(weight_map.values()))
     absent = [name for name in names if not (folder / name).is_file()]
     if absent or not names:
         missing = f"{len(absent)} of {len(names)} weight files, {', '.join(absent[:3])}{', …' if len(absent) > 3 else ''},"
@@ -64,26 +75,31 @@ def weight_files(folder: Path) -> list[str]:
     return names
 
 
-def check_plain_name(name: str, source: Path) -> None:
+def check_plain_name(name: Any, source: str) -> None:
     """Refuse a file name that leads out of its folder: weights are later written under the same name."""
-    if not name or name in (".", "..") or any(mark in name for mark in "/\\\0"):
+    if not isinstance(name, str) or not name or name in (".", "..") or any(mark in name for mark in "/\\\0"):
         raise InputError(f"{source} names the weight file {name!r}, which is not a plain file name; do not trust this folder")
 
 
 def stored_tensors(folder: Path, files: Sequence[str]) -> dict[str, Stored]:
-    """Every tensor of the safetensors files, by name.
+    """Return every tensor of the safetensors files, by name.
 
     Raises:
         InputError: a file is cut short or is something else.
     """
     found: dict[str, Stored] = {}
     for name in files:
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"checkpoint folder {folder} has no file {name} ({_holds(folder)}); check checkpoint_files")
         try:
-            with safe_open(folder / name, framework="pt") as file:
-                found |= {key: Stored(name, tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    tensor = file.get_slice(key)
+                    found[key] = Stored(name, tuple(tensor.get_shape()), str(tensor.get_dtype()))
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"{folder / name} ({(folder / name).stat().st_size:,} bytes) is not a whole safetensors file "
+                f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file "
                 f"({' '.join(str(error).split())}): a download was cut short, or this is a git-lfs pointer; fetch it again"
             ) from error
     return found

@@ -1,6 +1,7 @@
 """Weights between Hugging Face's layout and torchtune's, in memory: the family is read from the model's config.json.
 
-Llama's query and key rows are permuted (torchtune rotates neighbouring pairs, Hugging Face halves); Qwen's keep their order.
+Llama's and Mistral's query and key rows are permuted (torchtune rotates neighbouring pairs, Hugging Face halves); Qwen's keep
+their order.
 Qwen3 is Qwen2 without biases and with two norms more in every layer.
 """
 
@@ -16,7 +17,8 @@ from pidistill.errors import InputError
 State = dict[str, Tensor]
 Config = Mapping[str, Any]
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+LIKE_LLAMA = ("llama", "mistral")  # query and key rows are permuted
 TIED_HEAD = "lm_head.weight"  # some tied checkpoints hold it beside the embedding that it equals
 _NORMS = {"self_attn.q_norm.weight": "attn.q_norm.scale", "self_attn.k_norm.weight": "attn.k_norm.scale"}
 
@@ -24,6 +26,7 @@ _NORMS = {"self_attn.q_norm.weight": "attn.q_norm.scale", "self_attn.k_norm.weig
 def family(config: Config) -> str:
     """The config's ``model_type``. Raises InputError where it is none of FAMILIES, or is no causal language model."""
     name, architectures = config.get("model_type"), config.get("architectures") or []
+    architectures = architectures if isinstance(architectures, list) else [architectures]
     if name not in FAMILIES:
         raise InputError(
             f"config.json has model_type {name!r}, and weights are converted for {', '.join(FAMILIES)}; for a family that "
@@ -61,7 +64,7 @@ def from_hf(state: State, config: Config) -> State:
     name = family(config)
     if is_tied(config):
         state = {key: value for key, value in state.items() if key != TIED_HEAD}
-    if name == "llama":
+    if name in LIKE_LLAMA:
         return _converted(hf_to_tune, state, config)
     if name == "qwen2":
         return _converted(qwen2_hf_to_tune, state, config)
@@ -84,7 +87,7 @@ def to_hf(state: State, config: Config) -> State:
             "config.json ties the output head to the embedding (tie_word_embeddings) and the model has a head of its own, "
             "which would be lost; set `model` to the tied builder of this size, or checkpointer.checkpoint_dir to an untied one"
         )
-    if name == "llama":
+    if name in LIKE_LLAMA:
         return _converted(tune_to_hf, state, config)
     if name == "qwen2":
         return _converted(qwen2_tune_to_hf, state, config)

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from pidistill.errors import InputError
 from pidistill.models.adapters import PARTS, adapter_modules, has_adapters, is_dora, merge, rank_of, scale_of
-from pidistill.models.empty import empty_model
+from pidistill.models.empty import shared_empty_model
 from pidistill.models.hf_folder import read_json
+from pidistill.models.hf_format import FAMILIES, LIKE_LLAMA
 
 FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
-# model_type → whether its query and key rows are permuted.
-PERMUTES = {"llama": True, "mistral": True, "qwen2": False, "qwen3": False}
 _MODULES = {
     "attn.q_proj": "self_attn.q_proj",
     "attn.k_proj": "self_attn.k_proj",
@@ -122,7 +121,7 @@ def _permuted(rows: Tensor, layer: str, hf_config: Mapping[str, Any], *, to_hf: 
     """[out, …] of a query or key in the other format's row order; every other layer's as it is."""
     heads = {"attn.q_proj": "num_attention_heads", "attn.k_proj": "num_key_value_heads"}
     key = next((key for module, key in heads.items() if layer.endswith(module)), None)
-    if key is None or not PERMUTES[hf_config["model_type"]]:
+    if key is None or hf_config["model_type"] not in LIKE_LLAMA:
         return rows
     number = hf_config.get(key) or hf_config["num_attention_heads"]
     pairs = rows.shape[0] // number // 2
@@ -168,14 +167,15 @@ def _read_config(folder: Path, hf_config: Mapping[str, Any]) -> dict[str, Any]:
         if not (folder / name).is_file():
             present = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "no folder"
             raise InputError(f"adapter_dir={folder} has no {name} ({present}); name a folder that PEFT saved an adapter in")
-    if hf_config.get("model_type") not in PERMUTES:
+    if hf_config.get("model_type") not in FAMILIES:
         raise InputError(
-            f"adapters are read for {', '.join(PERMUTES)}, and config.json beside the weights has model_type "
+            f"adapters are read for {', '.join(FAMILIES)}, and config.json beside the weights has model_type "
             f"{hf_config.get('model_type')!r}; remove adapter_dir"
         )
     config = read_json(folder / CONFIG)
     if absent := [key for key in ("r", "lora_alpha") if key not in config and config.get("peft_type") == "LORA"]:
         raise InputError(f"{folder / CONFIG} has no {absent[0]}, as PEFT writes it; check adapter_dir")
+    _check_values(config, folder)
     changes = {key: config[key] for key, plain in _NOT_READ.items() if (config.get(key) or plain) != plain}
     changes |= {key: config[key] for key in ("peft_type",) if config.get(key) != "LORA"}
     start = config.get("init_lora_weights")
@@ -188,6 +188,32 @@ def _read_config(folder: Path, hf_config: Mapping[str, Any]) -> dict[str, Any]:
             "name the merged folder in checkpointer.checkpoint_dir"
         )
     return config
+
+
+def _check_values(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse ranks and α that are no numbers, and patterns that could take days to compare with a name."""
+    values = {key: config[key] for key in ("r", "lora_alpha") if key in config}
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise InputError(f"{folder / CONFIG} has {key} {config[key]!r}, which is no object; check adapter_dir")
+        values |= {f"{key} {name}": value for name, value in (config.get(key) or {}).items()}
+        for pattern in config.get(key) or {}:
+            if not _is_pattern(pattern):
+                raise InputError(f"{folder / CONFIG} has {key} {pattern!r}, and patterns of names are read; check adapter_dir")
+    for key, value in values.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e9:
+            raise InputError(f"{folder / CONFIG} has {key} {value!r}, which must be a positive number; check adapter_dir")
+
+
+def _is_pattern(text: str) -> bool:
+    """Return whether a name's pattern is one that is compared at once: few stars, no groups and no repeated groups."""
+    if not re.fullmatch(r"[\w.\\^$|*]+", text) or text.count("*") > 2:
+        return False
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def _from_hf(name: str, folder: Path) -> tuple[str, str]:
@@ -211,6 +237,9 @@ def _check_layer(layer: str, tensors: Mapping[str, Tensor], config: Mapping[str,
             raise InputError(
                 f"the adapter in {folder} lacks {_PREFIX}{_to_hf(layer)}.{_PARTS[part]}; the file is incomplete, save it again"
             )
+    for part in PARTS[:2]:
+        if tensors[f"{layer}.{part}"].ndim != 2:
+            raise InputError(f"the adapter in {folder} has a {part} of {_to_hf(layer)} that is no matrix; save it again")
     rank, found = int(_own(config, "rank_pattern", "r", layer)), tensors[f"{layer}.lora_a.weight"].shape[0]
     if rank != found or tensors[f"{layer}.lora_b.weight"].shape[1] != found:
         raise InputError(
@@ -284,7 +313,7 @@ def _check_base_shape(adapter: Adapter, layer: str, weight: Tensor | None) -> No
 def check_adapter_dir(cfg: DictConfig) -> None:
     """Refuse an `adapter_dir` that cannot be read, or that `model` cannot take, before any weight is loaded."""
     if cfg.get("adapter_dir"):
-        check_fits(_read_for(cfg), empty_model(cfg.model))
+        check_fits(_read_for(cfg), shared_empty_model(cfg.model))
         _check_not_merged_already(Path(cfg.adapter_dir), Path(cfg.checkpointer.get("checkpoint_dir") or ""))
 
 
@@ -314,13 +343,13 @@ def with_adapter_dir(cfg: DictConfig, model_node: Any, weights: dict[str, Any]) 
         return weights
     adapter = _read_for(cfg)
     both = {**weights, **adapter.tensors}
-    return both if has_adapters(empty_model(model_node)) else merge(both, adapter.scales)
+    return both if has_adapters(shared_empty_model(model_node)) else merge(both, adapter.scales)
 
 
 def base_config(checkpoint_dir: str | None) -> dict[str, Any]:
     """config.json of a checkpoint folder; empty where there is none."""
     path = Path(checkpoint_dir or "") / "config.json"
-    return json.loads(path.read_text()) if checkpoint_dir and path.is_file() else {}
+    return read_json(path) if checkpoint_dir and path.is_file() else {}
 
 
 def _read_for(cfg: DictConfig) -> Adapter:

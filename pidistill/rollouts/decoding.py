@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
+from pidistill.models.modules import attention_modules
 from pidistill.models.precision import multiply_head, widen_head
 
 # Prompts are read in forwards of at most this many tokens, padding included: more is no faster, and costs memory.
@@ -242,7 +243,7 @@ def decoding(model: TransformerDecoder, max_columns: int, pad_id: int) -> Iterat
 
     Caches left behind would make every later forward without a mask attend in both directions, silently.
     """
-    attentions = [m for m in model.modules() if hasattr(m, "kv_cache") and hasattr(m, "cache_enabled")]
+    attentions = attention_modules(model)
     _check_attentions(attentions, max_columns)
     caches = [_Cache(max_columns) for _ in attentions]
     through_update = [m for m in attentions if "_attention_call" not in vars(m)]

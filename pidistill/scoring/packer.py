@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig
 
 from pidistill.distributed.run import Run
-from pidistill.models.empty import empty_model
+from pidistill.models.empty import shared_empty_model
 from pidistill.scoring.batch import BOTH, make_batch, make_tree
-from pidistill.scoring.tree_attention import read_trees
+from pidistill.scoring.tree_attention import check_trees
 from pidistill.types import Batch, Rollout, RolloutAdvantage, ViewName
 
 Item = TypeVar("Item")
@@ -45,7 +45,7 @@ class Packer:
         self.budget: int = cfg.get("micro_batch_tokens") or 8192
         for key in ("model", "teacher_model"):
             if self.packing == "tree" and cfg.get(key):
-                read_trees(empty_model(cfg[key]))  # refuses an attention that cannot, before weights are loaded
+                check_trees(shared_empty_model(cfg[key]))  # before weights are loaded
         self._run, self._pad_id = run, pad_id
 
     def batch(self, items: Sequence[Rollout] | Sequence[tuple[Rollout, RolloutAdvantage]]) -> Batch:

@@ -19,12 +19,12 @@ from torchtune.modules import TransformerDecoder
 from pidistill.errors import InputError
 from pidistill.models.offloading import keep_on_device
 from pidistill.models.precision import compute_dtype_of
-from pidistill.scoring.batch import ModelInputs
+from pidistill.scoring.equal_views import have_equal_weights, share_equal_views
 from pidistill.scoring.head import ConstantPart, apply_head
 from pidistill.scoring.head_numbers import ScorePlan
 from pidistill.scoring.tree_attention import read_trees
 from pidistill.teachers import MixturePart, Teacher
-from pidistill.types import Batch, ModelInput, PerTokenLoss, ScoreRequest, Scores, ViewName
+from pidistill.types import Batch, BatchInputs, ModelInput, PerTokenLoss, ScoreRequest, Scores, ViewName
 
 
 def score(
@@ -124,38 +124,20 @@ def _score(plan: ScorePlan, model: TransformerDecoder, batch: Batch, parts: list
         # What the live teacher view is about to compute anyway is not computed twice.
         ready = model if "teacher" in called else None
         shared = model if called else None
-        constants[forwards.given] = [_constant(v, views, "teacher", shared, ready) for v in parts]
+        constants[forwards.given] = [_constant(part, views, "teacher", shared, ready) for part in parts]
     if not called:
         return apply_head(plan, {}, constants["teacher"][0].weight, constants)
 
+    equal = {side: [True] for side in forwards.constant}
+    if forwards.given is not None:
+        equal[forwards.given] = have_equal_weights(parts, model)
+
     def use(h: Float[Tensor, "M H"], weight: Tensor) -> Tensor:
         hidden = dict(zip(called, h.split([batch.targets.numel()] * len(called)), strict=True))
-        _share_equal_views(views, (*called, *forwards.constant), hidden, constants)
+        share_equal_views(views, hidden, constants, equal)
         return apply_head(plan, hidden, weight, constants)
 
     return _forward(model, views.of(*called), use)
-
-
-def _share_equal_views(
-    views: ModelInputs, live: tuple[ViewName, ...], hidden: dict[str, Tensor], constants: dict[str, list[ConstantPart]]
-) -> None:
-    """Give both views of the trained model the same hidden states on rollouts whose two prompts are the same ids.
-
-    They are the same function of the same tokens. Computed in two places they may round differently, and a divergence that is 0
-    would have a gradient of rounding noise.
-    """
-    per_rollout = [r.prompts.student == r.prompts.teacher for r in views.rollouts]
-    if len(live) < 2 or not any(per_rollout):
-        return
-    lengths = torch.tensor([r.policy_tokens for r in views.rollouts])
-    same = torch.tensor(per_rollout).repeat_interleave(lengths)[:, None].to(next(iter(hidden.values())).device)
-    if len(hidden) == 2:
-        hidden["teacher"] = torch.where(same, hidden["student"], hidden["teacher"])
-        return
-    ((trained, states),) = hidden.items()
-    constant = "teacher" if trained == "student" else "student"
-    (part,) = constants[constant]
-    constants[constant] = [replace(part, hidden=torch.where(same, states.detach(), part.hidden))]
 
 
 # ---------------------------------------------------------------------------------------------- the model up to the head
@@ -223,7 +205,7 @@ def _local_weight(model: TransformerDecoder) -> Float[Tensor, "V H"]:
 
 @torch.no_grad()
 def _constant(
-    part: MixturePart, views: ModelInputs, side: ViewName, shared: nn.Module | None, ready: nn.Module | None = None
+    part: MixturePart, views: BatchInputs, side: ViewName, shared: nn.Module | None, ready: nn.Module | None = None
 ) -> ConstantPart:
     """A part on a view that gets no gradient.
 

@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torchtune.modules import MultiHeadAttention, TransformerDecoder
 
 from pidistill.errors import InputError
+from pidistill.models.modules import attention_modules
 
 FLEX_BLOCK = 128
 # More: fewer, larger kernels; less: fewer keys that only other queries of the block see. 256 measured best on two cores.
@@ -87,11 +88,21 @@ def _ordered(chosen: Bool[Tensor, "Q K"]) -> tuple[Int[Tensor, "1 1 Q"], Int[Ten
 def read_trees(model: TransformerDecoder) -> None:
     """Let the model's attention modules take a :class:`TreeMask`, from now on; other masks go where they went before.
 
-    For good, not for one forward: activation checkpointing calls the layers again in the backward.
+    The change stays after the forward: activation checkpointing calls the layers again in the backward.
     """
-    for module in model.modules():
-        if not hasattr(module, "cache_enabled") or _reads_trees(module):
-            continue
+    check_trees(model)
+    for module in attention_modules(model):
+        if not _reads_trees(module):
+            module._attention_call = partial(_attend, module._attention_call)
+
+
+def check_trees(model: TransformerDecoder) -> None:
+    """Refuse a model whose attention cannot take a :class:`TreeMask`.
+
+    Raises:
+        InputError: it has a sliding window, another kind of mask, or dropout.
+    """
+    for module in attention_modules(model):
         if not isinstance(module, MultiHeadAttention) or getattr(module, "sliding_window_size", None) is not None:
             raise InputError(
                 f"{type(module).__name__} attends in a way that packed trees do not know (a sliding window, or its own kind of "
@@ -102,7 +113,6 @@ def read_trees(model: TransformerDecoder) -> None:
                 f"packed trees have no attention dropout, and the model has {module.attn_dropout}; set model.attn_dropout=0, "
                 "or packing: padded"
             )
-        module._attention_call = partial(_attend, module._attention_call)
 
 
 def _reads_trees(module: nn.Module) -> bool:

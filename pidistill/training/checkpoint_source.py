@@ -9,9 +9,10 @@ from torchtune import utils
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
 from pidistill.errors import InputError
-from pidistill.models.empty import empty_model
+from pidistill.models.empty import shared_empty_model
 from pidistill.models.fits import check_fits
-from pidistill.training.run_folder import wants_resume
+from pidistill.training.disk import check_copyable
+from pidistill.training.run_folder import read_config, wants_resume
 
 log = utils.get_logger("INFO")
 
@@ -37,8 +38,9 @@ def use_fallback_checkpoint(cfg: DictConfig) -> None:
 
 
 def _recorded_checkpoint_dir(cfg: DictConfig) -> str | None:
-    path = Path(cfg.output_dir) / "config.yaml"
-    return OmegaConf.load(path).checkpointer.checkpoint_dir if path.is_file() else None
+    """Return the checkpoint folder of the run's own config.yaml; None where there is none, or it cannot be read."""
+    recorded = read_config(Path(cfg.output_dir))
+    return None if recorded is None else OmegaConf.select(recorded, "checkpointer.checkpoint_dir")
 
 
 def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
@@ -47,14 +49,13 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
     if node is None or "checkpoint_dir" not in node or not (_in_hf_format(node) or "checkpoint_files" in node):
         return
     folder = Path(node.checkpoint_dir)
-    hint = f"check {key}.checkpoint_dir"
-    stage = re.search(r"runs/((?:tiny|gem|reasoning_gym|tool_world)/\w+)/latest$", folder.as_posix())
-    if stage is not None and stage[1] == "tiny/base":
+    hint = f"{_how_to_make(folder)}check {key}.checkpoint_dir"
+    if folder.parts[-4:] == ("runs", "tiny", "base", "latest"):
         hint = "run `make base` (or `pidistill run sft_distributed --config tiny/base`) first"
-    elif stage is not None:
-        hint = f"it is what configs/{stage[1]}.yaml leaves: run that first, or {hint}"
     if not folder.is_dir():
         raise InputError(f"checkpoint folder {folder} does not exist; {hint}")
+    if key == "checkpointer" and _in_hf_format(node):
+        check_copyable(folder)
     for name in [*(["config.json"] if _in_hf_format(node) else []), *_checkpoint_files(node)]:
         if not (folder / name).is_file():
             present = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
@@ -63,13 +64,21 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
             )
 
 
+def _how_to_make(folder: Path) -> str:
+    """Return a hint where the folder is what the run of a bundled config leaves: runs/<config>/latest."""
+    found = re.search(r"(?:^|/)runs/([^/]+/[^/]+)/latest$", folder.as_posix())
+    package = Path(__file__).resolve().parents[1]
+    bundled = any((root / "configs" / f"{found[1]}.yaml").is_file() for root in (package, package.parent)) if found else False
+    return f"it is what configs/{found[1]}.yaml leaves: run that first, or " if bundled else ""
+
+
 def check_checkpoint_fits(cfg: DictConfig, key: str) -> None:
     """Refuse a folder of another model than the config builds, from its config.json and its tensors' names and shapes."""
     node = cfg.get(key)
     if node is not None and _in_hf_format(node):
         model = (cfg.get("teacher_model") if key == "teacher_checkpointer" else None) or cfg.model
         files = {"checkpoint_files": _checkpoint_files(node)}
-        check_fits(empty_model(model), {**node, **files}, builder=str(model._component_), key=key)
+        check_fits(shared_empty_model(model), {**node, **files}, builder=str(model._component_), key=key)
 
 
 def _in_hf_format(node: DictConfig) -> bool:

@@ -8,19 +8,15 @@
     and the version of this format.
 
 `output_dir/latest` points to the newest. Checkpoints fall on round ends, so no half-used rollouts need saving. `keep_last: N`
-removes all but the newest N. Every file is on the disk before the link moves.
+removes all but the newest N. Every file is on the disk before the link moves. A checkpoint is replaced by one with the same
+weights alone: whatever else has the name of a new one keeps its files under the name `step_N_replaced_M`.
 """
 
-import filecmp
 import os
-import pickle
-import random
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
@@ -34,10 +30,20 @@ from pidistill.config import build
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
 from pidistill.models.adapters import has_adapters, merged
+from pidistill.models.hf_format import FAMILIES
 from pidistill.models.nf4 import whole
-from pidistill.models.peft_format import FOLDER, PERMUTES, base_config, with_adapter_dir
+from pidistill.models.peft_format import FOLDER, base_config, with_adapter_dir
 from pidistill.models.peft_format import write as write_adapter
 from pidistill.teachers import Teacher
+from pidistill.training.disk import (
+    check_copyable,
+    free_name,
+    remove_outside_copies,
+    remove_tree,
+    set_usual_modes,
+    sync,
+    sync_tree,
+)
 from pidistill.training.interrupts import Stopped, received_signal, training_begins
 from pidistill.training.optimizers import optimizer_state, restore_optimizer
 from pidistill.training.run_folder import (
@@ -51,14 +57,20 @@ from pidistill.training.run_folder import (
     step_of,
     wants_resume,
 )
+from pidistill.training.training_state import (
+    DAMAGED,
+    FORMAT,
+    base_mark,
+    check_records,
+    check_weights,
+    random_state,
+    read_state,
+    set_random_state,
+    weight_marks,
+)
 from pidistill.training.update import Updates, crossed
 
 log = utils.get_logger("INFO")
-
-FORMAT = 1
-
-# What reading a file that was cut short or overwritten raises.
-_DAMAGED = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, TypeError, SafetensorError)
 
 
 def step_folder(output_dir: Path, step: int) -> Path:
@@ -104,6 +116,11 @@ class Checkpoints:
         folder = self.run.output_dir
         newest = newest_checkpoint(folder)
         if newest is not None:
+            try:
+                check_records(newest / STATE_FILE)
+            except DAMAGED as error:
+                raise self._damaged(newest, STATE_FILE, error) from error
+            check_copyable(newest)
             return newest
         if (folder / BEGAN).exists() and not os.path.lexists(folder / LATEST):
             log.warning(f"{folder} holds a run without a checkpoint; it starts again from its first step")
@@ -117,22 +134,18 @@ class Checkpoints:
 
     def _read_state(self, folder: Path) -> dict[str, Any]:
         try:
-            state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)
-            found = (state["method"], state["must_match"], state["step"], state["rng"], state["optimizer"])
-        except _DAMAGED as error:
+            state = read_state(folder)
+        except InputError:
+            raise
+        except DAMAGED as error:
             raise self._damaged(folder, STATE_FILE, error) from error
-        if state.get("format", FORMAT) > FORMAT:
+        if state["method"] != self.method:
             raise InputError(
-                f"{folder / STATE_FILE} has format {state['format']} and this version of pidistill reads up to {FORMAT}; "
-                "resume with the version that wrote it"
-            )
-        if found[0] != self.method:
-            raise InputError(
-                f"the checkpoint in {folder} was trained with {found[0]}, this config says {self.method}; "
+                f"the checkpoint in {folder} was trained with {state['method']}, this config says {self.method}; "
                 "set another output_dir, or the objective it was trained with"
             )
         for key, ours in self.must_match.items():
-            theirs = found[1].get(key)
+            theirs = state["must_match"].get(key)
             if theirs != ours:
                 raise InputError(
                     f"the checkpoint in {folder} was trained with {key}={theirs}, this run has {ours}; the order of the data "
@@ -141,12 +154,11 @@ class Checkpoints:
         return state
 
     def _damaged(self, folder: Path, what: str, error: Exception) -> InputError:
-        detail = " ".join(str(error).split())[:160] or type(error).__name__
         before = [
             step for step in step_folders(self.run.output_dir) if step != folder and step_of(step) < _step_or_last(folder)
         ]
         remedy = f"the run then resumes from {before[-1].name}" if before else f"no older one is left: set {RESUME}=start_over"
-        return InputError(f"{what} in {folder} is cut short or damaged ({detail}); move {folder} away, {remedy}")
+        return InputError(f"{what} in {folder} is cut short or damaged ({_detail(error)}); move {folder} away, {remedy}")
 
     def _open(self, folder: Path | None) -> Any:
         self._writing = self.run.output_dir / ".writing"
@@ -159,17 +171,24 @@ class Checkpoints:
             overrides |= {"checkpoint_dir": str(folder)}
             if self._node.get("checkpoint_files"):  # else the folder's own index names them
                 overrides["checkpoint_files"] = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
-        return build(self._node, **overrides)
+        if folder is None or self._source is None:
+            return build(self._node, **overrides)
+        try:
+            return build(self._node, **overrides)
+        except DAMAGED as error:
+            raise self._damaged(folder, "a file of weights or config.json", error) from error
 
     def load_weights(self) -> dict[str, Any]:
         """The full state dict that the run starts from, on CPU."""
         try:
             weights = self._checkpointer.load_checkpoint()[training.MODEL_KEY]
-        except _DAMAGED as error:
-            if self._source is None or isinstance(error, InputError):
+            if self._source is not None:
+                check_weights(weights, self.state.get("weights") or {})
+            self._base = base_mark(weights)
+        except DAMAGED as error:
+            if self._source is None:
                 raise
             raise self._damaged(self._source, "a file of weights", error) from error
-        self._base = _base_mark(weights)
         if self.state is None:
             return with_adapter_dir(self._cfg, self._cfg.model, weights)
         adapters = self.state.get("adapters") or {}
@@ -191,6 +210,15 @@ class Checkpoints:
                 f"the checkpoint in {self.run.output_dir / LATEST} was trained {'without' if wanted else 'with'} LoRA "
                 "adapters, unlike this config's; resume with the `model` that it was trained with, or set another output_dir"
             )
+        try:
+            self._restore(model, updates, teacher)
+        except InputError:
+            raise
+        except DAMAGED as error:
+            raise self._damaged(step_folder(self.run.output_dir, self.state["step"]), STATE_FILE, error) from error
+        return {"step": self.state["step"], "round": self.state["round"]}
+
+    def _restore(self, model: TransformerDecoder, updates: Updates, teacher: Teacher | None) -> None:
         self._refuse_other_state("lr_scheduler", updates.scheduler is not None, self.state["scheduler"] is not None)
         self._refuse_other_state("teacher", bool(teacher and teacher.state_dict()), bool(self.state["teacher"]))
         restore_optimizer(model, updates.optimizer, self.state["optimizer"], self.state.get("optimizer_kind"))
@@ -199,10 +227,9 @@ class Checkpoints:
         if teacher is not None and self.state["teacher"]:
             teacher.load_state_dict(self.state["teacher"])
         if len(self.state["rng"]) == self.run.processes:
-            _set_random_state(self.state["rng"][dist.get_rank()])
+            set_random_state(self.state["rng"][dist.get_rank()])
         else:
             log.warning(f"{len(self.state['rng'])} ranks wrote the checkpoint, this run has {self.run.processes}")
-        return {"step": self.state["step"], "round": self.state["round"]}
 
     def _refuse_other_state(self, key: str, wanted: bool, found: bool) -> None:
         if wanted != found:
@@ -223,72 +250,92 @@ class Checkpoints:
         optimizer = optimizer_state(model, updates.optimizer, self.run.is_main)
         teacher_state = self._full(teacher.state_dict()) if teacher is not None else {}
         rng: list[Any] = [None] * self.run.processes
-        dist.all_gather_object(rng, _random_state())
-        if self.run.is_main:
-            adapters = get_adapter_state_dict(weights)
-            shutil.rmtree(self._writing, ignore_errors=True)
-            self._checkpointer.save_checkpoint({training.MODEL_KEY: merged(model, weights)}, epoch=0)
-            remove_outside_copies(self._source or Path(self._node.get("checkpoint_dir") or ""), self._writing / "epoch_0")
-            self._write_adapter(model, adapters)
-            state = {
-                "format": FORMAT,
-                "method": self.method,
-                "must_match": self.must_match,
-                "step": step,
-                "round": round_,
-                "optimizer": optimizer,
-                "optimizer_kind": type(updates.optimizer).__name__,
-                "adapters": adapters,  # a resumed run puts them beside the base's weights again
-                "base": self._base if adapters else None,
-                "scheduler": updates.scheduler.state_dict() if updates.scheduler is not None else None,
-                "scheduler_kind": type(updates.scheduler).__name__,
-                "skipped_steps": (updates.nonfinite_steps, updates.nonfinite_in_a_row, updates.empty_steps),
-                "teacher": teacher_state,
-                "rng": rng,
-            }
-            (self._writing / "epoch_0" / STATE_FILE).unlink(missing_ok=True)  # copied along from a resumed folder
-            torch.save(state, self._writing / "epoch_0" / STATE_FILE)
-            self._publish(step)
-            self._remove_old(step)
-        dist.barrier()
+        dist.all_gather_object(rng, random_state())
+        state = {
+            "format": FORMAT,
+            "method": self.method,
+            "must_match": self.must_match,
+            "step": step,
+            "round": round_,
+            "optimizer": optimizer,
+            "optimizer_kind": type(updates.optimizer).__name__,
+            "scheduler": updates.scheduler.state_dict() if updates.scheduler is not None else None,
+            "scheduler_kind": type(updates.scheduler).__name__,
+            "skipped_steps": (updates.nonfinite_steps, updates.nonfinite_in_a_row, updates.empty_steps),
+            "teacher": teacher_state,
+            "rng": rng,
+        }
+        self.run.from_main(lambda: self._write(step, model, weights, state))
         if self._stop:
             raise Stopped(f"stopped after step {step}, which is saved; set {RESUME}=true to continue", self._stop)
 
+    def _write(self, step: int, model: nn.Module, weights: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """Write the whole checkpoint and move it into place. For rank 0.
+
+        Raises:
+            InputError: the disk is full, or does not take the files for another reason.
+        """
+        new, adapters = self._writing / "epoch_0", get_adapter_state_dict(weights)
+        try:
+            remove_tree(self._writing)
+            trained = merged(model, weights)
+            marks = weight_marks(trained)
+            self._checkpointer.save_checkpoint({training.MODEL_KEY: trained}, epoch=0)
+            remove_outside_copies(self._source or Path(self._node.get("checkpoint_dir") or ""), new)
+            self._write_adapter(model, adapters)
+            # A resumed run puts the adapters beside the base's weights again.
+            state |= {"adapters": adapters, "base": self._base if adapters else None, "weights": marks}
+            (new / STATE_FILE).unlink(missing_ok=True)  # copied along from a resumed folder
+            torch.save(state, new / STATE_FILE)
+            self._publish(step, marks)
+            self._remove_old(step)
+        except InputError:
+            raise
+        except (OSError, SafetensorError, RuntimeError) as error:
+            before = step_folders(self.run.output_dir)
+            kept = f"{before[-1].name} is whole" if before else "no earlier one is there"
+            raise InputError(
+                f"the checkpoint of step {step} could not be written into {self.run.output_dir} ({_detail(error)}); {kept}: "
+                f"free space on the disk, then set {RESUME}=true to continue"
+            ) from error
+
     def _write_adapter(self, model: nn.Module, adapters: dict[str, torch.Tensor]) -> None:
         folder, hf_config = self._writing / "epoch_0" / FOLDER, base_config(self._node.get("checkpoint_dir"))
-        shutil.rmtree(folder, ignore_errors=True)  # copied along from a base that a run with adapters left
-        if adapters and hf_config.get("model_type") in PERMUTES:
+        remove_tree(folder)  # copied along from a base that a run with adapters left
+        if adapters and hf_config.get("model_type") in FAMILIES:
             write_adapter(folder, model, adapters, hf_config, str(Path(self._node.checkpoint_dir).resolve()))
         elif adapters:
-            log.warning(f"no adapter in PEFT's format is saved: config.json's model_type is none of {', '.join(PERMUTES)}")
+            log.warning(f"no adapter in PEFT's format is saved: config.json's model_type is none of {', '.join(FAMILIES)}")
 
-    def _publish(self, step: int) -> None:
+    def _publish(self, step: int, marks: dict[str, int]) -> None:
         """Move the written folder to `step_N` and the link to it, each only once what it names is on the disk."""
         output_dir, new = self.run.output_dir, self._writing / "epoch_0"
         folder = step_folder(output_dir, step)
         set_usual_modes(new)
         sync_tree(new)
-        if folder.exists():
-            os.rename(folder, self._writing / "replaced")
+        if os.path.lexists(folder):
+            # A kill before the link moved leaves the same step, which is written again; anything else is somebody's work.
+            aside = self._writing / "replaced" if _has_weights(folder, marks) else free_name(folder, "replaced")
+            if aside.parent == output_dir:
+                log.warning(f"{folder} is not the step {step} that was trained now; it is kept as {aside.name}")
+            os.rename(folder, aside)
         os.replace(new, folder)
-        _sync(output_dir)
+        sync(output_dir)
         latest, link = output_dir / LATEST, output_dir / f".{LATEST}"
-        if latest.is_dir() and not latest.is_symlink():  # object stores and `cp -rL` make a folder of the link
+        if os.path.lexists(latest) and not latest.is_symlink():  # object stores and `cp -rL` make a folder of the link
             self._rename_plain_latest(latest)
-        link.unlink(missing_ok=True)
+        remove_tree(link)
         link.symlink_to(folder.name)
         os.replace(link, latest)
         (output_dir / BEGAN).unlink(missing_ok=True)
-        _sync(output_dir)
-        shutil.rmtree(self._writing, ignore_errors=True)
+        sync(output_dir)
+        remove_tree(self._writing)
 
     def _rename_plain_latest(self, latest: Path) -> None:
-        number = self.state["step"] if self.state else 0
-        target, copies = step_folder(self.run.output_dir, number), 0
-        while target.exists():
-            copies += 1
-            target = self.run.output_dir / f"{LATEST}_copy_{copies}"
-        log.warning(f"{latest} is a folder, not a link; it is kept as {target.name}")
+        target = step_folder(self.run.output_dir, self.state["step"] if self.state else 0)
+        if os.path.lexists(target):
+            target = free_name(latest, "copy")
+        log.warning(f"{latest} is not a link; it is kept as {target.name}")
         os.rename(latest, target)
 
     def _remove_old(self, step: int) -> None:
@@ -302,9 +349,9 @@ class Checkpoints:
             if folder.resolve() not in used:
                 # A half-removed folder must not look like a checkpoint.
                 removed = self.run.output_dir / ".removing"
-                shutil.rmtree(removed, ignore_errors=True)
+                remove_tree(removed)
                 os.rename(folder, removed)
-                shutil.rmtree(removed, ignore_errors=True)
+                remove_tree(removed)
 
     def _full(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Whole CPU tensors on rank 0 (every rank takes part in gathering them)."""
@@ -321,67 +368,13 @@ def _step_or_last(folder: Path) -> float:
     return step_of(folder) if folder.name.removeprefix("step_").isdecimal() else float("inf")
 
 
-def remove_outside_copies(source: Path, copy: Path) -> None:
-    """Remove what was copied through links of a model folder that lead out of it: they could name any file of this machine.
-
-    The hub's cache keeps its files in `blobs` beside `snapshots`, which counts as inside. config.json is part of the weights.
-    """
-    root = source.resolve()
-    inside = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
-    for path in [path for path in copy.rglob("*") if path.is_file()]:
-        original = source / path.relative_to(copy)
-        if path.name == "config.json" or not original.is_file():
-            continue
-        target = original.resolve()
-        outside = not any(folder in target.parents for folder in inside)
-        if outside and filecmp.cmp(path, target, shallow=False):
-            log.warning(f"{original} is a link to {target}, outside its folder; it is left out of the checkpoint")
-            path.unlink()
-
-
-def set_usual_modes(folder: Path) -> None:
-    """Give every file and folder the mode that the umask says: a copy of a read-only or private file would keep its mode."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    for path in (folder, *folder.rglob("*")):
-        if not path.is_symlink():
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-
-
-def sync_tree(folder: Path) -> None:
-    """Wait until every file below a folder, and the folder's entries, are on the disk."""
-    for path in (*folder.rglob("*"), folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _has_weights(folder: Path, marks: dict[str, int]) -> bool:
+    """Return whether a checkpoint holds the weights that ``marks`` describes, says its training state."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return read_state(folder).get("weights") == marks
+    except (InputError, *DAMAGED):
+        return False
 
 
-def _base_mark(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The first elements of each matrix as it was loaded, which tell one base from another."""
-    return torch.cat([tensor[0, :4].float() for _, tensor in sorted(weights.items()) if tensor.ndim == 2])
-
-
-def _random_state() -> dict[str, Any]:
-    """Of torch, Python and numpy: the recipes draw from streams of their own, an environment or a reward may not."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    state["numpy"] = (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached)
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+def _detail(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

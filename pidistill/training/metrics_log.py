@@ -1,7 +1,7 @@
 """The log of a run: metrics.jsonl, rollouts.jsonl, the metric logger, the progress bar and the alarms."""
 
 import json
-import os
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from pidistill.config import build
 from pidistill.distributed.run import Run
 from pidistill.jsonl import write_jsonl
+from pidistill.training.disk import replace_file
 from pidistill.training.health import Health
 
 log = utils.get_logger("INFO")
@@ -38,7 +39,7 @@ class MetricsLog:
 
     def write(self, row: dict[str, Any], shown: Sequence[str] = ()) -> None:
         """Append one row, without numbers that are not finite; ``shown`` names those that the progress bar carries."""
-        row = {key: value for key, value in row.items() if not isinstance(value, float) or _is_finite(value)}
+        row = {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
         if not self._active:
             return
         if alarms := self._health.look(row):
@@ -66,10 +67,6 @@ class MetricsLog:
                 self._logger.close()
 
 
-def _is_finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
-
-
 def _keep_rows_until(path: Path, step: int) -> list[dict[str, Any]]:
     """Cut off the rows after ``step`` and what is no row; return those that stay. Step 0 is a fresh run: none stays."""
     if not path.is_file():
@@ -80,12 +77,7 @@ def _keep_rows_until(path: Path, step: int) -> list[dict[str, Any]]:
     if broken := sum(row is None for row in rows[:-1]):  # a kill leaves half of the last line, which is nothing to tell
         log.warning(f"{broken} lines of {path} are damaged and left out; the run resumes without them")
     kept = [(line, row) for line, row in zip(lines, rows, strict=True) if row is not None and row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.writelines(line + b"\n" for line, _ in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace_file(path, b"".join(line + b"\n" for line, _ in kept))
     return [row for _, row in kept]
 
 
@@ -95,4 +87,5 @@ def _read_row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int | float) else None
+    step = row.get("step") if isinstance(row, dict) else None
+    return row if isinstance(step, int | float) and math.isfinite(step) else None

@@ -165,6 +165,9 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, A
         optimizer.load_state_dict(state[PARTS][0])
     elif in_parts:
         _load_own_part(optimizer, state[PARTS][rank])
+    elif not state["state"]:  # SGD without momentum keeps none, which torch's function does not expect
+        for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+            group |= {key: value for key, value in saved.items() if key != "params"}
     else:
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks > 1)
         set_optimizer_state_dict(model, optimizer, state, options=options)

@@ -10,6 +10,7 @@
 | start_over | starts; the old files move to `output_dir/previous_N` | starts |
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -34,6 +35,9 @@ LOCK = ".lock"
 
 RESUME = "resume_from_checkpoint"
 
+# Files that a run appends to or writes anew.
+_OWN_FILES = ("metrics.jsonl", "rollouts.jsonl", "config.yaml")
+
 # What a run writes, and what start_over moves aside. A logger's own files stay.
 _FILES = ("step_*", LATEST, BEGAN, ".writing", "metrics.jsonl", "rollouts.jsonl", "nonfinite_step_*", "config.yaml")
 
@@ -50,6 +54,7 @@ def step_folders(output_dir: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
+    """Return N of `step_N`."""
     return int(folder.name.removeprefix("step_"))
 
 
@@ -57,7 +62,9 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
     """Return what `latest` points to; where it is missing or points to nothing, the newest step with a training state."""
     latest = output_dir / LATEST
     if (latest / STATE_FILE).is_file():
-        return latest.resolve()
+        # One link alone: `step_N` may itself be a link to another disk, and keeps its name.
+        beside = output_dir / os.readlink(latest) if latest.is_symlink() else latest
+        return beside if beside.parent == output_dir else latest.resolve()
     steps = step_folders(output_dir)
     if not steps:
         return None
@@ -87,6 +94,7 @@ def claim_run_folder(cfg: DictConfig, output_dir: Path) -> None:
     if value not in (None, False, True, "auto", "start_over"):
         raise InputError(f"{RESUME}={value} is not one of false, true, auto, start_over")
     lock_folder(output_dir)
+    _check_own_files(output_dir)
     if value == "start_over" and holds_run(output_dir):
         _move_aside(cfg, output_dir)
     elif not value and holds_run(output_dir):
@@ -96,7 +104,7 @@ def claim_run_folder(cfg: DictConfig, output_dir: Path) -> None:
             "output_dir"
         )
     elif value and holds_run(output_dir):
-        _say_changes(cfg, output_dir / "config.yaml")
+        _say_changes(cfg, output_dir)
 
 
 def lock_folder(output_dir: Path) -> None:
@@ -108,19 +116,42 @@ def lock_folder(output_dir: Path) -> None:
     path = (output_dir / LOCK).absolute()
     if path in _locks:
         return
-    file = path.open("a+")
+    try:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+    except OSError as error:  # a folder, or a link, which could lead to any file
+        raise InputError(f"{path} cannot be used to lock the run's folder ({error.strerror}); remove it") from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        file.seek(0)
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            log.warning(f"{output_dir} cannot be locked ({error.strerror}): nothing keeps a second run out of it")
+            return
         owner = file.read().strip() or "unknown"
         raise InputError(
             f"output_dir={output_dir} is in use by another run (process {owner}); wait for it, stop it, or set another one"
         ) from error
     file.truncate(0)
+    file.seek(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
     _locks[path] = file
+
+
+def _check_own_files(output_dir: Path) -> None:
+    """Refuse a folder, or a link to nothing, in the place of a file that the run writes."""
+    for path in (output_dir / name for name in _OWN_FILES):
+        if os.path.lexists(path) and not path.is_file():
+            kind = "a link that leads to no file" if path.is_symlink() else "not a file"
+            raise InputError(f"{path} is {kind}, and the run writes a file there; remove it, or set another output_dir")
+
+
+def read_config(output_dir: Path) -> DictConfig | None:
+    """Return the config that the run was last started with, interpolations as written; None where it cannot be read."""
+    try:
+        found = OmegaConf.load(output_dir / "config.yaml")
+    except Exception:  # absent or broken: it then says nothing, and no training depends on it
+        return None
+    return found if isinstance(found, DictConfig) else None
 
 
 def _summary(output_dir: Path) -> str:
@@ -138,7 +169,7 @@ def _move_aside(cfg: DictConfig, output_dir: Path) -> None:
                 f"{key}.checkpoint_dir={source} lies in {inside[0]}, which {RESUME}=start_over moves; set another output_dir"
             )
     number = 1
-    while (output_dir / f"previous_{number}").exists():
+    while os.path.lexists(output_dir / f"previous_{number}"):
         number += 1
     aside = output_dir / f"previous_{number}"
     aside.mkdir()
@@ -147,17 +178,17 @@ def _move_aside(cfg: DictConfig, output_dir: Path) -> None:
     log.warning(f"{len(files)} files and folders of the run in {output_dir} were moved to {aside}")
 
 
-def _say_changes(cfg: DictConfig, path: Path) -> None:
+def _say_changes(cfg: DictConfig, output_dir: Path) -> None:
     """Log once which settings differ from those that the run was last started with."""
-    try:
-        before = dict(_leaves(OmegaConf.to_container(OmegaConf.load(path), resolve=False)))
-    except Exception:  # a config.yaml that is absent or broken says nothing, and nothing depends on it
+    recorded = read_config(output_dir)
+    if recorded is None:
         return
+    before = dict(_leaves(OmegaConf.to_container(recorded, resolve=False)))
     now = dict(_leaves(public_config(cfg)))
     names = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name) and name != RESUME]
     if names:
         changes = ", ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in sorted(names))
-        log.warning(f"the run in {path.parent} is resumed with changed settings: {changes}")
+        log.warning(f"the run in {output_dir} is resumed with changed settings: {changes}")
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

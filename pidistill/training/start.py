@@ -28,6 +28,7 @@ from pidistill.errors import InputError
 from pidistill.models.offloading import check_offloading
 from pidistill.models.peft_format import check_adapter_dir
 from pidistill.training.checkpoint_source import check_checkpoint_fits, check_checkpoint_folder, use_fallback_checkpoint
+from pidistill.training.disk import is_disk_fault, replace_file
 from pidistill.training.interrupts import Stopped, handle_signals, training_run
 from pidistill.training.keys import check_values, setting
 from pidistill.training.optimizers import check_mixed_precision
@@ -78,7 +79,7 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     if run.is_main:
         if RESUME in known:
             claim_run_folder(cfg, output_dir)
-        OmegaConf.save(OmegaConf.create(public_config(cfg)), output_dir / "config.yaml")
+        replace_file(output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(public_config(cfg))).encode())
     return run
 
 
@@ -194,8 +195,22 @@ def one_sentence_errors(recipe_main: Callable[[DictConfig], Any]) -> Callable[[D
                 print(f"error: {_one_sentence(error)}", file=sys.stderr, flush=True)
             cleanup()
             sys.exit(2)
+        except OSError as error:
+            if not is_disk_fault(error):
+                raise
+            print(f"error: {_full_disk(error)}", file=sys.stderr, flush=True)
+            cleanup()
+            sys.exit(2)
 
     return wrapper
+
+
+def _full_disk(error: OSError) -> str:
+    what = f"{error.strerror}, {error.filename}" if error.filename else error.strerror
+    return (
+        f"the disk does not take what the run writes ({what}); every checkpoint so far is whole: free space or "
+        f"set output_dir to another disk, then set {RESUME}=true to continue"
+    )
 
 
 def _one_sentence(error: Exception) -> str:

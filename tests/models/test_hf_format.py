@@ -53,7 +53,7 @@ def test_llama_rows_are_permuted_and_qwen_rows_are_not():
 
 
 def test_unknown_family_names_the_known_ones():
-    with pytest.raises(InputError, match="model_type 'gemma2', and weights are converted for llama, qwen2, qwen3"):
+    with pytest.raises(InputError, match="model_type 'gemma2', and weights are converted for llama, mistral, qwen2, qwen3"):
         from_hf({}, {"model_type": "gemma2"})
 
 

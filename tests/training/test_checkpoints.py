@@ -22,7 +22,7 @@ from pidistill.errors import InputError
 from pidistill.models.from_scratch import from_scratch
 from pidistill.teachers import EMATeacher, LiveTeacher
 from pidistill.testing import TINY_SIZES, tiny_hf_checkpoint, tiny_model
-from pidistill.training import checkpoints
+from pidistill.training import checkpoints, disk, training_state
 from pidistill.training.checkpoints import STATE_FILE, Checkpoints, step_folder
 from pidistill.training.load import load_model
 from pidistill.training.update import Updates
@@ -202,14 +202,14 @@ def test_pythons_random_stream_goes_on_too():
     random.seed(3)
     random.gauss(0, 1)
     file = io.BytesIO()
-    torch.save(checkpoints._random_state(), file)
+    torch.save(training_state.random_state(), file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     version, internal, gauss = saved["python"]
     expected = random.Random()
     expected.setstate((version, tuple(internal), gauss))
     random.seed(4)
-    checkpoints._set_random_state(saved)
+    training_state.set_random_state(saved)
     assert gauss is not None
     assert [random.gauss(0, 1), random.random()] == [expected.gauss(0, 1), expected.random()]
 
@@ -365,8 +365,9 @@ def test_keep_last_bounds_the_checkpoints(keep, left, hub, tmp_path):
 def test_everything_is_on_the_disk_before_the_link_moves(hub, tmp_path, monkeypatch):
     training = Training(tmp_path / "run", hub)
     events = []
-    sync, replace = checkpoints._sync, checkpoints.os.replace
-    monkeypatch.setattr(checkpoints, "_sync", lambda path: (events.append(path.name), sync(path)))
+    sync, replace = disk.sync, checkpoints.os.replace
+    for module in (disk, checkpoints):
+        monkeypatch.setattr(module, "sync", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(checkpoints.os, "replace", lambda a, b: (events.append(f"move {Path(b).name}"), replace(a, b)))
     training.save(1)
     files = {path.name for path in (tmp_path / "run" / "step_1").iterdir()}
@@ -431,6 +432,18 @@ def test_a_changed_lr_without_a_schedule_takes_effect(hub, tmp_path):
     Training(tmp_path / "run", hub, lr_scheduler=None).save(1)
     changed = {"optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.003}}
     assert resumed(hub, tmp_path / "run", lr_scheduler=None, **changed).updates.optimizer.param_groups[0]["lr"] == 0.003
+
+
+def test_an_optimizer_without_states_resumes(hub, tmp_path):
+    plain = {"optimizer": {"_component_": "torch.optim.SGD", "lr": 0.01}}
+    whole = Training(tmp_path / "run", hub, **plain)
+    whole.train(2)
+    whole.save(2)
+    again = resumed(hub, tmp_path / "run", **plain)
+    assert again.updates.optimizer.param_groups[0]["lr"] == whole.updates.optimizer.param_groups[0]["lr"]
+    for training in (whole, again):
+        training.train(1)
+    assert same(whole.model, again.model)
 
 
 STEP_LR = {"_component_": "torch.optim.lr_scheduler.StepLR", "step_size": 2}

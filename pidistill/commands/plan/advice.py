@@ -11,7 +11,7 @@ from pidistill.commands.plan.reading import budget_of, dtype_of, packing_of, set
 from pidistill.config import build, resolve
 from pidistill.errors import InputError
 from pidistill.models.adapters import has_adapters
-from pidistill.models.empty import empty_model
+from pidistill.models.empty import shared_empty_model
 
 # Ragged lengths, the allocator's gaps and what the estimate misses.
 HEADROOM_FRAC = 0.1
@@ -89,7 +89,7 @@ def _checkpointing(run: PlannedRun, device: Device) -> list[PlannedRun]:
 def _no_second_copy(run: PlannedRun, device: Device) -> list[PlannedRun]:
     """A LoRA model without its adapters is its own frozen teacher."""
     own = run.cfg.get("teacher") and build(run.cfg.teacher).own_weights and not run.cfg.get("teacher_checkpointer")
-    needless = own and has_adapters(empty_model(run.cfg.model))
+    needless = own and has_adapters(shared_empty_model(run.cfg.model))
     return [run.with_("teacher._component_=pidistill.teachers.AdapterOffTeacher")] if needless else []
 
 

@@ -1,6 +1,7 @@
 """From a config to what the estimates are made of: which forwards it runs, how it trains, and one rank's part of a round."""
 
 import argparse
+import copy
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,7 @@ SFT_REQUEST = ScoreRequest(student_grad=True, teacher_grad=False, views=("studen
 def merged(config: str, overrides: Sequence[str]) -> DictConfig:
     """A bundled config or a file, with overrides as torchtune's command line takes them."""
     try:
-        cfg = _merge_yaml_and_cli_args(argparse.Namespace(**load_config(config)), list(overrides))
+        cfg = _merge_yaml_and_cli_args(argparse.Namespace(**copy.deepcopy(load_config(config))), list(overrides))
         OmegaConf.to_container(cfg, resolve=True)  # an interpolation that leads nowhere
     except InputError:
         raise

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
 from pidistill.models.adapters import train_adapters_only
+from pidistill.models.modules import attention_modules
 from pidistill.models.nf4 import dequantizing_bytes, stored_bytes
 
 
@@ -57,7 +58,7 @@ def model_shape(model: TransformerDecoder) -> ModelShape:
     """Read a model that stands on the meta device; of one with LoRA adapters these alone are trained, as in the recipes."""
     train_adapters_only(model)
     _shape_positions(model)
-    attention = model.layers[0].attn
+    attention = attention_modules(model)[0]
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     embedding = model.tok_embeddings.weight
     head = getattr(model.output, "tied_module", model.output).weight
@@ -136,8 +137,9 @@ def _saved_bytes(layer: nn.Module, width: int, dtype: torch.dtype, tokens: int =
         return x
 
     x = torch.empty(1, tokens, width, device="meta", dtype=dtype, requires_grad=True)
-    stock, layer.attn._attention_call = layer.attn._attention_call, lambda q, k, v, **_: _FusedAttention.apply(q, k, v)
+    (attention,) = attention_modules(layer)
+    stock, attention._attention_call = attention._attention_call, lambda q, k, v, **_: _FusedAttention.apply(q, k, v)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         layer(x, input_pos=torch.empty(1, tokens, device="meta", dtype=torch.long))
-    layer.attn._attention_call = stock
+    attention._attention_call = stock
     return sum(x.untyped_storage().nbytes() for x in kept.values()) / tokens

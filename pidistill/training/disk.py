@@ -1,0 +1,122 @@
+"""Write files and folders so that a kill, a full disk or a planted link does no harm."""
+
+import errno
+import filecmp
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+from torchtune import utils
+from torchtune.training.checkpointing._utils import SUFFIXES_TO_NOT_COPY
+
+from pidistill.errors import InputError
+
+log = utils.get_logger("INFO")
+
+# The disk is full, a quota or a limit is reached, it can be read alone, or it fails.
+_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+def is_disk_fault(error: BaseException) -> bool:
+    """Return whether an error says that the disk does not take what a run writes."""
+    return isinstance(error, OSError) and error.errno in _DISK_FAULTS
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. A link at its place is replaced, not followed."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder, or a file or link in its place; what a link leads to stays."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def free_name(path: Path, ending: str) -> Path:
+    """Return ``path`` with ``ending`` and the lowest number that gives a name which nothing has."""
+    number = 1
+    while os.path.lexists(found := path.with_name(f"{path.name}_{ending}_{number}")):
+        number += 1
+    return found
+
+
+def check_copyable(folder: Path) -> None:
+    """Refuse a model folder that cannot be copied beside the weights of a checkpoint, before hours of training end in it.
+
+    Raises:
+        InputError: an entry is a link to nothing, is no file (a pipe, a device), or is a folder under the name of a file.
+    """
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(root, name) for name in (*folders, *files) if not name.startswith(".")):
+            if path.is_symlink() and not path.exists():
+                raise InputError(f"{path} is a link that leads to nothing; remove it, or copy the folder again")
+            if path.is_dir() and path.suffix in (".json", ".safetensors", ".pt", ".bin"):
+                raise InputError(f"{path} is a folder, and a file has this name; remove it, or copy the folder again")
+            if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):
+                raise InputError(f"{path} is not a plain file, and could not be copied into a checkpoint; remove it")
+
+
+def remove_outside_copies(source: Path, copy: Path) -> None:
+    """Remove what was copied through links of a model folder that lead out of it: they could name any file of this machine.
+
+    The hub's cache keeps its files in `blobs` beside `snapshots`, which counts as inside. Weights and config.json are written,
+    not copied.
+    """
+    root = source.resolve()
+    inside = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    for path in [path for path in copy.rglob("*") if path.is_file()]:
+        original = source / path.relative_to(copy)
+        written = path.name == "config.json" or path.name.endswith(tuple(SUFFIXES_TO_NOT_COPY))
+        if written or not original.is_file():
+            continue
+        target = original.resolve()
+        outside = not any(folder in target.parents for folder in inside)
+        if outside and filecmp.cmp(path, target, shallow=False):
+            log.warning(f"{original} is a link to {target}, outside its folder; it is left out of the checkpoint")
+            path.unlink()
+
+
+def set_usual_modes(folder: Path) -> None:
+    """Give every file and folder the mode that the umask says: a copy of a read-only or private file would keep its mode."""
+    umask = _umask()
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until every file below a folder, and the folder's entries, are on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
