@@ -13,6 +13,7 @@ from pidistill.distributed.run import Run
 from pidistill.errors import InputError
 from pidistill.models.precision import compute_dtype_of, multiply_head, widen_head
 from pidistill.rollouts import TorchtuneSampler
+from pidistill.rollouts.vllm_sampler import whole_weights
 from pidistill.scoring.score import score, student_nll
 from pidistill.teachers import EMATeacher, FrozenTeacher, Teacher, TrustRegionTeacher
 from pidistill.testing import TINY_SIZES, tiny_model
@@ -220,6 +221,25 @@ def test_a_frozen_teacher_that_equals_the_student_is_at_distance_zero():
     batch = batch_of(random_rollouts(6, with_pi=False))
     scores = score(model, batch, ScoreRequest(student_grad=False, teacher_grad=False, entropy=False), teacher=teacher)
     assert torch.equal(scores.student_logprobs, scores.teacher_logprobs)
+
+
+@pytest.mark.parametrize("node", [NODE, LORA], ids=["full", "lora"])
+def test_vllm_gets_whole_weights_in_bf16_and_adapters_merged_before_they_are_rounded(node):
+    model = load("mixed", node)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_b" in name:
+                p.to_local().fill_(0.01)
+    found = whole_weights(model)
+    assert {(t.dtype, isinstance(t, DTensor)) for t in found.values()} == {(torch.bfloat16, False)}
+    initial, name = tiny_model(VOCABULARY).state_dict(), "layers.0.attn.q_proj.weight"
+    assert found.keys() == initial.keys()
+    expected = initial[name].bfloat16()
+    if node is LORA:
+        a, b = (whole(model.get_parameter(f"layers.0.attn.q_proj.lora_{part}.weight")).float() for part in "ab")
+        expected = (expected.float() + 8.0 / 4 * (b @ a)).bfloat16()
+        assert not torch.equal(expected, initial[name].bfloat16())
+    torch.testing.assert_close(found[name].float(), expected.float(), rtol=2**-7, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- logits
