@@ -19,7 +19,7 @@ from pidistill.teachers import EMATeacher, FrozenTeacher, Teacher, TrustRegionTe
 from pidistill.testing import TINY_SIZES, tiny_model
 from pidistill.training.load import load_model
 from pidistill.training.start import start
-from pidistill.types import ScoreRequest
+from pidistill.types import Divergence, ScoreRequest
 from tests.support.builders import CPU, VOCABULARY, batch_of, random_rollouts
 
 NODE = {"_component_": "torchtune.models.llama3.llama3", "vocab_size": VOCABULARY, **TINY_SIZES}
@@ -82,6 +82,18 @@ def test_one_steps_gradient_is_that_of_fp32_up_to_bf16s_rounding():
         gradients[kind] = flat(p.grad for p in model.parameters())
     assert 0.999 < cosine(gradients["mixed"], gradients["fp32"]) < 1 - 1e-9
     assert gradients["mixed"].norm() / gradients["fp32"].norm() == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["kl_teacher_student", "kl_student_teacher"])
+def test_a_divergences_gradient_on_both_sides_is_that_of_fp32_up_to_bf16s_rounding(name):
+    divergence, gradients = Divergence(name, grad="both"), []
+    request = ScoreRequest(student_grad=True, teacher_grad=True, divergences=(divergence,), entropy=False)
+    for kind in ("mixed", "fp32"):
+        model, batch = load(kind), batch_of(random_rollouts(24))
+        score(model, batch, request).divergences[divergence].mean().backward()
+        gradients.append(flat(p.grad for p in model.parameters()))
+    assert 0.99 < cosine(*gradients) < 1 - 1e-9
+    assert gradients[0].norm() / gradients[1].norm() == pytest.approx(1.0, abs=0.03)
 
 
 def test_gradients_of_micro_batches_add_up_in_fp32():
