@@ -16,7 +16,14 @@ from tests.support.runs import EVALUATION, RECIPES, metrics, recipe_module, run,
 
 TRAINED = ["base", "sft", "rl", "opsd", "pi_distill"]  # the others: test_every_config.py
 SHARDED = {"fsdp_reshard_after_forward", "custom_sharded_layers"}  # read where there is more than one rank
-STARTED = {"output_dir", "seed", "device", "dtype", "threads"}  # read by `start`, with the numbers that it checks
+STARTED = {
+    "output_dir",
+    "seed",
+    "device",
+    "dtype",
+    "compute_dtype",
+    "threads",
+}  # read by `start`, with the numbers that it checks
 
 
 def everything_on(name: str, base, folder) -> DictConfig:
