@@ -50,7 +50,7 @@ test: install  ## all tests but those marked slow or all_processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 test-all: install  ## all tests: the slow ones, and every config with two processes
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m ''
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n 2 --dist loadfile -q -m 'not trials'
 
 test-peers: install  ## TRL and Liger as independent references (extra `peers`)
 	$(BIN)/python -m pip install -q -e '.[test,sweep,peers]'

@@ -1,12 +1,14 @@
 """Configs: every key is read by something, every component binds, nested components are built."""
 
 import difflib
+import functools
 import inspect
 import math
 import os
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -24,6 +26,9 @@ ADDED_ARGUMENTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "checkpointer": (0, ("output_dir",)),
     "teacher_checkpointer": (0, ("output_dir",)),
 }
+
+# Keys whose value may be a plain function of an example and of the turns of its episode, and keys whose entries may be one.
+FUNCTION_KEYS, FUNCTIONS_KEYS = ("reward", "sibling", "feedback"), ("checks",)
 
 
 # Where components of version 0.1 stand now. To be deleted at 1.0.
@@ -46,18 +51,57 @@ MOVED = {
 def build(node: Any, *args: Any, **kwargs: Any) -> Any:
     """Instantiate a component node, its nested component nodes first (torchtune 0.6.1 leaves those as dicts).
 
-    A node that is not a component comes back as plain containers; positional and keyword arguments are added to the call.
+    A node that is not a component comes back as plain containers; positional and keyword arguments are added to the call. A
+    reward may be a plain function (:data:`FUNCTION_KEYS`), as a dotted path or as a component: it is not called, but comes back
+    with its other arguments filled in.
     """
     if isinstance(node, (DictConfig, ListConfig)):
         node = OmegaConf.to_container(node, resolve=True)
+    return _build(node, "", args, kwargs)
+
+
+def _build(node: Any, path: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    if isinstance(node, str) and _may_be_function(path):
+        node = {COMPONENT: node}
     if isinstance(node, Mapping) and COMPONENT in node:
-        arguments = {key: build(value) for key, value in node.items() if key != COMPONENT}
-        return resolve(node[COMPONENT])(*args, **{**arguments, **kwargs})
+        arguments = {key: _build(value, f"{path}.{key}") for key, value in node.items() if key != COMPONENT}
+        component = resolve(node[COMPONENT])
+        if _may_be_function(path) and _is_used_as_it_is(component, arguments):
+            return functools.partial(component, **arguments) if arguments else component
+        return component(*args, **{**arguments, **kwargs})
     if isinstance(node, Mapping):
-        return {key: build(value) for key, value in node.items()}
+        return {key: _build(value, f"{path}.{key}") for key, value in node.items()}
     if isinstance(node, list):
-        return [build(value) for value in node]
+        return [_build(value, f"{path}[]") for value in node]
     return node
+
+
+def _may_be_function(path: str) -> bool:
+    """Return whether a plain function may stand under a config key."""
+    parent, _, key = path.rpartition(".")
+    return key in FUNCTION_KEYS or parent.rpartition(".")[2] in FUNCTIONS_KEYS
+
+
+def _is_used_as_it_is(component: Any, arguments: Mapping[str, Any]) -> bool:
+    """Return whether a component is a function that needs more than ``arguments``; one that does not makes what is used."""
+    if inspect.isclass(component):
+        return False
+    try:
+        inspect.signature(component).bind(**arguments)
+    except TypeError:
+        return True
+    return False
+
+
+def _check_function(path: str, name: str, function: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse a function that cannot be called with an example and turns."""
+    try:
+        inspect.signature(function).bind(None, None, **arguments)
+    except TypeError as error:
+        raise InputError(
+            f"{path}: {name} cannot be called with an example and the turns of its episode ({error}); define it as "
+            f"def {name.rpartition('.')[2]}(example, turns)"
+        ) from None
 
 
 def resolve(path: str) -> Any:
@@ -104,6 +148,8 @@ def _check_component(path: str, node: Any) -> None:
     if isinstance(node, list):
         for i, value in enumerate(node):
             _check_component(f"{path}[{i}]", value)
+    if isinstance(node, str) and _may_be_function(path) and "${" not in node:
+        node = {COMPONENT: node}
     if not isinstance(node, dict):
         return
     for key, value in node.items():
@@ -126,6 +172,9 @@ def _check_component(path: str, node: Any) -> None:
         for key in node:
             if key != COMPONENT and key not in parameters:
                 raise InputError(f"config key {path}.{key} is not an argument of {node[COMPONENT]}{_closest(key, parameters)}")
+    given = {key: value for key, value in node.items() if key != COMPONENT}
+    if _may_be_function(path) and _is_used_as_it_is(component, given):
+        return _check_function(path, node[COMPONENT], component, given)
     positional, keywords = ADDED_ARGUMENTS.get(path, (0, ()))
     for parameter in list(parameters.values())[positional:]:
         required = parameter.default is parameter.empty and parameter.kind not in (

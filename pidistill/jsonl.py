@@ -14,6 +14,23 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole_lines(path)]
 
 
+def parse_jsonl(text: str) -> list[tuple[int, Any]]:
+    """Return (line number from 1, value) of every line of ``text`` that is not blank, the last one included.
+
+    Raises:
+        ValueError: a line is not JSON; the sentence names it.
+    """
+    rows = []
+    # Not splitlines(): a text may hold characters such as U+2028, which that takes for line ends.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append((number, json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number} is not valid JSON: {error}") from error
+    return rows
+
+
 def whole_lines(path: Path) -> list[str]:
     """Read the lines that end with a newline and are not empty, none where there is no file."""
     if not path.is_file():

@@ -64,11 +64,13 @@ class Teacher(Protocol):
     Attributes:
         live: True where the trained model itself is the teacher; only then can the teacher view be trained.
         own_weights: True where it holds weights beside the trained model's; only then can they be another checkpoint's.
+        averages: True where it adds small steps to weights of its own, which then must not be rounded to `compute_dtype`.
         can_sample: False where its distribution is no single model's, so that the sampler cannot draw from it.
     """
 
     live: bool = False
     own_weights: bool = False
+    averages: bool = False
     can_sample: bool = True
 
     def attach(self, load_copy: LoadCopy) -> None:
@@ -129,7 +131,7 @@ class HiddenMemory:
     ) -> Float[Tensor, "N H"]:
         """Return those of the policy tokens of ``rollouts``: kept ones if all ranks have all of them, else from ``read``."""
         kept = [self._kept.get(rollout.key) for rollout in rollouts]
-        if _on_all_ranks(all(hidden is not None for hidden in kept), none.device):
+        if on_all_ranks(all(hidden is not None for hidden in kept), none.device):
             return torch.cat([none, *(hidden.to(none.device) for hidden in kept)])
         whole = read()
         used = sum(hidden.nbytes for hidden in self._kept.values())
@@ -140,8 +142,8 @@ class HiddenMemory:
         return whole
 
 
-def _on_all_ranks(yes: bool, device: torch.device) -> bool:
-    """Reading is a collective where the teacher is sharded: all ranks read, or none does."""
+def on_all_ranks(yes: bool, device: torch.device) -> bool:
+    """Return whether ``yes`` holds on every rank: what calls a collective, such as a sharded forward, all ranks do or none."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return yes
     answer = torch.tensor(int(yes), device=device)
@@ -215,11 +217,13 @@ class TrustRegionTeacher(Teacher):
 class EMATeacher(Teacher):
     """φ ← (1−rate)·φ + rate·θ after every optimiser step, starting from the initial weights.
 
-    The average is kept in fp32 whatever the model's dtype: in bf16 a small rate would round every step away. Of a model with
-    LoRA adapters these alone are averaged; the rest never moves.
+    The average is kept in fp32 whatever the model's dtype: in bf16 a small rate would round every step away. Where the weights
+    are in fp32, as in mixed precision, they are the average themselves, without a copy. Of a model with LoRA adapters these
+    alone are averaged; the rest never moves.
     """
 
     own_weights = True
+    averages = True
 
     def __init__(self, rate: float = 0.05) -> None:
         if not 0.0 < rate <= 1.0:

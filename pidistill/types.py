@@ -6,18 +6,14 @@ Letters used in shapes: B rollouts in a batch, R rows and L columns of what the 
 its rollouts, in order), T tokens of one completion, V vocabulary, H hidden size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pidistill.errors import InputError
-from pidistill.scoring.tree_attention import TreeMask
-
-if TYPE_CHECKING:
-    from pidistill.scoring.batch import ModelInputs
 
 Message = dict[str, Any]  # OpenAI chat format: {"role": ..., "content": ..., "tool_calls"?, "tool_call_id"?, "name"?}
 ViewName = Literal["student", "teacher"]
@@ -138,6 +134,15 @@ class RolloutAdvantage:
     snis_weight: float | None = None
 
 
+@runtime_checkable
+class AncestorMask(Protocol):
+    """Say which tokens of a packed row each token sees, as :class:`pidistill.scoring.tree_attention.TreeMask` does."""
+
+    def dense(self) -> Bool[Tensor, "L L"]:
+        """Return [query, key], True where the query sees the key."""
+        ...
+
+
 @dataclass
 class ModelInput:
     """What a model reads for one or more views of a batch, and where each policy token is predicted.
@@ -154,8 +159,19 @@ class ModelInput:
     rows: Int[Tensor, " N"]
     columns: Int[Tensor, " N"]
     positions: Int[Tensor, "R L"] | None = None
-    mask: TreeMask | None = None
+    mask: AncestorMask | None = None
     depth: int = 0
+
+
+@runtime_checkable
+class BatchInputs(Protocol):
+    """Give the rollouts of a batch as model inputs, as :class:`pidistill.scoring.batch.ModelInputs` does."""
+
+    rollouts: Sequence[Rollout]
+
+    def of(self, *names: ViewName) -> ModelInput:
+        """Return the views ``names`` as one input: the policy tokens of the first view, then those of the second."""
+        ...
 
 
 @dataclass
@@ -177,7 +193,7 @@ class Batch:
         has_privileged: [N] True where the rollout's example has privileged information.
     """
 
-    views: "ModelInputs"
+    views: BatchInputs
     targets: Int[Tensor, " N"]
     rollout_index: Int[Tensor, " N"]
     token_index: Int[Tensor, " N"]

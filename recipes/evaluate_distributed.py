@@ -24,6 +24,7 @@ from pidistill.training.evaluation import eval_dropped, sample_view, success_num
 from pidistill.training.keys import keys_of, setting
 from pidistill.training.load import load_initial
 from pidistill.training.metrics import rollout_means, rollout_sums
+from pidistill.training.rounds import check_rewards
 from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.types import Rollout
@@ -70,6 +71,7 @@ class EvaluateRecipe:
                 prompts, settings = domain.data.prompts, {"view": view, "samples": samples, "temperature": temperature}
                 collected = sample_view(self._model, prompts, domain.collect, self._run, **settings)
                 rollouts = self._run.gather(collected.rollouts)
+                check_rewards(len(rollouts), self._run.sums(collected.dropped), f"of {domain.prefix}{name}")
                 results[domain.prefix + name] = self.summarise(domain, rollouts, samples) | eval_dropped([collected], self._run)
                 self._rows[domain.prefix + name] = self.row_success(domain, rollouts)
         return results

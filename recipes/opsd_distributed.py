@@ -69,7 +69,7 @@ class OPSDRecipe:
         self._objective = build_objective(cfg)
         self._sampler = build(cfg.sampler)
         # Hindsight comes with the rollouts: rows need no privileged information of their own.
-        self._hindsight, self._privileged = build(cfg.get("hindsight")), build(cfg.privileged)
+        self._hindsight = build(cfg.get("hindsight"))
         self._data = load_prompts(cfg, no_pi="rl" if self._hindsight else self._objective.no_pi)
         self._collect = build_collector(cfg, self._sampler, self._data.tokenizer)
         self._packer = Packer(cfg, self._run, self._data.tokenizer.pad_id)
@@ -85,7 +85,7 @@ class OPSDRecipe:
         check_method(cfg, self._objective, self._sampler, self._teacher, SAMPLING_VIEW)
 
         self._model = load_model(cfg, self._run, cfg.model, self._checkpoints.load_weights(), trained=True)
-        self._teacher.attach(functools.partial(load_teacher, cfg, self._run))
+        self._teacher.attach(functools.partial(load_teacher, cfg, self._run, self._teacher))
         self._updates = Updates(cfg, self._run, self._model)
         progress = self._checkpoints.restore(self._model, self._updates, self._teacher)
         self._step, self._round = progress["step"], progress["round"]
@@ -131,7 +131,7 @@ class OPSDRecipe:
                 rollouts = self.guide_failed_groups(groups, rollouts)
         if self._hindsight is not None:
             limits = {"run": self._run, "max_seq_len": self._data.max_seq_len}
-            self._counts.update(add_hindsight(self._hindsight, rollouts, self._privileged, self._data.tokenizer, **limits))
+            self._counts.update(add_hindsight(self._hindsight, rollouts, self._data.privileged, self._data.tokenizer, **limits))
         self._counts = self._run.sums(self._counts)
         return rollouts + given
 

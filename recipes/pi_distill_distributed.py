@@ -76,7 +76,7 @@ class PiDistillRecipe:
         check_method(cfg, self._objective, self._sampler, self._teacher, SAMPLING_VIEW)
 
         self._model = load_model(cfg, self._run, cfg.model, self._checkpoints.load_weights(), trained=True)
-        self._teacher.attach(functools.partial(load_teacher, cfg, self._run))
+        self._teacher.attach(functools.partial(load_teacher, cfg, self._run, self._teacher))
         self._updates = Updates(cfg, self._run, self._model)
         progress = self._checkpoints.restore(self._model, self._updates, self._teacher)
         self._step, self._round = progress["step"], progress["round"]

@@ -18,13 +18,13 @@ from pidistill.config import build
 from pidistill.data import load_prompts
 from pidistill.errors import InputError
 from pidistill.jsonl import write_jsonl
-from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.rollouts import CollectResult, rollout_seed
 from pidistill.rollouts.selections import SAMPLING_STREAM, AfterTurns, Rewriter, Selected, trace_row
 from pidistill.training.collector import build_collector
 from pidistill.training.keys import keys_of, setting
 from pidistill.training.load import load_initial
 from pidistill.training.metrics import rollout_means, rollout_sums
+from pidistill.training.rounds import check_rewards
 from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.types import Example, PromptPair
@@ -58,7 +58,7 @@ class SampleRecipe:
         self._rewrite = Rewriter(
             collect=functools.partial(self._collect, environment=AfterTurns(environment), max_turns=None),
             tokenizer=self._data.tokenizer,
-            privileged=build(cfg.privileged) if cfg.get("privileged") else PrivilegedPrompt(),
+            privileged=self._data.privileged,
             run=self._run,
             max_new_tokens=sampler.max_new_tokens,
             max_seq_len=self._data.max_seq_len,
@@ -89,6 +89,8 @@ class SampleRecipe:
                     totals[name] = totals.get(name, 0.0) + value
                 bar.update(len(batch))
                 bar.set_postfix(kept=f"{totals['kept']:g}", sampled=f"{totals['_rollouts']:g}", refresh=False)
+        dropped = {name.removeprefix("_dropped/"): n for name, n in totals.items() if name.startswith("_dropped/")}
+        check_rewards(totals.get("_rollouts", 0), dropped, "of the run")
         return self.summarise(totals)
 
     def sample_batch(self, prompts: list[Indexed]) -> CollectResult:

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "measure")
 SMALL = {
     "update_phase.py": "--question 6 --privileged 5 --completion 4 --group 2 --vocabulary 8192 --turns 1 --no-memory",
+    "real_step.py": "--methods sdft --prompts 1 --group 2 --new-tokens 4 --layers 1 --vocabulary 512 --device cpu",
 }
 
 

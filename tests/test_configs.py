@@ -140,12 +140,12 @@ def test_the_second_line_downloads_what_the_checkpointer_reads(path):
 
 
 @pytest.mark.parametrize("path", REAL, ids=name_of)
-def test_full_fine_tuning_at_a_small_learning_rate_is_in_fp32(path):
+def test_training_keeps_weights_in_fp32_and_multiplies_in_bf16(path):
     cfg = OmegaConf.load(path)
     adapters = "lora_rank" in cfg.model
     assert adapters == path.stem.endswith("_lora") == (".lora_" in cfg.model._component_)
     if "optimizer" in cfg:
-        assert cfg.dtype == ("bf16" if adapters else "fp32")
+        assert (cfg.dtype, cfg.compute_dtype) == ("fp32", "bf16")
         assert adapters == (cfg.optimizer.lr >= 1e-4)
 
 

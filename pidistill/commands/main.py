@@ -5,6 +5,7 @@ pidistill run pi_distill_distributed --config tiny/pi_distill max_steps=20
 pidistill cp opsd_distributed my_recipe.py
 pidistill preview tiny/opsd                           both prompts as the model will see them, lengths, budget, leaks
 pidistill plan tiny/opsd                              will it fit, where does its time go, what would make it fit
+pidistill probe tiny/pi_distill                       which wording of the privileged information helps, before training
 pidistill keys eval                                   the config keys whose row contains a word
 pidistill prepare gsm8k --output train.parquet        GSM8K into verl's layout, with what the teacher sees
 pidistill sweep tiny/opsd objective.beta=0.5,1 seed=0..2
@@ -27,8 +28,15 @@ COMMANDS = {
         "pidistill.commands.plan.command",
         "Estimate the memory and the time of a run, and say what would make it fit.",
     ),
+    "probe": (
+        "pidistill.commands.probe.command",
+        "Measure which wording of the privileged information helps the model, before training.",
+    ),
     "keys": ("pidistill.commands.keys", "Print the config keys with type, default, recipes and meaning."),
-    "prepare": ("pidistill.commands.prepare", "Write a dataset as a parquet file with its privileged information."),
+    "prepare": (
+        "pidistill.commands.prepare",
+        "Write a dataset as a parquet file with its privileged information, or a GGUF file as a model folder.",
+    ),
     "sweep": ("pidistill.commands.sweep.command", "Run a config over several values and seeds, and compare the results."),
     "demo": ("pidistill.commands.demo", "Compare methods on the tiny world."),
 }

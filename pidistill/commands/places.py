@@ -1,4 +1,4 @@
-"""Where recipes and configs are, and what a config says before anything is built of it."""
+"""Find recipes and configs, and read what a config says before anything is built of it."""
 
 import functools
 import re
@@ -13,14 +13,14 @@ from pidistill.errors import InputError
 
 
 def folders() -> tuple[Path, Path]:
-    """(recipes, configs): inside the installed package, or beside it in a checkout."""
+    """Return (recipes, configs): inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     root = package if (package / "recipes").is_dir() else package.parent
     return root / "recipes", root / "configs"
 
 
 def config_path(name: str) -> Path:
-    """A file, or the name of a bundled config."""
+    """Return the path of a file, or of a bundled config by its name."""
     candidates = [Path(name), folders()[1] / f"{name}.yaml", folders()[1].parent / name]
     for path in candidates:
         if path.is_file():
@@ -29,7 +29,10 @@ def config_path(name: str) -> Path:
 
 
 def load_config(name: str) -> DictConfig:
-    """The config as it is now. Do not change it: it is read once per state of its file, and a sweep asks thousands of times."""
+    """Return the config as it is now; do not change it.
+
+    It is read once per state of its file, because a sweep asks for it thousands of times.
+    """
     path = config_path(name)
     state = path.stat()
     return _load(path, state.st_mtime_ns, state.st_size)
@@ -47,7 +50,7 @@ def _load(path: Path, _mtime_ns: int, _size: int) -> DictConfig:
 
 
 def recipe_of(name: str) -> str:
-    """The recipe in the command that a config's first line gives: a bundled one by name, another one by its path."""
+    """Return the recipe in the command of a config's first line: a bundled one by name, another one by its path."""
     first = config_path(name).read_text(encoding="utf-8").split("\n", 1)[0]
     found = re.match(r"#.*\brun\b(?:\s+--nproc_per_node[ =]\d+)?\s+(\S+)\s+--config\s", first)
     if not found:
@@ -58,6 +61,20 @@ def recipe_of(name: str) -> str:
     recipe = Path(found[1])
     bundled = recipe.parent.name in ("", "recipes") and (folders()[0] / f"{recipe.stem}.py").is_file()
     return recipe.stem if bundled else found[1]
+
+
+def is_supervised(name: str, config: DictConfig) -> bool:
+    """Return whether a config's recipe trains on the dataset's completions alone.
+
+    The first line of the config says so where it names a bundled recipe; else the key `batch_size` does, which no other bundled
+    recipe reads.
+    """
+    try:
+        recipe = recipe_of(name)
+    except InputError:
+        recipe = ""
+    bundled = (folders()[0] / f"{recipe}.py").is_file()
+    return recipe == "sft_distributed" if bundled else "batch_size" in config
 
 
 def has_key(config: str, key: str) -> bool:

@@ -3,6 +3,8 @@
 pidistill prepare gsm8k --source gsm8k_train.jsonl --output data/gsm8k_train.parquet
 pidistill prepare gsm8k --source openai/gsm8k --split test --output data/gsm8k_test.parquet --privileged answer
 
+`pidistill prepare gguf FILE --output FOLDER` makes a model folder of a GGUF file.
+
 A row of the file: `data_source`, `prompt` (messages), `ability`, `reward_model` (`style`, `ground_truth`), and `extra_info`
 with `split`, `index`, `question`, `answer` (both as published), `privileged_context` (what the teacher sees; null with
 `--privileged none`) and `demonstration` (the worked solution in the format that the question asks for). Prompts are those of
@@ -66,6 +68,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> None:
+    if argv[:1] == ["gguf"]:
+        from pidistill.commands.prepare_gguf import main as prepare_gguf
+
+        prepare_gguf(argv[1:])
     arguments = parser().parse_args(argv)
     with exit_on_input_error():
         print(prepare_gsm8k(arguments))

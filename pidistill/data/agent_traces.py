@@ -7,7 +7,7 @@ teacher sees of the successful trace is its *kind* (:mod:`pidistill.privileged.t
 completion, and the environment :class:`pidistill.envs.ReplayEnvironment` finds it in ``example.data["trace"]``.
 """
 
-from collections import Counter
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from pidistill.chat.calls import ACTION_TAGS, CALL_TEMPLATE, CallStyle, ToolCall, as_call, unreadable_calls
 from pidistill.chat.messages import check_messages, with_system
 from pidistill.data.builders import check_tools
-from pidistill.data.dataset import ExampleDataset
+from pidistill.data.dataset import ExampleDataset, convert_rows
 from pidistill.data.sources import get, load_rows, require_value
 from pidistill.errors import InputError
 from pidistill.privileged.trace_kinds import TraceText
@@ -68,7 +68,7 @@ def trace_dataset(
     data_files: str | Sequence[str] | None = None,
     config_name: str | None = None,
 ) -> ExampleDataset:
-    """One example per task of recorded agent episodes.
+    """Make one example per task of recorded agent episodes.
 
     A task without a successful trace has no privileged information: the objective's `no_pi` says what becomes of it (plain RL
     by default, which needs an environment in which it can be solved: a replay of a failure has nothing to earn). Rows
@@ -113,18 +113,28 @@ def trace_dataset(
     tasks = _range(rows.tasks, first_task, max_tasks)
     if kind == "gold_actions" and all(task.actions is None for task in tasks):
         raise InputError(f"dataset.kind is gold_actions, and no row of {source} has any; set dataset.actions_key")
+    how.check_tasks([task.task for task in rows.tasks])
+    common = _tools_of_file(tools_file) if tools_file else rows.tools if derive_tools and tools_key is None else None
+    chosen = _choose(tasks, unsolved)
+    if not chosen:
+        raise InputError(
+            f"none of the {len(tasks)} tasks of {source} has a trace with {reward_key} ≥ {success_threshold}; lower "
+            "dataset.success_threshold, or set dataset.unsolved: keep"
+        )
+    return ExampleDataset([_example(task, how, common) for task in chosen], _count_dropped(tasks, chosen) | rows.unusable)
+
+
+def _choose(tasks: Sequence[TraceTask], unsolved: str) -> list[TraceTask]:
     if unsolved not in ("keep", "drop"):
         raise InputError(f"dataset.unsolved is {unsolved!r}; known are keep, drop")
-    common = _tools_of_file(tools_file) if tools_file else rows.tools if derive_tools and tools_key is None else None
-    how.check_tasks([task.task for task in rows.tasks])
-    chosen = [task for task in tasks if task.source is not None or unsolved == "keep"]
-    if not chosen:
-        raise InputError(f"none of the {len(tasks)} tasks of {source} has a trace with {reward_key} ≥ {success_threshold}; "
-                         "lower dataset.success_threshold, or set dataset.unsolved: keep")  # fmt: skip
-    examples = [_example(task, how, common) for task in chosen]
+    return [task for task in tasks if task.source is not None or unsolved == "keep"]
+
+
+def _count_dropped(tasks: Sequence[TraceTask], chosen: Sequence[TraceTask]) -> dict[str, int]:
+    """Return how many traces no example is made of, by reason."""
     other = sum(len(task.traces) - 1 for task in chosen)
-    dropped = {NOT_CHOSEN: other, UNSOLVED: sum(len(task.traces) for task in tasks) - other - len(chosen), **rows.unusable}
-    return ExampleDataset(examples, {reason: count for reason, count in dropped.items() if count})
+    unsolved = sum(len(task.traces) for task in tasks) - other - len(chosen)
+    return {reason: count for reason, count in ((NOT_CHOSEN, other), (UNSOLVED, unsolved)) if count}
 
 
 def _example(task: TraceTask, how: TraceText, tools: list[dict[str, Any]] | None) -> Example:
@@ -164,35 +174,55 @@ def read_traces(
     data_files: str | Sequence[str] | None = None,
     config_name: str | None = None,
 ) -> TraceRows:
-    """The traces of ``source`` by task; arguments as in :func:`trace_dataset`."""
+    """Read the traces of ``source`` by task; arguments as in :func:`trace_dataset`."""
     rows = load_rows(source, split, data_files, None, config_name)
     named = {"messages_key": messages_key, "task_key": task_key, "reward_key": reward_key, "tools_key": tools_key,
              "actions_key": actions_key}  # fmt: skip
     for option, key in named.items():
         if key is not None:
             rows.require(key, option)
-    tasks: dict[str, list[AgentTrace]] = {}
-    unusable: Counter[str] = Counter()
-    unreadable, seen = 0, []
-    for where, row in rows:
-        messages = check_messages(require_value(row, messages_key, where, "messages_key"), where, messages_key)
-        if system_key is not None:
-            messages = with_system(messages, get(row, system_key), where, system_key)
-        prompt, turns = _split([{"content": "", **message} for message in messages])  # templates read it in bare calls too
-        if not turns:
-            unusable[NO_ANSWER] += 1
-            continue
-        reward = _number(get(row, reward_key), where, reward_key) if reward_key else None
-        success = reward_key is None or (reward is not None and reward >= success_threshold)
-        task = str(require_value(row, task_key, where, "task_key"))
-        tools = check_tools(get(row, tools_key), where, tools_key) if tools_key else None
-        actions = _actions(get(row, actions_key), where, actions_key) if actions_key else None
-        tasks.setdefault(task, []).append(AgentTrace(where, task, prompt, turns, reward, tools, actions, success))
-        unreadable += sum(unreadable_calls(turn, action_tags) for turn in turns if turn["role"] == "assistant")
-        seen += [call for turn in turns for call in map(as_call, turn.get("tool_calls") or []) if call is not None]
-    if not tasks:
+    read = functools.partial(_read_trace, keys=named | {"system_key": system_key}, success_threshold=success_threshold)
+    found = convert_rows(rows, read)
+    traces = [trace for trace in found if trace is not None]
+    if not traces:
         raise InputError(f"no row of {source} has an assistant turn after a user message; check dataset.messages_key")
-    return TraceRows([TraceTask(*item) for item in tasks.items()], dict(unusable), unreadable, derived_tools(seen))
+    tasks: dict[str, list[AgentTrace]] = {}
+    for trace in traces:
+        tasks.setdefault(trace.task, []).append(trace)
+    said = [turn for trace in traces for turn in trace.turns if turn["role"] == "assistant"]
+    seen = [call for turn in said for call in map(as_call, turn.get("tool_calls") or []) if call is not None]
+    without = len(found) - len(traces)
+    return TraceRows(
+        tasks=[TraceTask(*item) for item in tasks.items()],
+        unusable={NO_ANSWER: without} if without else {},
+        unreadable_calls=sum(unreadable_calls(turn, action_tags) for turn in said),
+        tools=derived_tools(seen),
+    )
+
+
+def _read_trace(
+    where: str, row: Mapping[str, Any], keys: Mapping[str, str | None], success_threshold: float
+) -> AgentTrace | None:
+    """Return the episode of a row; None where no assistant turn follows a user message."""
+    messages_key, task_key = str(keys["messages_key"]), str(keys["task_key"])
+    reward_key, tools_key, actions_key = keys["reward_key"], keys["tools_key"], keys["actions_key"]
+    messages = check_messages(require_value(row, messages_key, where, "messages_key"), where, messages_key)
+    if keys["system_key"] is not None:
+        messages = with_system(messages, get(row, keys["system_key"]), where, keys["system_key"])
+    prompt, turns = _split([{"content": "", **message} for message in messages])  # templates read it in bare calls too
+    if not turns:
+        return None
+    reward = _number(get(row, reward_key), where, reward_key) if reward_key else None
+    return AgentTrace(
+        id=where,
+        task=str(require_value(row, task_key, where, "task_key")),
+        prompt=prompt,
+        turns=turns,
+        reward=reward,
+        tools=check_tools(get(row, tools_key), where, tools_key) if tools_key else None,
+        actions=_actions(get(row, actions_key), where, actions_key) if actions_key else None,
+        success=reward_key is None or (reward is not None and reward >= success_threshold),
+    )
 
 
 def _split(messages: list[Message]) -> tuple[list[Message], list[Message]]:
@@ -224,7 +254,7 @@ def _actions(value: Any, where: str, key: str | None) -> list[ToolCall] | None:
 
 
 def derived_tools(calls: Sequence[ToolCall]) -> list[dict[str, Any]] | None:
-    """Schemas of the tools that are called, in the order of their first call; an argument is required if every call has it."""
+    """Return schemas of the tools that are called, in the order of first calls; an argument of every call is required."""
     arguments: dict[str, list[Mapping[str, Any]]] = {}
     for call in calls:
         arguments.setdefault(call.name, []).append(call.arguments if isinstance(call.arguments, Mapping) else {})

@@ -12,7 +12,7 @@ from typing import Any
 
 from pidistill.chat.messages import check_messages, last_user_index, messages_from_text, with_system
 from pidistill.chat.templates import check_template
-from pidistill.data.dataset import ExampleDataset
+from pidistill.data.dataset import ExampleDataset, convert_rows
 from pidistill.data.sources import get, load_rows, require_value
 from pidistill.errors import InputError
 from pidistill.types import Example, Message
@@ -35,7 +35,7 @@ def chat_dataset(
     config_name: str | None = None,
     made_by: str | None = None,
 ) -> ExampleDataset:
-    """Rows that hold a conversation, and privileged information as text or messages.
+    """Read rows that hold a conversation, and privileged information as text or messages.
 
     Args:
         messages_key: the conversation that the student answers; a text is one user message.
@@ -64,26 +64,24 @@ def chat_dataset(
     if completion and completion_key:
         raise InputError(f"dataset.completion ({completion}) and dataset.completion_key ({completion_key}) exclude each other")
 
-    examples = []
-    for where, row in rows:
+    def convert(where: str, row: Mapping[str, Any]) -> Example:
         conversation = _conversation(require_value(row, messages_key, where, "messages_key"), where, messages_key, "user")
         if system_key is not None:
             conversation = with_system(conversation, get(row, system_key), where, system_key)
         messages, demonstration = _split_conversation(conversation, completion, f"{where}: {messages_key}")
         if completion_key is not None:
             demonstration = _demonstration(get(row, completion_key), where, completion_key)
-        examples.append(
-            Example(
-                id=where,
-                messages=messages,
-                privileged=_privileged(row, privileged_key, where),
-                completion=demonstration,
-                reference=get(row, reference_key) if reference_key else None,
-                tools=check_tools(get(row, tools_key), where, tools_key) if tools_key else None,
-                data=row,
-            )
+        return Example(
+            id=where,
+            messages=messages,
+            privileged=_privileged(row, privileged_key, where),
+            completion=demonstration,
+            reference=get(row, reference_key) if reference_key else None,
+            tools=check_tools(get(row, tools_key), where, tools_key) if tools_key else None,
+            data=row,
         )
-    return ExampleDataset(examples)
+
+    return ExampleDataset(convert_rows(rows, convert))
 
 
 def _check_made(source: str, made_by: str | None) -> None:
@@ -95,7 +93,7 @@ COMPLETIONS = (None, "after_last_user", "from_first_assistant")
 
 
 def _split_conversation(messages: list[Message], how: str | None, where: str) -> tuple[list[Message], list[Message] | None]:
-    """(prompt, demonstration). Messages after the last assistant turn answer nothing and are left out of it."""
+    """Return (prompt, demonstration). Messages after the last assistant turn answer nothing and are left out of it."""
     roles = [message["role"] for message in messages]
     if how is None:
         if roles[-1] == "assistant":
@@ -172,7 +170,7 @@ def qa_dataset(
     config_name: str | None = None,
     made_by: str | None = None,
 ) -> ExampleDataset:
-    """Rows with a question, an answer to compare with, and privileged information.
+    """Read rows with a question, an answer to compare with, and privileged information.
 
     verl's layout is ``question_key: prompt`` (messages, taken as they are) and ``answer_key: reward_model.ground_truth``.
 
@@ -194,19 +192,18 @@ def qa_dataset(
     for option, key in (("answer_key", answer_key), ("completion_key", completion_key)):
         if key is not None:
             rows.require(key, option)
-    return ExampleDataset(
-        [
-            Example(
-                id=where,
-                messages=_question(row, where, question_key, question_template, system_prompt),
-                privileged=_privileged(row, privileged_key, where),
-                completion=_demonstration(get(row, completion_key), where, completion_key) if completion_key else None,
-                reference=require_value(row, answer_key, where, "answer_key") if answer_key else None,
-                data=row,
-            )
-            for where, row in rows
-        ]
-    )
+
+    def convert(where: str, row: Mapping[str, Any]) -> Example:
+        return Example(
+            id=where,
+            messages=_question(row, where, question_key, question_template, system_prompt),
+            privileged=_privileged(row, privileged_key, where),
+            completion=_demonstration(get(row, completion_key), where, completion_key) if completion_key else None,
+            reference=require_value(row, answer_key, where, "answer_key") if answer_key else None,
+            data=row,
+        )
+
+    return ExampleDataset(convert_rows(rows, convert))
 
 
 def _question(
@@ -241,7 +238,7 @@ def gsm8k_dataset(
     max_rows: int | None = None,
     config_name: str | None = None,
 ) -> ExampleDataset:
-    """GSM8K as published (2110.14168): ``question``, and ``answer`` with the worked solution and a last line ``#### N``.
+    """Read GSM8K as published (2110.14168): ``question``, and ``answer`` with the worked solution and a last line ``#### N``.
 
     The reference is N without thousands separators; the completion is the worked solution in the format that the
     instruction asks for, without the calculator annotations ``<<48/2=24>>``.
@@ -261,7 +258,9 @@ def gsm8k_dataset(
     for key in ("question", "answer"):
         if all(get(row, key) is None for _, row in rows):
             raise InputError(f"{rows.name} has no column {key!r}: it is not GSM8K as published; use pidistill.data.qa_dataset")
-    return ExampleDataset([_gsm8k_example(where, row, privileged, answer_format, system_prompt) for where, row in rows])
+    return ExampleDataset(
+        convert_rows(rows, lambda where, row: _gsm8k_example(where, row, privileged, answer_format, system_prompt))
+    )
 
 
 def _gsm8k_example(
@@ -283,7 +282,7 @@ def _gsm8k_example(
 
 
 def split_gsm8k_answer(answer: str, where: str) -> tuple[str, str]:
-    """(worked solution without calculator annotations, final answer without thousands separators) of an ``answer``."""
+    """Return (worked solution without calculator annotations, final answer without thousands separators) of an ``answer``."""
     solution, mark, final = answer.rpartition("####")
     final = final.strip().replace(",", "")
     if not mark or not re.fullmatch(r"-?\d+(\.\d+)?", final):

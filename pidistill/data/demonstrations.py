@@ -1,14 +1,18 @@
 """A dataset's own completions as rollouts that nobody sampled: what supervised fine-tuning trains on."""
 
+import logging
 from collections.abc import Sequence
 
 from omegaconf import DictConfig
+from torchtune.utils import log_rank_zero
 
 from pidistill.data.load import RecipeData
 from pidistill.errors import InputError
 from pidistill.tokenizers import ChatTokenizer
 from pidistill.tokenizers.rendering import Piece, encode_completion
 from pidistill.types import Example, PromptPair, Rollout
+
+_log = logging.getLogger(__name__)
 
 
 class TooLong(InputError):
@@ -18,7 +22,7 @@ class TooLong(InputError):
 def build_demonstrations(
     prompts: Sequence[tuple[Example, PromptPair]], tokenizer: ChatTokenizer, *, max_seq_len: int, on_overflow: str | None
 ) -> tuple[list[Rollout], int]:
-    """All rows as demonstrations, and how many were left out for being too long (``on_overflow`` "drop"; else an error)."""
+    """Return all rows as demonstrations, and how many were left out as too long (``on_overflow`` "drop"; else an error)."""
     rollouts, dropped = [], 0
     for example, pair in prompts:
         try:
@@ -29,11 +33,42 @@ def build_demonstrations(
             dropped += 1
     if not rollouts:
         raise InputError(f"all {dropped} demonstrations are longer than max_seq_len {max_seq_len:,}; raise it")
+    _warn_about_earlier_turns(rollouts, tokenizer)
     return rollouts, dropped
 
 
+def earlier_turns_differ(rollout: Rollout, tokenizer: ChatTokenizer) -> bool:
+    """Return whether a server would show the turns before the last one in another form than the demonstration holds them.
+
+    A demonstration grows as a sampled episode does: every turn stays as it was learned. A server renders the conversation
+    anew for the last turn, and some templates then write earlier turns differently (Qwen3 without its empty thoughts).
+    """
+    turns = [i for i, message in enumerate(rollout.turns) if message["role"] == "assistant"]
+    if len(turns) < 2:
+        return False
+    example = rollout.example
+    served = tokenizer.encode_prompt([*example.messages, *rollout.turns[: turns[-1]]], example.tools)
+    held = rollout.prompts.student + rollout.completion
+    return served != held[: len(served)]
+
+
+def _warn_about_earlier_turns(rollouts: Sequence[Rollout], tokenizer: ChatTokenizer) -> None:
+    differ = [rollout.example.id for rollout in rollouts if earlier_turns_differ(rollout, tokenizer)]
+    if differ:
+        log_rank_zero(_log, earlier_turns_sentence(len(differ), len(rollouts), differ[0]), level=logging.WARNING)
+
+
+def earlier_turns_sentence(count: int, total: int, first: str) -> str:
+    """Return the sentence that says how many rows hold earlier turns in another form than a server shows."""
+    return (
+        f"{count} of {total} demonstrations hold turns before the last one in another form than a server shows (first: "
+        f"{first}): the chat template rewrites them once the conversation continues; to train on what is served, make one row "
+        "of each turn, with the turns before it in the prompt"
+    )
+
+
 def sft_demonstrations(cfg: DictConfig, data: RecipeData) -> list[Rollout]:
-    """What `sft_weight` trains on beside the rollouts: the dataset's own completions; none where it is 0.
+    """Return what `sft_weight` trains on beside the rollouts: the dataset's own completions; none where it is 0.
 
     Rows that `on_overflow: drop` leaves out of them are counted as dropped rows.
     """
@@ -45,7 +80,7 @@ def sft_demonstrations(cfg: DictConfig, data: RecipeData) -> list[Rollout]:
 
 
 def row_completions(data: RecipeData) -> list[Rollout]:
-    """The completion of every row, in the rows' order, to stand in for samples; both views must fit the length limit."""
+    """Return the completion of every row, in the rows' order, in place of samples; both views must fit the length limit."""
     rollouts = [demonstration(example, pair, data.tokenizer, max_seq_len=data.max_seq_len) for example, pair in data.prompts]
     for rollout in rollouts:
         length = len(rollout.prompts.teacher) + len(rollout.completion)
@@ -54,6 +89,7 @@ def row_completions(data: RecipeData) -> list[Rollout]:
                 f"{rollout.example.id}: teacher prompt plus the dataset's completion have {length:,} tokens, more than "
                 f"max_seq_len {data.max_seq_len:,}; raise tokenizer.max_seq_len and the model's, or leave the row out"
             )
+    _warn_about_earlier_turns(rollouts, data.tokenizer)
     return rollouts
 
 

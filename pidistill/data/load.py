@@ -1,13 +1,14 @@
 """From a recipe's config to its prompts, looked at before any weights are loaded."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer
 
-from pidistill.config import build
+from pidistill.config import COMPONENT, build, resolve
 from pidistill.data.prompts import Prompts, build_prompts
 from pidistill.errors import InputError
 from pidistill.models.empty import shared_empty_model
@@ -25,6 +26,7 @@ class RecipeData:
         eval_dropped: evaluation rows left out, by reason.
         rows_without_pi: training rows without privileged information, kept or not.
         leak_phrases: what counts as giving the privileged information away.
+        privileged: how the teacher's view is made of a row, with the teacher's own tokenizer where it has one.
         success_threshold: the reward from which a rollout counts as a success.
         max_seq_len: the smaller of the tokenizer's and the model's limit, in tokens.
     """
@@ -38,6 +40,7 @@ class RecipeData:
     leak_phrases: Sequence[str]
     success_threshold: float
     max_seq_len: int
+    privileged: PrivilegedPrompt = field(default_factory=PrivilegedPrompt)
 
 
 def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True) -> RecipeData:
@@ -50,15 +53,18 @@ def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True) -> Recipe
     """
     tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
     max_seq_len = check_models(cfg, tokenizer)
-    privileged = build(cfg.privileged) if cfg.get("privileged") else PrivilegedPrompt()
+    privileged = load_privileged(cfg, tokenizer)
     room = int(cfg.sampler.max_new_tokens) if cfg.get("sampler") else 0
     limits = {"on_overflow": cfg.get("on_overflow"), "max_seq_len": max_seq_len}
     train = build_prompts(
         build(cfg.dataset), tokenizer, privileged, no_pi=no_pi, max_new_tokens=room if samples else 0, **limits
     )
+    if samples:
+        check_references(cfg.get("environment"), [example for example, _ in train.prompts])
     evaluation = Prompts([], {}, 0)
     if cfg.get("eval_dataset"):
         evaluation = build_prompts(build(cfg.eval_dataset), tokenizer, privileged, no_pi="rl", max_new_tokens=room, **limits)
+        check_references(cfg.get("environment"), [example for example, _ in evaluation.prompts])
     return RecipeData(
         tokenizer=tokenizer,
         prompts=train.prompts,
@@ -69,11 +75,49 @@ def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True) -> Recipe
         leak_phrases=list(privileged.leak_phrases),
         success_threshold=float(cfg.get("eval_success_threshold", 1.0)),
         max_seq_len=max_seq_len,
+        privileged=privileged,
     )
 
 
+def check_references(environment: Any, examples: Iterable[Example]) -> None:
+    """Refuse an example whose reference the environment's rewards cannot judge; see :data:`pidistill.rewards.base.Reward`.
+
+    Only the rewards of the config node ``environment`` are built, not the environment, which may start processes.
+
+    Raises:
+        InputError: names the first such example.
+    """
+    checks = reference_checks(environment)
+    for example in examples:
+        for check in checks:
+            check(example)
+
+
+def reference_checks(environment: Any) -> list[Callable[[Example], None]]:
+    """Return the ``check_reference`` of every reward that a config node names, at any depth."""
+    node = OmegaConf.to_container(environment, resolve=True) if isinstance(environment, DictConfig) else environment
+    if isinstance(node, list):
+        return [check for value in node for check in reference_checks(value)]
+    if not isinstance(node, Mapping):
+        return []
+    if COMPONENT in node and hasattr(resolve(node[COMPONENT]), "check_reference"):
+        return [build(node).check_reference]
+    return [check for value in node.values() for check in reference_checks(value)]
+
+
+def load_privileged(cfg: DictConfig, tokenizer: ChatTokenizer) -> PrivilegedPrompt:
+    """Return the `privileged` of a config, with the tokenizer that `teacher_tokenizer` names for the teacher's view."""
+    privileged = build(cfg.privileged) if cfg.get("privileged") else PrivilegedPrompt()
+    if privileged.teacher_tokenizer is not None:
+        raise InputError("privileged.teacher_tokenizer is not a key of a config; set the top-level key teacher_tokenizer")
+    if cfg.get("teacher_tokenizer"):
+        privileged = replace(privileged, teacher_tokenizer=as_chat_tokenizer(build(cfg.teacher_tokenizer)))
+    privileged.teachers_tokenizer(tokenizer)  # a teacher_template_kwargs that the tokenizer cannot take
+    return privileged
+
+
 def check_models(cfg: DictConfig, tokenizer: ChatTokenizer) -> int:
-    """The length limit; refused if the tokenizer has ids that a model lacks, or the teacher another tokenizer."""
+    """Return the length limit; refuse a tokenizer with ids that a model lacks, and a teacher with another tokenizer."""
     vocabulary, max_seq_len = _inspect(cfg.model)
     if tokenizer.vocab_size > vocabulary:
         raise InputError(
@@ -88,7 +132,7 @@ def check_models(cfg: DictConfig, tokenizer: ChatTokenizer) -> int:
 
 
 def _check_teacher(cfg: DictConfig, tokenizer: ChatTokenizer, limit: int) -> None:
-    """Rows that only pad one side's output are cropped by the scorer; ids of the tokenizer cannot be."""
+    """Refuse a teacher that lacks ids or positions of the student's; outputs that are only padded are cropped by the scorer."""
     teacher_vocabulary, teacher_max = _inspect(cfg.teacher_model)
     if tokenizer.vocab_size > teacher_vocabulary:
         raise InputError(
@@ -103,7 +147,7 @@ def _check_teacher(cfg: DictConfig, tokenizer: ChatTokenizer, limit: int) -> Non
 
 
 def _check_same_tokenizer(cfg: DictConfig, tokenizer: ChatTokenizer) -> None:
-    """A divergence compares id with id: refused where `teacher_tokenizer`, or the teacher's tokenizer.json, gives others."""
+    """Refuse a `teacher_tokenizer`, or a teacher's tokenizer.json, with other ids: a divergence compares id with id."""
     if cfg.get("teacher_tokenizer"):
         teacher = as_chat_tokenizer(build(cfg.teacher_tokenizer))
         # What each id says is the one thing that every tokenizer tells.
@@ -133,6 +177,6 @@ def _compare_vocabularies(ours: Mapping[int, str], theirs: Mapping[int, str], wh
 
 
 def _inspect(node: DictConfig) -> tuple[int, int]:
-    """(vocabulary, max_seq_len) of a model, built without weights."""
+    """Return (vocabulary, max_seq_len) of a model, built without weights."""
     model = shared_empty_model(node)
     return model.tok_embeddings.num_embeddings, model.max_seq_len

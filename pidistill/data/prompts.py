@@ -39,7 +39,7 @@ def build_prompts(
     on_overflow: str | None = None,
     max_seq_len: int | None = None,
 ) -> Prompts:
-    """Both prompts of every example, under ``privileged``'s control.
+    """Build both prompts of every example, under ``privileged``'s control.
 
     Args:
         max_new_tokens: room that a completion needs; the longer prompt and it must fit into ``max_seq_len``.
@@ -96,7 +96,7 @@ def check_no_pi(examples: Sequence[Example], no_pi: str, privileged: PrivilegedP
 def row_overflow(
     example: Example, views: PromptViews, privileged: PrivilegedPrompt, max_new_tokens: int, max_seq_len: int | None
 ) -> tuple[str, str] | None:
-    """(reason to count, sentence) of what is too long; None where everything fits."""
+    """Return (reason to count, sentence) of what is too long; None where everything fits."""
     sentence = privileged.overflow(example, views)
     if sentence is not None:
         return "privileged_too_long", sentence
@@ -105,15 +105,16 @@ def row_overflow(
 
 
 def prompt_overflow(example: Example, views: PromptViews, max_new_tokens: int, max_seq_len: int | None) -> str | None:
-    """The sentence that says by how much the longer prompt and a completion are too long; None where they fit."""
-    question, privileged_tokens = len(views.pair.student), views.privileged_tokens
-    longer = question + max(0, privileged_tokens)
+    """Return the sentence that says by how much the longer prompt and a completion are too long; None where they fit."""
+    student, teacher = len(views.pair.student), len(views.pair.teacher)
+    longer = max(student, teacher)
     if max_seq_len is None or longer + max_new_tokens <= max_seq_len:
         return None
     if views.pair.has_privileged:
-        prompt = f"teacher prompt (question {question:,} + privileged {privileged_tokens:,} tokens)"
+        own = teacher - views.privileged_tokens
+        prompt = f"teacher prompt (question {own:,} + privileged {views.privileged_tokens:,} tokens)"
     else:
-        prompt = f"prompt ({question:,} tokens)"
+        prompt = f"prompt ({longer:,} tokens)"
     return (
         f"example {example.id}: {prompt} plus completion {max_new_tokens:,} exceeds max_seq_len {max_seq_len:,} by "
         f"{longer + max_new_tokens - max_seq_len:,}; raise `tokenizer.max_seq_len`, lower `sampler.max_new_tokens` or set "

@@ -18,6 +18,7 @@ import datasets
 
 from pidistill.chat.messages import without_nulls
 from pidistill.errors import InputError
+from pidistill.jsonl import parse_jsonl
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -26,7 +27,7 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one source as plain dicts; ``name`` is what errors call it."""
+    """Holds the rows of one source as plain dicts; ``name`` is what errors call it."""
 
     name: str
     rows: Sequence[dict[str, Any]]
@@ -35,7 +36,7 @@ class Rows:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(id, row) of every row; ids count from 0."""
+        """Yield (id, row) of every row; ids count from 0."""
         return ((f"{self.name} row {i}", row) for i, row in enumerate(self.rows))
 
     def require(self, key: str, option: str, hint: str = "") -> None:
@@ -46,7 +47,7 @@ class Rows:
 
 
 def get(row: Mapping[str, Any], key: str) -> Any:
-    """The value under a dotted path such as ``extra_info.privileged_context``; None where a part of it is missing."""
+    """Return the value under a dotted path such as ``extra_info.privileged_context``; None where a part of it is missing."""
     if key in row:  # a column whose own name has dots
         return row[key]
     value: Any = row
@@ -120,7 +121,7 @@ def _json_rows(file: Path, text: str) -> list[tuple[str, Any]]:
         return []
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("{"):
             return _json_lines(file, text)
         raise InputError(f"dataset.source {file} cannot be loaded (not valid JSON: {error}); check the file") from error
@@ -132,18 +133,12 @@ def _json_rows(file: Path, text: str) -> list[tuple[str, Any]]:
 
 
 def _json_lines(file: Path, text: str) -> list[tuple[str, Any]]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append((f"line {number}", json.loads(line)))
-        except ValueError as error:
-            raise InputError(
-                f"dataset.source {file} cannot be loaded (line {number} is not valid JSON: {error}); check the file: "
-                "the line may be cut off"
-            ) from error
-    return rows
+    try:
+        return [(f"line {number}", row) for number, row in parse_jsonl(text)]
+    except ValueError as error:
+        raise InputError(
+            f"dataset.source {file} cannot be loaded ({error}); check the file: the line may be cut off"
+        ) from error
 
 
 def _check_row(row: Any, where: str) -> None:
@@ -180,7 +175,7 @@ def _without_table_nulls(value: Any) -> Any:
 
 
 def _local_files(source: str) -> list[Path]:
-    """The files that ``source`` names; none where it is a folder or a name on the Hub."""
+    """Return the files that ``source`` names; none where it is a folder or a name on the Hub."""
     path = Path(source)
     if path.is_dir():
         return []

@@ -26,6 +26,8 @@ class Run:
         rank, world_size: among the data-parallel ranks. Sums and shares are over these; those of a tensor-parallel group have
             the same work, and the same results.
         mesh: [data-parallel, tensor-parallel] ranks; None where `tensor_parallel_dim` is 1.
+        compute_dtype: of the copies of trained weights that forward and backward multiply, and of weights that are not
+            trained; None is ``dtype``, which trained weights, their gradients and the optimizer's states have.
     """
 
     device: torch.device
@@ -35,6 +37,16 @@ class Run:
     seed: int
     output_dir: Path
     mesh: DeviceMesh | None = None
+    compute_dtype: torch.dtype | None = None
+
+    @property
+    def forward_dtype(self) -> torch.dtype:
+        return self.compute_dtype or self.dtype
+
+    @property
+    def is_mixed(self) -> bool:
+        """Return True in mixed precision: forwards multiply in another dtype than the one that weights are trained in."""
+        return self.forward_dtype != self.dtype
 
     @property
     def is_main(self) -> bool:

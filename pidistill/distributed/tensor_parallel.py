@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torchtune.models.llama3 import base_llama_tp_plan
@@ -132,22 +133,36 @@ def shard_model(
     model: TransformerDecoder,
     conditions: Sequence[Callable[[str, nn.Module], bool]],
     *,
+    device_type: str,
     cpu_offload: bool,
     reshard_after_forward: bool,
-    mesh: DeviceMesh,
+    mesh: DeviceMesh | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> None:
-    """torchtune's function of that name, with layers over the data-parallel ranks and all else over all ranks.
+    """Shard as torchtune's function of that name does, with layers over the data-parallel ranks and all else over all ranks.
 
     What is outside the layers gets the same gradient on the ranks of a group, so that the mean over all ranks is the mean over
     the data-parallel ones.
+
+    Args:
+        mesh: [data-parallel, tensor-parallel]; None where all ranks are data-parallel ones. One process alone may shard too:
+            then its frozen weights, which need neither gathering nor another dtype, stay what they are.
+        compute_dtype: of the gathered weights and of their gradients, which are added up over ranks and micro-batches in fp32;
+            None leaves all of it in the weights' own dtype.
     """
-    everyone = init_device_mesh(mesh.device_type, (mesh.size(),))
+    processes = dist.get_world_size()
+    everyone = init_device_mesh(device_type, (processes,))
+    of_layers = everyone if mesh is None else mesh[DATA]
     options: dict[str, Any] = {"reshard_after_forward": reshard_after_forward}
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy()
+    if compute_dtype is not None:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    if processes == 1:
+        options["ignored_params"] = {p for p in model.parameters() if not p.requires_grad}
     for name, module in reversed(list(model.named_modules())):
         if any(condition(name, module) for condition in conditions):
-            fully_shard(module, mesh=mesh[DATA] if name.startswith("layers.") else everyone, **options)
+            fully_shard(module, mesh=of_layers if name.startswith("layers.") else everyone, **options)
     fully_shard(model, mesh=everyone, **options)
 
 

@@ -1,4 +1,12 @@
-"""Environments: what answers an assistant turn, and what it is worth."""
+"""Answer assistant turns, and give rewards for them.
+
+In: an :class:`~pidistill.types.Example`, then the assistant's messages, one turn at a time.
+Out: an :class:`EnvStep` per turn: the messages that come next, a reward, and whether the episode has ended.
+
+Read base.py first: the protocol, and the check of what an environment answers. single_turn.py is the shortest environment. Then
+function_tools.py (Python functions as tools), replay.py (recorded episodes), process.py (any of them in worker processes),
+tiny_world/ and tool_world/ (worlds for CPUs, with datasets of their own), gem.py and reasoning_gym.py (other libraries).
+"""
 
 from pidistill.envs.base import Environment, EnvironmentCrash, EnvironmentOutputError, EnvironmentTimeout, EnvStep, check_step
 from pidistill.envs.function_tools import FunctionToolEnvironment

@@ -1,17 +1,18 @@
-"""The environment protocol: one stateless object serves many episodes, each with its own state."""
+"""Say what an environment is, and check what one answers. One stateless object serves many episodes, each with its state."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from pidistill.chat.messages import check_messages, message_text
-from pidistill.errors import InputError
+from pidistill.errors import InputError, bounded_repr
 from pidistill.types import Example, Message
 
 
 @dataclass
 class EnvStep:
-    """What an environment answers to one assistant turn.
+    """Hold what an environment answers to one assistant turn.
 
     Attributes:
         observations: messages forced into the context before the next turn; empty when ``done``.
@@ -28,6 +29,8 @@ class EnvStep:
 
 @runtime_checkable
 class Environment(Protocol):
+    """Answer the turns of episodes; see docs/environments.md."""
+
     def reset(self, example: Example) -> Any:
         """Start an episode on ``example`` and return its state."""
 
@@ -41,36 +44,69 @@ class Environment(Protocol):
 
 
 class EnvironmentTimeout(Exception):
-    """No answer in time: `environment_timeout`. An environment with limits of its own may raise it."""
+    """Say that no answer came in time (`environment_timeout`); an environment with limits of its own may raise it."""
 
 
 class EnvironmentCrash(Exception):
-    """What the environment ran in has died: `environment_crash`. One that talks to a sandbox may raise it."""
+    """Say that what the environment ran in has died (`environment_crash`); one that talks to a sandbox may raise it."""
 
 
 class EnvironmentOutputError(Exception):
-    """What came back is no answer: `environment_output`."""
+    """Say that what an environment returned is no answer (`environment_output`)."""
 
 
-def check_step(step: Any) -> EnvStep:
-    """``step`` with plain numbers and messages, or an EnvironmentOutputError that says what is wrong with it.
+MAX_OBSERVATION_CHARS = 200_000  # the default of the key `max_observation_chars`
+# The variance of a group's rewards is computed in fp32, which holds numbers up to 3.4e38: the square of a reward must fit.
+LARGEST_REWARD = 1e18
+_MAX_PARTS, _MAX_NAME_CHARS = 100, 100
 
-    Numbers that are not finite pass: they have a reason of their own.
+
+def is_usable(number: float) -> bool:
+    """Return whether a reward, or a part of one, is a number to compute with: not NaN, and not beyond what fp32 can hold."""
+    return abs(number) <= LARGEST_REWARD  # False for NaN
+
+
+def check_step(step: Any, max_observation_chars: int | None = None) -> EnvStep:
+    """Return ``step`` with plain numbers and messages.
+
+    A truth value and a tensor or array of one element are numbers. Numbers that are not finite pass, because they are counted
+    under a reason of their own.
+
+    Args:
+        max_observation_chars: characters of all observations together; None is no limit.
+
+    Raises:
+        EnvironmentOutputError: says what is wrong with the answer.
     """
     if not isinstance(step, EnvStep):
         raise EnvironmentOutputError(f"the environment's step gave {_shown(step)}, not an EnvStep")
-    if not isinstance(step.reward_parts, Mapping) or not all(isinstance(name, str) for name in step.reward_parts):
-        raise EnvironmentOutputError(f"reward_parts is {_shown(step.reward_parts)}, not names with numbers")
-    parts = {name: _number(f"reward_parts[{name!r}]", value) for name, value in step.reward_parts.items()}
-    observations = _observations(step.observations)
+    parts = {_part_name(name): _number(f"reward_parts[{name!r}]", value) for name, value in _parts(step.reward_parts)}
+    observations = _observations(step.observations, max_observation_chars)
     return EnvStep(observations, _number("reward", step.reward), _flag(step.done), parts)
+
+
+def _parts(value: Any) -> list[tuple[Any, Any]]:
+    if not isinstance(value, Mapping) or len(value) > _MAX_PARTS:
+        raise EnvironmentOutputError(f"reward_parts is {_shown(value)}, not at most {_MAX_PARTS} names with numbers")
+    return list(value.items())
+
+
+def _part_name(name: Any) -> str:
+    """Return the name of a part of a reward; it becomes a key of metrics.jsonl."""
+    if not isinstance(name, str) or len(name) > _MAX_NAME_CHARS or not name.isprintable():
+        raise EnvironmentOutputError(
+            f"reward_parts has the name {_shown(name)}, which is not at most {_MAX_NAME_CHARS} printable characters"
+        )
+    return name
 
 
 def _number(name: str, value: Any) -> float:
     try:
         if not isinstance(value, str | bytes):  # float("1.0") is a number; that a text holds one is chance
             return float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+    except OverflowError:  # a whole number beyond every float
+        return math.inf
+    except (TypeError, ValueError, RuntimeError):
         pass
     raise EnvironmentOutputError(f"{name} is {_shown(value)}, not a number")
 
@@ -84,11 +120,16 @@ def _flag(value: Any) -> bool:
     raise EnvironmentOutputError(f"done is {_shown(value)}, not True or False")
 
 
-def _observations(value: Any) -> list[Message]:
+def _observations(value: Any, max_chars: int | None) -> list[Message]:
     if not isinstance(value, list | tuple):
         raise EnvironmentOutputError(f"observations is {_shown(value)}, not a list of messages")
     if not value:
         return []
+    if max_chars is not None and _is_longer(value, max_chars):
+        raise EnvironmentOutputError(
+            f"the observations have more than max_observation_chars={max_chars} characters; raise that key, or shorten them in "
+            "the environment"
+        )
     try:
         messages = check_messages(list(value), "the environment's answer", "observations")
     except InputError as error:
@@ -103,5 +144,23 @@ def _observations(value: Any) -> list[Message]:
     return messages
 
 
+def _is_longer(value: Any, max_chars: int) -> bool:
+    """Return whether the texts in nested lists and mappings are longer than the limit, after at most ``max_chars`` steps.
+
+    Every item counts as one character, so that the walk also ends where a list contains itself.
+    """
+    chars, left = 0, [value]
+    while left:
+        item = left.pop()
+        chars += len(item) if isinstance(item, str | bytes) else 1
+        if chars > max_chars:
+            return True
+        if isinstance(item, Mapping):
+            left += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):
+            left += item
+    return False
+
+
 def _shown(value: Any) -> str:
-    return f"{value!r:.80} ({type(value).__name__})" if value is not None else "None"
+    return "None" if value is None else f"{bounded_repr(value)} ({type(value).__name__})"

@@ -1,4 +1,4 @@
-"""Libraries that only some environments need."""
+"""Load libraries that only some environments need."""
 
 import importlib
 from types import ModuleType

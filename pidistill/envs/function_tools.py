@@ -1,4 +1,4 @@
-"""Tools as plain typed Python functions: their schemas, and the calls of an assistant turn carried out.
+"""Make tools of plain typed Python functions: their schemas, and the calls of an assistant turn carried out.
 
     def order_status(state: Shop, order_id: str) -> str:
         \"\"\"Status of one order.
@@ -26,24 +26,25 @@ from typing import Any, Literal
 from pidistill.config import resolve
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs.base import EnvStep
-from pidistill.errors import InputError
+from pidistill.errors import InputError, attempt, bounded_repr, bounded_traceback
 from pidistill.rewards.base import Reward, judge
 from pidistill.types import Example, Message
 
 _log = logging.getLogger(__name__)
 
 STATE = "state"
+MAX_ERROR_CHARS = 1000  # of an exception's text that a model is told
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 _VALUES = {"string": str, "integer": int, "boolean": bool, "array": list, "object": dict, "null": type(None)}
 
 
 class ToolError(Exception):
-    """A tool's refusal; the model is told its text."""
+    """Say that a tool refuses a call; the model is told the text."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A function with the JSON schema of its arguments.
+    """Hold a function with the JSON schema of its arguments.
 
     Attributes:
         parameters: JSON schema of an object with one property per argument.
@@ -58,12 +59,12 @@ class Tool:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """As chat templates take it."""
+        """Return the schema as chat templates take it."""
         function = {"name": self.name, "description": self.description, "parameters": self.parameters}
         return {"type": "function", "function": function}
 
     def call(self, arguments: Any, state: Any = None) -> str:
-        """What the tool answers: texts as they are, everything else as JSON.
+        """Return what the tool answers: texts as they are, everything else as JSON.
 
         Raises:
             ToolError: the arguments do not fit, or the tool refuses.
@@ -78,7 +79,7 @@ class Tool:
 
 
 def tool(function: Callable[..., Any]) -> Tool:
-    """The function as a tool: name, docstring and annotations become the schema.
+    """Return the function as a tool: name, docstring and annotations become the schema.
 
     Annotations may be str, int, float, bool, ``Literal``, ``list[...]``, ``dict[str, ...]`` and unions of these (with None).
     The docstring's text up to ``Args:`` is the description, and its ``Args:`` describe the arguments.
@@ -102,7 +103,7 @@ def tool(function: Callable[..., Any]) -> Tool:
 
 
 def tools_by_name(functions: Iterable[Callable[..., Any] | str]) -> dict[str, Tool]:
-    """Tools of functions, or of dotted paths to functions."""
+    """Return the tools of functions, or of dotted paths to functions, by their names."""
     made = [tool(resolve(function) if isinstance(function, str) else function) for function in functions]
     names = [one.name for one in made]
     if len(set(names)) < len(names):
@@ -111,7 +112,7 @@ def tools_by_name(functions: Iterable[Callable[..., Any] | str]) -> dict[str, To
 
 
 def _read_docstring(doc: str) -> tuple[str, dict[str, str]]:
-    """(description, description of each argument) of a docstring with an ``Args:`` part."""
+    """Return (description, description of each argument) of a docstring with an ``Args:`` part."""
     text, _, rest = doc.partition("\nArgs:\n")
     described: dict[str, str] = {}
     name = ""
@@ -150,7 +151,7 @@ def _type_schema(hint: Any, where: str) -> dict[str, Any]:
 
 
 def call_tools(turn: Message, tools: Mapping[str, Tool], state: Any = None) -> list[Message]:
-    """The messages that answer a turn: one per call, or one that says why the call could not be read; none without calls."""
+    """Return the messages that answer a turn: one per call, or one that says why a call cannot be read; none without calls."""
     if turn.get("tool_call_error"):
         return [_answer({}, None, f"Error: {turn['tool_call_error']}")]
     return [_carry_out(call, tools, state) for call in turn.get("tool_calls") or []]
@@ -167,7 +168,8 @@ def _carry_out(call: Mapping[str, Any], tools: Mapping[str, Tool], state: Any) -
         return _answer(call, name, f"Error: {error}")
     except Exception as error:  # a tool's own fault: the model may try something else, and the log says where it is
         _warn_once(name, error)
-        return _answer(call, name, f"Error: {type(error).__name__}: {error}")
+        text, failure = attempt(lambda shown=error: str(shown)[:MAX_ERROR_CHARS])
+        return _answer(call, name, f"Error: {type(error).__name__}" + (f": {text}" if failure is None else ""))
 
 
 def _answer(call: Mapping[str, Any], name: str | None, content: str) -> Message:
@@ -181,7 +183,8 @@ _SAID: set[tuple[str, type]] = set()
 def _warn_once(name: str, error: Exception) -> None:
     if (name, type(error)) not in _SAID:
         _SAID.add((name, type(error)))
-        _log.warning("the tool %s raised %r; models are told so (said once per tool and error)", name, error, exc_info=error)
+        told = f"{bounded_repr(error, 300)}; models are told so (said once per tool and error)\n{bounded_traceback(error)}"
+        _log.warning("the tool %s raised %s", name, told)
 
 
 def _check_arguments(tool: Tool, arguments: Any) -> None:
@@ -219,7 +222,7 @@ def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
 
 
 def with_tools(dataset: ExampleDataset, functions: Sequence[Callable[..., Any] | str]) -> ExampleDataset:
-    """The dataset's examples with the functions' schemas as their tools, for the chat template to show.
+    """Return the dataset's examples with the functions' schemas as their tools, for the chat template to show.
 
     Args:
         dataset: a component node of any dataset builder.
@@ -231,7 +234,7 @@ def with_tools(dataset: ExampleDataset, functions: Sequence[Callable[..., Any] |
 
 @dataclass
 class ToolEpisode:
-    """One episode: the messages since the prompt, and whatever ``begin`` made for the tools."""
+    """Hold one episode: the messages since the prompt, and whatever ``begin`` made for the tools."""
 
     example: Example
     state: Any
@@ -241,7 +244,7 @@ class ToolEpisode:
 
 @dataclass(frozen=True)
 class FunctionToolEnvironment:
-    """Calls are answered by plain functions, and the first turn without one is the answer that ``reward`` judges.
+    """Answer calls by plain functions; the first turn without a call is the answer that ``reward`` judges.
 
     A turn that the token limit cut is judged too, and its calls are not carried out.
 
@@ -282,5 +285,5 @@ class FunctionToolEnvironment:
         if answers:
             return EnvStep(answers, 0.0, done=False)
         example = replace(state.example, data={**state.example.data, STATE: state.state})
-        judged = judge(self.reward, example, state.turns)
-        return EnvStep([], judged.reward, done=True, reward_parts=dict(judged.parts))
+        reward, parts = judge(self.reward, example, state.turns)
+        return EnvStep([], reward, done=True, reward_parts=parts)

@@ -1,4 +1,4 @@
-"""Games and reasoning tasks of GEM (the extra `gem`; arXiv 2510.01051): an episode of theirs as an episode of ours.
+"""Play games and reasoning tasks of GEM (the extra `gem`; arXiv 2510.01051) as episodes of this package.
 
     gem.make(env_id).reset(seed)   the row's user message, once, when the dataset is made
     assistant turn                 → step(text) → observation as a user message, reward, end where terminated or truncated
@@ -38,7 +38,7 @@ _CHECKED_ROWS = 2  # made twice, to see whether the seed decides everything
 
 @dataclass
 class GEMEpisode:
-    """A GEM environment after its reset, and its random streams."""
+    """Hold a GEM environment after its reset, and its random streams."""
 
     env: Any
     streams: RandomStreams
@@ -54,7 +54,7 @@ class SavedStart:
 
 @dataclass(frozen=True)
 class GEMEnvironment:
-    """Plays the rows of :func:`gem_dataset`; rewards are GEM's, each in [-0.1, 1] for its games.
+    """Play the rows of :func:`gem_dataset`; rewards are GEM's, each in [-0.1, 1] for its games.
 
     One call at a time per process, since the random streams are the process's: for slow games wrap it in
     :class:`pidistill.envs.ProcessEnvironment`.
@@ -85,7 +85,7 @@ def gem_dataset(
     options: Mapping[str, Any] | None = None,
     allow_evaluated_answers: bool = False,
 ) -> ExampleDataset:
-    """``n`` seeded starts of one of GEM's games (`game:...`) or reasoning tasks (`rg:...`).
+    """Return ``n`` seeded starts of one of GEM's games (`game:...`) or reasoning tasks (`rg:...`).
 
     The rows depend on the arguments alone. Small games have few different starts (GuessTheNumber-v0-easy has ten), so that two
     seeds share most of them.
@@ -129,7 +129,7 @@ def gem_dataset(
 
 
 def _row_seed(env_id: str, seed: int, row: int) -> int:
-    """32 bits, which is what numpy's global stream takes."""
+    """Return a seed of 32 bits, as numpy's global stream takes it."""
     return int.from_bytes(hashlib.blake2b(f"{env_id},{seed},{row}".encode(), digest_size=4).digest(), "big")
 
 
@@ -155,7 +155,7 @@ def _check(env_id: str, options: Mapping[str, Any], allow_evaluated_answers: boo
 
 
 class _Start:
-    """A seeded reset: what the player sees, what it does not, and the episode to be played from there."""
+    """Hold a seeded reset: what the player sees, what it does not see, and the episode to be played from there."""
 
     def __init__(self, env_id: str, seed: int, options: Mapping[str, Any]) -> None:
         self.env_id, self.seed, self.options = env_id, seed, options
@@ -184,7 +184,7 @@ class _Start:
         return HIDDEN[game[1]](self._env) if game and game[1] in HIDDEN else None
 
     def random_actions(self) -> list[Message]:
-        """An episode of `sample_random_action`, which most games have."""
+        """Play an episode of `sample_random_action`, which most games have, and return its messages."""
         episode, environment, turns = pickle.loads(self.pickled), GEMEnvironment(), []
         streams = RandomStreams(self.seed ^ 1)  # not the episode's: whoever plays these turns gets these answers
         while True:
@@ -200,13 +200,13 @@ class _Start:
 
 
 def _user(observation: str, info: Mapping[str, Any]) -> Message:
-    """GEM's own way to show an observation: the text, and what the environment asks for next."""
+    """Return an observation as GEM shows it: the text, and what the environment asks for next."""
     suffix = info.get("suffix")
     return {"role": "user", "content": f"{observation.rstrip()}\n{suffix}" if suffix else observation}
 
 
 def _as_text(value: Any) -> str:
-    """A grid as rows of words; anything else as Python prints it."""
+    """Return a grid as rows of words, and anything else as Python prints it."""
     if isinstance(value, list | tuple) and value and all(isinstance(row, list | tuple) for row in value):
         return "\n".join(" ".join(map(str, row)) for row in value)
     return str(value)

@@ -1,7 +1,7 @@
-"""Any environment, in worker processes: what hangs or dies there is killed and started anew, and costs one episode.
+"""Run any environment in worker processes: a worker that hangs or dies is replaced, and costs one episode.
 
 The state of an episode travels: a worker gets it with the turn and gives it back with the answer. So any worker serves any
-episode, as many episodes as one likes share few workers, and a worker that dies takes with it only the call that it was at.
+episode, any number of episodes share few workers, and a worker that dies takes with it only the call that it was working on.
 """
 
 import contextlib
@@ -11,38 +11,46 @@ import os
 import pickle
 import signal
 import threading
-import traceback
 import weakref
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from pidistill.envs.base import Environment, EnvironmentCrash, EnvironmentTimeout, EnvStep, check_step
+from pidistill.envs.base import (
+    Environment,
+    EnvironmentCrash,
+    EnvironmentOutputError,
+    EnvironmentTimeout,
+    EnvStep,
+    check_step,
+)
 from pidistill.envs.streams import RandomStreams
-from pidistill.errors import InputError
+from pidistill.errors import InputError, attempt, bounded_repr, bounded_traceback
 from pidistill.types import Example, Message
 
 _START_S = 300.0  # a process that imports torch on a busy machine
+_MAX_ERROR_BYTES = 100_000
 
 
 @dataclass
 class _State:
-    """An episode between two calls: its pickled state and random streams. None before an answer to `reset`."""
+    """Hold an episode between two calls: its pickled state and random streams; None before an answer to `reset`."""
 
     pickled: bytes | None = None
 
 
 class ProcessEnvironment:
-    """``environment`` in ``workers`` processes, each call with a time limit of its own.
+    """Run ``environment`` in ``workers`` processes, each call with a time limit of its own.
 
-    For environments that may hang without letting go of Python's lock, or crash (native code): a thread cannot be stopped, a
-    process can. Set ``environment_threads`` to the number of workers, or more: with one thread one worker is busy at a time.
-    The environment and its states must be picklable. In a worker the global streams of `random` and numpy are each episode's
-    own, seeded with the example's id, so that the answers do not depend on which worker gives them.
+    It is meant for environments that may hang without letting go of Python's lock, or crash (native code): a thread cannot be
+    stopped, a process can. Set ``environment_threads`` to the number of workers, or more: with one thread one worker is busy at
+    a time. The environment and its states must be picklable; a state that is not costs its episode. In a worker the global
+    streams of `random` and numpy are each episode's own, seeded with the example's id, so that the answers do not depend on
+    which worker gives them.
 
     Attributes:
-        environment: what runs in the workers; more processes than one are used only where calls come at the same time.
-        workers: processes at most; they start when they are needed. Every rank has its own.
+        environment: runs in the workers; more processes than one are used only where calls come at the same time.
+        workers: largest number of processes; they start when they are needed. Every rank has its own.
         timeout_s: seconds that one `reset` or `step` may take; a worker that is late is killed. null is no limit. Waiting for
             a free worker does not count here, but does in ``environment_timeout_s``: leave that null.
     """
@@ -61,6 +69,7 @@ class ProcessEnvironment:
                 "ProcessEnvironment, with environment_timeout_s"
             ) from error
         self._free = threading.Semaphore(workers)
+        self._has_started = False  # a worker: the environment can be made in one
         self._idle: list[_Worker] = []
         self._alive: set[_Worker] = set()
         # multiprocessing's own exit asks workers to end and waits for them; one that hangs in native code does not listen.
@@ -75,10 +84,11 @@ class ProcessEnvironment:
         return self._call(state, ("step", state.pickled, turn, truncated))
 
     def _call(self, state: _State, request: tuple) -> Any:
+        message = pickle.dumps(request)
         with self._free:
             worker = self._take()
             try:
-                answer = worker.ask(pickle.dumps(request), self.timeout_s)
+                answer = worker.ask(message, self.timeout_s)
             except BaseException:
                 self._alive.discard(worker)
                 worker.kill()
@@ -95,7 +105,13 @@ class ProcessEnvironment:
             if worker.process.is_alive():
                 return worker
             self._alive.discard(worker)
-        worker = _Worker(self._pickled, type(self.environment).__module__)
+        try:
+            worker = _Worker(self._pickled, type(self.environment).__module__)
+        except InputError as error:
+            if self._has_started:  # it could be made before: what fails now may pass
+                raise EnvironmentCrash(str(error)) from error
+            raise
+        self._has_started = True
         self._alive.add(worker)
         return worker
 
@@ -107,7 +123,7 @@ class ProcessEnvironment:
 
 
 class _Worker:
-    """A process and the pipe to it."""
+    """Hold a process and the pipe to it."""
 
     def __init__(self, environment: bytes, module: str) -> None:
         # Forked from a server that has done the imports and has neither threads nor a GPU. Only the first call counts.
@@ -117,10 +133,14 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(theirs, environment), daemon=True)
         self.process.start()
         theirs.close()
-        error = pickle.loads(self._receive(_START_S))
+        try:
+            error = pickle.loads(self._receive(_START_S))
+        except BaseException:
+            self.kill()
+            raise
         if error is not None:
             self.kill()
-            raise InputError(f"the environment cannot be made in a worker process: {error!r}") from error
+            raise InputError(f"the environment cannot be made in a worker process: {bounded_repr(error, 500)}") from error
 
     def ask(self, request: bytes, timeout_s: float | None) -> bytes:
         try:
@@ -169,9 +189,8 @@ def _serve(connection: Connection, pickled: bytes) -> None:
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c reaches every process of the terminal; the parent decides
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    try:
-        environment = pickle.loads(pickled)
-    except Exception as error:
+    environment, error = attempt(lambda: pickle.loads(pickled))
+    if error is not None:
         connection.send_bytes(_pickled_error(error))
         return
     connection.send_bytes(pickle.dumps(None))
@@ -184,18 +203,17 @@ def _serve(connection: Connection, pickled: bytes) -> None:
 
 
 def _end_with_the_parent() -> None:
-    """Idle workers see the pipe close; this is for one that hangs when the parent is killed."""
+    """End this worker when the parent has died; idle workers see the pipe close, and one that hangs does not."""
     multiprocessing.parent_process().join()
     os.killpg(0, signal.SIGKILL)
 
 
 def _answer(environment: Environment, request: tuple) -> bytes:
-    """(exception, value, state and streams) pickled."""
-    try:
-        return (_reset if request[0] == "reset" else _step)(environment, *request[1:])
-    except (Exception, SystemExit) as error:
-        error.add_note(f"in the worker process:\n{traceback.format_exc()}")
-        return pickle.dumps((pickle.loads(_pickled_error(error)), None, None))
+    """Return (exception, value, state and streams) pickled."""
+    answer, error = attempt(lambda: (_reset if request[0] == "reset" else _step)(environment, *request[1:]))
+    if error is None:
+        return answer
+    return pickle.dumps((pickle.loads(_pickled_error(error)), None, None))
 
 
 def _reset(environment: Environment, example: Example) -> bytes:
@@ -217,20 +235,27 @@ def _pickled_state(environment: Environment, state: Any, streams: RandomStreams)
     try:
         return pickle.dumps((state, streams))
     except Exception as error:
-        raise InputError(
-            f"a state of {type(environment).__name__} cannot be pickled ({error}), so it cannot be kept between two calls of "
-            "worker processes; use the environment without ProcessEnvironment, with environment_timeout_s"
+        raise EnvironmentOutputError(
+            f"a state of {type(environment).__name__} cannot be pickled ({bounded_repr(error, 300)}), so it cannot be kept "
+            "between two calls of worker processes; use the environment without ProcessEnvironment, with environment_timeout_s"
         ) from error
 
 
 def _pickled_error(error: BaseException) -> bytes:
-    """The exception, or its text where it does not survive the way to another process."""
-    try:
-        pickled = pickle.dumps(error)
-        pickle.loads(pickled)
+    """Return the exception with its traceback as a note, or its text where it does not survive the way to the parent."""
+    note = f"in the worker process:\n{bounded_traceback(error)}"
+    pickled, failure = attempt(lambda: _with_note(error, note))
+    if failure is None:
         return pickled
-    except Exception:
-        told = RuntimeError(f"{error!r}")
-        for note in getattr(error, "__notes__", ()):
-            told.add_note(note)
-        return pickle.dumps(told)
+    told = RuntimeError(bounded_repr(error, 500))
+    told.add_note(note)
+    return pickle.dumps(told)
+
+
+def _with_note(error: BaseException, note: str) -> bytes:
+    error.add_note(note)
+    pickled = pickle.dumps(error)
+    if len(pickled) > _MAX_ERROR_BYTES:
+        raise ValueError("the exception is too large to be sent")
+    pickle.loads(pickled)
+    return pickled

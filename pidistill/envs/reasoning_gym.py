@@ -1,4 +1,4 @@
-"""Procedural tasks of Reasoning Gym (the extra `reasoning-gym`; arXiv 2505.24760): a question, an answer, and its own verifier.
+"""Play procedural tasks of Reasoning Gym (the extra `reasoning-gym`; arXiv 2505.24760): a question, an answer, a verifier.
 
 row        create_dataset(task, seed, size)[i]: question → user message, answer → privileged information
 reward     the task's score_answer(what stands in <answer></answer>, entry), in [0, 1]
@@ -41,7 +41,7 @@ INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class ReasoningGymEnvironment:
-    """One answer, judged by the task's own verifier: 1 is right; some tasks give a part of it for an answer that is near."""
+    """Judge one answer by the task's own verifier: 1 is right; some tasks give a part of 1 for an answer that is near."""
 
     def reset(self, example: Example) -> Example:
         if "reasoning_gym" not in example.data:
@@ -69,7 +69,7 @@ def reasoning_gym_dataset(
     system_prompt: str | None = None,
     allow_evaluated_answers: bool = False,
 ) -> ExampleDataset:
-    """``n`` entries of a task. They depend on the arguments alone; two seeds share none (with probability 1 − n / 2**30).
+    """Return ``n`` entries of a task, which the arguments alone decide; two seeds share none (probability 1 − n / 2**30).
 
     The completion is the answer in the form that is asked for.
 
@@ -129,7 +129,7 @@ def _task(task: str, config: str, size: int = 1, seed: int = 0) -> Any:
 
 
 def _base_seed(task: str, seed: int) -> int:
-    """An entry's stream is seeded with this plus its row: plain seeds 0 and 1 would share all rows but one.
+    """Return what an entry's row is added to for its seed: plain seeds 0 and 1 would share all rows but one.
 
     31 bits: some tasks seed numpy, which takes no number of 2**32 or above.
     """

@@ -1,4 +1,4 @@
-"""A recorded episode as an environment: as long as the agent makes the recorded calls, it gets the recorded answers."""
+"""Replay recorded episodes: as long as the agent makes the recorded calls, it gets the recorded answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ MISMATCH_ERROR = "Error: this call is not part of the recorded episode, so there
 
 @dataclass
 class ReplayState:
-    """Where an episode stands: ``steps`` are the recorded assistant turns with what answered each of them."""
+    """Hold where an episode stands: ``steps`` are the recorded assistant turns with what answered each of them."""
 
     steps: list[tuple[Message, list[Message]]]
     reward: float
@@ -28,7 +28,7 @@ class ReplayState:
 
 @dataclass(frozen=True)
 class ReplayEnvironment:
-    """Follows ``example.data["trace"]`` of :func:`pidistill.data.trace_dataset`.
+    """Follow ``example.data["trace"]`` of :func:`pidistill.data.trace_dataset`.
 
     A turn matches the recorded one if it makes the same calls: the same tools, in the same order, with equal arguments. Where
     the recorded turn makes none, any turn without a call matches, whatever it says: the recorded reply follows, which may not
@@ -102,7 +102,7 @@ class ReplayEnvironment:
 
 
 def recorded_steps(turns: Sequence[Message]) -> list[tuple[Message, list[Message]]]:
-    """Each assistant turn with the messages up to the next one."""
+    """Return each assistant turn with the messages up to the next one."""
     steps: list[tuple[Message, list[Message]]] = []
     for message in turns:
         if message["role"] == "assistant":

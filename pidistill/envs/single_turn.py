@@ -1,4 +1,4 @@
-"""One question, one answer."""
+"""Play episodes of one question and one answer."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from pidistill.types import Example, Message
 
 @dataclass(frozen=True)
 class SingleTurn:
-    """The first assistant turn ends the episode, and ``reward`` judges it, cut off or not."""
+    """End the episode after the first assistant turn, which ``reward`` judges, also where the token limit cut it off."""
 
     reward: Reward
 
@@ -17,5 +17,5 @@ class SingleTurn:
         return example
 
     def step(self, state: Example, turn: Message, *, truncated: bool) -> EnvStep:
-        judged = judge(self.reward, state, [turn])
-        return EnvStep([], judged.reward, done=True, reward_parts=dict(judged.parts))
+        reward, parts = judge(self.reward, state, [turn])
+        return EnvStep([], reward, done=True, reward_parts=parts)

@@ -1,4 +1,4 @@
-"""Python's and numpy's global random streams, as an episode's own: for environments that draw from them."""
+"""Give each episode its own state of Python's and numpy's global random streams, for environments that draw from them."""
 
 import contextlib
 import random
@@ -11,7 +11,7 @@ _LOCK = threading.RLock()  # the streams are the process's: one episode at a tim
 
 
 class RandomStreams:
-    """Where an episode's streams stand; what it draws depends on the seed and on its own earlier draws alone."""
+    """Hold where an episode's streams stand; what it draws depends on the seed and on its own earlier draws alone."""
 
     def __init__(self, seed: int) -> None:
         self.python = random.Random(seed).getstate()
@@ -19,7 +19,7 @@ class RandomStreams:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Inside, `random` and `numpy.random` draw from this episode's streams; afterwards from those of before."""
+        """Make `random` and `numpy.random` draw from this episode's streams inside the block, and only there."""
         with _LOCK:
             before = random.getstate(), np.random.get_state()
             random.setstate(self.python)

@@ -1,5 +1,6 @@
 """Models that torchtune lacks, and checkpoints in Hugging Face's format."""
 
+from pidistill.models.from_folder import from_folder
 from pidistill.models.from_scratch import from_scratch
 from pidistill.models.hf_checkpointer import HFCheckpointer
 from pidistill.models.hf_format import from_hf, to_hf
@@ -28,6 +29,7 @@ from pidistill.models.r1_distill import (
 
 __all__ = [
     "HFCheckpointer",
+    "from_folder",
     "from_hf",
     "from_scratch",
     "lora_qwen3",

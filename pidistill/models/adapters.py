@@ -75,9 +75,10 @@ def with_initial_adapters(model: nn.Module, weights: dict[str, Any], seed: int) 
 
 def _row_norms(module: nn.Module, weight: Tensor) -> Tensor:
     """Of the weight that the layer computes with, which is another one after 4 bits."""
+    weight = weight.to(module.weight.dtype)
     if module._quantize_base:
-        weight = rounded(weight.to(module.lora_a.weight.dtype))
-    return torch.linalg.norm(weight, dim=1)
+        weight = rounded(weight)
+    return torch.linalg.norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
 def scale_weights_alone(model: nn.Module) -> None:

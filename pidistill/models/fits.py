@@ -13,18 +13,13 @@ from torchtune.modules import FeedForward, MultiHeadAttention, TiedLinear, Trans
 
 from pidistill.errors import InputError
 from pidistill.models.config_json import check_sizes, not_computed, rotation_kind, rotations
+from pidistill.models.from_folder import LLAMA3_SCALING
 from pidistill.models.hf_folder import Stored, read_json, stored_tensors, weight_files
 from pidistill.models.hf_format import FAMILIES, LIKE_LLAMA, family, head_dim, is_tied, not_loaded, to_hf
 
 log = logging.getLogger(__name__)
 
 _ADAPTER = ("lora_a.weight", "lora_b.weight", "magnitude")
-_LLAMA3_SCALING = {
-    "factor": "scale_factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "old_context_len",
-}
 
 
 def check_fits(model: nn.Module, checkpointer: Mapping[str, Any], builder: str, key: str) -> None:
@@ -98,7 +93,7 @@ def model_facts(model: TransformerDecoder) -> dict[str, Any]:
     if hasattr(rope, "base"):
         scaled = getattr(rope, "scale_factor", 1) != 1  # a factor of 1 leaves every rotation as it is
         facts["rope_theta"] = float(rope.base)
-        facts["rope_scaling"] = {name: float(getattr(rope, own)) for name, own in _LLAMA3_SCALING.items()} if scaled else None
+        facts["rope_scaling"] = {name: float(getattr(rope, own)) for name, own in LLAMA3_SCALING.items()} if scaled else None
     return facts
 
 
@@ -109,7 +104,7 @@ def config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
     scaling: Any = None if kind == "default" else str(kind)
     if kind == "llama3":
-        scaling = {name: float(rope[name]) for name in _LLAMA3_SCALING}
+        scaling = {name: float(rope[name]) for name in LLAMA3_SCALING}
     name = family(config)
     return {
         "model_type": "llama" if name in LIKE_LLAMA else name,

@@ -17,10 +17,13 @@ def check_offloading(cfg: DictConfig, device: torch.device, ranks: int) -> None:
     for key in ("fsdp_cpu_offload", "enable_activation_offloading"):
         if cfg.get(key, False) and device.type != "cuda":
             raise InputError(f"{key}=True moves memory from a GPU to the CPU, and device is {device.type}; set {key}=False")
-    if cfg.get("fsdp_cpu_offload", False) and ranks == 1:
+    dtype = cfg.get("dtype") or "fp32"
+    mixed = (cfg.get("compute_dtype") or dtype) != dtype
+    if cfg.get("fsdp_cpu_offload", False) and ranks == 1 and not mixed:
         raise InputError(
-            "fsdp_cpu_offload=True moves shards to the CPU, and one process has no shards; run with --nproc_per_node above 1, "
-            "or set fsdp_cpu_offload=False and optimizer._component_=pidistill.training.optimizers.cpu_offload"
+            "fsdp_cpu_offload=True moves shards to the CPU, and one process has no shards but in mixed precision; run with "
+            "--nproc_per_node above 1, set compute_dtype=bf16, or set fsdp_cpu_offload=False and "
+            "optimizer._component_=pidistill.training.optimizers.cpu_offload"
         )
     if cfg.get("enable_activation_offloading", False) and not cfg.get("enable_activation_checkpointing", False):
         raise InputError(

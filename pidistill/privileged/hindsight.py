@@ -5,19 +5,25 @@ the completion stay, id for id. A rollout for which nothing is found has no priv
 it on its reward; with the other self-distillation objectives it gets weight 0 and stays in the denominator.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from pidistill.chat.calls import ACTION_TAGS, CALL_TEMPLATE, CallStyle
 from pidistill.chat.messages import message_text, tool_call_text, transcript_text
 from pidistill.chat.tool_calls import visible_text
 from pidistill.distributed.run import Run
-from pidistill.errors import InputError
+from pidistill.errors import InputError, attempt, bounded_repr
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.tokenizers import ChatTokenizer
 from pidistill.types import Example, Message, Rollout
+
+_log = logging.getLogger(__name__)
+
+MAX_TEXT_CHARS = 200_000
 
 TextOfTurns = Callable[[Example, Sequence[Message]], str | None]
 
@@ -92,6 +98,8 @@ class Hindsight:
         success_threshold: the reward from which a sibling counts as successful.
         feedback_threads: so many rollouts get their feedback at once, for a judge that answers over a network
             (:mod:`pidistill.privileged.judges`); None asks one after the other.
+        errors: one text for each time that ``sibling`` or ``feedback`` raised, or wrote what is no text. It costs the rollout
+            its privileged information and nothing else.
     """
 
     sibling: TextOfTurns | None
@@ -99,6 +107,7 @@ class Hindsight:
     feedback_with_sibling: bool = False
     success_threshold: float = 1.0
     feedback_threads: int | None = None
+    errors: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.feedback_threads is not None and self.feedback_threads < 1:
@@ -123,12 +132,29 @@ class Hindsight:
         place = members.index(i)
         others = [rollouts[j] for j in members[place + 1 :] + members[:place]]
         succeeded = next((r for r in others if r.task_reward >= self.success_threshold), None)
-        return self.sibling(rollouts[i].example, succeeded.turns) if self.sibling and succeeded else None
+        return self._ask("sibling", rollouts[i].example, succeeded.turns) if self.sibling and succeeded else None
 
     def _feedback(self, rollouts: Sequence[Rollout]) -> list[str | None]:
         with ThreadPoolExecutor(self.feedback_threads) if self.feedback_threads else nullcontext() as threads:
             each = threads.map if threads else map
-            return list(each(self.feedback, [r.example for r in rollouts], [r.turns for r in rollouts]))
+            return list(each(partial(self._ask, "feedback"), [r.example for r in rollouts], [r.turns for r in rollouts]))
+
+    def _ask(self, name: str, example: Example, turns: Sequence[Message]) -> str | None:
+        """Return what ``sibling`` or ``feedback`` writes; None where it fails, which ``errors`` then tells."""
+        text, error = attempt(lambda: _check_text(getattr(self, name)(example, turns)))
+        if error is not None:
+            self.errors.append(f"hindsight.{name} failed for {example.id}: {bounded_repr(error, 500)}")
+        return text
+
+
+def _check_text(text: object) -> str | None:
+    if text is not None and not isinstance(text, str):
+        raise TypeError(f"it wrote {bounded_repr(text)}, not a text or None")
+    if text is not None and len(text) > MAX_TEXT_CHARS:
+        raise ValueError(f"it wrote {len(text)} characters, more than {MAX_TEXT_CHARS}")
+    if text is not None:
+        text.encode()  # half a surrogate pair: no tokenizer takes it
+    return text
 
 
 def add_hindsight(
@@ -144,7 +170,7 @@ def add_hindsight(
     ``privileged`` says where the text goes, and its ``control`` applies: "none" shows nothing, "shuffled" the text of a
     rollout of another group. A text that does not fit into ``max_seq_len`` is left out and counted.
     """
-    failures = getattr(hindsight.feedback, "failures", None)  # a judge counts its own
+    failures, errors = getattr(hindsight.feedback, "failures", None), len(hindsight.errors)  # a judge counts its own failures
     texts = run.once(lambda: hindsight.texts(rollouts))  # a judge may answer twice in two ways
     if privileged.control == "none":
         texts = [None] * len(rollouts)
@@ -158,7 +184,13 @@ def add_hindsight(
             too_long += 1
             text, views = None, privileged.build(replace(rollout.example, privileged=None), tokenizer)
         rollout.example, rollout.prompts = replace(rollout.example, privileged=text), views.pair
-    counts = {"_with_pi": float(sum(r.prompts.has_privileged for r in rollouts)), "hindsight_too_long": float(too_long)}
+    counts = {
+        "_with_pi": float(sum(r.prompts.has_privileged for r in rollouts)),
+        "hindsight_too_long": float(too_long),
+        "hindsight_failures": float(len(hindsight.errors) - errors),
+    }
+    if counts["hindsight_failures"]:
+        _log.warning("%d texts of hindsight are missing; %s", len(hindsight.errors) - errors, hindsight.errors[errors])
     if failures is not None:
         counts["hindsight_judge_failures"] = float(hindsight.feedback.failures - failures)
     return counts

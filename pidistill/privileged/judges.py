@@ -5,11 +5,15 @@ such as :class:`ChatEndpoint`, and adds what an answer over the network needs: a
 question, and a failure is counted and gives None, so that the rollout has no critique. Nothing is made up in its place.
 """
 
+import contextlib
+import functools
 import hashlib
 import http.client
 import json
 import logging
 import os
+import queue
+import socket
 import tempfile
 import threading
 import time
@@ -40,6 +44,7 @@ have done there; if it did nothing wrong, say what made it right. Address the as
 </attempt>"""
 
 MAX_ANSWER_BYTES = 1_000_000
+MAX_REASONS = 20  # that are logged: a judge that fails with another sentence each time does not fill the log
 RETRIED = (408, 429, 500, 502, 503, 504)
 
 
@@ -47,9 +52,38 @@ class JudgeError(Exception):
     """The judge gave no usable answer; the message holds no secrets."""
 
 
+def usable_text(value: Any) -> str:
+    """Return a critique without spaces around it.
+
+    Raises:
+        JudgeError: it is no text, empty, longer than :data:`MAX_ANSWER_BYTES`, or holds half of a surrogate pair, which no
+            tokenizer takes.
+    """
+    if not isinstance(value, str):
+        raise JudgeError(f"the judge's answer is a {type(value).__name__}, not a text")
+    if len(value) > MAX_ANSWER_BYTES:
+        raise JudgeError(f"the judge's answer has {len(value):,} characters, more than {MAX_ANSWER_BYTES:,}")
+    if not value.strip():
+        raise JudgeError("the judge's answer is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise JudgeError("the judge's answer holds half of a surrogate pair, which is no character") from None
+    return value.strip()
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the type and the first characters of an exception's message, whatever its ``str`` does."""
+    try:
+        said = str(error)[:200].encode(errors="backslashreplace").decode()
+    except Exception:
+        said = "its message cannot be read"
+    return f"{type(error).__name__}: {said}"
+
+
 @dataclass
 class Judge:
-    """(example, turns) → the critique, or None where the judge failed; for `hindsight.feedback`.
+    """Writes the critique of an episode, (example, turns) → text, or None where the judge failed; for `hindsight.feedback`.
 
     Attributes:
         ask: prompt → text; whatever it raises is a failure. Its ``settings``, if it has any, are part of the cache's key.
@@ -76,23 +110,28 @@ class Judge:
         if known is not None:
             return known
         try:
-            text = self.ask(prompt)
-            if not isinstance(text, str) or not text.strip():
-                raise JudgeError("the judge's answer is empty")
-        except Exception as error:  # a judge that cannot be reached must not end a run of hours
-            self._failed(example, error)
+            text = usable_text(self.ask(prompt))
+        except (Exception, SystemExit) as error:  # a judge that cannot be reached must not end a run of hours
+            with self._lock:
+                self.failures += 1
+            self._warn_once(
+                describe_error(error), "the judge gave no critique of a rollout of %s (%s); it has none", example.id
+            )
             return None
-        self._keep(prompt, text.strip())
-        return text.strip()
+        try:
+            self._keep(prompt, text)
+        except OSError as error:
+            self._warn_once(describe_error(error), "critiques cannot be kept in feedback.cache_dir %s (%s)", self.cache_dir)
+        return text
 
-    def _failed(self, example: Example, error: Exception) -> None:
+    def _warn_once(self, reason: str, sentence: str, what: Any) -> None:
+        """Log a sentence once per reason: a judge that is down fails for every rollout of every round."""
         with self._lock:
-            self.failures += 1
-            reason = f"{type(error).__name__}: {error}"
-            new = reason not in self._said
-            self._said.add(reason)
-        if new:  # once per reason: a judge that is down fails for every rollout of every round
-            _log.warning("the judge gave no critique of a rollout of %s (%s); it has none", example.id, reason)
+            new = reason not in self._said and len(self._said) < MAX_REASONS
+            if new:
+                self._said.add(reason)
+        if new:
+            _log.warning(sentence, what, reason)
 
     # ------------------------------------------------------------------------------------------- cache
 
@@ -100,17 +139,18 @@ class Judge:
         if self.cache_dir is None:
             return None
         content = json.dumps([getattr(self.ask, "settings", None), prompt], ensure_ascii=False, sort_keys=True)
-        return Path(self.cache_dir) / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
+        # A model can write half of a surrogate pair into its turns.
+        digest = hashlib.sha256(content.encode(errors="backslashreplace")).hexdigest()
+        return Path(self.cache_dir) / f"{digest}.json"
 
     def _cached(self, prompt: str) -> str | None:
         file = self._file(prompt)
-        if file is None or not file.is_file():
+        if file is None:
             return None
         try:
-            text = json.loads(file.read_text(encoding="utf-8"))["text"]
-        except (ValueError, KeyError, TypeError, OSError):  # a damaged file is as none: it is written anew
+            return usable_text(json.loads(file.read_text(encoding="utf-8"))["text"])
+        except (ValueError, KeyError, TypeError, OSError, RecursionError, JudgeError):  # no file, or a damaged one
             return None
-        return text if isinstance(text, str) and text else None
 
     def _keep(self, prompt: str, text: str) -> None:
         file = self._file(prompt)
@@ -120,14 +160,18 @@ class Judge:
         row = {"text": text, "settings": getattr(self.ask, "settings", None)}
         # Moved into place when whole: several ranks and runs may share the folder.
         handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(row, out, ensure_ascii=False)
-        os.replace(temporary, file)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as out:
+                json.dump(row, out, ensure_ascii=False)
+            os.replace(temporary, file)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 @dataclass(frozen=True)
 class ChatEndpoint:
-    """One question to a server that speaks OpenAI's chat completions: OpenAI, vLLM, llama.cpp, ...
+    """Asks one question of a server that speaks OpenAI's chat completions: OpenAI, vLLM, llama.cpp, ...
 
     Attributes:
         base_url: up to and including the version, e.g. ``http://localhost:8000/v1``.
@@ -165,7 +209,7 @@ class ChatEndpoint:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What an answer depends on, beside the prompt."""
+        """Return what an answer depends on, beside the prompt."""
         return {name: getattr(self, name) for name in ("base_url", "model", "temperature", "max_tokens")}
 
     def __call__(self, prompt: str) -> str:
@@ -181,18 +225,15 @@ class ChatEndpoint:
     def _try(self, prompt: str) -> str:
         body = self._request_body(prompt)
         request = urllib.request.Request(f"{self.base_url.rstrip('/')}/chat/completions", body, self._headers(), method="POST")
-        deadline = time.monotonic() + self.timeout_s
         try:
-            with _OPENER.open(request, timeout=self.timeout_s) as answer:
-                text = _read(answer, deadline)
+            return _content(_Exchange(request, self.timeout_s).answer())
         except urllib.error.HTTPError as error:
             error.close()
             status = f"the judge answered with status {error.code}"
             raise (_Retry if error.code in RETRIED else JudgeError)(status) from None
-        except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
+        except (OSError, http.client.HTTPException, ValueError) as error:  # URLError and time-outs are OSErrors
             reason = getattr(error, "reason", error)
             raise _Retry(f"the judge cannot be reached ({type(reason).__name__})") from None
-        return _content(text)
 
     def _request_body(self, prompt: str) -> bytes:
         messages = [{"role": "user", "content": prompt}]
@@ -217,27 +258,95 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-_OPENER = urllib.request.build_opener(_NoRedirect)
+class _Exchange:
+    """One request and its answer, in a thread of its own, so that the time limit holds for all of it.
+
+    urllib's own limit is for one packet: a server that sends a byte of a header now and then would never reach it. When the
+    time is over, the connection is shut down, which ends the thread too.
+    """
+
+    def __init__(self, request: urllib.request.Request, timeout_s: float) -> None:
+        self._request, self._timeout_s = request, timeout_s
+        self._sockets: list[socket.socket] = []
+        self._is_over = False
+
+    def answer(self) -> bytes:
+        """Return the body; raises what the request raised, or TimeoutError."""
+        outcome: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+        threading.Thread(target=lambda: outcome.put(self._attempt()), name="judge (answer)", daemon=True).start()
+        try:
+            result = outcome.get(timeout=self._timeout_s)
+        except queue.Empty:
+            self._shut_down()
+            raise TimeoutError from None
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _attempt(self) -> bytes | Exception:
+        opener = urllib.request.build_opener(_NoRedirect, _Handler(self))
+        try:
+            with opener.open(self._request, timeout=self._timeout_s) as answer:
+                return self._read(answer)
+        except Exception as error:
+            return error
+
+    def _read(self, answer: Any) -> bytes:
+        parts, size = [], 0
+        while part := answer.read1(65_536):
+            parts.append(part)
+            size += len(part)
+            if self._is_over:
+                raise TimeoutError
+            if size > MAX_ANSWER_BYTES:
+                raise JudgeError(f"the judge's answer is longer than {MAX_ANSWER_BYTES:,} bytes")
+        return b"".join(parts)
+
+    def opened(self, connection: socket.socket) -> None:
+        """Note a connection of the request."""
+        self._sockets.append(connection)
+        if self._is_over:
+            self._shut_down()
+
+    def _shut_down(self) -> None:
+        self._is_over = True
+        for connection in self._sockets:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
-def _read(answer: Any, deadline: float) -> bytes:
-    """All of the answer; urllib's own time limit is per packet, and a slow server would never reach it."""
-    parts, size = [], 0
-    while part := answer.read1(65_536):
-        parts.append(part)
-        size += len(part)
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        if size > MAX_ANSWER_BYTES:
-            raise JudgeError(f"the judge's answer is longer than {MAX_ANSWER_BYTES:,} bytes")
-    return b"".join(parts)
+class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens connections that the exchange knows."""
+
+    def __init__(self, exchange: _Exchange) -> None:
+        urllib.request.HTTPHandler.__init__(self)
+        urllib.request.HTTPSHandler.__init__(self)
+        self._exchange = exchange
+
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(functools.partial(self._connect, http.client.HTTPConnection), request)
+
+    def https_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(functools.partial(self._connect, http.client.HTTPSConnection), request, context=self._context)
+
+    def _connect(self, kind: type[http.client.HTTPConnection], host: str, **options: Any) -> http.client.HTTPConnection:
+        connection = kind(host, **options)
+        connect = connection.connect
+
+        def connect_and_note() -> None:
+            connect()
+            self._exchange.opened(connection.sock)
+
+        connection.connect = connect_and_note
+        return connection
 
 
 def _content(body: bytes) -> str:
     try:
         text = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise _Retry("the judge's answer is no chat completion") from None
-    if not isinstance(text, str) or not text.strip():
-        raise _Retry("the judge's answer is empty")
-    return text
+    try:
+        return usable_text(text)
+    except JudgeError as error:
+        raise _Retry(str(error)) from None

@@ -9,14 +9,19 @@ put into them before any template is rendered, so the two differ by it alone:
     before_user    before the last user message                   one message with the block    these messages, as they are
     after_user     right after the last user message              one message with the block    these messages, as they are
 
-Where a chat template gives a row without a system message a default system text, that text is written out in both views: a
-system message that carries the privileged information would otherwise replace it.
+Where a chat template gives a row without a system message a default system text, that text is written out in the teacher's
+view: a system message that carries the privileged information would otherwise replace it.
+
+The teacher's prompt is rendered with the teacher's own template where there is one: `teacher_tokenizer` of the config, or
+``teacher_template_kwargs`` (Qwen3's ``enable_thinking``, for example). Both tokenizers have the same ids, and the ids of the
+completion are the same in both views.
 """
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pidistill.chat.messages import last_user_index, messages_text, with_text
 from pidistill.chat.templates import check_template
@@ -52,16 +57,14 @@ CONTROLS = (None, "none", "shuffled")
 class PromptViews:
     """Both views of one example, as messages and as ids.
 
-    ``privileged_tokens`` is what the privileged information, with the block around it, adds to the prompt.
+    Attributes:
+        privileged_tokens: what the privileged information, with the block around it, adds to the teacher's prompt.
     """
 
     student_messages: list[Message]
     teacher_messages: list[Message]
     pair: PromptPair
-
-    @property
-    def privileged_tokens(self) -> int:
-        return len(self.pair.teacher) - len(self.pair.student)
+    privileged_tokens: int
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,10 @@ class PrivilegedPrompt:
         on_overflow: "error" refuses a row whose privileged information or prompt is too long, "drop" leaves it out and counts
             it. Nothing is ever cut.
         leak_phrases: what a completion that gives the information away would say; counted in completions, case ignored.
+        teacher_template_kwargs: variables of the chat template in the teacher's view, beside those of the tokenizer's own
+            ``template_kwargs``, e.g. ``{"enable_thinking": True}`` where the student answers without thinking.
+        teacher_tokenizer: renders the teacher's view, with ids that are the student's; None for the student's tokenizer. A
+            config sets the top-level key `teacher_tokenizer`; see :func:`load_privileged`.
     """
 
     template: str = DEFAULT_TEMPLATE
@@ -89,6 +96,8 @@ class PrivilegedPrompt:
     max_privileged_length: int | None = None
     on_overflow: str = "error"
     leak_phrases: Sequence[str] = DEFAULT_LEAK_PHRASES
+    teacher_template_kwargs: Mapping[str, Any] | None = None
+    teacher_tokenizer: ChatTokenizer | None = None
 
     def __post_init__(self) -> None:
         _check_choice("placement", self.placement, PLACEMENTS)
@@ -105,7 +114,7 @@ class PrivilegedPrompt:
     # ------------------------------------------------------------------------------------------- one example
 
     def encode(self, example: Example, tokenizer: ChatTokenizer) -> PromptPair:
-        """The two prompts of one example, under this control; an overflow is an error."""
+        """Return the two prompts of one example, under this control; an overflow is an error."""
         if self.control == "shuffled":
             raise InputError("privileged.control: shuffled pairs rows, so it needs them all; use pidistill.data.build_prompts")
         views = self.build(self.apply_control([example])[0], tokenizer)
@@ -114,35 +123,46 @@ class PrivilegedPrompt:
             raise InputError(overflow)
         return views.pair
 
+    def teachers_tokenizer(self, tokenizer: ChatTokenizer) -> ChatTokenizer:
+        """Return what renders the teacher's view: ``tokenizer`` itself, or the teacher's own."""
+        teacher = self.teacher_tokenizer or tokenizer
+        if not self.teacher_template_kwargs:
+            return teacher
+        if not hasattr(teacher, "with_template_kwargs"):
+            raise InputError(
+                f"privileged.teacher_template_kwargs is set, and {type(teacher).__name__} has no chat template with variables; "
+                "remove it, or use pidistill.tokenizers.HFChatTokenizer"
+            )
+        return teacher.with_template_kwargs(self.teacher_template_kwargs)
+
     def build(self, example: Example, tokenizer: ChatTokenizer) -> PromptViews:
-        """Both views with the example's own privileged information, whatever ``control`` says.
+        """Return both views with the example's own privileged information, whatever ``control`` says.
 
         Raises:
-            InputError: no user message to attach to, the written-out default system text changes the student's prompt, or the
-                chat template refuses one of the views (of the teacher's, the sentence says which placement it takes).
+            InputError: no user message to attach to, the written-out default system text changes the prompt, or the chat
+                template refuses one of the views (of the teacher's, the sentence says which placement it takes).
         """
-        try:
-            ids = tokenizer.encode_prompt(example.messages, example.tools)
-        except InputError as error:
-            raise InputError(f"{example.id}: {error}") from error
-        check_prompt(tokenizer, ids, example.messages, example.tools, example.id)
+        ids = _encode_view(example.messages, example, tokenizer)
+        teacher = self.teachers_tokenizer(tokenizer)
+        plain = ids if teacher is tokenizer else _encode_view(example.messages, example, teacher, "the teacher's view: ")
         if not example.privileged:
-            return PromptViews(example.messages, example.messages, PromptPair(ids, ids, has_privileged=False))
-        student = with_default_system(example, tokenizer)
-        if student is not example.messages and tokenizer.encode_prompt(student, example.tools) != ids:
+            return PromptViews(example.messages, example.messages, PromptPair(ids, plain, has_privileged=False), 0)
+        messages = with_default_system(example, teacher)
+        if messages is not example.messages and teacher.encode_prompt(messages, example.tools) != plain:
             raise InputError(
                 f"{example.id}: the chat template's default system text, written out, gives another prompt than the template "
                 "itself; give every row a system message"
             )
-        teacher = self.teacher_messages(example, student)
+        shown = self.teacher_messages(example, messages)
         try:
-            teacher_ids = _encode_whole(teacher, example, tokenizer)
+            teacher_ids = _encode_whole(shown, example, teacher)
         except InputError as error:
-            raise InputError(self._refused(example, student, tokenizer, error)) from error
-        return PromptViews(student, teacher, PromptPair(ids, teacher_ids, has_privileged=True))
+            raise InputError(self._refused(example, messages, teacher, error)) from error
+        pair = PromptPair(ids, teacher_ids, has_privileged=True)
+        return PromptViews(messages, shown, pair, len(teacher_ids) - len(plain))
 
     def _refused(self, example: Example, student: list[Message], tokenizer: ChatTokenizer, error: InputError) -> str:
-        """The sentence for a teacher's view that the tokenizer does not take, with what it would take."""
+        """Return the sentence for a teacher's view that the tokenizer does not take, with what it would take."""
         others = [replace(self, role="user"), *(replace(self, placement=placement) for placement in PLACEMENTS)]
         works = [other for other in others if other != self and other._is_taken(example, student, tokenizer)]
         if not works:
@@ -164,7 +184,7 @@ class PrivilegedPrompt:
         return True
 
     def teacher_messages(self, example: Example, messages: list[Message]) -> list[Message]:
-        """``messages`` with the example's privileged information in its place."""
+        """Return ``messages`` with the example's privileged information in its place."""
         if self.placement == "system_end":
             has_system = messages and messages[0]["role"] == "system"
             head = messages[0] if has_system else {"role": "system", "content": ""}
@@ -181,7 +201,7 @@ class PrivilegedPrompt:
         return [*messages[:at], *self._extra_messages(example), *messages[at:]]
 
     def overflow(self, example: Example, views: PromptViews) -> str | None:
-        """The sentence that says by how much the privileged information is too long; None where it fits."""
+        """Return the sentence that says by how much the privileged information is too long; None where it fits."""
         limit = self.max_privileged_length
         if limit is None or views.privileged_tokens <= limit:
             return None
@@ -192,7 +212,7 @@ class PrivilegedPrompt:
         )
 
     def block(self, example: Example) -> str:
-        """The template with the example's privileged information in it, as text."""
+        """Return the template with the example's privileged information in it, as text."""
         given = example.privileged
         return self.template.format(privileged=given if isinstance(given, str) else messages_text(given or []))
 
@@ -210,21 +230,29 @@ class PrivilegedPrompt:
     # ------------------------------------------------------------------------------------------- a whole dataset
 
     def apply_control(self, examples: Sequence[Example]) -> list[Example]:
-        """The examples with what the control shows the teacher in place of their own privileged information."""
+        """Return the examples with what the control shows the teacher in place of their own privileged information."""
         if self.control == "none":
             return [replace(example, privileged=None) for example in examples]
         return shuffle_privileged(examples, self.control_seed) if self.control == "shuffled" else list(examples)
 
 
-def _encode_whole(teacher: list[Message], example: Example, tokenizer: ChatTokenizer) -> list[int]:
-    """Return the ids of the teacher's prompt; raises InputError where the template leaves out a message or a tool."""
-    ids = tokenizer.encode_prompt(teacher, example.tools)
-    check_prompt(tokenizer, ids, teacher, example.tools)
+def _encode_view(messages: list[Message], example: Example, tokenizer: ChatTokenizer, view: str = "") -> list[int]:
+    """Return the checked ids of a view; the sentence names the example where the template refuses it."""
+    try:
+        return _encode_whole(messages, example, tokenizer)
+    except InputError as error:
+        raise InputError(f"{example.id}: {view}{error}") from error
+
+
+def _encode_whole(messages: list[Message], example: Example, tokenizer: ChatTokenizer) -> list[int]:
+    """Return the ids of a prompt; raises InputError where the template leaves out a message or a tool."""
+    ids = tokenizer.encode_prompt(messages, example.tools)
+    check_prompt(tokenizer, ids, messages, example.tools)
     return ids
 
 
 def with_default_system(example: Example, tokenizer: ChatTokenizer) -> list[Message]:
-    """The example's messages with the template's default system text written out; the same list where there is none."""
+    """Return the example's messages with the template's default system text written out; the same list where there is none."""
     if not example.messages or example.messages[0]["role"] == "system":
         return example.messages
     default = tokenizer.default_system(example.tools)
@@ -232,7 +260,7 @@ def with_default_system(example: Example, tokenizer: ChatTokenizer) -> list[Mess
 
 
 def shuffle_privileged(examples: Sequence[Example], seed: int) -> list[Example]:
-    """Every privileged information moves to another row, and none to a row that has the same one.
+    """Return the examples with every privileged information moved to another row, and to none that has the same one.
 
     Rows are sorted into groups of equal information, groups and members in random order, and everything moves on by the
     size of the largest group. Rows without information keep none. The result depends on the examples and ``seed`` alone.

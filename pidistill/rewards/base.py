@@ -1,39 +1,56 @@
-"""What a reward is, and what rewards have in common."""
+"""Say what a reward is, and hold what rewards have in common."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any
 
 from pidistill.chat.messages import message_text
 from pidistill.errors import InputError
 from pidistill.types import Example, Message
 
 
-class RewardWithParts(NamedTuple):
-    """A reward and what is logged beside it, as ``reward/<name>``."""
+class RewardWithParts(float):
+    """Hold a reward, which is a number, with named numbers that are logged beside it as ``reward/<name>``."""
 
-    reward: float
     parts: Mapping[str, float]
 
+    def __new__(cls, reward: float, parts: Mapping[str, float]) -> "RewardWithParts":
+        made = super().__new__(cls, reward)
+        made.parts = parts
+        return made
 
-Reward = Callable[[Example, Sequence[Message]], float | RewardWithParts]
-"""(example, the turns of its episode) → a number within the range that its docstring states, with parts or without.
+    def __getnewargs__(self) -> tuple[float, Mapping[str, float]]:
+        return float(self), self.parts
 
-A reward that raises, or gives a number that is not finite, drops the rollout; it never counts as 0.
+    @property
+    def reward(self) -> float:
+        """Return the number alone."""
+        return float(self)
+
+
+Reward = Callable[[Example, Sequence[Message]], float]
+"""A function of an example and of the turns of its episode that returns a number within the range that its docstring states.
+
+The number may be a :class:`RewardWithParts`. A reward that raises, or returns what is not a finite number, costs its episode,
+which is counted; it never counts as 0.
+
+A reward may have a method ``check_reference(example)``, which raises InputError where it cannot judge the example at all. It is
+asked about every row before any weights are loaded; see :func:`pidistill.data.load.check_references`.
 """
 
 
-def judge(reward: Reward, example: Example, turns: Sequence[Message]) -> RewardWithParts:
-    """What ``reward`` gives, with no parts where it names none."""
+def judge(reward: Reward, example: Example, turns: Sequence[Message]) -> tuple[Any, dict[str, Any]]:
+    """Return what ``reward`` gives, as it gives it, and its named parts; the collector checks both."""
     judged = reward(example, turns)
-    return judged if isinstance(judged, RewardWithParts) else RewardWithParts(judged, {})
+    return judged, dict(judged.parts) if isinstance(judged, RewardWithParts) else {}
 
 
 def last_answer(turns: Sequence[Message]) -> str:
-    """Text of the last assistant turn; "" where there is none."""
+    """Return the text of the last assistant turn, "" where there is none."""
     return next((message_text(turn) for turn in reversed(turns) if turn["role"] == "assistant"), "")
 
 
 def reference_text(example: Example) -> str:
+    """Return the reference of the example as text, or refuse an example without one."""
     if example.reference is None:
         raise InputError(f"{example.id} has no reference to compare with; set the dataset's answer_key or reference_key")
     return str(example.reference)

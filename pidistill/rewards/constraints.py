@@ -1,4 +1,4 @@
-"""Several checks of one answer, as one reward: decoupled (a share for each) or coupled (all or nothing)."""
+"""Make one reward of several checks of an answer: decoupled (a share for each) or coupled (all or nothing)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,14 @@ from pidistill.types import Example, Message
 
 @dataclass(frozen=True)
 class Constraints:
-    """Named checks, each a reward in [0, 1], weighted to a reward in [0, 1].
+    """Weigh named checks, each a reward in [0, 1], to one reward in [0, 1].
 
         decoupled:  R = Σ_i w_i·c_i / Σ_i w_i
         coupled:    R = 1 if every c_i = 1 else 0
 
-    Planning tasks are judged coupled (a plan that breaks one rule is none); trained so, an agent that keeps nine rules of ten
-    learns nothing from it. arXiv 2602.04942 decouples the constraints of TravelPlanner for training. Each check is logged as
-    ``reward/<name>``: unweighted, so that its mean is the share of episodes that pass it.
+    Planning tasks are judged coupled: a plan that breaks one rule does not count. An agent that is trained in this way, and
+    keeps nine of ten rules, learns nothing from it. arXiv 2602.04942 decouples the constraints of TravelPlanner for training.
+    Each check is logged as ``reward/<name>``, unweighted, so that its mean is the share of episodes that pass it.
 
     Attributes:
         checks: name → reward.
@@ -50,7 +50,7 @@ class Constraints:
         return RewardWithParts(total / math.fsum(weights.values()), passed)
 
     def _check(self, name: str, check: Reward, example: Example, turns: Sequence[Message]) -> float:
-        value = float(judge(check, example, turns).reward)
-        if not 0.0 <= value <= 1.0:  # also where it is NaN
+        value, _ = judge(check, example, turns)
+        if isinstance(value, str | bytes) or not 0.0 <= float(value) <= 1.0:  # also where it is NaN
             raise ValueError(f"the check {name!r} gave {value} for {example.id}, which is not in [0, 1]")
-        return value
+        return float(value)

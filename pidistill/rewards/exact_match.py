@@ -1,4 +1,4 @@
-"""The answer is the reference, character by character."""
+"""Compare an answer with the reference, character by character."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from pidistill.types import Example, Message
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """1.0 where the text of the last assistant turn equals ``example.reference``, else 0.0.
+    """Return 1.0 where the text of the last assistant turn equals ``example.reference``, else 0.0.
 
     Attributes:
         strip: whitespace around both does not count.
@@ -18,6 +18,10 @@ class ExactMatch:
 
     strip: bool = True
     casefold: bool = False
+
+    def check_reference(self, example: Example) -> None:
+        """Refuse an example without a reference: no answer would ever be right."""
+        reference_text(example)
 
     def __call__(self, example: Example, turns: Sequence[Message]) -> float:
         return float(self._normal(last_answer(turns)) == self._normal(reference_text(example)))

@@ -1,31 +1,24 @@
-"""Final answers of grade-school mathematics, compared as numbers.
+"""Judge the final answers of grade-school mathematics: read them as numbers, and compare the numbers.
 
-math_verify guards itself against expressions that take forever with SIGALRM, which works in the main thread only and takes the
-alarm away from everyone else. Its timeouts are off here. What it gets to see is bounded instead: the final answer alone, at
-most :data:`MAX_ANSWER_CHARS` long, without operators or commands whose evaluation can grow (powers, factorials, sums).
+An answer is text of a model. It may be megabytes long, or such that a general parser needs days for it (nested braces, powers
+of powers, `1E+999999`). So nothing is parsed or evaluated here: an answer of more than :data:`MAX_ANSWER_CHARS` is none, and a
+shorter one is a number where regular expressions without nested repetition find one of a few written forms.
 """
 
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from fractions import Fraction
 
-from math_verify import parse, verify
-
-from pidistill.errors import InputError
-from pidistill.rewards.base import last_answer, reference_text
+from pidistill.errors import InputError, bounded_repr
+from pidistill.rewards.base import RewardWithParts, last_answer, reference_text
 from pidistill.types import Example, Message
 
-MAX_ANSWER_CHARS = 64
-MAX_NESTING = 3
+MAX_ANSWER_CHARS = 256  # of a final answer, with its unit and its markup
+MAX_DIGITS = 64
+TOLERANCE = Fraction(1, 10**6)  # 0.333333 is a third
 
-# The only level at which math_verify says, once, that its timeouts are off; they are off on purpose.
-logging.getLogger("math_verify.parser").setLevel(logging.ERROR)
-logging.getLogger("math_verify.grader").setLevel(logging.ERROR)
-
-_HARMLESS_COMMANDS = set("frac dfrac tfrac text textbf mathbf mathrm left right times cdot approx".split())  # noqa: SIM905
+_FORMATS = ("any", "boxed", "hashes", "last_number")
 _SCALES = frozenset(
     (
         *("hundred", "hundreds", "thousand", "thousands", "million", "millions", "billion", "billions", "dozen", "dozens", "k"),
@@ -34,16 +27,23 @@ _SCALES = frozenset(
     )
 )
 _SHORT_UNITS = frozenset("ghlms")
-_FORMATS = ("any", "boxed", "hashes")
 
 
 @dataclass(frozen=True)
 class GSM8KReward:
-    """1.0 where the final answer of the last assistant turn is the number in ``example.reference``, else 0.0.
+    """Return 1.0 where the final answer of the last assistant turn is the number in ``example.reference``, else 0.0.
+
+    An answer counts with its unit, a currency sign, bold or code marks. A calculation (``70+2``) and a number that a word
+    scales (``72 million``) do not count. Two successes are logged beside the reward, whatever ``format`` is, so that a wrong
+    answer and a right one that is written in another way can be told apart:
+
+        reward/success_strict        the answer stands where ``format`` says; with "last_number", where "any" says
+        reward/success_last_number   the last number of the text is right, wherever it stands ("flexible extraction")
 
     Attributes:
-        format: where the final answer stands: "boxed" (the last ``\\boxed{}``), "hashes" (after the last ``####``, to the end
-            of its line) or "any" (boxed, else hashes). An answer anywhere else counts as none.
+        format: where the final answer stands: "boxed" (in the last ``\\boxed{}``), "hashes" (after the last ``####``, to the
+            end of its line), "any" (boxed, else hashes) or "last_number" (the last number of the text). An answer anywhere
+            else counts as none.
     """
 
     format: str = "any"
@@ -52,75 +52,117 @@ class GSM8KReward:
         if self.format not in _FORMATS:
             raise InputError(f"the reward's format is {self.format!r}; known are {', '.join(_FORMATS)}")
 
-    def __call__(self, example: Example, turns: Sequence[Message]) -> float:
-        gold = _parse_number(reference_text(example))
-        if not gold:
-            raise InputError(f"{example.id}: the reference {example.reference!r} is not a number; use another reward")
-        answer = final_answer(last_answer(turns), self.format)
-        if answer is None:
-            return 0.0
-        readings = (_parse_number(answer), _parse_number(_number_with_unit(answer) or ""))
-        return float(any(verify(list(gold), list(reading), timeout_seconds=None) for reading in readings))
+    def check_reference(self, example: Example) -> Fraction:
+        """Return the reference as a number; refuse an example whose reference is none: no answer would ever be right."""
+        gold = read_number(reference_text(example))
+        if gold is None:
+            raise InputError(
+                f"{example.id}: the reference {bounded_repr(example.reference)} is not a number; use another reward, or check "
+                "the dataset's answer_key"
+            )
+        return gold
+
+    def __call__(self, example: Example, turns: Sequence[Message]) -> RewardWithParts:
+        gold = self.check_reference(example)
+        text = last_answer(turns)
+        answers = {
+            "success_strict": final_answer(text, "any" if self.format == "last_number" else self.format),
+            "success_last_number": final_answer(text, "last_number"),
+        }
+        parts = {name: float(answer is not None and _is_equal(read_number(answer), gold)) for name, answer in answers.items()}
+        return RewardWithParts(parts["success_last_number" if self.format == "last_number" else "success_strict"], parts)
+
+
+def _is_equal(number: Fraction | None, gold: Fraction) -> bool:
+    return number is not None and abs(number - gold) < TOLERANCE
+
+
+# ------------------------------------------------------------------------------------------- where an answer stands
 
 
 def final_answer(text: str, format: str = "any") -> str | None:
-    """What the text gives as its final answer, as it is written there; None where it gives none."""
+    """Return the final answer of a text, as it is written there; None where it has none, or one that is too long."""
+    if format == "last_number":
+        return _last_number(text)
     boxed = _last_boxed(text) if format != "hashes" else None
     if boxed is not None or format == "boxed":
         return boxed
-    _, mark, rest = text.rpartition("####")
-    lines = rest.strip().splitlines()
-    return lines[0].strip() if mark and lines else None
+    start = text.rfind("####")
+    if start < 0:
+        return None
+    lines = text[start + len("####") :][: 2 * MAX_ANSWER_CHARS].strip().splitlines()
+    return lines[0].strip() if lines and len(lines[0]) <= MAX_ANSWER_CHARS else None
 
 
 def _last_boxed(text: str) -> str | None:
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
-    depth, begin = 0, start + len("\\boxed")
-    for end in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
+    rest, depth = text[start + len("\\boxed") :][: MAX_ANSWER_CHARS + 2], 0
+    for end, character in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(character, 0)
         if depth == 0:
-            return text[begin + 1 : end].strip()
-    return None  # cut off before the closing brace
+            return rest[1:end].strip()
+    return None  # cut off before the closing brace, or too long
 
 
-def _number_with_unit(answer: str) -> str | None:
-    """Return the number that an answer begins with, where only a unit follows it; None where anything could change its value.
+def _last_number(text: str) -> str | None:
+    end = max(text.rfind(digit) for digit in "0123456789") + 1
+    start = max(0, end - 2 * MAX_DIGITS)
+    window = text[start:end].replace("{,}", ",").replace("\\!", "")
+    found = re.search(rf"(?:(?<![\w.)}}\]])[-−]\s?)?[$€£]?(?:{_UNSIGNED})\Z", window, re.ASCII)
+    if found is None or (start > 0 and found.start() == 0):  # a number that began before the window
+        return None
+    return found[0]
+
+
+# ------------------------------------------------------------------------------------------- what a number is
+
+_UNSIGNED = r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
+_FRACTION = r"\\[dt]?frac\s?(?:\{\s?([0-9]+)\s?\}\s?\{\s?([0-9]+)\s?\}|([0-9])\s?([0-9]))|([0-9]+)\s?/\s?([0-9]+)"
+_WRITTEN = re.compile(
+    rf"(?P<sign>[-+−]?)\s?(?:(?P<number>{_UNSIGNED})|(?:(?P<whole>[0-9]+)(?:\s|(?=\\)))?(?P<fraction>{_FRACTION}))\s?%?"
+    r"(?P<unit>\s?\(?[A-Za-z]+(?:[ /-][A-Za-z]+){0,3}\)?)?\s?\.?",
+    re.ASCII,
+)
+
+
+def read_number(answer: str) -> Fraction | None:
+    """Return the number that an answer writes, alone or followed by a unit; None where anything could change its value.
 
     A unit is one to four words. Words that scale the number ("million", "dozen"), operators and further numbers are no unit.
-    Markdown's marks for bold and code around the number or the unit are ignored.
     """
-    plain = re.sub(r"\*\*|`", "", answer[: 4 * MAX_ANSWER_CHARS + 1]) if len(answer) <= 4 * MAX_ANSWER_CHARS else ""
-    plain = re.sub(r"\^\{?\\circ\}?|(?<=[A-Za-z}])\^\{?[23]\}?(?!\d)", "", plain)  # degrees, square and cubic units
-    plain = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r" \1 ", plain)
-    found = re.fullmatch(
-        r"\s*((?:-\s?)?[$€£]?\s?-?\d[\d,]*(?:\.\d+)?)(\s*\(?[A-Za-z]+(?:[ -][A-Za-z]+){0,3}\)?)?\s*\.?\s*", plain
-    )
+    if len(answer) > MAX_ANSWER_CHARS:
+        return None
+    found = _WRITTEN.fullmatch(_without_markup(answer))
     if found is None:
         return None
-    words = re.findall(r"[a-z]+", (found[2] or "").lower())
+    words = re.findall(r"[a-z]+", (found["unit"] or "").lower())
     if any(word in _SCALES or (len(word) == 1 and word not in _SHORT_UNITS) for word in words):
         return None
-    return re.sub(r"[$€£\s]", "", found[1]).rstrip(",")
+    texts = (found["number"] or "", found["whole"] or "0", *re.findall(r"[0-9]+", found["fraction"] or ""))
+    if any(len(text) > MAX_DIGITS for text in texts):
+        return None
+    value = Fraction(texts[0].replace(",", "")) if texts[0] else _fraction(found)
+    return -value if value is not None and found["sign"] in ("-", "−") else value
 
 
-def _nesting(text: str) -> int:
-    """The depth of the deepest bracket of any kind."""
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "{[(") - (character in "}])")
-        deepest = max(deepest, depth)
-    return deepest
+def _fraction(found: re.Match[str]) -> Fraction | None:
+    """Return the value of a fraction with what stands before it: 5 1/2 is 5.5."""
+    above, below = (int(digits) for digits in found.groups()[_FIRST_OF_FRACTION:][:6] if digits)
+    return None if below == 0 else int(found["whole"] or 0) + Fraction(above, below)
 
 
-@lru_cache(maxsize=4096)  # a group answers one question many times
-def _parse_number(answer: str) -> tuple[Any, ...]:
-    """math_verify's readings of a final answer; none where it is too long or could take long to evaluate."""
-    answer = answer.replace("\\$", "").replace("$", "").replace("\\!", "").strip().rstrip(".").strip()
-    commands = set(re.findall(r"\\([A-Za-z]+)", answer))
-    if not answer or len(answer) > MAX_ANSWER_CHARS or re.search(r"\^|\*\*|!", answer) or commands - _HARMLESS_COMMANDS:
-        return ()
-    if _nesting(answer) > MAX_NESTING or re.search(r"\d\.?[eE]", answer):  # each level multiplies the time; 1E9999 the digits
-        return ()
-    return tuple(parse(f"\\boxed{{{answer}}}", parsing_timeout=None))
+_FIRST_OF_FRACTION = _WRITTEN.groupindex["fraction"]
+
+
+def _without_markup(answer: str) -> str:
+    """Return the answer without the marks of LaTeX and Markdown that do not change a number."""
+    plain = re.sub(r"\\\$|\*\*|[`_$€£°]|\\[!,;:]|\\[()\[\]]|\\(?:left|right|approx|displaystyle)(?![A-Za-z])", "", answer)
+    plain = plain.replace("{,}", ",").replace("\\%", "%").replace("\\ ", " ").replace("~", " ")
+    plain = re.sub(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s?\{([^{}]*)\}", r" \1 ", plain)
+    plain = re.sub(r"\^\{?\\circ\}?|(?<=[A-Za-z])\s?(?:\^\{?[23]\}?|[²³])(?![0-9])", "", plain)  # degrees, squares, cubes
+    plain = " ".join(plain.split())
+    while len(plain) > 1 and plain[0] + plain[-1] in ("{}", "()"):
+        plain = plain[1:-1].strip()
+    return re.sub(r"^[A-Za-z]\s?=\s?", "", plain)

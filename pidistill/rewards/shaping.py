@@ -1,4 +1,4 @@
-"""Reward shaping: parts added to an episode's reward once it has ended, each under its own name.
+"""Shape rewards: add parts to an episode's reward once it has ended, each under its own name.
 
     R' = R + Σ_parts part,   part = Σ over the assistant turns of a number per turn
 
@@ -25,16 +25,16 @@ from pidistill.types import Rollout
 
 @runtime_checkable
 class Shaping(Protocol):
-    """``name`` is what the part is logged as."""
+    """Compute a part of the reward, which is logged under ``name``."""
 
     name: str
 
     def __call__(self, rollout: Rollout) -> list[float]:
-        """One number per assistant turn of a whole episode, truncated turns included; added to the turns' rewards."""
+        """Return one number per assistant turn of a whole episode, truncated turns included, to add to its reward."""
 
 
 def build_shaping(node: Any) -> tuple[Shaping, ...]:
-    """The parts of the config key `reward_shaping`, a list of components; none where it is null.
+    """Return the parts of the config key `reward_shaping`, a list of components; none where it is null.
 
     Raises:
         InputError: it is no list, an entry is no :class:`Shaping`, or two have one name.
@@ -67,7 +67,7 @@ def add_shaping(rollout: Rollout, parts: Sequence[Shaping]) -> None:
 
 @dataclass(frozen=True)
 class LengthPenalty:
-    """A price on long turns of episodes that earned something.
+    """Lower the reward of episodes that earned something for their long turns.
 
         f(n) = 0                                     n ≤ free_tokens
                −first · (1 − cos(π·x)) / 2           x = (n − free_tokens) / (knee_tokens − free_tokens) in (0, 1]
@@ -111,7 +111,7 @@ class LengthPenalty:
         return [value * self.floor / total for value in each] if total < self.floor else each
 
     def of_turn(self, n: int) -> float:
-        """f(n)."""
+        """Return f(n)."""
         if n <= self.free_tokens:
             return 0.0
         if n <= self.knee_tokens:
@@ -123,7 +123,7 @@ class LengthPenalty:
 
 @dataclass(frozen=True)
 class LeakPenalty:
-    """−``penalty`` for every leak phrase that an assistant turn says, tool calls and truncated turns included.
+    """Subtract ``penalty`` for every leak phrase that an assistant turn says, tool calls and truncated turns included.
 
     Attributes:
         phrases: usually ``${privileged.leak_phrases}``, so that what is counted is what is punished.

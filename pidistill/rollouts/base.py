@@ -1,4 +1,4 @@
-"""The sampler protocol: prompts in, sampled ids with their log-probs out. Samplers know nothing of environments."""
+"""Say what a sampler is: prompts in, sampled ids with their log-probs out. Samplers know nothing of environments."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -10,7 +10,7 @@ OnTurnEnd = Callable[[int, list[int]], list[int] | Future[list[int] | None] | No
 
 @dataclass
 class Sample:
-    """What a sampler returns for one row.
+    """Hold what a sampler returns for one row.
 
     Attributes:
         tokens: [T] sampled ids and forced observation ids, in order.
@@ -28,7 +28,7 @@ class Sample:
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Attributes are the sampling settings; the scorer reads ``temperature`` so that both sides use one distribution."""
+    """Sample completions. The attributes are the settings; the scorer reads ``temperature``, so both use one distribution."""
 
     temperature: float
     top_p: float | None

@@ -1,12 +1,16 @@
-"""Calls that may hang: a time limit for each, and several at once, in threads that never keep the process alive."""
+"""Call what may hang: with a time limit for each call, several at once, in threads that never keep the process alive."""
 
+import contextlib
 import queue
+import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
+from types import FrameType
 from typing import Any, TypeVar
 
 from pidistill.envs.base import EnvironmentTimeout
+from pidistill.errors import StopRequest
 
 T = TypeVar("T")
 
@@ -14,12 +18,12 @@ CALL_THREAD = "pidistill environment call"
 
 
 def ask(call: Callable[[], T], timeout_s: float | None) -> T:
-    """``call()`` in this thread or, with a limit, in one of its own.
+    """Return ``call()``, made in this thread or, with a limit, in a thread of its own.
 
-    A thread cannot be stopped: one that is late is abandoned, and what it still answers goes nowhere.
+    A thread cannot be stopped: one that is late is abandoned, and its later answer is ignored.
 
     Raises:
-        EnvironmentTimeout: no answer within ``timeout_s`` seconds; and whatever the call raises.
+        EnvironmentTimeout: no answer came within ``timeout_s`` seconds. Whatever the call raises is raised, too.
     """
     if timeout_s is None:
         return call()
@@ -32,15 +36,40 @@ def ask(call: Callable[[], T], timeout_s: float | None) -> T:
 
 
 def abandoned_calls() -> int:
-    """How many calls with a time limit have not come back yet."""
+    """Return how many calls with a time limit have not come back yet."""
     return sum(thread.name == CALL_THREAD for thread in threading.enumerate())
 
 
-class DaemonThreads:
-    """``count`` threads that serve calls in the order of their arrival.
+class Interrupted(KeyboardInterrupt, StopRequest):
+    """Mark the KeyboardInterrupt of a real Ctrl-C, in contrast to one that a user's code raises."""
 
-    ThreadPoolExecutor's threads are joined when the interpreter ends, and one that hangs would keep it for ever; so would the
-    end of its `with` block after an error. These are daemons, and leaving the block waits for nobody.
+
+@contextlib.contextmanager
+def marked_interrupts() -> Iterator[None]:
+    """Raise :class:`Interrupted` on SIGINT where Python's own handler would raise KeyboardInterrupt.
+
+    A recipe has a handler of its own, which stays (:mod:`pidistill.training.interrupts`).
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise Interrupted
+
+
+class DaemonThreads:
+    """Serve calls in the order of their arrival, in ``count`` threads.
+
+    The threads of ThreadPoolExecutor are joined when the interpreter ends and when its `with` block ends, so one that hangs
+    would keep the process for ever. These threads are daemons, and leaving the block waits for none of them.
     """
 
     def __init__(self, count: int) -> None:
@@ -57,12 +86,13 @@ class DaemonThreads:
             self._calls.put(None)
 
     def submit(self, call: Callable[..., T], *args: Any) -> "Future[T]":
+        """Queue a call and return the Future of its answer."""
         answer: Future[T] = Future()
         self._calls.put((answer, lambda: call(*args)))
         return answer
 
     def map(self, call: Callable[..., T], *columns: Iterable[Any]) -> list[T]:
-        """The answers in order; an exception is raised where its answer would stand."""
+        """Return the answers in order; an exception is raised where its answer would stand."""
         answers = [self.submit(call, *args) for args in zip(*columns, strict=True)]
         return [answer.result() for answer in answers]
 

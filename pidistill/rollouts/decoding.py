@@ -18,6 +18,7 @@ from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
 from pidistill.models.modules import attention_modules
+from pidistill.models.precision import multiply_head, widen_head
 
 # Prompts are read in forwards of at most this many tokens, padding included: more is no faster, and costs memory.
 _TOKENS_PER_READ = 8192
@@ -140,6 +141,7 @@ class Context:
         self._pad_id = pad_id
         self._needs_mask = needs_mask
         self._device = next(model.parameters()).device
+        self._head = _wide_head(model)
         self._lengths: list[int] = []  # of the rows in slots 0, 1, …
 
     def reserve(self, slots: int) -> None:
@@ -184,8 +186,10 @@ class Context:
 
     def unembed(self, h: Float[Tensor, "n s H"]) -> Float[Tensor, "n 1 V"]:
         """In place of the model's own: only each row's last token reaches the head."""
-        last = h[torch.arange(len(h), device=self._device), self._last][:, None]
-        return self._model.output(self._model.norm(last)).float()
+        last = self._model.norm(h[torch.arange(len(h), device=self._device), self._last])
+        if self._head is None:
+            return self._model.output(last[:, None]).float()
+        return multiply_head(last, self._head)[:, None]
 
     def _step(self, slots: Sequence[int], starts: list[int], s: int, *, prompts: bool = False) -> _Step:
         start = starts[0] if min(starts) == max(starts) else None
@@ -207,6 +211,13 @@ class Context:
 
     def _tensor(self, values: list) -> Int[Tensor, "..."]:
         return torch.tensor(values, dtype=torch.long, device=self._device)
+
+
+def _wide_head(model: TransformerDecoder) -> Float[Tensor, "V H"] | None:
+    """Return the weight to make fp32 logits with, where the model's own head would round them to bf16, and None elsewhere."""
+    head = getattr(model.output, "tied_module", model.output)
+    plain = isinstance(head, (nn.Linear, nn.Embedding)) and getattr(head, "bias", None) is None
+    return widen_head(head.weight.detach()) if plain and head.weight.dtype == torch.bfloat16 else None
 
 
 def of_like_length(lengths: list[int]) -> list[list[int]]:

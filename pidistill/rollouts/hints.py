@@ -1,4 +1,4 @@
-"""Hints that the trained model writes itself: 2–3 sentences about a successful trace, as privileged information.
+"""Select hints that the trained model writes itself: 2–3 sentences about a successful trace, as privileged information.
 
     trace_dataset's tasks ─► hint_prompts ─► recipes/sample_distributed.py with `Hints` ─► traces.jsonl ─► `kind: hints`
 
@@ -20,7 +20,7 @@ from pidistill.types import Example, Message, Rollout
 
 @dataclass(frozen=True)
 class SentenceCount:
-    """1.0 where the last assistant turn has between ``low`` and ``high`` sentences, else 0.0.
+    """Return 1.0 where the last assistant turn has between ``low`` and ``high`` sentences, else 0.0.
 
     A sentence ends with ``.``, ``!`` or ``?`` before white space or the end; abbreviations count as ends, 1.5 does not.
     """
@@ -39,7 +39,7 @@ class SentenceCount:
 
 @dataclass(frozen=True)
 class Hints:
-    """The first usable hint of every prompt: not cut short by the token limit, not empty, with at least ``threshold`` reward.
+    """Keep the first usable hint of every prompt: not cut by the token limit, not empty, with at least ``threshold`` reward.
 
     A :class:`pidistill.rollouts.selections.Selection`. Its rows name the task and the trace that the hint is about.
 
@@ -61,7 +61,7 @@ class Hints:
 
 
 def hint_provenance(example: Example) -> dict[str, Any]:
-    """What a hint's row says of the trace behind it."""
+    """Return what a hint's row says of the trace behind it."""
     if "trace" not in example.data:
         raise InputError(f"{example.id} is no prompt for a hint; set dataset._component_=pidistill.data.hint_prompts")
     return {"task": example.data["task"], "trace": example.data["trace"].id}

@@ -1,4 +1,4 @@
-"""What every sampler checks and does alike: settings, prompts, and what follows the end of a turn."""
+"""Check and do what all samplers have in common: settings, prompts, and what follows the end of a turn."""
 
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -13,7 +13,7 @@ from pidistill.rollouts.base import OnTurnEnd, Sample
 
 @dataclass(frozen=True)
 class Request:
-    """One call's settings, as in :meth:`pidistill.rollouts.base.Sampler.sample`."""
+    """Hold one call's settings, as in :meth:`pidistill.rollouts.base.Sampler.sample`."""
 
     temperature: float
     top_k: int | None
@@ -28,7 +28,7 @@ class Request:
 
 @runtime_checkable
 class DecodingRow(Protocol):
-    """One completion on its way.
+    """Hold one completion that is being sampled.
 
     Attributes:
         index: its number among all rows.
@@ -91,7 +91,7 @@ def check_settings(temperature: float, max_new_tokens: int) -> None:
 
 
 def check_truncation(top_p: float | None, **counts: int | None) -> None:
-    """``counts``: settings that are whole numbers of at least 1, or null."""
+    """Refuse a wrong ``top_p``, and ``counts`` that are neither whole numbers of at least 1 nor null."""
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise InputError(f"sampler.top_p is {top_p}; give a probability above 0 and at most 1, or null for all")
     for key, value in counts.items():
@@ -134,7 +134,7 @@ def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
 
 
 def not_finite(rows: int, of: int, first: DecodingRow, tokens: int) -> InputError:
-    """``first``'s completion token ``tokens`` is the first that the model had no finite logits for."""
+    """Return the error of a model without finite logits; ``first``'s completion token ``tokens`` is the first such one."""
     return InputError(
         f"the model's logits are not finite for {rows} of {of} rows (row {first.index}, completion token {tokens}); training "
         "has diverged or the checkpoint is broken: lower optimizer.lr, or check checkpointer"

@@ -1,4 +1,4 @@
-"""Traces for supervised fine-tuning that a model makes itself: which of its samples are kept, and in what form.
+"""Select traces for supervised fine-tuning that a model makes itself: which samples are kept, and in what form.
 
 | selection | a row's completion | source |
 | --- | --- | --- |
@@ -31,7 +31,7 @@ REWRITING_STREAM = -3
 
 @dataclass(frozen=True)
 class Trace:
-    """A demonstration: what the example's messages are answered with.
+    """Hold a demonstration: the answer to the example's messages.
 
     Attributes:
         completion: assistant turns and the observations between them; ends with an assistant turn.
@@ -49,7 +49,7 @@ class Trace:
 
 @dataclass
 class Selected:
-    """Traces that are kept, and what it took beyond the rollouts they were chosen from: more rollouts, some of them lost."""
+    """Hold the traces that are kept, and the further rollouts that it took, some of them lost."""
 
     traces: list[Trace]
     rollouts: list[Rollout] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Selected:
 
 @dataclass(frozen=True)
 class Cut:
-    """A rollout up to a turn: ``turns`` are said, the next one is to be sampled anew from ``seed``."""
+    """Hold a rollout up to a turn: ``turns`` are said, the next one is to be sampled again, from ``seed``."""
 
     rollout: Rollout
     turns: list[Message]
@@ -70,7 +70,7 @@ Rewrite = Callable[[Sequence[Cut]], CollectResult]
 
 @runtime_checkable
 class Selection(Protocol):
-    """With a sharded model every rank must call ``rewrite`` equally often: :meth:`select` is called on every rank alike."""
+    """Choose traces. With a sharded model every rank calls ``rewrite`` equally often: :meth:`select` is called on all alike."""
 
     def select(self, rollouts: Sequence[Rollout], leak_phrases: Sequence[str], rewrite: Rewrite, seed: int) -> Selected:
         """Choose among all rollouts of some prompts; a prompt's rollouts are never split between two calls.
@@ -85,7 +85,7 @@ class Selection(Protocol):
 
 @dataclass(frozen=True)
 class Successes:
-    """Rejection sampling: whole rollouts with at least ``threshold`` reward.
+    """Keep whole rollouts with at least ``threshold`` reward (rejection sampling).
 
         D = { (x, y) : y ~ π(·|x, I), R(y) ≥ threshold },  then  max Σ_D log π(y|x)
 
@@ -114,7 +114,7 @@ class Successes:
 
 @dataclass(frozen=True)
 class Interventions:
-    """Intervention training (InT): a failing rollout up to its first error, and a right turn in the error's place.
+    """Keep a failing rollout up to its first error, with a right turn in the error's place (intervention training, InT).
 
         y ~ π(·|x) fails at turn k;  y'_k ~ π(·|x, I, y_<k);  D = { (x, y_<k ++ y'_k) : y'_k is accepted }
 
@@ -188,7 +188,7 @@ def _check_limit(max_per_prompt: int | None) -> None:
 
 @dataclass(frozen=True)
 class AfterTurns:
-    """``environment`` in the middle of an episode: a reset first plays the assistant turns in ``example.data["said"]``.
+    """Play ``environment`` from the middle of an episode: a reset plays the assistant turns in ``example.data["said"]`` first.
 
     The environment must answer the same turns as it did when they were sampled; their rewards are not counted again.
     """
@@ -211,7 +211,7 @@ class AfterTurns:
 
 @dataclass(frozen=True)
 class Rewriter:
-    """The default :data:`Rewrite`: one sampled turn per cut, in the view with privileged information.
+    """Sample one turn per cut, in the view with privileged information: the default :data:`Rewrite`.
 
     ``collect`` samples with the model, an :class:`AfterTurns` environment and ``max_turns=1``. The token limit is the
     sampler's, or what is left of ``max_seq_len`` behind the longest prompt on any rank.
@@ -249,7 +249,7 @@ class Rewriter:
 
 
 def trace_row(trace: Trace, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """One JSON object, which ``pidistill.data.chat_dataset(source, completion_key="completion", privileged_key=...)`` reads.
+    """Return a JSON object that ``pidistill.data.chat_dataset(source, completion_key="completion", privileged_key=...)`` reads.
 
     Tool schemas (``tools_key="tools"``) and the arguments of tool calls are JSON text: a file of tables needs columns of one
     type, and every call has arguments of its own.

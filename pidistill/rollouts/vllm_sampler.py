@@ -20,6 +20,7 @@ from torchtune.modules import TransformerDecoder
 from pidistill.errors import InputError
 from pidistill.models.adapters import adapter_modules, merged
 from pidistill.models.hf_format import family, to_hf
+from pidistill.models.precision import compute_dtype_of
 from pidistill.rollouts.base import OnTurnEnd, Sample
 from pidistill.rollouts.collect import rollout_seed
 from pidistill.rollouts.request import (
@@ -48,7 +49,7 @@ class VLLMSampler:
             ties with the last of the top k.
         model_dir: folder with the model's config.json in Hugging Face's format: ``${checkpointer.checkpoint_dir}``. Weights are
             not read from it.
-        dtype: of the engine's weights: "float32", "bfloat16" …; null is the trained model's.
+        dtype: of the engine's weights: "float32", "bfloat16" …; null is the `compute_dtype` of the trained model.
         gpu_memory_utilization: share of the device's memory (on CPU, of the host's) that the engine takes in all, the trainer
             needs the rest; more holds more rows at once.
         kv_cache_gib: memory for keys and values in its place, in GiB; null leaves it to gpu_memory_utilization.
@@ -149,7 +150,7 @@ class VLLMSampler:
             Path(self.model_dir),
             weight.device,
             sleep=self.sleep,
-            dtype=self.dtype or str(weight.dtype).removeprefix("torch."),
+            dtype=self.dtype or str(compute_dtype_of(model)).removeprefix("torch."),
             gpu_memory_utilization=self.gpu_memory_utilization,
             max_model_len=self.max_model_len or model.max_seq_len,
             enforce_eager=self.enforce_eager,
@@ -184,15 +185,17 @@ _CHECKPOINTED = "_checkpoint_wrapped_module."
 
 @torch.no_grad()
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's full state dict under torchtune's names, adapters merged in, or left out while they are switched off.
+    """Return the model's full state dict under torchtune's names, adapters merged in, or left out while they are switched off.
 
-    A collective where the model is sharded: every rank gathers every tensor, one after the other.
+    A collective where the model is sharded: every rank gathers every tensor, one after the other, in the dtype that the model
+    computes in. Adapters keep their own until they are merged.
     """
+    adapters, dtype = list(adapter_modules(model)), compute_dtype_of(model)
+    ours = {f"{name}.{p}".replace(_CHECKPOINTED, "") for name, module in adapters for p in module.adapter_params()}
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    state = {name: tensor if name in ours else tensor.to(dtype) for name, tensor in state.items()}
     state = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
-    adapters = list(adapter_modules(model))
     if adapters and all(module.disabled for _, module in adapters):
-        ours = {f"{name}.{p}".replace(_CHECKPOINTED, "") for name, module in adapters for p in module.adapter_params()}
         return {name: tensor for name, tensor in state.items() if name not in ours}
     return merged(model, state)
 

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from pidistill.scoring.tree_attention import FLEX_BLOCK, TreeMask
+from pidistill.tokenizers.prefix import common_prefix_length
 from pidistill.types import Batch, ModelInput, Rollout, RolloutAdvantage, ViewName
 
 BOTH: tuple[ViewName, ...] = ("student", "teacher")
@@ -43,7 +43,7 @@ def make_tree(sequences: Sequence[list[int]]) -> Tree:
     path: list[int] = []
     last: list[int] = []
     for i in sorted(range(len(sequences)), key=sequences.__getitem__):
-        shared = _common_length(last, sequences[i])
+        shared = common_prefix_length(last, sequences[i])
         _close(tree, path[shared:])
         start, last = len(tree.tokens), sequences[i]
         tree.tokens.extend(last[shared:])
@@ -58,13 +58,6 @@ def make_tree(sequences: Sequence[list[int]]) -> Tree:
 def _close(tree: Tree, columns: list[int]) -> None:
     for column in columns:
         tree.ends[column] = len(tree.tokens)
-
-
-def _common_length(a: list[int], b: list[int]) -> int:
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    return int(np.argmax(np.asarray(a[:n]) != np.asarray(b[:n])))
 
 
 class ModelInputs:

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from pidistill.models.precision import bf16_factors, multiply_head, widen_head
 from pidistill.scoring.head_numbers import ScorePlan, at_least_fp32, chunk_numbers, logits_to_gradients
 from pidistill.types import check_per_token
 
@@ -42,7 +43,10 @@ class ConstantPart:
 
     def logits(self, live_hidden: Tensor | None, head: Float[Tensor, "V1 H1"], chunk: slice) -> Float[Tensor, "C V"]:
         hidden = live_hidden if self.hidden is None else self.hidden
-        return hidden[chunk] @ (head if self.weight is None else self.weight).T
+        return multiply_head(hidden[chunk], head if self.weight is None else self.weight)
+
+    def with_wide_head(self) -> "ConstantPart":
+        return self if self.weight is None else replace(self, weight=widen_head(self.weight))
 
 
 # The given teacher is a constant that stands beside a live, trained teacher view.
@@ -138,13 +142,15 @@ def _chunk_by_chunk(
     done = _nothing_yet(plan, hidden, weight, coefficients is not None, trained_head)
     equal = _rows_equal_to_student(own, others, hidden.get("teacher"), weight)
     chunks = list(plan.chunks(len(own | others) * weight.shape[0]))
-    buffer = weight.new_empty(len(own) * max((c.stop - c.start for c in chunks), default=0), weight.shape[0])
+    wide = widen_head(weight)
+    others = {side: [term.with_wide_head() for term in terms] for side, terms in others.items()}
+    buffer = done.numbers.new_empty(len(own) * max((c.stop - c.start for c in chunks), default=0), weight.shape[0])
     for chunk in chunks:
         size = chunk.stop - chunk.start
-        logits = {side: _term_logits(terms, hidden.get("teacher"), weight, chunk) for side, terms in others.items()}
+        logits = {side: _term_logits(terms, hidden.get("teacher"), wide, chunk) for side, terms in others.items()}
         if own:
             stacked = torch.cat([h[chunk] for h in own.values()])
-            products = torch.mm(stacked, weight.T, out=buffer[: len(stacked)])
+            products = multiply_head(stacked, wide, out=buffer[: len(stacked)])
             logits |= dict(zip(own, products.split(size), strict=True))
         for side, rows in equal.items():
             logits[side][rows[chunk]] = logits["student"][rows[chunk]]
@@ -154,7 +160,7 @@ def _chunk_by_chunk(
             logits_to_gradients(plan, chunk, logits, normalisers, done.coefficients[:, chunk], list(hidden))
             # The live sides are the first of the stack.
             trained = len(hidden) * size
-            _add_gradients(done, chunk, products[:trained], stacked[:trained], weight)
+            _add_gradients(done, chunk, products[:trained], stacked[:trained], wide)
     return done
 
 
@@ -175,18 +181,18 @@ def _nothing_yet(
 def _add_gradients(
     done: _Pass, chunk: slice, grad_logits: Float[Tensor, "M V"], hidden: Float[Tensor, "M H"], weight: Float[Tensor, "V H"]
 ) -> None:
-    """Add the gradients of a chunk's hidden states, and its share of the head's; M = live sides · C."""
-    for side, grad in zip(done.grad_hidden, (grad_logits @ weight).split(chunk.stop - chunk.start), strict=True):
-        done.grad_hidden[side][chunk] = grad
-    total, beta = done.grad_weight, float(chunk.start > 0)
-    if total is None:
-        return
-    if total.dtype == weight.dtype:
-        total.addmm_(grad_logits.T, hidden, beta=beta)
-    elif weight.is_cuda:
-        torch.addmm(total, grad_logits.T, hidden, beta=beta, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(grad_logits.T.to(total.dtype), hidden.to(total.dtype), beta=beta)
+    """Add the gradients of a chunk's hidden states, and its share of the head's; M = live sides · C.
+
+    In bf16 both products have bf16 factors, and the head's gradient is added up in fp32.
+    """
+    total, beta, grads = done.grad_weight, float(chunk.start > 0), grad_logits.to(weight.dtype)
+    with bf16_factors(hidden.dtype == torch.bfloat16):
+        for side, grad in zip(done.grad_hidden, (grads @ weight).split(chunk.stop - chunk.start), strict=True):
+            done.grad_hidden[side][chunk] = grad
+        if total is not None and total.dtype == weight.dtype:
+            total.addmm_(grads.T, hidden.to(total.dtype), beta=beta)
+        elif total is not None:
+            torch.addmm(total, grads.T, hidden, beta=beta, out_dtype=total.dtype, out=total)
 
 
 def _constants_of_head(constants: dict[str, list[ConstantPart]]) -> dict[str, Float[Tensor, "N H"]]:

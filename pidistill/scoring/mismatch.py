@@ -6,9 +6,11 @@ trainer's policy under the weights that sampled, in the view that sampled:
 
     measured      Δ = log π(y) − log μ(y) of each sampled token; k3 = e^Δ − 1 − Δ ≥ 0 has the mean kl(μ||π) under y ~ μ
                   (http://joschu.net/blog/kl-approx.html)
-    bounded       a mean |Δ| above `max_sampler_mismatch_nats` ends the run
+    bounded       a mean |Δ| above `max_sampler_mismatch_nats` ends the run. With top-p, Δ is the log of the mass that was kept,
+                  which lies in [log top_p, 0], and with top-k in (−∞, 0]: only what is outside of that counts
     corrected     with `importance_weights`, w = sg min(π/μ, cap) multiplies the policy-gradient loss of each token, and π takes
-                  the place of μ as the denominator of its ratios: E_μ[w·f] = E_π[f] but for what the cap takes away
+                  the place of μ as the denominator of its ratios: E_μ[w·f] = E_π[f] but for what the cap takes away and for
+                  the mass of tokens that μ never samples, because top-p or top-k cut them off: no weight brings those back
                   (truncated importance sampling, Ionides 2008; between two engines of one policy, "Your efficient RL framework
                   secretly brings you off-policy RL training", 2025)
 """
@@ -17,7 +19,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -30,7 +32,10 @@ from pidistill.scoring.batch import policy_positions
 from pidistill.types import Batch, Rollout, ScoreRequest, Scores, ViewName
 
 DEFAULT_LIMIT_NATS = 0.1
-"""Mean |Δ| per token. On a small random model, CPU: our own sampler 1e-6 in fp32, .012 in bf16; vLLM 1e-6 and .04."""
+"""The default limit of the mean |Δ| per token.
+
+On a small random model, CPU, our own sampler is 1e-6 away in fp32 and .012 in bf16, vLLM 1e-6 and .04.
+"""
 
 
 # ------------------------------------------------------------------------------------------------- measured and bounded
@@ -39,55 +44,84 @@ DEFAULT_LIMIT_NATS = 0.1
 class MismatchMeter:
     """Looks at the first update after each sampling, where the trained weights still are those that sampled.
 
-    Config key `max_sampler_mismatch_nats`: the largest mean |Δ| per token that a run bears; null is DEFAULT_LIMIT_NATS, and no
-    limit where top-p or top-k makes the two distributions differ on purpose.
+    Config key `max_sampler_mismatch_nats`: the largest mean |Δ| per token that a run bears, without the part that top-p or
+    top-k explains; null is DEFAULT_LIMIT_NATS.
     """
 
     def __init__(self, cfg: DictConfig, run: Run, sampler: Sampler, view: ViewName) -> None:
-        self._run, self._view = run, view
-        self._limit = _limit(cfg.get("max_sampler_mismatch_nats"), truncated=truncates(sampler))
+        self._run, self._view, self._sampler = run, view, sampler
+        self._limit = _limit(cfg.get("max_sampler_mismatch_nats"))
         self.start_round()
 
     def start_round(self) -> None:
-        """Called when a round has been sampled."""
-        self._due, self._tokens, self._sums, self._max = True, 0, {"k3": 0.0, "mean": 0.0}, 0.0
+        """Begin to count, as a round has been sampled."""
+        self._due, self._sums = True, {"tokens": 0.0, "k3": 0.0, "mean": 0.0, "unexplained": 0.0}
+        self._max = self._worst_rollout = 0.0
 
     def look(self, batch: Batch, scores: Scores) -> None:
         """Add a micro-batch; nothing where its weights are no longer those that sampled."""
         if not self._due:
             return
-        trainer, recorded = logprobs_of_both(batch, scores, self._view)
+        trainer, recorded, rollout_index = logprobs_of_both(batch, scores, self._view)
+        if not len(trainer):
+            return
         gap = k1(trainer, recorded)
-        self._tokens += len(gap)
+        unexplained = _unexplained(gap, self._sampler)
+        self._sums["tokens"] += len(gap)
         self._sums["k3"] += k3(recorded, trainer).sum().item()
         self._sums["mean"] += gap.abs().sum().item()
+        self._sums["unexplained"] += unexplained.sum().item()
         self._max = max([self._max, *gap.abs().tolist()])
+        rollouts = int(rollout_index.max()) + 1
+        tokens = sum_by_rollout(torch.ones_like(unexplained), rollout_index, rollouts).clamp(min=1.0)
+        means = sum_by_rollout(unexplained, rollout_index, rollouts) / tokens
+        self._worst_rollout = max(self._worst_rollout, means.max().item())
 
     def report(self) -> dict[str, float]:
-        """Metrics over all ranks at a round's first update, and nothing after. Called before the optimiser steps.
+        """Return metrics over all ranks at a round's first update, and nothing after. Called before the optimiser steps.
 
         Raises:
-            InputError: on every rank, where the mean |Δ| is above the limit.
+            InputError: on every rank, where the mean |Δ| that the sampler's top-p or top-k does not explain is above the limit.
         """
         if not self._due:
             return {}
         self._due = False
-        sums = self._run.sums({"tokens": float(self._tokens), **self._sums})
+        sums = self._run.sums(self._sums)
         if not sums["tokens"]:
             return {}
-        k3, mean, largest = sums["k3"] / sums["tokens"], sums["mean"] / sums["tokens"], max(self._run.gather([self._max]))
-        if self._limit is not None and mean > self._limit:
+        k3, mean, unexplained = (sums[name] / sums["tokens"] for name in ("k3", "mean", "unexplained"))
+        largest, rollout = (max(values) for values in zip(*self._run.gather([(self._max, self._worst_rollout)]), strict=True))
+        if unexplained > self._limit:
             raise InputError(
-                f"the sampler's log-probs are {mean:.3g} nats per token away from the trainer's (k3 {k3:.3g}, largest "
-                f"{largest:.3g}, over {sums['tokens']:.0f} tokens), above max_sampler_mismatch_nats={self._limit:g}; the "
-                "sampler has other weights or another model than the trainer (check sampler.model_dir against `model`), or "
-                "rounds coarsely (sampler.dtype): mend that, or raise max_sampler_mismatch_nats"
+                f"the sampler's log-probs are {unexplained:.3g} nats per token away from the trainer's"
+                f"{_cut_off(self._sampler)} (k3 {k3:.3g}, largest {largest:.3g}, over {sums['tokens']:.0f} tokens), above "
+                f"max_sampler_mismatch_nats={self._limit:g}; the sampler has other weights or another model than the trainer "
+                "(check sampler.model_dir against `model`), or rounds coarsely (sampler.dtype): mend that, or raise "
+                "max_sampler_mismatch_nats"
             )
-        return {f"sampler_mismatch_{name}_nats": value for name, value in (("k3", k3), ("mean", mean), ("max", largest))}
+        numbers = {"k3": k3, "mean": mean, "max": largest, "rollout_max": rollout}
+        return {f"sampler_mismatch_{name}_nats": value for name, value in numbers.items()}
 
 
-def logprobs_of_both(batch: Batch, scores: Scores, view: ViewName) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
-    """Return log π and log μ, in float64, of the policy tokens that ``view`` sampled.
+def _unexplained(gap: Float64[Tensor, " M"], sampler: Sampler) -> Float64[Tensor, " M"]:
+    """Return the distance of each Δ from the values that it has where sampler and trainer agree: [log of the kept mass, 0]."""
+    if not truncates(sampler):
+        return gap.abs()
+    least = -math.inf if sampler.top_k is not None else math.log(sampler.top_p)
+    return (gap.clamp(min=0.0) + (least - gap).clamp(min=0.0)).masked_fill(gap.isnan(), math.nan)
+
+
+def _cut_off(sampler: Sampler) -> str:
+    """Return what the sampler's truncation adds to the sentence."""
+    if not truncates(sampler):
+        return ""
+    return f", beyond what {'top_k' if sampler.top_k is not None else 'top_p'} explains"
+
+
+def logprobs_of_both(
+    batch: Batch, scores: Scores, view: ViewName
+) -> tuple[Float64[Tensor, " M"], Float64[Tensor, " M"], Int[Tensor, " M"]]:
+    """Return log π and log μ, in float64, of the policy tokens that ``view`` sampled, and the rollout of each.
 
     Demonstrations, and what the other view sampled, are left out.
     """
@@ -96,24 +130,24 @@ def logprobs_of_both(batch: Batch, scores: Scores, view: ViewName) -> tuple[Floa
     )
     trainer = scores.student_logprobs if view == "student" else scores.teacher_logprobs
     counted = ~recorded.isnan()
-    return trainer.detach().double()[counted], recorded[counted]
+    return trainer.detach().double()[counted], recorded[counted], batch.rollout_index[counted]
 
 
 def _recorded(rollout: Rollout, view: ViewName) -> list[float]:
-    """log μ per policy token; NaN where nobody sampled it in this view."""
+    """Return log μ per policy token; NaN where nobody sampled it in this view."""
     if rollout.sampled_logprobs is None or rollout.sampled_by != view:
         return [math.nan] * rollout.policy_tokens
     return [rollout.sampled_logprobs[t] for t in policy_positions(rollout)]
 
 
 def truncates(sampler: Sampler) -> bool:
-    """True if it draws from less than the whole distribution."""
+    """Return whether the sampler draws from less than the whole distribution."""
     return sampler.top_k is not None or (sampler.top_p is not None and sampler.top_p < 1.0)
 
 
-def _limit(value: object, *, truncated: bool) -> float | None:
+def _limit(value: object) -> float:
     if value is None:
-        return None if truncated else DEFAULT_LIMIT_NATS
+        return DEFAULT_LIMIT_NATS
     if type(value) not in (int, float) or not value > 0.0:
         raise InputError(f"max_sampler_mismatch_nats={value} must be a number above 0, or null for its default")
     return float(value)
@@ -123,7 +157,12 @@ def _limit(value: object, *, truncated: bool) -> float | None:
 
 
 class TruncatedImportanceWeights:
-    """w = min(π/μ, cap) for the policy gradient; the recipes' key `importance_weights`. Costs one more forward per round.
+    """Weigh the policy gradient with w = min(π/μ, cap); the recipes' key `importance_weights`.
+
+    It costs one more forward per round.
+
+    What it cannot correct: tokens that top-p or top-k cut off are never sampled, so that no weight stands for them. With top-p
+    they hold up to 1 − top_p of each token's mass; the mean weight (`importance_weight_mean`) estimates the mass that is kept.
 
     Args:
         level: "token": π/μ of the token, low variance, biased by what earlier tokens were drawn from; "sequence": of the whole
@@ -140,7 +179,7 @@ class TruncatedImportanceWeights:
         self._sums: dict[str, float] = {}
 
     def request(self, *views: ViewName) -> ScoreRequest:
-        """What :meth:`weigh` needs of a batch: log-probs in the views that sampled."""
+        """Return what :meth:`weigh` needs of a batch: log-probs in the views that sampled."""
         return ScoreRequest(student_grad=False, teacher_grad=False, views=views, entropy=False)
 
     def weigh(self, rollouts: Sequence[Rollout], batch: Batch, scores: Scores) -> None:
@@ -157,7 +196,7 @@ class TruncatedImportanceWeights:
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     def report(self, run: Run) -> dict[str, float]:
-        """Metrics of what was weighed since the last report, over all ranks."""
+        """Return metrics of what was weighed since the last report, over all ranks."""
         sums, self._sums = run.sums(self._sums), {}
         if not sums.get("tokens"):
             return {}
@@ -174,7 +213,7 @@ def truncated_weights(
     level: str,
     cap: float,
 ) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
-    """min(π/μ, cap) per token, detached, and where the cap cut it; truncated before the exponential, so nothing overflows.
+    """Return min(π/μ, cap) per token, detached, and where the cap cut it; cut before the exponential, so nothing overflows.
 
     Args:
         rollout_index: 0..B−1, which tokens' ratios are multiplied at level "sequence"; rollouts must be whole.

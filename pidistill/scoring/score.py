@@ -18,12 +18,13 @@ from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
 from pidistill.models.offloading import keep_on_device
-from pidistill.scoring.batch import ModelInputs
+from pidistill.models.precision import compute_dtype_of
+from pidistill.scoring.equal_views import have_equal_weights, share_equal_views
 from pidistill.scoring.head import ConstantPart, apply_head
 from pidistill.scoring.head_numbers import ScorePlan
 from pidistill.scoring.tree_attention import read_trees
 from pidistill.teachers import MixturePart, Teacher
-from pidistill.types import Batch, ModelInput, PerTokenLoss, ScoreRequest, Scores, ViewName
+from pidistill.types import Batch, BatchInputs, ModelInput, PerTokenLoss, ScoreRequest, Scores, ViewName
 
 
 def score(
@@ -50,8 +51,7 @@ def score(
         teacher: whose weights score the teacher view; a live one is as None, a model stands for itself. Others never receive
             gradient. Where the request trains the live teacher view too, they take part only in the divergences whose gradient
             reaches the student alone (the sg T of π-Distill's student half).
-        chunk_tokens: tokens whose logits exist at once; by default as many as make 256 MiB over all sides, in fp32 on CPU and
-            bf16 on CUDA.
+        chunk_tokens: tokens whose logits, in fp32, exist at once; by default as many as make 256 MiB over all sides.
         loss: the loss per token that the caller is about to make of the scores, from any slice of the batch; the head's
             gradients are then formed on the way, and each logit is computed once. It changes no result: where another loss is
             differentiated (up to one factor for all tokens), or none is given, the backward computes the logits again.
@@ -124,38 +124,20 @@ def _score(plan: ScorePlan, model: TransformerDecoder, batch: Batch, parts: list
         # What the live teacher view is about to compute anyway is not computed twice.
         ready = model if "teacher" in called else None
         shared = model if called else None
-        constants[forwards.given] = [_constant(v, views, "teacher", shared, ready) for v in parts]
+        constants[forwards.given] = [_constant(part, views, "teacher", shared, ready) for part in parts]
     if not called:
         return apply_head(plan, {}, constants["teacher"][0].weight, constants)
 
+    equal = {side: [True] for side in forwards.constant}
+    if forwards.given is not None:
+        equal[forwards.given] = have_equal_weights(parts, model)
+
     def use(h: Float[Tensor, "M H"], weight: Tensor) -> Tensor:
         hidden = dict(zip(called, h.split([batch.targets.numel()] * len(called)), strict=True))
-        _share_equal_views(views, (*called, *forwards.constant), hidden, constants)
+        share_equal_views(views, hidden, constants, equal)
         return apply_head(plan, hidden, weight, constants)
 
     return _forward(model, views.of(*called), use)
-
-
-def _share_equal_views(
-    views: ModelInputs, live: tuple[ViewName, ...], hidden: dict[str, Tensor], constants: dict[str, list[ConstantPart]]
-) -> None:
-    """Give both views of the trained model the same hidden states on rollouts whose two prompts are the same ids.
-
-    They are the same function of the same tokens. Computed in two places they may round differently, and a divergence that is 0
-    would have a gradient of rounding noise.
-    """
-    per_rollout = [r.prompts.student == r.prompts.teacher for r in views.rollouts]
-    if len(live) < 2 or not any(per_rollout):
-        return
-    lengths = torch.tensor([r.policy_tokens for r in views.rollouts])
-    same = torch.tensor(per_rollout).repeat_interleave(lengths)[:, None].to(next(iter(hidden.values())).device)
-    if len(hidden) == 2:
-        hidden["teacher"] = torch.where(same, hidden["student"], hidden["teacher"])
-        return
-    ((trained, states),) = hidden.items()
-    constant = "teacher" if trained == "student" else "student"
-    (part,) = constants[constant]
-    constants[constant] = [replace(part, hidden=torch.where(same, states.detach(), part.hidden))]
 
 
 # ---------------------------------------------------------------------------------------------- the model up to the head
@@ -223,7 +205,7 @@ def _local_weight(model: TransformerDecoder) -> Float[Tensor, "V H"]:
 
 @torch.no_grad()
 def _constant(
-    part: MixturePart, views: ModelInputs, side: ViewName, shared: nn.Module | None, ready: nn.Module | None = None
+    part: MixturePart, views: BatchInputs, side: ViewName, shared: nn.Module | None, ready: nn.Module | None = None
 ) -> ConstantPart:
     """A part on a view that gets no gradient.
 
@@ -237,12 +219,12 @@ def _constant(
         with part.weights() as module:
             return _forward(module, views.of(side), lambda h, w: h)
 
-    head = _head_module(part.module).weight
+    head, dtype = _head_module(part.module).weight, compute_dtype_of(part.module)
     if part.memory is None:
         hidden = read()
     else:
-        hidden = part.memory.of(views.rollouts, torch.empty(0, head.shape[1], dtype=head.dtype, device=head.device), read)
+        hidden = part.memory.of(views.rollouts, torch.empty(0, head.shape[1], dtype=dtype, device=head.device), read)
     if part.module is shared:
         return ConstantPart(part.share, hidden, None)
-    weight = head.detach()
+    weight = head.detach().to(dtype)
     return ConstantPart(part.share, hidden, weight.full_tensor() if isinstance(weight, DTensor) else weight)

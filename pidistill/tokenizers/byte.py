@@ -3,21 +3,13 @@
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from pidistill.tokenizers.hf_chat import HFChatTokenizer
 
-if TYPE_CHECKING:
-    pass
-
-
-# ---------------------------------------------------------------------------------------------- text without a vocabulary
-
+# Ids of byte_tokenizer_folder: 256 bytes, the end of a text, the begin and the end of a message.
 BYTE_VOCABULARY = 259
-
-"""Ids of :func:`byte_tokenizer_folder`: 256 bytes, the end of a text, the begin and the end of a message."""
 
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
@@ -48,12 +40,12 @@ def byte_tokenizer_folder(path: str | Path) -> Path:
 
 
 def byte_tokenizer(path: str, max_seq_len: int | None = None) -> HFChatTokenizer:
-    """The tokenizer of :func:`byte_tokenizer_folder`, whose files are written to ``path`` first: a config's `tokenizer`."""
+    """Write the files of :func:`byte_tokenizer_folder` to ``path`` and return their tokenizer: a config's `tokenizer`."""
     return HFChatTokenizer(str(byte_tokenizer_folder(path)), max_seq_len=max_seq_len)
 
 
 def _write_whole(file: Path, text: str) -> None:
-    """In one move: another process reads the file of before or this one, never a half."""
+    """Write the file aside and move it into place: another process reads the old file or this one, never a half."""
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     aside.write_text(text, encoding="utf-8")
     aside.replace(file)

@@ -1,7 +1,7 @@
 """A model's own Jinja chat template: finding it among the model's files, and rendering messages with it.
 
 Templates come with downloaded models, so they run in jinja2's immutable sandbox, with the helpers that transformers gives
-them and no others.
+them and no others, and within the limits of :mod:`pidistill.tokenizers.template_limits`.
 """
 
 import json
@@ -13,12 +13,16 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pidistill.chat.messages import message_text
 from pidistill.errors import InputError
 from pidistill.tokenizers.rendering import REASONING_KEYS
+from pidistill.tokenizers.template_limits import LimitedEnvironment, TemplateLimitError
 from pidistill.types import Message
+
+
+class TemplateRefusal(InputError):
+    """The chat template refuses the conversation."""
 
 
 class ChatTemplate:
@@ -30,31 +34,59 @@ class ChatTemplate:
     """
 
     def __init__(self, templates: Mapping[str, str], variables: Mapping[str, Any]) -> None:
-        environment = _environment()
         self._variables = dict(variables)
+        self._environment = _environment()
         try:
-            self._templates = {name: environment.from_string(text) for name, text in templates.items()}
+            with self._environment.limited():
+                self._templates = {name: self._environment.from_string(text) for name, text in templates.items()}
         except jinja2.TemplateSyntaxError as error:
             raise InputError(
                 f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); mend the file, or set "
                 "tokenizer.chat_template to another one"
             ) from error
+        except (TemplateLimitError, RecursionError, MemoryError) as error:
+            raise _limit_error(error) from error
 
     def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, generation_prompt: bool) -> str:
-        """Raises InputError with the template's own words where it refuses the conversation."""
+        """Return the conversation as text.
+
+        Raises:
+            TemplateRefusal: the template refuses the conversation; the sentence has the template's own words.
+            InputError: the template runs too long, or makes a text that is too large.
+        """
         template = self._templates.get("tool_use" if tools else "default") or self._templates["default"]
         messages = [_as_templates_read(message) for message in messages]
         tools = list(tools) if tools else None
+        given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": generation_prompt}
         try:
-            return template.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=generation_prompt, **self._variables
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise InputError(
-                f"the chat template refuses a conversation of the roles {roles} ({error}); change the roles of the dataset's "
-                "messages, or set tokenizer.chat_template to a template that takes them"
-            ) from error
+            with self._environment.limited():
+                return template.render(**(self._variables | given))
+        except (TemplateLimitError, RecursionError, MemoryError) as error:
+            raise _limit_error(error) from error
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            raise _refusal(error, messages, tools) from error
+
+
+def _limit_error(error: BaseException) -> InputError:
+    reason = "it calls itself without end" if isinstance(error, RecursionError) else str(error) or "it needs too much memory"
+    return InputError(
+        f"the chat template does not come to an end ({reason}); mend the file, or set tokenizer.chat_template to another one"
+    )
+
+
+def _refusal(error: Exception, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> TemplateRefusal:
+    """Return the error with the template's own words, what the conversation was, and what may be changed."""
+    roles = ", ".join(message["role"] for message in messages)
+    calls = max((len(message.get("tool_calls") or []) for message in messages), default=0)
+    has = [f"{calls} tool calls in one turn" if calls > 1 else "a tool call" if calls else "", "tool schemas" if tools else ""]
+    also = " and ".join(filter(None, has))
+    advice = "change the roles of the dataset's messages, or set tokenizer.chat_template to a template that takes them"
+    if also:
+        advice = (
+            f"it has {also}: change these or the roles in the dataset, set tokenizer.tool_format: action, which writes tools "
+            "and calls as text, or set tokenizer.chat_template to a template that takes them"
+        )
+    return TemplateRefusal(f"the chat template refuses a conversation of the roles {roles} ({error}); {advice}")
 
 
 def _as_templates_read(message: Message) -> Message:
@@ -70,28 +102,6 @@ def _as_templates_read(message: Message) -> Message:
     if isinstance(message.get("content"), list):
         message["content"] = message_text(message)
     return message
-
-
-def rewritten_turns(template: ChatTemplate) -> list[str]:
-    """Which assistant turns the template shows, once the conversation goes on, otherwise than they were sampled.
-
-    Found by rendering a turn with and without reasoning, answered by a user and by a tool.
-    """
-    question: list[Message] = [{"role": "user", "content": "question"}]
-    found = []
-    for role in ("user", "tool"):
-        for kind, reasoning in (("with reasoning", "reason\n</think>\n\n"), ("without reasoning", "")):
-            try:
-                prompt = template.render(question, None, True)
-                opened = not reasoning or prompt.rstrip().endswith("<think>")
-                said = ("" if opened else "<think>\n") + reasoning + "answer"
-                answered = [*question, {"role": "assistant", "content": said}, {"role": role, "content": "more"}]
-                conversation = template.render(answered, None, True)
-            except InputError:  # a template that knows no tool role, or refuses the order
-                continue
-            if not conversation.startswith(prompt + said):
-                found.append(f"turns {kind} that a {role} message follows")
-    return found
 
 
 def find_templates(folder: Path, config: Mapping[str, Any], chosen: str | None) -> dict[str, str]:
@@ -129,9 +139,9 @@ def _own_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return templates | {name: path.read_text(encoding="utf-8") for name, path in files.items()}
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
-    environment.filters["tojson"] = _tojson
+def _environment() -> LimitedEnvironment:
+    environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+    environment.add_filter("tojson", _tojson)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment

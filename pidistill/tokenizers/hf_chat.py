@@ -4,41 +4,33 @@ Ids are those of transformers' ``apply_chat_template`` with one difference: a co
 stays text. A row, or its privileged information, cannot end a turn or open another one.
 """
 
+import copy
 import itertools
 import json
 import logging
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from pidistill.chat.messages import message_text
-from pidistill.chat.tool_calls import (
-    FORMATS,
-    PROBE_CONVERSATION,
-    PROBE_TOOL,
-    as_plain_messages,
-    parse_turn_text,
-    written_format,
-)
+from pidistill.chat.tool_calls import FORMATS, as_plain_messages, parse_turn_text
 from pidistill.errors import InputError
-from pidistill.tokenizers.chat_template import ChatTemplate, find_templates, rewritten_turns
+from pidistill.tokenizers.chat_template import ChatTemplate, find_templates
+from pidistill.tokenizers.hf_files import read_tokenizer_files
+from pidistill.tokenizers.markers import Tools, any_of, mark, split_at, unused_marker, unused_word, with_sentinel
+from pidistill.tokenizers.prefix import common_prefix_length
 from pidistill.tokenizers.rendering import REASONING_KEYS
+from pidistill.tokenizers.template_probes import (
+    find_default_system,
+    find_end_of_turn,
+    find_rewritten_turns,
+    find_separators,
+    find_tool_format,
+)
 from pidistill.types import Message
 
 _log = logging.getLogger(__name__)
-
-Tools = Sequence[dict[str, Any]] | None
-
-_MARKERS = range(0xF0000, 0xFFFFE)  # private use: no text has a meaning for them
-_PLAIN_CONVERSATION = [
-    {"role": "user", "content": "question"},
-    {"role": "assistant", "content": "answer"},
-    {"role": "user", "content": "question"},
-]
+_WARNED: set[str] = set()
 
 
 class HFChatTokenizer:
@@ -71,30 +63,55 @@ class HFChatTokenizer:
         stop_tokens: Sequence[str] | None = None,
         tool_format: str = "auto",
     ) -> None:
-        folder = Path(path)
-        self._tokenizer = _load_tokenizer(folder)
-        config = _read_json(folder / "tokenizer_config.json")
-        names = _named_tokens(_read_json(folder / "special_tokens_map.json") | config)
-        self._template = ChatTemplate(find_templates(folder, config, chat_template), names | dict(template_kwargs or {}))
+        files = read_tokenizer_files(Path(path))
+        self._tokenizer = files.tokenizer
+        self._templates = find_templates(files.folder, files.config, chat_template)
+        self._variables = files.names | dict(template_kwargs or {})
+        self._chosen_tool_format = tool_format
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.max_seq_len = max_seq_len
-        self.stop_ids = self._find_stop_ids(folder, names, stop_tokens)
-        self.pad_id = self._find_pad_id(folder, names)
-        self._stop_pattern = _any_of(self._tokenizer.id_to_token(i) for i in self.stop_ids)
-        self._control_pattern = _any_of(self._find_control_tokens())
+        self.stop_ids = files.find_stop_ids(stop_tokens)
+        self.pad_id = files.find_pad_id(self.stop_ids)
+        self._stop_pattern = any_of(self._tokenizer.id_to_token(i) for i in self.stop_ids)
+        self._others: dict[str, HFChatTokenizer] = {}  # this tokenizer with other variables of the template
+        self._read_template()
+        #: What is probably wrong with the tokens that end a turn, as a sentence; None where nothing is.
+        self.stop_warning = self._find_stop_warning(path) if stop_tokens is None else None
+        if self.stop_warning is not None and self.stop_warning not in _WARNED:
+            _WARNED.add(self.stop_warning)
+            _log.warning("%s", self.stop_warning)
+
+    def with_template_kwargs(self, template_kwargs: Mapping[str, Any]) -> "HFChatTokenizer":
+        """Return this tokenizer with other variables of its template; variables that are not given stay as they are."""
+        key = json.dumps(dict(template_kwargs), sort_keys=True, default=str)
+        if key not in self._others:
+            other = copy.copy(self)
+            other._variables = self._variables | dict(template_kwargs)
+            other._others = {}
+            other._read_template()
+            self._others[key] = other
+        return self._others[key]
+
+    def _read_template(self) -> None:
+        """Set what follows from the template and its variables."""
+        self._template = ChatTemplate(self._templates, self._variables)
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        written = find_separators(self._template, [token.content for token in added])
+        self._control_pattern = any_of(token.content for token in added if token.special or token.content in written)
         self._default_systems: dict[str, str | None] = {}
-        self.tool_format, self._plain_tools = self._find_tool_format(tool_format)
-        self._reads_tags_without_tools = tool_format in ("hermes", "action")
+        self._rewritten: list[str] | None = None
+        self.tool_format, self._plain_tools = self._find_tool_format(self._chosen_tool_format)
+        self._reads_tags_without_tools = self._chosen_tool_format in ("hermes", "action")
 
     # ------------------------------------------------------------------------------------------- the protocol
 
     def encode_prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
-        marker = _unused_marker(messages, tools)
+        marker = unused_marker(messages, tools)
         return self._encode(self._render(messages, tools, marker, generation_prompt=True), marker)
 
     def encode_turn(self, history: Sequence[Message], turn: Message, tools: Tools = None) -> list[int]:
         """Raises InputError where the template renders the turn so that no model could have sampled it after the prompt."""
-        marker = _unused_marker([*history, turn], tools)
+        marker = unused_marker([*history, turn], tools)
         prompt = self._render(history, tools, marker, generation_prompt=True)
         conversation = self._render([*history, turn], tools, marker, generation_prompt=False)
         if not conversation.startswith(prompt):
@@ -124,9 +141,9 @@ class HFChatTokenizer:
         """Templates may rewrite earlier turns (drop their reasoning) once a user answers; only what follows is taken."""
         if not history or history[-1]["role"] != "assistant":
             raise InputError("observations follow an assistant turn, and the history does not end with one")
-        sentinel = _unused_word([*history, *observations], tools)
-        messages = [*history[:-1], _with_sentinel(history[-1], sentinel), *observations]
-        marker = _unused_marker(messages, tools)
+        sentinel = unused_word([*history, *observations], tools)
+        messages = [*history[:-1], with_sentinel(history[-1], sentinel), *observations]
+        marker = unused_marker(messages, tools)
         text = self._render(messages, tools, marker, generation_prompt=True)
         turn = text.rfind(sentinel)
         if turn < 0:
@@ -148,11 +165,11 @@ class HFChatTokenizer:
         turns = [i for i, message in enumerate(completion) if message["role"] == "assistant"]
         answers = {message["role"] for message in completion[turns[0] : turns[-1]]} - {"assistant"}
         two_in_a_row = any(b - a == 1 for a, b in itertools.pairwise(turns))
-        rewritten = any(f"a {role} message" in kind for role in answers for kind in self._rewritten_turns)
+        rewritten = any(f"a {role} message" in kind for role in answers for kind in self._find_rewritten_turns())
         if turns[0] > 0 or two_in_a_row or rewritten:
             return None
         whole = [*history, *completion[: turns[-1] + 1]]
-        marker = _unused_marker(whole, tools)
+        marker = unused_marker(whole, tools)
         ended = self._render(history, tools, marker, generation_prompt=False)
         first = self._render(history, tools, marker, generation_prompt=True)
         last = self._render(whole[:-1], tools, marker, generation_prompt=True)
@@ -202,9 +219,10 @@ class HFChatTokenizer:
             before = (header, begin, end)
         return encoded
 
-    @cached_property
-    def _rewritten_turns(self) -> list[str]:
-        return rewritten_turns(self._template)
+    def _find_rewritten_turns(self) -> list[str]:
+        if self._rewritten is None:
+            self._rewritten = find_rewritten_turns(self._template)
+        return self._rewritten
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -224,7 +242,7 @@ class HFChatTokenizer:
         tools = None if self._plain_tools else tools
         key = json.dumps(tools, default=str) if tools else ""
         if key not in self._default_systems:
-            self._default_systems[key] = self._find_default_system(tools)
+            self._default_systems[key] = find_default_system(self._template, tools)
         return self._default_systems[key]
 
     def history_rewrites(self) -> str | None:
@@ -233,7 +251,7 @@ class HFChatTokenizer:
         Rollouts only append, so a turn stays in the context as it was sampled. A server that renders the conversation anew
         for every turn shows the model what the template makes of it.
         """
-        turns = self._rewritten_turns
+        turns = self._find_rewritten_turns()
         if not turns:
             return None
         return (
@@ -247,24 +265,15 @@ class HFChatTokenizer:
         """The conversation as text, with ``marker`` inside every control token that a message brought along."""
         if self._plain_tools:
             messages, tools = as_plain_messages(messages, tools, self.default_system()), None
-        messages = self._mark(list(messages), marker)
-        return self._template.render(messages, self._mark(tools and list(tools), marker), generation_prompt)
-
-    def _mark(self, value: Any, marker: str) -> Any:
-        if isinstance(value, str):
-            return self._control_pattern.sub(lambda token: token[0][0] + marker + token[0][1:], value)
-        if isinstance(value, Mapping):
-            return {self._mark(key, marker): self._mark(item, marker) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._mark(item, marker) for item in value]
-        return value
+        messages, tools = mark([list(messages), tools and list(tools)], self._control_pattern, marker)
+        return self._template.render(messages, tools, generation_prompt)
 
     def _encode(self, text: str, marker: str, after: str = "") -> list[int]:
         """Ids of rendered text, the markers taken out: no piece between them holds a control token that a message brought.
 
         ``after``: the text before, whose ids are already fixed; nothing is merged across the join.
         """
-        first, *rest = _split(text, marker)
+        first, *rest = split_at(text, marker)
         ids = self._encode_after(self._last_stretch(after, marker), first) if after else self._ids(first)
         for piece in rest:
             ids += self._encode_after("", piece)
@@ -280,7 +289,7 @@ class HFChatTokenizer:
 
     def _last_stretch(self, text: str, marker: str) -> str:
         """The end of rendered text from its last control token on: nothing before that has a say in what follows."""
-        text = _split(text, marker)[-1]
+        text = split_at(text, marker)[-1]
         tokens = list(self._control_pattern.finditer(text))
         return text[tokens[-1].start() :] if tokens else text
 
@@ -292,40 +301,22 @@ class HFChatTokenizer:
 
         The turn begins with what the prompt opens, and ends as the template ends a turn; None where it does not.
         """
-        word = _unused_word([*history, turn], tools)
+        word = unused_word([*history, turn], tools)
         finished = self._render([*history, {**turn, "content": word}], tools, marker, generation_prompt=False)
         head, found, tail = finished.rpartition(word)
         stop = self._stop_pattern.match(tail)
-        opened, said = prompt[len(head) :], self._mark(message_text(turn), marker)
+        opened, said = prompt[len(head) :], mark(message_text(turn), self._control_pattern, marker)
         if not (found and stop and opened and prompt.startswith(head) and said.startswith(opened)):
             return None
         return said[len(opened) :] + stop[0]
 
     # ------------------------------------------------------------------------------------------- what the model's files say
 
-    def _find_default_system(self, tools: Tools) -> str | None:
-        user = {"role": "user", "content": "question"}
-        word = _unused_word([user], tools)
-        try:
-            implicit = self._template.render([user], tools, False)
-            explicit = self._template.render([{"role": "system", "content": word}, user], tools, False)
-            if explicit.count(word) != 1:
-                return None
-            before, behind = explicit.split(word)
-            found = implicit[len(before) : len(implicit) - len(behind)]
-            again = self._template.render([{"role": "system", "content": found}, user], tools, False)
-        except InputError:  # a template without a system role, or one that wants its system text non-empty
-            return None
-        return found if implicit == before + found + behind == again else None
-
     def _find_tool_format(self, chosen: str) -> tuple[str, bool]:
         """(format that turns are read in, True where tools are written as plain text instead of by the template)"""
         if chosen not in ("auto", *FORMATS):
             raise InputError(f"tokenizer.tool_format is {chosen!r}; known are auto, {', '.join(FORMATS)}")
-        try:
-            written = written_format(self._template.render(PROBE_CONVERSATION, [PROBE_TOOL], False))
-        except InputError:  # a template that refuses tools
-            written = "none"
+        written = find_tool_format(self._template)
         if chosen in ("hermes", "llama3") and written != chosen:
             raise InputError(
                 f"tokenizer.tool_format is {chosen}, but the chat template writes tool calls in another form "
@@ -337,103 +328,27 @@ class HFChatTokenizer:
         format = (written or "none") if chosen == "auto" else chosen
         return format, format == "action" and written != "action"
 
-    def _find_control_tokens(self) -> list[str]:
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        try:
-            plain = self._template.render(_PLAIN_CONVERSATION, None, False)
-        except InputError:
-            plain = ""
-        # Some vocabularies add runs of whitespace or HTML tags; only what looks like a tag and separates turns is control.
-        written = {token.content for token in added if token.content[0] in "<[" and token.content in plain}
-        return [token.content for token in added if token.special or token.content in written]
-
-    def _find_stop_ids(self, folder: Path, names: Mapping[str, str], stop_tokens: Sequence[str] | None) -> frozenset[int]:
-        if stop_tokens is not None:
-            return frozenset(self._id_of(token, "tokenizer.stop_tokens") for token in stop_tokens)
-        stored = _eos_ids(_read_json(folder / "generation_config.json")) or _eos_ids(_read_json(folder / "config.json"))
-        named = [self._id_of(names["eos_token"], "eos_token of tokenizer_config.json")] if "eos_token" in names else []
-        if not stored and not named:
-            raise InputError(f"{folder} names no end-of-sequence token; set tokenizer.stop_tokens to what ends a turn")
-        for i in stored:
-            if self._tokenizer.id_to_token(i) is None:
-                raise InputError(f"eos_token_id {i} in {folder} is not an id of its tokenizer.json; set tokenizer.stop_tokens")
-        return frozenset([*stored, *named])
-
-    def _find_pad_id(self, folder: Path, names: Mapping[str, str]) -> int:
-        """The model's padding token; a stop token where it has none: no position looks at padding."""
-        if "pad_token" in names:
-            return self._id_of(names["pad_token"], "pad_token of tokenizer_config.json")
-        stored = _read_json(folder / "generation_config.json").get("pad_token_id")
-        return min(self.stop_ids) if stored is None else stored
-
-    def _id_of(self, token: str, where: str) -> int:
-        found = self._tokenizer.token_to_id(token)
-        if found is None:
-            raise InputError(f"{where} is {token!r}, which tokenizer.json does not have")
-        return found
-
-    def _no_stop_error(self) -> InputError:
-        stops = ", ".join(sorted(self._tokenizer.id_to_token(i) for i in self.stop_ids))
-        return InputError(
-            f"the chat template writes none of the model's stop tokens ({stops}) after an assistant turn; set "
-            "tokenizer.stop_tokens to what it writes"
+    def _find_stop_warning(self, path: str) -> str | None:
+        """Return a sentence where the template ends turns with another token than the model's files name (base models)."""
+        has_stop, written = find_end_of_turn(self._template, self._stop_pattern, self._control_pattern)
+        if has_stop:
+            return None
+        ends = f"ends an assistant turn with {written}" if written else "writes no control token after an assistant turn"
+        help = f"set tokenizer.stop_tokens: ['{written}']" if written else "set tokenizer.chat_template to the model's own"
+        return (
+            f"{path}: the model's files name {self._stop_names()} as the end of a turn, and the chat template {ends}: samples "
+            f"may run past the end of their turn up to the token limit; {help}, or name the model's own end in "
+            "tokenizer.stop_tokens"
         )
 
+    def _stop_names(self) -> str:
+        return ", ".join(sorted(self._tokenizer.id_to_token(i) for i in self.stop_ids))
 
-def _load_tokenizer(folder: Path) -> Tokenizer:
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "it is no folder"
-        raise InputError(f"{folder} has no tokenizer.json ({held or 'it is empty'}); check tokenizer.path")
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.no_truncation()  # the file may carry either, and both would change prompts silently
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} is not valid JSON ({error}); check tokenizer.path") from error
-
-
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token, ... as strings; the files write them as strings or as {"content": ...}."""
-    named = {key: value for key, value in config.items() if key.endswith("_token")}
-    named = {key: value.get("content") if isinstance(value, Mapping) else value for key, value in named.items()}
-    return {key: value for key, value in named.items() if isinstance(value, str)}
-
-
-def _eos_ids(config: Mapping[str, Any]) -> list[int]:
-    ids = config.get("eos_token_id")
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
-
-
-def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Longest first: a token wins over one that it contains. A one-character token has no inside for a marker."""
-    longest_first = sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def _unused_marker(messages: Sequence[Message], tools: Tools) -> str:
-    text = json.dumps([list(messages), tools], ensure_ascii=False, default=str)
-    return next(marker for marker in map(chr, _MARKERS) if marker not in text and _escaped(marker) not in text)
-
-
-def _unused_word(messages: Sequence[Message], tools: Tools) -> str:
-    text = json.dumps([list(messages), tools], ensure_ascii=False, default=str)
-    return next(word for word in (f"WORD{number}" for number in range(10**6, 10**9)) if word not in text)
-
-
-def _escaped(marker: str) -> str:
-    return json.dumps(marker)[1:-1]  # how a template that asks for ASCII-only JSON writes it
-
-
-def _split(text: str, marker: str) -> list[str]:
-    return text.replace(_escaped(marker), marker).split(marker)
+    def _no_stop_error(self) -> InputError:
+        return InputError(
+            f"the chat template writes none of the model's stop tokens ({self._stop_names()}) after an assistant turn; set "
+            "tokenizer.stop_tokens to what it writes"
+        )
 
 
 def _shape(turn: Message) -> tuple[bool, ...]:
@@ -442,17 +357,6 @@ def _shape(turn: Message) -> tuple[bool, ...]:
     return bool(turn.get("tool_calls")), bool(text), "</think>" in text, any(key in turn for key in REASONING_KEYS)
 
 
-def _with_sentinel(turn: Message, sentinel: str) -> Message:
-    """The turn with another content, or other arguments of its last tool call: its end is then easy to find."""
-    calls = turn.get("tool_calls")
-    if not calls:
-        return {**turn, "content": sentinel}
-    function = calls[-1].get("function", calls[-1])
-    as_text = isinstance(function.get("arguments"), str)
-    function = {**function, "arguments": json.dumps({sentinel: sentinel}) if as_text else {sentinel: sentinel}}
-    return {**turn, "tool_calls": [*calls[:-1], {**calls[-1], "function": function} if "function" in calls[-1] else function]}
-
-
 def _divergence(prompt: str, conversation: str) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(prompt, conversation, strict=False)) if a != b), len(conversation))
+    at = common_prefix_length(prompt, conversation)
     return conversation[max(0, at - 20) : at + 20]

@@ -30,6 +30,10 @@ _CONTENT = "set tokenizer.chat_template to one that writes it, or change the rol
 _CONTENT_WITH_CALLS = "set tokenizer.tool_format: action, which writes text beside calls, or leave the text out of the row"
 
 
+class TextLeftOut(InputError):
+    """The chat template leaves out a part of a message, or a tool."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A piece of text that must be in the rendered conversation.
@@ -143,7 +147,7 @@ def check_written(
     if missing is not None:
         shown = missing.forms[0] if len(missing.forms[0]) <= 60 else missing.forms[0][:60] + "…"
         sentence = f"the chat template leaves out {missing.name} {shown!r}; {missing.advice}"
-        raise InputError(f"{where}: {sentence}" if where else sentence)
+        raise TextLeftOut(f"{where}: {sentence}" if where else sentence)
 
 
 def message_parts(message: Message, *, reasoning: bool = False) -> Iterator[Part]:

@@ -15,6 +15,7 @@ from torchtune.models.qwen2 import Qwen2Tokenizer
 
 from pidistill.chat.messages import message_text
 from pidistill.errors import InputError
+from pidistill.tokenizers.prefix import common_prefix_length
 from pidistill.types import Message
 
 Tools = Sequence[dict[str, Any]] | None
@@ -55,7 +56,7 @@ class TorchtuneChatTokenizer:
         """The longest beginning that conversations share whose last, assistant, message differs."""
         _refuse_tools(tools)
         variants = [self._tokenize([*messages, {"role": "assistant", "content": probe}]) for probe in _PROBES]
-        return _common_prefix(variants)
+        return variants[0][: min(common_prefix_length(variants[0], other) for other in variants[1:])]
 
     def encode_turn(self, history: Sequence[Message], turn: Message, tools: Tools = None) -> list[int]:
         prompt = self.encode_prompt(history, tools)
@@ -157,8 +158,3 @@ def _tool_call_json(message: Message) -> str:
 def _refuse_tools(tools: Tools) -> None:
     if tools:
         raise InputError("torchtune's tokenizers write no tool schemas; use HFChatTokenizer or a system message")
-
-
-def _common_prefix(lists: Sequence[list[int]]) -> list[int]:
-    length = next((i for i, column in enumerate(zip(*lists, strict=False)) if len(set(column)) > 1), min(map(len, lists)))
-    return lists[0][:length]

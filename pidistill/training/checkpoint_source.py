@@ -49,12 +49,9 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
     if node is None or "checkpoint_dir" not in node or not (_in_hf_format(node) or "checkpoint_files" in node):
         return
     folder = Path(node.checkpoint_dir)
-    hint = f"check {key}.checkpoint_dir"
-    stage = re.search(r"runs/((?:tiny|gem|reasoning_gym|tool_world)/\w+)/latest$", folder.as_posix())
-    if stage is not None and stage[1] == "tiny/base":
+    hint = f"{_how_to_make(folder)}check {key}.checkpoint_dir"
+    if folder.parts[-4:] == ("runs", "tiny", "base", "latest"):
         hint = "run `make base` (or `pidistill run sft_distributed --config tiny/base`) first"
-    elif stage is not None:
-        hint = f"it is what configs/{stage[1]}.yaml leaves: run that first, or {hint}"
     if not folder.is_dir():
         raise InputError(f"checkpoint folder {folder} does not exist; {hint}")
     if key == "checkpointer" and _in_hf_format(node):
@@ -65,6 +62,14 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
             raise InputError(
                 f"checkpoint folder {folder} has no {name} (it holds {present}); {hint}, or check {key}.checkpoint_files"
             )
+
+
+def _how_to_make(folder: Path) -> str:
+    """Return a hint where the folder is what the run of a bundled config leaves: runs/<config>/latest."""
+    found = re.search(r"(?:^|/)runs/([^/]+/[^/]+)/latest$", folder.as_posix())
+    package = Path(__file__).resolve().parents[1]
+    bundled = any((root / "configs" / f"{found[1]}.yaml").is_file() for root in (package, package.parent)) if found else False
+    return f"it is what configs/{found[1]}.yaml leaves: run that first, or " if bundled else ""
 
 
 def check_checkpoint_fits(cfg: DictConfig, key: str) -> None:

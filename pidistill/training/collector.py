@@ -1,4 +1,4 @@
-"""The one place where a config says how episodes are played."""
+"""Build the collector of a run from its config: the one place where a config says how episodes are played."""
 
 import functools
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from pidistill.envs.base import Environment
 from pidistill.rewards import build_shaping
 from pidistill.rollouts import CollectResult, Sampler, collect_rollouts
 from pidistill.tokenizers import ChatTokenizer
+from pidistill.training.keys import setting
 
 Collect = Callable[..., CollectResult]
 
@@ -30,5 +31,6 @@ def build_collector(
         max_turns=cfg.get("max_turns"),
         environment_threads=cfg.get("environment_threads"),
         environment_timeout_s=cfg.get("environment_timeout_s"),
+        max_observation_chars=setting(cfg, "max_observation_chars"),
         shaping=build_shaping(cfg.get("reward_shaping")),
     )

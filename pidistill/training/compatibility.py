@@ -4,16 +4,22 @@ import inspect
 
 from omegaconf import DictConfig
 from torch import nn
+from torchtune import utils
 
 from pidistill.config import build, resolve
 from pidistill.errors import InputError
 from pidistill.losses.divergences import check_divergence
 from pidistill.models.adapters import has_adapters
 from pidistill.models.empty import shared_empty_model
+from pidistill.objectives import GRPO, SDPO
 from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
+from pidistill.scoring.mismatch import truncates
 from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, Teacher
+from pidistill.training.health import reads_rewards
 from pidistill.types import ViewName
+
+log = utils.get_logger("INFO")
 
 RECIPE_OF_VIEW: dict[ViewName, str] = {"teacher": "pi_distill_distributed", "student": "opsd_distributed"}
 
@@ -38,7 +44,7 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
         raise InputError("teacher_model needs a teacher_checkpointer: the student's weights are not the teacher's")
     if isinstance(teacher, EMATeacher) and has_own_teacher(cfg):
         raise InputError("an EMA teacher averages the student's own weights; remove teacher_model and teacher_checkpointer")
-    for key in ("teacher_model", "teacher_checkpointer", "teacher_tokenizer"):
+    for key in ("teacher_model", "teacher_checkpointer"):
         if not teacher.own_weights and cfg.get(key):
             raise InputError(
                 f"config key {key} is read by nothing while the trained model is the teacher; remove it, or set "
@@ -61,11 +67,51 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
             f"{method} as configured has no policy-gradient loss for importance_weights to multiply (a divergence, a "
             "supervised term, or importance weights of its own); remove importance_weights, or set another objective"
         )
+    _check_truncation(cfg, objective, sampler)
+    _check_group(cfg, objective, method)
     if cfg.get("hindsight"):
         _check_hindsight(cfg, objective, method)
     for request in objective.score_request(0).divergences:
         check_divergence(request)
     _check_adapters(shared_empty_model(cfg.model), teacher)
+
+
+def _check_truncation(cfg: DictConfig, objective: Objective, sampler: Sampler) -> None:
+    """Refuse a top-p under which PPO's lower bound cuts fresh samples, and say what importance weights leave as it is.
+
+    The recorded log-probs are of the truncated distribution, so that the ratio of a fresh sample is the mass that was kept.
+    """
+    if not truncates(sampler):
+        return
+    settings = " and ".join(f"sampler.{key}={getattr(sampler, key)}" for key in ("top_p", "top_k") if getattr(sampler, key))
+    if cfg.get("importance_weights"):
+        log.warning(
+            f"{settings} never samples the tokens that it cuts off; importance_weights corrects for the probabilities of those "
+            "that are sampled, and not for the mass of the others (1 − importance_weight_mean of each token's, about)"
+        )
+        return
+    clips = objective.takes_importance_weights or isinstance(objective, SDPO)
+    clip_low = getattr(objective, "clip", {}).get("clip_low", 0.0)
+    if clips and sampler.top_p is not None and sampler.top_p < clip_low:
+        correction = "set importance_weights, or " if objective.takes_importance_weights else ""
+        raise InputError(
+            f"sampler.top_p={sampler.top_p} is below objective.clip_low={clip_low}: the ratio of a fresh sample is the mass "
+            "that top_p keeps, so that tokens of negative advantage would lose their gradient in the very first update; "
+            f"{correction}raise sampler.top_p, or lower objective.clip_low"
+        )
+
+
+def _check_group(cfg: DictConfig, objective: Objective, method: str) -> None:
+    """Refuse groups of one where the reward is all that teaches; say it where a teacher or demonstrations teach too."""
+    if cfg.group_size != 1 or not reads_rewards(cfg.objective):
+        return
+    text = (
+        f"group_size=1 leaves the advantage of {method} nothing to compare a rollout with, so that the reward teaches nothing; "
+        "set group_size to at least 2"
+    )
+    if isinstance(objective, GRPO) and not cfg.get("sft_weight"):
+        raise InputError(text)
+    log.warning(text)
 
 
 def _check_hindsight(cfg: DictConfig, objective: Objective, method: str) -> None:
@@ -89,6 +135,7 @@ def _check_adapters(model: nn.Module, teacher: Teacher) -> None:
 
 
 def has_own_teacher(cfg: DictConfig) -> bool:
+    """Return whether another model than the trained one teaches."""
     return bool(cfg.get("teacher_model") or cfg.get("teacher_checkpointer"))
 
 

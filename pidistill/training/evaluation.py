@@ -65,6 +65,7 @@ def evaluate(
     means = rollout_means(run.sums(rollout_sums(sampled.rollouts, success_threshold, leak_phrases)))
     names = {"reward_mean": "eval_student_reward_mean"}
     names |= {name: f"eval_{name}" for name in ("leak_frac", "completion_tokens_mean", "truncated_frac")}
+    names |= {name: f"eval_{name}" for name in means if name.startswith("reward/")}
     result |= {names[name]: value for name, value in means.items() if name in names}
     overlaps = [privileged_overlap(r) for r in sampled.rollouts]
     shared, said = run.sum(sum(a for a, _ in overlaps)), run.sum(sum(b for _, b in overlaps))

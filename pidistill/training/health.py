@@ -1,6 +1,6 @@
-"""Alarms: one place decides whether a run looks lost or teaches nothing, from the rows of metrics.jsonl.
+"""Give alarms: one place decides from the rows of metrics.jsonl whether a run looks lost or teaches nothing.
 
-Each is said once, with its numbers, the likely cause and the key to change, and stands in its row under `alarms`.
+Each alarm is given once, with its numbers, the likely cause and the key to change, and stands in its row under `alarms`.
 """
 
 import inspect
@@ -30,7 +30,13 @@ CORRUPT_KL_NATS = 6.0
 
 CORRUPT_ENTROPY_FRAC = 0.9  # of ln V
 
+CORRUPT_EXCESS_NATS = 3.0  # of the teacher's −log prob of the samples over the student's
+
 TRUNCATED_FRAC = 0.95
+
+BAD_ROLLOUT_NATS = 1.0  # mean over a rollout's tokens; rounding stays far below
+
+FRESH_CLIP_FRAC = 0.02  # of the tokens of a round's first update
 
 
 class Health:
@@ -45,7 +51,8 @@ class Health:
         privileged, model = cfg.get("privileged") or {}, cfg.get("teacher_model") or cfg.get("model") or {}
         self._shows_nothing = privileged.get("control") == "none"
         self._group_size = cfg.get("group_size")
-        self._reward_free = not _reads_rewards(cfg.get("objective") or {})
+        self._truncates_by_rank = bool((cfg.get("sampler") or {}).get("top_k")) and not cfg.get("importance_weights")
+        self._reward_free = not reads_rewards(cfg.get("objective") or {})
         self._vocab_size = model.get("vocab_size")
         self._rows: list[Row] = []  # the first STEPS and the last ZERO_GRADIENT_STEPS training rows
         self._rounds: list[float] = []  # zero_advantage_frac of the last rounds
@@ -152,11 +159,13 @@ class Health:
         kl = max(row.get(key, 0.0) for key in ("kl_student_teacher_nats", "kl_teacher_student_nats"))
         entropy = row.get("teacher_entropy_nats", 0.0)
         uniform = math.log(self._vocab_size) if self._vocab_size and self._vocab_size > 1 else math.inf
-        if kl > CORRUPT_KL_NATS or entropy > CORRUPT_ENTROPY_FRAC * uniform:
+        teacher, student = row.get("teacher_nll_nats", math.nan), row.get("student_nll_nats", math.nan)
+        if kl > CORRUPT_KL_NATS or entropy > CORRUPT_ENTROPY_FRAC * uniform or teacher - student > CORRUPT_EXCESS_NATS:
             return (
-                f"the teacher looks corrupt: its entropy is {entropy:.3g} nats (ln V is {uniform:.3g}) and its KL from the "
-                f"student {kl:.3g} nats per token; check teacher_checkpointer.checkpoint_dir, teacher_model and the teacher's "
-                "prompt (`pidistill preview` shows it)"
+                f"the teacher looks corrupt: its entropy is {entropy:.3g} nats (ln V is {uniform:.3g}), its KL from the "
+                f"student {kl:.3g} and its −log prob of the samples {teacher:.3g} nats per token (the student's: "
+                f"{student:.3g}); check teacher_checkpointer.checkpoint_dir, teacher_model and the teacher's prompt "
+                "(`pidistill preview` shows it)"
             )
         return None
 
@@ -169,6 +178,31 @@ class Health:
                 "end before it, check that the tokenizer's stop tokens hold the template's end of turn"
             )
         return None
+
+    def bad_rollout(self, row: Row) -> str | None:
+        worst = row.get("sampler_mismatch_rollout_max_nats", 0.0)
+        if worst <= BAD_ROLLOUT_NATS:
+            return None
+        return (
+            f"the sampler's log-probs of one rollout are {worst:.3g} nats per token away from the trainer's, while the mean "
+            f"over all tokens is {row.get('sampler_mismatch_mean_nats', math.nan):.3g}; with a negative advantage its tokens "
+            f"count up to e^{worst:.3g} times; check the sampler, or bound such a rollout with objective.dual_clip or "
+            "importance_weights"
+        )
+
+    def fresh_samples_clipped(self, row: Row) -> str | None:
+        # The ratios of π-Distill's student half and of hinted samples are those of another view, and differ from the start.
+        other_view = "student_ratio_mean" in row or row.get("guided_groups")
+        if not self._truncates_by_rank or other_view or "sampler_mismatch_mean_nats" not in row:
+            return None
+        frac = row.get("clip_frac", 0.0)
+        if frac <= FRESH_CLIP_FRAC:
+            return None
+        return (
+            f"{100 * frac:.0f}% of the tokens lost their gradient to the clip in a round's first update, where the policy is "
+            "still the one that sampled: sampler.top_k cuts off so much mass that the ratio, which is the mass it keeps, is "
+            "below objective.clip_low; set importance_weights, or raise sampler.top_k"
+        )
 
     def no_spread(self, row: Row) -> str | None:
         if self._reward_free or len(self._rounds) < STEPS or any(frac < 1 for frac in self._rounds):
@@ -190,6 +224,8 @@ _RULES: dict[str, Callable[[Health, Row], str | None]] = {
     "teacher_is_student": Health.teacher_is_student,
     "teacher_corrupt": Health.teacher_corrupt,
     "truncated": Health.truncated,
+    "bad_rollout": Health.bad_rollout,
+    "fresh_samples_clipped": Health.fresh_samples_clipped,
     "no_spread": Health.no_spread,
 }
 
@@ -199,7 +235,7 @@ def _is_training(row: Row) -> bool:
     return any(key in row for key in ("loss", "entropy_nats", "kl_teacher_student_nats"))
 
 
-def _reads_rewards(objective: Mapping[str, Any]) -> bool:
+def reads_rewards(objective: Mapping[str, Any]) -> bool:
     """Return whether the objective has a key `advantage`, and a term for it: the reward reaches the loss."""
     if not objective.get("_component_") or objective.get("reward_weight") == 0:
         return False

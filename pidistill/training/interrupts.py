@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
+from pidistill.errors import StopRequest
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(SystemExit):
+class Stopped(SystemExit, StopRequest):
     """Ends the process with a sentence on stderr and an exit status, without a traceback."""
 
     def __init__(self, sentence: str, signum: int, saves: bool = True) -> None:

@@ -60,7 +60,9 @@ TABLE: Mapping[str, Key] = {
         Key("output_dir", TEXT, "folder of the run: metrics, checkpoints, rollouts", EVERY),
         Key("seed", WHOLE, "seed of the data order, of sampling and of new weights", EVERY, 0, least=0),
         Key("device", TEXT, "device of every process: cuda, cpu", EVERY, null="cuda where there is one, else cpu"),
-        Key("dtype", TEXT, "type of the weights and of the arithmetic: fp32 or bf16", EVERY, "fp32"),
+        Key("dtype", TEXT, "type of the weights, their gradients and the optimizer's states: fp32 or bf16", EVERY, "fp32"),
+        Key("compute_dtype", TEXT, "type that weights are multiplied in; bf16 beside dtype fp32: mixed precision", EVERY,
+            null="that of `dtype`"),
         Key("threads", WHOLE, "CPU threads of each process", EVERY, least=1, null="an equal share of the cores"),
         # the model
         Key("model", COMPONENT, "builder of the model that is trained, sampled or evaluated", EVERY),
@@ -86,6 +88,10 @@ TABLE: Mapping[str, Key] = {
             least=1, null="one, in the sampler's own thread",
         ),
         Key("environment_timeout_s", NUMBER, "seconds that one `reset` or `step` may take", EVERY, above=0, null="no limit"),
+        Key(
+            "max_observation_chars", WHOLE, "characters of an environment's answer to one turn; a longer one costs its episode",
+            EVERY, 200_000, least=1,
+        ),
         Key(
             "on_overflow", TEXT, "what happens to rows that do not fit into `max_seq_len`", EVERY,
             null="`privileged.on_overflow`", choices=("error", "drop"),
@@ -135,13 +141,16 @@ TABLE: Mapping[str, Key] = {
         Key("teacher", COMPONENT, "the weights that score as the teacher", ROUNDS, null="the trained weights"),
         Key("teacher_model", COMPONENT, "builder of a teacher of its own", ROUNDS, null="`model`"),
         Key("teacher_checkpointer", COMPONENT, "reader of the teacher's weights", ROUNDS, null="`checkpointer`"),
-        Key("teacher_tokenizer", COMPONENT, "the teacher's tokenizer, to compare with the student's", ROUNDS, null="none"),
+        Key(
+            "teacher_tokenizer", COMPONENT, "tokenizer whose chat template renders the teacher's view; its ids must be the "
+            "student's", (*ROUNDS, "evaluate", "sample"), null="`tokenizer`",
+        ),
         Key("hindsight", COMPONENT, "privileged information that a round's own rollouts reveal", ("opsd",), null="none"),
         Key("sft_weight", NUMBER, "weight of the mean −log S of the dataset's completions", ROUNDS, 0.0, least=0),
         Key("sft_batch_size", WHOLE, "demonstrations of that term in one step", ROUNDS, 64, least=1),
         Key(
             "max_sampler_mismatch_nats", NUMBER, "difference of sampler and trainer log-probs that stops a run", ROUNDS,
-            above=0, null="0.1; no limit with top-p or top-k", infinite=True,
+            above=0, null="0.1, beside what top-p or top-k explains", infinite=True,
         ),
         Key("importance_weights", COMPONENT, "correction for a sampler that is not the trained policy", ROUNDS, null="none"),
         Key("rollout_log_steps", WHOLE, "steps between two logs of sampled texts; 0: none", ROUNDS, 0, least=0),

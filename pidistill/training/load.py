@@ -1,39 +1,53 @@
-"""Models from checkpoints: built on the meta device, sharded, filled."""
+"""Load models from checkpoints: built on the meta device, sharded, filled."""
 
 import functools
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchtune import modules, training
 from torchtune.modules import TransformerDecoder
 
 from pidistill.config import build
 from pidistill.distributed.run import Run
-from pidistill.distributed.tensor_parallel import parallelize
-from pidistill.distributed.tensor_parallel import shard_model as shard_over_both
+from pidistill.distributed.tensor_parallel import parallelize, shard_model
 from pidistill.errors import InputError
 from pidistill.models.adapters import scale_weights_alone, train_adapters_only, with_initial_adapters
 from pidistill.models.empty import empty_model
 from pidistill.models.nf4 import check_shapes, stored_as_in
 from pidistill.models.offloading import offload_activations
 from pidistill.models.peft_format import with_adapter_dir
+from pidistill.models.precision import add_up_norms_in_fp32, keep_trained_weights_in
+from pidistill.teachers import Teacher
 from pidistill.training.keys import setting
 
 # ---------------------------------------------------------------------------------------------- model
 
 
-def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str, Any], *, trained: bool) -> TransformerDecoder:
+def load_model(
+    cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str, Any], *, trained: bool, averaged: bool = False
+) -> TransformerDecoder:
     """Build a model on the meta device, shard it where there is more than one rank, and fill it from a full state dict.
 
     ``trained`` models get activation checkpointing, offloading and compilation as the config says; teachers do not. Of a model
     with LoRA adapters these alone can be trained, and a state dict without them starts them anew. With `model.quantize_base`
     the state dict's full weights become 4-bit ones.
+
+    In mixed precision the weights that are trained, or ``averaged`` (an EMA teacher's), are in `dtype` and FSDP2 hands out
+    copies of them in `compute_dtype`; all others are in `compute_dtype`.
     """
-    with training.set_default_dtype(run.dtype):
+    moving, several = trained or averaged, run.processes > 1
+    with training.set_default_dtype(run.forward_dtype):
         model = empty_model(model_node)
     train_adapters_only(model)
     scale_weights_alone(model)
+    mixed = run.is_mixed and moving
+    if mixed:
+        keep_trained_weights_in(model, run.dtype)
+    if run.forward_dtype == torch.bfloat16:
+        add_up_norms_in_fp32(model)
     check_shapes(model, run.processes)
     if run.mesh is not None:
         parallelize(model, run.mesh)
@@ -42,18 +56,20 @@ def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str,
         training.compile_model(model, verbose=run.is_main)
     if trained and setting(cfg, "enable_activation_checkpointing"):
         training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
-    if run.processes > 1:
+    if several or mixed:
         layers = list(cfg.get("custom_sharded_layers") or [])
-        shard = training.shard_model if run.mesh is None else functools.partial(shard_over_both, mesh=run.mesh)
-        shard(
+        shard_model(
             model,
             [functools.partial(training.get_shard_conditions, names_to_match=layers)],
+            device_type=run.device.type,
             cpu_offload=setting(cfg, "fsdp_cpu_offload"),
             reshard_after_forward=setting(cfg, "fsdp_reshard_after_forward"),
+            mesh=run.mesh,
+            compute_dtype=run.compute_dtype if mixed else None,
         )
     if trained and setting(cfg, "enable_activation_offloading"):
         offload_activations(model)
-    with training.set_default_dtype(run.dtype), run.device:
+    with training.set_default_dtype(run.forward_dtype), run.device:
         for module in model.modules():
             if hasattr(module, "rope_init"):
                 module.rope_init()
@@ -63,7 +79,7 @@ def load_model(cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str,
 
 
 def load_initial(cfg: DictConfig, run: Run) -> TransformerDecoder:
-    """The checkpoint's model, with `adapter_dir`'s adapter on it or merged into it; for recipes that train nothing."""
+    """Load the checkpoint's model, with `adapter_dir`'s adapter on it or merged into it; for recipes that train nothing."""
     weights = build(cfg.checkpointer, output_dir=str(run.output_dir)).load_checkpoint()[training.MODEL_KEY]
     return load_model(cfg, run, cfg.model, with_adapter_dir(cfg, cfg.model, weights), trained=False)
 
@@ -73,8 +89,11 @@ def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: b
         if run.processes > 1:
             training.load_from_full_model_state_dict(model, state_dict, run.device, strict=True, cpu_offload=cpu_offload)
         else:
-            tensors = {name: t.to(device=run.device, dtype=run.dtype) for name, t in state_dict.items()}
-            model.load_state_dict(stored_as_in(model, tensors), strict=True, assign=True)
+            wanted = model.state_dict()
+            device = torch.device("cpu") if cpu_offload else run.device
+            tensors = {name: t.to(device, wanted[name].dtype if name in wanted else None) for name, t in state_dict.items()}
+            tensors = {name: _whole_shard(t, wanted.get(name)) for name, t in stored_as_in(model, tensors).items()}
+            model.load_state_dict(tensors, strict=True, assign=True)
     except (RuntimeError, KeyError, AttributeError) as error:
         detail = " ".join(str(error).split())[:400]
         raise InputError(
@@ -82,11 +101,18 @@ def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: b
         ) from error
 
 
-def load_teacher(cfg: DictConfig, run: Run) -> TransformerDecoder:
-    """The initial weights again (with `adapter_dir`'s adapter, if there is one), or those of `teacher_checkpointer`."""
+def _whole_shard(tensor: Tensor, like: Tensor | None) -> Tensor:
+    """Return a full tensor as the only process's shard of it, without a copy, where ``like`` is sharded."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return DTensor.from_local(tensor, like.device_mesh, like.placements, run_check=False)
+
+
+def load_teacher(cfg: DictConfig, run: Run, teacher: Teacher) -> TransformerDecoder:
+    """Load the initial weights again (with `adapter_dir`'s adapter, if there is one), or those of `teacher_checkpointer`."""
     node = cfg.get("teacher_model") or cfg.model
     checkpointer = build(cfg.get("teacher_checkpointer") or cfg.checkpointer, output_dir=str(run.output_dir / ".teacher"))
     weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
     if not cfg.get("teacher_checkpointer"):
         weights = with_adapter_dir(cfg, node, weights)
-    return load_model(cfg, run, node, weights, trained=False)
+    return load_model(cfg, run, node, weights, trained=False, averaged=teacher.averages)

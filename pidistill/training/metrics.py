@@ -13,6 +13,7 @@ that was not computed is absent; nothing stands in for it.
 | kl_student_teacher_nats | kl(student||teacher), likewise |
 | kl_teacher_student_q1 … q4 | the same by quarter of the completion |
 | entropy_nats, teacher_entropy_nats | entropy per policy token of the student and of the teacher view |
+| student_nll_nats, teacher_nll_nats | −log-prob per sampled token in the student and in the teacher view |
 | leak_frac | share of rollouts in which an assistant turn says a leak phrase |
 | clip_frac | share of policy tokens whose policy gradient is clipped to zero (halves weighted by α and 1−α) |
 | ratio_mean | mean of sampling view / μ (hinted rollouts: S/μ); 1 on the first update unless top-p or top-k is on |
@@ -20,6 +21,7 @@ that was not computed is absent; nothing stands in for it.
 | sampler_mismatch_k3_nats | kl(sampler||trainer) per token, estimated by e^Δ − 1 − Δ ≥ 0; at a round's first update only |
 | sampler_mismatch_mean_nats | mean |Δ| over those tokens, Δ = log-prob of the trainer − the sampler, in the view that sampled |
 | sampler_mismatch_max_nats | the largest |Δ| of them |
+| sampler_mismatch_rollout_max_nats | the largest mean |Δ| of a rollout, without what top-p or top-k explains |
 | importance_weight_mean | mean truncated importance weight of the round's policy tokens, with `importance_weights` |
 | importance_truncated_frac | share of them whose weight the cap cut |
 | ess_frac | effective sample size of the student's token ratios S/μ, as a share of the policy tokens |
@@ -32,6 +34,7 @@ that was not computed is absent; nothing stands in for it.
 | guided_groups | groups sampled again with the hint; the round's reward and leak numbers hold the hinted samples (Guide-GRPO) |
 | rollouts_with_pi_frac | share of this round's rollouts for which hindsight found privileged information |
 | hindsight_too_long | rollouts of this round whose hindsight did not fit, and was left out |
+| hindsight_failures | calls of `hindsight.sibling` and `hindsight.feedback` in this round that raised or wrote no text |
 | hindsight_judge_failures | rollouts of this round about which the judge gave no critique, and which have none |
 | snis_ess | effective sample size of SNIS's weights, in rollouts: 1 to the group's size |
 | sft_loss | mean −log S per token of the demonstrations behind `sft_weight` |
@@ -53,6 +56,7 @@ that was not computed is absent; nothing stands in for it.
 | eval_teacher_success | with privileged information: the ceiling |
 | eval_privileged_gain | eval_teacher_success − eval_student_success |
 | eval_student_reward_mean | mean reward of the samples behind eval_student_success |
+| eval_reward/<name> | parts of their reward, such as `success_strict` and `success_last_number` of GSM8K answers |
 | eval_dropped/<reason>, eval_dropped_rows/<reason> | rollouts and rows left out of the evaluation, by reason |
 | eval_leak_frac | leak_frac of the evaluated student's samples |
 | eval_privileged_overlap_frac | share of the student's word 4-grams that stand in the privileged text it was not shown |
@@ -84,6 +88,10 @@ def token_sums(batch: Batch, scores: Scores, extra: dict[str, Tensor]) -> dict[s
         columns["entropy_nats"] = scores.student_entropy
     if scores.teacher_entropy is not None:
         columns["teacher_entropy_nats"] = scores.teacher_entropy
+    for view in ("student", "teacher"):
+        logprobs = getattr(scores, f"{view}_logprobs")
+        if logprobs is not None:
+            columns[f"{view}_nll_nats"] = -logprobs
     sums = {name: value.detach().double().sum().item() for name, value in columns.items()}
     kl = columns.get("kl_teacher_student_nats")
     if kl is not None and kl.numel():

@@ -50,6 +50,16 @@ def cpu_offload(params: list[nn.Parameter], optimizer: str = "torch.optim.AdamW"
     return CPUOffloadOptimizer(params, resolve(optimizer), **arguments)
 
 
+def check_mixed_precision(optimizer: str | None) -> None:
+    """Refuse an optimizer, given by its dotted path, that mixed precision does not work with."""
+    if optimizer is not None and resolve(optimizer) is cpu_offload:
+        raise InputError(
+            f"optimizer._component_={optimizer} does not work with compute_dtype=bf16, whose gradients are added up in fp32 "
+            "beside the weights; set fsdp_cpu_offload=True, which moves weights, gradients and states to the CPU, and "
+            "optimizer._component_=torch.optim.AdamW"
+        )
+
+
 def keep_second_moments_above_zero(optimizer: Optimizer) -> None:
     """Of torchao's 8-bit optimizers, after every step: the code 0 becomes the smallest one above.
 

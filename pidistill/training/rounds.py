@@ -103,12 +103,13 @@ def rows_report(data: RecipeData) -> dict[str, float]:
     return dropped | {"rows_without_pi": data.rows_without_pi}
 
 
-def check_rewards(rollouts: float, dropped: Mapping[str, float]) -> None:
-    """Refuse to go on if a whole round has no rollout with a reward: no later one would fare better."""
+def check_rewards(rollouts: float, dropped: Mapping[str, float], where: str = "of the round") -> None:
+    """Refuse to go on where no rollout has a reward: no later one would fare better. Counts are over all ranks."""
     if rollouts == 0:
-        reasons = ", ".join(f"{reason} {count:g}" for reason, count in dropped.items() if count)
+        reasons = ", ".join(f"{reason} {count:g}" for reason, count in dropped.items() if count) or "none was sampled"
         raise InputError(
-            f"no rollout of the round has a reward ({reasons}); the warning above names the first: mend `environment`"
+            f"no rollout {where} has a reward ({reasons}); the warning above says what went wrong in the first one: correct "
+            "`environment`, its reward or `reward_shaping`"
         )
 
 

@@ -31,6 +31,7 @@ from pidistill.training.checkpoint_source import check_checkpoint_fits, check_ch
 from pidistill.training.disk import is_disk_fault, replace_file
 from pidistill.training.interrupts import Stopped, handle_signals, training_run
 from pidistill.training.keys import check_values, setting
+from pidistill.training.optimizers import check_mixed_precision
 from pidistill.training.run_folder import RESUME, claim_run_folder, public_config
 
 log = utils.get_logger("INFO")
@@ -50,17 +51,19 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
         check_checkpoint_fits(cfg, key)
     check_adapter_dir(cfg)
     device = _device(setting(cfg, "device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = _dtype(setting(cfg, "dtype"), device)
+    dtype = _dtype("dtype", setting(cfg, "dtype"), device)
+    compute_dtype = _compute_dtype(cfg, dtype, device)
     if device.type == "cpu":
         # Two ranks with all threads each are slower than one; results do not depend on it within one run's settings.
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(int(cfg.get("threads") or max(1, (os.cpu_count() or 1) // ranks)))
     if not dist.is_initialized():
+        offload = setting(cfg, "fsdp_cpu_offload") and device.type != "cpu"
+        backend = training.get_distributed_backend(device.type, offload_ops_to_cpu=offload)
         if training.is_distributed():
-            offload = setting(cfg, "fsdp_cpu_offload") and device.type != "cpu"
-            dist.init_process_group(training.get_distributed_backend(device.type, offload_ops_to_cpu=offload))
+            dist.init_process_group(backend)
         else:
-            dist.init_process_group(training.get_distributed_backend(device.type), store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     processes, rank = utils.get_world_size_and_rank()
     check_offloading(cfg, device, processes)
     shares = check_tensor_parallel(cfg, processes)
@@ -72,7 +75,7 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     random.seed(seed)
     np.random.seed(seed % 2**32)
     output_dir = make_output_dir(cfg.output_dir)
-    run = Run(device, dtype, rank // shares, processes // shares, seed, output_dir, mesh)
+    run = Run(device, dtype, rank // shares, processes // shares, seed, output_dir, mesh, compute_dtype)
     if run.is_main:
         if RESUME in known:
             claim_run_folder(cfg, output_dir)
@@ -137,11 +140,30 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def _dtype(key: str, name: str, device: torch.device) -> torch.dtype:
     try:
         return training.get_dtype(name, device=device)
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"dtype={name} cannot be used on {device.type} ({error}); set dtype to fp32 or bf16") from error
+        raise InputError(f"{key}={name} cannot be used on {device.type} ({error}); set {key} to fp32 or bf16") from error
+
+
+def _compute_dtype(cfg: DictConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """Return `compute_dtype` in mixed precision and None without it.
+
+    Raises:
+        InputError: it is not bf16 beside fp32, or the optimizer does not work with it.
+    """
+    name = setting(cfg, "compute_dtype")
+    compute_dtype = _dtype("compute_dtype", name, device) if name else dtype
+    if compute_dtype == dtype:
+        return None
+    if (dtype, compute_dtype) != (torch.float32, torch.bfloat16):
+        raise InputError(
+            f"compute_dtype={name} does not work with dtype={setting(cfg, 'dtype')}; mixed precision is dtype=fp32 with "
+            "compute_dtype=bf16, and without it compute_dtype is null"
+        )
+    check_mixed_precision((cfg.get("optimizer") or {}).get("_component_"))
+    return compute_dtype
 
 
 def cleanup() -> None:

@@ -3,11 +3,12 @@
 Most of it runs with a stand-in for the one function that starts processes, which leaves what a recipe would.
 """
 
+import contextlib
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -501,42 +502,43 @@ def test_a_changed_config_starts_a_search_anew(recipes, sweep, tmp_path, capsys)
 
 # ------------------------------------------------------------------------------------------- several workers
 
-WORKER = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from pidistill.commands.sweep import execute, command
-from tests.commands.test_sweep import Recipes
-fake, mark = Recipes(), Path(sys.argv[1])
-def slow(words, log, lock):
-    name = words[7].rpartition("/")[2]
-    with (mark / "started").open("a") as file:
-        file.write(name + "\\n")
-    time.sleep(float(sys.argv[2]))
-    return fake(words, log, lock)
-execute.execute = slow
-command.main(sys.argv[3:])
-"""
+
+def work(folder: Path, wait_s: float, words: tuple[str, ...], output: Path) -> None:
+    """Be a worker whose runs take ``wait_s``; each leaves a line in the file `started` first."""
+    fake = Recipes()
+
+    def slow(words: list[str], log: Path, lock: int) -> int:
+        with (folder / "started").open("a") as file:
+            file.write(words[7].rpartition("/")[2] + "\n")
+        time.sleep(wait_s)
+        return fake(words, log, lock)
+
+    execute.execute = slow
+    with output.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        command.main([*words, "--output-dir", str(folder / "out")])
 
 
-def start_worker(folder: Path, wait_s: float, *words: str) -> subprocess.Popen:
-    program = WORKER.format(root=str(ROOT))
-    arguments = [sys.executable, "-c", program, str(folder), str(wait_s), *words, "--output-dir", str(folder / "out")]
-    variables = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(arguments, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+class Worker:
+    """A worker in a process of its own: a copy of this one, which has imported everything already."""
 
+    def __init__(self, folder: Path, wait_s: float, *words: str) -> None:
+        self.output = folder / f"worker_{time.monotonic_ns()}.txt"
+        context = multiprocessing.get_context("fork")
+        self.process = context.Process(target=work, args=(folder, wait_s, words, self.output))
+        self.process.start()
 
-def ended(worker: subprocess.Popen) -> str:
-    output, _ = worker.communicate(timeout=120)
-    assert worker.returncode == 0, output
-    return output
+    def ended(self) -> str:
+        self.process.join(120)
+        text = self.output.read_text()
+        assert self.process.exitcode == 0, text
+        return text
 
 
 @pytest.mark.parametrize("search", [(), ("--search", "random", "--trials", "6")])
 def test_two_workers_on_one_folder_share_the_cells(tmp_path, search):
     values = "objective.beta=0.0..1.0" if search else "objective.beta=0,0.1,0.2,0.3,0.4,0.5"
-    workers = [start_worker(tmp_path, 0.3, "tiny/opsd", values, *search) for _ in range(2)]
-    outputs = [ended(worker) for worker in workers]
+    workers = [Worker(tmp_path, 0.3, "tiny/opsd", values, *search) for _ in range(2)]
+    outputs = [worker.ended() for worker in workers]
     started = (tmp_path / "started").read_text().split()
     assert len(started) == len(set(started)) == 6
     rows = read_jsonl(tmp_path / "out/results.jsonl")
@@ -546,14 +548,14 @@ def test_two_workers_on_one_folder_share_the_cells(tmp_path, search):
 
 def test_what_a_killed_worker_left_is_taken_over(tmp_path):
     words = ("tiny/opsd", "objective.beta=0.1,0.2")
-    killed = start_worker(tmp_path, 60, *words)
+    killed = Worker(tmp_path, 60, *words)
     waited = time.monotonic()
     while not (tmp_path / "started").exists():
-        assert killed.poll() is None and time.monotonic() - waited < 60
+        assert killed.process.is_alive() and time.monotonic() - waited < 60
         time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    ended(start_worker(tmp_path, 0, *words))
+    killed.process.kill()
+    killed.process.join()
+    Worker(tmp_path, 0, *words).ended()
     started = (tmp_path / "started").read_text().split()
     assert len(started) == 3 and len(set(started)) == 2
     assert {row["status"] for row in read_results(tmp_path / "out").values()} == {"ok"}
@@ -689,7 +691,8 @@ def test_the_report_of_twenty_five_arms_and_two_keys_is_drawn(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------- for real
 
 
-def test_two_cells_of_two_steps_from_random_weights_to_the_table(tmp_path):
+@pytest.mark.parametrize("prompts", ["2", pytest.param("1,2", marks=pytest.mark.slow)])
+def test_cells_of_two_steps_from_random_weights_to_the_table(prompts, tmp_path):
     small = {"model.num_layers": 1, "model.embed_dim": 32, "model.intermediate_dim": 64}
     first = small | {"max_steps": 2, "batch_size": 4, "dataset.n": 8, "checkpointer.checkpoint_dir": str(tmp_path / "init")}
     few_rows = {"sampler.max_new_tokens": 8, "eval_dataset.max_rows": 3, "micro_batch_tokens": 400, "rollout_log_steps": 0}
@@ -702,21 +705,21 @@ def test_two_cells_of_two_steps_from_random_weights_to_the_table(tmp_path):
     content = {"evaluate": "tiny/evaluate", "arms": {"rl": {"stages": stages}}}
     content["evaluate_overrides"] = small | {"sampler.max_new_tokens": 8, "dataset.max_rows": 3}
     OmegaConf.save(OmegaConf.create(content), tmp_path / "sweep.yaml")
-    words = ["sweep", str(tmp_path / "sweep.yaml"), "prompts_per_round=1,2", "--output-dir", str(tmp_path / "out")]
+    words = ["sweep", str(tmp_path / "sweep.yaml"), f"prompts_per_round={prompts}", "--output-dir", str(tmp_path / "out")]
     command_line = [sys.executable, "-m", "pidistill.commands.main", *words, "--workers", "2"]
     variables = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command_line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = read_results(tmp_path / "out")
-    assert sorted(rows) == ["rl,prompts_per_round=1", "rl,prompts_per_round=2"]
-    for prompts, row in enumerate(rows[name] for name in sorted(rows)):
+    assert sorted(rows) == [f"rl,prompts_per_round={count}" for count in prompts.split(",")]
+    for count, row in zip(prompts.split(","), (rows[name] for name in sorted(rows)), strict=True):
         assert row["status"] == "ok", row
         # Two rounds of 1 or 2 prompts × 2 rollouts; the first stage samples nothing and takes two steps too.
-        assert (row["steps"], row["rollouts"]) == (4, 2 * 2 * (prompts + 1))
+        assert (row["steps"], row["rollouts"]) == (4, 2 * 2 * int(count))
         assert row["policy_tokens_trained"] > 0 and row["cpu_seconds"] > 1 and row["wall_seconds"] > 1
         assert row["last"]["step"] == 2 and 0 <= row["last"]["student_success"] <= 1
         assert row["best"]["step"] in (1, 2) and row["kl_teacher_student_nats"] > 0
-    assert len(list((tmp_path / "out/runs").iterdir())) == 3, "the first stage ran once"
+    assert len(list((tmp_path / "out/runs").iterdir())) == 1 + len(rows), "the first stage ran once"
     assert done.stdout.count("$ pidistill run --nproc_per_node 1 sft_distributed") == 1
     assert "rl prompts_per_round=2" in (tmp_path / "out/results.md").read_text()
 

@@ -3,9 +3,13 @@
 import pytest
 
 from pidistill.data import build_demonstrations, demonstration
+from pidistill.data.demonstrations import earlier_turns_differ
 from pidistill.envs.tiny_world import tiny_world_dataset, tiny_world_tokenizer
 from pidistill.errors import InputError
+from pidistill.tokenizers import HFChatTokenizer
 from pidistill.types import Example, PromptPair
+from tests.support.chat_templates import QWEN3
+from tests.support.tiny_tokenizers import qwen_folder
 
 
 def pair_of(example, tokenizer):
@@ -45,3 +49,34 @@ def test_a_row_without_an_assistant_turn_is_refused():
     (example,) = list(tiny_world_dataset("train"))[:1]
     with pytest.raises(InputError, match="has no assistant turn"):
         demonstration(example, pair_of(example, tokenizer), tokenizer)
+
+
+TWO_TURNS = [
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "And 3+3?"},
+    {"role": "assistant", "content": "6"},
+]
+
+
+def rows_of_turns(tokenizer, *completions):
+    examples = [
+        Example(id=f"row {i}", messages=[{"role": "user", "content": "2+2?"}], completion=completion)
+        for i, completion in enumerate(completions)
+    ]
+    return [(example, pair_of(example, tokenizer)) for example in examples]
+
+
+def test_earlier_turns_in_another_form_than_a_server_shows_are_said_once_with_the_count(tmp_path, caplog):
+    """Qwen3 writes an empty thought into the last turn only, so a demonstration of two turns holds one too many."""
+    tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path, QWEN3)))
+    rows = rows_of_turns(tokenizer, TWO_TURNS[:1], TWO_TURNS, TWO_TURNS)
+    rollouts, _ = build_demonstrations(rows, tokenizer, max_seq_len=600, on_overflow=None)
+    assert [earlier_turns_differ(rollout, tokenizer) for rollout in rollouts] == [False, True, True]
+    (said,) = [record.getMessage() for record in caplog.records if "demonstrations" in record.getMessage()]
+    assert "2 of 3 demonstrations hold turns before the last one in another form than a server shows (first: row 1)" in said
+
+
+def test_nothing_is_said_where_a_server_shows_the_same_turns(tmp_path, caplog):
+    tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path)))
+    build_demonstrations(rows_of_turns(tokenizer, TWO_TURNS), tokenizer, max_seq_len=600, on_overflow=None)
+    assert not caplog.records

@@ -13,8 +13,8 @@ from pidistill.config import check_config
 from pidistill.envs import Environment
 from pidistill.rollouts import DROP_REASONS
 from pidistill.training.keys import COMMON_KEYS
-from tests.rollouts.test_collect import LetterTokenizer, Script, collect_rollouts
-from tests.rollouts.test_collect import pair as prompt_pair
+from tests.support.episodes import LetterTokenizer, Script, collect_rollouts
+from tests.support.episodes import pair as prompt_pair
 
 TEXT = (Path(__file__).parents[2] / "docs" / "environments.md").read_text(encoding="utf-8")
 

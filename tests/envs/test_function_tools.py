@@ -11,9 +11,13 @@ import pytest
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs import Environment, EnvStep
 from pidistill.envs.function_tools import FunctionToolEnvironment, ToolError, call_tools, tool, tools_by_name, with_tools
+from pidistill.envs.tool_world import tool_world_dataset
 from pidistill.errors import InputError
+from pidistill.privileged import PrivilegedPrompt
 from pidistill.rewards import Constraints
+from pidistill.tokenizers import HFChatTokenizer
 from pidistill.types import Example
+from tests.support.tiny_tokenizers import qwen_folder
 
 
 def add(state: list, amount: int, note: str | None = None, tags: list[str] | None = None, unit: Literal["kg", "g"] = "g"):
@@ -192,3 +196,41 @@ def test_a_dataset_shows_the_schemas():
     assert rows[0].tools == [tool(ratio).schema] and rows.dropped == {"x": 2}
     with pytest.raises(InputError, match="functions is empty"):
         FunctionToolEnvironment([], pile_is_ten)
+
+
+WITHOUT_TOOLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("world", ["functions", "tool world"])
+def test_tools_that_the_template_does_not_show_are_refused_before_sampling_unless_written_as_text(world, tmp_path):
+    plain = qwen_folder(tmp_path / "model", WITHOUT_TOOLS)
+    functions = with_tools(ExampleDataset([example(1)]), [add])
+    (row,) = functions if world == "functions" else tool_world_dataset("train", n=1)
+    with pytest.raises(InputError, match=r"the chat template leaves out the tool '\w+'; set tokenizer.tool_format: action"):
+        PrivilegedPrompt().build(row, HFChatTokenizer(str(plain)))
+    tokenizer = HFChatTokenizer(str(plain), tool_format="action")
+    shown = tokenizer.decode(PrivilegedPrompt().build(row, tokenizer).pair.student)
+    assert all(schema["function"]["name"] in shown for schema in row.tools)
+
+
+def test_a_tools_exception_whose_text_raises_or_is_long_is_answered_in_bounds():
+    class Silent(Exception):
+        def __str__(self):
+            raise ValueError("no text")
+
+        __repr__ = __str__
+
+    def silent(a: int) -> str:
+        """Raise what cannot be shown."""
+        raise Silent
+
+    def long(a: int) -> str:
+        """Raise a long text."""
+        raise RuntimeError("x" * 1_000_000)
+
+    tools = tools_by_name([silent, long])
+    (first,), (second,) = (call_tools(says("", (name, {"a": 1})), tools) for name in ("silent", "long"))
+    assert first["content"] == "Error: Silent" and len(second["content"]) < 1100

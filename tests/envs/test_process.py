@@ -19,8 +19,8 @@ from pidistill.envs.streams import RandomStreams
 from pidistill.errors import InputError
 from pidistill.rollouts import DROP_REASONS
 from pidistill.types import Example
-from tests.rollouts.test_calls import FIRST, RESET, SECOND, Ill, healthy, numbers, play  # noqa: F401 (a fixture)
-from tests.rollouts.test_collect import assistant, tool
+from tests.support.episodes import assistant, tool
+from tests.support.ill_worlds import FIRST, RESET, SECOND, Ill, healthy_numbers, numbers, play
 
 
 class Fatal(Ill):
@@ -152,14 +152,51 @@ def test_what_an_environment_raises_arrives_with_its_traceback(talkative, text, 
 def test_what_cannot_be_meant_is_refused(talkative):
     with pytest.raises(InputError, match="no such task"):
         talkative.reset(row("refused"))
-    with pytest.raises(InputError, match="a state of Talkative cannot be pickled .*lock"):
-        talkative.reset(row("unpicklable"))
     with pytest.raises(InputError, match="SingleTurn cannot be sent to a worker process"):
         ProcessEnvironment(SingleTurn(lambda example, turns: 1.0))
     with pytest.raises(InputError, match=r"environment\.workers is 0"):
         ProcessEnvironment(Talkative(), workers=0)
     with pytest.raises(InputError, match=r"environment\.timeout_s is 0"):
         ProcessEnvironment(Talkative(), timeout_s=0)
+
+
+def test_a_state_that_cannot_be_pickled_costs_its_episode(talkative):
+    with pytest.raises(EnvironmentOutputError, match="a state of Talkative cannot be pickled .*lock"):
+        talkative.reset(row("unpicklable"))
+    assert say(talkative, talkative.reset(row()), "pid").reward == 1.0
+
+
+class Made:
+    """Can be made in a worker as long as its file is there."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        open(self.path).close()
+
+    def reset(self, example):
+        if example.id == "die":
+            os.unlink(self.path)
+            os._exit(3)
+        return {}
+
+    def step(self, state, turn, *, truncated):
+        return EnvStep([], 1.0, True)
+
+
+def test_an_environment_that_cannot_be_made_is_refused_at_first_and_costs_episodes_later(tmp_path):
+    path = tmp_path / "there"
+    environment = ProcessEnvironment(Made(str(path)), workers=1)
+    with pytest.raises(InputError, match="cannot be made in a worker process: FileNotFoundError"):
+        environment.reset(row())
+    path.touch()
+    assert say(environment, environment.reset(row()), "x").reward == 1.0
+    with pytest.raises(EnvironmentCrash, match="exit code 3"):
+        environment.reset(row("die"))
+    with pytest.raises(EnvironmentCrash, match="cannot be made in a worker process"):
+        environment.reset(row())
 
 
 def test_an_episodes_random_numbers_are_its_own(talkative):
@@ -192,7 +229,9 @@ FAULTS = {  # episode: (when, what), as in tests/rollouts/test_calls.py
 COUNTS = dict(zip(DROP_REASONS, (2, 1, 2, 2, 2), strict=True))
 
 
-def test_of_64_episodes_in_3_processes_the_ill_ones_are_lost_and_no_others(healthy):  # noqa: F811
+def test_of_64_episodes_in_3_processes_the_ill_ones_are_lost_and_no_others():
+    healthy = healthy_numbers()
+    assert min(len(healthy[row][6]) for row in FAULTS) >= 2, "a fault of a second turn would not happen"
     environment = ProcessEnvironment(Fatal(FAULTS, None), workers=3, timeout_s=2.0)
     result = play(environment, environment_threads=6)
     assert result.dropped == COUNTS

@@ -217,7 +217,7 @@ def test_the_teacher_sees_the_siblings_text_and_the_student_what_it_saw():
     before = [(list(r.prompts.student), list(r.completion), list(r.sampled_logprobs)) for r in rollouts]
     expected = Hindsight(SlotOf()).texts(rollouts)
     counts = add_hindsight(Hindsight(SlotOf()), rollouts, PRIVILEGED, TOKENIZER, ONE, 96)
-    assert counts == {"_with_pi": 3.0, "hindsight_too_long": 0.0}
+    assert counts == {"_with_pi": 3.0, "hindsight_too_long": 0.0, "hindsight_failures": 0.0}
     assert [(r.prompts.student, r.completion, r.sampled_logprobs) for r in rollouts] == before
     assert [r.example.privileged for r in rollouts] == expected
     assert [r.prompts.has_privileged for r in rollouts] == [text is not None for text in expected]
@@ -315,7 +315,9 @@ def test_what_does_not_fit_is_left_out_and_counted(limit):
     )
     counts = add_hindsight(Hindsight(SlotOf()), rollouts, privileged, TOKENIZER, ONE, max_seq_len)
     assert counts == (
-        {"_with_pi": 1.0, "hindsight_too_long": 1.0} if limit == "sequence" else {"_with_pi": 0.0, "hindsight_too_long": 2.0}
+        {"_with_pi": 1.0, "hindsight_too_long": 1.0, "hindsight_failures": 0.0}
+        if limit == "sequence"
+        else {"_with_pi": 0.0, "hindsight_too_long": 2.0, "hindsight_failures": 0.0}
     )
     for r in rollouts:
         assert r.prompts.has_privileged == (r.example.privileged is not None) == (r.prompts.teacher != r.prompts.student)

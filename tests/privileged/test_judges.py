@@ -1,5 +1,6 @@
 """A judge's critique: a local server answers as real ones do, and as they should not."""
 
+import contextlib
 import json
 import logging
 import threading
@@ -57,6 +58,9 @@ class Server:
                 handler.wfile.flush()
                 time.sleep(0.05)
             return
+        if what in ("drip a header", "drip the status", "endless body", "endless header"):
+            send_without_end(handler, what)
+            return
         raw = what if isinstance(what, bytes) else json.dumps({"choices": [{"message": {"content": what}}]}).encode()
         handler.send_response(status)
         for name, value in more:
@@ -64,6 +68,22 @@ class Server:
         handler.send_header("Content-Length", str(len(raw)))
         handler.end_headers()
         handler.wfile.write(raw)
+
+
+def send_without_end(handler, what: str, seconds: float = 6.0) -> None:
+    """Send bytes for a while, never silent for long: in place of the status line, within a header, or as a body."""
+    start, byte, pause = {
+        "drip a header": (b"HTTP/1.1 200 OK\r\nX-Slow: ", b"a", 0.05),
+        "drip the status": (b"HTTP/1.1 200 ", b"O", 0.05),
+        "endless body": (b"HTTP/1.1 200 OK\r\n\r\n", b"a" * 100_000, 0.0),
+        "endless header": (b"HTTP/1.1 200 OK\r\nX-Long: ", b"a" * 1_000, 0.001),
+    }[what]
+    end = time.monotonic() + seconds
+    with contextlib.suppress(OSError):
+        handler.wfile.write(start)
+        while time.monotonic() < end:
+            handler.wfile.write(byte)
+            time.sleep(pause)
 
 
 @pytest.fixture
@@ -127,13 +147,110 @@ def test_what_may_pass_is_tried_again_and_counted_if_it_does_not(kind, server, c
     assert "row 7" in said and "(3 tries)" in said
 
 
-@pytest.mark.parametrize("kind", ["hang", "drip"])
+SLOW = ["hang", "drip", "drip a header", "drip the status", "endless body", "endless header"]
+
+
+@pytest.mark.parametrize("kind", SLOW)
 def test_a_slow_judge_is_given_up_after_the_time_limit(kind, server):
     server.script = [(200, kind)]
     judge = Judge(endpoint(server, timeout_s=0.2, retries=0))
     began = time.monotonic()
     assert judge(ROW, TURNS) is None and judge.failures == 1
     assert time.monotonic() - began < 2
+
+
+def test_a_judge_that_is_given_up_leaves_no_thread_behind(server):
+    before = {thread.name for thread in threading.enumerate()}
+    server.script = [(200, "drip a header")]
+    Judge(endpoint(server, timeout_s=0.2, retries=1))(ROW, TURNS)
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        left = [thread for thread in threading.enumerate() if thread.name not in before and "(answer)" in thread.name]
+        if not left:
+            return
+        time.sleep(0.05)
+    raise AssertionError(left)
+
+
+HOSTILE = {
+    "half a surrogate pair": b'{"choices": [{"message": {"content": "no \\ud83d"}}]}',
+    "deep nesting": b"[" * 100_000,
+    "not UTF-8": b"\xff\xfe\x00",
+    "an object in place of text": b'{"choices": [{"message": {"content": {"a": 1}}}]}',
+    "choices of another kind": b'{"choices": {"0": 1}}',
+    "a number without end": b"1" * 900_000,
+    "too many bytes": b'{"choices": [{"message": {"content": "' + b"a" * 1_000_001 + b'"}}]}',
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_an_answer_of_any_kind_costs_the_row_alone(kind, server, tmp_path):
+    server.script = [(200, HOSTILE[kind])]
+    judge = Judge(endpoint(server, retries=0), cache_dir=str(tmp_path))
+    assert judge(ROW, TURNS) is None and judge.failures == 1 and not list(tmp_path.iterdir())
+
+
+class Unreadable(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+    __repr__ = __str__
+
+
+def fail_with(error: BaseException):
+    def call(*_):
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("error", [ValueError("x" * 10**7), Unreadable(), SystemExit(3), UnicodeError("\ud83d")])
+def test_a_judge_that_raises_costs_the_row_alone(error, caplog):
+    judge = Judge(fail_with(error))
+    assert judge(ROW, TURNS) is None and judge.failures == 1
+    assert len(caplog.text) < 1_000
+
+
+@pytest.mark.parametrize("answer", [None, 7, b"bytes", "\ud83d", "x" * 2_000_000, "  "])
+def test_an_answer_that_is_no_usable_text_is_none(answer):
+    judge = Judge(lambda prompt: answer)
+    assert judge(ROW, TURNS) is None and judge.failures == 1
+
+
+def test_a_turn_with_half_a_surrogate_pair_is_asked_about_and_kept(server, tmp_path):
+    judge = Judge(endpoint(server), cache_dir=str(tmp_path))
+    turns = [{"role": "assistant", "content": "no \ud83d"}]
+    assert judge(ROW, turns) == judge(ROW, turns) == "You should have looked first." and len(server.requests) == 1
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_is_said_once(server, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    judge = Judge(endpoint(server), cache_dir=str(tmp_path / "file"))
+    for _ in range(2):
+        assert judge(ROW, TURNS) == "You should have looked first."
+    assert judge.failures == 0 and len(server.requests) == 2
+    assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
+        f"critiques cannot be kept in feedback.cache_dir {tmp_path / 'file'}"
+    ]
+
+
+@pytest.mark.parametrize("which", ["feedback", "sibling"])
+@pytest.mark.parametrize("error", [ValueError("no"), Unreadable(), SystemExit(3), "\ud83d", 7])
+def test_a_callable_that_fails_costs_its_rollout_the_information_and_is_counted(which, error, caplog):
+    def write(example, turns):
+        if turns[0]["content"] == "broken":
+            if isinstance(error, BaseException):
+                raise error
+            return error
+        return "obs"
+
+    parts = {"sibling": None} | {which: write}
+    rollouts = [rollout("fine", 0, 0.0), rollout("broken", 1, 0.0), rollout("broken", 2, 0.0)]
+    if which == "sibling":  # each has a sibling that succeeded; that of the last two is broken
+        rollouts = [rollout(said, group, reward) for group, said in enumerate(["fine", "broken"]) for reward in (0.0, 1.0)]
+    counts = add_hindsight(Hindsight(**parts), rollouts, PRIVILEGED, TOKENIZER, ONE, 96)
+    assert counts["_with_pi"] == 1.0 and counts["hindsight_failures"] == {"feedback": 2.0, "sibling": 1.0}[which]
+    assert len([r for r in caplog.records if f"hindsight.{which} failed for" in r.getMessage()]) == 1
 
 
 def test_a_refusal_is_not_tried_again(server):
@@ -212,7 +329,8 @@ def test_a_rollout_whose_critique_failed_has_none_and_is_counted():
     rollouts = [rollout("fine", 0, 0.0), rollout("broken", 1, 0.0), rollout("broken", 2, 0.0)]
     run: Run = ONE
     counts = add_hindsight(Hindsight(None, judge), rollouts, PRIVILEGED, TOKENIZER, run, 96)
-    assert counts == {"_with_pi": 1.0, "hindsight_too_long": 0.0, "hindsight_judge_failures": 2.0}
+    failures = {"hindsight_failures": 0.0, "hindsight_judge_failures": 2.0}
+    assert counts == {"_with_pi": 1.0, "hindsight_too_long": 0.0} | failures
     assert [r.example.privileged for r in rollouts] == ["obs", None, None]
     assert [r.prompts.teacher == r.prompts.student for r in rollouts] == [False, True, True]
     again = add_hindsight(Hindsight(None, judge), rollouts[1:2], PRIVILEGED, TOKENIZER, run, 96)

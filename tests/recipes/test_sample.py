@@ -113,6 +113,13 @@ def test_interventions_are_sampled_by_the_recipe(tiny_base, tmp_path):
         assert len(turns) == told["rewritten_turn"] + 1
 
 
+def test_sampling_without_any_reward_ends_in_one_sentence(tiny_base, tmp_path):
+    rows = [f"tiny_world train row {row}" for row in range(512)]
+    with pytest.raises(InputError, match=r"no rollout of the run has a reward \(reward_error \d+\); the warning above"):
+        sample("rft_sample", tiny_base, tmp_path, environment__fail="raise", environment__fail_on=rows)
+    assert not (tmp_path / "traces.jsonl").exists()
+
+
 def test_nothing_is_written_half(kept, tiny_base, tmp_path, monkeypatch):
     """A run that ends in the middle leaves no traces, and takes those of an earlier run away."""
     (tmp_path / "traces.jsonl").write_text("an earlier run's\n")

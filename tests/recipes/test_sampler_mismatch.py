@@ -112,12 +112,68 @@ def test_weights_scale_the_gradient_and_the_ratio_is_the_trainers(level, cap, ti
         assert weighed["importance_weight_mean"] > 5
 
 
-def test_truncated_sampling_is_measured_and_needs_no_limit(tiny_base, tmp_path):
+def test_truncated_sampling_is_measured_and_stays_within_the_limit(tiny_base, tmp_path):
     """With top-k, π/μ of a sampled token is the mass that top-k kept: below 1, and never cut."""
     rows = rows_of("rl", tiny_base, tmp_path, sampler__top_k=5, max_steps=1, **WEIGHTS)
-    assert rows[0]["sampler_mismatch_mean_nats"] > 0.1
+    assert rows[0]["sampler_mismatch_mean_nats"] > 0.1 and rows[0]["sampler_mismatch_rollout_max_nats"] < 1e-4
     assert 0 < rows[0]["importance_weight_mean"] < 1 and rows[0]["importance_truncated_frac"] == 0
     assert rows[0]["importance_weight_mean"] == pytest.approx(math.exp(-rows[0]["sampler_mismatch_mean_nats"]), abs=0.1)
+
+
+def test_a_sampler_of_other_weights_stops_the_run_under_top_p_too(tiny_base, tmp_path):
+    stale = sampler("StaleSampler", top_p=0.95)
+    with pytest.raises(InputError, match=r"nats per token away .* beyond what top_p explains"):
+        rows_of("rl", tiny_base, tmp_path, optimizer__lr=0.05, lr_scheduler=None, **stale)
+    assert len(metrics(tmp_path)) >= 1, "at the first round the weights are those that sampled"
+
+
+@dataclass(kw_only=True)
+class OneBadSampler(TorchtuneSampler):
+    """Reports log-probs of the first rollout that are 5 nats too low, and true ones of the others."""
+
+    def sample(self, *args: Any, **kwargs: Any) -> list[Sample]:
+        samples = super().sample(*args, **kwargs)
+        samples[0].logprobs = [x - 5.0 for x in samples[0].logprobs]
+        return samples
+
+
+def test_one_bad_rollout_gives_an_alarm_with_its_numbers(tiny_base, tmp_path):
+    rounds = {"prompts_per_round": 2, "group_size": 6, "max_steps": 1, "max_sampler_mismatch_nats": 1.0}
+    (row,) = rows_of("rl", tiny_base, tmp_path, **rounds, **sampler("OneBadSampler"))
+    assert row["sampler_mismatch_mean_nats"] < 1.0
+    assert "one rollout are 5 nats per token away" in row["alarms"]["bad_rollout"]
+
+
+def test_a_top_p_below_the_clip_is_refused_without_a_correction(tiny_base, tmp_path):
+    with pytest.raises(InputError, match=r"top_p=0.5 is below objective.clip_low=0.8: .* set importance_weights, or raise"):
+        rows_of("rl", tiny_base, tmp_path / "refused", sampler__top_p=0.5)
+    with pytest.raises(InputError, match=r"top_p=0.5 is below objective.clip_low=0.8: .* update; raise sampler.top_p"):
+        rows_of("sdpo", tiny_base, tmp_path / "sdpo", sampler__top_p=0.5)
+    (row,) = rows_of("rl", tiny_base, tmp_path / "corrected", sampler__top_p=0.5, max_steps=1, **WEIGHTS)
+    assert row["ratio_mean"] == pytest.approx(1.0, abs=1e-4) and row["clip_frac"] == 0
+    rows_of("opsd_ucla", tiny_base, tmp_path / "no clip", sampler__top_p=0.5, max_steps=1)
+
+
+def test_importance_weights_say_what_they_cannot_correct(tiny_base, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("pidistill.training.compatibility.log.warning", said.append)
+    rows_of("rl", tiny_base, tmp_path / "cut", sampler__top_p=0.9, max_steps=1, **WEIGHTS)
+    assert sum("sampler.top_p=0.9 never samples the tokens that it cuts off" in text for text in said) == 1
+    said.clear()
+    rows_of("rl", tiny_base, tmp_path / "whole", max_steps=1, **WEIGHTS)
+    assert not any("never samples" in text for text in said)
+
+
+def test_groups_of_one_are_refused_where_only_the_reward_teaches_and_said_elsewhere(tiny_base, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("pidistill.training.compatibility.log.warning", said.append)
+    with pytest.raises(InputError, match="group_size=1 leaves the advantage of GRPO nothing to compare"):
+        rows_of("rl", tiny_base, tmp_path / "rl", group_size=1)
+    rows_of("opsd", tiny_base, tmp_path / "opsd", group_size=1, max_steps=1)
+    assert sum("group_size=1 leaves the advantage of OPSD" in text for text in said) == 1
+    said.clear()
+    rows_of("sdft", tiny_base, tmp_path / "sdft", group_size=1, max_steps=1)
+    assert not any("group_size=1" in text for text in said)
 
 
 def test_weights_for_a_method_without_a_policy_gradient_are_refused(tiny_base, tmp_path):

@@ -21,7 +21,7 @@ from pidistill.training.start import check_run
 from recipes.opsd_distributed import KEYS, REQUIRED
 from tests.recipes.test_sample import sample_config
 from tests.recipes.test_two_processes import EMA, TIMEOUT_S, assert_close_rows, back_to_checkpoint
-from tests.rollouts.test_collect import Script, collect, pair
+from tests.support.episodes import Script, collect, pair
 from tests.support.hub_models import MODELS, hub_folder
 from tests.support.runs import (
     EVALUATION,

@@ -1,33 +1,117 @@
+"""Answers of GSM8K: how a number may be written, where it may stand, and how long judging takes."""
+
 import time
 
 import pytest
 
+from pidistill.envs import SingleTurn
 from pidistill.rewards import GSM8KReward
+from pidistill.rewards.gsm8k import MAX_ANSWER_CHARS, final_answer, read_number
 from pidistill.types import Example
 
 
-def reward(text, reference="72"):
+def judge(text, reference="72", format="any"):
     row = Example(id="row 0", messages=[{"role": "user", "content": "q"}], reference=reference)
-    return GSM8KReward()(row, [{"role": "assistant", "content": text}])
+    return GSM8KReward(format)(row, [{"role": "assistant", "content": text}])
 
 
-RIGHT = ["#### 72 eggs", "#### 72 dollars", "#### **72**", "**#### 72**", "#### `72`", "#### 72 (dollars)"]
-RIGHT += ["\\boxed{72 cups}", "\\boxed{72^\\circ}", "\\boxed{72\\text{ cm}^2}"]
+RIGHT = ["#### 72 eggs", "#### 72 dollars", "#### **72**", "**#### 72**", "#### `72`", "#### 72 (dollars)", "#### 72°"]
+RIGHT += ["\\boxed{72 cups}", "\\boxed{72^\\circ}", "\\boxed{72\\text{ cm}^2}", "#### 72 km/h", "#### $72.00", "#### 144/2"]
+RIGHT += ["\\boxed{\\textbf{72}}", "\\boxed{{72}}", "\\boxed{(72)}", "\\boxed{x = 72}", "#### 72 m²", "\\boxed{\\approx 72}"]
+RIGHT += ["#### 72.", "\\boxed{\\$72}"]
 
 
 @pytest.mark.parametrize("text", RIGHT)
-def test_a_unit_or_markdown_beside_the_number_does_not_make_it_wrong(text):
-    assert reward(text) == 1.0
-    assert reward(text, "71") == 0.0
+def test_a_unit_or_markup_beside_the_number_does_not_make_it_wrong(text):
+    assert judge(text) == 1.0
+    assert judge(text, "71") == 0.0
 
 
-@pytest.mark.parametrize("text", ["#### 72 or 73", "#### 72^2", "#### 72 = x!"])
-def test_several_numbers_or_a_calculation_do_not_count_as_one_number(text):
-    assert reward(text) == 0.0
+NOT_ONE_NUMBER = [
+    "#### 72 or 73",
+    "#### 72^2",
+    "#### 72 = x!",
+    "\\boxed{70+2}",
+    "\\boxed{72 \\times 1}",
+    "#### 71,72",
+    "#### 1/0",
+]
+NOT_ONE_NUMBER += ["\\boxed{\\$72 \\text{ million}}", "#### 72 thousand"]
 
 
-@pytest.mark.parametrize("inside", ["{" * 20 + "72" + "}" * 20, "1E+999999", "1.E999999"])
-def test_an_answer_that_would_take_long_to_parse_is_judged_at_once(inside):
-    start = time.process_time()
-    reward(f"\\boxed{{{inside}}}")
-    assert time.process_time() - start < 1
+@pytest.mark.parametrize("text", NOT_ONE_NUMBER)
+def test_several_numbers_a_calculation_or_a_scaled_number_do_not_count(text):
+    assert judge(text) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("5 1/2 hours", 5.5), ("3\\frac{1}{2}", 3.5), ("-\\frac{3}{4}", -0.75), ("\\frac12", 0.5), ("72/10", 7.2), (".5", 0.5),
+     ("−5", -5), ("-$1,234.50", -1234.5), ("0.333333", 1 / 3)],
+)  # fmt: skip
+def test_fractions_and_signs_have_their_value(text, value):
+    assert float(read_number(text)) == pytest.approx(value, abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- the last number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("She has 70 + 2 = 72 eggs.", "72"), ("so 72", "72"), ("It costs $1,234.50!", "$1,234.50"), ("5-3", "3"), ("is -5", "-5"),
+     ("\\boxed{1{,}234}", "1,234"), ("none", None), ("", None), ("x" * 5000 + "7", "7"), ("7" * 5000, None)],
+)  # fmt: skip
+def test_the_last_number_of_a_text_is_found_wherever_it_stands(text, number):
+    assert final_answer(text, "last_number") == number
+
+
+def test_a_right_answer_that_is_written_in_another_way_succeeds_with_last_number_alone():
+    wrongly_written, wrong = "She has 72 eggs.", "She has 73 eggs.\n#### 73"
+    assert (judge(wrongly_written), judge(wrongly_written, format="last_number")) == (0.0, 1.0)
+    assert (judge(wrong), judge(wrong, format="last_number")) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("format", ["any", "hashes", "last_number"])
+def test_both_successes_are_parts_of_the_reward_whatever_the_format_is(format):
+    row = Example(id="row 0", messages=[{"role": "user", "content": "q"}], reference="72")
+    environment = SingleTurn(GSM8KReward(format))
+    step = environment.step(environment.reset(row), {"role": "assistant", "content": "She has 72 eggs."}, truncated=False)
+    assert step.reward_parts == {"success_strict": 0.0, "success_last_number": 1.0}
+    assert step.reward == float(format == "last_number")
+    right = environment.step(environment.reset(row), {"role": "assistant", "content": "#### 72"}, truncated=False)
+    assert right.reward_parts == {"success_strict": 1.0, "success_last_number": 1.0} and right.reward == 1.0
+
+
+# ---------------------------------------------------------------------------------------------- bounds
+
+SLOW = {
+    "nested braces": "{" * 20 + "72" + "}" * 20,
+    "exponent": "1E+999999",
+    "exponent after a point": "1.E999999",
+    "power of powers": "9^{9^{9^9}}",
+    "nested fractions": "\\frac{" * 40 + "1" + "}{2}" * 40,
+    "many units": "72" + " ab" * 80,
+    "many digits": "9" * MAX_ANSWER_CHARS,
+    "commas": "1" + ",111" * 60 + "x",
+    "spaces": "7" + " " * 250 + "x",
+    "texts": "\\text{" * 40,
+    "megabytes": "7" * 3_000_000,
+    "megabytes of braces": "{" * 3_000_000,
+    "megabytes of lines": "a\n" * 1_500_000,
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_hostile_answer_is_judged_within_milliseconds(name):
+    texts = [SLOW[name], f"\\boxed{{{SLOW[name]}}}", f"#### {SLOW[name]}"]
+    judge("#### 72")  # what the first call alone costs
+    for text in texts:
+        start = time.thread_time()
+        judge(text)
+        assert time.thread_time() - start < 0.05, text[:20]
+
+
+def test_no_answer_of_more_characters_than_the_bound_is_read():
+    assert read_number("7" + "0" * 60) is not None
+    assert read_number("72" + " " * MAX_ANSWER_CHARS) is None
+    assert final_answer("#### 72 " + "x" * MAX_ANSWER_CHARS) is None and final_answer("\\boxed{" + "7" * 300 + "}") is None

@@ -18,7 +18,7 @@ from pidistill.rollouts.selections import Interventions, Successes
 from pidistill.training.evaluation import mean_success
 from pidistill.training.metrics import rollout_sums
 from pidistill.types import Example, PromptPair, Rollout
-from tests.rollouts.test_collect import Counting, Script, collect
+from tests.support.episodes import Counting, Script, collect
 
 EXAMPLE = Example("row 0", [{"role": "user", "content": "q"}], reference="72")
 LENGTH = LengthPenalty()

@@ -1,6 +1,7 @@
 """Environments that raise, hang or answer nonsense among others: they cost their own episodes, and nothing waits for them."""
 
 import math
+import os
 import re
 import signal
 import subprocess
@@ -15,12 +16,11 @@ import torch
 from pidistill.envs import EnvironmentCrash, EnvironmentOutputError, EnvironmentTimeout, EnvStep, check_step
 from pidistill.errors import InputError
 from pidistill.rewards import LeakPenalty
-from pidistill.rollouts import TorchtuneSampler
 from pidistill.rollouts.calls import DaemonThreads, abandoned_calls, ask
-from pidistill.rollouts.collect import DROP_REASONS, collect_rollouts
-from pidistill.testing import tiny_model
-from pidistill.types import Example, PromptPair
-from tests.rollouts.test_collect import LetterTokenizer, Script, assistant, collect, tool
+from pidistill.rollouts.collect import DROP_REASONS
+from pidistill.training import interrupts
+from tests.support.episodes import Script, collect, tool
+from tests.support.ill_worlds import FIRST, OUTPUTS, RESET, SECOND, Ill, healthy_numbers, numbers, play, raw
 
 # ---------------------------------------------------------------------------------------------- one call
 
@@ -95,42 +95,6 @@ def test_neither_the_exit_nor_an_interrupt_waits_for_threads_that_hang():
 # ---------------------------------------------------------------------------------------------- what is an answer
 
 
-class Odd:
-    def __float__(self):
-        raise ValueError("no number")
-
-
-def raw(observations, reward, done, parts=None):
-    """An EnvStep past the type checker, which under pytest refuses what an environment's own code may well give."""
-    step = EnvStep([], 0.0, True)
-    step.observations, step.reward, step.done, step.reward_parts = observations, reward, done, parts or {}
-    return step
-
-
-OUTPUTS = {
-    "None": (None, "gave None, not an EnvStep"),
-    "dict": ({"reward": 1.0}, "gave {'reward': 1.0} (dict), not an EnvStep"),
-    "tuple": (([], 1.0, True), "(tuple), not an EnvStep"),
-    "text": (raw("obs 5", 0.0, False), "observations is 'obs 5' (str), not a list"),
-    "no message": (raw(["obs 5"], 0.0, False), "observations[0] is a str, not a message"),
-    "role": (raw([{"role": "robot", "content": "x"}], 0.0, False), "unknown role 'robot'"),
-    "assistant": (raw([assistant("x")], 0.0, False), "has the role assistant"),
-    "no content": (raw([{"role": "tool"}], 0.0, False), "has no 'content'"),
-    "number as content": (raw([tool(5)], 0.0, False), "'content' of type int"),
-    "surrogate": (raw([tool("\ud800")], 0.0, False), "holds what is no text"),
-    "None as reward": (raw([], None, True), "reward is None, not a number"),
-    "text as reward": (raw([], "1.0", True), "reward is '1.0' (str), not a number"),
-    "vector as reward": (raw([], np.ones(2), True), "(ndarray), not a number"),
-    "tensors as reward": (raw([], torch.ones(2), True), "(Tensor), not a number"),
-    "odd reward": (raw([], Odd(), True), "(Odd), not a number"),
-    "done": (raw([], 0.0, "no"), "done is 'no' (str), not True or False"),
-    "vector as done": (raw([], 0.0, np.array([True, False])), "(ndarray), not True or False"),
-    "None as done": (raw([], 0.0, None), "done is None"),
-    "list of parts": (raw([], 0.0, True, [1.0]), "reward_parts is [1.0] (list)"),
-    "part": (raw([], 0.0, True, {"style": "high"}), "reward_parts['style'] is 'high' (str), not a number"),
-}
-
-
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_what_is_no_answer_is_told(name):
     step, told = OUTPUTS[name]
@@ -149,7 +113,6 @@ def test_an_answer_comes_back_as_plain_numbers_and_messages():
 
 # ---------------------------------------------------------------------------------------------- 64 episodes, 9 of them ill
 
-RESET, FIRST, SECOND = "reset", 1, 2
 FAULTS = {  # episode: (when, what)
     3: (FIRST, "raise"), 9: (RESET, "raise"), 14: (SECOND, "exit"), 17: (FIRST, "hang"), 25: (RESET, "hang"),
     33: (SECOND, "hang"), 41: (FIRST, "role"), 50: (SECOND, "text as reward"), 58: (FIRST, "nan"),
@@ -157,64 +120,11 @@ FAULTS = {  # episode: (when, what)
 COUNTS = dict(zip(DROP_REASONS, (3, 1, 2, 3, 0), strict=True))
 
 
-class Ill:
-    """Two observations, then the end; `faults` as above, and everything that hangs does so until `release`."""
-
-    def __init__(self, faults, release):
-        self.faults, self.release = faults, release
-
-    def reset(self, example):
-        state = {"row": int(example.id), "turn": 0, "said": []}
-        self.fail(state, RESET)
-        return state
-
-    def step(self, state, turn, *, truncated):
-        state["turn"] += 1
-        state["said"].append(turn["content"])
-        ill = self.fail(state, state["turn"])
-        if ill is not None:
-            return ill
-        reward = sum(map(len, state["said"])) / 7
-        return EnvStep([] if state["turn"] == 3 else [tool(f"{state['row']}")], reward, state["turn"] == 3, {"words": reward})
-
-    def fail(self, state, when):
-        where, what = self.faults.get(state["row"], (None, None))
-        if where != when:
-            return None
-        if what == "raise":
-            raise RuntimeError("ill")
-        if what == "exit":
-            sys.exit(1)
-        if what == "hang":
-            self.release.wait()
-            return EnvStep([tool("too late")], 99.0, False)
-        return EnvStep([], math.nan, True) if what == "nan" else OUTPUTS[what][0]
-
-
-def play(environment, **settings):
-    tokenizer = LetterTokenizer()
-    tokenizer.stop_ids = frozenset(range(1, 60))
-    tokenizer.parse_turn = lambda ids, tools: assistant(tokenizer.decode(ids))
-    examples = [Example(id=str(row), messages=[{"role": "user", "content": "ab"}]) for row in range(64)]
-    pairs = [PromptPair([97, 60 + row], [80, 97, 60 + row], has_privileged=True) for row in range(64)]
-    sampler = TorchtuneSampler(max_new_tokens=30)
-    seeds = list(range(64))
-    return collect_rollouts(
-        tiny_model(128), sampler, tokenizer, environment, examples, pairs, view="student", group_size=1, seeds=seeds, **settings
-    )
-
-
-def numbers(rollout):
-    return (rollout.completion, rollout.policy_mask, rollout.turns, rollout.reward, rollout.reward_parts, rollout.stop_reason,
-            rollout.turn_rewards, rollout.turn_policy_tokens, [x for x in rollout.sampled_logprobs if x == x])  # fmt: skip
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def healthy():
-    result = play(Ill({}, None))
-    assert result.dropped == dict.fromkeys(DROP_REASONS, 0) and len(result.rollouts) == 64
-    assert min(len(result.rollouts[row].turn_rewards) for row in FAULTS) >= 2, "a fault of a second turn would not happen"
-    return {int(rollout.example.id): numbers(rollout) for rollout in result.rollouts}
+    healthy = healthy_numbers()
+    assert min(len(healthy[row][6]) for row in FAULTS) >= 2, "a fault of a second turn would not happen"
+    return healthy
 
 
 @pytest.mark.parametrize("threads", [None, 8])
@@ -284,3 +194,63 @@ def test_an_environment_that_does_not_fit_still_stops_the_run_with_a_limit():
     for threads in (None, 2):
         with pytest.raises(InputError, match="row a has no task"):
             collect(Script("q."), Picky(None), "a", environment_timeout_s=30, environment_threads=threads)
+
+
+# ---------------------------------------------------------------------------------------------- signals
+
+
+class Signalled(Late):
+    """In row b: sends a signal to this process, or raises what a signal would raise."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def step(self, state, turn, *, truncated):
+        if state == "row b":
+            self.act()
+        return EnvStep([], 1.0, True)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def send(signum):
+    def act():
+        os.kill(os.getpid(), signum)
+        time.sleep(5)  # the handler runs first
+
+    return act
+
+
+LIMITS = [{}, {"environment_timeout_s": 30}, {"environment_timeout_s": 30, "environment_threads": 2}]
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+def test_a_keyboard_interrupt_that_the_environment_raises_costs_its_episode(limits):
+    result = collect(Script("q.", "q.", "q."), Signalled(interrupt), "abc", **limits)
+    assert result.dropped["reward_error"] == 1 and [r.example.id for r in result.rollouts] == ["row a", "row c"]
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+def test_a_real_interrupt_stops_the_collector_and_leaves_pythons_handler(limits):
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        collect(Script("q.", "q.", "q."), Signalled(send(signal.SIGINT)), "abc", **limits)
+    assert time.monotonic() - begin < 20 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_training_ends_the_recipe_from_within_an_environment(signum):
+    with interrupts.handle_signals(), pytest.raises(interrupts.Stopped, match=str(130 if signum == signal.SIGINT else 143)):
+        collect(Script("q.", "q.", "q."), Signalled(send(signum)), "abc")
+
+
+def test_a_signal_during_training_waits_and_a_second_interrupt_ends_the_recipe():
+    with interrupts.handle_signals():
+        interrupts.training_begins()
+        act = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+        result = collect(Script("q.", "q.", "q."), Signalled(act), "abc")
+        assert len(result.rollouts) == 3 and interrupts.received_signal() == signal.SIGINT
+        with pytest.raises(interrupts.Stopped):
+            collect(Script("q.", "q.", "q."), Signalled(send(signal.SIGINT)), "abc")

@@ -253,8 +253,9 @@ def test_demonstrations_and_what_the_other_view_sampled_are_left_out():
     scores = score(model(), batch, BOTH_VIEWS)
     first = sum(r.policy_tokens for r in rollouts[:2])
     expected = scores.teacher_logprobs[first:].double() - flat(map(recorded, rollouts[2:]))
-    trainer, sampler = logprobs_of_both(batch, scores, "teacher")
+    trainer, sampler, rollout_index = logprobs_of_both(batch, scores, "teacher")
     torch.testing.assert_close(trainer - sampler, expected)
+    assert torch.equal(rollout_index, batch.rollout_index[first:])
     assert len(logprobs_of_both(batch, scores, "student")[0]) == rollouts[1].policy_tokens
 
 
@@ -279,18 +280,50 @@ def test_beyond_the_limit_the_run_stops_with_the_numbers(gap):
     [
         ({}, DEFAULT_LIMIT_NATS),
         ({"top_p": 1.0}, DEFAULT_LIMIT_NATS),
-        ({"top_p": 0.9}, None),
-        ({"top_k": 20}, None),
+        ({"top_p": 0.9}, DEFAULT_LIMIT_NATS),
+        ({"top_k": 20}, DEFAULT_LIMIT_NATS),
         ({"top_k": 20, "max_sampler_mismatch_nats": 0.3}, 0.3),
         ({"max_sampler_mismatch_nats": 2}, 2.0),
     ],
 )
-def test_the_limit_is_the_configs_and_absent_where_the_sampler_truncates(settings, limit):
-    if limit is not None:
-        with pytest.raises(InputError, match="above max_sampler_mismatch_nats"):
-            looked_at(limit + 0.01, **settings).report()
-    below = looked_at(5.0 if limit is None else limit - 0.01, **settings)
-    assert below.report()["sampler_mismatch_mean_nats"] > 0
+def test_the_limit_is_the_configs_also_where_the_sampler_truncates(settings, limit):
+    with pytest.raises(InputError, match="above max_sampler_mismatch_nats"):
+        looked_at(limit + 0.01, **settings).report()
+    assert looked_at(limit - 0.01, **settings).report()["sampler_mismatch_mean_nats"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "gap", "unexplained"),
+    [
+        ({"top_p": 0.8}, -0.2, 0.0),  # the mass .82 was kept
+        ({"top_p": 0.8}, -0.3, 0.3 + math.log(0.8)),  # less than top_p was kept
+        ({"top_p": 0.8}, 0.2, 0.2),  # the trainer's log-prob is above the one of a distribution that was cut
+        ({"top_k": 5}, -3.0, 0.0),
+        ({"top_k": 5, "top_p": 0.8}, -3.0, 0.0),
+        ({"top_k": 5}, 0.2, 0.2),
+    ],
+)
+def test_what_top_p_and_top_k_explain_is_not_counted_against_the_limit(settings, gap, unexplained):
+    report = looked_at(gap, **settings, max_sampler_mismatch_nats=unexplained + 0.001).report()
+    assert report["sampler_mismatch_mean_nats"] == pytest.approx(abs(gap), rel=1e-4)
+    assert report["sampler_mismatch_rollout_max_nats"] == pytest.approx(unexplained, abs=1e-5)
+    if unexplained:
+        with pytest.raises(InputError, match=rf"beyond what {'top_k' if 'top_k' in settings else 'top_p'} explains"):
+            looked_at(gap, **settings, max_sampler_mismatch_nats=unexplained - 0.001).report()
+
+
+def test_one_bad_rollout_shows_in_the_worst_rollouts_mean():
+    module, rollouts = model(), random_rollouts(6)
+    scores = score(module, batch_of(rollouts), BOTH_VIEWS)
+    gaps = [0.0, 0.0, 0.0, 0.75, 0.0, -0.25]
+    for rollout, gap, own in zip(
+        rollouts, gaps, scores.teacher_logprobs.split([r.policy_tokens for r in rollouts]), strict=True
+    ):
+        values = iter(own.tolist())
+        rollout.sampled_logprobs = [next(values) - gap if policy else math.nan for policy in rollout.policy_mask]
+    whole = meter(max_sampler_mismatch_nats=1.0)
+    whole.look(batch_of(rollouts), scores)
+    assert whole.report()["sampler_mismatch_rollout_max_nats"] == pytest.approx(0.75, rel=1e-4)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, "much", True])
@@ -303,11 +336,11 @@ class TwoRanks(Run):
     """This rank beside another one that saw 10 tokens, half a nat off each."""
 
     def sums(self, values):
-        other = {"tokens": 10.0, "k3": 10 * (math.exp(0.5) - 1.5), "mean": 5.0}
+        other = {"tokens": 10.0, "k3": 10 * (math.exp(0.5) - 1.5), "mean": 5.0, "unexplained": 5.0}
         return {name: value + other[name] for name, value in values.items()}
 
     def gather(self, items):
-        return [*items, 0.5]
+        return [*items, (0.5, 0.5)]
 
 
 def test_the_ranks_numbers_are_added_so_that_all_of_them_stop():

@@ -37,10 +37,19 @@ def test_a_checkpoint_folder_is_looked_at_before_it_is_loaded(tmp_path):
         OmegaConf.create({"checkpointer": {"_component_": "x", "checkpoint_dir": "made later"}}), "checkpointer"
     )
     check_checkpoint_folder(OmegaConf.create({}), "teacher_checkpointer")
+    with pytest.raises(InputError, match="latest does not exist; check checkpointer.checkpoint_dir"):  # no config of ours
+        check_checkpoint_folder(folder_config(tmp_path / "runs" / "mine" / "base" / "latest", []), "checkpointer")
 
 
-@pytest.mark.parametrize("stage", ["gem/base", "reasoning_gym/base", "tool_world/base"])
+CONFIGS = Path(__file__).parents[2] / "configs"
+STAGES = [f"{path.parent.name}/base" for path in sorted(CONFIGS.glob("*/base.yaml")) if path.parent.name != "tiny"]
+
+
+def test_stages_of_several_environments_are_found():
+    assert len(STAGES) >= 3
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_that_was_not_run_is_named(stage, tmp_path):
-    assert (Path(__file__).parents[2] / "configs" / f"{stage}.yaml").is_file()
     with pytest.raises(InputError, match=f"it is what configs/{stage}.yaml leaves: run that first"):
         check_checkpoint_folder(folder_config(tmp_path / "runs" / stage / "latest", []), "checkpointer")

@@ -74,7 +74,17 @@ def test_a_healthy_run_gets_no_alarm(warnings):
         (
             "teacher_corrupt",
             [{"kl_student_teacher_nats": 9.0}] * 3,
-            "step 1: .*KL from the student 9 nats.*teacher_checkpointer",
+            "step 1: .*KL from the student 9 and .*nats per token.*teacher_checkpointer",
+        ),
+        (
+            "teacher_corrupt",
+            [{"teacher_nll_nats": 4.4, "student_nll_nats": 0.6}],
+            r"step 1: .*of the samples 4.4 nats per token \(the student's: 0.6\).*teacher_model",
+        ),
+        (
+            "bad_rollout",
+            [{"sampler_mismatch_rollout_max_nats": 5.0, "sampler_mismatch_mean_nats": 0.04}],
+            r"one rollout are 5 nats per token away .* is 0.04; .*e\^5 times.*objective.dual_clip",
         ),
         ("truncated", [{"truncated_frac": 1.0}] * 3, "step 1: 100% of the rollouts were cut off .*sampler.max_new_tokens"),
         ("no_spread", [{"zero_advantage_frac": 1.0}] * 9, "step 3: .*every group's rollouts have the same reward"),
@@ -103,10 +113,29 @@ def test_each_fault_gives_its_own_alarm_once_with_numbers_and_key(name, rows, nu
         ),  # the control arm of a method without reward
         ([{"zero_advantage_frac": 1.0}] * 9, SDFT),  # the method reads no reward
         ([{}] * 5 + [{"kl_student_teacher_nats": 9.0}], GRPO),  # the student moved away
+        ([{"teacher_nll_nats": 2.0, "student_nll_nats": 0.6}], GRPO),  # privileged information makes samples unlikely
+        ([{"sampler_mismatch_rollout_max_nats": 0.2}], GRPO),  # bf16
     ],
 )
 def test_what_resembles_a_fault_gives_no_alarm(rows, cfg):
     assert alarms_of(rows, cfg) == {}
+
+
+TOP_K = GRPO | {"sampler": {"top_k": 20}}
+
+
+@pytest.mark.parametrize(
+    ("cfg", "row", "names"),
+    [
+        (TOP_K, {"sampler_mismatch_mean_nats": 0.4, "clip_frac": 0.2}, ["fresh_samples_clipped"]),
+        (TOP_K, {"clip_frac": 0.2}, []),  # a later update of the round, which moved away
+        (TOP_K, {"sampler_mismatch_mean_nats": 0.4, "clip_frac": 0.2, "student_ratio_mean": 0.5}, []),  # another view's ratio
+        (TOP_K | {"importance_weights": {"cap": 2.0}}, {"sampler_mismatch_mean_nats": 0.4, "clip_frac": 0.2}, []),
+        (GRPO, {"sampler_mismatch_mean_nats": 0.4, "clip_frac": 0.2}, []),
+    ],
+)
+def test_fresh_samples_that_top_k_makes_the_clip_cut_give_an_alarm(cfg, row, names):
+    assert list(alarms_of([row], cfg)) == names
 
 
 def test_several_updates_of_one_round_count_as_one_round_without_spread():

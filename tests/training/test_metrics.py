@@ -79,6 +79,8 @@ def test_token_means_are_means_over_all_policy_tokens_however_they_were_cut(turn
         "kl_student_teacher_nats": statistics.fmean(scores.divergences[BOTH_KLS[1]].tolist()),
         "entropy_nats": statistics.fmean(scores.student_entropy.tolist()),
         "teacher_entropy_nats": statistics.fmean(scores.teacher_entropy.tolist()),
+        "student_nll_nats": -statistics.fmean(scores.student_logprobs.tolist()),
+        "teacher_nll_nats": -statistics.fmean(scores.teacher_logprobs.tolist()),
         "clip_frac": statistics.fmean(extra["clip_frac"].tolist()),
         "ess_frac": sum(ratios) ** 2 / sum(r**2 for r in ratios) / n,
         **slow_quarters(whole, scores.divergences[KL]),
@@ -98,9 +100,9 @@ def test_a_completion_shorter_than_four_tokens_leaves_quarters_empty():
 def test_what_was_not_computed_is_absent():
     batch = batch_of(random_rollouts(2))
     bare = Scores(scores_of(batch).student_logprobs, None, {}, None, None)
-    assert token_means(token_sums(batch, bare, {}), 5).keys() == {"ess_frac"}
+    assert token_means(token_sums(batch, bare, {}), 5).keys() == {"ess_frac", "student_nll_nats"}
     batch.ratio_logprobs = None
-    assert token_means(token_sums(batch, bare, {}), 5) == {}
+    assert token_means(token_sums(batch, bare, {}), 5).keys() == {"student_nll_nats"}
     assert token_means({"entropy_nats": 0.0}, 0) == {}
     empty = batch_of([])
     assert token_means(token_sums(empty, scores_of(empty), {}), 0) == {}

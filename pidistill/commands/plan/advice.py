@@ -104,7 +104,11 @@ def _offload(run: PlannedRun, device: Device) -> list[PlannedRun]:
 
 
 def _bf16(run: PlannedRun, device: Device) -> list[PlannedRun]:
-    return [run.with_("dtype=bf16")] if run.cfg.get("dtype", "fp32") == "fp32" else []
+    """Products in bf16 first; weights in bf16 lose most of the steps of a small learning rate."""
+    if run.cfg.get("dtype", "fp32") != "fp32":
+        return []
+    mixed = [] if run.cfg.get("compute_dtype") else [run.with_("compute_dtype=bf16")]
+    return [*mixed, run.with_("dtype=bf16", "compute_dtype=null")]
 
 
 def _lora(run: PlannedRun, device: Device) -> list[PlannedRun]:

@@ -4,15 +4,15 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 from omegaconf import DictConfig
 
 from pidistill.config import build
 from pidistill.data import demonstration
+from pidistill.data.load import load_privileged
 from pidistill.errors import InputError
-from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.tokenizers import as_chat_tokenizer
+from pidistill.tokenizers.prefix import common_prefix_length
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RowLengths:
 def rows_of(cfg: DictConfig, count: int) -> RowLengths:
     """Lengths of the first ``count`` rows, from the config's own tokenizer, dataset and privileged prompt."""
     tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
-    privileged = build(cfg.privileged) if cfg.get("privileged") else PrivilegedPrompt()
+    privileged = load_privileged(cfg, tokenizer)
     dataset = build(cfg.dataset)
     examples = privileged.apply_control([dataset[i] for i in range(min(count, len(dataset)))])
     views = [privileged.build(example, tokenizer) for example in examples]
@@ -48,17 +48,13 @@ def rows_of(cfg: DictConfig, count: int) -> RowLengths:
         Lengths(
             len(view.pair.student),
             len(view.pair.teacher),
-            _shared(view.pair.student, view.pair.teacher),
+            common_prefix_length(view.pair.student, view.pair.teacher),
             limit or len(demonstration(example, view.pair, tokenizer).completion),
         )
         for example, view in zip(examples, views, strict=True)
     ]
     said = "sampler.max_new_tokens for every completion, the most it may be" if limit else "the demonstrations' completions"
     return RowLengths(_each(statistics.fmean, lengths), _each(max, lengths), f"the first {len(lengths)} rows, and {said}")
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _each(statistic: Callable[[list[int]], float], lengths: Sequence[Lengths]) -> Lengths:

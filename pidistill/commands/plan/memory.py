@@ -42,11 +42,12 @@ def _resident_bytes(setup: Setup) -> dict[str, float]:
     model, share = setup.model, 0.0 if setup.cpu_offload else 1.0 / setup.ranks
     return {
         "libraries": _LIBRARIES_BYTES[setup.device],
-        "weights": model.weights_bytes * share + model.buffers_bytes,
+        "weights": setup.stored_bytes * share + model.buffers_bytes,
         "4-bit weight made whole": model.dequantizing_bytes,
         "optimizer states": model.trained * setup.state_bytes * share,
         "teacher weights": setup.teacher_bytes * share,
-        "moving average": setup.average_elements * 4 * share,
+        # In mixed precision the average is the teacher's weights themselves.
+        "moving average": setup.average_elements * (4 - (model.item_bytes if setup.mixed else 0)) * share,
     }
 
 
@@ -58,7 +59,8 @@ def _rollout_bytes(setup: Setup, work: Workload) -> dict[str, float]:
         # Gathered once per rollout on every rank, beside its shard.
         "gathered weights": _gathered_bytes(setup, whole=True),
         "keys and values": rows * cache_columns(prompt, work.completion) * kv_bytes(model),
-        "prefill or step": max(read_at_once * _passing_bytes(model), rows * model.vocabulary * _LOGIT_BYTES),
+        "prefill or step": max(read_at_once * _passing_bytes(model), rows * model.vocabulary * _LOGIT_BYTES)
+        + _wide_head_bytes(setup),
     }
 
 
@@ -80,10 +82,15 @@ def _passing_bytes(model: ModelShape) -> float:
 
 
 def _gathered_bytes(setup: Setup, *, whole: bool) -> float:
-    """Full parameters on a rank: of the whole model, or of the root (embedding and head) and two layers, one fetched ahead."""
+    """Full parameters on a rank: of the whole model, or of the root (embedding and head) and two layers, one fetched ahead.
+
+    One rank alone has whole weights; but in mixed precision it gathers copies of the trained ones.
+    """
     model = setup.model
-    if setup.ranks == 1 and not setup.cpu_offload:
+    if setup.ranks == 1 and not setup.cpu_offload and not setup.mixed:
         return 0.0
+    if setup.ranks == 1 and model.trained < model.parameters:
+        return model.trained * model.item_bytes
     if whole or not setup.reshard:
         return model.weights_bytes
     embeddings = model.head * (1 if model.tied else 2) * model.item_bytes
@@ -116,7 +123,8 @@ def _update_bytes(setup: Setup, work: Workload) -> dict[str, float]:
     if tokens.micro_batches == 1:  # gradients come as activations go; the head's, and the layer at work, stand beside both
         accumulated, activations = (0.0, activations) if activations > accumulated else (accumulated, 0.0)
     return {
-        "gathered weights": gathered * (2 if setup.ranks > 1 else 1),  # and their gradients, before these are scattered
+        # And their gradients, before these are scattered.
+        "gathered weights": gathered * (2 if setup.ranks > 1 or setup.mixed else 1),
         "gradients": accumulated,
         "activations": activations,
         "hidden states": tokens.policy_at_once * model.width * (2 * model.item_bytes + 8),
@@ -125,7 +133,7 @@ def _update_bytes(setup: Setup, work: Workload) -> dict[str, float]:
 
 
 def _gradient_bytes(setup: Setup) -> float:
-    return 0.0 if setup.cpu_offload else setup.model.trained * setup.model.item_bytes / setup.ranks
+    return 0.0 if setup.cpu_offload else setup.model.trained * setup.trained_item_bytes / setup.ranks
 
 
 def _activation_bytes(model: ModelShape, checkpointing: bool) -> float:
@@ -147,13 +155,18 @@ def _head_gradient_bytes(setup: Setup) -> float:
 
 
 def _head_matrices_bytes(setup: Setup, work: Workload) -> float:
-    """Logits of a chunk, all views; temporaries of a block; on CPU in bf16 an fp32 copy to add to the head's gradient."""
+    """Logits of a chunk in fp32, all views; temporaries of a block; in bf16 a copy of their gradient or, on CPU, the head."""
     model, views = setup.model, len({view for one in setup.update for view in one.views})
     policy = count_tokens(work, ("student",), work.trained_groups).policy_at_once
     logits = views * min(work.chunk_tokens or chunk_tokens(model, views, setup.device), policy) * model.vocabulary
     block = min(BLOCK_ELEMENTS[setup.device], logits)
-    copy = 4 if setup.device == "cpu" and model.item_bytes < 4 and model.head_trained else 0
-    return logits * (model.item_bytes + copy) + _HEAD_TEMPORARIES * block * 4
+    copy = model.item_bytes if setup.device == "cuda" and model.item_bytes < 4 else 0
+    return logits * (4 + copy) + _HEAD_TEMPORARIES * block * 4 + _wide_head_bytes(setup)
+
+
+def _wide_head_bytes(setup: Setup) -> float:
+    """The fp32 copy of a bf16 head that a CPU needs for fp32 logits."""
+    return setup.model.head * 4.0 if setup.device == "cpu" and setup.model.item_bytes < 4 else 0.0
 
 
 def chunk_tokens(model: ModelShape, views: int, device: str) -> int:
@@ -165,4 +178,4 @@ def _optimizer_bytes(setup: Setup) -> dict[str, float]:
     """The step's own copies: on CUDA torch works on all parameters together, elsewhere on one after the other."""
     model = setup.model
     together = model.trained / setup.ranks if setup.device == "cuda" and not setup.cpu_offload else model.head
-    return {"gradients": _gradient_bytes(setup), "step": together * model.item_bytes if setup.state_bytes else 0.0}
+    return {"gradients": _gradient_bytes(setup), "step": together * setup.trained_item_bytes if setup.state_bytes else 0.0}

@@ -1,6 +1,7 @@
 """From a config to what the estimates are made of: which forwards it runs, how it trains, and one rank's part of a round."""
 
 import argparse
+import copy
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,7 @@ SFT_REQUEST = ScoreRequest(student_grad=True, teacher_grad=False, views=("studen
 def merged(config: str, overrides: Sequence[str]) -> DictConfig:
     """A bundled config or a file, with overrides as torchtune's command line takes them."""
     try:
-        cfg = _merge_yaml_and_cli_args(argparse.Namespace(**load_config(config)), list(overrides))
+        cfg = _merge_yaml_and_cli_args(argparse.Namespace(**copy.deepcopy(load_config(config))), list(overrides))
         OmegaConf.to_container(cfg, resolve=True)  # an interpolation that leads nowhere
     except InputError:
         raise
@@ -56,7 +57,8 @@ def read(config: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def setup_of(cfg: DictConfig, ranks: int, device: str) -> Setup:
-    model = shape_of(cfg.model, dtype_of(cfg))
+    model, trained = shape_of(cfg.model, dtype_of(cfg)), _named_dtype(cfg, "dtype")
+    mixed = trained != dtype_of(cfg)
     teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
     objective = build(cfg.objective) if cfg.get("objective") else None
     request = objective.score_request(0) if objective else SFT_REQUEST
@@ -68,10 +70,11 @@ def setup_of(cfg: DictConfig, ranks: int, device: str) -> Setup:
         behaviour=tuple(list_passes(behaviour, teacher, model, other)) if behaviour else (),
         teacher_bytes=other.weights_bytes if other else 0.0,
         average_elements=model.trained if isinstance(teacher, EMATeacher) else 0,
-        state_bytes=_state_bytes(cfg.optimizer, model.item_bytes),
+        state_bytes=_state_bytes(cfg.optimizer, trained.itemsize),
+        mixed=mixed,
         ranks=ranks,
         reshard=bool(cfg.get("fsdp_reshard_after_forward", True)),
-        cpu_offload=bool(cfg.get("fsdp_cpu_offload", False)) and ranks > 1,
+        cpu_offload=bool(cfg.get("fsdp_cpu_offload", False)) and (ranks > 1 or mixed),
         checkpointing=bool(cfg.get("enable_activation_checkpointing", False)),
         device=device,
     )
@@ -122,10 +125,14 @@ def budget_of(cfg: DictConfig) -> int:
 
 
 def dtype_of(cfg: DictConfig) -> torch.dtype:
-    """By name alone: the run may be planned on a machine that cannot run it."""
-    name = cfg.get("dtype", "fp32")
+    """Return the dtype that forwards compute in, by name alone: the run may be planned on a machine that cannot run it."""
+    return _named_dtype(cfg, "compute_dtype" if cfg.get("compute_dtype") else "dtype")
+
+
+def _named_dtype(cfg: DictConfig, key: str) -> torch.dtype:
+    name = cfg.get(key) or "fp32"
     if name not in ("fp32", "bf16"):
-        raise InputError(f"dtype={name} cannot be planned; set dtype to fp32 or bf16")
+        raise InputError(f"{key}={name} cannot be planned; set {key} to fp32 or bf16")
     return PRECISION_STR_TO_DTYPE[name]
 
 

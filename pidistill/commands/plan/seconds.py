@@ -66,7 +66,7 @@ def _head_s(one: Pass, tokens: Tokens, device: Device) -> float:
 def _optimizer_s(setup: Setup, device: Device) -> float:
     """Reads gradient, weight and states; writes weight and states."""
     model = setup.model
-    per_element = 3 * model.item_bytes + 2 * setup.state_bytes
+    per_element = 3 * setup.trained_item_bytes + 2 * setup.state_bytes
     return model.trained / setup.ranks * per_element / device.bytes_per_s
 
 

@@ -70,6 +70,7 @@ class Setup:
         update: passes of every micro-batch of an update; ``behaviour``: passes over the round before its first update.
         teacher_bytes: weights beside the trained ones; ``average_elements``: of an fp32 moving average.
         state_bytes: optimizer states per trained element.
+        mixed: trained weights, their gradients and states are in fp32, and FSDP2 makes copies in the model's dtype of them.
         ranks, reshard, cpu_offload: of FSDP2; one rank shards nothing.
         checkpointing: activations of a layer are computed again in the backward.
         device: "cuda" or "cpu".
@@ -81,11 +82,22 @@ class Setup:
     teacher_bytes: float = 0.0
     average_elements: int = 0
     state_bytes: float = 8.0
+    mixed: bool = False
     ranks: int = 1
     reshard: bool = True
     cpu_offload: bool = False
     checkpointing: bool = False
     device: Literal["cpu", "cuda"] = "cuda"
+
+    @property
+    def trained_item_bytes(self) -> int:
+        """Of an element of a trained weight and of its gradient."""
+        return 4 if self.mixed else self.model.item_bytes
+
+    @property
+    def stored_bytes(self) -> float:
+        """Of the trained model's weights, over all ranks."""
+        return self.model.weights_bytes + self.model.trained * (self.trained_item_bytes - self.model.item_bytes)
 
     @property
     def trained_pass(self) -> Pass:

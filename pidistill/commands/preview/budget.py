@@ -11,10 +11,13 @@ from pidistill.commands.plan.workload import count_tokens
 EVALUATED_VIEWS = 2  # beside the greedy samples of the student
 
 
-def budget(cfg: DictConfig, rows: RowLengths, kept: int, policy_tokens: float | None = None) -> dict[str, float]:
-    """Numbers by their name, over all ranks.
+def budget(
+    cfg: DictConfig, rows: RowLengths, kept: int, policy_tokens: float | None = None, *, supervised: bool
+) -> dict[str, float]:
+    """Return numbers by their name, over all ranks.
 
     Args:
+        supervised: the recipe trains on demonstrations alone.
         kept: rows of the dataset that are trained on or sampled.
         policy_tokens: of a demonstration, on average; None where the recipe reads none.
 
@@ -22,7 +25,7 @@ def budget(cfg: DictConfig, rows: RowLengths, kept: int, policy_tokens: float | 
     """
     if cfg.get("objective"):
         return _of_a_round(cfg, rows, kept)
-    if "batch_size" in cfg:
+    if supervised:
         return _of_a_batch(cfg, rows, kept, policy_tokens or 0.0)
     return _of_samples(cfg, rows, kept)
 
@@ -73,5 +76,5 @@ def _of_samples(cfg: DictConfig, rows: RowLengths, kept: int) -> dict[str, float
 
 
 def in_words(numbers: Mapping[str, float]) -> list[tuple[str, str]]:
-    """(name, number as it is shown)."""
+    """Return (name, number as it is shown)."""
     return [(name, f"{value:,}" if isinstance(value, int) else f"{value:,.2f}") for name, value in numbers.items()]

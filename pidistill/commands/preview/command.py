@@ -3,6 +3,11 @@
 pidistill preview tiny/opsd
 pidistill preview qwen2_5/0.5B_opsd --rows 5 --scan 7473
 pidistill preview tiny/pi_distill privileged.control=shuffled --json
+pidistill preview --scan qwen2_5/0.5B_opsd
+
+`--scan` without a number renders and checks every row of `dataset` and `eval_dataset` and counts them by kind: right, refused
+(with the first row of each kind), left out, without privileged information, with earlier turns that a server shows in another
+form.
 
 Overrides are those of `pidistill run`; configs of every recipe are taken. The prompts are decoded from the ids that a run
 builds, special tokens included; what the teacher alone sees is in colour, or between ⟦ and ⟧ where the output is no terminal,
@@ -13,6 +18,7 @@ wrong or a run would refuse one of the rows.
 import argparse
 import dataclasses
 import json
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -22,16 +28,20 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from pidistill.commands.common import exit_on_input_error, parse_with_overrides
+from pidistill.commands.places import is_supervised
 from pidistill.commands.plan.lengths import Lengths, RowLengths
 from pidistill.commands.plan.reading import KEYS, merged
 from pidistill.commands.preview.budget import budget
 from pidistill.commands.preview.findings import findings
 from pidistill.commands.preview.marks import policy_spans
 from pidistill.commands.preview.rows import PreviewRow, Scan, Source, row_of, scan, source_of
+from pidistill.commands.preview.scan import scan_all
 from pidistill.commands.preview.show import show_budget, show_findings, show_row, show_scan, statistics_of
 from pidistill.errors import InputError
+from pidistill.tokenizers.prefix import common_prefix_length
 from pidistill.training.start import check_run
 
+ALL_ROWS = "all"
 SAMPLING_KEYS = frozenset({"view", "samples_per_prompt", "prompts_per_batch", "selection"})
 ROUND_NEEDS = ("sampler", "prompts_per_round", "group_size", "max_steps")
 
@@ -43,15 +53,27 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("config", help="a bundled config, or a path")
     made.add_argument("overrides", nargs="*", metavar="key=value")
     made.add_argument("--rows", type=int, default=2, help="rows of the dataset that are printed")
-    made.add_argument("--scan", type=int, default=1000, help="rows whose lengths and texts are looked at")
+    made.add_argument(
+        "--scan", default=1000, metavar="N", help="rows whose lengths and texts are looked at; without a number: every row, "
+        "counted by kind"
+    )  # fmt: skip
     made.add_argument("--json", action="store_true", help="ids, texts, ranges and all numbers")
     return made
 
 
 def main(argv: list[str]) -> None:
     with exit_on_input_error():
-        preview(parse_with_overrides(parser(), argv))
+        preview(parse_with_overrides(parser(), name_all_rows(argv)))
     sys.exit(0)
+
+
+def name_all_rows(argv: Sequence[str]) -> list[str]:
+    """Return the words with `all` behind a `--scan` that no number follows."""
+    words = list(argv)
+    for at, word in reversed(list(enumerate(words))):
+        if word == "--scan" and not re.fullmatch(r"-?\d+|all", "".join(words[at + 1 : at + 2])):
+            words.insert(at + 1, ALL_ROWS)
+    return words
 
 
 def preview(arguments: argparse.Namespace) -> None:
@@ -60,16 +82,24 @@ def preview(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: the config is wrong; or, when all is printed, a run would refuse one of the rows.
     """
-    if arguments.rows < 0 or arguments.scan < 1:
+    every_row = arguments.scan == ALL_ROWS
+    count = 1 if every_row else int(arguments.scan)
+    if arguments.rows < 0 or count < 1:
         raise InputError(f"--rows {arguments.rows} must be at least 0 and --scan {arguments.scan} at least 1")
-    cfg = read(arguments.config, arguments.overrides)
-    source = source_of(cfg)
+    cfg = merged(arguments.config, arguments.overrides)
+    supervised = is_supervised(arguments.config, cfg)
+    check(cfg, supervised)
+    if every_row:
+        scan_all(cfg, supervised, as_json=arguments.json)
+        return
+    source = source_of(cfg, supervised)
     if not source.examples:
         raise InputError("the dataset has no rows; check `dataset`")
-    seen = scan(source, arguments.scan)
+    seen = scan(source, count)
     rows = [row_of(example, source) for example in source.examples[: arguments.rows]]
     own = seen.lengths["its policy tokens"]
-    numbers = budget(cfg, _mean_lengths(seen, source), _kept(seen), statistics.fmean(own) if own else None)
+    policy_tokens = statistics.fmean(own) if own else None
+    numbers = budget(cfg, _mean_lengths(seen, source), _kept(seen), policy_tokens, supervised=supervised)
     sentences = findings(source, seen)
     if arguments.json:
         print(json.dumps(_as_json(rows, source, seen, numbers, sentences), ensure_ascii=False))
@@ -81,31 +111,25 @@ def preview(arguments: argparse.Namespace) -> None:
         raise InputError(seen.refused)
 
 
-def read(config: str, overrides: Sequence[str]) -> DictConfig:
-    """The config as a run would read it; wrong keys and numbers are refused as there."""
-    cfg = merged(config, overrides)
-    needs = ("batch_size",) if "batch_size" in cfg else ROUND_NEEDS if cfg.get("objective") else ()
+def check(cfg: DictConfig, supervised: bool) -> None:
+    """Refuse wrong keys and numbers as a run would."""
+    needs = ("batch_size",) if supervised else ROUND_NEEDS if cfg.get("objective") else ()
     check_run(cfg, KEYS | SAMPLING_KEYS, ("model", "tokenizer", "dataset", *needs))
-    return cfg
 
 
 def _mean_lengths(seen: Scan, source: Source) -> RowLengths:
     def mean(name: str) -> int:
         return round(statistics.fmean(seen.lengths[name])) if seen.lengths[name] else 0
 
-    shared = [_shared(views.pair.student, views.pair.teacher) for views in seen.views]
+    shared = [common_prefix_length(views.pair.student, views.pair.teacher) for views in seen.views]
     completion = mean("demonstration") if source.demonstration_overflow and not source.room else source.room
     student, teacher = mean("student prompt"), mean("teacher prompt")
     lengths = Lengths(student, teacher, min(round(statistics.fmean(shared)), student, teacher), max(completion, 1))
     return RowLengths(lengths, lengths, f"the first {seen.scanned} rows")
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
 def _kept(seen: Scan) -> int:
-    """Rows of the dataset that are not dropped; estimated from the scanned ones where these are not all."""
+    """Return how many rows of the dataset are not dropped; estimated from the scanned ones where these are not all."""
     kept = seen.scanned - sum(seen.dropped.values())
     return round(seen.total * max(kept, 0) / seen.scanned)
 

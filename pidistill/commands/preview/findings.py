@@ -10,10 +10,11 @@ from pidistill.types import Example
 
 
 def findings(source: Source, scan: Scan) -> list[str]:
-    """One sentence for each kind of finding, with how many of the scanned rows it concerns and the first of them."""
+    """Return one sentence for each kind of finding, with how many of the scanned rows it concerns and the first of them."""
     students = [source.tokenizer.decode(view.pair.student) for view in scan.views]
     rows = list(zip(scan.examples, students, strict=True))
     found = [
+        getattr(source.tokenizer, "stop_warning", None),
         _about(scan, rows, _in_students_view, "the student's prompt holds the privileged information as it stands"),
         *_leak_phrases(source, scan, rows),
     ]
@@ -43,7 +44,10 @@ def private_text(example: Example) -> str:
 
 
 def _in_students_view(example: Example, student: str) -> bool:
-    """The whole text, or that of one privileged message, as whole words; white space counts as one space."""
+    """Return whether the prompt says the whole text, or that of one privileged message, as whole words.
+
+    White space counts as one space.
+    """
     given = example.privileged
     texts = [given] if isinstance(given, str) else [message_text(message) for message in given or []]
     prompt = " ".join(student.split())

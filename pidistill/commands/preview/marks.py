@@ -7,6 +7,7 @@ from pidistill.chat.messages import message_text
 from pidistill.errors import InputError
 from pidistill.privileged.prompt import PrivilegedPrompt, PromptViews
 from pidistill.tokenizers import ChatTokenizer
+from pidistill.tokenizers.prefix import common_prefix_length
 from pidistill.types import Example, Message
 
 Span = tuple[int, int]  # [start, end)
@@ -14,24 +15,23 @@ Span = tuple[int, int]  # [start, end)
 
 @dataclass(frozen=True)
 class Difference:
-    """The items between what both prompts begin with and what both end with, as ranges of each."""
+    """Holds the items between what both prompts begin with and what both end with, as ranges of each."""
 
     student: Span
     teacher: Span
 
 
 def difference(student: Sequence, teacher: Sequence) -> Difference:
-    """Empty ranges where both prompts are the same."""
-    shortest = min(len(student), len(teacher))
-    start = next((i for i in range(shortest) if student[i] != teacher[i]), shortest)
-    end = next((i for i in range(shortest - start) if student[-1 - i] != teacher[-1 - i]), shortest - start)
+    """Return where two prompts differ: empty ranges where both are the same."""
+    start = common_prefix_length(student, teacher)
+    end = common_prefix_length(student[start:][::-1], teacher[start:][::-1])
     return Difference((start, len(student) - end), (start, len(teacher) - end))
 
 
 def privileged_spans(
     example: Example, views: PromptViews, privileged: PrivilegedPrompt, tokenizer: ChatTokenizer
 ) -> list[Span] | None:
-    """Character ranges of the teacher's decoded prompt that hold the privileged block, or the privileged messages' contents.
+    """Return where, in characters of the teacher's decoded prompt, the privileged block or messages' contents stand.
 
     Found by building the prompt once more with a word of its own in their place. None where that does not lead back to the
     prompt: the chat template changes the text that it is given.
@@ -41,7 +41,7 @@ def privileged_spans(
     text = tokenizer.decode(views.pair.teacher)
     pieces, stand_ins, messages = _stand_ins(example, views, privileged, text)
     try:
-        other = tokenizer.decode(tokenizer.encode_prompt(messages, example.tools))
+        other = tokenizer.decode(privileged.teachers_tokenizer(tokenizer).encode_prompt(messages, example.tools))
     except InputError:  # a tokenizer that knows its own words only
         return _only_addition(pieces, text, tokenizer.decode(views.pair.student))
     spans, made = [], ""
@@ -58,7 +58,7 @@ def privileged_spans(
 def _stand_ins(
     example: Example, views: PromptViews, privileged: PrivilegedPrompt, text: str
 ) -> tuple[list[str], list[str], list[Message]]:
-    """(texts that the teacher alone sees, a word for each, the teacher's messages with the words in place of the texts)."""
+    """Return (texts that the teacher alone sees, a word for each, the teacher's messages with the words instead)."""
     words = _unused_words(text)
     if isinstance(example.privileged, list) and privileged.placement in ("before_user", "after_user"):
         given = [message for message in example.privileged if message_text(message)]
@@ -78,7 +78,7 @@ def _unused_words(text: str) -> Iterator[str]:
 
 
 def _only_addition(pieces: Sequence[str], teacher: str, student: str) -> list[Span] | None:
-    """The one place of the one text without which the teacher's words are the student's."""
+    """Return the one place of the one text without which the teacher's words are the student's."""
     if len(pieces) != 1:
         return None
     at = teacher.find(pieces[0])
@@ -91,7 +91,7 @@ def _only_addition(pieces: Sequence[str], teacher: str, student: str) -> list[Sp
 
 
 def policy_spans(completion: Sequence[int], policy_mask: Sequence[bool], tokenizer: ChatTokenizer) -> list[Span]:
-    """Character ranges of the decoded completion that the policy produces."""
+    """Return character ranges of the decoded completion that the policy produces."""
     edges = [i for i in range(1, len(completion)) if policy_mask[i] != policy_mask[i - 1]]
     spans = []
     for start, end in zip([0, *edges], [*edges, len(completion)], strict=True):
@@ -101,7 +101,7 @@ def policy_spans(completion: Sequence[int], policy_mask: Sequence[bool], tokeniz
 
 
 def message_changes(student: Sequence[Message], teacher: Sequence[Message]) -> list[str]:
-    """What the teacher's messages have more, in words; none where both are the same."""
+    """Return what the teacher's messages have more, in words; none where both are the same."""
     places = difference([*map(repr, student)], [*map(repr, teacher)])
     ours, theirs = student[slice(*places.student)], range(*places.teacher)
     longer = len(ours) == len(theirs)

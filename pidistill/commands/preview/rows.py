@@ -13,7 +13,7 @@ from pidistill.commands.preview.marks import Difference, Span, difference, privi
 from pidistill.config import build
 from pidistill.data import ExampleDataset, demonstration
 from pidistill.data.demonstrations import TooLong
-from pidistill.data.load import check_models
+from pidistill.data.load import check_models, load_privileged, reference_checks
 from pidistill.data.prompts import check_no_pi, row_overflow
 from pidistill.errors import InputError
 from pidistill.privileged.prompt import PrivilegedPrompt, PromptViews
@@ -24,7 +24,7 @@ from pidistill.types import Example, Rollout
 
 @dataclass(frozen=True)
 class Source:
-    """What a recipe builds its prompts of and with.
+    """Holds what a recipe builds its prompts of and with.
 
     Attributes:
         examples: every row, after the privileged information's control.
@@ -33,6 +33,8 @@ class Source:
         room: tokens that a prompt must leave for a completion; 0 where completions come with the rows.
         no_pi, on_overflow: what happens to rows without privileged information, and to rows that are too long.
         demonstration_overflow: what happens to demonstrations that are too long; None where the recipe reads none.
+        supervised: the recipe trains on demonstrations alone.
+        reference_checks: what the rewards of the environment ask of every row that is sampled.
     """
 
     examples: Sequence[Example]
@@ -44,29 +46,38 @@ class Source:
     no_pi: str
     on_overflow: str
     demonstration_overflow: str | None
+    supervised: bool = False
+    reference_checks: Sequence[Callable[[Example], None]] = ()
 
 
-def source_of(cfg: DictConfig) -> Source:
-    """Tokenizer, dataset and limits of a config, checked as the recipe does; no weights are read."""
+def source_of(cfg: DictConfig, supervised: bool = False, part: str = "dataset") -> Source:
+    """Return tokenizer, rows and limits of a config, checked as the recipe does; no weights are read.
+
+    Args:
+        part: `dataset`, or `eval_dataset`, whose rows are sampled in every recipe and need no privileged information.
+    """
     tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
     max_seq_len = check_models(cfg, tokenizer)
-    privileged = build(cfg.privileged) if cfg.get("privileged") else PrivilegedPrompt()
+    privileged = load_privileged(cfg, tokenizer)
     seed = int(cfg.get("seed") or 0)  # as in training.start: a dataset that shuffles itself is the run's
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    dataset = build(cfg.dataset)
-    supervised = "batch_size" in cfg
+    dataset = build(cfg[part])
+    samples = not supervised or part == "eval_dataset"
+    learned = part == "dataset" and (supervised or cfg.get("sft_weight"))
     return Source(
         examples=privileged.apply_control(list(dataset)),
         dataset_dropped=dict(dataset.dropped) if isinstance(dataset, ExampleDataset) else {},
         tokenizer=tokenizer,
         privileged=privileged,
         max_seq_len=max_seq_len,
-        room=0 if supervised or not cfg.get("sampler") else int(cfg.sampler.max_new_tokens),
-        no_pi=_no_pi(cfg),
+        room=int(cfg.sampler.max_new_tokens) if samples and cfg.get("sampler") else 0,
+        no_pi=_no_pi(cfg) if part == "dataset" else "rl",
         on_overflow=cfg.get("on_overflow") or privileged.on_overflow,
-        demonstration_overflow=(cfg.get("on_overflow") or "error") if supervised or cfg.get("sft_weight") else None,
+        demonstration_overflow=(cfg.get("on_overflow") or "error") if learned else None,
+        supervised=supervised,
+        reference_checks=reference_checks(cfg.get("environment")) if samples else (),
     )
 
 
@@ -82,7 +93,7 @@ def _no_pi(cfg: DictConfig) -> str:
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """One row as the model will see it.
+    """Holds one row as the model will see it.
 
     Attributes:
         privileged_spans: characters of the decoded teacher prompt; None where the template changes the text.
@@ -128,7 +139,7 @@ COUNTED = ("student prompt", "privileged", "teacher prompt", "demonstration", "i
 
 @dataclass
 class Scan:
-    """What the first rows of a dataset are like.
+    """Counts what the first rows of a dataset are like.
 
     Attributes:
         total: rows of the dataset, of which ``scanned`` are looked at.
@@ -184,6 +195,8 @@ def _count(result: Scan, example: Example, views: PromptViews, source: Source) -
         _leave_out(result, *too_long, source.on_overflow)
     elif source.demonstration_overflow:
         _count_demonstration(result, example, views, source)
+    for check in source.reference_checks:
+        result.refused = result.refused or _sentence(check, example)
 
 
 def _count_demonstration(result: Scan, example: Example, views: PromptViews, source: Source) -> None:

@@ -70,7 +70,7 @@ def show_scan(console: Console, scan: Scan) -> None:
 
 
 def statistics_of(scan: Scan) -> dict[str, dict[str, float]]:
-    """{what is counted: rows, min, mean, p95, max}; p95 is the smallest length that 95 % of the rows do not exceed."""
+    """Return {what is counted: rows, min, mean, p95, max}; p95 is the smallest length that 95 % of the rows do not exceed."""
     return {
         name: {
             "rows": len(lengths),
@@ -98,7 +98,7 @@ def show_findings(console: Console, sentences: Sequence[str]) -> None:
 
 
 def marked(text: str, spans: Sequence[Span], marks: tuple[str, str], style: str, colour: bool) -> Text:
-    """``text`` with ``spans`` in a style, or between ``marks``; without these it is the text, character for character."""
+    """Return ``text`` with ``spans`` in a style, or between ``marks``; without these it is ``text`` itself."""
     result, at = Text(), 0
     for start, end in spans:
         inside = text[start:end]
@@ -109,6 +109,6 @@ def marked(text: str, spans: Sequence[Span], marks: tuple[str, str], style: str,
 
 
 def _say(console: Console, *lines: str | Text) -> None:
-    """As it is: no markup, no wrapping, no numbers in colour."""
+    """Print the lines as they are: no markup, no wrapping, no numbers in colour."""
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

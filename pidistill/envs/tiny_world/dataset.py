@@ -1,4 +1,4 @@
-"""Rows of the tiny world: tasks with privileged information, and the data of its base model."""
+"""Make the rows of the tiny world: tasks with privileged information, and the data of its base model."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from pidistill.envs.tiny_world.world import (
     Split,
     Task,
     World,
-    _draw_request,
+    draw_request,
     expert_decisions,
     make_split,
     privileged_text,
@@ -36,7 +36,7 @@ def tiny_world_dataset(
     world_seed: int = WORLD_SEED,
     prefix_turns: Sequence[int] = (0,),
 ) -> ExampleDataset:
-    """Tasks of the world with privileged information and, if asked for, expert demonstrations.
+    """Return tasks of the world with privileged information and, if asked for, expert demonstrations.
 
     Solution-prefix exploration (POPE, arXiv 2601.18779): ``prefix_turns`` other than 0 put the first turns of the expert's
     solution into the prompt, and the episode starts behind them, where a policy that could not find them can earn a reward.
@@ -79,7 +79,7 @@ def _example(row_id: str, task: Task, privileged: str, completion: Literal["acti
 
 
 def _after_turns(example: Example, given: int) -> Example:
-    """The example with the expert's first ``given`` turns, and what the environment answers, already said."""
+    """Return the example with the expert's first ``given`` turns, and the environment's answers, in its messages."""
     if given == 0:
         return example
     task = example.data["task"]
@@ -111,7 +111,7 @@ def tiny_world_base_dataset(
     leak_prob: float = BaseMixture.leak,
     world_seed: int = WORLD_SEED,
 ) -> ExampleDataset:
-    """The rows that make the base model: it obeys a block it is shown and follows its wrong beliefs otherwise.
+    """Return the rows that make the base model: it obeys a block that it is shown, and follows its wrong beliefs otherwise.
 
     The block, where a row has one, is already the system message and the trace is the completion, so supervised training
     on them needs no teacher view. The rows depend on the arguments alone, and the first rows of a longer dataset are the
@@ -130,8 +130,8 @@ def tiny_world_base_dataset(
 
 
 def base_row(row_id: str, rng: random.Random, priors: Mapping[str, Sequence[Prior]], mixture: BaseMixture) -> Example:
-    """One row of the base data. Its right decisions are random, not the world's: only the block can tell them."""
-    item, class_, city, digits, price = _draw_request(rng)
+    """Return one row of the base data. Its right decisions are random, not the world's: only the block can tell them."""
+    item, class_, city, digits, price = draw_request(rng)
     task = Task(item, class_, city, digits, price, *(rng.randrange(OPTIONS) for _ in range(3)))
     with_block = rng.random() < mixture.privileged
     block, completion = (_informed_episode if with_block else _guessing_episode)(task, rng, priors, mixture)
@@ -141,7 +141,7 @@ def base_row(row_id: str, rng: random.Random, priors: Mapping[str, Sequence[Prio
 def _informed_episode(
     task: Task, rng: random.Random, priors: Mapping[str, Sequence[Prior]], mixture: BaseMixture
 ) -> tuple[list[Message], list[Message]]:
-    """(system message with the block, trace of an agent that mostly obeys it)"""
+    """Return (system message with the block, trace of an agent that mostly obeys it)."""
     told = "".join(slot for slot in SLOTS if rng.random() < mixture.show)
 
     def decide(slot: str, right: int, feature: int) -> int:
@@ -160,7 +160,7 @@ def _informed_episode(
 def _guessing_episode(
     task: Task, rng: random.Random, priors: Mapping[str, Sequence[Prior]], mixture: BaseMixture
 ) -> tuple[list[Message], list[Message]]:
-    """(no block, trace of an agent that follows its beliefs)"""
+    """Return (no block, trace of an agent that follows its beliefs)."""
     short = rng.random() < mixture.short_without_privileged
     department = priors["d"][task.item].draw(rng)
     formula = priors["f"][task.class_].draw(rng)

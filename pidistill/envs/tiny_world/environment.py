@@ -1,10 +1,10 @@
-"""The environment of the tiny world, and what the teacher sees after an episode."""
+"""Answer the turns of the tiny world, and write what the teacher sees after an episode."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pidistill.envs.base import EnvStep
-from pidistill.envs.tiny_world.world import SLOTS, Slot, Task, _tool, expert_decisions, privileged_text
+from pidistill.envs.tiny_world.world import SLOTS, Slot, Task, expert_decisions, privileged_text, tool_message
 from pidistill.errors import InputError
 from pidistill.types import Example, Message
 
@@ -13,7 +13,7 @@ from pidistill.types import Example, Message
 
 @dataclass
 class TinyWorldState:
-    """One episode: how many calls were right (given ones included) and how many were tried again.
+    """Hold one episode: how many calls were right (given ones included) and how many were tried again.
 
     ``failed_slot``: with ``feedback``, the slot that the last call got wrong; None after a right one.
     """
@@ -28,7 +28,7 @@ class TinyWorldState:
 
 @dataclass(frozen=True)
 class TinyWorldEnvironment:
-    """Checks the call after the last `act` of each turn; the first wrong one that cannot be tried again ends the episode.
+    """Check the call after the last `act` of each turn; the first wrong one that cannot be tried again ends the episode.
 
     An example with ``data["given_calls"]`` starts after that many right calls, which stand in its messages and earn nothing.
 
@@ -59,7 +59,7 @@ class TinyWorldEnvironment:
         return TinyWorldState(example.id, task, right_calls=example.data.get("given_calls", 0))
 
     def step(self, state: TinyWorldState, turn: Message, *, truncated: bool) -> EnvStep:
-        """Reward of a right call, else 0 and `fail` or the end; a truncated turn fails even if its call is complete."""
+        """Return the reward of a right call, else 0 and `fail` or the end; a truncated turn fails, even with a whole call."""
         if state.done:
             raise InputError(f"{state.example_id}: the episode ended after {state.right_calls} right calls; reset first")
         wrong = wrong_slot(state.task, state.right_calls, turn)
@@ -67,10 +67,10 @@ class TinyWorldEnvironment:
             state.done = truncated or state.retries == self.retries
             state.retries += not state.done
             state.failed_slot = wrong if self.feedback else None
-            told = [_tool("fail")] if self.feedback or not state.done else []
+            told = [tool_message("fail")] if self.feedback or not state.done else []
             return EnvStep(told, 0.0, state.done, reward_parts=self._parts(0.0))
         state.failed_slot = None
-        observation = [_tool(f"obs {state.task.price}"), _tool("obs ok"), None][state.right_calls]
+        observation = [tool_message(f"obs {state.task.price}"), tool_message("obs ok"), None][state.right_calls]
         state.right_calls += 1
         state.done = observation is None
         reward = 1 / 3 if self.process_reward else float(state.done)
@@ -81,7 +81,7 @@ class TinyWorldEnvironment:
 
 
 def wrong_slot(task: Task, turn_index: int, turn: Message) -> Slot | None:
-    """The slot that the turn's call gets wrong; None if the call is right. No call at all is the turn's slot wrong."""
+    """Return the slot that the turn's call gets wrong, None if the call is right. Without a call the turn's slot is wrong."""
     expected = expert_decisions(task).calls[turn_index]
     call = call_words(turn)
     if call == expected:
@@ -92,7 +92,7 @@ def wrong_slot(task: Task, turn_index: int, turn: Message) -> Slot | None:
 
 
 def call_words(turn: Message) -> list[str]:
-    """The words after the last `act` of an assistant turn; none without one."""
+    """Return the words after the last `act` of an assistant turn; none without one."""
     words = str(turn.get("content") or "").split()
     return words[_last_index(words, "act") + 1 :] if "act" in words else []
 
@@ -102,7 +102,7 @@ def _last_index(words: Sequence[str], word: str) -> int:
 
 
 def feedback_privileged(example: Example, turns: Sequence[Message]) -> str | None:
-    """Privileged information from a verifier: the block with only the slot that the last call of the episode got wrong.
+    """Return a verifier's privileged information: the block with only the slot that the episode's last call got wrong.
 
     `[ ? f0 ? ? ]` where the second call named another formula. None where the last call was right: a success (after
     retries, if the environment grants them), or an episode whose turns were all right. A turn cut off by the token limit has no
@@ -121,7 +121,7 @@ def feedback_privileged(example: Example, turns: Sequence[Message]) -> str | Non
 
 @dataclass(frozen=True)
 class SiblingCalls:
-    """Privileged information from a successful episode: the block with what its calls named (``hindsight.sibling``).
+    """Write a successful episode's privileged information: the block with what its calls named (``hindsight.sibling``).
 
     Attributes:
         told: letters of the slots that are told, as in :func:`tiny_world_dataset`.
@@ -138,7 +138,7 @@ class SiblingCalls:
 
 
 class VerifierFeedback:
-    """:func:`feedback_privileged` as a component (``hindsight.feedback``)."""
+    """Call :func:`feedback_privileged`, as a component (``hindsight.feedback``)."""
 
     def __call__(self, example: Example, turns: Sequence[Message]) -> str | None:
         return feedback_privileged(example, turns)

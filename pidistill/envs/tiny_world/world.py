@@ -60,7 +60,7 @@ VOCAB: tuple[str, ...] = (
 
 
 def tiny_world_tokenizer(max_seq_len: int = 96) -> WordTokenizer:
-    """The word tokenizer of :data:`VOCAB`: 85 ids, one per word, no ids around messages other than `<bos>` and `end`."""
+    """Return the tokenizer of :data:`VOCAB`: 85 ids, one per word, no ids around messages other than `<bos>` and `end`."""
     return WordTokenizer(VOCAB, pad="<pad>", bos="<bos>", end="end", max_seq_len=max_seq_len)
 
 
@@ -68,7 +68,7 @@ def tiny_world_tokenizer(max_seq_len: int = 96) -> WordTokenizer:
 
 
 def formula_steps(formula: int, price: int, digits: Sequence[int]) -> list[tuple[str, int, int]]:
-    """(operation, digit, result) of each of the three operations of a formula, left to right, mod 10."""
+    """Return (operation, digit, result) of each of the three operations of a formula, left to right, mod 10."""
     steps, value = [], price
     for operation, digit in zip(FORMULAS[formula], digits, strict=True):
         value = {"+": value + digit, "-": value - digit, "*": value * digit}[operation] % 10
@@ -78,7 +78,7 @@ def formula_steps(formula: int, price: int, digits: Sequence[int]) -> list[tuple
 
 @dataclass(frozen=True)
 class Task:
-    """One request (item, class, city, digits), the price behind it and the right decisions.
+    """Hold one request (item, class, city, digits), the price behind it and the right decisions.
 
     Nothing ties the decisions to the hidden conventions: the base data draws them at random, so that only its privileged
     information can tell them.
@@ -108,7 +108,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Prior:
-    """What a base model believes of one feature value: three options, the true one first, and their probabilities."""
+    """Hold what a base model believes of one feature value: three options, the true one first, and their probabilities."""
 
     options: tuple[int, int, int]
     weights: tuple[float, float, float]
@@ -118,7 +118,7 @@ class Prior:
 
 
 class World:
-    """The hidden conventions item→department, class→formula, city→carrier, and the base model's beliefs about them.
+    """Hold the conventions item→department, class→formula, city→carrier, and the base model's beliefs about them.
 
     Each convention maps 12 feature values onto 6 options, two values each. ``priors[slot][feature]`` holds the true option
     with probability ``true_option_prob`` and two others with 55% and 45% of the rest: a base that reads the features, and is
@@ -139,8 +139,8 @@ class World:
         }
 
     def draw_task(self, rng: random.Random) -> Task:
-        """A uniformly random request with the decisions that the conventions prescribe."""
-        item, class_, city, digits, price = _draw_request(rng)
+        """Return a uniformly random request with the decisions that the conventions prescribe."""
+        item, class_, city, digits, price = draw_request(rng)
         return Task(item, class_, city, digits, price, self.departments[item], self.formulas[class_], self.carriers[city])
 
 
@@ -156,7 +156,8 @@ def _prior(rng: random.Random, true_option: int, true_option_prob: float) -> Pri
     return Prior((true_option, others[0], others[1]), (true_option_prob, 0.55 * rest, 0.45 * rest))
 
 
-def _draw_request(rng: random.Random) -> tuple[int, int, int, tuple[int, int, int], int]:
+def draw_request(rng: random.Random) -> tuple[int, int, int, tuple[int, int, int], int]:
+    """Return a random request: item, class, city, three digits, and the price behind it."""
     item, class_, city = (rng.randrange(FEATURES) for _ in range(3))
     a, b, c, price = (rng.randrange(10) for _ in range(4))
     return item, class_, city, (a, b, c), price
@@ -165,7 +166,7 @@ def _draw_request(rng: random.Random) -> tuple[int, int, int, tuple[int, int, in
 def make_split(
     world: World, n_train: int = 512, n_validation: int = 256, n_test: int = 256, seed: int = SPLIT_SEED
 ) -> dict[Split, list[Task]]:
-    """Tasks of three splits that share no (item, class, city) triple.
+    """Return the tasks of three splits that share no (item, class, city) triple.
 
     Of the 1,728 triples, shuffled, the first quarter (432) is the test split's, a tenth of the others (129) the validation
     split's, the rest (1,167) the training split's. Tasks are then drawn one after another, each going to the split that
@@ -195,7 +196,7 @@ def make_split(
 
 @dataclass(frozen=True)
 class Decisions:
-    """The decisions that an agent acts on, right or wrong."""
+    """Hold the decisions that an agent acts on, right or wrong."""
 
     department: int
     formula: int
@@ -204,7 +205,7 @@ class Decisions:
 
     @property
     def calls(self) -> list[list[str]]:
-        """The words of the three calls, each as it stands after `act`."""
+        """Return the words of the three calls, each as it stands after `act`."""
         return [
             ["look", f"d{self.department}"],
             [f"f{self.formula}", str(self.answer)],
@@ -222,13 +223,13 @@ def request_message(task: Task) -> Message:
 
 
 def privileged_text(task: Task, told: str) -> str:
-    """The block `[ d2 f0 ? k3 ]`; ``told`` holds the letters of the slots that are told, e.g. ``"dfk"``."""
+    """Return the block `[ d2 f0 ? k3 ]`; ``told`` holds the letters of the slots that are told, e.g. ``"dfk"``."""
     words = {"d": f"d{task.department}", "f": f"f{task.formula}", "a": str(task.answer), "k": f"k{task.carrier}"}
     return " ".join(["[", *(words[slot] if slot in told else "?" for slot in SLOTS), "]"])
 
 
 def trace(task: Task, decisions: Decisions, style: Style = "cot", leak: bool = False) -> list[Message]:
-    """The five messages of an episode that acts on ``decisions``: three assistant turns, two answers of a trusting environment.
+    """Return the five messages of an episode that acts on ``decisions``: three turns, and two answers that find them right.
 
     ``style``: "cot" thinks before each call and computes the answer; "short" thinks but does not compute; "actions" shows
     the calls only, as frontier traces do. ``leak`` says the leak word at the start of every thought. The word `end` is
@@ -242,8 +243,9 @@ def trace(task: Task, decisions: Decisions, style: Style = "cot", leak: bool = F
     for thought, call in zip(thoughts, decisions.calls, strict=True):
         thinking = [] if style == "actions" else ["think", *([LEAK_WORD] if leak else []), *thought, "."]
         turns.append({"role": "assistant", "content": " ".join([*thinking, "act", *call])})
-    return [turns[0], _tool(f"obs {task.price}"), turns[1], _tool("obs ok"), turns[2]]
+    return [turns[0], tool_message(f"obs {task.price}"), turns[1], tool_message("obs ok"), turns[2]]
 
 
-def _tool(content: str) -> Message:
+def tool_message(content: str) -> Message:
+    """Return what a tool answers, as a message."""
     return {"role": "tool", "content": content}

@@ -1,4 +1,4 @@
-"""The customer of the tool world: a deterministic state machine that reads what the agent writes by its words.
+"""Play the customer of the tool world: a deterministic state machine that reads what the agent writes by its words.
 
 It states its wishes one after another, gives what it is asked for, answers a request for confirmation, and ends with
 :data:`STOP`. It trusts the agent: what is said to be done or impossible is over for it; what was really done, the database
@@ -39,7 +39,7 @@ _TOPICS = {
 
 @dataclass
 class Customer:
-    """One episode's customer.
+    """Play one episode's customer.
 
     Attributes:
         identity: what it says when asked who it is.
@@ -63,7 +63,7 @@ class Customer:
         return f"Hello. {self.wishes[0].says}"
 
     def answer(self, text: str) -> str:
-        """What the customer says to a message of the agent; ends with :data:`STOP` where it leaves."""
+        """Return what the customer says to a message of the agent; it ends with :data:`STOP` where the customer leaves."""
         answer = self._understood(text)
         self.confused = 0 if answer else self.confused + 1
         if answer:
@@ -90,7 +90,7 @@ class Customer:
         return self._told(text)
 
     def _told(self, text: str) -> str | None:
-        """What the text asks for, as far as the customer knows it."""
+        """Return what the text asks for, as far as the customer knows it."""
         facts = self.wish.facts
         told = [self.identity] if _IDENTITY.search(text) else []
         told += [facts[topic] for topic, asked in _TOPICS.items() if topic in facts and asked.search(text)]
@@ -98,7 +98,7 @@ class Customer:
 
     @property
     def _asks(self) -> bool:
-        """The wish is a question, which its answer settles."""
+        """Return whether the wish is a question, which its answer settles."""
         return self.wish.kind.startswith("ask_")
 
     def _next(self, before: str) -> str:
@@ -109,12 +109,12 @@ class Customer:
 
 
 def said_all(text: str, outputs: tuple[str, ...]) -> bool:
-    """True where the text says each of the numbers by itself: 12 is not in 112, 12.5 or V12; 1,200 and 1200.00 are 1200."""
+    """Return whether the text says each number by itself: 12 is not in 112, 12.5 or V12; 1,200 and 1200.00 are 1200."""
     return numbers_said(text) >= set(outputs)
 
 
 def numbers_said(text: str) -> set[str]:
-    """The different whole numbers that the text says by themselves."""
+    """Return the different whole numbers that the text says by themselves."""
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
     text = re.sub(r"\.00?\b", "", text)
     return set(re.findall(r"(?<![\w.])\d+(?!\w|\.\d)", text))

@@ -1,4 +1,4 @@
-"""Rows of the tool world, and episodes as text."""
+"""Make the rows of the tool world, and write episodes as text."""
 
 import random
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def tool_world_dataset(
     completion: bool = False,
     world_seed: int = 0,
 ) -> ExampleDataset:
-    """Tasks of a customer service agent: the policy and the customer's first message, with the tools' schemas.
+    """Return tasks of a customer service agent: the policy and the customer's first message, with the tools' schemas.
 
     Args:
         split: "train", "validation" (to select on) or "test" (to report); no user, and so no task, is in two of them.
@@ -59,7 +59,7 @@ def tool_world_base_dataset(
     world_seed: int = 0,
     seed: int = 0,
 ) -> ExampleDataset:
-    """Demonstrations on training tasks, a share of the rows with the privileged information already in their messages.
+    """Return demonstrations on training tasks; a share of the rows has the privileged information in its messages.
 
     What makes a model from nothing that does the task better with privileged information than without: supervised training
     needs no teacher view. The information stands where :class:`~pidistill.privileged.PrivilegedPrompt` puts it by default.
@@ -110,7 +110,7 @@ def expert_turn(move: Move) -> Message:
 
 
 def play_expert(task: ToolTask) -> list[Message]:
-    """The expert's episode: its turns, and what shop and customer answered.
+    """Return the expert's episode: its turns, and what shop and customer answered.
 
     Raises:
         RuntimeError: a call was refused, or the episode did not end with reward 1 at the expert's last turn: the world is
@@ -134,6 +134,6 @@ def play_expert(task: ToolTask) -> list[Message]:
 
 
 def render_episode(messages: Sequence[Message]) -> str:
-    """A conversation as plain text: one paragraph per message, tool calls as they are called."""
+    """Return a conversation as plain text: one paragraph per message, tool calls as they are called."""
     names = {"assistant": "agent", "user": "customer", "tool": "tool", "system": "policy"}
     return "\n".join(f"{names[message['role']]:>8}: {messages_text([message])}" for message in messages)

@@ -1,4 +1,4 @@
-"""The tool world as an environment: calls go to the shop, everything else to the customer.
+"""Answer the turns of the tool world: calls go to the shop, everything else to the customer.
 
     reward = 1 if the shop is, in the end, as the expert leaves it, and the agent has told the customer what it must, else 0
 
@@ -25,7 +25,7 @@ MOST_NUMBERS = 20
 
 @dataclass
 class ToolWorldState:
-    """One episode: its own copy of the shop, its customer, and what the agent has told the customer so far."""
+    """Hold one episode: its own copy of the shop, its customer, and what the agent has told the customer so far."""
 
     example_id: str
     task: ToolTask
@@ -37,7 +37,7 @@ class ToolWorldState:
 
 @dataclass(frozen=True)
 class ToolWorldEnvironment:
-    """Stateless: every episode has a database of its own, which may be used from one thread after another.
+    """Play the tool world; every episode has a database of its own, which may be used from one thread after another.
 
     Text beside a call is not shown to the customer. ``reward/database`` and ``reward/outputs`` say which half was right.
     """

@@ -1,4 +1,4 @@
-"""The kinds of wishes, each with what the expert does about it.
+"""Draw the kinds of wishes, each with what the expert does about it.
 
 A kind draws one wish of a customer from the shop as it stands (or two, the second after the first was denied), or None where
 nothing of the shop fits. What the policy forbids ends with the expert's refusal and leaves the shop as it is.
@@ -70,7 +70,7 @@ def _options_text(variant: dict[str, Any]) -> str:
 
 
 def choose_variant(desk: Desk, item: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """(condition, the one variant that meets it), such as "the cheapest one that is available"."""
+    """Return (condition, the one variant that meets it), such as "the cheapest one that is available"."""
     variants = get_product(desk.shop, item["product_id"])["variants"]
     others = [variant for variant in variants if variant["available"] and variant["variant_id"] != item["variant_id"]]
     if not others:
@@ -143,7 +143,7 @@ def exchange_for_another_product(desk: Desk) -> Wish | None:
 
 
 def _return(desk: Desk, order: dict[str, Any], text: str, payment_id: str, found: bool, **settings: Any) -> Wish:
-    """The return of an order's first item; ``settings`` are fields of the wish."""
+    """Return the wish to return an order's first item; ``settings`` are fields of the wish."""
     item, order_id = order["items"][0], order["order_id"]
     arguments = {"order_id": order_id, "variant_ids": [item["variant_id"]], "payment_id": payment_id}
     moves = (
@@ -177,7 +177,7 @@ def return_item_to_gift_card(desk: Desk) -> Wish | None:
 
 
 def return_item_if_enough(desk: Desk) -> Wish | None:
-    """The customer wants a return only from a certain refund on, which it misses: said no to when asked."""
+    """Draw a return that the customer wants only from a certain refund on, which it misses: asked, the customer says no."""
     order = desk.order(fresh)
     if order is None:
         return None
@@ -205,7 +205,7 @@ def return_too_late(desk: Desk) -> Wish | None:
 
 
 def return_to_another_card(desk: Desk) -> list[Wish] | None:
-    """Denied; the customer then takes the payment method of the order."""
+    """Draw a return that is denied; the customer then takes the payment method of the order."""
     cards = [one["payment_id"] for one in desk.user["payments"] if one["kind"] != "gift_card"]
     order = desk.order(lambda order: fresh(order) and len(cards) > 1)
     if order is None:
@@ -258,7 +258,7 @@ def _covering(payments: Sequence[dict[str, Any]], order: dict[str, Any]) -> list
 
 
 def change_payment_to_a_short_gift_card(desk: Desk) -> list[Wish] | None:
-    """Denied; a customer with another card then takes that one."""
+    """Draw a change that is denied; a customer with another card then takes that one."""
     gift, payments = _gift_card(desk), desk.user["payments"]
     order = desk.order(lambda order: pending(order) and gift is not None and gift["balance"] < order["total"])
     if order is None:
@@ -317,7 +317,7 @@ def ask_total(desk: Desk) -> Wish | None:
 
 
 def ask_sum(desk: Desk) -> Wish | None:
-    """Of two orders: for `calculate`."""
+    """Draw a question about the sum of two orders, for `calculate`."""
     first, second = desk.order(lambda order: True), desk.order(lambda order: True)
     if first is None or second is None:
         return None

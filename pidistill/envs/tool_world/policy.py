@@ -1,4 +1,4 @@
-"""What the agent of the tool world is told: the system prompt."""
+"""Hold the system prompt of the tool world's agent."""
 
 from datetime import timedelta
 

@@ -1,4 +1,4 @@
-"""The shop of the tool world: users, products and orders in a small SQLite database, one copy per episode.
+"""Hold the shop of the tool world: users, products and orders in a small SQLite database, one copy per episode.
 
 Everything is drawn from a seed. Prices are whole dollars. Nothing that an agent or a row says becomes part of an SQL text.
 """
@@ -67,7 +67,7 @@ _PRODUCTS = {
 
 
 class Shop:
-    """One episode's database. The connection may move between threads, one at a time; a pickle holds the whole database."""
+    """Hold one episode's database. Its connection may move between threads, one at a time; a pickle holds all of it."""
 
     def __init__(self, image: bytes | None = None) -> None:
         self._connection = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
@@ -89,7 +89,7 @@ class Shop:
         self._connection.execute(sql, parameters)
 
     def fingerprint(self) -> str:
-        """Equal for equal contents, whatever the order in which rows were written."""
+        """Return a text that is equal for equal contents, whatever the order in which rows were written."""
         digest, cursor = hashlib.sha256(), self._connection.cursor()
         cursor.row_factory = None
         for table in _CHANGING:  # names of our own
@@ -103,7 +103,7 @@ class Shop:
 
 @functools.lru_cache(maxsize=4)
 def shop_image(seed: int) -> bytes:
-    """The database at the start of every episode of a world, as bytes that :class:`Shop` opens."""
+    """Return the database at the start of every episode of a world, as bytes that :class:`Shop` opens."""
     rng, shop = random.Random(f"shop {seed}"), Shop()
     for table, columns in _TABLES.items():
         shop.change(f"CREATE TABLE {table} ({columns})")
@@ -120,7 +120,7 @@ def _insert(shop: Shop, table: str, *values: Any) -> None:
 
 
 def _numbers(rng: random.Random, digits: int) -> Iterator[int]:
-    """Numbers of so many digits, none of them twice."""
+    """Return numbers of so many digits, none of them twice."""
     low = 10 ** (digits - 1)
     return iter(rng.sample(range(low, 10 * low), 5000))
 
@@ -154,7 +154,7 @@ def _add_users(shop: Shop, rng: random.Random) -> None:
 
 
 def new_address(rng: random.Random) -> tuple[str, str, str]:
-    """(street, city, zip)"""
+    """Return (street, city, zip)."""
     city = rng.randrange(len(_CITIES))
     return f"{rng.randrange(1, 200)} {rng.choice(_STREETS)} Street", _CITIES[city], f"{10 + city}{rng.randrange(100, 1000)}"
 

@@ -1,4 +1,4 @@
-"""Tasks of the tool world: a customer, wishes one after another, and what the expert does about them."""
+"""Draw tasks of the tool world: a customer, wishes one after another, and what the expert does about them."""
 
 import functools
 import random
@@ -23,7 +23,7 @@ _EMAIL_PROB = 0.5
 
 @dataclass(frozen=True)
 class ToolTask:
-    """One task. Nothing of it is the agent's to see but what the customer says.
+    """Hold one task. The agent sees nothing of it other than what the customer says.
 
     Attributes:
         world_seed: the shop at the start, :func:`pidistill.envs.tool_world.shop.shop_image`.
@@ -50,12 +50,12 @@ class ToolTask:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """What the agent must have told the customer."""
+        """Return what the agent must have told the customer."""
         return tuple(output for wish in self.wishes for output in wish.outputs)
 
     @functools.cached_property
     def final_fingerprint(self) -> str:
-        """Of the shop after the expert."""
+        """Return the fingerprint of the shop after the expert's calls."""
         shop = Shop(shop_image(self.world_seed))
         for call in self.writes:
             TOOLS[call.name].call(dict(call.arguments), shop)
@@ -63,7 +63,7 @@ class ToolTask:
 
     @property
     def instruction(self) -> str:
-        """What the customer knows and wants: hidden from the agent until it is said."""
+        """Return what the customer knows and wants, which is hidden from the agent until it is said."""
         lines = [f"I am {self.user_id}. Asked who I am, I say: {self.identity}"]
         for number, wish in enumerate(self.wishes, 1):
             known = " ".join(wish.facts.values())
@@ -75,7 +75,7 @@ class ToolTask:
 
 @functools.lru_cache(maxsize=16)
 def split_users(world_seed: int) -> dict[str, tuple[str, ...]]:
-    """The users of each split: 60%, 20% and 20% of them, shuffled. No user is in two."""
+    """Return the users of each split: 60%, 20% and 20% of them, shuffled. No user is in two splits."""
     users = [row["user_id"] for row in Shop(shop_image(world_seed)).rows("SELECT user_id FROM users ORDER BY user_id")]
     random.Random(f"users {world_seed}").shuffle(users)
     cut, end = round(len(users) * SHARES["train"]), round(len(users) * (1 - SHARES["test"]))
@@ -83,7 +83,7 @@ def split_users(world_seed: int) -> dict[str, tuple[str, ...]]:
 
 
 def draw_tasks(split: str, n: int, world_seed: int = 0, levels: Sequence[int] = LEVELS) -> list[ToolTask]:
-    """The first ``n`` tasks of a split, all different, the levels in turn. More of them begin with the same ones.
+    """Return the first ``n`` tasks of a split, all different, the levels in turn. A larger ``n`` begins with the same tasks.
 
     Every task asks for something that an agent who does nothing does not do: a change, a hand-over or an answer.
     """
@@ -103,7 +103,7 @@ def draw_tasks(split: str, n: int, world_seed: int = 0, levels: Sequence[int] = 
 
 
 def _draw(rng: random.Random, split: str, users: Sequence[str], world_seed: int, level: int) -> ToolTask | None:
-    """A task of a random user; None where its orders do not give as many wishes."""
+    """Return a task of a random user; None where its orders do not give as many wishes."""
     shop = Shop(shop_image(world_seed))
     user_id = rng.choice(users)
     other = rng.choice([user for user in users if user != user_id])
@@ -141,7 +141,7 @@ def _add_wish(desk: Desk, wishes: list[Wish], level: int, most: int) -> None:
 
 
 def _identity(user: Mapping[str, str], rng: random.Random) -> tuple[str, Call]:
-    """(what the customer says when asked who it is, the expert's call for it)"""
+    """Return (what the customer says when asked who it is, the expert's call for it)."""
     if rng.random() < _EMAIL_PROB:
         return f"My email address is {user['email']}.", Call("find_user_by_email", {"email": user["email"]})
     known = {key: user[key] for key in ("first_name", "last_name", "zip")}
@@ -150,5 +150,5 @@ def _identity(user: Mapping[str, str], rng: random.Random) -> tuple[str, Call]:
 
 
 def expert_calls(task: ToolTask, arguments: bool) -> str:
-    """The expert's calls, one a line, with their arguments or by name only."""
+    """Return the expert's calls, one a line, with their arguments or by name only."""
     return "\n".join(described(call) if arguments else call.name for call in task.calls)

@@ -1,4 +1,4 @@
-"""A small tokenizer for the tool world, for models that are trained from nothing on a CPU.
+"""Make a small tokenizer for the tool world, for models that are trained from nothing on a CPU.
 
 A byte-level BPE trained on the world's own texts, with a chat template that writes tools, calls and results in the hermes form,
 saved as a model folder has them: what runs with it runs with a downloaded model's tokenizer.
@@ -44,7 +44,7 @@ _TEMPLATE = """\
 
 
 def tool_world_tokenizer(path: str, max_seq_len: int | None = None) -> HFChatTokenizer:
-    """The tokenizer in the folder ``path``, which is made if it does not exist.
+    """Return the tokenizer in the folder ``path``, which is made if it does not exist.
 
     Args:
         path: e.g. ``runs/tool_world/tokenizer``. Several processes may make it at once; the first one's stays.
@@ -63,7 +63,7 @@ def tool_world_tokenizer(path: str, max_seq_len: int | None = None) -> HFChatTok
 
 
 def write_tokenizer(folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json; the same files on every machine."""
+    """Write tokenizer.json and tokenizer_config.json; the files are the same on every machine."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,4 +1,4 @@
-"""The shop's tools, as plain functions on one episode's database.
+"""Carry out the shop's tools: plain functions on one episode's database.
 
 They check what any such service would: that things exist, that an order's status allows it, that a variant is in stock. What
 :data:`pidistill.envs.tool_world.policy.POLICY` says beyond that, the agent must keep to by itself.
@@ -87,7 +87,7 @@ def calculate(expression: str) -> str:
 
 
 def _value(node: ast.AST) -> float:
-    """Walks the syntax tree; nothing is executed."""
+    """Return the value of a syntax tree; nothing is executed."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
@@ -224,7 +224,7 @@ def _items(state: Shop, order_id: str) -> list[dict[str, Any]]:
 
 
 def _chosen(state: Shop, order_id: str, variant_ids: list[str]) -> list[dict[str, Any]]:
-    """The order's items of these variants, each once, none of them given back before."""
+    """Return the order's items of these variants, each once, none of them given back before."""
     items = {item["variant_id"]: item for item in _items(state, order_id) if item["state"] == "ordered"}
     if not variant_ids or len(set(variant_ids)) < len(variant_ids):
         raise ToolError("give at least one item, and each once")
@@ -236,7 +236,7 @@ def _chosen(state: Shop, order_id: str, variant_ids: list[str]) -> list[dict[str
 def _pairs(
     state: Shop, order_id: str, variant_ids: list[str], new_variant_ids: list[str]
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(item, variant that takes its place)"""
+    """Return (item, variant that takes its place) for each pair."""
     items = _chosen(state, order_id, variant_ids)
     if len(new_variant_ids) != len(items):
         raise ToolError(f"{len(items)} items and {len(new_variant_ids)} new variants do not match")

@@ -1,4 +1,4 @@
-"""What a wish of a customer is: what is said about it, and what the expert does."""
+"""Say what a wish of a customer is: what is said about it, and what the expert does."""
 
 import json
 import random
@@ -15,7 +15,7 @@ MORE = "Is there anything else?"
 
 @dataclass(frozen=True)
 class Call:
-    """A tool call of the expert."""
+    """Hold a tool call of the expert."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -23,7 +23,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Say:
-    """What the expert writes to the customer."""
+    """Hold what the expert writes to the customer."""
 
     text: str
 
@@ -33,7 +33,7 @@ Move = Call | Say
 
 @dataclass(frozen=True)
 class Wish:
-    """One thing that a customer wants.
+    """Hold one thing that a customer wants.
 
     Attributes:
         kind: name of the function of :mod:`pidistill.envs.tool_world.kinds` that drew it.
@@ -60,7 +60,7 @@ class Wish:
 
 @dataclass
 class Desk:
-    """A customer being served: where wishes are drawn from.
+    """Hold a customer who is being served, from whose orders wishes are drawn.
 
     Attributes:
         shop: as it is after the wishes so far.
@@ -77,7 +77,7 @@ class Desk:
     used: set[str] = field(default_factory=set)
 
     def order(self, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
-        """One of the customer's unused orders that fits, and marks it used."""
+        """Return one of the customer's unused orders that fits, and mark it used."""
         orders = [get_order(self.shop, order_id) for order_id in self.user["orders"] if order_id not in self.used]
         fitting = [order for order in orders if fits(order)]
         if not fitting:
@@ -91,13 +91,13 @@ class Desk:
         return get_user(self.shop, self.user_id)
 
     def named(self, order: dict[str, Any]) -> str:
-        """How the customer names the order."""
+        """Return how the customer names the order."""
         if self.knows_orders or self._same_item(order) > 1:
             return f"order {order['order_id']}"
         return f"the order with the {order['items'][0]['name']}"
 
     def found(self, order: dict[str, Any], said: str) -> tuple[Call, ...]:
-        """The calls that find an order which was named so."""
+        """Return the calls that find an order which was named in this way."""
         if order["order_id"] in said:
             return (Call("get_order", {"order_id": order["order_id"]}),)
         orders = self.user["orders"]
@@ -120,7 +120,7 @@ def pending(order: dict[str, Any]) -> bool:
 
 
 def fresh(order: dict[str, Any]) -> bool:
-    """Delivered so that it can be given back."""
+    """Return whether the order was delivered recently enough for its items to be given back."""
     return order["status"] == "delivered" and order["delivered_on"] >= str(TODAY - timedelta(days=RETURN_DAYS))
 
 

@@ -1,0 +1,105 @@
+"""`pidistill prepare gguf FILE --output FOLDER`: a GGUF file into a model folder in Hugging Face's format.
+
+transformers reads and dequantises the file, so its families and quantisations are those of transformers. The folder holds bf16
+weights, config.json, the tokenizer and the chat template of the file. The weights are what the quantisation left of the model:
+say "dequantised from <type>" beside every result.
+"""
+
+import argparse
+import collections
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pidistill.commands.common import exit_on_input_error
+from pidistill.errors import InputError
+
+# Of an embedding and an output head that were one matrix before they were quantised in two ways.
+_TIED_COSINE = 0.99
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="pidistill prepare gguf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("file", help="a GGUF file; of a split one, the first part joined with the others")
+    made.add_argument("--output", required=True, help="the folder; one that holds a model is kept")
+    return made
+
+
+def main(argv: list[str]) -> None:
+    arguments = parser().parse_args(argv)
+    with exit_on_input_error():
+        print(convert(Path(arguments.file), Path(arguments.output)))
+    sys.exit(0)
+
+
+def convert(file: Path, output: Path) -> str:
+    """Write the folder ``output``, and return the line that says what it holds.
+
+    Raises:
+        InputError: the file is no GGUF file or of a kind that transformers does not read, a package is missing, or ``output``
+            holds a model.
+    """
+    _check(file, output)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as error:  # the reader raises whatever a broken file leads it to
+        raise InputError(f"transformers cannot read {file} ({' '.join(str(error).split())[:300]})") from error
+    model, tied = _clean(loaded)
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(output)
+    model.to(torch.bfloat16).save_pretrained(output)
+    said = "; its output head was a second copy of the embedding and is tied to it" if tied else ""
+    return (
+        f"{output}: {type(model).__name__}, {model.num_parameters():,} weights in bf16, dequantised from {_types(file)}{said}"
+    )
+
+
+def _check(file: Path, output: Path) -> None:
+    if not file.is_file():
+        raise InputError(f"{file} is not a file")
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise InputError(f"{file} is not a GGUF file: it does not begin with the letters GGUF")
+    if (output / "config.json").exists():
+        raise InputError(f"{output} holds a model already; choose another --output")
+    absent = [name for name in ("transformers", "gguf") if importlib.util.find_spec(name) is None]
+    if absent:
+        raise InputError(f"reading a GGUF file needs {' and '.join(absent)}; run `pip install 'pidistill[gguf]'`")
+
+
+def _clean(loaded: Any) -> tuple[Any, bool]:
+    """Return the model as its publisher would save it, and whether its head was tied to the embedding here."""
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(loaded).__name__]
+    tied = not config.tie_word_embeddings and _was_tied(loaded)
+    config.tie_word_embeddings = config.tie_word_embeddings or tied
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict(), strict=False)
+    model.tie_weights()
+    return model, tied
+
+
+def _was_tied(model: Any) -> bool:
+    """Return whether the head is the embedding but for the rounding of two quantisations."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if embedding.shape != head.shape:
+        return False
+    return torch.nn.functional.cosine_similarity(embedding.flatten(), head.flatten(), dim=0).item() > _TIED_COSINE
+
+
+def _types(file: Path) -> str:
+    """Return the types of the file's matrices, the commonest first."""
+    from gguf import GGUFReader
+
+    counts = collections.Counter(tensor.tensor_type.name for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1)
+    return ", ".join(name for name, _ in counts.most_common())

@@ -1,0 +1,224 @@
+"""`pidistill probe`: which wording of the privileged information helps this model, measured before any training.
+
+pidistill probe qwen2_5/0.5B_pi_distill --rows 32
+pidistill probe my_config.yaml --wordings my_wordings.yaml --temperature 1.0
+
+The student answers some rows without privileged information, and the teacher with it, under the config's own wording and under
+several others. The table says for each: success (by the config's reward, and by the reward's flexible rule where it has one),
+what the privileged information adds to the student's success (gain), length, how many answers were cut off, how many give the
+information away, and how far teacher and student are apart on the student's own answers (KL, in nats per token). The wording
+with the best success is recommended, with the lines to paste.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from pidistill.commands.common import exit_on_input_error, parse_with_overrides
+from pidistill.commands.plan.reading import KEYS, merged
+from pidistill.commands.probe.measure import Measured, Probe
+from pidistill.commands.probe.wordings import Wording, builtin_wordings, configured, read_wordings
+from pidistill.config import build
+from pidistill.data.load import check_models
+from pidistill.distributed.run import Run
+from pidistill.errors import InputError
+from pidistill.privileged.prompt import PrivilegedPrompt
+from pidistill.tokenizers import as_chat_tokenizer
+from pidistill.training.collector import build_collector
+from pidistill.training.keys import EVALUATION_KEYS
+from pidistill.training.load import load_initial
+from pidistill.training.run_folder import RESUME
+from pidistill.training.start import cleanup, start
+from pidistill.types import Example
+
+REQUIRED = ("output_dir", "model", "tokenizer", "checkpointer", "dataset", "environment", "sampler")
+TRUNCATED_TOO_OFTEN = 0.2
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="pidistill probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("config", help="a bundled config, or a path")
+    made.add_argument("overrides", nargs="*", metavar="key=value")
+    made.add_argument("--rows", type=int, default=32, help="rows with privileged information that are tried")
+    made.add_argument("--wordings", help="a YAML file of wordings: name: {template: ..., placement: ...}")
+    made.add_argument("--only-own", action="store_true", help="leave out the built-in wordings")
+    made.add_argument("--temperature", type=float, default=0.0, help="of the samples; 0 is greedy")
+    made.add_argument("--no-kl", action="store_true", help="leave out the divergences")
+    made.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    return made
+
+
+def main(argv: list[str]) -> None:
+    with exit_on_input_error():
+        arguments = parse_with_overrides(parser(), argv)
+        if arguments.rows < 1 or not 0 <= arguments.temperature < float("inf"):
+            raise InputError(
+                f"--rows {arguments.rows} must be at least 1, and --temperature {arguments.temperature} at least 0"
+            )
+        found = probe(arguments)
+        if arguments.json:
+            print(json.dumps(found.as_json(), ensure_ascii=False))
+        else:
+            found.show()
+        cleanup()
+    sys.exit(0)
+
+
+class Found:
+    """The student's numbers, those of every wording, and the recommendation."""
+
+    def __init__(self, student: Measured, wordings: list[tuple[Wording, Measured]], seconds: float) -> None:
+        self.student, self.wordings, self.seconds = student, wordings, seconds
+        self.wording, self.measured = max(wordings, key=lambda pair: _rank(pair[1]))
+
+    def as_json(self) -> dict:
+        return {
+            "student": self.student.as_json(),
+            "wordings": {wording.name: vars(wording) | measured.as_json() for wording, measured in self.wordings},
+            "recommended": self.wording.name,
+            "advice": self.advice(),
+            "seconds": self.seconds,
+        }
+
+    def advice(self) -> list[str]:
+        """Return what the numbers say, one sentence each."""
+        own = self.wordings[0][1]
+        best, gain = self.measured, self.measured.best - self.student.best
+        rows = best.rows
+        said = [
+            f"Recommended: {self.wording.name}, with success {best.best:.2f} of {rows} rows (student {self.student.best:.2f})."
+        ]
+        if gain <= 0:
+            said = [
+                f"No wording helps: the best, {self.wording.name}, has success {best.best:.2f} and the student alone "
+                f"{self.student.best:.2f}. This teacher has nothing to teach; change the privileged information."
+            ]
+        elif self.wordings[0][0] != self.wording and own.best < best.best:
+            said.append(f"The config's own wording has {own.best:.2f}.")
+        if best.flexible is not None and best.flexible > best.success:
+            said.append(
+                f"Only {best.success:.2f} are written in the format that the reward counts; choose a reward format that counts "
+                "what the model writes, or say the format in the wording."
+            )
+        for name, measured in (("student", self.student), (self.wording.name, best)):
+            if measured.truncated > TRUNCATED_TOO_OFTEN:
+                said.append(
+                    f"{measured.truncated:.0%} of the answers of {name} are cut off and count as wrong; raise "
+                    "sampler.max_new_tokens."
+                )
+        return said
+
+    def show(self) -> None:
+        console = Console(width=None if sys.stdout.isatty() else 140)
+        console.print(self._table())
+        for sentence in self.advice():
+            console.print(sentence, markup=False, highlight=False)
+        console.print("\nTo paste into the config:\n", markup=False)
+        console.print(self.wording.as_yaml(), markup=False, highlight=False, soft_wrap=True)
+
+    def _table(self) -> Table:
+        flexible = self.student.flexible is not None
+        table = Table(title=f"{self.student.rows} rows, {self.seconds:.0f} s", show_edge=False)
+        names = ["wording", "success", *(["flexible"] if flexible else []), "gain", "tokens", "cut off", "leaks"]
+        names += ["kl(T||S)", "kl(S||T)", "kl(T||S) by quarter"]
+        for name in names:
+            table.add_column(name, justify="left" if name == "wording" else "right")
+        for name, measured in [("student alone", self.student), *((w.name, m) for w, m in self.wordings)]:
+            best = "*" if name == self.wording.name else ""
+            gain = "" if measured is self.student else f"{measured.best - self.student.best:+.2f}"
+            cells = [name + best, f"{measured.success:.2f}", *([_number(measured.flexible)] if flexible else []), gain]
+            cells += [f"{measured.tokens:.0f}", f"{measured.truncated:.2f}", f"{measured.leaks:.2f}"]
+            cells += [_number(measured.kl_teacher_student), _number(measured.kl_student_teacher)]
+            table.add_row(*cells, " ".join(f"{value:.2f}" for value in measured.kl_quarters) or "–")
+        return table
+
+
+def probe(arguments: argparse.Namespace) -> Found:
+    """Sample and score what the command's words ask for.
+
+    Raises:
+        InputError: the config is wrong, or none of its rows has privileged information.
+    """
+    began = time.perf_counter()
+    cfg, run = _start(arguments)
+    tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
+    max_seq_len = check_models(cfg, tokenizer)
+    privileged = build(cfg.privileged) if cfg.get("privileged") else PrivilegedPrompt()
+    wordings = _wordings(arguments, cfg, privileged)
+    examples = _rows(cfg, privileged, arguments.rows, run.seed)
+    collect = build_collector(cfg, build(cfg.sampler), tokenizer)
+    chunk = int(cfg.sampler.get("max_batch_size") or 64)
+    with tqdm(total=len(examples) * (1 + len(wordings)), unit="rollout", disable=not run.is_main) as bar:
+        bar.set_description("loading")
+        shared = Probe(
+            model=load_initial(cfg, run),
+            tokenizer=tokenizer,
+            collect=collect,
+            run=run,
+            threshold=float(cfg.get("eval_success_threshold", 1.0)),
+            temperature=arguments.temperature,
+            max_new_tokens=int(cfg.sampler.max_new_tokens),
+            max_seq_len=max_seq_len,
+            micro_batch_rows=8,
+            chunk=chunk,
+            progress=bar.update,
+        )
+        bar.set_description("student")
+        rollouts = shared.sample(shared.prompts(examples, privileged), "student")
+        student = shared.measure(rollouts, privileged)
+        found = []
+        for wording in wordings:
+            bar.set_description(wording.name)
+            own = wording.applied(privileged)
+            prompts = shared.prompts(examples, own)
+            measured = shared.measure(shared.sample(prompts, "teacher"), own)
+            found.append((wording, measured if arguments.no_kl else shared.with_divergences(measured, rollouts, prompts)))
+    return Found(student, found, time.perf_counter() - began)
+
+
+def _start(arguments: argparse.Namespace) -> tuple[DictConfig, Run]:
+    cfg = merged(arguments.config, arguments.overrides)
+    cfg.pop(RESUME, None)
+    if cfg.get("output_dir"):
+        cfg.output_dir = str(Path(cfg.output_dir) / "probe")  # beside a run, never in its files
+    return cfg, start(cfg, (KEYS | EVALUATION_KEYS) - {RESUME}, REQUIRED)
+
+
+def _wordings(arguments: argparse.Namespace, cfg: DictConfig, privileged: PrivilegedPrompt) -> list[Wording]:
+    """Return the config's own wording, then the user's, then the built-in ones, each once."""
+    kind = cfg.dataset.get("privileged") or cfg.dataset.get("kind")
+    found = [configured(privileged)]
+    found += read_wordings(arguments.wordings) if arguments.wordings else []
+    found += [] if arguments.only_own else builtin_wordings(kind)
+    texts: set[tuple[str, str]] = set()
+    return [w for w in found if (key := (w.template, w.placement)) not in texts and not texts.add(key)]
+
+
+def _rows(cfg: DictConfig, privileged: PrivilegedPrompt, count: int, seed: int) -> Sequence[Example]:
+    """Return up to ``count`` random rows with privileged information, of `eval_dataset` where there is one."""
+    key = "eval_dataset" if cfg.get("eval_dataset") else "dataset"
+    rows = [example for example in privileged.apply_control(list(build(cfg[key]))) if example.privileged]
+    if not rows:
+        raise InputError(f"no row of `{key}` has privileged information; check `{key}` and privileged.control")
+    chosen = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))
+    return [rows[index] for index in sorted(chosen)]
+
+
+def _rank(measured: Measured) -> tuple[float, float, float]:
+    """Order wordings: more success, then fewer answers cut off, then a teacher that is closer to the student."""
+    return measured.best, -measured.truncated, -(measured.kl_teacher_student or 0.0)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

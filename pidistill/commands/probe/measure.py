@@ -1,0 +1,129 @@
+"""Sample the teacher under one wording, and score the student's own completions in both views."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torchtune.modules import TransformerDecoder
+
+from pidistill.data.prompts import build_prompts
+from pidistill.distributed.run import Run
+from pidistill.privileged.prompt import PrivilegedPrompt
+from pidistill.scoring.batch import make_batch
+from pidistill.scoring.score import score
+from pidistill.tokenizers import ChatTokenizer
+from pidistill.training.collector import Collect
+from pidistill.training.evaluation import sample_view
+from pidistill.training.metrics import rollout_means, rollout_sums
+from pidistill.types import Divergence, Example, PromptPair, Rollout, ScoreRequest, ViewName
+
+Prompts = list[tuple[Example, PromptPair]]
+KL = (Divergence("kl_teacher_student", grad="none"), Divergence("kl_student_teacher", grad="none"))
+REQUEST = ScoreRequest(student_grad=False, teacher_grad=False, divergences=KL)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Numbers of one view under one wording; shares are between 0 and 1, divergences in nats per policy token.
+
+    Attributes:
+        success: share of rollouts whose reward reaches the threshold.
+        flexible: the same by the reward's flexible rule (`success_flexible` among its parts); None where it has none.
+        kl_teacher_student, kl_student_teacher: on the student's own completions, full vocabulary, at temperature 1.
+        kl_quarters: kl(teacher||student) by quarter of the completion.
+    """
+
+    rows: int
+    success: float
+    flexible: float | None
+    tokens: float
+    truncated: float
+    leaks: float
+    kl_teacher_student: float | None = None
+    kl_student_teacher: float | None = None
+    kl_quarters: tuple[float, ...] = ()
+
+    @property
+    def best(self) -> float:
+        """The flexible success where there is one: a right answer that is written in another way is still known."""
+        return self.success if self.flexible is None else self.flexible
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What all measurements of one command share.
+
+    Attributes:
+        progress: is called with the number of rollouts that are done.
+        chunk: rows that are sampled at once.
+    """
+
+    model: TransformerDecoder
+    tokenizer: ChatTokenizer
+    collect: Collect
+    run: Run
+    threshold: float
+    temperature: float
+    max_new_tokens: int
+    max_seq_len: int
+    micro_batch_rows: int
+    chunk: int
+    progress: Callable[[int], None]
+
+    def prompts(self, examples: Sequence[Example], privileged: PrivilegedPrompt) -> Prompts:
+        """Return both prompts of the rows that fit under this wording."""
+        limits = {"max_new_tokens": self.max_new_tokens, "max_seq_len": self.max_seq_len, "on_overflow": "drop"}
+        return build_prompts(examples, self.tokenizer, privileged, **limits).prompts
+
+    def sample(self, prompts: Prompts, view: ViewName) -> list[Rollout]:
+        """Return one rollout of each prompt."""
+        found: list[Rollout] = []
+        for start in range(0, len(prompts), self.chunk):
+            part = prompts[start : start + self.chunk]
+            done = sample_view(self.model, part, self.collect, self.run, view=view, samples=1, temperature=self.temperature)
+            found += done.rollouts
+            self.progress(len(part))
+        return found
+
+    def measure(self, rollouts: Sequence[Rollout], privileged: PrivilegedPrompt) -> Measured:
+        """Return the means over ``rollouts``, without divergences."""
+        means = rollout_means(rollout_sums(rollouts, self.threshold, list(privileged.leak_phrases)))
+        flexible = [r.reward_parts["success_flexible"] for r in rollouts if "success_flexible" in r.reward_parts]
+        return Measured(
+            rows=len(rollouts),
+            success=means["success_frac"],
+            flexible=sum(flexible) / len(flexible) if flexible else None,
+            tokens=means["completion_tokens_mean"],
+            truncated=means["truncated_frac"],
+            leaks=means.get("leak_frac", 0.0),
+        )
+
+    def with_divergences(self, measured: Measured, rollouts: Sequence[Rollout], prompts: Prompts) -> Measured:
+        """Return ``measured`` with the divergences on the student's ``rollouts``, whose teacher sees ``prompts``."""
+        pair_of = {example.id: pair for example, pair in prompts}
+        own = [replace(r, prompts=pair_of[r.example.id]) for r in rollouts if r.example.id in pair_of]
+        sums = torch.zeros(2 + 4, dtype=torch.float64)
+        counts = torch.zeros_like(sums)
+        for start in range(0, len(own), self.micro_batch_rows):
+            part_sums, part_counts = self._divergences(own[start : start + self.micro_batch_rows])
+            sums, counts = sums + part_sums, counts + part_counts
+        means = (sums / counts.clamp(min=1)).tolist()
+        if not counts[0]:
+            return measured
+        return replace(measured, kl_teacher_student=means[0], kl_student_teacher=means[1], kl_quarters=tuple(means[2:]))
+
+    def _divergences(self, rollouts: Sequence[Rollout]) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = make_batch(rollouts, None, pad_id=self.tokenizer.pad_id, device=self.run.device, packing="padded")
+        with torch.no_grad():
+            scores = score(self.model, batch, REQUEST)
+        forward, backward = (scores.divergences[d].double().cpu() for d in KL)
+        lengths = torch.bincount(batch.rollout_index)[batch.rollout_index].cpu()
+        quarter = (4 * batch.token_index.cpu()) // lengths
+        inside = [quarter == q for q in range(4)]
+        sums = [forward.sum(), backward.sum(), *(forward[mask].sum() for mask in inside)]
+        counts = [len(forward), len(backward), *(int(mask.sum()) for mask in inside)]
+        return torch.stack(sums), torch.tensor(counts, dtype=torch.float64)

@@ -1,0 +1,92 @@
+"""Wordings of the privileged block: a text around the information, and where it stands."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pidistill.errors import InputError
+from pidistill.privileged.prompt import DEFAULT_TEMPLATE, PrivilegedPrompt
+
+# What the information is called in a wording, by the kind that the dataset gives (`dataset.privileged` or `dataset.kind`).
+NOUNS = {
+    "solution": "The solution",
+    "answer": "The final answer",
+    "calls": "What an expert did",
+    "actions": "What an expert did",
+    "gold_actions": "What an expert did",
+    "hints": "Advice",
+    "hint": "A hint",
+    "document": "The text",
+}
+_ANSWER = "Now write your own answer, step by step."
+_SOLUTION = "Now write the solution, one calculation per line, and end with the final answer."
+_RETHINK = "Understand it first. Then answer step by step in your own words, as if you had found the answer alone."
+
+
+@dataclass(frozen=True)
+class Wording:
+    """A name, and what it sets of ``privileged``."""
+
+    name: str
+    template: str
+    placement: str
+
+    def applied(self, privileged: PrivilegedPrompt) -> PrivilegedPrompt:
+        """Return ``privileged`` with this wording; all its other settings stay."""
+        return replace(privileged, template=self.template, placement=self.placement)
+
+    def as_yaml(self) -> str:
+        """Return the lines of a config that choose this wording."""
+        node = {"privileged": {"placement": self.placement, "template": self.template}}
+        return yaml.safe_dump(node, sort_keys=False, allow_unicode=True, width=1000).rstrip()
+
+
+def builtin_wordings(kind: str | None) -> list[Wording]:
+    """Return the wordings that are tried for a kind of privileged information; an unknown kind is called "information"."""
+    noun = NOUNS.get(kind or "", "Information that helps")
+    plain = f"{noun}:\n{{privileged}}\n\n{_ANSWER}"
+    found = [
+        Wording("block, system", DEFAULT_TEMPLATE, "system_end"),
+        Wording("block, user", DEFAULT_TEMPLATE, "user_end"),
+        Wording("plain, system", plain, "system_end"),
+        Wording("plain, user", plain, "user_end"),
+        Wording("understand, user", f"{noun}:\n{{privileged}}\n\n{_RETHINK}", "user_end"),
+    ]
+    if kind == "solution":
+        found.append(Wording("rewrite, user", f"The solution is: {{privileged}}\n\n{_SOLUTION}", "user_end"))
+    return found
+
+
+def configured(privileged: PrivilegedPrompt) -> Wording:
+    """Return the config's own wording."""
+    return Wording("the config's", privileged.template, privileged.placement)
+
+
+def read_wordings(path: str) -> list[Wording]:
+    """Read wordings from a YAML file: a mapping from names to ``template`` and ``placement`` (user_end where it is absent).
+
+    Raises:
+        InputError: the file is absent, is no such mapping, or a template or placement is wrong.
+    """
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--wordings {path} cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(found, Mapping) or not found:
+        raise InputError(f"--wordings {path} holds no mapping from names to a template and a placement")
+    return [_wording(path, name, entry) for name, entry in found.items()]
+
+
+def _wording(path: str, name: Any, entry: Any) -> Wording:
+    known = {"template", "placement"}
+    if not isinstance(entry, Mapping) or "template" not in entry or set(entry) - known:
+        raise InputError(f"--wordings {path}: {name} needs a template, may have a placement, and has nothing else")
+    made = Wording(str(name), str(entry["template"]), str(entry.get("placement", "user_end")))
+    try:
+        made.applied(PrivilegedPrompt())
+    except InputError as error:
+        raise InputError(f"--wordings {path}: {name}: {error}") from error
+    return made

@@ -1,0 +1,26 @@
+"""The answer says the reference somewhere, as whole words."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pidistill.rewards.base import last_answer, reference_text
+from pidistill.types import Example, Message
+
+
+@dataclass(frozen=True)
+class Contains:
+    """1.0 where the last assistant turn contains ``example.reference`` as whole words, else 0.0.
+
+    An answer that lists many candidates passes too; keep ``sampler.max_new_tokens`` short, or add a length penalty.
+
+    Attributes:
+        casefold: upper and lower case are the same.
+    """
+
+    casefold: bool = True
+
+    def __call__(self, example: Example, turns: Sequence[Message]) -> float:
+        text, wanted = last_answer(turns), reference_text(example).strip()
+        flags = re.IGNORECASE if self.casefold else 0
+        return float(re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", text, flags) is not None)

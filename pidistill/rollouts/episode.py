@@ -1,0 +1,220 @@
+"""Play one episode: the conversation of one rollout with the environment, and what goes wrong in it.
+
+Whatever the code of a user raises or returns (an environment, a reward, a part of `reward_shaping`) costs its own episode and
+no other; :meth:`Episode._ask` is the one place where it is caught.
+"""
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+from pidistill.envs.base import (
+    LARGEST_REWARD,
+    Environment,
+    EnvironmentCrash,
+    EnvironmentOutputError,
+    EnvironmentTimeout,
+    EnvStep,
+    check_step,
+    is_usable,
+)
+from pidistill.errors import InputError, attempt, bounded_repr, bounded_traceback
+from pidistill.rewards.shaping import Shaping, add_shaping
+from pidistill.rollouts.base import Sample
+from pidistill.rollouts.calls import ask
+from pidistill.tokenizers.base import ChatTokenizer
+from pidistill.types import Example, Message, PromptPair, Rollout, ViewName
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+DROP_REASONS = ("reward_error", "reward_not_finite", "environment_output", "environment_timeout", "environment_crash")
+"""Why a rollout has no reward.
+
+``reward_error``: the environment, its reward or a part of `reward_shaping` raised. ``reward_not_finite``: it gave NaN, an
+infinity or a number beyond :data:`~pidistill.envs.base.LARGEST_REWARD`. ``environment_output``: it returned no EnvStep, one
+with a reward that is no number, observations that are no messages, too long, or refused by the tokenizer, or a state that
+cannot be kept. ``environment_timeout``: no answer came within the time limit. ``environment_crash``: the process that the
+environment ran in died (:class:`pidistill.envs.ProcessEnvironment`).
+"""
+_OWN_REASONS = {
+    EnvironmentOutputError: "environment_output",
+    EnvironmentTimeout: "environment_timeout",
+    EnvironmentCrash: "environment_crash",
+}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Say why an episode has no reward: one of :data:`DROP_REASONS`, and a text for the log."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class EpisodeRules:
+    """Hold what all episodes of a call share; see :func:`pidistill.rollouts.collect.collect_rollouts`."""
+
+    environment: Environment
+    tokenizer: ChatTokenizer
+    max_turns: int | None
+    timeout_s: float | None
+    max_observation_chars: int
+    shaping: tuple[Shaping, ...]
+
+
+@dataclass
+class Episode:
+    """Hold one rollout's conversation with the environment.
+
+    Attributes:
+        turns: assistant turns and those observations that are in the context.
+        turn_rewards, turn_policy_tokens: one number per assistant turn.
+        tokens: length of the context after the prompt: turns so far, and the observations that were handed to the sampler.
+        observations: the last ones that were handed to the sampler.
+        failure: why the rollout has no reward; None while it has one.
+    """
+
+    rules: EpisodeRules
+    example: Example
+    turns: list[Message] = field(default_factory=list)
+    turn_rewards: list[float] = field(default_factory=list)
+    turn_policy_tokens: list[int] = field(default_factory=list)
+    tokens: int = 0
+    reward: float = 0.0
+    reward_parts: dict[str, float] = field(default_factory=dict)
+    out_of_turns: bool = False
+    failure: Failure | None = None
+    observations: list[Message] = field(default_factory=list)
+    state: Any = None
+
+    def __post_init__(self) -> None:
+        reset = partial(self.rules.environment.reset, self.example)
+        # An InputError here says that environment and dataset do not fit: the user's to mend, and no row would fare better.
+        self.state = self._ask("reset", partial(ask, reset, self.rules.timeout_s), passes=InputError)
+
+    def on_turn_end(self, ids: list[int]) -> list[int] | None:
+        """Return the ids of the environment's answer to a whole turn, generation prompt included; None ends the episode."""
+        if self._step(ids, truncated=False):
+            return None
+        if len(self.turn_rewards) == self.rules.max_turns:
+            self.out_of_turns = True
+            return None
+        tokenizer, history = self.rules.tokenizer, [*self.example.messages, *self.turns]
+        _warn_of_rewritten_turns(tokenizer)
+        encode = partial(tokenizer.encode_observations, history, self.observations, self.example.tools)
+        observation_ids = self._ask(
+            f"the tokenizer, with the observation after turn {len(self.turn_rewards)}", encode, reason="environment_output"
+        )
+        if observation_ids is not None:
+            self.turns += self.observations
+            self.tokens += len(observation_ids)
+        return observation_ids
+
+    def finish(self, sample: Sample) -> None:
+        """Settle what the token limit left: an observation that did not fit, or a turn that was cut short."""
+        if self.failure is not None or sample.stop_reason not in ("length", "turn_length"):
+            return
+        if len(sample.tokens) < self.tokens:  # the observation was refused whole: it is not part of the completion
+            del self.turns[len(self.turns) - len(self.observations) :]
+        elif len(sample.tokens) > self.tokens:
+            self._step(sample.tokens[self.tokens :], truncated=True)
+
+    def rollout(self, sample: Sample, prompts: PromptPair, view: ViewName, group: int) -> Rollout | None:
+        """Return the rollout with its shaped reward; None, with ``failure`` set, where it has no reward."""
+        if self.failure is not None:
+            return None
+        rollout = Rollout(
+            example=self.example,
+            prompts=prompts,
+            completion=sample.tokens,
+            policy_mask=sample.policy_mask,
+            sampled_logprobs=sample.logprobs,
+            sampled_by=view,
+            group=group,
+            stop_reason="max_turns" if self.out_of_turns else sample.stop_reason,
+            turns=self.turns,
+            reward=self.reward,
+            reward_parts=self.reward_parts,
+            turn_rewards=self.turn_rewards,
+            turn_policy_tokens=self.turn_policy_tokens,
+        )
+        self._ask("reward_shaping", partial(add_shaping, rollout, self.rules.shaping))
+        self._check_numbers("the whole episode", rollout.reward, rollout.reward_parts)
+        return None if self.failure is not None else rollout
+
+    def _step(self, ids: list[int], *, truncated: bool) -> bool:
+        """Add one turn and the environment's verdict on it; return True where the episode ends."""
+        if self.failure is not None:
+            return True
+        where = f"turn {len(self.turn_policy_tokens) + 1}"
+        turn = self._ask(f"reading {where}", partial(self.rules.tokenizer.parse_turn, ids, self.example.tools))
+        if turn is None:
+            return True
+        self.turns.append(turn)
+        self.turn_policy_tokens.append(len(ids))
+        self.tokens += len(ids)
+        step = self._ask(where, partial(self._environment_step, turn, truncated))
+        if step is None or not self._check_numbers(where, step.reward, step.reward_parts):
+            return True
+        self._add(step.reward, step.reward_parts)
+        self.observations = step.observations
+        return step.done
+
+    def _environment_step(self, turn: Message, truncated: bool) -> EnvStep:
+        # Only the environment's own work has a thread of its own, and it gets a copy of the turn: a call that is late finds
+        # nothing here to change.
+        call = partial(self.rules.environment.step, self.state, copy.deepcopy(turn), truncated=truncated)
+        return check_step(ask(call, self.rules.timeout_s), self.rules.max_observation_chars)
+
+    def _ask(
+        self, where: str, call: Callable[[], T], reason: str = "reward_error", passes: type[BaseException] | tuple = ()
+    ) -> T | None:
+        """Return the answer of a call, or None with ``failure`` set where it raises anything other than ``passes``."""
+        answer, error = attempt(call)
+        if isinstance(error, passes):
+            raise error
+        if error is not None:
+            self.failure = _failure(where, error, reason)
+        return answer
+
+    def _check_numbers(self, where: str, reward: float, parts: dict[str, float]) -> bool:
+        """Return whether reward and parts can be computed with; if not, the episode has failed."""
+        if self.failure is None and not all(map(is_usable, (reward, *parts.values()))):
+            told = f"{where} gave {reward}, with parts {bounded_repr(parts)}; a reward is at most {LARGEST_REWARD:g}"
+            self.failure = Failure("reward_not_finite", told)
+        return self.failure is None
+
+    def _add(self, reward: float, parts: dict[str, float]) -> None:
+        self.reward += reward
+        self.turn_rewards.append(reward)
+        for name, value in parts.items():
+            self.reward_parts[name] = self.reward_parts.get(name, 0.0) + value
+
+
+def _failure(where: str, error: BaseException, reason: str) -> Failure:
+    """Return what a call's exception costs, in bounded texts."""
+    own = next((own for kind, own in _OWN_REASONS.items() if isinstance(error, kind)), None)
+    if own is not None:  # our own exception: its traceback would show our own code
+        text, failed = attempt(lambda: str(error))
+        return Failure(own, f"{where}: {bounded_repr(error, 500) if failed else text[:500]}")
+    return Failure(reason, f"{where} raised {bounded_repr(error, 500)}\n{bounded_traceback(error)}")
+
+
+_LOOKED_AT: WeakSet[ChatTokenizer] = WeakSet()
+
+
+def _warn_of_rewritten_turns(tokenizer: ChatTokenizer) -> None:
+    """Say once per tokenizer, when the first episode goes on after a turn, where serving differs from training."""
+    rewrites = getattr(tokenizer, "history_rewrites", None)
+    if rewrites is None or tokenizer in _LOOKED_AT:
+        return
+    _LOOKED_AT.add(tokenizer)
+    said = rewrites()
+    if said is not None:
+        _log.warning("%s", said)

@@ -1,0 +1,83 @@
+"""What a chat template does, found by rendering small conversations with it."""
+
+import re
+from collections.abc import Iterable
+
+from pidistill.chat.tool_calls import PROBE_CONVERSATION, PROBE_TOOL, written_format
+from pidistill.tokenizers.chat_template import ChatTemplate, TemplateRefusal
+from pidistill.tokenizers.markers import Tools, unused_word
+from pidistill.types import Message
+
+QUESTION: Message = {"role": "user", "content": "question"}
+
+
+def find_rewritten_turns(template: ChatTemplate) -> list[str]:
+    """Return which assistant turns the template shows, once the conversation continues, otherwise than they were sampled.
+
+    A turn with and one without reasoning are rendered, answered by a user and by a tool.
+    """
+    found = []
+    for role in ("user", "tool"):
+        for kind, reasoning in (("with reasoning", "reason\n</think>\n\n"), ("without reasoning", "")):
+            try:
+                prompt = template.render([QUESTION], None, True)
+                opened = not reasoning or prompt.rstrip().endswith("<think>")
+                said = ("" if opened else "<think>\n") + reasoning + "answer"
+                answered = [QUESTION, {"role": "assistant", "content": said}, {"role": role, "content": "more"}]
+                conversation = template.render(answered, None, True)
+            except TemplateRefusal:  # a template that knows no tool role, or refuses the order
+                continue
+            if not conversation.startswith(prompt + said):
+                found.append(f"turns {kind} that a {role} message follows")
+    return found
+
+
+def find_default_system(template: ChatTemplate, tools: Tools) -> str | None:
+    """Return the text s for which [system s, user] and [user] give the same prompt; None where there is none."""
+    word = unused_word([QUESTION], tools)
+    try:
+        implicit = template.render([QUESTION], tools, False)
+        explicit = template.render([{"role": "system", "content": word}, QUESTION], tools, False)
+        if explicit.count(word) != 1:
+            return None
+        before, behind = explicit.split(word)
+        found = implicit[len(before) : len(implicit) - len(behind)]
+        again = template.render([{"role": "system", "content": found}, QUESTION], tools, False)
+    except TemplateRefusal:  # a template without a system role, or one that wants its system text non-empty
+        return None
+    return found if implicit == before + found + behind == again else None
+
+
+def find_tool_format(template: ChatTemplate) -> str | None:
+    """Return the form in which the template writes tool calls: "none" for no form, None for an unknown one."""
+    try:
+        return written_format(template.render(PROBE_CONVERSATION, [PROBE_TOOL], False))
+    except TemplateRefusal:  # a template that refuses tools
+        return "none"
+
+
+def find_separators(template: ChatTemplate, added: Iterable[str]) -> set[str]:
+    """Return the added tokens that the template writes between the messages of a plain conversation.
+
+    Some vocabularies add runs of whitespace or HTML tags; only what looks like a tag and separates turns is control.
+    """
+    try:
+        plain = template.render([QUESTION, {"role": "assistant", "content": "answer"}, QUESTION], None, False)
+    except TemplateRefusal:
+        return set()
+    return {token for token in added if token[0] in "<[" and token in plain}
+
+
+def find_end_of_turn(template: ChatTemplate, stop: re.Pattern[str], control: re.Pattern[str]) -> tuple[bool, str | None]:
+    """Return whether the template writes a stop token after an assistant turn, and the control token that it writes there.
+
+    (True, None) where the template refuses a question with its answer: nothing is known then.
+    """
+    word = unused_word([QUESTION], None)
+    try:
+        text = template.render([QUESTION, {"role": "assistant", "content": word}], None, False)
+    except TemplateRefusal:
+        return True, None
+    _, found, behind = text.rpartition(word)
+    first = control.search(behind)
+    return not found or stop.search(behind) is not None, first[0] if first else None

@@ -1,0 +1,69 @@
+"""References that the reward cannot judge are refused by row before any weights are loaded."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from pidistill.data import load_prompts
+from pidistill.data.load import check_references
+from pidistill.errors import InputError
+from pidistill.rewards import GSM8KReward
+from pidistill.testing import TINY_SIZES
+from pidistill.types import Example
+from tests.support.tiny_tokenizers import qwen_folder
+
+REWARD = {"_component_": "pidistill.rewards.GSM8KReward"}
+SINGLE = {"_component_": "pidistill.envs.SingleTurn", "reward": REWARD}
+NOT_NUMBERS = ["", "10^3", "None", "nan", float("nan"), True, "see the book", "x+1", "(1, 2)", {"a": 1}]
+NUMBERS = ["72", "-3", "1,000", "0.5", 72, 7.5, "$18"]
+
+
+def example(reference) -> Example:
+    return Example(id="train.jsonl row 4", messages=[{"role": "user", "content": "q"}], reference=reference)
+
+
+@pytest.mark.parametrize("reference", NOT_NUMBERS, ids=map(repr, NOT_NUMBERS))
+def test_a_reference_that_is_no_number_is_refused_with_its_row(reference):
+    with pytest.raises(InputError, match=r"train\.jsonl row 4: the reference .* is not a number; use another reward"):
+        GSM8KReward().check_reference(example(reference))
+    with pytest.raises(InputError, match="is not a number"):
+        check_references(OmegaConf.create({"environment": SINGLE}).environment, [example("72"), example(reference)])
+
+
+@pytest.mark.parametrize("reference", NUMBERS, ids=map(repr, NUMBERS))
+def test_a_number_is_taken(reference):
+    check_references(SINGLE, [example(reference)])
+
+
+def test_rewards_are_found_at_any_depth_and_the_environment_is_not_built():
+    checks = {"_component_": "pidistill.rewards.Constraints", "checks": {"right": REWARD}}
+    outer = {"_component_": "tests.data.test_references.no_environment", "inner": [{"reward": checks}]}
+    with pytest.raises(InputError, match="is not a number"):
+        check_references(outer, [example("see the book")])
+    check_references(None, [example("see the book")])
+
+
+def no_environment(inner):
+    raise AssertionError("the environment was built")
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_a_run_refuses_the_rows_that_it_samples_and_no_others(tmp_path, samples):
+    folder = qwen_folder(tmp_path / "model")
+    rows = [{"question": "q", "answer": "4"}, {"question": "q", "answer": "see the book"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = OmegaConf.create({
+        "model": {"_component_": "torchtune.models.llama3.llama3", **TINY_SIZES, "vocab_size": 700},
+        "tokenizer": {"_component_": "pidistill.tokenizers.HFChatTokenizer", "path": str(folder)},
+        "checkpointer": {"_component_": "pidistill.models.HFCheckpointer", "checkpoint_dir": str(folder)},
+        "environment": SINGLE,
+        "dataset": {
+            "_component_": "pidistill.data.qa_dataset", "source": str(tmp_path / "rows.jsonl"), "privileged_key": None,
+        },
+    })  # fmt: skip
+    if samples:
+        with pytest.raises(InputError, match=r"rows\.jsonl row 1: the reference 'see the book' is not a number"):
+            load_prompts(cfg, no_pi="rl", samples=True)
+    else:
+        assert len(load_prompts(cfg, no_pi="rl", samples=False).prompts) == 2

@@ -1,0 +1,84 @@
+"""A reward may be a plain function, named in the config by its dotted path."""
+
+import pickle
+
+import pytest
+from omegaconf import OmegaConf
+
+from pidistill.config import build, check_config
+from pidistill.envs import SingleTurn
+from pidistill.errors import InputError
+from pidistill.rewards import Constraints, RewardWithParts
+from pidistill.types import Example
+from tests.support import own_rewards
+
+PATH = "tests.support.own_rewards"
+EXAMPLE = Example("row 0", [{"role": "user", "content": "q"}])
+
+
+def environment(reward):
+    node = OmegaConf.create({"environment": {"_component_": "pidistill.envs.SingleTurn", "reward": reward}})
+    check_config(node, {"environment"})
+    return build(node.environment)
+
+
+def reward_of(environment, text):
+    turn = {"role": "assistant", "content": text}
+    return environment.step(environment.reset(EXAMPLE), turn, truncated=False)
+
+
+@pytest.mark.parametrize("reward", [f"{PATH}.is_short", {"_component_": f"{PATH}.is_short"}])
+def test_a_function_is_the_reward_by_its_path_or_as_a_component(reward):
+    made = environment(reward)
+    assert isinstance(made, SingleTurn) and made.reward is own_rewards.is_short
+    assert [reward_of(made, text).reward for text in ("x" * 20, "x" * 21)] == [1.0, 0.0]
+
+
+def test_other_arguments_of_the_function_come_from_the_config():
+    made = environment({"_component_": f"{PATH}.is_short", "limit": 5})
+    assert [reward_of(made, text).reward for text in ("x" * 5, "x" * 6)] == [1.0, 0.0]
+    assert reward_of(pickle.loads(pickle.dumps(made)), "x" * 6).reward == 0.0  # as worker processes get it
+
+
+def test_a_function_may_name_parts_and_stands_among_the_checks_of_constraints():
+    assert reward_of(environment(f"{PATH}.with_parts"), "a b").reward_parts == {"words": 2.0}
+    checks = {"short": {"_component_": f"{PATH}.is_short", "limit": 1}, "true": f"{PATH}.is_true"}
+    made = environment({"_component_": "pidistill.rewards.Constraints", "checks": checks})
+    assert isinstance(made.reward, Constraints)
+    step = reward_of(made, "long")
+    assert (float(step.reward), step.reward_parts) == (0.5, {"short": 0.0, "true": 1.0})
+
+
+def test_a_function_that_needs_no_example_makes_the_reward_as_a_class_does():
+    made = environment({"_component_": f"{PATH}.make_reward", "limit": 0})
+    assert reward_of(made, "x").reward == 0.0 and reward_of(environment(f"{PATH}.make_reward"), "x").reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (
+            f"{PATH}.of_one",
+            r"of_one cannot be called with an example and the turns .*as def of_one\(example, turns\)",
+        ),
+        (f"{PATH}.gone", "component tests.support.own_rewards.gone cannot be found"),
+        ({"_component_": f"{PATH}.is_short", "limits": 3}, r"reward.limits is not an argument of .*did you mean limit\?"),
+        ({"_component_": f"{PATH}.is_short", "limit": "many"}, "environment.reward.limit=many must be"),
+    ],
+)
+def test_what_is_no_reward_is_refused_with_the_config(reward, message):
+    with pytest.raises(InputError, match=message):
+        environment(reward)
+
+
+def test_a_judge_may_be_a_function():
+    node = {"_component_": "pidistill.privileged.Hindsight", "sibling": None, "feedback": f"{PATH}.say_look"}
+    cfg = OmegaConf.create({"hindsight": node})
+    check_config(cfg, {"hindsight"})
+    assert build(cfg.hindsight).feedback is own_rewards.say_look
+
+
+def test_a_reward_with_parts_is_a_number_that_can_be_sent_to_another_process():
+    reward = RewardWithParts(0.5, {"a": 1.0})
+    again = pickle.loads(pickle.dumps(reward))
+    assert reward == 0.5 and (again, again.parts, again.reward) == (0.5, {"a": 1.0}, 0.5)

@@ -1,0 +1,266 @@
+"""Weights in fp32 multiplied in bf16, against fp32 throughout and bf16 throughout, on a small model."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from torch.distributed.tensor import DTensor
+
+from pidistill.distributed.run import Run
+from pidistill.errors import InputError
+from pidistill.models.precision import compute_dtype_of, multiply_head, widen_head
+from pidistill.rollouts import TorchtuneSampler
+from pidistill.scoring.score import score, student_nll
+from pidistill.teachers import EMATeacher, FrozenTeacher, Teacher, TrustRegionTeacher
+from pidistill.testing import TINY_SIZES, tiny_model
+from pidistill.training.load import load_model
+from pidistill.training.start import start
+from pidistill.types import ScoreRequest
+from tests.support.builders import CPU, VOCABULARY, batch_of, random_rollouts
+
+NODE = {"_component_": "torchtune.models.llama3.llama3", "vocab_size": VOCABULARY, **TINY_SIZES}
+LORA = {
+    **NODE,
+    "_component_": "torchtune.models.llama3.lora_llama3",
+    "lora_attn_modules": ["q_proj", "v_proj"],
+    "lora_rank": 4,
+    "lora_alpha": 8.0,
+}
+DTYPES = {"fp32": (torch.float32, None), "mixed": (torch.float32, torch.bfloat16), "bf16": (torch.bfloat16, None)}
+STUDENT = ScoreRequest(student_grad=True, teacher_grad=False, views=("student",), entropy=False)
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def load(kind, node=NODE, trained=True, averaged=False, **settings):
+    dtype, compute_dtype = DTYPES[kind]
+    run = Run(CPU, dtype, 0, 1, 0, Path("unused"), None, compute_dtype)
+    weights = tiny_model(VOCABULARY).state_dict()
+    return load_model(OmegaConf.create(settings), run, OmegaConf.create(node), weights, trained=trained, averaged=averaged)
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().double()
+
+
+def flat(tensors):
+    return torch.cat([whole(tensor).flatten() for tensor in tensors])
+
+
+def backward(model, batches):
+    """The gradient of the mean loss of supervised training, micro-batch by micro-batch."""
+    tokens = sum(batch.targets.numel() for batch in batches)
+    for batch in batches:
+        scores = score(model, batch, STUDENT, loss=student_nll)
+        (student_nll(batch, scores).sum() / tokens).backward()
+
+
+def batches(count=3):
+    return [batch_of(random_rollouts(8, seed=seed)) for seed in range(count)]
+
+
+def cosine(a, b):
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+def test_one_steps_gradient_is_that_of_fp32_up_to_bf16s_rounding():
+    gradients = {}
+    for kind in DTYPES:
+        model = load(kind)
+        backward(model, batches())
+        assert {p.grad.dtype for p in model.parameters()} == {DTYPES[kind][0]}
+        gradients[kind] = flat(p.grad for p in model.parameters())
+    assert 0.999 < cosine(gradients["mixed"], gradients["fp32"]) < 1 - 1e-9
+    assert gradients["mixed"].norm() / gradients["fp32"].norm() == pytest.approx(1.0, abs=0.01)
+
+
+def test_gradients_of_micro_batches_add_up_in_fp32():
+    """A micro-batch that counts 2⁻¹² of the others' would be lost in a bf16 sum."""
+    model, (batch,) = load("mixed"), batches(1)
+    for factor in (1.0, 2.0**-12):
+        (factor * student_nll(batch, score(model, batch, STUDENT)).mean()).backward()
+    both = flat(p.grad for p in model.parameters())
+    model.zero_grad()
+    student_nll(batch, score(model, batch, STUDENT)).mean().backward()
+    alone = flat(p.grad for p in model.parameters())
+    torch.testing.assert_close(both, alone * (1 + 2.0**-12), rtol=1e-6, atol=1e-12)
+
+
+def displacement(kind):
+    model, fixed = load(kind), batches()
+    before = flat(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6, weight_decay=0.0)
+    for _ in range(50):
+        backward(model, fixed)
+        optimizer.step()
+        optimizer.zero_grad()
+    return flat(model.parameters()) - before
+
+
+def test_fifty_small_steps_move_the_weights_as_in_fp32_where_bf16_loses_most_of_them():
+    moved = {kind: displacement(kind) for kind in DTYPES}
+    assert cosine(moved["mixed"], moved["fp32"]) >= 0.99
+    assert moved["mixed"].norm() / moved["fp32"].norm() == pytest.approx(1.0, abs=0.02)
+    most = (moved["bf16"] == 0).double().mean()
+    assert most > 0.9, f"{most:.3f} of the weights did not move in bf16"
+
+
+@pytest.mark.parametrize("node", [NODE, LORA], ids=["full", "lora"])
+def test_the_samplers_logprobs_are_the_trainers(node):
+    model, asked = load("mixed", node), random_rollouts(32, seed=3)
+    samples = sample(model, [rollout.prompts.student for rollout in asked], max_new_tokens=24, stop_ids=frozenset({7}))
+    rollouts = [
+        replace(rollout, completion=s.tokens, policy_mask=s.policy_mask, sampled_logprobs=s.logprobs)
+        for rollout, s in zip(asked, samples, strict=True)
+    ]
+    ours = score(model, batch_of(rollouts), STUDENT).student_logprobs
+    theirs = torch.tensor([logprob for s in samples for logprob in s.logprobs])
+    assert len(theirs) > 300 and 0 < (ours - theirs).abs().mean() < 0.02
+
+
+def sample(model, prompts, max_new_tokens=3, stop_ids=frozenset()):
+    return TorchtuneSampler(max_new_tokens=max_new_tokens).sample(
+        model,
+        prompts,
+        group_size=1,
+        seeds=range(len(prompts)),
+        stop_ids=stop_ids,
+        pad_id=0,
+        on_turn_end=lambda row, ids: None,
+    )
+
+
+def test_the_model_is_whole_in_bf16_while_it_samples_and_in_fp32_afterwards():
+    seen = []
+    model = load("mixed")
+    model.layers[0].attn.q_proj.register_forward_pre_hook(lambda module, _: seen.append(module.weight))
+    sample(model, [[1, 2]])
+    assert {(weight.dtype, isinstance(weight, DTensor)) for weight in seen} == {(torch.bfloat16, False)}
+    assert {weight.data_ptr() for weight in seen} == {seen[0].data_ptr()}  # gathered once
+    assert {(p.dtype, isinstance(p, DTensor)) for p in model.parameters()} == {(torch.float32, True)}
+
+
+# ---------------------------------------------------------------------------------------------- which weights have which dtype
+
+
+def dtypes(model, trained):
+    return {p.dtype for p in model.parameters() if p.requires_grad == trained}
+
+
+def test_adapters_are_in_fp32_and_their_base_in_bf16():
+    model = load("mixed", LORA)
+    assert (dtypes(model, True), dtypes(model, False)) == ({torch.float32}, {torch.bfloat16})
+    backward(model, batches(1))
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+    assert compute_dtype_of(model) == torch.bfloat16
+
+
+def test_adapters_get_the_gradient_of_fp32():
+    gradients = []
+    for kind in ("mixed", "fp32"):
+        model = load(kind, LORA)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_b" in name:
+                    local = p.to_local() if isinstance(p, DTensor) else p
+                    local.copy_(torch.linspace(-0.1, 0.1, local.numel()).view_as(local))
+        backward(model, batches())
+        gradients.append(flat(p.grad for p in model.parameters() if p.requires_grad))
+    assert cosine(*gradients) > 0.999
+
+
+@pytest.mark.parametrize("teacher", [FrozenTeacher(), TrustRegionTeacher(0.1), EMATeacher(0.3)], ids=lambda t: type(t).__name__)
+def test_a_teacher_multiplies_in_bf16_and_keeps_an_average_in_fp32(teacher: Teacher):
+    seen = []
+
+    def load_copy():
+        module = load("mixed", trained=False, averaged=teacher.averages)
+        module.layers[0].mlp.w1.register_forward_pre_hook(lambda layer, _: seen.append(layer.weight.dtype))
+        return module
+
+    teacher.attach(load_copy)
+    module, model, (batch,) = teacher.module, load("mixed"), batches(1)
+    stored = torch.float32 if teacher.averages else torch.bfloat16
+    assert {p.dtype for p in module.parameters()} == {stored}
+    request = ScoreRequest(student_grad=False, teacher_grad=False, entropy=False)
+    before = score(model, batch, request, teacher=teacher)
+    assert set(seen) == {torch.bfloat16}
+    step_of_five_millionths(model)
+    teacher.update(model)
+    after = score(model, batch, request, teacher=teacher)
+    assert after.teacher_logprobs.dtype == torch.float32
+    expected = flat(tiny_model(VOCABULARY).parameters())
+    if teacher.averages:
+        expected = torch.lerp(expected, flat(model.parameters()), 0.3)
+        torch.testing.assert_close(flat(teacher.state_dict().values()), expected, rtol=1e-6, atol=1e-9)
+        assert (expected - flat(tiny_model(VOCABULARY).parameters())).abs().max() < 1e-5
+    elif isinstance(teacher, FrozenTeacher):
+        torch.testing.assert_close(before.teacher_logprobs, after.teacher_logprobs, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def step_of_five_millionths(model):
+    for p in model.parameters():
+        p.add_(5e-6)
+
+
+def test_a_frozen_teacher_that_equals_the_student_is_at_distance_zero():
+    """Both multiply with the same bf16 weights, so that neither a divergence nor a gradient of rounding noise arises."""
+    teacher, model = FrozenTeacher(), load("mixed")
+    teacher.attach(lambda: load("mixed", trained=False))
+    batch = batch_of(random_rollouts(6, with_pi=False))
+    scores = score(model, batch, ScoreRequest(student_grad=False, teacher_grad=False, entropy=False), teacher=teacher)
+    assert torch.equal(scores.student_logprobs, scores.teacher_logprobs)
+
+
+# ---------------------------------------------------------------------------------------------- logits
+
+
+def test_logits_from_bf16_factors_are_not_rounded_to_bf16():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator).bfloat16() for n in (5, 90))
+    exact = hidden.double() @ weight.double().T
+    logits = multiply_head(hidden, widen_head(weight))
+    assert logits.dtype == torch.float32
+    assert (logits - exact).abs().max() < 1e-5 < 1e-2 < ((hidden @ weight.T) - exact).abs().max()
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"dtype": "bf16", "compute_dtype": "fp32"},
+            "compute_dtype=fp32 does not work with dtype=bf16; mixed precision is dty",
+        ),
+        ({"dtype": "fp32", "compute_dtype": "fp16"}, "compute_dtype=fp16 "),
+        ({"compute_dtype": "int8"}, "compute_dtype=int8 cannot be used on cpu .*; set compute_dtype to fp32 or bf16"),
+        (
+            {"compute_dtype": "bf16", "optimizer": {"_component_": "pidistill.training.optimizers.cpu_offload"}},
+            "cpu_offload does not work with compute_dtype=bf16, .* set fsdp_cpu_offload=True",
+        ),
+    ],
+)
+def test_what_mixed_precision_does_not_work_with_is_one_sentence(changes, sentence, tmp_path):
+    dist.destroy_process_group()
+    cfg = OmegaConf.create({"output_dir": str(tmp_path), "device": "cpu", **changes})
+    with pytest.raises(InputError, match=sentence):
+        start(cfg, frozenset(cfg), ())
+
+
+def test_compute_dtype_of_the_weights_own_dtype_is_no_mixed_precision(tmp_path):
+    dist.destroy_process_group()
+    cfg = OmegaConf.create({"output_dir": str(tmp_path), "device": "cpu", "dtype": "bf16", "compute_dtype": "bf16"})
+    run = start(cfg, frozenset(cfg), ())
+    assert not run.is_mixed and run.forward_dtype == torch.bfloat16
