@@ -7,6 +7,7 @@ was never stopped, to the bit. Saved work is every file of a checkpoint: its byt
 import contextlib
 import hashlib
 import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
