@@ -6,6 +6,8 @@ was never stopped, to the bit. Saved work is every file of a checkpoint: its byt
 
 import contextlib
 import hashlib
+import os
+import resource
 import shutil
 import subprocess
 from collections import Counter
