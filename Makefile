@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TUNE := $(BIN)/tune run --nproc_per_node 1
 
-.PHONY: install base base_easy base_world demo compare sft_rl rft int test test-all test-peers test-vllm test-envs lint clean
+.PHONY: install base base_easy base_world demo real compare sft_rl rft int test test-all test-peers test-vllm test-envs lint clean
 
 install: $(VENV)/.installed  ## create .venv and install the package with its extras test and sweep
 
@@ -41,6 +41,11 @@ int: install base  ## interventions, SFT on them, RL
 
 demo: install base  ## pi-Distill against RL at equal rollouts: runs/demo/results.md and its pictures
 	$(BIN)/pidistill demo
+
+real: install  ## a pretrained model learns a text that it cannot see: runs/document/methods/results.md and its pictures
+	$(BIN)/python examples/document/get_model.py runs/models/SmolLM2-135M-Instruct
+	$(BIN)/python examples/document/make_data.py runs/document
+	$(BIN)/pidistill sweep examples/document/methods.yaml
 
 compare: install base base_easy base_world  ## all methods, controls, questions, second base and world; finished runs are kept
 	for sweep in methods questions easier_base other_world; do \
