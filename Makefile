@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TUNE := $(BIN)/tune run --nproc_per_node 1
 
-.PHONY: install base base_easy base_world demo real compare sft_rl rft int test test-all test-peers test-vllm test-envs lint clean
+.PHONY: install base base_easy base_world demo real compare sft_rl rft int test test-all test-trials test-peers test-vllm test-envs lint clean
 
 install: $(VENV)/.installed  ## create .venv and install the package with its extras test and sweep
 
@@ -54,7 +54,9 @@ compare: install base base_easy base_world  ## all methods, controls, questions,
 test: install  ## all tests but those marked slow or all_processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
-test-all: install  ## all tests: the slow ones, and every config with two processes
+test-trials: install  ## many wrong inputs and faults; each trial prints its figures
+	$(BIN)/python -m pytest tests/trials -q -s -m trials
+test-all: install  ## all tests but the trials: the slow ones, and every config with two processes
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n 2 --dist loadfile -q -m 'not trials'
 
 test-peers: install  ## TRL and Liger as independent references (extra `peers`)

@@ -16,7 +16,7 @@ figure. CPU seconds stand beside wall seconds: other work on the machine stretch
     equal        the stop token's logit is so low that every row runs to --new-tokens
     long-tailed  the stop token has the same probability everywhere (geometric lengths), with a mean of a third of --new-tokens
 
-Both are put into the weights, so nothing is asked of either sampler: see `write_model`.
+Both are put into the weights, so nothing is asked of either sampler: see `small_qwen.write_model`.
 
 Left as each does it: TRL averages over a sequence, then over sequences; ours over all tokens of the step. Ours also computes
 entropies, kl(student||teacher), rewards and metrics, and writes them, which TRL is told to leave out (no logging, no saving).
@@ -25,15 +25,11 @@ entropies, kl(student||teacher), rewards and metrics, and writes them, which TRL
 import argparse
 import functools
 import json
-import math
 import os
-import random
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,16 +39,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZE
 import torch
 from measure import GIB, PeakMemory, in_own_process, matmul_flops_per_s, median_ratio, print_table
 from omegaconf import DictConfig, OmegaConf
-from tokenizers import Tokenizer, models, pre_tokenizers
+from small_qwen import SIZES, files, max_seq_len
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = {"num_layers": 8, "num_heads": 6, "num_kv_heads": 2, "embed_dim": 384, "intermediate_dim": 1280}
-SPECIAL = ("<|im_end|>", "<|pad|>", "<|im_start|>", "user", "assistant")
-STOP_ID, PAD_ID = 0, 1
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
-)
 LEARNING_RATE, CLIP, EMA_RATE, SKIPPED = 1e-6, 1.0, 0.05, 3
 PHASES = ("rollout", "score", "update")
 
@@ -65,97 +54,6 @@ class Step:
     cpu_seconds: float
     tokens: float
     phases: dict[str, float]
-
-
-# ---------------------------------------------------------------------------------------------- what both sides load
-
-
-def write_model(folder: Path, arguments: argparse.Namespace) -> None:
-    """A Qwen2 with random weights as the Hub would hold it, whose stop token comes as ``arguments.lengths`` says.
-
-    Residual dimension 0 is a constant: every embedding has it, no block writes to it. What the stop token's (tied) embedding
-    has more of it is a logit that hardly depends on the context, since the final norm divides by a length that hardly varies.
-    """
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=arguments.vocabulary,
-        num_hidden_layers=SIZES["num_layers"],
-        num_attention_heads=SIZES["num_heads"],
-        num_key_value_heads=SIZES["num_kv_heads"],
-        hidden_size=SIZES["embed_dim"],
-        intermediate_size=SIZES["intermediate_dim"],
-        max_position_embeddings=max_seq_len(arguments),
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=STOP_ID,
-        pad_token_id=PAD_ID,
-    )
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 1.0
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight[0] = 0.0
-            layer.mlp.down_proj.weight[0] = 0.0
-        set_stop_probability(model, stop_probability(arguments))
-    model.save_pretrained(folder)
-
-
-def stop_probability(arguments: argparse.Namespace) -> float:
-    """Per token: 1e-12, or the p for which min(geometric(p), limit), whose mean is (1 - (1-p)^limit) / p, has limit / 3."""
-    if arguments.lengths == "equal":
-        return 1e-12
-    limit = arguments.new_tokens
-    low, high = 1e-6, 1.0
-    for _ in range(60):
-        p = math.sqrt(low * high)
-        low, high = (p, high) if (1 - (1 - p) ** limit) / p > limit / 3 else (low, p)
-    return p
-
-
-def set_stop_probability(model: torch.nn.Module, target: float) -> None:
-    """Bisect dimension 0 of the stop token's embedding until its mean probability over random contexts is ``target``."""
-    ids = torch.randint(len(SPECIAL), model.config.vocab_size, (8, 64))
-    weight = model.model.embed_tokens.weight
-    hidden = model.model(ids).last_hidden_state[:, 8:].flatten(0, 1)
-    others = (hidden @ weight[STOP_ID + 1 :].T).logsumexp(-1)
-    low, high = -10.0, 10.0
-    for _ in range(60):
-        weight[STOP_ID, 0] = (low + high) / 2
-        mean = torch.sigmoid(hidden @ weight[STOP_ID] - others).mean().item()
-        low, high = (weight[STOP_ID, 0].item(), high) if mean < target else (low, weight[STOP_ID, 0].item())
-
-
-def write_tokenizer(folder: Path, vocabulary: int) -> None:
-    words = [*SPECIAL, *(f"w{i}" for i in range(vocabulary - len(SPECIAL)))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[-1]))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(list(SPECIAL[:3]))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL[STOP_ID], "pad_token": SPECIAL[PAD_ID]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": STOP_ID, "pad_token_id": PAD_ID}))
-
-
-def write_rows(file: Path, arguments: argparse.Namespace) -> None:
-    """As many rows as one step takes: every step of either side answers the same prompts."""
-    rng = random.Random(0)
-
-    def text(tokens: int) -> str:
-        return " ".join(f"w{rng.randrange(arguments.vocabulary - len(SPECIAL))}" for _ in range(tokens))
-
-    rows = [
-        {"question": text(arguments.question), "privileged": text(arguments.privileged), "answer": "w0"}
-        for _ in range(arguments.prompts)
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def max_seq_len(arguments: argparse.Namespace) -> int:
-    return arguments.question + arguments.privileged + arguments.new_tokens + 16
 
 
 # ---------------------------------------------------------------------------------------------- ours
@@ -397,16 +295,6 @@ def compare(arguments: argparse.Namespace, rate: float) -> tuple[list[list[str]]
         f"{times(lambda s: s.cpu_seconds / s.tokens)}), medians of {arguments.turns} turns"
         + (f"; peak memory {peaks['pidistill'] / peaks['TRL']:.2f}x TRL's" if peaks else "")
     )
-
-
-@contextmanager
-def files(arguments: argparse.Namespace) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_model(folder / "model", arguments)
-        write_tokenizer(folder / "model", arguments.vocabulary)
-        write_rows(folder / "rows.jsonl", arguments)
-        yield folder
 
 
 def parse() -> argparse.Namespace:

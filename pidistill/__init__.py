@@ -20,3 +20,9 @@ A recipe also runs from Python: in any process, or in each of those that ``tune 
     recipe.train()
     recipe.cleanup()
 """
+
+import logging
+
+# torchao says at each import that it does without its C++ extensions, which nothing here uses. The filter stands here because
+# this module is imported before torchtune, which imports torchao.
+logging.getLogger("torchao").addFilter(lambda record: "Skipping import of cpp extensions" not in record.getMessage())

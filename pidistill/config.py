@@ -1,5 +1,6 @@
-"""Configs: every key is read by something, every component binds, nested components are built."""
+"""Read, check and build configs: every key is read by something, every component binds, nested components are built."""
 
+import argparse
 import difflib
 import functools
 import inspect
@@ -7,14 +8,19 @@ import math
 import os
 import re
 import sys
+import traceback
+import typing
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from torchtune.config._errors import InstantiationError
-from torchtune.config._instantiate import _get_component_from_path
+from omegaconf.errors import OmegaConfBaseException
+from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cli_args
 
+from pidistill.annotations import accepts, demanded
 from pidistill.errors import InputError
 
 COMPONENT = "_component_"
@@ -30,6 +36,9 @@ ADDED_ARGUMENTS: dict[str, tuple[int, tuple[str, ...]]] = {
 # Keys whose value may be a plain function of an example and of the turns of its episode, and keys whose entries may be one.
 FUNCTION_KEYS, FUNCTIONS_KEYS = ("reward", "sibling", "feedback"), ("checks",)
 
+
+# Arguments of model builders and tokenizers that count something of which there is at least one.
+_SIZE = re.compile(r"num_layers|num_heads|num_kv_heads|embed_dim|head_dim|intermediate_dim|vocab_size|max_seq_len|lora_rank")
 
 # Where components of version 0.1 stand now. To be deleted at 1.0.
 MOVED = {
@@ -48,12 +57,79 @@ MOVED = {
 }
 
 
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def check_command_line(words: Sequence[str]) -> None:
+    """Refuse a recipe's command line that torchtune's ``config.parse`` would answer with a traceback.
+
+    Raises:
+        InputError: no config is named; it cannot be read; an override is none.
+    """
+    rest = list(words)
+    name = next((word.partition("=")[2] for word in words if word.startswith("--config=")), None)
+    if "--config" in rest:
+        at = rest.index("--config")
+        name = rest[at + 1] if at + 1 < len(rest) else None
+        del rest[at : at + 2]
+    if {"-h", "--help"} & set(rest):
+        return
+    if name is None:
+        raise InputError("a run needs --config and the name of a config file")
+    flags = [word for word in rest if word.startswith("-") and not word.startswith("--config=")]
+    if flags:
+        raise InputError(f"{flags[0]} is no option of a recipe; write --config FILE and overrides as key=value")
+    merge(name, read_yaml(Path(name)), [word for word in rest if not word.startswith("-")])
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        InputError: the file cannot be read, is not valid YAML, or holds something else.
+    """
+    try:
+        config = OmegaConf.load(path)
+    except OSError as error:
+        raise InputError(f"config {path} cannot be read ({error.strerror or error}); check the path") from error
+    except (yaml.YAMLError, ValueError, OmegaConfBaseException) as error:
+        raise InputError(f"config {path} is not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(config, DictConfig) or not all(isinstance(key, str) for key in config):
+        raise InputError(f"config {path} is not a mapping of keys to values")
+    if "config" in config:
+        raise InputError(f"config {path} has the key config, which the command line's --config would replace; remove it")
+    return config
+
+
+def merge(name: str, config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return a config with overrides as torchtune's command line takes them; ``name`` is for the message.
+
+    Raises:
+        InputError: an override is not `key=value` or `~key`, or an interpolation leads nowhere.
+    """
+    said = " ".join(overrides) or "its own interpolations"
+    try:
+        merged = _merge_yaml_and_cli_args(argparse.Namespace(**OmegaConf.to_container(config, resolve=False)), list(overrides))
+        OmegaConf.to_container(merged, resolve=True)
+    except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"config {name} does not take {said} ({' '.join(str(error).split())})") from error
+    except RecursionError as error:
+        raise InputError(f"config {name} does not take {said} (an interpolation refers to itself)") from error
+    return merged
+
+
+# ------------------------------------------------------------------------------------------------- building
+
+
 def build(node: Any, *args: Any, **kwargs: Any) -> Any:
     """Instantiate a component node, its nested component nodes first (torchtune 0.6.1 leaves those as dicts).
 
     A node that is not a component comes back as plain containers; positional and keyword arguments are added to the call. A
     reward may be a plain function (:data:`FUNCTION_KEYS`), as a dotted path or as a component: it is not called, but comes back
     with its other arguments filled in.
+
+    Raises:
+        InputError: a component cannot be found, or refuses its arguments.
     """
     if isinstance(node, (DictConfig, ListConfig)):
         node = OmegaConf.to_container(node, resolve=True)
@@ -68,12 +144,26 @@ def _build(node: Any, path: str, args: Sequence[Any] = (), kwargs: Mapping[str, 
         component = resolve(node[COMPONENT])
         if _may_be_function(path) and _is_used_as_it_is(component, arguments):
             return functools.partial(component, **arguments) if arguments else component
-        return component(*args, **{**arguments, **kwargs})
+        return _call(component, node[COMPONENT], args, {**arguments, **kwargs})
     if isinstance(node, Mapping):
         return {key: _build(value, f"{path}.{key}") for key, value in node.items()}
     if isinstance(node, list):
         return [_build(value, f"{path}[]") for value in node]
     return node
+
+
+def _call(component: Any, path: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    try:
+        return component(*args, **kwargs)
+    except InputError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"component {path} cannot be built from {', '.join(kwargs) or 'no arguments'} ({reason}, at {frame.filename} line "
+            f"{frame.lineno}); check these arguments"
+        ) from error
 
 
 def _may_be_function(path: str) -> bool:
@@ -105,15 +195,22 @@ def _check_function(path: str, name: str, function: Any, arguments: Mapping[str,
 
 
 def resolve(path: str) -> Any:
-    """The object under a dotted path; modules of the working directory are found, as in torchtune's own `instantiate`."""
+    """Return the object under a dotted path; modules of the working directory are found, as in torchtune's own `instantiate`.
+
+    Raises:
+        InputError: the path leads nowhere, or a module on it cannot be imported.
+    """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         return _get_component_from_path(path)
-    except (InstantiationError, ValueError) as error:
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:  # a module of the user's may fail in any way while it is imported, also with SystemExit
         if (new := _moved(path)) is not None:
             raise InputError(f"component {path} has moved; write {new}") from None
-        reason = " ".join(str(error.__cause__ or error).split())
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split()) or type(cause).__name__
         raise InputError(f"component {path} cannot be found ({reason}); check the dotted path") from error
 
 
@@ -138,22 +235,23 @@ def check_config(cfg: DictConfig, known: Collection[str], required: Collection[s
     for key in required:
         if raw.get(key) is None:
             raise InputError(f"config key {key} is missing; this recipe needs it")
-    for key, node in raw.items():
-        _check_component(key, node)
+    for key, node in OmegaConf.to_container(cfg, resolve=True).items():
+        _check_component(key, node, raw[key])
         if not (isinstance(node, float) and math.isinf(node)):  # the table of keys says where infinity is a value
             _check_finite(key, node)
 
 
-def _check_component(path: str, node: Any) -> None:
+def _check_component(path: str, node: Any, raw: Any) -> None:
+    """Check the components in ``node``; messages show the values of ``raw``, which may refer to a secret."""
     if isinstance(node, list):
         for i, value in enumerate(node):
-            _check_component(f"{path}[{i}]", value)
+            _check_component(f"{path}[{i}]", value, raw[i] if isinstance(raw, list) else raw)
     if isinstance(node, str) and _may_be_function(path) and "${" not in node:
         node = {COMPONENT: node}
     if not isinstance(node, dict):
         return
     for key, value in node.items():
-        _check_component(f"{path}.{key}", value)
+        _check_component(f"{path}.{key}", value, raw[key] if isinstance(raw, dict) else raw)
     if COMPONENT not in node:
         return
     if not isinstance(node[COMPONENT], str):
@@ -162,12 +260,16 @@ def _check_component(path: str, node: Any) -> None:
             f"{path}=dotted.path and {path}.argument=value"
         )
     component = resolve(node[COMPONENT])
+    if not callable(component):
+        raise InputError(f"config key {path}._component_={node[COMPONENT]} is not a function or a class; check the dotted path")
     try:
         parameters = inspect.signature(component).parameters
     except ValueError:  # some builtins have none
         return
+    hints = _hints(component)
     for key in parameters.keys() & node.keys():
-        _check_argument(f"{path}.{key}", node[key], parameters[key])
+        shown = raw[key] if isinstance(raw, dict) else raw
+        _check_argument(f"{path}.{key}", node[key], shown, parameters[key], hints.get(key, Any))
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in node:
             if key != COMPONENT and key not in parameters:
@@ -185,17 +287,30 @@ def _check_component(path: str, node: Any) -> None:
             raise InputError(f"config key {path}.{parameter.name} is missing; {node[COMPONENT]} needs it")
 
 
-def _check_argument(path: str, value: Any, parameter: inspect.Parameter) -> None:
-    """Refuse text in place of a number, and null in place of a number that the component needs."""
-    annotation = "" if parameter.annotation is parameter.empty else inspect.formatannotation(parameter.annotation)
-    names = set(re.findall(r"\w+", annotation))
-    has_number = type(parameter.default) in (int, float)
-    if not (has_number or annotation in ("int", "float")) or names & {"str", "Literal", "Any", "object"}:
+def _hints(component: Any) -> dict[str, Any]:
+    """Return the types of a component's arguments; none where they cannot be read."""
+    try:
+        return typing.get_type_hints(component.__init__ if isinstance(component, type) else component)
+    except Exception:  # names that exist for a type checker only, or a callable object
+        return {}
+
+
+def _check_argument(path: str, value: Any, raw: Any, parameter: inspect.Parameter, hint: Any) -> None:
+    """Refuse a value of another type than the component's argument has, by its annotation or else its default."""
+    default = parameter.default
+    if hint is Any and type(default) in (bool, int, float):
+        hint = float if type(default) is int else type(default)
+    named_function = (isinstance(value, str) and _may_be_function(path)) or parameter.name in FUNCTIONS_KEYS
+    if value is default or named_function or accepts(hint, value, COMPONENT):
+        least = 1 if _SIZE.fullmatch(parameter.name) else 0 if parameter.name.startswith(("num_", "max_")) else None
+        if least is not None and type(value) is int and value < least:
+            raise InputError(f"{path}={raw} must be at least {least}")
         return
-    interpolated = isinstance(value, str) and "${" in value
-    needs_value = parameter.default is not None and annotation in ("int", "float")
-    if (isinstance(value, str) and not interpolated) or (value is None and needs_value):
-        raise InputError(f"{path}={'null' if value is None else value} must be a number")
+    shown = "null" if raw is None else str(raw)
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    colon = isinstance(value, dict) and accepts(hint, "", COMPONENT)
+    quote = f"; on the command line, quote text that holds a colon: '{path}=\"...\"'" if colon else ""
+    raise InputError(f"{path}={shown} must be {demanded(hint)}{quote}")
 
 
 def _check_finite(path: str, node: Any) -> None:
@@ -223,13 +338,8 @@ def _infinite_defaults(component: str | None) -> set[str]:
     }
 
 
-# Keys of earlier versions, and what does their work now.
-_REPLACED = {"micro_batch_rollouts": "micro_batch_tokens", "micro_batch_size": "micro_batch_tokens"}
-
-
 def _closest(key: str, candidates: Collection[str]) -> str:
-    if _REPLACED.get(key) in candidates:
-        return f"; set {_REPLACED[key]} in its place"
+    """Return the end of a sentence about an unknown ``key``: the most similar candidate, or those that there are."""
     matches = difflib.get_close_matches(key, list(candidates), n=1, cutoff=0.5)
     if matches:
         return f"; did you mean {matches[0]}?"

@@ -35,7 +35,7 @@ QWEN3_HEAD_DIM = 32
 
 
 def tiny_model(vocab_size: int, *, seed: int = 0, **overrides: Any) -> nn.Module:
-    """A torchtune ``llama3`` of :data:`TINY_SIZES` in fp32: 0.1M parameters.
+    """Return a torchtune ``llama3`` of :data:`TINY_SIZES` in fp32: 0.1M parameters.
 
     Args:
         overrides: builder arguments that replace those of TINY_SIZES, e.g. ``num_layers=1``.

@@ -21,7 +21,7 @@ ViewName = Literal["student", "teacher"]
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a dataset, before any tokenizer has seen it.
+    """Hold one row of a dataset, before any tokenizer has seen it.
 
     Attributes:
         id: names the row in errors and logs, e.g. ``"train.jsonl row 17"``.
@@ -44,7 +44,7 @@ class Example:
 
 @dataclass(frozen=True)
 class PromptPair:
-    """The two prompts of one example as token ids, each ending where the assistant turn begins.
+    """Hold the two prompts of one example as token ids, each ending where the assistant turn begins.
 
     ``student`` is, id for id, the prompt that inference builds. Without privileged information both are the same list.
     """
@@ -58,12 +58,12 @@ class PromptPair:
 
 
 class RolloutKey:
-    """An identity that can be referred to weakly: what is kept under it goes when the last copy of the rollout does."""
+    """Identify a rollout weakly: what is kept under the key goes when the last copy of the rollout does."""
 
 
 @dataclass
 class Rollout:
-    """One completion with everything that belongs to it: it cannot be scored under another row's privileged information.
+    """Hold one completion with everything that belongs to it: it cannot be scored under another row's privileged information.
 
     Attributes:
         completion: [T] the sampled ids and, between turns, the observation ids; the same ids in both views.
@@ -117,7 +117,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class RolloutAdvantage:
-    """What a round says of one rollout before any gradient step.
+    """Hold what a round says of one rollout before any gradient step.
 
     Attributes:
         advantage: the advantage from the reward alone, the same for every policy token.
@@ -145,7 +145,7 @@ class AncestorMask(Protocol):
 
 @dataclass
 class ModelInput:
-    """What a model reads for one or more views of a batch, and where each policy token is predicted.
+    """Hold what a model reads for one or more views of a batch, and where each policy token is predicted.
 
     Attributes:
         tokens: [R, L] prompts + completions: one packed row (a tree), or a row per rollout and view with padding on the right.
@@ -176,7 +176,7 @@ class BatchInputs(Protocol):
 
 @dataclass
 class Batch:
-    """Rollouts side by side. Everything the objectives see is flat over the N policy tokens of the batch.
+    """Hold rollouts side by side. Everything the objectives see is flat over the N policy tokens of the batch.
 
     Attributes:
         views: the rollouts as model inputs; ``views.of("student")`` is a :class:`ModelInput`.
@@ -206,13 +206,13 @@ class Batch:
     importance_weights: Float[Tensor, " N"] | None = None
 
     def slice(self, part: slice) -> "Batch":
-        """The policy tokens of ``part`` as objectives see them; the views stay whole, and rollouts keep their numbers."""
+        """Return the policy tokens of ``part`` as objectives see them; views stay whole, and rollouts keep their numbers."""
         return replace(self, **{name: value[part] for name, value in vars(self).items() if isinstance(value, Tensor)})
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A full-vocabulary divergence that an objective asks the scorer for.
+    """Name a full-vocabulary divergence that an objective asks the scorer for.
 
     Attributes:
         name: ``kl_teacher_student``, ``kl_student_teacher`` or ``jsd`` (generalised, see :mod:`pidistill.losses.divergences`);
@@ -235,7 +235,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """What an objective wants to know about a batch, and which sides gradient may reach.
+    """Say what an objective wants to know about a batch, and which sides gradient may reach.
 
     ``views`` lists the views that must be computed at all; RL without privileged information needs only the student.
     ``entropy`` adds the (detached) entropies of the views.
@@ -250,7 +250,7 @@ class ScoreRequest:
 
 @dataclass
 class Scores:
-    """Per-token numbers of one batch, in nats; None is "not computed".
+    """Hold per-token numbers of one batch, in nats; None is "not computed".
 
     Log-probs are of the sampled token, at the sampling temperature.
     """
@@ -264,7 +264,7 @@ class Scores:
 
 @dataclass
 class TokenLoss:
-    """An objective's answer: a loss per policy token (nats, not reduced) and detached per-token values to log as means.
+    """Hold an objective's answer: a loss per policy token (nats, not reduced) and detached per-token values to log as means.
 
     Raises:
         InputError: a loss that is not one number per policy token, such as a mean over them.

@@ -12,10 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
-from torchtune import config
-
 from pidistill.config import build
 from pidistill.data import RecipeData, load_prompts
 from pidistill.errors import InputError
@@ -28,6 +24,9 @@ from pidistill.training.rounds import check_rewards
 from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.types import Rollout
+from rich.console import Console
+from rich.table import Table
+from torchtune import config
 
 KEYS = keys_of("evaluate")
 REQUIRED = ("output_dir", "model", "tokenizer", "checkpointer", "dataset", "environment", "sampler")
@@ -144,12 +143,12 @@ def shown(column: dict[str, Any], key: str) -> str:
     return f"{column[key]:.4g}" + (" [{:.3g}, {:.3g}]".format(*low_high) if low_high else "")
 
 
-@config.parse
 @one_sentence_errors
+@config.parse
 def recipe_main(cfg: DictConfig) -> None:
-    log_config(cfg, "EvaluateRecipe")
     recipe = EvaluateRecipe(cfg)
     recipe.setup(cfg)
+    log_config(cfg, "EvaluateRecipe")
     recipe.report(recipe.evaluate())
     cleanup()
 

@@ -21,8 +21,6 @@ from dataclasses import replace
 
 import torch
 from omegaconf import DictConfig
-from torchtune import config
-
 from pidistill.config import build
 from pidistill.data import epoch_order, load_prompts, row_completions
 from pidistill.distributed.run import Timer
@@ -47,6 +45,7 @@ from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.training.supervised import SupervisedTerm
 from pidistill.training.update import Updates
 from pidistill.types import Batch, PerTokenLoss, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
+from torchtune import config
 
 KEYS = keys_of("opsd")
 REQUIRED = ("output_dir", "max_steps", "model", "tokenizer", "checkpointer", "dataset", "environment", "privileged", "sampler",
@@ -70,7 +69,8 @@ class OPSDRecipe:
         self._sampler = build(cfg.sampler)
         # Hindsight comes with the rollouts: rows need no privileged information of their own.
         self._hindsight = build(cfg.get("hindsight"))
-        self._data = load_prompts(cfg, no_pi="rl" if self._hindsight else self._objective.no_pi)
+        no_pi, judged = "rl" if self._hindsight else self._objective.no_pi, self._objective.on_policy_frac > 0.0
+        self._data = load_prompts(cfg, no_pi=no_pi, judged=judged)
         self._collect = build_collector(cfg, self._sampler, self._data.tokenizer)
         self._packer = Packer(cfg, self._run, self._data.tokenizer.pad_id)
         self._supervised = SupervisedTerm(cfg, self._run, self._data, self._packer, self._timer)
@@ -245,12 +245,12 @@ class OPSDRecipe:
         cleanup()
 
 
-@config.parse
 @one_sentence_errors
+@config.parse
 def recipe_main(cfg: DictConfig) -> None:
-    log_config(cfg, "OPSDRecipe")
     recipe = OPSDRecipe(cfg)
     recipe.setup(cfg)
+    log_config(cfg, "OPSDRecipe")
     recipe.train()
     recipe.cleanup()
 

@@ -16,8 +16,6 @@ from collections import Counter
 
 import torch
 from omegaconf import DictConfig
-from torchtune import config
-
 from pidistill.config import build
 from pidistill.data import epoch_order, load_prompts
 from pidistill.distributed.run import Timer
@@ -41,6 +39,7 @@ from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.training.supervised import SupervisedTerm
 from pidistill.training.update import Updates
 from pidistill.types import Batch, PerTokenLoss, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
+from torchtune import config
 
 KEYS = keys_of("pi_distill")
 REQUIRED = ("output_dir", "max_steps", "model", "tokenizer", "checkpointer", "dataset", "environment", "privileged", "sampler",
@@ -205,12 +204,12 @@ class PiDistillRecipe:
         cleanup()
 
 
-@config.parse
 @one_sentence_errors
+@config.parse
 def recipe_main(cfg: DictConfig) -> None:
-    log_config(cfg, "PiDistillRecipe")
     recipe = PiDistillRecipe(cfg)
     recipe.setup(cfg)
+    log_config(cfg, "PiDistillRecipe")
     recipe.train()
     recipe.cleanup()
 

@@ -11,9 +11,6 @@ import os
 import sys
 
 from omegaconf import DictConfig
-from torchtune import config
-from tqdm.auto import tqdm
-
 from pidistill.config import build
 from pidistill.data import load_prompts
 from pidistill.errors import InputError
@@ -28,6 +25,8 @@ from pidistill.training.rounds import check_rewards
 from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.types import Example, PromptPair
+from torchtune import config
+from tqdm.auto import tqdm
 
 KEYS = keys_of("sample")
 REQUIRED = ("output_dir", "model", "tokenizer", "checkpointer", "dataset", "environment", "sampler", "view",
@@ -151,12 +150,12 @@ class SampleRecipe:
         print(self._run.output_dir / TRACES)
 
 
-@config.parse
 @one_sentence_errors
+@config.parse
 def recipe_main(cfg: DictConfig) -> None:
-    log_config(cfg, "SampleRecipe")
     recipe = SampleRecipe(cfg)
     recipe.setup(cfg)
+    log_config(cfg, "SampleRecipe")
     recipe.report(recipe.sample())
     cleanup()
 

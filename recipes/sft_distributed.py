@@ -14,8 +14,6 @@ import sys
 from collections import Counter
 
 from omegaconf import DictConfig
-from torchtune import config
-
 from pidistill.config import build
 from pidistill.data import build_demonstrations, epoch_order, load_prompts
 from pidistill.distributed.run import Timer
@@ -34,6 +32,7 @@ from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.training.update import Updates, crossed
 from pidistill.types import Rollout, ScoreRequest
+from torchtune import config
 
 KEYS = keys_of("sft")
 REQUIRED = ("output_dir", "max_steps", "model", "tokenizer", "checkpointer", "dataset", "optimizer", "batch_size")
@@ -131,12 +130,12 @@ class SFTRecipe:
         cleanup()
 
 
-@config.parse
 @one_sentence_errors
+@config.parse
 def recipe_main(cfg: DictConfig) -> None:
-    log_config(cfg, "SFTRecipe")
     recipe = SFTRecipe(cfg)
     recipe.setup(cfg)
+    log_config(cfg, "SFTRecipe")
     recipe.train()
     recipe.cleanup()
 

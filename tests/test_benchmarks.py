@@ -1,5 +1,7 @@
-"""The benchmarks start, at sizes that say nothing, and their help names the options that the documents use."""
+"""The benchmarks run at sizes that say nothing, and their help names the options that the documents use."""
 
+import importlib
+import json
 import re
 import runpy
 import sys
@@ -8,10 +10,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BENCHMARKS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "measure")
-SMALL = {
-    "update_phase.py": "--question 6 --privileged 5 --completion 4 --group 2 --vocabulary 8192 --turns 1 --no-memory",
-    "real_step.py": "--methods sdft --prompts 1 --group 2 --new-tokens 4 --layers 1 --vocabulary 512 --device cpu",
+SHARED = ("measure", "small_qwen")
+BENCHMARKS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in SHARED)
+SMALL = {  # name → (options, what its table says)
+    "update_phase.py": (
+        "--question 6 --privileged 5 --completion 4 --group 2 --vocabulary 8192 --turns 1 --no-memory",
+        "speed-up",
+    ),
+    "scorer.py": (
+        "--tokens 16 --hidden 16 --vocabulary 512 --turns 1 --no-memory --contenders pidistill --work jsd_student jsd_both",
+        "time ÷ ours",
+    ),
+    "sampler.py": (
+        "--layers 1 --vocabulary 512 --prompts 2 --group-size 2 --prompt-tokens 8 --new-tokens 8 --cases equal --no-torchtune",
+        "equal",
+    ),
+    "real_step.py": (
+        "--methods sdft --prompts 1 --group 2 --new-tokens 4 --layers 1 --vocabulary 512 --device cpu",
+        "speed-up",
+    ),
 }
 
 
@@ -23,8 +40,25 @@ def run_script(name: str, arguments: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_small_run_prints_its_table(name, monkeypatch, capsys):
-    run_script(name, SMALL[name], monkeypatch)
-    assert "speed-up" in capsys.readouterr().out
+    arguments, said = SMALL[name]
+    run_script(name, arguments, monkeypatch)
+    assert said in capsys.readouterr().out
+
+
+def test_our_half_of_the_sdft_step_trains_on_the_tokens_it_counts(monkeypatch):
+    """TRL's half needs TRL."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    sizes = "--question 6 --privileged 5 --new-tokens 4 --prompts 2 --group 2 --vocabulary 64 --lengths equal"
+    monkeypatch.setattr(sys, "argv", ["opsd_step.py", *sizes.split()])
+    module = importlib.import_module("opsd_step")
+    arguments = module.parse()
+    with module.files(arguments) as folder:
+        ours = module.Ours(folder, arguments)
+        prompts, step = ours.prompts(), ours.step()
+        rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert len(prompts) == len(rows) == 2 and all(len(teacher) > len(student) for student, teacher in prompts)
+    assert step.tokens == 2 * 2 * 4, "every row runs to the limit"
+    assert step.seconds > 0 and set(step.phases) == set(module.PHASES)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

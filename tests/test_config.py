@@ -10,7 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from pidistill.config import MOVED, build, check_config, resolve
+from pidistill.config import MOVED, build, check_command_line, check_config, read_yaml, resolve
 from pidistill.errors import InputError
 
 
@@ -64,6 +64,67 @@ def test_a_config_is_not_changed_by_building_from_it():
     assert OmegaConf.to_yaml(cfg) == before
 
 
+def test_a_component_that_raises_is_refused_with_the_reason_and_its_place():
+    with pytest.raises(InputError, match=r"tests.test_config.Fails cannot be built from size \(KeyError: 'inside', at .* line"):
+        build({"_component_": "tests.test_config.Fails", "size": 1})
+
+
+class Fails:
+    def __init__(self, size):
+        raise KeyError("inside")
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [1\n b: 2", "is not valid YAML .*line"),
+        ("a: 1\na: 2\n", "is not valid YAML .*duplicate key a"),
+        (b"a: \xff\xfe", "is not valid YAML .*utf-8"),
+        ("- 1", "is not a mapping"),
+        ("3: 4", "is not a mapping"),
+        ("config: 3", "has the key config"),
+        ("x: !!python/object:os.system {}", "is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(text, expected, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=rf"config {path} {expected}"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "a run needs --config"),
+        (["--config"], "a run needs --config"),
+        (["--config", "nosuch.yaml"], "config nosuch.yaml cannot be read .*No such file"),
+        (["--config", "."], r"config \. cannot be read"),
+        (["--config", "good.yaml", "--lr", "3"], "--lr is no option of a recipe"),
+        (["--config", "good.yaml", "lr"], "does not take lr .*key=value"),
+        (["--config", "good.yaml", "a=[1"], r"does not take a=\[1"),
+        (["--config", "good.yaml", "~b"], "does not take ~b"),
+        (["--config", "good.yaml", "a=${a}"], r"does not take a=\$\{a\}"),
+        (["--config=good.yaml", "a=${nowhere}"], r"does not take a=\$\{nowhere\}"),
+        (["--config", "good.yaml", "c={x: 1}"], "does not take c={x: 1}"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_refused(words, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.yaml").write_text("a: 1\nc: [1]\n")
+    with pytest.raises(InputError, match=expected):
+        check_command_line(words)
+
+
+def test_a_right_command_line_and_a_question_for_help_pass(tmp_path):
+    (tmp_path / "good.yaml").write_text("a: 1\nb: ${a}\n")
+    check_command_line(["--config", str(tmp_path / "good.yaml"), "a=2", "~b"])
+    check_command_line(["--help"])
+
+
 # ------------------------------------------------------------------------------------------- resolve
 
 
@@ -88,6 +149,23 @@ def test_a_module_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
         InputError, match=r"broken_module.Thing cannot be found \(No module named 'a_module_that_is_not_there'\)"
     ):
         resolve("broken_module.Thing")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("def f(:\n", "invalid syntax"),
+        ("x = undefined\n", "undefined"),
+        ("import sys\nsys.exit(3)\n", "3"),
+        ("1 / 0\n", "zero"),
+    ],
+)
+def test_a_module_that_fails_while_it_is_imported_is_refused(code, reason, tmp_path, monkeypatch):
+    name = f"fails_{abs(hash(code))}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=rf"component {name}.x cannot be found \(.*{reason}"):
+        resolve(f"{name}.x")
 
 
 # ------------------------------------------------------------------------------------------- check_config
@@ -189,6 +267,43 @@ def test_text_or_null_in_place_of_a_number_is_refused():
         check(box={"_component_": bounded, "rate": "fast"})
     with pytest.raises(InputError, match="box.rate=null must be a number"):
         check(box=[{"_component_": bounded, "rate": None}][0])
+
+
+def test_a_sentence_about_an_interpolated_value_does_not_show_it(monkeypatch):
+    """The value may be a secret of the environment."""
+    monkeypatch.setenv("A_SECRET", "hidden")
+    with pytest.raises(InputError) as refused:
+        check(box={"_component_": "tests.test_config.Bounded", "rate": "${oc.env:A_SECRET}"})
+    assert "box.rate=${oc.env:A_SECRET} must be a number" in str(refused.value) and "hidden" not in str(refused.value)
+
+
+def texts(template: str = "", names: list[str] | None = None, flag: bool = False, num_layers: int = 1):
+    """A component with arguments that are no numbers."""
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "expected"),
+    [
+        ("template", {"Hint": None}, "must be text; on the command line, quote text that holds a colon: 'box.template="),
+        ("template", 3, "box.template=3 must be text"),
+        ("names", "one", "must be a list or null"),
+        ("names", [1], "must be a list or null"),
+        ("flag", 1, "must be true or false"),
+        ("num_layers", True, "must be a whole number"),
+        ("num_layers", 2.0, "must be a whole number"),
+        ("num_layers", 0, "num_layers=0 must be at least 1"),
+    ],
+)
+def test_a_value_of_another_type_than_the_annotation_is_refused(argument, value, expected):
+    check(box={"_component_": "tests.test_config.texts", "names": None, "template": "a"})
+    with pytest.raises(InputError, match=re.escape(expected)):
+        check(box={"_component_": "tests.test_config.texts", argument: value})
+
+
+@pytest.mark.parametrize("path", ["math.pi", "tests.test_config.BOX"])
+def test_a_path_to_what_cannot_be_called_is_refused(path):
+    with pytest.raises(InputError, match=f"box._component_={path} is not a function or a class"):
+        check(box={"_component_": path})
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

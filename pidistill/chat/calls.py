@@ -23,7 +23,7 @@ CALL_TEMPLATE = "{number}. {name}({arguments})"
 
 @dataclass(frozen=True)
 class ToolCall:
-    """``arguments`` is an object, or the text that a model wrote in its place."""
+    """Holds the name and the arguments of one call: an object, or the text that a model wrote instead of one."""
 
     name: str
     arguments: Any
@@ -31,7 +31,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class CallStyle:
-    """How calls are found and written as text; one line per call, in their order.
+    """Says how calls are found and written as text; one line per call, in their order.
 
     Attributes:
         template: one line: ``{number}`` (from 1), ``{name}``, ``{arguments}`` (JSON); any of them may be left out.
@@ -48,7 +48,7 @@ class CallStyle:
         check_template(self.template, "call_template", (), ("number", "name", "arguments"))
 
     def calls(self, turns: Sequence[Message]) -> list[ToolCall]:
-        """The calls of all assistant turns, in order, without those of ``omit_tools``."""
+        """Return the calls of all assistant turns, in order, without those of ``omit_tools``."""
         found = [call for turn in turns if turn["role"] == "assistant" for call in calls_of(turn, self.action_tags)]
         return [call for call in found if call.name not in self.omit_tools]
 
@@ -61,17 +61,17 @@ class CallStyle:
 
 
 def calls_of(message: Message, action_tags: Sequence[str] = ACTION_TAGS) -> list[ToolCall]:
-    """The readable calls of one assistant message, in order."""
+    """Return the readable calls of one assistant message, in order."""
     return [call for call in _found(message, action_tags) if call is not None]
 
 
 def unreadable_calls(message: Message, action_tags: Sequence[str] = ACTION_TAGS) -> int:
-    """Tags in the text whose inside is no call as JSON."""
+    """Return how many tags of the text hold something that is no call as JSON."""
     return sum(call is None for call in _found(message, action_tags))
 
 
 def as_call(value: Any) -> ToolCall | None:
-    """A call out of ``{"name", "arguments" | "kwargs" | "parameters"}``, maybe under ``"function"``; None where it is none."""
+    """Return the call that ``{"name", "arguments" | "kwargs" | "parameters"}``, maybe under ``"function"``, says, or None."""
     function = value.get("function", value) if isinstance(value, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         return None
@@ -86,7 +86,7 @@ def _found(message: Message, action_tags: Sequence[str]) -> list[ToolCall | None
 
 
 def _said(message: Message) -> str:
-    """The text behind the reasoning, in which nothing is a call."""
+    """Return the text behind the reasoning, in which nothing is a call."""
     reasoning, closed, said = message_text(message).partition("</think>")
     return said if closed else reasoning.partition("<think>")[0]
 

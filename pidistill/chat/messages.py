@@ -24,7 +24,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 def message_text(message: Message) -> str:
-    """The content as text: a string, the text parts of a list joined, or "" where there is none (a bare tool call)."""
+    """Return the content as text: a string, the text parts of a list joined, or "" where there is none (a bare tool call)."""
     content = message.get("content")
     if isinstance(content, list):
         return "".join(part.get("text") or "" for part in content)
@@ -32,7 +32,7 @@ def message_text(message: Message) -> str:
 
 
 def with_text(message: Message, text: str) -> Message:
-    """The message with ``text`` added at the end of its content, after an empty line where it has any."""
+    """Return the message with ``text`` added at the end of its content, after an empty line where it has any."""
     text = f"\n\n{text}" if message_text(message) else text
     if isinstance(message.get("content"), list):
         return {**message, "content": [*message["content"], {"type": "text", "text": text}]}
@@ -40,20 +40,20 @@ def with_text(message: Message, text: str) -> Message:
 
 
 def tool_call_text(call: Mapping[str, Any]) -> str:
-    """One tool call as ``name({"argument": "value"})``."""
+    """Return one tool call as ``name({"argument": "value"})``."""
     function = call.get("function", call)
     arguments = function.get("arguments", {})
     return f"{function['name']}({arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)})"
 
 
 def messages_text(messages: Sequence[Message]) -> str:
-    """Contents and tool calls of the messages, without roles, an empty line between messages."""
+    """Return contents and tool calls of the messages, without roles, with an empty line between messages."""
     texts = ["\n".join([*filter(None, [message_text(m)]), *map(tool_call_text, m.get("tool_calls") or [])]) for m in messages]
     return "\n\n".join(text for text in texts if text)
 
 
 def transcript_text(turns: Sequence[Message]) -> str:
-    """Who said what, a message after the other: text, then tool calls, one a line; results with their tool's name."""
+    """Return who said what, message by message: text, then tool calls, one a line; results with their tool's name."""
     return "\n".join(map(_spoken, turns))
 
 

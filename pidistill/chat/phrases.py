@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pidistill.chat.messages import messages_text
 from pidistill.types import Message, Rollout
 
-# ---------------------------------------------------------------------------------------------- numbers of rollouts
-
 
 def assistant_text(turns: Sequence[Message]) -> str:
     """Return what the policy wrote, tool calls included."""

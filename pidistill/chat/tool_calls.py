@@ -33,11 +33,11 @@ To call one, write <action>{{"name": "...", "arguments": {{...}}}}</action>. Its
 
 
 class MalformedCall(Exception):
-    """What is wrong with a call, as a sentence for the model that wrote it."""
+    """Says what is wrong with a call, as a sentence for the model that wrote it."""
 
 
 def parse_turn_text(text: str, format: str) -> Message:
-    """The assistant message that ``text``, a turn without its stop token, says in one of :data:`FORMATS`."""
+    """Return the assistant message that ``text``, a turn without its stop token, says in one of :data:`FORMATS`."""
     message: Message = {"role": "assistant", "content": text}
     head = _reasoning(text)
     try:
@@ -50,13 +50,13 @@ def parse_turn_text(text: str, format: str) -> Message:
 
 
 def visible_text(message: Message) -> str:
-    """What a reader is meant to see of an assistant message: its content without the reasoning."""
+    """Return what a reader is meant to see of an assistant message: its content without the reasoning."""
     text = message_text(message)
     return text[len(_reasoning(text)) :].strip()
 
 
 def _reasoning(text: str) -> str:
-    """The beginning of the text up to the first ``</think>``; all of it where ``<think>`` is not closed."""
+    """Return the beginning of the text up to the first ``</think>``; all of it where ``<think>`` is not closed."""
     end = text.find("</think>")
     if end >= 0:
         return text[: end + len("</think>")]
@@ -72,7 +72,10 @@ def _split_calls(text: str, format: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def _tagged(text: str, tag: str) -> tuple[str, list[dict[str, Any]]]:
-    """Templates put a line break before each call, which belongs to neither the text nor the call."""
+    """Return the text outside the tags, and the calls inside.
+
+    Templates put a line break before each call, which belongs to neither the text nor the call.
+    """
     pieces = re.split(rf"(</?{tag}>)", text)
     opening, closing = f"<{tag}>", f"</{tag}>"
     outside, calls, at = [pieces[0]], [], 1
@@ -124,7 +127,7 @@ def _refuse_constant(name: str) -> None:
 def as_plain_messages(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, default_system: str | None
 ) -> list[Message]:
-    """A conversation with tools as one without: schemas in the system message, calls and results in text.
+    """Return a conversation with tools as one without: schemas in the system message, calls and results in text.
 
     For the action format, whose templates have no place for tools. The results of one turn share a user message: some of these
     templates refuse two in a row, and a model that makes two calls must not end the run. ``default_system`` is the system text
@@ -185,9 +188,9 @@ PROBE_CONVERSATION: list[Message] = [
 
 
 def written_format(turn: str) -> str | None:
-    """The format of a rendered tool call of :data:`PROBE_CONVERSATION`; None where it is written in a form unknown here.
+    """Return the format of a rendered tool call of :data:`PROBE_CONVERSATION`; None for a form that is unknown here.
 
-    "none" where the template left the call out.
+    It is "none" where the template left the call out.
     """
     if "probe_value" not in turn:
         return "none"

@@ -1,1 +1,1 @@
-"""The `pidistill` command line: one module or folder per command."""
+"""Hold the `pidistill` command line: one module or folder per command."""

@@ -1,15 +1,30 @@
-"""What the `pidistill` commands share: overrides anywhere on the line, and wrong input said in one sentence."""
+"""Share among the `pidistill` commands: overrides anywhere on the line, and wrong input said in one sentence."""
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, escape_controls
+
+
+class Parser(argparse.ArgumentParser):
+    """Parse a command's words; say what is wrong with them in one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        refuse(f"{self.prog}: {' '.join(message.split())}; {self.prog} --help shows what it takes")
+
+
+def refuse(sentence: str) -> NoReturn:
+    """Print one sentence and end the command with status 2."""
+    print(f"error: {escape_controls(' '.join(sentence.split()))}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """``argv`` with its `key=value` and `~key` words in ``overrides``, wherever they stand.
+    """Return ``argv`` with its `key=value` and `~key` words in ``overrides``, wherever they stand.
 
     argparse alone would give those behind `--seeds 0 1` to the seeds.
     """
@@ -21,9 +36,11 @@ def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -
 
 @contextlib.contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """An InputError is printed as one sentence and ends the command with status 2."""
+    """Print an InputError as one sentence and exit with status 2; exit quietly where the reader of a pipe has left."""
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(str(error))
+    except BrokenPipeError:  # `pidistill keys | head`; the interpreter would fail again on flushing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

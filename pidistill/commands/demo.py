@@ -1,15 +1,14 @@
-"""`pidistill demo`: methods against the RL control at equal rollouts on the tiny world, from one base, on held-out tasks.
+"""`pidistill demo`: compare methods with the RL control at equal rollouts on the tiny world, from one base, on held-out tasks.
 
 The sweep `configs/sweeps/demo.yaml`: trains each arm with its bundled config, evaluates base and arms on the test split
 (nothing was selected on it), and leaves tables and pictures in the terminal and the output folder.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
-from pidistill.commands.common import exit_on_input_error
+from pidistill.commands.common import Parser, exit_on_input_error
 from pidistill.commands.sweep.cells import read_sweep
 from pidistill.commands.sweep.command import report
 from pidistill.commands.sweep.search import SweepPlan, run_sweep
@@ -18,7 +17,7 @@ SWEEP = "sweeps/demo"
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="pidistill demo", description=__doc__)
+    parser = Parser(prog="pidistill demo", description=__doc__)
     parser.add_argument("--output-dir", type=Path)
     parser.add_argument("--base")
     parser.add_argument("--arms", nargs="+", default=["pi_distill", "rl"])

@@ -1,12 +1,10 @@
-"""`pidistill keys [word]`: the config keys with type, default, recipes and meaning; with a word, the rows that contain it."""
-
-import argparse
+"""`pidistill keys [word]`: print the config keys with type, default, recipes and meaning, or the rows that contain a word."""
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pidistill.commands.common import exit_on_input_error
+from pidistill.commands.common import Parser, exit_on_input_error
 from pidistill.errors import InputError
 from pidistill.training.keys import page, rows
 
@@ -14,7 +12,7 @@ COLUMNS = ("key", "type", "default", "recipes", "meaning")
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="pidistill keys", description=__doc__)
+    parser = Parser(prog="pidistill keys", description=__doc__)
     parser.add_argument("word", nargs="?", default="", help="print only the rows that contain this word")
     parser.add_argument("--markdown", action="store_true", help="print the page docs/keys.md")
     arguments = parser.parse_args(argv)

@@ -1,9 +1,10 @@
-"""The `pidistill` command: torchtune's own command line with our recipes and configs registered, plus commands of our own.
+"""Run the `pidistill` command: torchtune's own command line with our recipes and configs registered, plus commands of our own.
 
 pidistill ls                                          our recipes and configs, then torchtune's
 pidistill run pi_distill_distributed --config tiny/pi_distill max_steps=20
 pidistill cp opsd_distributed my_recipe.py
 pidistill preview tiny/opsd                           both prompts as the model will see them, lengths, budget, leaks
+pidistill validate tiny/opsd                          the checks of preview alone, in one line
 pidistill plan tiny/opsd                              will it fit, where does its time go, what would make it fit
 pidistill probe tiny/pi_distill                       which wording of the privileged information helps, before training
 pidistill keys eval                                   the config keys whose row contains a word
@@ -14,12 +15,14 @@ pidistill demo                                        the comparison that `make 
 
 import argparse
 import importlib
-import logging
 import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
+
+from pidistill.commands.common import exit_on_input_error, refuse
+from pidistill.errors import InputError
 
 # Our own commands: the module whose `main` gets the words behind the command, and what the help says.
 COMMANDS = {
@@ -28,6 +31,7 @@ COMMANDS = {
         "pidistill.commands.plan.command",
         "Estimate the memory and the time of a run, and say what would make it fit.",
     ),
+    "validate": ("pidistill.commands.validate", "Check a config and its rows without a run."),
     "probe": (
         "pidistill.commands.probe.command",
         "Measure which wording of the privileged information helps the model, before training.",
@@ -46,21 +50,18 @@ TORCHTUNES = {
     "cp": "Copy a recipe or config to a local path; a file that exists is kept.",
     "run": "Run a recipe, with torchrun's arguments in front of its name.",
     "cat": "Print a config.",
-    "validate": "Check that a config is well-formed.",
     "download": "Download a model from the Hugging Face Hub or the Kaggle Model Hub.",
 }
 
 
 def main() -> None:
+    """Run the command that the command line names."""
     words = sys.argv[1:]
     command = next(iter(words), "--help")
     if command in ("--help", "-h", "--version"):
         print(f"pidistill {version('pidistill')}" if command == "--version" else help_text())
         return
-    logging.getLogger("torchao").addFilter(lambda record: "Skipping import of cpp extensions" not in record.getMessage())
     if command in COMMANDS:
-        from pidistill.commands.common import exit_on_input_error
-
         with exit_on_input_error():  # a library that an extra would install is missing
             module = importlib.import_module(COMMANDS[command][0])
         module.main(words[1:])
@@ -81,11 +82,6 @@ def help_text() -> str:
             *lines,
         ]
     )
-
-
-def refuse(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 def register() -> None:
@@ -117,12 +113,13 @@ def register() -> None:
 
 
 def run_torchtune() -> None:
-    """Run one of torchtune's commands; wrong words, files and values are refused with one sentence."""
+    """Run one of torchtune's commands; refuse wrong words, files and values with one sentence."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torchtune._cli.tune import TuneCLIParser
 
-    from pidistill.commands.common import exit_on_input_error
+    from pidistill.distributed.launcher import print_refusals, refusal
 
+    print_refusals()
     register()
     parser = TuneCLIParser()
     parser._parser.prog = "pidistill"
@@ -132,18 +129,23 @@ def run_torchtune() -> None:
         with exit_on_input_error():
             check_arguments(arguments)
             parser.run(arguments)
-    except ChildFailedError as error:  # the recipe has said what is wrong; torchrun's own traceback would bury it
+    except ChildFailedError as error:  # torchrun's own traceback would bury what the recipe said
+        if sentence := refusal(error):
+            print(sentence, file=sys.stderr, flush=True)
         sys.exit(error.get_first_failure()[1].exitcode or 1)
-    except BrokenPipeError:  # `pidistill ls | head`; the interpreter would fail again on flushing
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except (ValueError, RuntimeError, AssertionError, OSError) as error:
+        # With torchrun's options the recipe runs in processes of its own, and what fails here is their launch.
+        if "recipe_args" not in arguments or len(sys.argv) - 3 <= len(arguments.recipe_args):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        refuse(f"the processes cannot be launched ({reason}); check the options in front of {arguments.recipe}")
 
 
 def _replace_errors(parser: argparse.ArgumentParser) -> None:
     """Let a parser and its subparsers say an error in one sentence, without their usage."""
 
     def error(message: str) -> NoReturn:
-        refuse(" ".join(message.split()).replace("`tune ", "`pidistill "))
+        refuse(message.replace("`tune ", "`pidistill "))
 
     parser.error = error  # type: ignore[method-assign]
     for action in parser._actions:
@@ -156,35 +158,47 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse what torchtune's `run` and `cp` answer with a traceback or by overwriting a file."""
     if "recipe_args" in arguments:
         check_run_arguments(arguments.recipe, arguments.recipe_args)
-    elif "no_clobber" in arguments:
-        arguments.no_clobber = True
+    elif "make_parents" in arguments:
+        check_copy_arguments(arguments.destination, arguments.make_parents)
+
+
+def check_copy_arguments(destination: Path, make_parents: bool) -> None:
+    """Refuse a destination that exists or cannot be made."""
+    if destination.is_dir():
+        raise InputError(f"{destination} is a folder; name the file to copy to")
+    if any(path.exists() for path in (destination, *(destination.with_suffix(end) for end in (".py", ".yaml")))):
+        raise InputError(f"{destination} exists and is kept; name another file, or move it away")
+    if not destination.parent.is_dir() and not make_parents:
+        raise InputError(f"the folder {destination.parent} does not exist; make it, or add --make-parents")
+    if destination.parent.is_dir() and not os.access(destination.parent, os.W_OK):
+        raise InputError(f"the folder {destination.parent} cannot be written to; name another one")
 
 
 def check_run_arguments(recipe: str, words: list[str]) -> None:
     """Refuse an unknown recipe or config, a config that is not YAML, and overrides that it does not take."""
     from torchtune._recipe_registry import get_all_recipes
 
-    from pidistill.commands.plan.reading import merged
-    from pidistill.errors import InputError
+    from pidistill.commands.places import config_path
+    from pidistill.config import check_command_line
 
     known = {entry.name: entry for entry in get_all_recipes()}
     if recipe not in known and not _is_recipe_file(recipe):
         raise InputError(f"recipe {recipe} is neither a recipe of `pidistill ls` nor a Python file")
     if "--config" not in words or words[-1] == "--config":
         raise InputError("a run needs --config and the name of a bundled config or a file")
-    at = words.index("--config")
-    config, rest = words[at + 1], words[:at] + words[at + 2 :]
-    if not any(config == entry.name for listed in known.values() for entry in listed.configs) or _is_ours(config):
-        merged(config, [word for word in rest if not word.startswith("-")])
+    at = words.index("--config") + 1
+    theirs = any(words[at] == entry.name for listed in known.values() for entry in listed.configs) and not is_ours(words[at])
+    if not theirs:
+        check_command_line([*words[:at], str(config_path(words[at])), *words[at + 1 :]])
 
 
 def _is_recipe_file(recipe: str) -> bool:
-    """Return True for `my_recipe.py`, `my_recipe` and `folder.my_recipe`, all of which torchtune runs."""
-    path = Path(recipe)
-    return path.is_file() or Path(f"{recipe.replace('.', '/')}.py").is_file()
+    """Return True for `my_recipe.py` and `my_recipe`, both of which torchtune runs as a module."""
+    return Path(f"{os.path.splitext(recipe)[0]}.py").is_file()
 
 
-def _is_ours(config: str) -> bool:
+def is_ours(config: str) -> bool:
+    """Return True for the name of a bundled config."""
     from pidistill.commands.places import folders
 
     return (folders()[1] / f"{config}.yaml").is_file()

@@ -1,14 +1,14 @@
 """Find recipes and configs, and read what a config says before anything is built of it."""
 
 import functools
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
+from pidistill.config import read_yaml
 from pidistill.errors import InputError
 
 
@@ -40,18 +40,12 @@ def load_config(name: str) -> DictConfig:
 
 @functools.lru_cache(maxsize=256)
 def _load(path: Path, _mtime_ns: int, _size: int) -> DictConfig:
-    try:
-        config = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
-        raise InputError(f"config {path} is not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(config, DictConfig):
-        raise InputError(f"config {path} is not a mapping of keys to values")
-    return config
+    return read_yaml(path)
 
 
 def recipe_of(name: str) -> str:
     """Return the recipe in the command of a config's first line: a bundled one by name, another one by its path."""
-    first = config_path(name).read_text(encoding="utf-8").split("\n", 1)[0]
+    first = config_path(name).read_text(encoding="utf-8", errors="replace").split("\n", 1)[0]
     found = re.match(r"#.*\brun\b(?:\s+--nproc_per_node[ =]\d+)?\s+(\S+)\s+--config\s", first)
     if not found:
         raise InputError(
@@ -61,6 +55,18 @@ def recipe_of(name: str) -> str:
     recipe = Path(found[1])
     bundled = recipe.parent.name in ("", "recipes") and (folders()[0] / f"{recipe.stem}.py").is_file()
     return recipe.stem if bundled else found[1]
+
+
+@functools.cache
+def keys_of_recipe(recipe: str) -> tuple[frozenset[str], tuple[str, ...]] | None:
+    """Return the keys that a recipe of :func:`recipe_of` knows and those that it requires; None where it does not list them."""
+    path = folders()[0] / f"{recipe}.py" if not recipe.endswith(".py") else Path(recipe)
+    if not path.is_file():  # one of torchtune's own
+        return None
+    spec = importlib.util.spec_from_file_location(f"_checked_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return (module.KEYS, module.REQUIRED) if hasattr(module, "KEYS") and hasattr(module, "REQUIRED") else None
 
 
 def is_supervised(name: str, config: DictConfig) -> bool:
@@ -78,6 +84,7 @@ def is_supervised(name: str, config: DictConfig) -> bool:
 
 
 def has_key(config: str, key: str) -> bool:
+    """Return True if the config has the dotted key, also with the value null."""
     node: Any = load_config(config)
     for part in key.split("."):
         if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 (`in node` is False for null)

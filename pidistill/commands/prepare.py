@@ -27,7 +27,7 @@ from typing import Any
 
 import datasets
 
-from pidistill.commands.common import exit_on_input_error
+from pidistill.commands.common import Parser, exit_on_input_error
 from pidistill.data.builders import GSM8K_INSTRUCTIONS, gsm8k_dataset
 from pidistill.errors import InputError
 from pidistill.types import Example
@@ -53,9 +53,7 @@ FEATURES = datasets.Features(
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="pidistill prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Parser(prog="pidistill prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("dataset", choices=("gsm8k",))
     made.add_argument("--source", default="openai/gsm8k", help="a file with the columns question and answer, or the Hub name")
     made.add_argument("--output", required=True, help="the parquet file; one that exists is replaced")
@@ -114,7 +112,7 @@ def _row(index: int, example: Example, split: str) -> dict[str, Any]:
 
 
 def write_parquet(output: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Written aside and moved into place: the file is whole, or there is none."""
+    """Write the file aside and move it into place: it is whole, or there is none."""
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f".{output.name}")
     datasets.Dataset.from_list(list(rows), features=FEATURES).to_parquet(str(aside))

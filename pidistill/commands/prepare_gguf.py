@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pidistill.commands.common import exit_on_input_error
+from pidistill.commands.common import Parser, exit_on_input_error
 from pidistill.errors import InputError
 
 # Of an embedding and an output head that were one matrix before they were quantised in two ways.
@@ -22,9 +22,7 @@ _TIED_COSINE = 0.99
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="pidistill prepare gguf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Parser(prog="pidistill prepare gguf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("file", help="a GGUF file; of a split one, the first part joined with the others")
     made.add_argument("--output", required=True, help="the folder; one that holds a model is kept")
     return made

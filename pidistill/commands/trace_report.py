@@ -1,4 +1,4 @@
-"""What each kind of privileged information would be on a file of agent traces, before any training.
+"""Show what each kind of privileged information would be on a file of agent traces, before any training.
 
     python -m pidistill.commands.trace_report TRACES [--tokenizer FOLDER] [--show TASK] [argument=value ...]
 
@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 
 from pidistill.chat.messages import transcript_text
-from pidistill.commands.common import exit_on_input_error
+from pidistill.commands.common import Parser, exit_on_input_error
 from pidistill.data.agent_traces import read_traces, trace_dataset
 from pidistill.data.dataset import ExampleDataset
 from pidistill.data.demonstrations import demonstration
-from pidistill.errors import InputError
+from pidistill.errors import InputError, escape_controls
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.privileged.trace_kinds import KINDS
 from pidistill.tokenizers import ChatTokenizer, HFChatTokenizer
@@ -36,7 +36,7 @@ def kind_table(
     kinds: Sequence[str] | None = None,
     **arguments: Any,
 ) -> list[Numbers]:
-    """One row per kind: tasks, tasks with privileged information, and its length over the tasks that have it.
+    """Return one row per kind: tasks, tasks with privileged information, and its length over the tasks that have it.
 
     Lengths are characters of the text alone, and, with a tokenizer, tokens that it adds to the prompt, block included.
 
@@ -56,6 +56,7 @@ def kind_table(
 
 
 def kind_lengths(dataset: ExampleDataset, tokenizer: ChatTokenizer | None, privileged: PrivilegedPrompt) -> Numbers:
+    """Return the number of tasks, of tasks with privileged information, and the lengths of that information."""
     shown = [example for example in dataset if example.privileged]
     row = {"tasks": len(dataset), "with_pi": len(shown)} | _mean_and_max("chars", [len(e.privileged) for e in shown])
     if tokenizer is not None:
@@ -64,7 +65,7 @@ def kind_lengths(dataset: ExampleDataset, tokenizer: ChatTokenizer | None, privi
 
 
 def trace_lengths(dataset: ExampleDataset, tokenizer: ChatTokenizer) -> Numbers:
-    """Tokens of the student's prompt, and of the recorded turns: what the agent said and what answered it."""
+    """Return the tokens of the student's prompt and of the recorded turns: what the agent said and what answered it."""
     prompts = [len(tokenizer.encode_prompt(example.messages, example.tools)) for example in dataset]
     said, answered = [], []
     for example in (example for example in dataset if example.completion):
@@ -79,7 +80,7 @@ def trace_lengths(dataset: ExampleDataset, tokenizer: ChatTokenizer) -> Numbers:
 
 
 def both_views(example: Example, tokenizer: ChatTokenizer | None = None, privileged: PrivilegedPrompt | None = None) -> str:
-    """The prompts of both views as text: with a tokenizer as the model reads them, else message by message."""
+    """Return the prompts of both views as text: with a tokenizer as the model reads them, else message by message."""
     privileged = privileged or PrivilegedPrompt()
     if tokenizer is not None:
         pair = privileged.build(example, tokenizer).pair
@@ -91,7 +92,7 @@ def both_views(example: Example, tokenizer: ChatTokenizer | None = None, privile
 
 
 def as_table(rows: Sequence[Numbers]) -> str:
-    """A Markdown table; a row without a number has an empty cell."""
+    """Return a Markdown table; a row without a number has an empty cell."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [columns, ["---"] * len(columns), *([_cell(row.get(name)) for name in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -106,7 +107,7 @@ def _mean_and_max(name: str, values: Sequence[int]) -> Numbers:
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m pidistill.commands.trace_report", description=__doc__.split("\n", 1)[0])
+    parser = Parser(prog="python -m pidistill.commands.trace_report", description=__doc__.split("\n", 1)[0])
     parser.add_argument("source", help="the traces: .json, .jsonl, .parquet")
     parser.add_argument("--tokenizer", help="a model's folder; without it, lengths are characters")
     parser.add_argument("--kind", default="calls", help="the kind that --show shows")
@@ -136,7 +137,7 @@ def _report(options: argparse.Namespace) -> None:
     if tokenizer is not None:
         print(as_table([trace_lengths(dataset, tokenizer)]))
     if options.show is not None:
-        print(both_views(_of_task(dataset, options.show), tokenizer))
+        print(escape_controls(both_views(_of_task(dataset, options.show), tokenizer)))
 
 
 def _argument(text: str) -> tuple[str, Any]:

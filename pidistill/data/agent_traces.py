@@ -28,7 +28,7 @@ NOT_CHOSEN, NO_ANSWER, UNSOLVED = "other_trace_of_task", "no_assistant_turn", "t
 
 @dataclass(frozen=True)
 class TraceRows:
-    """All tasks of a source, in the order of their first row.
+    """Holds all tasks of a source, in the order of their first row.
 
     Attributes:
         unusable: rows left out, by reason.

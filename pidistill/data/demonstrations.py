@@ -41,7 +41,7 @@ def earlier_turns_differ(rollout: Rollout, tokenizer: ChatTokenizer) -> bool:
     """Return whether a server would show the turns before the last one in another form than the demonstration holds them.
 
     A demonstration grows as a sampled episode does: every turn stays as it was learned. A server renders the conversation
-    anew for the last turn, and some templates then write earlier turns differently (Qwen3 without its empty thoughts).
+    again for the last turn, and some templates then write earlier turns differently (Qwen3 without its empty thoughts).
     """
     turns = [i for i, message in enumerate(rollout.turns) if message["role"] == "assistant"]
     if len(turns) < 2:

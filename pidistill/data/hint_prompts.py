@@ -20,7 +20,7 @@ to call with which values. Plain sentences only, no list, no greeting.
 
 
 def hint_prompts(source: str, template: str = HINT_TEMPLATE, max_tasks: int | None = None, **keys: Any) -> ExampleDataset:
-    """One prompt per task with a successful trace: the user asks, with the whole trace in the question, for advice.
+    """Make one prompt per task with a successful trace, in which the user shows the whole trace and asks for advice.
 
     Tasks without one are counted as ``task_without_success``.
 

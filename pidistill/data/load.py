@@ -14,12 +14,13 @@ from pidistill.errors import InputError
 from pidistill.models.empty import shared_empty_model
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.tokenizers import ChatTokenizer, as_chat_tokenizer
+from pidistill.training.keys import setting
 from pidistill.types import Example, PromptPair
 
 
 @dataclass(frozen=True)
 class RecipeData:
-    """Training and evaluation rows of a recipe, with what it needs to know about them.
+    """Holds training and evaluation rows of a recipe, with what it needs to know about them.
 
     Attributes:
         dropped: training rows left out, by reason.
@@ -43,10 +44,11 @@ class RecipeData:
     privileged: PrivilegedPrompt = field(default_factory=PrivilegedPrompt)
 
 
-def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True) -> RecipeData:
+def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True, judged: bool = True) -> RecipeData:
     """Build tokenizer, datasets and prompts of `dataset` and `eval_dataset`.
 
     ``samples``: completions of the training rows are sampled, so that a prompt must leave room for `sampler.max_new_tokens`.
+    ``judged``: the environment's rewards judge these completions, so that they must be able to judge every row.
 
     Raises:
         InputError: whatever is wrong with rows, lengths or vocabularies; nothing large has been loaded by then.
@@ -59,7 +61,7 @@ def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True) -> Recipe
     train = build_prompts(
         build(cfg.dataset), tokenizer, privileged, no_pi=no_pi, max_new_tokens=room if samples else 0, **limits
     )
-    if samples:
+    if samples and judged:
         check_references(cfg.get("environment"), [example for example, _ in train.prompts])
     evaluation = Prompts([], {}, 0)
     if cfg.get("eval_dataset"):
@@ -73,7 +75,7 @@ def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True) -> Recipe
         eval_dropped=evaluation.dropped,
         rows_without_pi=train.rows_without_pi,
         leak_phrases=list(privileged.leak_phrases),
-        success_threshold=float(cfg.get("eval_success_threshold", 1.0)),
+        success_threshold=float(setting(cfg, "eval_success_threshold")),
         max_seq_len=max_seq_len,
         privileged=privileged,
     )

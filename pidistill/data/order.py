@@ -7,7 +7,7 @@ from pidistill.errors import InputError
 
 
 def epoch_order(n: int, seed: int, start: int, count: int) -> list[int]:
-    """Elements ``start`` ... ``start + count - 1`` of the endless sequence epoch 0, epoch 1, ...
+    """Return the elements ``start`` ... ``start + count - 1`` of the endless sequence epoch 0, epoch 1, ...
 
     Each epoch is its own random permutation of ``range(n)``, seeded with ``seed`` and the epoch's number.
     """

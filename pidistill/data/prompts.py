@@ -15,7 +15,7 @@ NO_PI = ("rl", "distill", "drop", "error")
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a recipe trains on.
+    """Holds what a recipe trains on.
 
     Attributes:
         prompts: the rows that are kept, in the dataset's order.

@@ -13,7 +13,7 @@ from pidistill.types import PromptPair
 
 
 class StockSFTDataset(Dataset):
-    """{"tokens", "labels"} of one demonstration; labels are the tokens, not shifted, with −100 where nothing is learned."""
+    """Gives {"tokens", "labels"} of one demonstration; labels are the tokens, not shifted; −100 is not learned."""
 
     def __init__(self, tokenizer: Any, dataset: Mapping[str, Any]) -> None:
         self._tokenizer = as_chat_tokenizer(tokenizer)
@@ -35,7 +35,7 @@ class StockSFTDataset(Dataset):
 
 
 def stock_sft_dataset(tokenizer: Any, dataset: Mapping[str, Any]) -> StockSFTDataset:
-    """For `dataset:` of a torchtune recipe: demonstrations of any of our dataset builders, conversations with tools included.
+    """Return demonstrations of any of our dataset builders, for `dataset:` of a torchtune recipe; tools are included.
 
     Args:
         tokenizer: given by the recipe: torchtune's own or one of ours.

@@ -29,6 +29,7 @@ from pidistill.errors import InputError
 from pidistill.models.adapters import has_adapters
 from pidistill.models.empty import shared_empty_model
 from pidistill.models.modules import attention_modules
+from pidistill.training.keys import setting
 
 T = TypeVar("T")
 
@@ -45,7 +46,7 @@ def check_tensor_parallel(cfg: DictConfig, processes: int) -> int:
         InputError: the processes do not part into groups of that size, the model has no plan, its heads do not part into as
             many shares, or the config asks for what does not work together with it.
     """
-    size = int(cfg.get("tensor_parallel_dim") or 1)
+    size = setting(cfg, "tensor_parallel_dim")
     if size == 1:
         return 1
     if processes % size:

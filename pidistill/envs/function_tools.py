@@ -20,13 +20,13 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from pidistill.config import resolve
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs.base import EnvStep
-from pidistill.errors import InputError, attempt, bounded_repr, bounded_traceback
+from pidistill.errors import InputError, attempt, bounded_repr, bounded_traceback, escape_controls
 from pidistill.rewards.base import Reward, judge
 from pidistill.types import Example, Message
 
@@ -168,8 +168,8 @@ def _carry_out(call: Mapping[str, Any], tools: Mapping[str, Tool], state: Any) -
         return _answer(call, name, f"Error: {error}")
     except Exception as error:  # a tool's own fault: the model may try something else, and the log says where it is
         _warn_once(name, error)
-        text, failure = attempt(lambda shown=error: str(shown)[:MAX_ERROR_CHARS])
-        return _answer(call, name, f"Error: {type(error).__name__}" + (f": {text}" if failure is None else ""))
+        text, _ = attempt(partial(str, error))
+        return _answer(call, name, f"Error: {type(error).__name__}" + (f": {text[:MAX_ERROR_CHARS]}" if text else ""))
 
 
 def _answer(call: Mapping[str, Any], name: str | None, content: str) -> Message:
@@ -184,7 +184,7 @@ def _warn_once(name: str, error: Exception) -> None:
     if (name, type(error)) not in _SAID:
         _SAID.add((name, type(error)))
         told = f"{bounded_repr(error, 300)}; models are told so (said once per tool and error)\n{bounded_traceback(error)}"
-        _log.warning("the tool %s raised %s", name, told)
+        _log.warning("the tool %s raised %s", name, escape_controls(told))
 
 
 def _check_arguments(tool: Tool, arguments: Any) -> None:

@@ -49,7 +49,7 @@ def standardised(rewards: Float[Tensor, " R"], groups: Int[Tensor, " R"], eps: f
 
 
 def turn_returns(turn_rewards: Sequence[Sequence[float]], groups: Sequence[int]) -> list[list[float]]:
-    """Per turn k of each rollout, its return from turn k on minus the group's mean return from turn k on.
+    """Return, per turn k of each rollout, its return from turn k on minus the group's mean return from turn k on.
 
     Process rewards as advantages: a turn is credited with what followed it, not with what came before. The mean is over the
     group's rollouts that reached turn k, i included; alone there, a rollout gets 0.
@@ -65,7 +65,7 @@ def turn_returns(turn_rewards: Sequence[Sequence[float]], groups: Sequence[int])
 
 
 def zero_advantage_groups(rewards: Float[Tensor, " R"], groups: Int[Tensor, " R"]) -> Bool[Tensor, " R"]:
-    """True where all rewards of the rollout's group are equal: its advantage is 0 by every estimator here. Keep: the rest."""
+    """Return where all rewards of a rollout's group are equal, so that its advantage is 0 by every estimator here."""
     slot, size = group_slots(groups)
     extremes = [
         rewards.new_zeros(len(size)).scatter_reduce(0, slot, rewards, how, include_self=False) for how in ("amin", "amax")
@@ -74,7 +74,7 @@ def zero_advantage_groups(rewards: Float[Tensor, " R"], groups: Int[Tensor, " R"
 
 
 def group_slots(groups: Int[Tensor, " R"]) -> tuple[Int[Tensor, " R"], Int[Tensor, " K"]]:
-    """Group numbers made dense: the slot 0..K−1 of each rollout (in ascending order of group number), and each slot's size."""
+    """Return the slot 0..K−1 of each rollout, in ascending order of its group's number, and the size of each slot."""
     _, slot, size = torch.unique(groups, return_inverse=True, return_counts=True)
     return slot, size
 

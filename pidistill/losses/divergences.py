@@ -46,7 +46,7 @@ def kl(
 def generalised_jsd(
     teacher_logp: Float[Tensor, "*tokens V"], student_logp: Float[Tensor, "*tokens V"], beta: float
 ) -> Float[Tensor, "*tokens"]:
-    """β·KL(T||M) + (1−β)·KL(S||M) with M = β·T + (1−β)·S; the endpoints are defined as β=0: KL(T||S), β=1: KL(S||T).
+    """Return β·KL(T||M) + (1−β)·KL(S||M), M = β·T + (1−β)·S; the endpoints are defined as KL(T||S) (β=0) and KL(S||T) (β=1).
 
     The convention of arXiv 2306.13649 (Eq. 1) as TRL implements it. In between, the value lies in [0, −β·ln β − (1−β)·ln(1−β)].
 
@@ -74,7 +74,7 @@ def generalised_jsd(
 
 
 def entropy(logp: Float[Tensor, "*tokens V"]) -> Float[Tensor, "*tokens"]:
-    """−Σ_v p_v·log p_v per token, in nats, in [0, ln V]; entries with p_v = 0 add 0, with a zero gradient."""
+    """Return −Σ_v p_v·log p_v per token, in nats, in [0, ln V]; entries with p_v = 0 add 0, with a zero gradient."""
     _require_fp32(logp)
     p = logp.exp()
     return -(p * logp.masked_fill(p == 0, 0.0)).sum(-1)
@@ -118,7 +118,7 @@ NAMES = ("kl_teacher_student", "kl_student_teacher", "jsd")
 def divergence(
     request: Divergence, teacher_logp: Float[Tensor, "*tokens V"], student_logp: Float[Tensor, "*tokens V"]
 ) -> Float[Tensor, "*tokens"]:
-    """The divergence that ``request`` names, with gradient to the side(s) that ``request.grad`` names and to no other.
+    """Return the divergence that ``request`` names, with gradient to the side(s) that ``request.grad`` names and no other.
 
     ``kl_teacher_student`` is KL(T||S), ``kl_student_teacher`` KL(S||T), ``jsd`` the generalised JSD with ``request.beta``. With
     ``top_k`` it is that of the (K+1)-way distributions of :func:`with_tail` over the student's K most probable tokens, a choice

@@ -21,7 +21,7 @@ from pidistill.losses.advantages import group_slots
 
 
 def k1(logp: Float[Tensor, "*tokens"], logq: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
-    """log p − log q of y ~ p. Value: unbiased for KL(p||q), of either sign.
+    """Return log p − log q of y ~ p. Value: unbiased for KL(p||q), of either sign.
 
     Gradient through p: E[∇log p(y)] = 0, noise without signal; never a loss there. Detached and summed into the sequence's
     reward it is the unbiased score-function estimator. Gradient through q: E[−∇log q(y)] = ∇_q KL(p||q), right as a loss.
@@ -30,7 +30,7 @@ def k1(logp: Float[Tensor, "*tokens"], logq: Float[Tensor, "*tokens"]) -> Float[
 
 
 def k2(logp: Float[Tensor, "*tokens"], logq: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
-    """½(log p − log q)² of y ~ p. Value: biased for KL(p||q) (close where p ≈ q), never negative.
+    """Return ½(log p − log q)² of y ~ p. Value: biased for KL(p||q) (close where p ≈ q), never negative.
 
     Gradient through p: E[(log p − log q)·∇log p] = ∇_p KL(p||q) of the token, the expected gradient of K_t as a loss (of a
     sequence: the pathwise part, as ``loss_rb``). Gradient through q: E[(log q − log p)·∇log q], not a gradient of KL(p||q).
@@ -49,7 +49,7 @@ def k3(logp: Float[Tensor, "*tokens"], logq: Float[Tensor, "*tokens"]) -> Float[
 
 
 def kl_to_go(kl_per_token: Float[Tensor, " N"], rollout_index: Int[Tensor, " N"], gamma: float = 1.0) -> Float[Tensor, " N"]:
-    """Σ_{u>t} γ^{u−t}·K_u within each rollout: the KL that comes *after* token t, which its choice can still move.
+    """Return Σ_{u>t} γ^{u−t}·K_u within each rollout: the KL that comes *after* token t, which its choice can still move.
 
     Flat over policy tokens: a rollout's tokens are contiguous and in order; t counts policy tokens, so that γ ignores
     observations. γ = 0 gives 0 everywhere, γ = 1 the plain sum. Detached: it is a coefficient.
@@ -78,7 +78,7 @@ def leave_one_out_kl_to_go_baseline(
     token_index: Int[Tensor, " N"],
     groups: Int[Tensor, " R"],
 ) -> Float[Tensor, " N"]:
-    """Mean over the *other* rollouts of the group of their KL-to-go at the same token index; 0 for a group of one.
+    """Return the mean over the *other* rollouts of the group of their KL-to-go at the same token index; 0 for a group of one.
 
     A sibling that has ended counts as 0 there: it has no KL to go. Siblings are drawn independently, so that subtracting this
     leaves the expected gradient as it is; without it 1,000 tokens of .1 nat would act like an advantage of 100.
@@ -100,7 +100,7 @@ def leave_one_out_kl_to_go_baseline(
 def complete_kl_advantages(
     kls: Sequence[Float[Tensor, " _"]], groups: Sequence[int], gamma: float = 1.0
 ) -> list[Float[Tensor, " _"]]:
-    """Per policy token, KL-to-go minus its leave-one-out baseline: what ``loss_rb_complete`` adds to the gradient of K_t.
+    """Return, per policy token, KL-to-go minus its leave-one-out baseline, which ``loss_rb_complete`` adds to K_t's gradient.
 
     To minimise β·KL, add β·K_t to the loss, and −β times this to the advantage of the policy that samples. γ = 0 gives 0
     (``loss_rb``), γ = 1 the whole gradient, in expectation. Detached.

@@ -24,7 +24,7 @@ def ppo_clip_loss(
     clip_high: float = 1.2,
     dual_clip: float | None = None,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
-    """−min(ρA, clip(ρ, low, high)·A) per token (arXiv 1707.06347, Eq. 7, with multiplicative bounds), and its diagnostics.
+    """Return −min(ρA, clip(ρ, low, high)·A) per token (arXiv 1707.06347, Eq. 7, multiplicative bounds), and its diagnostics.
 
     Coefficient of A·∇log π in J: for A>0 ρ if ρ ≤ high, else 0; for A<0 ρ if ρ ≥ low, else 0. Off-policy that means: a token
     that π finds unlikely is hardly reinforced (ρ ≈ 0), and one that it finds likely but bad is pushed down ρ times, unbounded.
@@ -69,7 +69,7 @@ def topr_loss(
     level: str = "token",
     rollout_index: Int[Tensor, " N"] | None = None,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """−w·A·log π per token: w = 1 for A>0, w = sg clip(ρ, low, high) for A≤0 (TOPR, arXiv 2503.14286).
+    """Return −w·A·log π per token: w = 1 for A>0, w = sg clip(ρ, low, high) for A≤0 (TOPR, arXiv 2503.14286).
 
     The gradient of J is w·A·∇log π. Good samples are imitated at full weight however unlikely π finds them; bad ones are pushed
     down only as far as π would still produce them. Every token goes through exactly one branch, by its own advantage's sign.
@@ -100,7 +100,7 @@ def topr_loss(
 
 
 def reinforce_loss(logprobs: Float[Tensor, " N"], advantages: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """−sg(A)·log π per token; the gradient of J is A·∇log π, right on-policy only. The value means nothing.
+    """Return −sg(A)·log π per token; the gradient of J is A·∇log π, right on-policy only. The value means nothing.
 
     A = 0 gives exactly 0, value and gradient, even at log π = −inf.
     """
@@ -109,7 +109,7 @@ def reinforce_loss(logprobs: Float[Tensor, " N"], advantages: Float[Tensor, " N"
 
 
 def importance_weighted(loss: Float[Tensor, " N"], weights: Float[Tensor, " N"] | None) -> Float[Tensor, " N"]:
-    """``loss``, each token's times its constant weight (:mod:`pidistill.scoring.mismatch`); unchanged where there are none."""
+    """Multiply each token's loss with its constant weight (:mod:`pidistill.scoring.mismatch`); None leaves it unchanged."""
     return loss if weights is None else weights.detach() * loss
 
 
@@ -139,6 +139,6 @@ def snis_weights(
 
 
 def effective_sample_size(weights: Float[Tensor, " R"], groups: Int[Tensor, " R"]) -> Float[Tensor, " K"]:
-    """1 / Σ_k w_k² per group (by group number), for weights that sum to 1 per group: 1 (one rollout counts) to G (all)."""
+    """Return 1 / Σ_k w_k² per group (by number), for weights that sum to 1 per group: 1 (one rollout counts) to G (all)."""
     slot, size = group_slots(groups)
     return 1.0 / weights.new_zeros(len(size)).index_add(0, slot, weights**2)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def token_mean(per_token: Float[Tensor, " N"], total_tokens: int | Tensor) -> Float[Tensor, ""]:
-    """Σ_n per_token_n / total_tokens: every policy token of the step weighs the same.
+    """Return Σ_n per_token_n / total_tokens: every policy token of the step weighs the same.
 
     Without tokens (N = 0) a finite 0 that keeps ``per_token``'s grad_fn, so that this rank takes part in the backward's
     collectives. ``total_tokens`` 0 gives 0 too, never NaN.
@@ -24,7 +24,7 @@ def token_mean(per_token: Float[Tensor, " N"], total_tokens: int | Tensor) -> Fl
 def sum_by_rollout(
     per_token: Float[Tensor, " N"], rollout_index: Int[Tensor, " N"], rollouts: int
 ) -> Float[Tensor, " {rollouts}"]:
-    """Σ over each rollout's tokens, [rollouts]; 0 for a rollout without tokens. Differentiable."""
+    """Return Σ over each rollout's tokens, [rollouts]; 0 for a rollout without tokens. Differentiable."""
     return per_token.new_zeros(rollouts).index_add(0, rollout_index, per_token)
 
 

@@ -57,7 +57,7 @@ def rollout_advantages(
 
 
 def turn_return_advantages(rollouts: Sequence[Rollout]) -> list[list[float]]:
-    """Per policy token, the advantage of its turn from the environment's reward per turn; see :func:`turn_returns`."""
+    """Return, per policy token, the advantage of its turn from the environment's reward per turn; see :func:`turn_returns`."""
     for rollout in rollouts:
         if sum(rollout.turn_policy_tokens) != rollout.policy_tokens:
             raise InputError(

@@ -87,7 +87,7 @@ class SamplingKL:
         return scores.divergences[self.divergence()]
 
     def token_loss(self, scores: Scores) -> Float[Tensor, " N"] | None:
-        """The term to minimise per token, with gradient through P only; None in the reward modes."""
+        """Return the term to minimise per token, with gradient through P only; None in the reward modes."""
         if self.in_reward:
             return None
         if self.mode == "loss_k2":
@@ -95,7 +95,7 @@ class SamplingKL:
         return scores.divergences[self.divergence(self.policy)]
 
     def advantages(self, rollouts: Sequence[Rollout], beta: float, advantage: str, no_pi: str) -> list[list[float]] | None:
-        """Per policy token, what this term adds to the reward's advantage for P; None where it adds nothing."""
+        """Return, per policy token, what this term adds to the reward's advantage for P; None where it adds nothing."""
         if not self.needs_behaviour:
             return None
         kls = [

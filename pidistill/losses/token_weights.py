@@ -27,7 +27,7 @@ def weighted(token_weight: TokenWeight | None, term: Float[Tensor, " N"], batch:
 
 @dataclass(frozen=True)
 class SkipFirst:
-    """0 on the first ``tokens`` policy tokens of every completion (SDFT, arXiv 2601.19897, skips 3)."""
+    """Give 0 to the first ``tokens`` policy tokens of every completion (SDFT, arXiv 2601.19897, skips 3)."""
 
     tokens: int
 
@@ -41,7 +41,7 @@ class SkipFirst:
 
 @dataclass(frozen=True)
 class ClipTerm:
-    """At most ``max_nats`` per token: min(term, max_nats); a clipped token has no gradient."""
+    """Bound the term to ``max_nats`` per token: min(term, max_nats); a clipped token has no gradient."""
 
     max_nats: float
 
@@ -55,7 +55,7 @@ class ClipTerm:
 
 @dataclass(frozen=True)
 class EntropyMask:
-    """Only tokens whose next-token entropy in ``view`` lies in [min_nats, max_nats]."""
+    """Keep only tokens whose next-token entropy in ``view`` lies in [min_nats, max_nats]."""
 
     min_nats: float = 0.0
     max_nats: float = float("inf")
@@ -77,7 +77,7 @@ class EntropyMask:
 
 @dataclass(frozen=True)
 class SignGate:
-    """Only tokens on which teacher and reward agree: sign(log T − log S) of the sampled token = sign of its advantage.
+    """Keep only tokens on which teacher and reward agree: sign(log T − log S) of the sampled token = sign of its advantage.
 
     In a rollout better than its group the teacher may make tokens likelier, in a worse one less likely. Rollouts of
     advantage 0 are left out.
@@ -92,7 +92,7 @@ class SignGate:
 
 @dataclass(frozen=True)
 class PositionDecay:
-    """0.5^(t / half_life) for policy token t = 0, 1, … of its completion."""
+    """Weigh by 0.5^(t / half_life) for policy token t = 0, 1, … of its completion."""
 
     half_life: float
 

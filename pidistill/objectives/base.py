@@ -38,7 +38,7 @@ BOTH_KLS = (KL_TEACHER_STUDENT, KL_STUDENT_TEACHER)  # reported by every run tha
 
 @runtime_checkable
 class Objective(Protocol):
-    """One method: which numbers it needs of a batch, and the loss per policy token it makes of them.
+    """Say for one method which numbers it needs of a batch, and the loss per policy token it makes of them.
 
     A method subclasses this and says what differs; as written here it samples from the student, looks at no KL before the
     update and has no reward-free rows to drop.
@@ -67,39 +67,39 @@ class Objective(Protocol):
         return super().__new__(cls)
 
     def sampling_view(self) -> ViewName:
-        """The view whose prompt the sampler sees."""
+        """Return the view whose prompt the sampler sees."""
         return "student"
 
     def samples_from_teacher_weights(self, step: int) -> bool:
-        """True where the sampler is the `teacher` component's weights rather than the trained model's."""
+        """Return whether the sampler is the `teacher` component's weights rather than the trained model's."""
         return False
 
     def behaviour_request(self) -> ScoreRequest | None:
-        """Numbers needed of a whole round, without gradient, before its first update; None for nothing."""
+        """Return the numbers needed of a whole round, without gradient, before its first update; None for nothing."""
         return None
 
     def behaviour_values(self, scores: Scores) -> Float[Tensor, " N"]:
-        """From those numbers, the one per policy token that :meth:`advantages` finds as ``Rollout.behaviour_values``."""
+        """Return, from those numbers, the one per token that :meth:`advantages` finds as ``Rollout.behaviour_values``."""
         raise NotImplementedError(f"{type(self).__name__} asks for no number before the update")
 
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
-        """One advantage per rollout of a round made of whole groups."""
+        """Return one advantage per rollout of a round made of whole groups."""
         return rollout_advantages(rollouts, "group_mean", drop_zero_advantage=False)
 
     def coefficients(self, step: int) -> dict[str, float]:
-        """The weights in force at this step, for the log."""
+        """Return the weights in force at this step, for the log."""
         return {}
 
     def score_request(self, step: int) -> ScoreRequest:
-        """Numbers needed of a micro-batch in an update."""
+        """Return the numbers needed of a micro-batch in an update."""
         ...
 
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
-        """Loss per policy token, to be minimised; not masked, not averaged."""
+        """Return the loss per policy token, to be minimised; not masked, not averaged."""
         ...
 
     def per_token_loss(self, step: int) -> PerTokenLoss | None:
-        """The loss as :func:`pidistill.scoring.score.score` takes it, on any slice of a batch.
+        """Return the loss as :func:`pidistill.scoring.score.score` takes it, on any slice of a batch.
 
         None where a token's loss depends on the numbers of other tokens; the head then runs a second time in the backward.
         """
@@ -107,7 +107,7 @@ class Objective(Protocol):
 
 
 def distill_weight(no_pi: str, batch: Batch) -> Float[Tensor, " N"]:
-    """1 where the KL term counts: on rows with privileged information, and on all of them with `no_pi: distill`."""
+    """Return 1 where the KL term counts: on rows with privileged information, and on all with `no_pi: distill`."""
     ones = torch.ones_like(batch.has_privileged, dtype=torch.float32)
     return ones if no_pi == "distill" else ones * batch.has_privileged
 
@@ -162,14 +162,14 @@ def own_divergence(path: str, **options: Any) -> Divergence:
 
 
 def distill_request(divergence: Divergence) -> ScoreRequest:
-    """Student with gradient, teacher without; both KLs for the log beside ``divergence``."""
+    """Ask for the student with gradient, the teacher without, and both KLs for the log beside ``divergence``."""
     return ScoreRequest(student_grad=True, teacher_grad=False, divergences=(*BOTH_KLS, divergence))
 
 
 def distill_loss(
     divergence: Divergence, no_pi: str, token_weight: TokenWeight | None, batch: Batch, scores: Scores
 ) -> Float[Tensor, " N"]:
-    """The divergence per token, on the rows and tokens that count."""
+    """Return the divergence per token, on the rows and tokens that count."""
     term = weighted(token_weight, scores.divergences[divergence], batch, scores)
     return term.masked_fill(distill_weight(no_pi, batch) == 0, 0.0)  # 0 · inf would be NaN
 

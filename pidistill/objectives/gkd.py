@@ -18,7 +18,7 @@ from pidistill.types import Batch, Divergence, ScoreRequest, Scores, TokenLoss
 
 
 class GKD(Objective):
-    """Generalised JSD on a mix of the student's samples and the dataset's completions.
+    """Minimise the generalised JSD on a mix of the student's samples and the dataset's completions.
 
     Args:
         lmbda: share of the prompts that the student answers; the others need a completion in the dataset.

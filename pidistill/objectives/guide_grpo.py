@@ -16,6 +16,6 @@ from pidistill.objectives.grpo import GRPO
 
 
 class GuideGRPO(GRPO):
-    """:class:`GRPO`, arguments included, on rounds whose failed groups are sampled again with the hint."""
+    """Run :class:`GRPO`, arguments included, on rounds whose failed groups are sampled again with the hint."""
 
     guides_failed_groups = True

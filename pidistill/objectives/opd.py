@@ -22,7 +22,7 @@ CHOICES = ("sampled", "kl_student_teacher", "kl_teacher_student", "jsd")
 
 
 class OPD(Objective):
-    """Distils another model on the student's samples.
+    """Distil another model on the student's samples.
 
     Args:
         divergence: "sampled" (the log-ratio of the sampled token as its advantage), "kl_student_teacher", "kl_teacher_student"

@@ -34,7 +34,7 @@ from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scor
 
 
 class OPSD(Objective):
-    """PPO on the student's own samples plus β·kl(S||sg T).
+    """Run PPO on the student's own samples plus β·kl(S||sg T).
 
     Args:
         beta: weight of the KL in nats summed over the sequence, or ``{start, end, steps}``. The paper uses 0.5.
@@ -99,7 +99,7 @@ class OPSD(Objective):
         return ScoreRequest(student_grad=True, teacher_grad=False, divergences=BOTH_KLS + self.kl.loss_divergences())
 
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
-        """−J per policy token; gradient through S only."""
+        """Return −J per policy token; gradient through S only."""
         advantages = self.reward_weight(step) * batch.advantages
         if batch.kl_advantages is not None:
             advantages = advantages + batch.kl_advantages

@@ -19,7 +19,7 @@ from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
 
 
 class OPSDUCLA(Objective):
-    """A full-vocabulary divergence from a frozen teacher with privileged information, on the student's samples.
+    """Minimise a full-vocabulary divergence from a frozen teacher with privileged information, on the student's samples.
 
     Args:
         divergence: "jsd", "kl_teacher_student", "kl_student_teacher", or the dotted path of a function of one's own.

@@ -62,7 +62,7 @@ STUDENT_KL = Divergence("kl_teacher_student", grad="student")
 
 
 class PiDistill(Objective):
-    """α·(teacher half) + (1−α)·(student half), both on the same teacher-sampled traces.
+    """Minimise α·(teacher half) + (1−α)·(student half), both on the same teacher-sampled traces.
 
     Args:
         alpha: weight of the teacher half in [0, 1], or ``{start, end, steps}``. The paper uses 0, 0.5 and 1.
@@ -148,7 +148,7 @@ class PiDistill(Objective):
         return "teacher"
 
     def samples_from_teacher_weights(self, step: int) -> bool:
-        """At α=0 the teacher half is absent and the `teacher` component's weights sample; else the live weights do."""
+        """Return whether α=0: the teacher half is absent then, and the `teacher` component's weights sample."""
         return self.alpha(step) == 0.0
 
     def behaviour_request(self) -> ScoreRequest | None:
@@ -195,7 +195,7 @@ class PiDistill(Objective):
         return ScoreRequest(student_grad=alpha < 1, teacher_grad=alpha > 0, divergences=divergences)
 
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
-        """−J per policy token: α·teacher half + (1−α)·student half."""
+        """Return −J per policy token: α·teacher half + (1−α)·student half."""
         alpha = self.alpha(step)
         loss = torch.zeros_like(batch.advantages)
         metrics = {"ratio_mean": (scores.teacher_logprobs - batch.ratio_logprobs).detach().exp(), "clip_frac": 0.0 * loss}
@@ -211,11 +211,11 @@ class PiDistill(Objective):
         return TokenLoss(loss, metrics)
 
     def per_token_loss(self, step: int) -> PerTokenLoss | None:
-        """None with `topr_level: sequence`, whose ratio is of the whole rollout."""
+        """Return None with `topr_level: sequence`, whose ratio is of the whole rollout."""
         return None if self.topr["level"] == "sequence" else super().per_token_loss(step)
 
     def teacher_half(self, batch: Batch, scores: Scores, step: int) -> tuple[Tensor, Tensor]:
-        """−J_T per token: PPO on T/μ plus, in the loss modes, β·kl(T||sg S). Gradient through T only."""
+        """Return −J_T per token: PPO on T/μ plus, in the loss modes, β·kl(T||sg S). Gradient through T only."""
         advantages = batch.advantages if batch.kl_advantages is None else batch.advantages + batch.kl_advantages
         loss, _, clipped = ppo_clip_loss(scores.teacher_logprobs, batch.ratio_logprobs, advantages, **self.clip)
         loss, kl = importance_weighted(loss, batch.importance_weights), self.kl.token_loss(scores)
@@ -224,7 +224,7 @@ class PiDistill(Objective):
         return loss, clipped
 
     def student_half(self, batch: Batch, scores: Scores, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """−J_S per token: PPO on S/μ, or TOPR, plus β·kl(sg T||S). Gradient through S only."""
+        """Return −J_S per token: PPO on S/μ, or TOPR, plus β·kl(sg T||S). Gradient through S only."""
         advantages, denominator = batch.advantages, self._denominator(batch, scores)
         if self.student_kl == "shared_reward" and batch.kl_advantages is not None:
             advantages = advantages + batch.kl_advantages

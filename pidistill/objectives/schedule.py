@@ -8,7 +8,7 @@ from pidistill.errors import InputError
 
 @dataclass(frozen=True)
 class LinearSchedule:
-    """``start`` at step 0, ``end`` from step ``steps`` on, a straight line between."""
+    """Give ``start`` at step 0, ``end`` from step ``steps`` on, a straight line between."""
 
     start: float
     end: float
@@ -19,7 +19,7 @@ class LinearSchedule:
 
 
 def as_schedule(name: str, value: float | Mapping[str, float], *, low: float, high: float) -> LinearSchedule:
-    """A number, or ``{start, end, steps}`` from a config, as a schedule; every value must lie in [low, high]."""
+    """Read a number, or ``{start, end, steps}`` from a config, as a schedule; every value must lie in [low, high]."""
     if isinstance(value, Mapping):
         if set(value) != {"start", "end", "steps"} or value["steps"] < 1:
             raise InputError(f"objective.{name}={dict(value)} is not a schedule; give a number or {{start, end, steps >= 1}}")

@@ -27,7 +27,7 @@ from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scor
 
 
 class SDPO(Objective):
-    """A top-k divergence from a lagged teacher that sees hindsight; GRPO where there is none.
+    """Minimise a top-k divergence from a lagged teacher that sees hindsight; GRPO where there is none.
 
     Args:
         divergence: "kl_teacher_student", "kl_student_teacher", "jsd", or the dotted path of a function of one's own.

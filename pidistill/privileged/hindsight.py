@@ -1,6 +1,6 @@
 """Privileged information that exists only once a round is sampled: a sibling that succeeded, what the environment answered.
 
-Each rollout's teacher prompt is written anew, from its own example with the information found for it; the student's prompt and
+Each rollout's teacher prompt is written again, from its own example with the information found for it; the student's prompt and
 the completion stay, id for id. A rollout for which nothing is found has no privileged information, and is counted: SDPO trains
 it on its reward; with the other self-distillation objectives it gets weight 0 and stays in the denominator.
 """
@@ -29,7 +29,7 @@ TextOfTurns = Callable[[Example, Sequence[Message]], str | None]
 
 
 class Transcript:
-    """The turns as they were said, tool calls, results and other answers of the environment included."""
+    """Writes the turns as they were said, tool calls, results and other answers of the environment included."""
 
     def __call__(self, example: Example, turns: Sequence[Message]) -> str:
         return transcript_text(turns)
@@ -37,7 +37,7 @@ class Transcript:
 
 @dataclass(frozen=True)
 class SiblingToolCalls:
-    """The tool calls that a sibling made, without its words and without results; None where it made none.
+    """Writes the tool calls that a sibling made, without its words and without results; None where it made none.
 
     Attributes:
         header: the line above them; "" for none.
@@ -57,7 +57,7 @@ class SiblingToolCalls:
 
 @dataclass(frozen=True)
 class ToolFeedback:
-    """What tools answered in the rollout itself, each answer under the turn's calls; None where nothing is said.
+    """Writes what tools answered in the rollout itself, each answer under the turn's calls; None where nothing is said.
 
     A call that could not be read is shown as it was written, without the reasoning before it.
 
@@ -88,7 +88,7 @@ class ToolFeedback:
 
 @dataclass(frozen=True)
 class Hindsight:
-    """What the teacher sees of a rollout's round (SDPO, arXiv 2601.20802).
+    """Chooses what the teacher sees of a rollout's round (SDPO, arXiv 2601.20802).
 
     Attributes:
         sibling: writes a successful rollout of the same group, other than the rollout itself, for the teacher to see; None
@@ -118,7 +118,7 @@ class Hindsight:
             )
 
     def texts(self, rollouts: Sequence[Rollout]) -> list[str | None]:
-        """The privileged text of each rollout of whole groups; None where there is none."""
+        """Return the privileged text of each rollout of whole groups; None where there is none."""
         groups: dict[int, list[int]] = {}
         for i, rollout in enumerate(rollouts):
             groups.setdefault(rollout.group, []).append(i)
@@ -165,7 +165,7 @@ def add_hindsight(
     run: Run,
     max_seq_len: int,
 ) -> dict[str, float]:
-    """Write each rollout's teacher prompt anew, in place; returns counts over this rank's rollouts, to be summed.
+    """Write each rollout's teacher prompt again, in place; return counts over this rank's rollouts, to be summed.
 
     ``privileged`` says where the text goes, and its ``control`` applies: "none" shows nothing, "shuffled" the text of a
     rollout of another group. A text that does not fit into ``max_seq_len`` is left out and counted.
@@ -197,7 +197,7 @@ def add_hindsight(
 
 
 def _from_other_groups(rollouts: Sequence[Rollout], texts: Sequence[str | None], run: Run) -> list[str | None]:
-    """To every rollout that has a text, the next other text of another group, in the order of groups over all ranks.
+    """Give every rollout that has a text the next other text of another group, in the order of groups over all ranks.
 
     Feedback has few words, and groups may share a text: a rollout for which no other one exists gets none.
     """

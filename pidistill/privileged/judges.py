@@ -2,7 +2,7 @@
 
 `hindsight.feedback` takes any callable (example, turns) → text or None. :class:`Judge` makes one of a callable prompt → text,
 such as :class:`ChatEndpoint`, and adds what an answer over the network needs: answers are kept on disk under a hash of the
-question, and a failure is counted and gives None, so that the rollout has no critique. Nothing is made up in its place.
+question, and a failure is counted and gives None, so that the rollout has no critique. No other text takes its place.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from pidistill.chat.messages import transcript_text
 from pidistill.chat.templates import check_template
-from pidistill.errors import InputError
+from pidistill.errors import InputError, attempt, bounded_repr
 from pidistill.types import Example, Message
 
 _log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ have done there; if it did nothing wrong, say what made it right. Address the as
 </attempt>"""
 
 MAX_ANSWER_BYTES = 1_000_000
+MAX_REASON_CHARS = 300
 MAX_REASONS = 20  # that are logged: a judge that fails with another sentence each time does not fill the log
 RETRIED = (408, 429, 500, 502, 503, 504)
 
@@ -72,15 +73,6 @@ def usable_text(value: Any) -> str:
     return value.strip()
 
 
-def describe_error(error: BaseException) -> str:
-    """Return the type and the first characters of an exception's message, whatever its ``str`` does."""
-    try:
-        said = str(error)[:200].encode(errors="backslashreplace").decode()
-    except Exception:
-        said = "its message cannot be read"
-    return f"{type(error).__name__}: {said}"
-
-
 @dataclass
 class Judge:
     """Writes the critique of an episode, (example, turns) → text, or None where the judge failed; for `hindsight.feedback`.
@@ -88,7 +80,7 @@ class Judge:
     Attributes:
         ask: prompt → text; whatever it raises is a failure. Its ``settings``, if it has any, are part of the cache's key.
         template: ``{task}`` stands for the example's messages, ``{attempt}`` for the turns.
-        cache_dir: a folder with one JSON file per answer, kept between runs; null asks anew every time. Failures are not kept.
+        cache_dir: a folder with one JSON file per answer, kept between runs; null asks every time. Failures are not kept.
         failures: rollouts without a critique so far; reported as ``hindsight_judge_failures``.
     """
 
@@ -109,19 +101,19 @@ class Judge:
         known = self._cached(prompt)
         if known is not None:
             return known
-        try:
-            text = usable_text(self.ask(prompt))
-        except (Exception, SystemExit) as error:  # a judge that cannot be reached must not end a run of hours
+        text, error = attempt(lambda: usable_text(self.ask(prompt)))
+        if error is not None:  # a judge that cannot be reached must not end a run of hours
             with self._lock:
                 self.failures += 1
-            self._warn_once(
-                describe_error(error), "the judge gave no critique of a rollout of %s (%s); it has none", example.id
-            )
+            sentence = "the judge gave no critique of a rollout of %s (%s); it has none"
+            self._warn_once(bounded_repr(error, MAX_REASON_CHARS), sentence, example.id)
             return None
         try:
             self._keep(prompt, text)
         except OSError as error:
-            self._warn_once(describe_error(error), "critiques cannot be kept in feedback.cache_dir %s (%s)", self.cache_dir)
+            self._warn_once(
+                bounded_repr(error, MAX_REASON_CHARS), "critiques cannot be kept in feedback.cache_dir %s (%s)", self.cache_dir
+            )
         return text
 
     def _warn_once(self, reason: str, sentence: str, what: Any) -> None:
@@ -213,13 +205,13 @@ class ChatEndpoint:
         return {name: getattr(self, name) for name in ("base_url", "model", "temperature", "max_tokens")}
 
     def __call__(self, prompt: str) -> str:
-        for attempt in range(self.retries + 1):
+        for retry in range(self.retries + 1):
             try:
                 return self._try(prompt)
             except _Retry as error:
-                if attempt == self.retries:
-                    raise JudgeError(f"{error} ({attempt + 1} tries)") from None
-            time.sleep(self.backoff_s * 2**attempt)
+                if retry == self.retries:
+                    raise JudgeError(f"{error} ({retry + 1} tries)") from None
+            time.sleep(self.backoff_s * 2**retry)
         raise AssertionError("unreachable")
 
     def _try(self, prompt: str) -> str:
@@ -252,14 +244,14 @@ class _Retry(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would carry the key along to whatever host a redirect names."""
+    """Follows no redirect: urllib would send the key to whatever host it names."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
 
 
 class _Exchange:
-    """One request and its answer, in a thread of its own, so that the time limit holds for all of it.
+    """Makes one request and reads its answer, in a thread of its own, so that the time limit holds for all of it.
 
     urllib's own limit is for one packet: a server that sends a byte of a header now and then would never reach it. When the
     time is over, the connection is shut down, which ends the thread too.

@@ -55,7 +55,7 @@ CONTROLS = (None, "none", "shuffled")
 
 @dataclass(frozen=True)
 class PromptViews:
-    """Both views of one example, as messages and as ids.
+    """Holds both views of one example, as messages and as ids.
 
     Attributes:
         privileged_tokens: what the privileged information, with the block around it, adds to the teacher's prompt.
@@ -69,7 +69,7 @@ class PromptViews:
 
 @dataclass(frozen=True)
 class PrivilegedPrompt:
-    """How privileged information enters the teacher's prompt.
+    """Says how privileged information enters the teacher's prompt.
 
     Attributes:
         template: the block around it; ``{privileged}`` stands for the information, other braces are doubled (``{{``).

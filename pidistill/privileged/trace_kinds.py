@@ -45,7 +45,7 @@ _CALL_PHRASES = (
 
 @dataclass(frozen=True)
 class TraceText:
-    """How the information of one kind is written; arguments of :func:`pidistill.data.trace_dataset`."""
+    """Says how the information of one kind is written; its fields are arguments of :func:`pidistill.data.trace_dataset`."""
 
     kind: str
     style: CallStyle = field(default_factory=CallStyle)
@@ -71,7 +71,7 @@ class TraceText:
             self._hints.update(read_hints(self.hints))
 
     def write(self, task: TraceTask) -> str | None:
-        """The privileged text of a task; None where it has none."""
+        """Return the privileged text of a task; None where it has none."""
         kind = KINDS[self.kind]
         text = kind.write(self, task)
         header = kind.header if self.header is None else self.header
@@ -87,7 +87,7 @@ class TraceText:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of privileged information: how it is written, the line above it, what would give it away."""
+    """Describes one kind of privileged information: how it is written, the line above it, what would give it away."""
 
     write: Callable[[TraceText, TraceTask], str | None]
     header: str = ""
@@ -150,7 +150,7 @@ KINDS: dict[str, Kind] = {
 
 
 def trace_leak_phrases(kind: str, extra: Sequence[str] = ()) -> list[str]:
-    """The general leak phrases, the kind's and ``extra``; for `privileged.leak_phrases`."""
+    """Return the general leak phrases, the kind's and ``extra``; for `privileged.leak_phrases`."""
     if kind not in KINDS:
         raise InputError(f"privileged.leak_phrases.kind is {kind!r}; known are {', '.join(KINDS)}")
     return [*DEFAULT_LEAK_PHRASES, *KINDS[kind].leak_phrases, *extra]

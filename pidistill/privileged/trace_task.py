@@ -9,7 +9,7 @@ from pidistill.types import Message
 
 @dataclass(frozen=True)
 class AgentTrace:
-    """One recorded episode.
+    """Holds one recorded episode.
 
     Attributes:
         id: names the row.
@@ -37,8 +37,11 @@ class AgentTrace:
 
 @dataclass(frozen=True)
 class TraceTask:
-    """The traces of one task. ``source`` is the successful one with the fewest assistant turns (ties: the first); None
-    where none succeeded. ``shown`` gives the prompt: the source, else the first trace."""
+    """Holds the traces of one task.
+
+    ``source`` is the successful one with the fewest assistant turns (ties: the first); None where none succeeded. ``shown``
+    gives the prompt: the source, else the first trace.
+    """
 
     task: str
     traces: list[AgentTrace]

@@ -1,16 +1,17 @@
-"""The answer says the reference somewhere, as whole words."""
+"""Look for the reference anywhere in an answer, as whole words."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pidistill.errors import InputError
 from pidistill.rewards.base import last_answer, reference_text
 from pidistill.types import Example, Message
 
 
 @dataclass(frozen=True)
 class Contains:
-    """1.0 where the last assistant turn contains ``example.reference`` as whole words, else 0.0.
+    """Return 1.0 where the last assistant turn contains ``example.reference`` as whole words, else 0.0.
 
     An answer that lists many candidates passes too; keep ``sampler.max_new_tokens`` short, or add a length penalty.
 
@@ -19,6 +20,13 @@ class Contains:
     """
 
     casefold: bool = True
+
+    def check_reference(self, example: Example) -> None:
+        """Refuse an example whose reference is empty: every answer would contain it."""
+        if not reference_text(example).strip():
+            raise InputError(
+                f"{example.id}: the reference is empty, so every answer would contain it; check dataset.answer_key"
+            )
 
     def __call__(self, example: Example, turns: Sequence[Message]) -> float:
         text, wanted = last_answer(turns), reference_text(example).strip()

@@ -11,7 +11,7 @@ from typing import Any
 
 from pidistill.distributed.tensor_parallel import follows, from_first, tensor_parallel_group
 from pidistill.envs.base import MAX_OBSERVATION_CHARS, Environment
-from pidistill.errors import InputError, bounded_repr
+from pidistill.errors import InputError, bounded_repr, escape_controls
 from pidistill.rewards.shaping import Shaping
 from pidistill.rollouts.base import OnTurnEnd, Sample, Sampler
 from pidistill.rollouts.calls import DaemonThreads, abandoned_calls, marked_interrupts
@@ -158,7 +158,7 @@ def _warn(failed: Sequence[Episode]) -> None:
                 len(episodes),
                 reason,
                 bounded_repr(first.example.id, 200),
-                first.failure.detail,
+                escape_controls(first.failure.detail),
             )
     late = abandoned_calls()
     if late and any(episode.failure.reason == "environment_timeout" for episode in failed):

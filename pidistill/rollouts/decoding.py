@@ -186,10 +186,10 @@ class Context:
 
     def unembed(self, h: Float[Tensor, "n s H"]) -> Float[Tensor, "n 1 V"]:
         """In place of the model's own: only each row's last token reaches the head."""
-        last = self._model.norm(h[torch.arange(len(h), device=self._device), self._last])
+        last = self._model.norm(h[torch.arange(len(h), device=self._device), self._last][:, None])
         if self._head is None:
-            return self._model.output(last[:, None]).float()
-        return multiply_head(last, self._head)[:, None]
+            return self._model.output(last).float()
+        return multiply_head(last[:, 0], self._head)[:, None]
 
     def _step(self, slots: Sequence[int], starts: list[int], s: int, *, prompts: bool = False) -> _Step:
         start = starts[0] if min(starts) == max(starts) else None

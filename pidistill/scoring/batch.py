@@ -15,7 +15,7 @@ BOTH: tuple[ViewName, ...] = ("student", "teacher")
 
 
 def policy_positions(rollout: Rollout) -> list[int]:
-    """Indices into ``rollout.completion`` of the tokens that the policy produced."""
+    """Return the indices into ``rollout.completion`` of the tokens that the policy produced."""
     return [t for t, is_policy in enumerate(rollout.policy_mask) if is_policy]
 
 
@@ -24,7 +24,7 @@ def policy_positions(rollout: Rollout) -> list[int]:
 
 @dataclass(frozen=True)
 class Tree:
-    """Token sequences with their common beginnings merged, depth first.
+    """Hold token sequences with their common beginnings merged, depth first.
 
     Attributes:
         tokens, positions, ends: [L] id, distance from the root, and the column behind the last token of the subtree.
@@ -38,7 +38,7 @@ class Tree:
 
 
 def make_tree(sequences: Sequence[list[int]]) -> Tree:
-    """In sorted order each sequence shares with those before it exactly what it shares with the last one."""
+    """Merge sequences: in sorted order each sequence shares with those before it exactly what it shares with the last one."""
     tree = Tree([], [], [], [[] for _ in sequences])
     path: list[int] = []
     last: list[int] = []
@@ -61,7 +61,7 @@ def _close(tree: Tree, columns: list[int]) -> None:
 
 
 class ModelInputs:
-    """The views of a batch's rollouts as model inputs, made when they are asked for.
+    """Make the views of a batch's rollouts into model inputs, when they are asked for.
 
     Views that the same weights read go through them together, so that a tree can share what both have.
     """
@@ -71,7 +71,7 @@ class ModelInputs:
         self._made: dict[tuple[ViewName, ...], ModelInput] = {}
 
     def of(self, *names: ViewName) -> ModelInput:
-        """``names`` as one input; the policy tokens of the first view before those of the second, each in batch order."""
+        """Return ``names`` as one input: the policy tokens of the first view, then those of the second, each in batch order."""
         if names not in self._made:
             sequences = [(r.prompts.of(name) + r.completion)[:-1] for name in names for r in self.rollouts]
             # The token at index t of the completion is predicted by the one before it.
@@ -98,7 +98,7 @@ class ModelInputs:
         )
 
     def _padded(self, sequences: list[list[int]], predicted: list[list[int]]) -> ModelInput:
-        """Padding stands only on the right, so the causal mask alone keeps it from every policy token."""
+        """Pad rows: padding stands only on the right, so the causal mask alone keeps it from every policy token."""
         length = max((len(s) for s in sequences), default=0) or 1
         tokens = [s + [self._pad_id] * (length - len(s)) for s in sequences] or [[self._pad_id]]
         rows = [row for row, indices in enumerate(predicted) for _ in indices]

@@ -32,7 +32,7 @@ OTHER_LOSS = (
 
 @dataclass(frozen=True)
 class ConstantPart:
-    """One summand of a constant side's logits: share · hidden @ weightᵀ.
+    """Hold one summand of a constant side's logits: share · hidden @ weightᵀ.
 
     hidden: None is that of the teacher view which the trained model computes. weight: None is the trained model's head.
     """
@@ -59,12 +59,12 @@ def apply_head(
     weight: Float[Tensor, "V H"],
     constants: dict[str, list[ConstantPart]] | None = None,
 ) -> Float[Tensor, "K N"]:
-    """Stacked per-token numbers from the hidden states of the live sides, which share ``weight``, and constant ones."""
+    """Return stacked per-token numbers of the live sides' hidden states, which share ``weight``, and of constant ones."""
     return _ChunkedHead.apply(plan, constants or {}, weight, *[hidden.get(side) for side in _LIVE_SIDES])
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """[K, N] numbers of :class:`ScorePlan`; the backward scales the gradients formed on the way, or runs the second pass."""
+    """Compute the [K, N] numbers of :class:`ScorePlan`; the backward scales gradients already formed, or runs a second pass."""
 
     @staticmethod
     def forward(ctx, plan: ScorePlan, constants: dict, weight: Tensor, *sides: Tensor | None) -> Float[Tensor, "K N"]:
@@ -100,7 +100,7 @@ def _named(sides: Sequence[Tensor | None]) -> dict[str, Tensor]:
 
 
 def _common_factor(wanted: Float[Tensor, "R N"], ready: Float[Tensor, "R N"]) -> float | None:
-    """s with wanted = s · ready up to rounding, or None. Not finite (a broken loss): in the same places."""
+    """Return s with wanted = s · ready up to rounding, or None. Not finite (a broken loss): in the same places."""
     finite = ready.isfinite()
     if not torch.equal(finite, wanted.isfinite()):
         return None
@@ -119,7 +119,7 @@ Coefficients = Callable[[slice, Float[Tensor, "K C"]], Float[Tensor, "R C"]]
 
 @dataclass
 class _Pass:
-    """numbers [K, N]; where coefficients were given, those [R, N] and the gradients (the head's in fp32 at least)."""
+    """Hold numbers [K, N] and, where coefficients were given, those [R, N] and the gradients (the head's at least in fp32)."""
 
     numbers: Float[Tensor, "K N"] | None
     coefficients: Float[Tensor, "R N"] | None
@@ -136,7 +136,7 @@ def _chunk_by_chunk(
     coefficients: Coefficients | None = None,
     trained_head: bool = False,
 ) -> _Pass:
-    """Numbers of all tokens and, with ``coefficients``, the gradients of Σ coefficient · number on the way."""
+    """Compute the numbers of all tokens and, with ``coefficients``, the gradients of Σ coefficient · number on the way."""
     own = hidden | _constants_of_head(constants)
     others = {side: terms for side, terms in constants.items() if side not in own}
     done = _nothing_yet(plan, hidden, weight, coefficients is not None, trained_head)
@@ -196,7 +196,7 @@ def _add_gradients(
 
 
 def _constants_of_head(constants: dict[str, list[ConstantPart]]) -> dict[str, Float[Tensor, "N H"]]:
-    """Hidden states of the constant sides that are one product with the trained model's head."""
+    """Return the hidden states of the constant sides that are one product with the trained model's head."""
     single = {side: terms[0] for side, terms in constants.items() if len(terms) == 1}
     return {side: term.hidden for side, term in single.items() if term.weight is None and term.hidden is not None}
 
@@ -238,7 +238,7 @@ def _term_logits(terms: list[ConstantPart], live_teacher: Tensor | None, weight:
 
 
 def _coefficients_of_loss(plan: ScorePlan) -> Coefficients:
-    """∂loss/∂number of a chunk's tokens, by autograd over the chunk's few numbers."""
+    """Return ∂loss/∂number of a chunk's tokens, by autograd over the chunk's few numbers."""
     rows = plan.rows_with_gradient
 
     def coefficients(chunk: slice, numbers: Float[Tensor, "K C"]) -> Float[Tensor, "R C"]:

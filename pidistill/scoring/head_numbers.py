@@ -22,13 +22,15 @@ CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**26}
 # small enough that glibc does not return them to the system each time, which costs several times the arithmetic.
 BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
 
+# How often a number may have been rounded before what is left of a difference counts as more than rounding.
+_ROUNDINGS = 64
 
 Name = str | Divergence  # "student_logprobs", "teacher_entropy" …, or the divergence asked for
 
 
 @dataclass(frozen=True)
 class ScorePlan:
-    """What to compute of each token, and in which order the results are stacked.
+    """Say what to compute of each token, and in which order the results are stacked.
 
     loss: the loss per token that the caller makes of the scores, for any slice of the tokens; None where it is not known yet.
     """
@@ -58,7 +60,7 @@ class ScorePlan:
         return {"student": self.request.student_grad, "teacher": self.request.teacher_grad}.get(side, False)
 
     def chunks(self, elements_per_token: int) -> Iterator[slice]:
-        """Of nearly equal size: a small last one would read the whole head for little."""
+        """Yield chunks of nearly equal size: a small last one would read the whole head for little."""
         tokens = self.targets.numel()
         most = self.chunk_tokens or max(1, CHUNK_ELEMENTS.get(self.targets.device.type, 2**26) // elements_per_token)
         size = math.ceil(tokens / math.ceil(tokens / most)) if tokens else 1
@@ -77,7 +79,7 @@ class ScorePlan:
 
 
 def _blocks(plan: ScorePlan, chunk: slice, vocabulary: int) -> Iterator[tuple[slice, Int[Tensor, " c"]]]:
-    """The rows of a chunk that are looked at together, and their targets."""
+    """Yield the rows of a chunk that are looked at together, and their targets."""
     size = max(1, BLOCK_ELEMENTS.get(plan.targets.device.type, 2**25) // vocabulary)
     targets = plan.targets[chunk]
     for start in range(0, len(targets), size):
@@ -134,7 +136,7 @@ def _at(logp: Float[Tensor, "c V"], targets: Int[Tensor, " c"]) -> Float[Tensor,
 
 
 def _is_plain(name: Divergence, teacher: Tensor, student: Tensor) -> bool:
-    """Over one vocabulary and without options: done by hand here, the others by :mod:`pidistill.losses.divergences`."""
+    """Return whether it is over one vocabulary and without options: done by hand here, others in `losses.divergences`."""
     return name.fn is None and name.top_k is None and name.entry_clip is None and teacher.shape == student.shape
 
 
@@ -146,21 +148,25 @@ def _divergence(name: Divergence, teacher: str, logp: dict[str, Tensor], p: dict
     if beta in (0.0, 1.0):
         difference = logp_t - logp_s
         return (difference.mul_(p[teacher])).sum(-1) if beta == 0.0 else -(difference.mul_(p["student"])).sum(-1)
-    mixture = torch.lerp(p["student"], p[teacher], beta)
+    mixture = _mixture(p["student"], p[teacher], beta)
     to_teacher = _log_ratio(p[teacher], mixture).mul_(p[teacher]).sum(-1)
     to_student = _log_ratio(p["student"], mixture).mul_(p["student"]).sum(-1)
     return beta * to_teacher + (1 - beta) * to_student
 
 
 def _beta(name: Divergence) -> float:
-    """The three divergences as one family: the generalised JSD, whose ends are the two KLs."""
+    """Return the β of the three divergences as one family, the generalised JSD, whose ends are the two KLs."""
     return {"kl_teacher_student": 0.0, "kl_student_teacher": 1.0}.get(name.name, name.beta)
 
 
-def _log_ratio(p: Float[Tensor, "c V"], q: Float[Tensor, "c V"]) -> Float[Tensor, "c V"]:
-    """Return log p − log q: exactly 0 where p and q are equal, and finite where one of them has no mass."""
-    tiny = torch.finfo(p.dtype).tiny
-    return p.clamp(min=tiny).div_(q.clamp(min=tiny)).log_()
+def _mixture(p: Float[Tensor, "c V"], q: Float[Tensor, "c V"], share: float) -> Float[Tensor, "c V"]:
+    """Return (1 − share)·p + share·q, at least the smallest normal number: p itself where both are equal."""
+    return torch.lerp(p, q, share).clamp_(min=torch.finfo(p.dtype).tiny)
+
+
+def _log_ratio(p: Float[Tensor, "c V"], mixture: Float[Tensor, "c V"]) -> Float[Tensor, "c V"]:
+    """Return log p − log mixture: exactly 0 where they are equal, and finite where p has no mass."""
+    return p.clamp(min=torch.finfo(p.dtype).tiny).div_(mixture).log_()
 
 
 def logits_to_gradients(
@@ -193,7 +199,7 @@ def _reaches(name: Divergence, side: str, sides: dict) -> bool:
 
 
 def _gradient(name: Divergence, side: str, logp: dict[str, Tensor], p: dict[str, Tensor]) -> tuple[float, Float[Tensor, "c V"]]:
-    """(factor, matrix): their product is ∂divergence/∂log-probs of ``side``, up to a multiple of p that the softmax removes."""
+    """Return (factor, matrix): the product is ∂divergence/∂log-probs of ``side`` but for a multiple of p."""
     teacher = _teacher_of(name, logp)
     logp_t, logp_s = logp[teacher], logp["student"]
     if not _is_plain(name, logp_t, logp_s):
@@ -205,7 +211,7 @@ def _gradient(name: Divergence, side: str, logp: dict[str, Tensor], p: dict[str,
         return 1.0, p[side] - p[other]
     if beta in (0.0, 1.0):
         return 1.0, (logp[side] - logp[other]).mul_(p[side])
-    mixture = torch.lerp(p["student"], p[teacher], beta)
+    mixture = _mixture(p["student"], p[teacher], beta)
     share = beta if side == teacher else 1 - beta
     return share, _log_ratio(p[side], mixture).mul_(p[side])
 
@@ -215,7 +221,22 @@ def _gradient_by_autograd(name: Divergence, side: str, logp_t: Tensor, logp_s: T
         leaf = (logp_s if side == "student" else logp_t).clone().requires_grad_()
         sides = (logp_t, leaf) if side == "student" else (leaf, logp_s)
         total = divergence(name, *_cropped(*sides)).sum()
-    return torch.autograd.grad(total, leaf)[0]
+    (grad,) = torch.autograd.grad(total, leaf)
+    return grad if name.fn is None or logp_t.shape != logp_s.shape else _without_noise(grad, logp_t, logp_s)
+
+
+def _without_noise(
+    grad: Float[Tensor, "c V"], logp_t: Float[Tensor, "c V"], logp_s: Float[Tensor, "c V"]
+) -> Float[Tensor, "c V"]:
+    """Set the gradient of a divergence of one's own to 0 on rows whose two sides are equal, where rounding alone is left of it.
+
+    The formulas of this package are written so that it is 0 there. A function of the user's need not be, and an optimiser such
+    as AdamW would turn the noise into steps of full size.
+    """
+    p, total = logp_s.exp(), grad.sum(-1, keepdim=True)
+    noise = _ROUNDINGS * torch.finfo(grad.dtype).eps * (grad.abs() + p * total.abs())
+    only_noise = ((grad - p * total).abs() <= noise).all(-1, keepdim=True)
+    return grad.masked_fill(only_noise & (logp_t == logp_s).all(-1, keepdim=True), 0.0)
 
 
 def _through_softmax(
@@ -224,7 +245,7 @@ def _through_softmax(
     targets: Int[Tensor, " c"],
     p: Float[Tensor, "c V"],
 ) -> Float[Tensor, "c V"]:
-    """G − p · ΣG, G the sum of coefficient · matrix and, at the target, the coefficient of its log-prob."""
+    """Return G − p · ΣG, G the sum of coefficient · matrix and, at the target, the coefficient of its log-prob."""
     grad, total = None, torch.zeros_like(p[:, :1])
     for coefficient, matrix in terms:
         grad = coefficient * matrix if grad is None else grad.addcmul_(coefficient, matrix)
@@ -246,12 +267,12 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def _scaled(x: Float[Tensor, "c V"], temperature: float) -> Float[Tensor, "c V"]:
-    """Softmax and divergences are in fp32 (float64 stays float64)."""
+    """Return x / temperature in fp32, where softmax and divergences are computed; float64 stays float64."""
     x = at_least_fp32(x)
     return x if temperature == 1.0 else x / temperature
 
 
 def _cropped(*logps: Float[Tensor, "c _"]) -> list[Float[Tensor, "c V"]]:
-    """Both sides over the ids that both have, renormalised; unchanged where they have the same."""
+    """Return both sides over the ids that both have, renormalised; unchanged where they have the same."""
     size = min(logp.shape[-1] for logp in logps)
     return [logp if logp.shape[-1] == size else torch.log_softmax(logp[:, :size], dim=-1) for logp in logps]

@@ -24,6 +24,7 @@ from pidistill.distributed.run import Run
 from pidistill.models.empty import shared_empty_model
 from pidistill.scoring.batch import BOTH, make_batch, make_tree
 from pidistill.scoring.tree_attention import check_trees
+from pidistill.training.keys import setting
 from pidistill.types import Batch, Rollout, RolloutAdvantage, ViewName
 
 Item = TypeVar("Item")
@@ -33,7 +34,7 @@ Item = TypeVar("Item")
 
 
 class Packer:
-    """Cuts rollouts into micro-batches by tokens and makes batches of them.
+    """Cut rollouts into micro-batches by tokens and make batches of them.
 
     Config keys: ``packing`` (``tree`` | ``padded``) and ``micro_batch_tokens``, the tokens of one forward per rank, counted as
     the model reads them: shared stretches once in a tree, padding included in padded rows. Memory grows with it, the result
@@ -41,8 +42,8 @@ class Packer:
     """
 
     def __init__(self, cfg: DictConfig, run: Run, pad_id: int) -> None:
-        self.packing: str = cfg.get("packing") or "tree"
-        self.budget: int = cfg.get("micro_batch_tokens") or 8192
+        self.packing: str = setting(cfg, "packing")
+        self.budget: int = setting(cfg, "micro_batch_tokens")
         for key in ("model", "teacher_model"):
             if self.packing == "tree" and cfg.get(key):
                 check_trees(shared_empty_model(cfg[key]))  # before weights are loaded
@@ -55,7 +56,7 @@ class Packer:
         return make_batch(rollouts, advantages, pad_id=self._pad_id, device=self._run.device, packing=self.packing)
 
     def micro_batches(self, items: Sequence[Item], views: tuple[ViewName, ...] = BOTH) -> Iterator[list[Item]]:
-        """Equally many lists on every rank (empty ones where a rank has too little), at least one, so that collectives match.
+        """Yield equally many lists on every rank (empty ones where it has too little), at least one, so that collectives match.
 
         A rank that could do with fewer spreads its rollouts evenly over as many.
         """
@@ -68,7 +69,7 @@ class Packer:
     def balanced(
         self, items: list[tuple[Rollout, RolloutAdvantage]], views: tuple[ViewName, ...] = BOTH
     ) -> list[tuple[Rollout, RolloutAdvantage]]:
-        """Whole groups moved between ranks where one has a tenth more tokens than the mean: the others would wait for it.
+        """Move whole groups between ranks where one has a tenth more tokens than the mean: the others would wait for it.
 
         Groups that stay are the same objects as before.
         """
@@ -99,7 +100,7 @@ def rollout_of(item: Any) -> Rollout:
 
 @dataclass(frozen=True)
 class RolloutSize:
-    """What one rollout adds to a forward: a row per view, or its completion once per view and its prompts if they are new."""
+    """Say what a rollout adds to a forward: a row per view, or its completion once per view, and its prompts if new."""
 
     prompts: int  # which prompts, as a number
     prompt_tokens: int
@@ -144,7 +145,10 @@ def _cut(sizes: Sequence[RolloutSize], packing: str, budget: int) -> list[int]:
 
 
 def _sizes(rollouts: Sequence[Rollout], views: tuple[ViewName, ...]) -> list[RolloutSize]:
-    """Further sharing (text that two groups or two completions begin with) is left out: the true tree is smaller."""
+    """Return what each rollout adds.
+
+    Further sharing (text that two groups or two completions begin with) is left out: the true tree is smaller.
+    """
     numbers: dict[Any, int] = {}
     tree_tokens: list[int] = []
     sizes = []
@@ -163,7 +167,7 @@ def _sizes(rollouts: Sequence[Rollout], views: tuple[ViewName, ...]) -> list[Rol
 
 
 class _Load:
-    """Tokens of the micro-batch so far."""
+    """Count the tokens of the micro-batch so far."""
 
     def __init__(self, packing: str) -> None:
         self._padded = packing == "padded"

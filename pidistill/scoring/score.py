@@ -37,7 +37,7 @@ def score(
     chunk_tokens: int | None = None,
     loss: PerTokenLoss | None = None,
 ) -> Scores:
-    """Per-token numbers of ``batch`` in both views, at the sampling temperature.
+    """Return per-token numbers of ``batch`` in both views, at the sampling temperature.
 
     Where the sides' vocabularies differ in size (padded rows), divergences are between the two distributions cropped to the
     smaller one and renormalised. Log-probs and entropies stay those of the side's whole vocabulary: the sampler drew from it,
@@ -68,12 +68,12 @@ def score(
 
 
 def student_nll(batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
-    """−log S: the supervised loss."""
+    """Return −log S: the supervised loss."""
     return -scores.student_logprobs
 
 
 def _voices(teacher: Teacher | TransformerDecoder | None, model: TransformerDecoder) -> list[MixturePart]:
-    """The given teacher's, none of them where the trained model is the teacher."""
+    """Return the parts of the given teacher; none where the trained model is the teacher."""
     if isinstance(teacher, nn.Module):
         return [MixturePart(1.0, teacher)]
     return [] if teacher is None or teacher.live else teacher.mixture(model)
@@ -81,7 +81,7 @@ def _voices(teacher: Teacher | TransformerDecoder | None, model: TransformerDeco
 
 @dataclass(frozen=True)
 class Forwards:
-    """The forwards over a micro-batch that a request needs.
+    """Hold the forwards over a micro-batch that a request needs.
 
     Attributes:
         called: views that one forward of the trained model computes together, with the output head inside it.
@@ -113,7 +113,7 @@ def list_forwards(request: ScoreRequest, *, live_teacher: bool) -> Forwards:
 
 
 def _score(plan: ScorePlan, model: TransformerDecoder, batch: Batch, parts: list[MixturePart]) -> Float[Tensor, "K N"]:
-    """Constant sides first, under no_grad; then one forward of the model for the sides it trains, with the head inside.
+    """Compute constant sides first, under no_grad; then one forward of the model for the sides it trains, with the head inside.
 
     Both views in one call: under FSDP2 every layer is gathered once, and so is the head.
     """
@@ -181,7 +181,7 @@ def _unembedding(model: TransformerDecoder, unembed: Callable[[Tensor], Tensor],
 
 
 def _head_module(model: TransformerDecoder) -> nn.Module:
-    """The module that owns the head's weight: the output layer, or the embedding it is tied to."""
+    """Return the module that owns the head's weight: the output layer, or the embedding it is tied to."""
     head = getattr(model.output, "tied_module", model.output)
     if type(head) not in (nn.Linear, nn.Embedding) and not hasattr(head, "unshard"):
         raise InputError(
@@ -207,7 +207,7 @@ def _local_weight(model: TransformerDecoder) -> Float[Tensor, "V H"]:
 def _constant(
     part: MixturePart, views: BatchInputs, side: ViewName, shared: nn.Module | None, ready: nn.Module | None = None
 ) -> ConstantPart:
-    """A part on a view that gets no gradient.
+    """Compute a part on a view that gets no gradient.
 
     Under FSDP2 this is one more gathering of its layers, and of its head, unless that is the head of ``shared``, which is at
     hand in the forward to come. A part of ``ready`` needs no forward.

@@ -29,7 +29,7 @@ _QUERY_BLOCK = 256
 
 @dataclass(frozen=True)
 class _Block:
-    """Consecutive queries, the keys that one of them sees, and who sees which: ``bias`` [queries, keys] is 0 or −inf."""
+    """Hold consecutive queries, the keys that they see, and who sees which: ``bias`` [queries, keys] is 0 or −inf."""
 
     queries: slice
     keys: slice | Int[Tensor, " K"]
@@ -37,13 +37,13 @@ class _Block:
 
 
 class TreeMask:
-    """What torchtune's decoder is given as ``mask`` for a packed row; see :func:`read_trees`."""
+    """Be what torchtune's decoder is given as ``mask`` for a packed row; see :func:`read_trees`."""
 
     def __init__(self, ends: Int[Tensor, " L"]) -> None:
         self.ends = ends
 
     def dense(self) -> Bool[Tensor, "L L"]:
-        """[query, key], True where the query sees the key: the definition, for tests."""
+        """Return [query, key], True where the query sees the key: the definition, for tests."""
         columns = torch.arange(len(self.ends), device=self.ends.device)
         return (columns <= columns[:, None]) & (columns[:, None] < self.ends)
 
@@ -63,7 +63,7 @@ class TreeMask:
 
     @cached_property
     def block_mask(self) -> BlockMask:
-        """The same for flex attention. The row's length must be a multiple of FLEX_BLOCK."""
+        """Return the same for flex attention. The row's length must be a multiple of FLEX_BLOCK."""
         ends = self.ends
         starts = torch.arange(0, len(ends), FLEX_BLOCK, device=ends.device)
         last_end, first_end = (f(ends.view(-1, FLEX_BLOCK), dim=1) for f in (torch.amax, torch.amin))
@@ -77,7 +77,7 @@ class TreeMask:
 
 
 def _ordered(chosen: Bool[Tensor, "Q K"]) -> tuple[Int[Tensor, "1 1 Q"], Int[Tensor, "1 1 Q K"]]:
-    """Per query block, how many key blocks are chosen, and their indices in front."""
+    """Return, per query block, how many key blocks are chosen, and their indices in front."""
     indices = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1).int()[None, None], indices.int().contiguous()[None, None]
 
@@ -143,7 +143,7 @@ def _compiled_flex_attention() -> Any:
 
 
 class _BlockwiseAttention(torch.autograd.Function):
-    """One call of SDPA per block of queries, repeated in the backward.
+    """Call SDPA once per block of queries, and again in the backward.
 
     Left to autograd, every block would keep its copy of the keys and values, and its gradient would be a zero-filled copy of
     the whole row.

@@ -17,7 +17,7 @@ __all__ = ["ChatTokenizer", "HFChatTokenizer", "TorchtuneChatTokenizer", "WordTo
 
 
 def as_chat_tokenizer(tokenizer: Any) -> ChatTokenizer:
-    """A chat tokenizer unchanged, or a torchtune tokenizer made into one."""
+    """Return a chat tokenizer as it is, or a torchtune tokenizer made into one."""
     if all(hasattr(tokenizer, name) for name in ("encode_prompt", "encode_turn", "encode_observations", "parse_turn")):
         return tokenizer
     if hasattr(tokenizer, "tokenize_messages"):

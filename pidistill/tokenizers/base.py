@@ -26,20 +26,20 @@ class ChatTokenizer(Protocol):
     max_seq_len: int | None
 
     def encode_prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
-        """Ids of the conversation, ending where the assistant turn begins (generation prompt included)."""
+        """Return the ids of the conversation, ending where the assistant turn begins (generation prompt included)."""
 
     def encode_turn(
         self, history: Sequence[Message], turn: Message, tools: Sequence[dict[str, Any]] | None = None
     ) -> list[int]:
-        """Ids a model would have sampled to say ``turn`` after ``encode_prompt(history)``; ends with a stop id."""
+        """Return the ids that a model would have sampled to say ``turn`` after ``encode_prompt(history)``, with a stop id."""
 
     def encode_observations(
         self, history: Sequence[Message], observations: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
     ) -> list[int]:
-        """Ids from right after the stop id of ``history``'s last (assistant) turn up to where the next turn begins."""
+        """Return the ids from right after the stop id of ``history``'s last (assistant) turn to where the next turn begins."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens included."""
+        """Return the text of the ids, special tokens included."""
 
     def parse_turn(self, ids: Sequence[int], tools: Sequence[dict[str, Any]] | None = None) -> Message:
         """Return the assistant message that the sampled ids of one turn say; the stop id is not part of its text.
@@ -48,4 +48,4 @@ class ChatTokenizer(Protocol):
         """
 
     def default_system(self, tools: Sequence[dict[str, Any]] | None = None) -> str | None:
-        """The system text that prompts get where the messages have no system message; None where they get none."""
+        """Return the system text that prompts get where the messages have no system message; None where they get none."""

@@ -90,7 +90,7 @@ def _refusal(error: Exception, messages: Sequence[Message], tools: Sequence[dict
 
 
 def _as_templates_read(message: Message) -> Message:
-    """The message in the one form that all templates know; but for the text parts, what transformers makes of it.
+    """Return the message in the one form that all templates know; but for the text parts, transformers does the same.
 
     Older templates write a null out as the word None; a missing key is what they expect. Reasoning has had several names. A
     list of text parts is written out as a list by some templates, and left out by others (Qwen3's).
@@ -105,7 +105,7 @@ def _as_templates_read(message: Message) -> Message:
 
 
 def find_templates(folder: Path, config: Mapping[str, Any], chosen: str | None) -> dict[str, str]:
-    """The model's templates by name, "default" among them.
+    """Return the model's templates by name, "default" among them.
 
     ``chosen``: None for the model's own; a path to a Jinja file, the template's text, or the name of one of the model's.
     """
@@ -154,7 +154,7 @@ def _environment() -> LimitedEnvironment:
 
 
 class _Generation(Extension):
-    """``{% generation %}`` marks assistant text for transformers' loss masks; here it is only its body."""
+    """Reads ``{% generation %}``, which marks assistant text for transformers' loss masks, as its body alone."""
 
     tags = {"generation"}  # noqa: RUF012
 

@@ -34,7 +34,7 @@ _WARNED: set[str] = set()
 
 
 class HFChatTokenizer:
-    """A :class:`~pidistill.tokenizers.base.ChatTokenizer` over a model folder's tokenizer.json and chat template.
+    """Is a :class:`~pidistill.tokenizers.base.ChatTokenizer` over a model folder's tokenizer.json and chat template.
 
     Control tokens are the vocabulary's special tokens and whatever else added to it the template writes between the
     messages of a plain conversation. Those inside messages, tool calls and tool schemas are encoded as plain text; other
@@ -110,7 +110,7 @@ class HFChatTokenizer:
         return self._encode(self._render(messages, tools, marker, generation_prompt=True), marker)
 
     def encode_turn(self, history: Sequence[Message], turn: Message, tools: Tools = None) -> list[int]:
-        """Raises InputError where the template renders the turn so that no model could have sampled it after the prompt."""
+        """Return the ids of the turn; refuse one that no model could have sampled after the prompt, as it is rendered."""
         marker = unused_marker([*history, turn], tools)
         prompt = self._render(history, tools, marker, generation_prompt=True)
         conversation = self._render([*history, turn], tools, marker, generation_prompt=False)
@@ -138,7 +138,7 @@ class HFChatTokenizer:
     def encode_observations(
         self, history: Sequence[Message], observations: Sequence[Message], tools: Tools = None
     ) -> list[int]:
-        """Templates may rewrite earlier turns (drop their reasoning) once a user answers; only what follows is taken."""
+        """Return the ids of what follows the turn; templates may rewrite the turn itself once it is answered."""
         if not history or history[-1]["role"] != "assistant":
             raise InputError("observations follow an assistant turn, and the history does not end with one")
         sentinel = unused_word([*history, *observations], tools)
@@ -158,7 +158,7 @@ class HFChatTokenizer:
     ) -> list[tuple[list[int], list[int]]] | None:
         """Return (ids before the turn, ids of the turn) of every assistant turn of ``completion``, from few renderings.
 
-        Rendering the conversation anew for every turn costs the square of its length. None where one rendering does not show
+        Rendering the conversation again for every turn costs the square of its length. None where one rendering does not show
         what :meth:`encode_turn` and :meth:`encode_observations` would give: the template rewrites turns that are followed by
         such messages, or begins turns in another way than its generation prompt.
         """
@@ -238,7 +238,7 @@ class HFChatTokenizer:
         return parse_turn_text(self.decode(said), self.tool_format if is_read else "none")
 
     def default_system(self, tools: Tools = None) -> str | None:
-        """Found by rendering: the text s for which [system s, user] and [user] give the same prompt."""
+        """Return the text s for which [system s, user] and [user] give the same prompt, found by rendering both."""
         tools = None if self._plain_tools else tools
         key = json.dumps(tools, default=str) if tools else ""
         if key not in self._default_systems:
@@ -246,9 +246,9 @@ class HFChatTokenizer:
         return self._default_systems[key]
 
     def history_rewrites(self) -> str | None:
-        """How the template's rendering of a conversation differs from the context that rollouts grow; None where it does not.
+        """Return how the rendering of a conversation differs from the context that rollouts grow; None where it does not.
 
-        Rollouts only append, so a turn stays in the context as it was sampled. A server that renders the conversation anew
+        Rollouts only append, so a turn stays in the context as it was sampled. A server that renders the conversation again
         for every turn shows the model what the template makes of it.
         """
         turns = self._find_rewritten_turns()
@@ -262,14 +262,14 @@ class HFChatTokenizer:
     # ------------------------------------------------------------------------------------------- text to ids
 
     def _render(self, messages: Sequence[Message], tools: Tools, marker: str, *, generation_prompt: bool) -> str:
-        """The conversation as text, with ``marker`` inside every control token that a message brought along."""
+        """Return the conversation as text, with ``marker`` inside every control token that comes from a message."""
         if self._plain_tools:
             messages, tools = as_plain_messages(messages, tools, self.default_system()), None
         messages, tools = mark([list(messages), tools and list(tools)], self._control_pattern, marker)
         return self._template.render(messages, tools, generation_prompt)
 
     def _encode(self, text: str, marker: str, after: str = "") -> list[int]:
-        """Ids of rendered text, the markers taken out: no piece between them holds a control token that a message brought.
+        """Return the ids of rendered text without its markers: no piece between them holds a control token of a message.
 
         ``after``: the text before, whose ids are already fixed; nothing is merged across the join.
         """
@@ -280,7 +280,7 @@ class HFChatTokenizer:
         return ids
 
     def _encode_after(self, anchor: str, text: str) -> list[int]:
-        """Ids of a text that continues another: tokenizers may put a space before a text that stands alone."""
+        """Return the ids of a text that continues another: tokenizers may put a space before a text that stands alone."""
         for before in filter(None, (anchor, "\n")):
             head, whole = self._ids(before), self._ids(before + text)
             if whole[: len(head)] == head:
@@ -288,7 +288,7 @@ class HFChatTokenizer:
         return self._ids(text)  # the first character would merge with the text before; a model samples it on its own
 
     def _last_stretch(self, text: str, marker: str) -> str:
-        """The end of rendered text from its last control token on: nothing before that has a say in what follows."""
+        """Return rendered text from its last control token on: nothing before that has an effect on what follows."""
         text = split_at(text, marker)[-1]
         tokens = list(self._control_pattern.finditer(text))
         return text[tokens[-1].start() :] if tokens else text
@@ -297,7 +297,7 @@ class HFChatTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def _after_prefill(self, history: Sequence[Message], turn: Message, tools: Tools, marker: str, prompt: str) -> str | None:
-        """What a model says where the prompt has opened its reasoning and the template drops that from finished turns (R1).
+        """Return what a model says where the prompt opened its reasoning, which finished turns then lack (R1).
 
         The turn begins with what the prompt opens, and ends as the template ends a turn; None where it does not.
         """
@@ -313,7 +313,7 @@ class HFChatTokenizer:
     # ------------------------------------------------------------------------------------------- what the model's files say
 
     def _find_tool_format(self, chosen: str) -> tuple[str, bool]:
-        """(format that turns are read in, True where tools are written as plain text instead of by the template)"""
+        """Return (format that turns are read in, True where tools are written as plain text instead of by the template)."""
         if chosen not in ("auto", *FORMATS):
             raise InputError(f"tokenizer.tool_format is {chosen!r}; known are auto, {', '.join(FORMATS)}")
         written = find_tool_format(self._template)
@@ -336,9 +336,9 @@ class HFChatTokenizer:
         ends = f"ends an assistant turn with {written}" if written else "writes no control token after an assistant turn"
         help = f"set tokenizer.stop_tokens: ['{written}']" if written else "set tokenizer.chat_template to the model's own"
         return (
-            f"{path}: the model's files name {self._stop_names()} as the end of a turn, and the chat template {ends}: samples "
-            f"may run past the end of their turn up to the token limit; {help}, or name the model's own end in "
-            "tokenizer.stop_tokens"
+            f"{path}: the model's files name {self._stop_names()} as the end of a turn, and the chat template {ends}: what "
+            f"this tokenizer's model samples may run past the end of its turn up to the token limit; {help}, or name the "
+            "model's own end in tokenizer.stop_tokens"
         )
 
     def _stop_names(self) -> str:

@@ -14,7 +14,7 @@ from pidistill.errors import InputError
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """The tokenizer's files of one model folder.
+    """Holds the tokenizer's files of one model folder.
 
     Attributes:
         config: tokenizer_config.json; empty where there is none.

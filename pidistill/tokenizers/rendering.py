@@ -36,7 +36,7 @@ class TextLeftOut(InputError):
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of text that must be in the rendered conversation.
+    """Holds a piece of text that must be in the rendered conversation.
 
     Attributes:
         name: what it is, for the sentence that refuses the row.
@@ -51,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Piece:
-    """Ids of one assistant turn (``turn`` is its message), or of what stands between two turns (``turn`` is None)."""
+    """Holds the ids of one assistant turn (``turn`` is its message), or of what stands between two turns (``turn`` is None)."""
 
     ids: list[int]
     turn: Message | None
@@ -168,7 +168,7 @@ def message_parts(message: Message, *, reasoning: bool = False) -> Iterator[Part
 def _content_pieces(message: Message, is_learned: bool) -> list[str]:
     """Return the texts of the content that must be written.
 
-    Prompts may open the reasoning of a turn, and templates write its tags anew. Of an earlier turn, templates leave the
+    Prompts may open the reasoning of a turn, and templates write its tags themselves. Of an earlier turn, templates leave the
     reasoning out on purpose, and Llama's leave out the text beside a call; a server shows the model the same.
     """
     text = message_text(message)

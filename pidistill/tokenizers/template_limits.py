@@ -28,11 +28,11 @@ _TO_TEXT = frozenset(["tojson", "string", "pprint", "join", "replace", "trim", "
 
 
 class TemplateLimitError(Exception):
-    """What a template did too long or made too large."""
+    """Says what a template did too long or made too large."""
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """The immutable sandbox, with limits on time and size; see the module's docstring.
+    """Is the immutable sandbox with limits on time and size; see the module's docstring.
 
     Everything that runs or compiles a template happens within :meth:`limited`.
     """
@@ -109,11 +109,23 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
                 _check_nested(given[0])
             if name == "replace" and len(given) > 2:
                 _check_text_method(str(given[0]), "replace", given[1:])
-            elif name == "join" and given:
-                _check_text_method(str(given[1]) if len(given) > 1 else "", "join", given[:1])
+            if name in ("join", "list") and given:
+                separator = len(str(given[1])) if name == "join" and len(given) > 1 else 0
+                collected = self._collect(given[0], separator)
+                arguments = (*arguments[: len(arguments) - len(given)], collected, *given[1:])
             return self._checked(function(*arguments, **named))
 
         return limited
+
+    def _collect(self, items: Iterable[Any], separator: int) -> list[Any]:
+        """Return the items as a list, as long as they and their separators are small enough to stand side by side."""
+        made, size = [], 0
+        for item in items:
+            self.check_time()
+            size += separator + (len(item) if isinstance(item, str) else 1)
+            _check_size(size)
+            made.append(item)
+        return made
 
     def _join(self, pieces: Iterable[str]) -> str:
         """Join what a template, a macro or a block writes, as it is written."""
@@ -135,7 +147,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Loop:
-    """The items of a loop, with a look at the clock for each."""
+    """Yields the items of a loop, and looks at the clock before each."""
 
     def __init__(self, environment: LimitedEnvironment, items: Any) -> None:
         self._environment, self._items = environment, items
@@ -181,13 +193,16 @@ def _check_nested(value: Any) -> Any:
     """Return the value; refuse lists within lists that would be too large as text, because one list may stand in many."""
     if not isinstance(value, Mapping | list | tuple):
         return value
-    left, seen = [value], 0
+    left, seen, characters = [value], 0, 0
     while left:
         item = left.pop()
         if isinstance(item, Mapping):
             left += item.values()
         elif isinstance(item, list | tuple):
             left += item
+        elif isinstance(item, str):
+            characters += len(item)
+            _check_size(characters)
         seen += 1
         if seen + len(left) > MAX_NESTED:
             raise TemplateLimitError(f"it writes lists within lists of more than {MAX_NESTED:,} items")
@@ -208,6 +223,7 @@ def _check_operator(operator: str, left: Any, right: Any) -> None:
     elif operator == "%" and isinstance(left, str):
         _check_nested(right)
         _check_widths(left)
+        _check_size(left.count("%") * _longest(right.values() if isinstance(right, Mapping) else [right]))
     elif operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
         _check_size(len(left) + len(right))
 
@@ -220,8 +236,13 @@ def _check_text_method(text: str, method: str, arguments: tuple[Any, ...]) -> No
         _check_size(sum(len(item) + len(text) for item in arguments[0] if isinstance(item, str)))
     elif method in ("format", "format_map", "expandtabs"):
         _check_widths(text)
+        _check_size(text.count("{") * _longest(arguments))
         if method == "expandtabs":
             _check_size(text.count("\t") * max([8, *(value for value in arguments if isinstance(value, int))]))
+
+
+def _longest(values: Iterable[Any]) -> int:
+    return max((len(value) for value in values if isinstance(value, str)), default=0)
 
 
 def _check_widths(format: str) -> None:

@@ -26,7 +26,7 @@ _PROBES = ("A", "B", "")
 
 
 class TorchtuneChatTokenizer:
-    """A :class:`~pidistill.tokenizers.base.ChatTokenizer` over a torchtune tokenizer (llama3, qwen2, qwen2_5, ...).
+    """Is a :class:`~pidistill.tokenizers.base.ChatTokenizer` over a torchtune tokenizer (llama3, qwen2, qwen2_5, ...).
 
     Roles: ``tool`` becomes torchtune's ``ipython``; an assistant message with one tool call and no text becomes an
     ``ipython=True`` message that holds the call as JSON. torchtune writes no tool schemas and no default system text; a
@@ -53,7 +53,7 @@ class TorchtuneChatTokenizer:
     # ------------------------------------------------------------------------------------------- the protocol
 
     def encode_prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
-        """The longest beginning that conversations share whose last, assistant, message differs."""
+        """Return the longest beginning that conversations share which differ in their last message, the assistant's."""
         _refuse_tools(tools)
         variants = [self._tokenize([*messages, {"role": "assistant", "content": probe}]) for probe in _PROBES]
         return variants[0][: min(common_prefix_length(variants[0], other) for other in variants[1:])]
@@ -76,7 +76,7 @@ class TorchtuneChatTokenizer:
         return after[len(self._up_to_stop(after)) :]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids beyond the vocabulary, which a model with padded output can sample, have no text."""
+        """Return the text of the ids; ids beyond the vocabulary, which a model with padded output can sample, have none."""
         accepted = inspect.signature(self._tokenizer.decode).parameters
         wanted = {"truncate_at_eos": False, "skip_special_tokens": False}
         known = [i for i in ids if i < self.vocab_size]
@@ -104,7 +104,7 @@ class TorchtuneChatTokenizer:
         return TorchtuneMessage(role="ipython" if role == "tool" else role, content=self._content(message_text(message)))
 
     def _content(self, text: str) -> list[dict[str, str]]:
-        """The text as torchtune's content items; more than one only where a control token occurs in it."""
+        """Return the text as torchtune's content items; more than one only where a control token occurs in it."""
         cuts = [0]
         at = 0
         while self._parsed_tokens and at < len(text):
@@ -124,7 +124,7 @@ class TorchtuneChatTokenizer:
     # ------------------------------------------------------------------------------------------- what the tokenizer is
 
     def _find_parsed_tokens(self) -> list[str]:
-        """Control tokens that encoding a text would turn into their id, longest first.
+        """Return the control tokens that encoding a text would turn into their id, longest first.
 
         Tags without bars (``<tool_call>``) are markup that models read and write as text does, not ends of turns.
         """

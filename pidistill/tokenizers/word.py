@@ -9,7 +9,7 @@ from pidistill.types import Message
 
 
 class WordTokenizer:
-    """A :class:`~pidistill.tokenizers.base.ChatTokenizer` whose ids are the positions of ``words``.
+    """Is a :class:`~pidistill.tokenizers.base.ChatTokenizer` whose ids are the positions of ``words``.
 
     A prompt is ``bos`` and the words of all messages in order, whatever their roles; an assistant turn ends with the word
     ``end``. There is no generation prompt: a turn begins where the words before it end. Tool schemas are not written.

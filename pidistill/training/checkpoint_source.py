@@ -48,6 +48,8 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
     node = cfg.get(key)
     if node is None or "checkpoint_dir" not in node or not (_in_hf_format(node) or "checkpoint_files" in node):
         return
+    if node.get("checkpoint_files") is not None and not _checkpoint_files(node):
+        raise InputError(f"{key}.checkpoint_files is empty; list the files that hold the weights")
     folder = Path(node.checkpoint_dir)
     hint = f"{_how_to_make(folder)}check {key}.checkpoint_dir"
     if folder.parts[-4:] == ("runs", "tiny", "base", "latest"):
@@ -78,7 +80,15 @@ def check_checkpoint_fits(cfg: DictConfig, key: str) -> None:
     if node is not None and _in_hf_format(node):
         model = (cfg.get("teacher_model") if key == "teacher_checkpointer" else None) or cfg.model
         files = {"checkpoint_files": _checkpoint_files(node)}
-        check_fits(shared_empty_model(model), {**node, **files}, builder=str(model._component_), key=key)
+        try:
+            check_fits(shared_empty_model(model), {**node, **files}, builder=str(model._component_), key=key)
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"config.json in {node.checkpoint_dir} cannot be compared with {model._component_} "
+                f"({type(error).__name__}: {' '.join(str(error).split())}); check the file, or {key}.checkpoint_dir"
+            ) from error
 
 
 def _in_hf_format(node: DictConfig) -> bool:

@@ -127,14 +127,20 @@ def pass_hat_k(successes: int, samples: int, k: int) -> float:
     return math.comb(successes, k) / math.comb(samples, k)
 
 
-def bootstrap_interval(values: Sequence[float], seed: int, resamples: int = 2000) -> tuple[float, float]:
-    """95% percentile interval of the mean when rows are drawn anew; ``values`` has one number per row, at least one.
+def bootstrap_interval(
+    values: Sequence[float] | Sequence[Sequence[float]], seed: int, resamples: int = 2000
+) -> tuple[float, float]:
+    """Return the 95% percentile interval of the mean of a seeds × rows table, seeds and rows resampled with replacement.
 
-    Rows are what a held-out set is a sample of; more samples per row narrow each value, not the choice of rows.
+    A plain sequence has one number per row, of one seed. Rows are what a held-out set is a sample of; more samples per row
+    narrow each value, not the choice of rows. A dimension of length 1 has no spread to resample.
     """
-    numbers = np.asarray(values, dtype=np.float64)
+    table = np.atleast_2d(np.asarray(values, dtype=np.float64))
     generator = np.random.default_rng(seed)
-    means = [numbers[generator.integers(len(numbers), size=len(numbers))].mean() for _ in range(resamples)]
+    seeds, rows = table.shape
+    means = [
+        table[generator.integers(seeds, size=seeds)][:, generator.integers(rows, size=rows)].mean() for _ in range(resamples)
+    ]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 

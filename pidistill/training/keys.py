@@ -21,6 +21,9 @@ WHOLE, NUMBER, FLAG, TEXT = "whole number", "number", "true or false", "text"
 COMPONENT, COMPONENTS, TEXTS, MAPPING = "component", "list of components", "list of texts", "mapping"
 
 
+_ROWS = 2**20
+
+
 @dataclass(frozen=True)
 class Key:
     """Describe one config key; ``null`` says what an absent or null value means where ``default`` cannot."""
@@ -32,6 +35,7 @@ class Key:
     default: Any = None
     least: int | None = None
     above: int | None = None  # a bound that the value must exceed
+    most: int | None = None  # far above what a machine can hold; a larger value would hang the run or crash it
     null: str = ""
     choices: tuple[str, ...] = ()
     infinite: bool = False  # infinity is a sensible value
@@ -42,6 +46,8 @@ class Key:
         if self.choices:
             return " or ".join((*(("true", "false") if self.kind == FLAG else ()), *self.choices))
         kind = f"{self.kind} of seconds" if self.kind == NUMBER and self.name.endswith("_s") else self.kind
+        if self.most is not None:
+            return f"{kind} of at least {self.least} and at most {self.most:,}"
         if self.least is not None:
             return f"{kind} of at least {self.least}" if self.kind == WHOLE else f"{kind}, at least {self.least}"
         return kind if self.above is None else f"{kind} above {self.above}"
@@ -63,7 +69,7 @@ TABLE: Mapping[str, Key] = {
         Key("dtype", TEXT, "type of the weights, their gradients and the optimizer's states: fp32 or bf16", EVERY, "fp32"),
         Key("compute_dtype", TEXT, "type that weights are multiplied in; bf16 beside dtype fp32: mixed precision", EVERY,
             null="that of `dtype`"),
-        Key("threads", WHOLE, "CPU threads of each process", EVERY, least=1, null="an equal share of the cores"),
+        Key("threads", WHOLE, "CPU threads of each process", EVERY, least=1, most=1024, null="an equal share of the cores"),
         # the model
         Key("model", COMPONENT, "builder of the model that is trained, sampled or evaluated", EVERY),
         Key("tokenizer", COMPONENT, "tokenizer with its chat template and `max_seq_len`", EVERY),
@@ -85,7 +91,7 @@ TABLE: Mapping[str, Key] = {
         Key("max_turns", WHOLE, "turns of the model after which an episode ends", EVERY, least=1, null="no limit"),
         Key(
             "environment_threads", WHOLE, "episodes that talk to the environment at once", EVERY,
-            least=1, null="one, in the sampler's own thread",
+            least=1, most=1024, null="one, in the sampler's own thread",
         ),
         Key("environment_timeout_s", NUMBER, "seconds that one `reset` or `step` may take", EVERY, above=0, null="no limit"),
         Key(
@@ -99,7 +105,7 @@ TABLE: Mapping[str, Key] = {
         Key("reward_shaping", COMPONENTS, "parts that are added to an episode's reward", EVALUATING, null="none"),
         # training
         Key("max_steps", WHOLE, "optimizer steps of the whole run", TRAINING, least=1),
-        Key("batch_size", WHOLE, "demonstrations of one step, over all processes", ("sft",), least=1),
+        Key("batch_size", WHOLE, "demonstrations of one step, over all processes", ("sft",), least=1, most=_ROWS),
         Key("optimizer", COMPONENT, "optimizer with its learning rate", TRAINING),
         Key("lr_scheduler", COMPONENT, "schedule of the learning rate", TRAINING, null="a constant rate"),
         Key("clip_grad_norm", NUMBER, "largest norm of a step's gradient", TRAINING, above=0, null="no clipping"),
@@ -129,13 +135,13 @@ TABLE: Mapping[str, Key] = {
         # evaluation
         Key("eval_dataset", COMPONENT, "rows of the evaluation during training", TRAINING, null="no evaluation"),
         Key("eval_every_steps", WHOLE, "steps between two evaluations", TRAINING, least=0, null="first and last only"),
-        Key("eval_samples", WHOLE, "sampled rollouts of each evaluated prompt", EVALUATING, 1, least=1),
+        Key("eval_samples", WHOLE, "sampled rollouts of each evaluated prompt", EVALUATING, 1, least=1, most=_ROWS),
         Key("eval_success_threshold", NUMBER, "reward from which a rollout counts as a success", EVERY, 1.0),
         Key("domains", MAPPING, "other rows to evaluate, each under its name", ("evaluate",), null="none"),
         # the on-policy methods
         Key("objective", COMPONENT, "the method: its loss, its weights, its advantage", ROUNDS),
-        Key("prompts_per_round", WHOLE, "prompts of one round, over all processes", ROUNDS, least=1),
-        Key("group_size", WHOLE, "rollouts of each prompt", ROUNDS, least=1),
+        Key("prompts_per_round", WHOLE, "prompts of one round, over all processes", ROUNDS, least=1, most=_ROWS),
+        Key("group_size", WHOLE, "rollouts of each prompt", ROUNDS, least=1, most=_ROWS),
         Key("updates_per_round", WHOLE, "optimizer steps of each round; more are further from on-policy", ROUNDS, 1, least=1),
         Key("minibatch_rollouts", WHOLE, "rollouts of one optimizer step", ROUNDS, least=1, null="the whole round"),
         Key("teacher", COMPONENT, "the weights that score as the teacher", ROUNDS, null="the trained weights"),
@@ -147,7 +153,7 @@ TABLE: Mapping[str, Key] = {
         ),
         Key("hindsight", COMPONENT, "privileged information that a round's own rollouts reveal", ("opsd",), null="none"),
         Key("sft_weight", NUMBER, "weight of the mean −log S of the dataset's completions", ROUNDS, 0.0, least=0),
-        Key("sft_batch_size", WHOLE, "demonstrations of that term in one step", ROUNDS, 64, least=1),
+        Key("sft_batch_size", WHOLE, "demonstrations of that term in one step", ROUNDS, 64, least=1, most=_ROWS),
         Key(
             "max_sampler_mismatch_nats", NUMBER, "difference of sampler and trainer log-probs that stops a run", ROUNDS,
             above=0, null="0.1, beside what top-p or top-k explains", infinite=True,
@@ -162,7 +168,7 @@ TABLE: Mapping[str, Key] = {
             "view", TEXT, "teacher: with the privileged information; student: without it", ("sample",),
             choices=("teacher", "student"),
         ),
-        Key("samples_per_prompt", WHOLE, "rollouts of each prompt", ("sample",), least=1),
+        Key("samples_per_prompt", WHOLE, "rollouts of each prompt", ("sample",), least=1, most=_ROWS),
         Key("prompts_per_batch", WHOLE, "prompts that are sampled together, over all processes", ("sample",), 64, least=1),
         Key("selection", COMPONENT, "which rollouts become rows of traces.jsonl", ("sample",)),
     )
@@ -206,21 +212,26 @@ def _allowed(key: Key, value: Any) -> bool:
     if key.kind in (WHOLE, NUMBER):
         numeric = type(value) is int or (key.kind == NUMBER and type(value) is float)
         return numeric and _within(key, value)
-    if key.kind == COMPONENT:
-        return isinstance(value, DictConfig) and "_component_" in value
-    types: dict[str, Any] = {TEXT: str, FLAG: bool, TEXTS: ListConfig, MAPPING: DictConfig}
-    return isinstance(value, types.get(key.kind, DictConfig | ListConfig))  # build_shaping looks into reward_shaping
+    if key.kind in (COMPONENT, COMPONENTS):
+        parts = value if key.kind == COMPONENTS and isinstance(value, ListConfig) else [value]
+        return all(isinstance(part, DictConfig) and "_component_" in part for part in parts)
+    if key.kind == TEXTS:
+        return isinstance(value, ListConfig) and all(isinstance(part, str) for part in value)
+    return isinstance(value, {TEXT: str, FLAG: bool, MAPPING: DictConfig}[key.kind])
 
 
 def _within(key: Key, value: float) -> bool:
     if math.isnan(value) or (math.isinf(value) and not key.infinite):
         return False
-    return (key.least is None or value >= key.least) and (key.above is None or value > key.above)
+    above_least = (key.least is None or value >= key.least) and (key.above is None or value > key.above)
+    return above_least and (key.most is None or value <= key.most)
 
 
 def _demand(key: Key) -> str:
     if key.choices:
         return f"is unknown; choose {key.bounds}"
+    if key.kind == COMPONENTS:
+        return f"is not a list of components; write `- _component_: dotted.path` under {key.name}"
     if key.kind == COMPONENT:
         return f"is not a component; write {key.name}._component_=dotted.path and {key.name}.argument=value"
     if key.kind in (TEXT, FLAG):

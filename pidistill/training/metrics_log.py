@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from pidistill.config import build
 from pidistill.distributed.run import Run
+from pidistill.errors import escape_controls
 from pidistill.jsonl import write_jsonl
 from pidistill.training.disk import replace_file
 from pidistill.training.health import Health
@@ -58,7 +59,8 @@ class MetricsLog:
             return
         write_jsonl(self.path.with_name("rollouts.jsonl"), [{"step": step} | row for row in rows])
         for row in rows:
-            self._bar.write(f"── step {step} · {row['example']} · {row['view']} · reward {row['reward']:g}\n{row['text']}")
+            shown = f"── step {step} · {row['example']} · {row['view']} · reward {row['reward']:g}\n{row['text']}"
+            self._bar.write(escape_controls(shown))
 
     def close(self) -> None:
         if self._active:

@@ -1,4 +1,4 @@
-"""The boring part of a recipe: process group, device, seeds, model, optimizer, step, clean exit.
+"""Start and end a recipe: checks, process group, device, threads, seeds, output folder, clean exit.
 
 The test for what stands here rather than in a recipe: would two papers differ in it?
 """
@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 from torchtune import training, utils
 
-from pidistill.config import check_config
+from pidistill.config import check_command_line, check_config
+from pidistill.distributed.launcher import close_progress_bars, refuse
 from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import check_tensor_parallel, make_mesh
 from pidistill.errors import InputError
@@ -56,7 +57,7 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     if device.type == "cpu":
         # Two ranks with all threads each are slower than one; results do not depend on it within one run's settings.
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(int(cfg.get("threads") or max(1, (os.cpu_count() or 1) // ranks)))
+        torch.set_num_threads(setting(cfg, "threads") or max(1, (os.cpu_count() or 1) // ranks))
     if not dist.is_initialized():
         offload = setting(cfg, "fsdp_cpu_offload") and device.type != "cpu"
         backend = training.get_distributed_backend(device.type, offload_ops_to_cpu=offload)
@@ -133,9 +134,14 @@ def make_output_dir(path: str) -> Path:
 
 
 def _device(name: str) -> torch.device:
-    """torchtune's, which takes the CPU where there is no such device: a large run would then crawl without a word."""
-    device = utils.get_device(name)
-    if device.type != torch.device(name).type:
+    """Return torchtune's device; refuse one that is not there, for which it takes the CPU without a word."""
+    try:
+        device, asked = utils.get_device(name), torch.device(name)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"device={name} is no device of torch ({' '.join(str(error).split())[:200]}); set cuda or cpu"
+        ) from error
+    if device.type != asked.type:
         raise InputError(f"device is {name}, which this machine does not show (it has {device.type}); set device={device.type}")
     return device
 
@@ -174,25 +180,28 @@ def cleanup() -> None:
     time.sleep(0.2)
 
 
-def one_sentence_errors(recipe_main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+def one_sentence_errors(recipe_main: Callable[..., Any]) -> Callable[..., Any]:
     """Print an InputError, or a key that cannot be resolved, as one sentence, once, and exit with status 2.
 
-    Any other error keeps its traceback.
+    Stands above torchtune's ``config.parse``, so that a command line that cannot be read is refused in the same way. Any other
+    error keeps its traceback.
     """
 
     @functools.wraps(recipe_main)
-    def wrapper(cfg: DictConfig) -> Any:
+    def wrapper(*config: DictConfig) -> Any:
         try:
             with handle_signals():
-                return recipe_main(cfg)
+                if not config:
+                    check_command_line(sys.argv[1:])
+                return recipe_main(*config)
         except Stopped as stopped:
             if os.environ.get("RANK", "0") == "0":
+                close_progress_bars()
                 print(f"\n{stopped.sentence}", file=sys.stderr, flush=True)
             cleanup()
             raise
         except (InputError, InterpolationResolutionError) as error:
-            if _first_to_fail():
-                print(f"error: {_one_sentence(error)}", file=sys.stderr, flush=True)
+            refuse(_one_sentence(error), is_first=_first_to_fail())
             cleanup()
             sys.exit(2)
         except OSError as error:
@@ -220,7 +229,7 @@ def _one_sentence(error: Exception) -> str:
 
 
 def _first_to_fail() -> bool:
-    """True on exactly one of the ranks that fail: all may have met the same error, or one alone one of its own."""
+    """Return True on exactly one of the ranks that fail: all may have met the same error, or one alone one of its own."""
     if not dist.is_initialized():  # the config is wrong, which every rank sees
         return os.environ.get("RANK", "0") == "0"
     return dist.distributed_c10d._get_default_store().add("pidistill failed", 1) == 1

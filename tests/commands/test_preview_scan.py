@@ -150,6 +150,14 @@ def test_the_table_names_kinds_and_rows(capsys, tmp_path):
     assert ended.value.code == 2 and "All 2 rows of dataset" in out and "REFUSED: text left out" in out and "row 1" in out
 
 
+def test_control_characters_of_the_data_are_shown_escaped(capsys, tmp_path):
+    path = config_of(tmp_path, [answered("4"), {"messages": [QUESTION, {"role": "\x1b[31mred", "content": "x"}]}])
+    with pytest.raises(SystemExit):
+        main(["--scan", path])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "x1b[31mred" in out
+
+
 def test_scan_takes_a_number_or_every_row():
     assert name_all_rows(["--scan", "tiny/opsd"]) == ["--scan", "all", "tiny/opsd"]
     assert name_all_rows(["tiny/opsd", "--scan"]) == ["tiny/opsd", "--scan", "all"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pidistill.chat.calls import ToolCall
 from pidistill.chat.phrases import count_phrases
-from pidistill.data import build_prompts, trace_dataset, trace_leak_phrases
+from pidistill.data import build_prompts, demonstration, trace_dataset, trace_leak_phrases
 from pidistill.data.agent_traces import derived_tools, read_traces
 from pidistill.errors import InputError
 from pidistill.privileged.prompt import PrivilegedPrompt
@@ -279,3 +279,35 @@ def test_the_real_traces_against_a_plain_reading():
             assert not any(m["content"] in example.privileged for m in row["messages"] if m["role"] == "tool" and m["content"])
     gold = trace_dataset(str(REAL), "gold_actions", actions_key="task.actions")
     assert all(example.privileged for example in gold)
+
+
+# ------------------------------------------------------------------------------------------- templates without tools
+
+NO_TOOLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TABLE = [
+    {"role": "user", "content": "A table for two?"},
+    call("book", seats=2),
+    {"role": "tool", "content": "booked"},
+    {"role": "assistant", "content": "Done."},
+]
+
+
+@pytest.mark.parametrize("derive_tools", [True, False])
+def test_a_trace_with_calls_under_a_template_without_tools_is_refused_by_row_with_the_key_that_helps(
+    write, tmp_path, derive_tools
+):
+    source = write({"task_id": "a", "reward": 1.0, "messages": TABLE})
+    (example,) = trace_dataset(source, derive_tools=derive_tools)
+    tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path / "model", NO_TOOLS)))
+    what = "the tool 'book'" if derive_tools else "the name of the call 'book'"
+    with pytest.raises(
+        InputError, match=rf"traces\.jsonl row 0: .*the chat template leaves out {what}; set tokenizer\.tool_format"
+    ):
+        demonstration(example, PrivilegedPrompt().build(example, tokenizer).pair, tokenizer)
+    as_text = HFChatTokenizer(str(tmp_path / "model"), tool_format="action")
+    learned = demonstration(example, PrivilegedPrompt().build(example, as_text).pair, as_text)
+    own = [i for i, mine in zip(learned.completion, learned.policy_mask, strict=True) if mine]
+    assert as_text.decode(own) == '<action>{"name": "book", "arguments": {"seats": 2}}</action><|im_end|>Done.<|im_end|>'

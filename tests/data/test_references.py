@@ -36,6 +36,13 @@ def test_a_number_is_taken(reference):
     check_references(SINGLE, [example(reference)])
 
 
+def test_an_empty_reference_that_every_answer_would_contain_is_refused():
+    contains = {"_component_": "pidistill.rewards.Contains"}
+    check_references({"reward": contains}, [example("Oslo")])
+    with pytest.raises(InputError, match=r"train\.jsonl row 4: the reference is empty"):
+        check_references({"reward": contains}, [example("  ")])
+
+
 def test_rewards_are_found_at_any_depth_and_the_environment_is_not_built():
     checks = {"_component_": "pidistill.rewards.Constraints", "checks": {"right": REWARD}}
     outer = {"_component_": "tests.data.test_references.no_environment", "inner": [{"reward": checks}]}
@@ -48,8 +55,8 @@ def no_environment(inner):
     raise AssertionError("the environment was built")
 
 
-@pytest.mark.parametrize("samples", [True, False])
-def test_a_run_refuses_the_rows_that_it_samples_and_no_others(tmp_path, samples):
+@pytest.mark.parametrize(("samples", "judged"), [(True, True), (True, False), (False, True)])
+def test_a_run_refuses_the_rows_that_it_samples_and_judges_and_no_others(tmp_path, samples, judged):
     folder = qwen_folder(tmp_path / "model")
     rows = [{"question": "q", "answer": "4"}, {"question": "q", "answer": "see the book"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -62,8 +69,8 @@ def test_a_run_refuses_the_rows_that_it_samples_and_no_others(tmp_path, samples)
             "_component_": "pidistill.data.qa_dataset", "source": str(tmp_path / "rows.jsonl"), "privileged_key": None,
         },
     })  # fmt: skip
-    if samples:
+    if samples and judged:
         with pytest.raises(InputError, match=r"rows\.jsonl row 1: the reference 'see the book' is not a number"):
-            load_prompts(cfg, no_pi="rl", samples=True)
+            load_prompts(cfg, no_pi="rl")
     else:
-        assert len(load_prompts(cfg, no_pi="rl", samples=False).prompts) == 2
+        assert len(load_prompts(cfg, no_pi="rl", samples=samples, judged=judged).prompts) == 2

@@ -64,7 +64,7 @@ def test_bytes_of_a_row_are_not_unpickled(tmp_path):
         (lambda: reasoning_gym_dataset("leg_counting", 1, answer_format="boxed"), r"dataset\.answer_format is 'boxed'"),
     ],
 )
-def test_arguments_that_cannot_be_meant_are_refused(make, told):
+def test_wrong_arguments_are_refused(make, told):
     """Under pytest the type checker is first; the sentences are for configs, which it does not see."""
     with pytest.raises(Exception, match=rf"{told}|Type-check error"):
         make()

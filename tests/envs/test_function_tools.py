@@ -52,7 +52,7 @@ def says(text="", *calls):
     return {"role": "assistant", "content": text} | ({"tool_calls": made} if made else {})
 
 
-def test_a_functions_schema():
+def test_the_schema_of_a_function_comes_from_its_signature_and_docstring():
     schema = tool(add).schema["function"]
     assert schema["name"] == "add" and schema["description"] == "Add to the pile. More is said here."
     properties = schema["parameters"]["properties"]
@@ -103,7 +103,7 @@ def test_calls_are_carried_out_in_order():
         ("ratio", {"a": 1, "b": 0}, "ZeroDivisionError"),
     ],
 )
-def test_what_a_model_gets_wrong_is_answered(name, arguments, said):
+def test_a_wrong_call_is_answered_with_a_sentence(name, arguments, said):
     pile = []
     (answer,) = call_tools(says("", (name, arguments)), TOOLS, pile)
     assert answer["role"] == "tool" and answer["content"].startswith("Error: ") and said in answer["content"] and pile == []
@@ -115,7 +115,7 @@ def test_a_call_that_cannot_be_read_is_answered_with_the_reason():
     assert call_tools(says("just text"), TOOLS) == []
 
 
-def test_an_id_comes_back_with_the_answer():
+def test_the_id_of_a_call_is_in_its_answer():
     turn = says("", ("ratio", {"a": 1, "b": 2}))
     turn["tool_calls"][0]["id"] = "c1"
     assert call_tools(turn, TOOLS)[0]["tool_call_id"] == "c1"
@@ -161,7 +161,7 @@ def play(env, start):
     return first, env.step(state, says("done"), truncated=False), state
 
 
-def test_an_episode_of_functions():
+def test_an_episode_carries_out_calls_and_ends_with_the_reward():
     first, last, state = play(environment(), 4)
     assert isinstance(environment(), Environment)
     assert not first.done and json.loads(first.observations[0]["content"])["pile"] == 10
@@ -170,7 +170,7 @@ def test_an_episode_of_functions():
         environment().step(state, says("more"), truncated=False)
 
 
-def test_the_parts_of_a_reward_are_told():
+def test_the_parts_of_a_reward_are_in_the_step():
     reward = Constraints({"ten": pile_is_ten, "nested": Constraints({"a": pile_is_ten, "no": lambda example, turns: 0.0})})
     env = replace(environment(), reward=reward)
     _, last, _ = play(env, 4)

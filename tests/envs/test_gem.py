@@ -90,7 +90,7 @@ def test_options_and_a_system_prompt():
         ({"env_id": SUDOKU, "completion": "random_actions"}, r"has no random actions"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(arguments, told):
+def test_wrong_arguments_of_process_environments_are_refused(arguments, told):
     with pytest.raises(InputError, match=told):
         gem_dataset(n=1, **arguments)
 

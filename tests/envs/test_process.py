@@ -140,7 +140,7 @@ def test_a_process_that_dies_or_hangs_is_replaced_and_other_episodes_go_on(talka
     ("text", "error", "told"),
     [("raise", RuntimeError, "bad sandbox"), ("key", KeyError, "gone"), ("None", EnvironmentOutputError, "not an EnvStep")],
 )
-def test_what_an_environment_raises_arrives_with_its_traceback(talkative, text, error, told):
+def test_an_exception_in_a_worker_arrives_with_its_traceback(talkative, text, error, told):
     state = talkative.reset(row())
     pid = say(talkative, state, "pid").observations
     with pytest.raises(error, match=told) as raised:
@@ -149,7 +149,7 @@ def test_what_an_environment_raises_arrives_with_its_traceback(talkative, text, 
     assert say(talkative, state, "pid").observations == pid, "an exception needs no new process"
 
 
-def test_what_cannot_be_meant_is_refused(talkative):
+def test_wrong_arguments_of_process_environments_are_refused(talkative):
     with pytest.raises(InputError, match="no such task"):
         talkative.reset(row("refused"))
     with pytest.raises(InputError, match="SingleTurn cannot be sent to a worker process"):

@@ -71,7 +71,7 @@ def test_settings_reach_the_task_and_the_prompt():
         ({"task": "countdown"}, r"evaluates what the model writes as a program.*allow_evaluated_answers: true"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(arguments, told):
+def test_wrong_arguments_of_process_environments_are_refused(arguments, told):
     with pytest.raises(InputError, match=told):
         reasoning_gym_dataset(n=1, **arguments)
 

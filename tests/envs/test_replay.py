@@ -73,7 +73,7 @@ def test_the_recorded_turns_get_the_recorded_answers_and_the_traces_reward():
     assert isinstance(ReplayEnvironment(), Environment)
 
 
-def test_words_are_not_compared_and_calls_are_however_they_are_written():
+def test_calls_are_compared_in_any_form_and_words_are_not_compared():
     both = calling(("think", {"thought": "now"}), ("book", {"flight": "F1"}))
     turns = [tagged("look", {"day": 3, "city": "SEA"}), saying("?"), both, saying("Bye")]
     assert play(ReplayEnvironment(), turns)[1:] == ([0.0, 0.0, 0.0, 1.0], 1.0, True)

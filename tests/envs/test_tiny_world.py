@@ -256,7 +256,7 @@ def test_a_wrong_call_ends_the_episode_without_reward_and_feedback_names_the_slo
     assert feedback_privileged(EXAMPLE, episode) == told
 
 
-def test_what_stands_before_the_last_act_is_free():
+def test_words_before_the_last_act_do_not_matter():
     _, steps = play(["act look d1 think . act look d2", "f0 act f0 0", "hint act act ship k3"])
     assert [step.reward for step in steps] == [0.0, 0.0, 1.0]
     assert steps[0].observations == [{"role": "tool", "content": "obs 6"}]
@@ -401,7 +401,7 @@ def test_another_world_seed_is_another_world_under_the_same_rules(split):
 
 
 @pytest.mark.parametrize("completion", [None, "actions", "cot"])
-def test_prefix_turns_are_prompt_and_the_episode_starts_behind_them(completion):
+def test_prefix_turns_are_part_of_the_prompt_and_the_episode_starts_after_them(completion):
     plain = tiny_world_dataset("validation", max_rows=20, completion=completion)
     rows = list(tiny_world_dataset("validation", max_rows=20, completion=completion, prefix_turns=[0, 1, 2]))
     assert len(rows) == 60 and rows[::3] == list(plain) and len({row.id for row in rows}) == 60
@@ -430,7 +430,7 @@ def test_prefixes_fit_with_the_teachers_block_and_a_completion():
 
 
 @pytest.mark.parametrize("wrong", [[], [3], [-1, 0]])
-def test_prefix_turns_that_cannot_be_meant_are_refused(wrong):
+def test_wrong_prefix_turns_are_refused(wrong):
     with pytest.raises(InputError, match=r"dataset\.prefix_turns is"):
         tiny_world_dataset("train", prefix_turns=wrong)
 

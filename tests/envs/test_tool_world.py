@@ -79,7 +79,7 @@ def test_no_call_of_the_expert_is_refused(every_task, experts_turns):
     assert any(task.calls[0].name == "find_user_by_name_zip" for task in moved), "where it was refused once"
 
 
-def test_who_does_nothing_solves_no_task(every_task):
+def test_an_agent_that_does_nothing_solves_no_task(every_task):
     """Though for some tasks nothing is to be changed: there, something must be said."""
     silent = [Say("Hello.")] * 3
     hasty = [Say("Is there anything else?")] * 4
@@ -116,7 +116,7 @@ def test_random_valid_calls_solve_next_to_nothing(count, tasks):
     assert sum(rewards) <= 1
 
 
-def test_half_of_an_episode_is_worth_nothing(tasks):
+def test_half_of_an_episode_has_no_reward(tasks):
     """Writes without what must be said, and what must be said without the writes."""
     for task in [task for task in tasks["test"] if task.writes and task.outputs and not task.wishes[-1].ends][:10]:
         mute = [*task.writes, *[Say("Is there anything else?")] * task.level]
@@ -188,7 +188,7 @@ def test_a_return_without_asking_is_not_what_the_customer_wanted(every_task):
     assert play(task, [call, *task.moves])[1]["database"] == 0.0
 
 
-def test_who_recites_numbers_has_told_nothing(tasks):
+def test_an_agent_that_recites_numbers_solves_no_task_that_asks_for_one(tasks):
     """Every question's answer is among them; the expert's own words, with as many numbers as it says, count."""
     questions = [task for task in tasks["test"] if not task.writes]
     recital = [Say(f"{' '.join(map(str, range(at, at + 100)))}. Do you confirm?") for at in range(1, 801, 100)]
@@ -233,7 +233,7 @@ def test_level_one_denies_nothing_and_the_others_do(every_task):
     assert all(len(task.wishes) == task.level for task in every_task)
 
 
-def test_rows_show_each_view_what_it_may_see():
+def test_rows_hold_the_privileged_information_for_the_teacher_alone():
     rows = {kind: tool_world_dataset("train", 6, kind)[5] for kind in ("calls", "names", "instruction", "none")}
     task = rows["calls"].data["task"]
     assert all(row.messages == rows["none"].messages and row.id == "tool_world train row 5" for row in rows.values())
@@ -367,7 +367,7 @@ def test_a_refused_call_changes_nothing():
         assert shop.fingerprint() == before, name
 
 
-def test_money_goes_where_it_should():
+def test_payments_and_refunds_reach_the_right_account():
     shop = Shop(shop_image(0))
     sql = "SELECT order_id, p.payment_id AS gift, balance FROM orders JOIN payments AS p USING (user_id) WHERE "
     row = shop.one(sql + "status = 'pending' AND kind = 'gift_card'")
@@ -386,7 +386,7 @@ def test_money_goes_where_it_should():
     assert {one["amount"] for one in booked} == {0}
 
 
-def test_fingerprints_tell_any_change_and_no_order(every_task):
+def test_fingerprints_change_with_any_content_and_not_with_its_order(every_task):
     one, other = Shop(shop_image(0)), Shop(shop_image(0))
     for shop, amounts in ((one, (1, 2)), (other, (2, 1))):
         for amount in amounts:
@@ -405,7 +405,7 @@ def test_arithmetic(expression, value):
 @pytest.mark.parametrize(
     "expression", ["2**9", "__import__('os')", "1/0", "9e999", "a", "", "(" * 199, "1" * 201, "True", "[1]"]
 )
-def test_what_is_no_arithmetic_is_refused(expression):
+def test_an_expression_that_is_not_arithmetic_is_refused(expression):
     with pytest.raises(ToolError):
         calculate(expression)
 
@@ -436,7 +436,7 @@ def test_a_denied_customer_takes_no_offer():
     assert one.answer("I cannot cancel it. Would you like me to transfer you?") == "I see. Second."
 
 
-def test_a_customer_that_declines_goes_on():
+def test_a_customer_that_declines_continues_with_the_next_wish():
     one = customer(wish(declined=True, confirms="No.", outputs=("15",)), wish("Second."))
     assert one.answer("I would refund 15 dollars. Shall I?") == "No. Second."
     assert (
@@ -454,5 +454,5 @@ def test_the_customer_gives_up():
     ("text", "said"),
     [("It is 1,200 dollars.", True), ("$1200.00", True), ("1200", True), ("12000", False), ("V1200", False), ("1200.5", False)],
 )
-def test_numbers_are_said_by_themselves(text, said):
+def test_numbers_count_as_said_where_they_stand_by_themselves(text, said):
     assert said_all(text, ("1200",)) is said

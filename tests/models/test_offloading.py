@@ -63,7 +63,7 @@ def test_sampling_and_constant_views_save_nothing(recorder):
     ("changes", "device", "ranks", "message"),
     [
         ({"fsdp_cpu_offload": True}, "cpu", 2, "fsdp_cpu_offload=True moves memory from a GPU to the CPU, and device is cpu"),
-        ({"fsdp_cpu_offload": True}, "cuda", 1, "one process has no shards; run with --nproc_per_node above 1"),
+        ({"fsdp_cpu_offload": True}, "cuda", 1, "one process has no shards but in mixed precision; run with --nproc"),
         ({"enable_activation_offloading": True}, "cpu", 2, "enable_activation_offloading=True moves memory .* device is cpu"),
         ({"enable_activation_offloading": True}, "cuda", 2, "set enable_activation_checkpointing=True too"),
     ],

@@ -80,7 +80,7 @@ def test_the_teachers_prompt_is_the_students_with_the_information_inserted(token
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_the_students_prompt_is_what_transformers_builds_for_inference(tmp_path, placement):
-    """T-m: id for id, whatever the privileged information is and wherever it goes in the teacher's prompt."""
+    """Compare id for id, whatever the privileged information is and wherever it goes in the teacher's prompt."""
     for make in (qwen_folder, llama_folder):
         folder = make(tmp_path / make.__name__)
         hf = PreTrainedTokenizerFast.from_pretrained(folder)

@@ -96,7 +96,7 @@ BY_COMMAND_LINE = [
     (
         "pi_distill",
         ["micro_batch_rollouts=4"],
-        "micro_batch_rollouts is read by nothing .*; set micro_batch_tokens in its place",
+        "micro_batch_rollouts is read by nothing in this recipe; did you mean minibatch_rollouts?",
     ),
     ("opsd", ["group_size=2.5"], "group_size=2.5 must be a whole number of at least 1"),
     ("opsd", ["minibatch_rollouts=4"], "minibatch_rollouts=4 must be a multiple of group_size=3"),
@@ -118,7 +118,7 @@ BY_COMMAND_LINE = [
     ("sft", ["optimizer.lr=.inf"], "config key optimizer.lr is inf; set it to a finite number"),
     ("opsd", ["sampler.temperature=.nan"], "config key sampler.temperature is nan"),
     ("evaluate", ["sampler.temperature=.inf"], "config key sampler.temperature is inf"),
-    ("opsd", ["sampler.max_new_tokens=null"], "sampler.max_new_tokens=null must be a number"),
+    ("opsd", ["sampler.max_new_tokens=null"], "sampler.max_new_tokens=null must be a whole number"),
     ("pi_distill", ["objective.beta={start: .nan, end: 1, steps: 5}"], "config key objective.beta.start is nan"),
     ("rl", ["clip_grad_norm=.nan"], "config key clip_grad_norm is nan; set it to a finite number"),
     ("rl", ["clip_grad_norm=.inf"], "clip_grad_norm=inf must be a number above 0, or null for no clipping"),
@@ -130,7 +130,7 @@ BY_COMMAND_LINE = [
     ("sft", ["custom_sharded_layers=output"], "custom_sharded_layers=output must be a list of texts"),
     ("opsd", ["importance_weights=3"], "importance_weights=3 is not a component; write importance_weights._component_=dotted"),
     ("opsd", ["on_overflow=crop"], "on_overflow=crop is unknown; choose error or drop"),
-    ("opsd", ["seed=${nowhere}"], r"the config cannot be resolved \(Interpolation key 'nowhere' not found"),
+    ("opsd", ["seed=${nowhere}"], r"config .* does not take seed=.* \(Interpolation key 'nowhere' not found"),
     # what a run needs around it
     ("sft", ["output_dir=/proc/run"], "output_dir=/proc/run cannot be written to .*; set output_dir to another folder"),
     (

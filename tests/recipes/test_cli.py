@@ -123,6 +123,25 @@ def test_the_first_command_of_a_new_user_without_the_base_says_what_to_do(tmp_pa
     assert "Traceback" not in done.stderr + done.stdout
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_under_tune_run_the_sentence_is_the_last_thing_on_the_screen(processes, tmp_path):
+    words = ["run", "--nproc_per_node", processes, "recipes/sft_distributed.py", "--config", "configs/tiny/sft.yaml"]
+    done = shell(tune_command(*words, f"output_dir={tmp_path}", "optimizer.lr=fast"))
+    assert done.returncode != 0
+    printed = (done.stdout + done.stderr).splitlines()
+    assert printed[-1] == "error: optimizer.lr=fast must be a number"
+    assert sum(line.startswith("error: ") for line in printed) == 1 and "Traceback" not in done.stderr
+    assert "Running SFTRecipe" not in done.stderr + done.stdout, "the config is printed before it is checked"
+    assert done.stderr.count("Skipping import of cpp extensions") <= 1, "a worker says it; tune's own process is not ours"
+
+
+def test_a_file_that_is_not_yaml_is_refused_under_tune_run(tmp_path):
+    (tmp_path / "bad.yaml").write_text("a: [1\n b: 2")
+    done = shell(tune_command("run", "--nproc_per_node", "1", "recipes/sft_distributed.py", "--config", f"{tmp_path}/bad.yaml"))
+    assert done.stderr.splitlines()[-1].startswith(f"error: config {tmp_path}/bad.yaml is not valid YAML")
+    assert "Traceback" not in done.stderr
+
+
 def test_the_recipe_file_itself_is_a_program(tiny_base, tmp_path):
     """`python recipes/x.py` and `torchrun recipes/x.py` are what a debugger or a cluster's launcher starts."""
     config = save_config(small_config("evaluate", tiny_base, tmp_path / "out", dataset__max_rows=2), tmp_path / "config.yaml")
@@ -212,8 +231,11 @@ def test_the_version_is_the_package_s(pidistill, capsys):
 def test_cp_keeps_a_file_that_exists(pidistill, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("mine")
-    pidistill("cp", "tiny/opsd", "mine.yaml")
-    assert Path("mine.yaml").read_text() == "mine" and "not overwriting" in capsys.readouterr().out
+    for name in ("mine.yaml", "mine"):
+        with pytest.raises(SystemExit) as ended:
+            pidistill("cp", "tiny/opsd", name)
+        assert ended.value.code == 2 and Path("mine.yaml").read_text() == "mine"
+        assert re.fullmatch(f"error: {name} exists and is kept; name another file.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -226,8 +248,11 @@ def test_cp_keeps_a_file_that_exists(pidistill, capsys, tmp_path, monkeypatch):
         (["run", "opsd_distributed"], "a run needs --config"),
         (["run", "--nproc_per_nod", "1"], "the following arguments are required: recipe"),
         (["run", "opsd_distributed", "--config", "bad.yaml"], "config bad.yaml is not valid YAML .*line 1"),
-        (["run", "opsd_distributed", "--config", "tiny/opsd", "lr"], "config tiny/opsd does not take lr .*key=value"),
-        (["run", "opsd_distributed", "--config", "tiny/opsd", "seed=${nowhere}"], "tiny/opsd does not take seed=.*nowhere"),
+        (["run", "opsd_distributed", "--config", "tiny/opsd", "lr"], "config .*tiny/opsd.yaml does not take lr .*key=value"),
+        (
+            ["run", "opsd_distributed", "--config", "tiny/opsd", "seed=${nowhere}"],
+            "tiny/opsd.yaml does not take seed=.*nowhere",
+        ),
         (["cp", "nosuch", "x.py"], "Invalid file name: nosuch. Try `pidistill ls`"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

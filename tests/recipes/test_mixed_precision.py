@@ -75,17 +75,23 @@ def recipe_has_adapters(recipe):
     return any("lora_a" in name for name, _ in recipe._model.named_parameters())
 
 
-@pytest.mark.parametrize("method", ["pi_distill", "opsd", "sft"])
-def test_the_first_step_in_mixed_precision_is_that_of_fp32_up_to_bf16s_rounding(method, tiny_base, tmp_path):
-    rows = {}
+def test_the_first_step_in_mixed_precision_is_that_of_fp32_up_to_bf16s_rounding(tiny_base, tmp_path):
+    """Of the supervised recipe: where texts are sampled, a draw near the border between two tokens makes another text."""
+    rows = []
     for name, changes in {"mixed": MIXED, "fp32": {}}.items():
-        run(method, small_config(method, tiny_base, tmp_path / name, max_steps=1, **changes))
-        rows[name] = metrics(tmp_path / name)[0]
-    ours, theirs = rows["mixed"], rows["fp32"]
+        run("sft", small_config("sft", tiny_base, tmp_path / name, max_steps=1, **changes))
+        rows += metrics(tmp_path / name)[:1]
+    ours, theirs = rows
     assert ours["loss"] != theirs["loss"]
-    assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
-    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.02)
-    assert method == "sft" or 0 < ours["sampler_mismatch_mean_nats"] < 0.02
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.01)
+    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["pi_distill", "opsd"])
+def test_what_is_sampled_in_mixed_precision_is_what_is_trained(method, tiny_base, tmp_path):
+    run(method, small_config(method, tiny_base, tmp_path, **MIXED))
+    rows = metrics(tmp_path)
+    assert len(rows) == 4 and all(0 < row["sampler_mismatch_mean_nats"] < 0.02 for row in rows)
 
 
 # ------------------------------------------------------------------------------------------- two processes

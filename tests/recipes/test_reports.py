@@ -16,7 +16,14 @@ from tests.support.runs import EVALUATION, RECIPES, metrics, recipe_module, run,
 
 TRAINED = ["base", "sft", "rl", "opsd", "pi_distill"]  # the others: test_every_config.py
 SHARDED = {"fsdp_reshard_after_forward", "custom_sharded_layers"}  # read where there is more than one rank
-STARTED = {"output_dir", "seed", "device", "dtype", "threads"}  # read by `start`, with the numbers that it checks
+STARTED = {
+    "output_dir",
+    "seed",
+    "device",
+    "dtype",
+    "compute_dtype",
+    "threads",
+}  # read by `start`, with the numbers that it checks
 
 
 def everything_on(name: str, base, folder) -> DictConfig:
@@ -109,7 +116,7 @@ def test_every_step_and_evaluation_reports_what_it_should(name, left):
             assert {"kl_teacher_student_q1", "kl_teacher_student_q4", "teacher_entropy_nats", "ess_frac"} <= row.keys()
             assert {"leak_frac", "clip_frac", "completion_tokens_mean", "rows_without_pi", "ratio_mean"} <= row.keys()
             assert {"dropped/reward_error", "dropped/reward_not_finite", "zero_advantage_frac"} <= row.keys()
-            # One update per round: what sampled is what is trained (SPEC T-i).
+            # One update per round: what sampled is what is trained.
             assert row["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
     for row in evaluations:
         gain = row["eval_teacher_success"] - row["eval_student_success"]

@@ -101,7 +101,7 @@ def two(tiny_base, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def one(tiny_base, tmp_path_factory):
-    """name → the folder of the same scenario in this one process, as padded rows in other micro-batches (T-a)."""
+    """name → the folder of the same scenario in this one process, as padded rows in other micro-batches."""
     folders = {}
     otherwise = {"packing": "padded", "micro_batch_tokens": 700}
 

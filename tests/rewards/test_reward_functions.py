@@ -66,7 +66,7 @@ def test_a_function_that_needs_no_example_makes_the_reward_as_a_class_does():
         ({"_component_": f"{PATH}.is_short", "limit": "many"}, "environment.reward.limit=many must be"),
     ],
 )
-def test_what_is_no_reward_is_refused_with_the_config(reward, message):
+def test_a_wrong_reward_function_is_refused_with_the_config(reward, message):
     with pytest.raises(InputError, match=message):
         environment(reward)
 

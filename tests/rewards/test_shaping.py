@@ -171,7 +171,7 @@ def shaped(task, penalty, group=0, word="x"):
     return rollout
 
 
-def test_a_success_stays_one_whatever_the_penalty(tmp_path):
+def test_a_penalty_does_not_change_what_counts_as_a_success(tmp_path):
     rollouts = [shaped(1.0, 0.4, word="right"), shaped(0.0, -1.0, word="wrong")]  # the failure earns more
     one = Run(torch.device("cpu"), torch.float32, rank=0, world_size=1, seed=0, output_dir=tmp_path)
     for threshold, successes in ((0.5, 1), (1.0, 1)):  # by the reward with its penalty: 2 and 1
@@ -231,6 +231,6 @@ def test_wrong_constraints_are_refused(arguments, message):
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1, math.nan])
-def test_a_check_outside_its_range_is_an_error_and_no_number(value):
+def test_a_check_that_gives_a_number_outside_0_and_1_is_an_error(value):
     with pytest.raises(ValueError, match=r"which is not in \[0, 1\]"):
         Constraints({"a": lambda example, turns: value})(EXAMPLE, said("x"))

@@ -54,7 +54,7 @@ def test_a_call_that_is_late_is_abandoned(release):
         time.sleep(0.01)
 
 
-def test_threads_answer_in_order_and_leave_whoever_hangs(release):
+def test_threads_answer_in_order_and_do_not_wait_for_one_that_hangs(release):
     begin = time.monotonic()
     with DaemonThreads(3) as threads:
         assert threads.map(lambda a, b: a * b, range(20), range(20)) == [n * n for n in range(20)]
@@ -96,7 +96,7 @@ def test_neither_the_exit_nor_an_interrupt_waits_for_threads_that_hang():
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_what_is_no_answer_is_told(name):
+def test_an_answer_that_is_none_is_refused_with_its_cause(name):
     step, told = OUTPUTS[name]
     with pytest.raises(EnvironmentOutputError) as error:
         check_step(step)
@@ -143,7 +143,16 @@ def test_ill_environments_cost_their_own_episodes_and_no_others(threads, healthy
     assert int(hanging[1]) >= 3  # those of other tests may take a moment to end
 
 
-def test_what_a_call_answers_too_late_changes_nothing(release):
+def test_control_characters_of_an_exception_are_escaped_in_the_log(caplog):
+    class Colourful(Late):
+        def step(self, state, turn, *, truncated):
+            raise RuntimeError("\x1b[2J\ud800")
+
+    collect(Script("q."), Colourful(None), "a")
+    assert "\x1b" not in caplog.text and "\\x1b[2J\\ud800" in caplog.text and "Traceback" in caplog.text
+
+
+def test_a_late_answer_changes_nothing(release):
     (result,) = [collect(Script("q.", "x."), Late(release), environment_timeout_s=0.05)]
     assert [r.example.id for r in result.rollouts] == ["row a"] and result.dropped["environment_timeout"] == 1
 
@@ -165,7 +174,7 @@ class Late:
     ("error", "reason"),
     [(EnvironmentCrash("pod gone"), "environment_crash"), (EnvironmentTimeout("30 s"), "environment_timeout")],
 )
-def test_environments_may_say_themselves_that_they_died_or_are_late(error, reason, caplog):
+def test_an_environment_may_raise_timeout_or_crash_itself(error, reason, caplog):
     class Says(Late):
         def step(self, state, turn, *, truncated):
             if state == "row b":
@@ -177,7 +186,7 @@ def test_environments_may_say_themselves_that_they_died_or_are_late(error, reaso
     assert str(error) in caplog.text and not any(record.exc_info for record in caplog.records)
 
 
-def test_a_penalty_does_not_hide_that_an_answer_is_none():
+def test_reward_shaping_does_not_hide_a_wrong_answer_of_the_environment():
     class Wrong(Late):
         def step(self, state, turn, *, truncated):
             return {"reward": 1.0} if state == "row b" else EnvStep([], 1.0, True)
@@ -217,7 +226,8 @@ def interrupt():
 
 def send(signum):
     def act():
-        os.kill(os.getpid(), signum)
+        time.sleep(0.3)  # until the main thread waits
+        signal.pthread_kill(threading.main_thread().ident, signum)  # which gets a terminal's signals
         time.sleep(5)  # the handler runs first
 
     return act

@@ -1,5 +1,6 @@
 """Episodes between a scripted sampler and small environments; then once with a model."""
 
+import inspect
 import logging
 import math
 import threading
@@ -16,6 +17,7 @@ from pidistill.rollouts.collect import DROP_REASONS
 from pidistill.scoring.batch import make_batch
 from pidistill.scoring.score import score
 from pidistill.testing import tiny_model
+from pidistill.training.keys import TABLE
 from pidistill.types import PromptPair, ScoreRequest
 from tests.support.episodes import STOP, Counting, LetterTokenizer, Script, assistant, collect, pair, tool
 
@@ -165,7 +167,7 @@ class Failing(Counting):
     ],
 )
 @pytest.mark.parametrize("cut_short", [False, True])
-def test_a_rollout_without_a_reward_is_dropped_counted_and_told(how, reason, told, cut_short, caplog):
+def test_a_rollout_without_a_reward_is_dropped_counted_and_logged(how, reason, told, cut_short, caplog):
     sampler = Script("q.", "x.q.", "x.q.", "q.") if not cut_short else Script("q.", "xx", "xx", "q.", max_new_tokens=2)
     with caplog.at_level(logging.WARNING):
         result = collect(sampler, Failing(how), "abbc", group_size=1)
@@ -174,6 +176,27 @@ def test_a_rollout_without_a_reward_is_dropped_counted_and_told(how, reason, tol
     (record,) = caplog.records
     assert all(part in record.getMessage() for part in ("2 rollouts", reason, "row b", told))
     assert ("Traceback" in record.getMessage()) == (reason == "reward_error")  # that of the user's own code
+
+
+BESIDE_THE_TEXT = 2 + len("roletoolcontent")  # the list and the message count as one character each, and names as texts
+
+
+@pytest.mark.parametrize(("most", "kept"), [(3, True), (2, False)])
+def test_an_observation_longer_than_the_bound_costs_its_episode(most, kept, caplog):
+    class Answers(Counting):
+        def step(self, state, turn, *, truncated):
+            done = turn["content"] == "q"
+            return EnvStep([] if done else [tool("abc")], 1.0, done)
+
+    result = collect(Script("x.q.", "q."), Answers(), max_observation_chars=BESIDE_THE_TEXT + most)
+    assert [r.example.id for r in result.rollouts] == (["row a", "row b"] if kept else ["row b"])
+    assert result.dropped["environment_output"] == (0 if kept else 1)
+    assert kept or "raise that key" in caplog.text
+
+
+def test_the_key_of_the_bound_has_the_default_of_the_function():
+    default = inspect.signature(collect_rollouts).parameters["max_observation_chars"].default
+    assert default == TABLE["max_observation_chars"].default
 
 
 def test_an_environment_that_does_not_fit_the_dataset_stops_the_run():
@@ -197,7 +220,7 @@ def test_a_rank_without_examples_still_calls_the_sampler():
 @pytest.mark.parametrize(
     ("kwargs", "message"), [({"groups": [0]}, "1 group numbers"), ({"max_turns": 0}, "max_turns is 0; give at least 1")]
 )
-def test_arguments_that_cannot_be_meant_are_refused(kwargs, message):
+def test_wrong_arguments_are_refused(kwargs, message):
     with pytest.raises(InputError, match=message):
         collect(Script("q.", "q."), Counting(), **kwargs)
 
@@ -284,7 +307,7 @@ def test_slow_environments_and_the_sampler_work_at_the_same_time():
         )
 
 
-def test_an_environment_that_fails_in_its_thread_is_counted_as_ever(caplog):
+def test_an_environment_that_fails_in_a_thread_is_counted_too(caplog):
     class Fails(Counting):
         def step(self, state, turn, *, truncated):
             if state["id"] == "row a":

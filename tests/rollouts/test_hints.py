@@ -48,7 +48,7 @@ def test_sentences_are_counted(text, sentences):
             assert reward == float(low <= sentences <= high)
 
 
-def test_bounds_that_no_text_meets_are_refused():
+def test_bounds_that_no_text_can_meet_are_refused():
     for low, high in ((0, 2), (3, 2)):
         with pytest.raises(InputError, match=f"reward.low={low} and reward.high={high}"):
             SentenceCount(low, high)
@@ -75,7 +75,7 @@ def test_the_first_usable_hint_of_each_prompt_is_kept_with_its_trace():
         selection.select([replace(rollouts[3], example=Example("row 0", []))], (), no_rewriting, 0)
 
 
-def test_hints_are_read_back_by_task_the_first_of_each(tmp_path):
+def test_the_first_hint_of_each_task_is_read_back(tmp_path):
     rows = [
         trace_row(t, {"seed": 3})
         for t in Hints().select([rollout(" Look. ", 0), rollout("Book.", 1)], (), no_rewriting, 0).traces
@@ -90,7 +90,7 @@ def test_hints_are_read_back_by_task_the_first_of_each(tmp_path):
 )
 def test_other_files_are_refused(line, tmp_path):
     (tmp_path / "hints.jsonl").write_text(line + "\n")
-    with pytest.raises(InputError, match="hints.jsonl row 0 is (not valid JSON|no hint with its task)"):
+    with pytest.raises(InputError, match="hints.jsonl (cannot be read .line 1 is not valid|line 1 is no hint with its task)"):
         read_hints(str(tmp_path / "hints.jsonl"))
 
 

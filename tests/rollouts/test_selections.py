@@ -170,7 +170,7 @@ def test_an_intervention_is_the_right_turns_and_the_failing_one_rewritten(failin
     assert fix.turns == [assistant(right[failing])] and fix.policy_tokens == len(right[failing].split()) + 1
 
 
-def test_only_failures_of_the_environments_verdict_are_mended_and_only_accepted_fixes_kept():
+def test_only_rollouts_that_failed_are_rewritten_and_only_right_turns_are_kept():
     right = right_turns(EXAMPLES[0])
     rows = [right, ["act"], [right[0], "act"], [right[0], "act"], ["think " * 60]]
     rollouts = sampled(rows, EXAMPLES[:1], group_size=5, view="student")

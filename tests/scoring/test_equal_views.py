@@ -14,6 +14,7 @@ from pidistill.teachers import AdapterOffTeacher, EMATeacher, FrozenTeacher, Liv
 from pidistill.testing import TINY_SIZES
 from pidistill.types import Divergence, ScoreRequest
 from tests.support.builders import VOCABULARY, batch_of, gradients, model, random_rollouts
+from tests.support.own_divergences import renyi
 
 DIVERGENCES = tuple(
     Divergence(name, "student", **options)
@@ -56,6 +57,21 @@ def test_a_teacher_with_the_students_weights_gives_exact_zeros_in_a_mixed_batch(
     assert without.numel() > 0 and torch.equal(without, torch.zeros_like(without))
     assert all(not grad.any() for grad in gradients(module).values())
     assert (with_pi > 1e-6).all()
+
+
+def kl_and_entropy(teacher, student):
+    """A function that still has a gradient where both sides are equal: not a divergence, and nothing to be rounded away."""
+    return (teacher.exp() * (teacher - student)).sum(-1) + 0.1 * (student.exp() * student).sum(-1)
+
+
+@pytest.mark.parametrize(("function", "zero"), [(renyi, True), (kl_and_entropy, False)])
+def test_a_divergence_of_ones_own_has_no_gradient_of_rounding_noise(function, zero):
+    own = Divergence("own", "student", fn=function)
+    module, rollouts = model(), random_rollouts(4, with_pi=False)
+    request = ScoreRequest(student_grad=True, teacher_grad=False, divergences=(own,))
+    scores = score(module, batch_of(rollouts), request, teacher=attached(FrozenTeacher(), module))
+    scores.divergences[own].sum().backward()
+    assert all(not grad.any() for grad in gradients(module).values()) == zero
 
 
 @pytest.mark.parametrize("teacher", ["frozen", "ema", "trust region"])

@@ -22,6 +22,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name → the tiny config, 
     "pcsd": ("pcsd", DISTIL),
     "pcsd, padded rows": ("pcsd", DISTIL | {"packing": "padded"}),
     "sdft": ("sdft", DISTIL),
+    "sdft, mixed precision": ("sdft", DISTIL | {"compute_dtype": "bf16"}),
     "sdft, kl(S||T)": ("sdft", DISTIL | {"objective__divergence": "kl_student_teacher"}),
     "opsd_ucla, jsd": ("opsd_ucla", DISTIL),
     "opsd_ucla, clipped entries": (

@@ -98,7 +98,7 @@ def ppo_objective(ratio: float, advantage: float, low: float, high: float, dual_
 
 
 def ppo_coefficient(ratio: float, advantage: float, low: float, high: float, dual_clip: float | None) -> float:
-    """The number that multiplies ∇log π in ∇J_t, as a table (SPEC T-e)."""
+    """The number that multiplies ∇log π in ∇J_t, as a table."""
     if advantage > 0:
         return ratio * advantage if ratio <= high else 0.0
     if advantage < 0:
@@ -117,7 +117,7 @@ def topr_coefficient(ratio: float, advantage: float, low: float, high: float) ->
 
 @dataclass(frozen=True)
 class MarkovChain:
-    """A first-order Markov chain over V tokens whose every sequence can be written down (SPEC §2).
+    """A first-order Markov chain over V tokens whose every sequence can be written down.
 
     Student logits are ``W[prev]``, teacher logits ``W[prev] + P[prev]``, row V of both is the start. W is the one parameter;
     one view depends on it, the other is frozen at W's value. All in float64.
@@ -141,7 +141,7 @@ class MarkovChain:
     def seeded(
         seed: int, sampler: str = "teacher", live: str | None = None, end: int | None = None, vocabulary: int = 3
     ) -> "MarkovChain":
-        """SPEC §2's chain for seed 0; ``live`` None is the sampler."""
+        """Return the chain of seed 0; ``live`` None is the sampler."""
         torch.manual_seed(seed)
         W = torch.randn(vocabulary + 1, vocabulary, dtype=torch.float64)
         P = torch.randn(vocabulary + 1, vocabulary, dtype=torch.float64)

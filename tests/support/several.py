@@ -14,8 +14,8 @@ from pidistill.training.start import cleanup, one_sentence_errors
 from tests.support.runs import quick_setup, run
 
 
-@config.parse
 @one_sentence_errors
+@config.parse
 def recipe_main(cfg: DictConfig) -> None:
     with quick_setup():
         for name, path in cfg.runs.values():

@@ -31,7 +31,10 @@ def test_a_base_models_folder_is_said_once_with_the_token_to_set(tmp_path, caplo
         HFChatTokenizer(str(folder))
     (said,) = warnings(caplog)
     assert said.startswith(f"{folder}: the model's files name <|endoftext|> as the end of a turn, and the chat template ends")
-    assert "with <|im_end|>: samples may run past the end" in said and "set tokenizer.stop_tokens: ['<|im_end|>']" in said
+    assert (
+        "with <|im_end|>: what this tokenizer's model samples may run past the end" in said
+        and "set tokenizer.stop_tokens: ['<|im_end|>']" in said
+    )
 
 
 @pytest.mark.parametrize("stop", ["<|im_end|>", "<|endoftext|>"])

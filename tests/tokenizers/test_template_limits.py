@@ -1,9 +1,12 @@
 """A chat template that never ends, or makes texts without bound, ends in one sentence, in every thread and within seconds."""
 
+import json
 import threading
 import time
 
 import pytest
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pidistill.errors import InputError
 from pidistill.tokenizers import HFChatTokenizer, template_limits
@@ -40,6 +43,10 @@ LARGE = {
     "a replaced text": "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}",
     "a filter that replaces": "{{ ('a' * 1000000) | replace('a', 'b' * 1000000) }}",
     "a joined list": "{{ (['a' * 1000000] * 1000000) | join }}",
+    "a list of one large text": "{{ (['a' * 1000000] * 1000000) | string }}",
+    "a generator of large texts": "{{ range(100000) | map('string') | map('replace', '1', 'b' * 1000000) | join }}",
+    "a text that is formatted in many places": "{{ ('{0}' * 100000).format('a' * 1000000) }}",
+    "a text that is put in many places": "{{ ('%(a)s' * 100000) % {'a': 'a' * 1000000} }}",
     "one list in many places": (
         "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson }}"
     ),
@@ -106,3 +113,45 @@ def test_a_conversation_of_thousands_of_turns_is_within_the_limits(template):
     start = time.thread_time()
     text = ChatTemplate({"default": template}, {"bos_token": "<s>"}).render([*turns, *QUESTION], None, True)
     assert text.count("q q q") >= 2000 and time.thread_time() - start < template_limits.MAX_SECONDS / 2
+
+
+# ------------------------------------------------------------------------------------------- the same text as without limits
+
+USED = [
+    "{% for m in messages %}{{ loop.index0 }}{{ loop.first }}{{ loop.last }}{{ loop.length }}{{ loop.revindex }}{% endfor %}",
+    "{% for m in messages %}{{ loop.previtem.role if loop.previtem else '-' }}{{ loop.nextitem is defined }}{% endfor %}",
+    "{% for m in messages if m.role == 'user' %}{{ m.content }}{% else %}none{% endfor %}",
+    "{% for m in messages if m.role == 'tool' %}{{ m.content }}{% else %}none{% endfor %}",
+    "{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{% continue %}{% endfor %}{{ messages | length }}",
+    "{% for m in messages[::-1] %}{{ m.role ~ ': ' ~ m.content ~ 3 ~ none ~ missing }}{% endfor %}",
+    "{% for key, value in messages[0].items() %}{{ key }}={{ value }};{% endfor %}",
+    "{% for k, v in d | dictsort %}{{ k, v }}{% endfor %}",
+    "{% for x in tree recursive %}{{ x.name }}({{ loop(x.children) }}){{ loop.depth }}{% endfor %}",
+    "{% set ns = namespace(n=0, t='') %}{% for i in range(5) %}{% set ns.n = ns.n + i * 2 ** i %}{% endfor %}{{ ns.n % 7 }}",
+    "{% macro say(m, end='!') %}{{ m.role | upper }}{{ end }}{{ varargs }}{% endmacro %}{{ say(messages[0]) }}",
+    "{% macro box() %}[{{ caller('x') }}]{% endmacro %}{% call(y) box() %}{{ y }}{% endcall %}",
+    "{{ messages | map(attribute='role') | join(', ') }}{{ messages | selectattr('role', 'equalto', 'user') | list | length }}",
+    "{{ messages | groupby('role') | list | length }}{{ ['b', 'a'] | sort | join }}",
+    "{{ 'abc' | list }}{{ d | list }}{{ d | join }}",
+    "{{ d | tojson }}{{ d | tojson(indent=2) }}{{ messages[1].content.split('b')[-1].lstrip('\n').strip() | trim }}",
+    "{{ '%s is %d' % ('a', 3) }}{{ '{} and {x:>4}'.format(1, x='z') }}{{ 'ab' * 3 }}{{ [1] + [2] }}{{ (1, 2) + (3,) }}",
+    "{{ 'a-b'.replace('-', '+') }}{{ 'a-b' | replace('-', '+') }}{{ ', '.join(['x', 'y']) }}{{ 'a'.center(5) }}{{ -7 // 2 }}",
+    "{% set x %}{% for i in range(3) %}{{ i }}{% endfor %}{% endset %}{{ x * 2 }}{% filter upper %}abc{{ x }}{% endfilter %}",
+    "{{ missing is defined }}{{ d is mapping }}{{ messages is iterable }}{{ 'b' in 'abc' }}{{ none }}{{ missing or 'else' }}",
+    "{% for x in missing %}{{ x }}{% endfor %}{{ missing | default('d') }}{{ 7.5 | round | int }}{{ [3, 1] | max }}",
+    "{% set j = joiner(',') %}{% for m in messages %}{{ j() }}{{ m.role }}{% endfor %}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", USED)
+def test_what_templates_use_is_rendered_as_jinjas_own_sandbox_renders_it(text):
+    own = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    own.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    values = {"d": {"b": 1, "a": [2, {"c": "ü"}]}, "tree": [{"name": "r", "children": [{"name": "s", "children": []}]}]}
+    messages = [
+        {"role": "user", "content": "abc"},
+        {"role": "assistant", "content": "a b\n c "},
+        {"role": "user", "content": ""},
+    ]
+    expected = own.from_string(text).render(messages=messages, **values)
+    assert ChatTemplate({"default": text}, values).render(messages, None, False) == expected != ""

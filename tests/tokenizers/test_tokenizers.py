@@ -217,7 +217,7 @@ def grown(tokenizer, messages, steps, tools=None):
 @pytest.mark.parametrize("family", ["qwen2.5", "llama3"])
 @pytest.mark.parametrize("name", EPISODES)
 def test_a_context_grown_turn_by_turn_is_the_prompt_of_the_whole(folders, family, name):
-    """T-n: prompt, turns and observations join without a token merged across, and add up to what a whole render encodes."""
+    """Prompt, turns and observations join without a token merged across, and add up to what a whole render encodes."""
     tokenizer = HFChatTokenizer(str(folders[family]))
     messages, steps = EPISODES[name]
     tools = TOOLS if "tool" in name else None

@@ -13,12 +13,13 @@ from pidistill.distributed.run import Run
 from pidistill.errors import InputError
 from pidistill.models.precision import compute_dtype_of, multiply_head, widen_head
 from pidistill.rollouts import TorchtuneSampler
+from pidistill.rollouts.vllm_sampler import whole_weights
 from pidistill.scoring.score import score, student_nll
 from pidistill.teachers import EMATeacher, FrozenTeacher, Teacher, TrustRegionTeacher
 from pidistill.testing import TINY_SIZES, tiny_model
 from pidistill.training.load import load_model
 from pidistill.training.start import start
-from pidistill.types import ScoreRequest
+from pidistill.types import Divergence, ScoreRequest
 from tests.support.builders import CPU, VOCABULARY, batch_of, random_rollouts
 
 NODE = {"_component_": "torchtune.models.llama3.llama3", "vocab_size": VOCABULARY, **TINY_SIZES}
@@ -81,6 +82,18 @@ def test_one_steps_gradient_is_that_of_fp32_up_to_bf16s_rounding():
         gradients[kind] = flat(p.grad for p in model.parameters())
     assert 0.999 < cosine(gradients["mixed"], gradients["fp32"]) < 1 - 1e-9
     assert gradients["mixed"].norm() / gradients["fp32"].norm() == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["kl_teacher_student", "kl_student_teacher"])
+def test_a_divergences_gradient_on_both_sides_is_that_of_fp32_up_to_bf16s_rounding(name):
+    divergence, gradients = Divergence(name, grad="both"), []
+    request = ScoreRequest(student_grad=True, teacher_grad=True, divergences=(divergence,), entropy=False)
+    for kind in ("mixed", "fp32"):
+        model, batch = load(kind), batch_of(random_rollouts(24))
+        score(model, batch, request).divergences[divergence].mean().backward()
+        gradients.append(flat(p.grad for p in model.parameters()))
+    assert 0.99 < cosine(*gradients) < 1 - 1e-9
+    assert gradients[0].norm() / gradients[1].norm() == pytest.approx(1.0, abs=0.03)
 
 
 def test_gradients_of_micro_batches_add_up_in_fp32():
@@ -220,6 +233,25 @@ def test_a_frozen_teacher_that_equals_the_student_is_at_distance_zero():
     batch = batch_of(random_rollouts(6, with_pi=False))
     scores = score(model, batch, ScoreRequest(student_grad=False, teacher_grad=False, entropy=False), teacher=teacher)
     assert torch.equal(scores.student_logprobs, scores.teacher_logprobs)
+
+
+@pytest.mark.parametrize("node", [NODE, LORA], ids=["full", "lora"])
+def test_vllm_gets_whole_weights_in_bf16_and_adapters_merged_before_they_are_rounded(node):
+    model = load("mixed", node)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_b" in name:
+                p.to_local().fill_(0.01)
+    found = whole_weights(model)
+    assert {(t.dtype, isinstance(t, DTensor)) for t in found.values()} == {(torch.bfloat16, False)}
+    initial, name = tiny_model(VOCABULARY).state_dict(), "layers.0.attn.q_proj.weight"
+    assert found.keys() == initial.keys()
+    expected = initial[name].bfloat16()
+    if node is LORA:
+        a, b = (whole(model.get_parameter(f"layers.0.attn.q_proj.lora_{part}.weight")).float() for part in "ab")
+        expected = (expected.float() + 8.0 / 4 * (b @ a)).bfloat16()
+        assert not torch.equal(expected, initial[name].bfloat16())
+    torch.testing.assert_close(found[name].float(), expected.float(), rtol=2**-7, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- logits

@@ -18,9 +18,9 @@ from pidistill.errors import StopRequest
 from pidistill.privileged import PrivilegedPrompt
 from pidistill.privileged.hindsight import Hindsight, add_hindsight
 from pidistill.types import PromptPair, Rollout
-from tests.recipes.conftest import make_base
 from tests.support.episodes import LetterTokenizer, Script, collect, example
 from tests.support.runs import MODEL, metrics, quick_setup, run, small_config
+from tests.support.tiny_base import make_base
 from tests.trials import world_faults as faults
 from tests.trials.world_faults import FAULTS, FaultyShaping, FaultyText, FaultyWorld
 

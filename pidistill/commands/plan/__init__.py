@@ -1,4 +1,4 @@
-"""What a run will take, before it runs: bytes per phase on each rank, and seconds per phase of a round.
+"""Estimate what a run will take, before it runs: bytes per phase on each rank, and seconds per phase of a round.
 
     ModelShape (read from the modules, on the meta device) + Workload (lengths, groups, budget) + Setup (how it is trained)
       ─► memory   {phase: {part: bytes}}    the phase with the largest sum has to fit

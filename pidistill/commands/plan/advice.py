@@ -1,17 +1,18 @@
-"""Whether a run fits, and what would make it fit: each kind of change alone, and together where none is enough."""
+"""Say whether a run fits, and what would make it fit: each kind of change alone, and together where none is enough."""
 
 from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
 
 from pidistill.commands.plan.devices import Device
-from pidistill.commands.plan.lengths import Lengths, RowLengths
+from pidistill.commands.plan.lengths import Lengths, RowLengths, learns_demonstrations
 from pidistill.commands.plan.memory import chunk_tokens, memory, peak
-from pidistill.commands.plan.reading import budget_of, dtype_of, packing_of, setup_of, shape_of, workload_of
+from pidistill.commands.plan.reading import dtype_of, setup_of, shape_of, workload_of
 from pidistill.config import build, resolve
 from pidistill.errors import InputError
 from pidistill.models.adapters import has_adapters
 from pidistill.models.empty import shared_empty_model
+from pidistill.training.keys import setting
 
 # Ragged lengths, the allocator's gaps and what the estimate misses.
 HEADROOM_FRAC = 0.1
@@ -19,32 +20,34 @@ _ONE_TOKEN = Lengths(1, 1, 1, 1)
 
 
 def fits(bytes_: float, device: Device) -> bool:
+    """Return True if the device holds so many bytes and some more."""
     return bytes_ * (1 + HEADROOM_FRAC) <= device.memory_bytes
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A config on a number of ranks; a change makes another one of it."""
+    """Hold a config on a number of ranks; a change makes another one of it."""
 
     cfg: DictConfig
     ranks: int
     changes: tuple[str, ...] = ()
 
     def with_(self, *overrides: str, ranks: int | None = None) -> "PlannedRun":
+        """Return the run with overrides, or on another number of ranks."""
         cfg = OmegaConf.merge(self.cfg, OmegaConf.from_dotlist(list(overrides)))
         words = (*overrides, *([f"--ranks {ranks}"] if ranks else []))
         return PlannedRun(cfg, ranks or self.ranks, (*self.changes, " ".join(words)))
 
 
 def advice(run: PlannedRun, rows: RowLengths, device: Device) -> list[tuple[str, float]]:
-    """(change, peak bytes with it): one of each kind that helps, and where none is enough alone, as many as it takes."""
+    """Return (change, peak bytes with it): one of each kind that helps, and where none is enough alone, as many as it takes."""
 
     def size(run: PlannedRun) -> float:
         setup, longest = setup_of(run.cfg, run.ranks, device.kind), workload_of(run.cfg, rows.longest, run.ranks)
         return peak(memory(setup, longest))[1]
 
     def enough(steps: list[PlannedRun]) -> tuple[PlannedRun, float]:
-        """The first step that fits, else the last."""
+        """Return the first step that fits, else the last."""
         sizes = ((step, size(step)) for step in steps)
         return next((pair for pair in sizes if fits(pair[1], device)), (steps[-1], size(steps[-1])))
 
@@ -61,22 +64,22 @@ def advice(run: PlannedRun, rows: RowLengths, device: Device) -> list[tuple[str,
 
 
 def _fewer_rows_sampled(run: PlannedRun, device: Device) -> list[PlannedRun]:
-    if "batch_size" in run.cfg:
+    if learns_demonstrations(run.cfg):
         return []
     rows = -(-run.cfg.prompts_per_round // run.ranks) * run.cfg.group_size
     return [run.with_(f"sampler.max_batch_size={n}") for n in _halves(run.cfg.sampler.get("max_batch_size") or rows)]
 
 
 def _packed(run: PlannedRun, device: Device) -> list[PlannedRun]:
-    return [run.with_("packing=tree")] if packing_of(run.cfg) == "padded" else []
+    return [run.with_("packing=tree")] if setting(run.cfg, "packing") == "padded" else []
 
 
 def _smaller_micro_batches(run: PlannedRun, device: Device) -> list[PlannedRun]:
-    return [run.with_(f"micro_batch_tokens={n}") for n in _halves(budget_of(run.cfg), least=256)]
+    return [run.with_(f"micro_batch_tokens={n}") for n in _halves(setting(run.cfg, "micro_batch_tokens"), least=256)]
 
 
 def _smaller_chunks(run: PlannedRun, device: Device) -> list[PlannedRun]:
-    """Of the head's logits."""
+    """Return runs whose head computes fewer logits at once."""
     model, views = shape_of(run.cfg.model, dtype_of(run.cfg)), len(workload_of(run.cfg, _ONE_TOKEN, run.ranks).views)
     size = run.cfg.get("score_chunk_tokens") or chunk_tokens(model, views, device.kind)
     return [run.with_(f"score_chunk_tokens={n}") for n in _halves(size, least=32)]
@@ -87,14 +90,14 @@ def _checkpointing(run: PlannedRun, device: Device) -> list[PlannedRun]:
 
 
 def _no_second_copy(run: PlannedRun, device: Device) -> list[PlannedRun]:
-    """A LoRA model without its adapters is its own frozen teacher."""
+    """Return a run whose LoRA model without its adapters is its own frozen teacher, where the teacher is a second copy."""
     own = run.cfg.get("teacher") and build(run.cfg.teacher).own_weights and not run.cfg.get("teacher_checkpointer")
     needless = own and has_adapters(shared_empty_model(run.cfg.model))
     return [run.with_("teacher._component_=pidistill.teachers.AdapterOffTeacher")] if needless else []
 
 
 def _more_ranks(run: PlannedRun, device: Device) -> list[PlannedRun]:
-    """Ranks on a CPU share its memory."""
+    """Return runs on more GPUs; ranks on a CPU share its memory, so that more of them save nothing."""
     return [run.with_(ranks=n) for n in (2, 4, 8) if n > run.ranks and device.kind == "cuda"]
 
 
@@ -104,15 +107,15 @@ def _offload(run: PlannedRun, device: Device) -> list[PlannedRun]:
 
 
 def _bf16(run: PlannedRun, device: Device) -> list[PlannedRun]:
-    """Products in bf16 first; weights in bf16 lose most of the steps of a small learning rate."""
-    if run.cfg.get("dtype", "fp32") != "fp32":
+    """Return a run with products in bf16, then one with weights in bf16, which lose most steps of a small learning rate."""
+    if setting(run.cfg, "dtype") != "fp32":
         return []
     mixed = [] if run.cfg.get("compute_dtype") else [run.with_("compute_dtype=bf16")]
     return [*mixed, run.with_("dtype=bf16", "compute_dtype=null")]
 
 
 def _lora(run: PlannedRun, device: Device) -> list[PlannedRun]:
-    """torchtune's variant of the builder, where there is one."""
+    """Return a run with torchtune's LoRA variant of the builder, where there is one."""
     module, _, name = run.cfg.model._component_.rpartition(".")
     try:
         resolve(f"{module}.lora_{name}")

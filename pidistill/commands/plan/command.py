@@ -1,17 +1,20 @@
-"""`pidistill plan`: will this config fit, where will its time go, and what would make it fit?
+"""`pidistill plan`: say whether a config will fit, where its time will go, and what would make it fit.
 
 pidistill plan tiny/pi_distill
 pidistill plan qwen2_5/0.5B_opsd --device h100 --prompt-tokens 150 --privileged-tokens 200
 pidistill plan qwen2_5/0.5B_opsd --device a100 --ranks 4 micro_batch_tokens=4096
 
 Overrides are those of `pidistill run`. Lengths come from the config's own tokenizer and the first rows of its dataset; no
-weights are loaded. Ends with status 0 if the run fits, 1 if it does not, 2 if the config is wrong. What is counted and how
-close it comes: pidistill/commands/plan/__init__.py and benchmarks/costs.py.
+weights are loaded. A config is code: its components are imported, and the model (without weights), teacher, objective and
+optimizer are built, and what the prompts need; environment, reward and sampler are not. Ends with status 0 if the run fits, 1
+if it does not, 2 if the config is wrong. What is counted and how close it comes: pidistill/commands/plan/__init__.py and
+benchmarks/costs.py.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from typing import Any
 
@@ -20,19 +23,18 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from pidistill.commands.common import exit_on_input_error, parse_with_overrides
+from pidistill.commands.common import Parser, exit_on_input_error, parse_with_overrides
 from pidistill.commands.plan.advice import HEADROOM_FRAC, PlannedRun, advice, fits
 from pidistill.commands.plan.devices import GIB, PRESETS, Device, measured, preset
 from pidistill.commands.plan.estimate import Estimate, estimate
 from pidistill.commands.plan.lengths import RowLengths, given_rows, rows_of
 from pidistill.commands.plan.reading import dtype_of, read
 from pidistill.errors import InputError
+from pidistill.training.keys import setting
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="pidistill plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Parser(prog="pidistill plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("config", help="a bundled config, or a path")
     made.add_argument("overrides", nargs="*", metavar="key=value")
     made.add_argument("--ranks", type=int, default=1, help="processes, as in --nproc_per_node")
@@ -55,8 +57,13 @@ def plan(arguments: argparse.Namespace) -> bool:
     """Print the estimate of a config, and what would make it fit; True if it fits."""
     if min(arguments.ranks, arguments.rows) < 1:
         raise InputError(f"--ranks {arguments.ranks} and --rows {arguments.rows} must be at least 1")
+    for name in ("prompt_tokens", "privileged_tokens", "completion_tokens"):
+        if (getattr(arguments, name) or 0) < 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 0")
+    if arguments.memory_gib is not None and not 0 < arguments.memory_gib < math.inf:
+        raise InputError(f"--memory-gib {arguments.memory_gib} must be above 0")
     cfg = read(arguments.config, arguments.overrides)
-    if (cfg.get("tensor_parallel_dim") or 1) != 1:
+    if setting(cfg, "tensor_parallel_dim") != 1:
         raise InputError(
             f"pidistill plan does not know what tensor_parallel_dim={cfg.tensor_parallel_dim} saves and costs; plan with "
             "tensor_parallel_dim=1"

@@ -1,4 +1,4 @@
-"""What a device can do per second: measured on the spot, or published peaks times the share of them that is usually reached."""
+"""Find what a device can do per second: measured here, or published peaks times the share of them that is usually reached."""
 
 import os
 import time

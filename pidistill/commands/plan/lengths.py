@@ -1,4 +1,4 @@
-"""Lengths of prompts and completions, in tokens: of a dataset's first rows, or as given on the command line."""
+"""Find the lengths of prompts and completions in tokens: of a dataset's first rows, or as given on the command line."""
 
 import dataclasses
 import statistics
@@ -17,7 +17,7 @@ from pidistill.tokenizers.prefix import common_prefix_length
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the rows' prompts, and what a completion may have at most; ``shared``: how far both prompts agree."""
+    """Hold the tokens of the rows' prompts and the most of a completion; ``shared``: how far both prompts agree."""
 
     student: int
     teacher: int
@@ -27,15 +27,20 @@ class Lengths:
 
 @dataclass(frozen=True)
 class RowLengths:
-    """``mean`` decides the time, ``longest`` the memory; ``source`` says where they come from."""
+    """Hold two lengths: ``mean`` decides the time, ``longest`` the memory; ``source`` says where they come from."""
 
     mean: Lengths
     longest: Lengths
     source: str
 
 
+def learns_demonstrations(cfg: DictConfig) -> bool:
+    """Return True for a config of a recipe that learns demonstrations; `reading.read` refuses the key for any other."""
+    return "batch_size" in cfg
+
+
 def rows_of(cfg: DictConfig, count: int) -> RowLengths:
-    """Lengths of the first ``count`` rows, from the config's own tokenizer, dataset and privileged prompt."""
+    """Return the lengths of the first ``count`` rows, from the config's own tokenizer, dataset and privileged prompt."""
     tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
     privileged = load_privileged(cfg, tokenizer)
     dataset = build(cfg.dataset)
@@ -43,7 +48,7 @@ def rows_of(cfg: DictConfig, count: int) -> RowLengths:
     views = [privileged.build(example, tokenizer) for example in examples]
     if not views:
         raise InputError("the dataset has no rows; check `dataset`, or give --prompt-tokens and --privileged-tokens")
-    limit = cfg.sampler.max_new_tokens if "batch_size" not in cfg else None
+    limit = None if learns_demonstrations(cfg) else cfg.sampler.max_new_tokens
     lengths = [
         Lengths(
             len(view.pair.student),
@@ -58,17 +63,17 @@ def rows_of(cfg: DictConfig, count: int) -> RowLengths:
 
 
 def _each(statistic: Callable[[list[int]], float], lengths: Sequence[Lengths]) -> Lengths:
-    """Field by field, in whole tokens; what both views share is no longer than either."""
+    """Return a statistic of each field, in whole tokens; what both views share is no longer than either."""
     columns = [round(statistic(list(column))) for column in zip(*map(dataclasses.astuple, lengths), strict=True)]
     student, teacher, shared, completion = columns
     return Lengths(student, teacher, min(shared, student, teacher), max(completion, 1))
 
 
 def given_rows(cfg: DictConfig, prompt: int, privileged: int, completion: int | None) -> RowLengths:
-    """Lengths from the command line; nothing counts as shared where privileged information stands before the question."""
+    """Return lengths from the command line; nothing is shared where privileged information stands before the question."""
     said = "the lengths given"
     if completion is None:
-        if "batch_size" in cfg:
+        if learns_demonstrations(cfg):
             raise InputError("a supervised run samples nothing, so its completions have no limit; give --completion-tokens")
         completion, said = int(cfg.sampler.max_new_tokens), "the lengths given, and sampler.max_new_tokens for completions"
     at_end = (cfg.get("privileged") or {}).get("placement") in ("user_end", "after_user")

@@ -33,12 +33,12 @@ def memory(setup: Setup, work: Workload) -> dict[str, dict[str, float]]:
 
 
 def peak(parts: dict[str, dict[str, float]]) -> tuple[str, float]:
-    """The phase that needs most, and its bytes."""
+    """Return the phase that needs most, and its bytes."""
     return max(((phase, sum(own.values())) for phase, own in parts.items()), key=lambda pair: pair[1])
 
 
 def _resident_bytes(setup: Setup) -> dict[str, float]:
-    """What is there in every phase; FSDP2 shards all of it, and with offloading the device holds none of it."""
+    """Return the bytes that are held in every phase; FSDP2 shards them, and with offloading the device holds none of them."""
     model, share = setup.model, 0.0 if setup.cpu_offload else 1.0 / setup.ranks
     return {
         "libraries": _LIBRARIES_BYTES[setup.device],
@@ -77,7 +77,7 @@ def cache_columns(prompt: int, completion: int) -> int:
 
 
 def _passing_bytes(model: ModelShape) -> float:
-    """Of one token in a forward without gradient: a layer's gate, up and product, and the residual beside two fp32 norms."""
+    """Return one token's bytes in a forward without gradient: gate, up, product, and the residual beside two fp32 norms."""
     return 3 * model.widest * model.item_bytes + 3 * model.width * 4
 
 
@@ -137,17 +137,17 @@ def _gradient_bytes(setup: Setup) -> float:
 
 
 def _activation_bytes(model: ModelShape, checkpointing: bool) -> float:
-    """Of one token: what autograd keeps of every layer, or each layer's input alone."""
+    """Return the bytes that autograd keeps of one token: all of every layer, or each layer's input alone."""
     return model.layers * model.width * model.item_bytes if checkpointing else model.saved_bytes
 
 
 def _backward_bytes(model: ModelShape, checkpointing: bool) -> float:
-    """Of one token: gradients inside the layer at work, and with checkpointing all that its second forward keeps."""
+    """Return the bytes of one token's gradients inside a layer, and with checkpointing of all that its second forward keeps."""
     return 4 * model.widest * model.item_bytes + 3 * model.width * 4 + (model.layer_saved_bytes if checkpointing else 0.0)
 
 
 def _head_gradient_bytes(setup: Setup) -> float:
-    """The fp32 buffer that chunks are added to, its copy in the weight's dtype, and the embedding's own share if it is tied."""
+    """Return the bytes of the fp32 buffer for chunks, its copy in the weight's dtype, and a tied embedding's own share."""
     model = setup.model
     if not model.head_trained:
         return 0.0
@@ -165,17 +165,17 @@ def _head_matrices_bytes(setup: Setup, work: Workload) -> float:
 
 
 def _wide_head_bytes(setup: Setup) -> float:
-    """The fp32 copy of a bf16 head that a CPU needs for fp32 logits."""
+    """Return the bytes of the fp32 copy of a bf16 head, which a CPU needs for fp32 logits."""
     return setup.model.head * 4.0 if setup.device == "cpu" and setup.model.item_bytes < 4 else 0.0
 
 
 def chunk_tokens(model: ModelShape, views: int, device: str) -> int:
-    """The head's own choice of tokens whose logits exist at once."""
+    """Return the head's own choice of the tokens whose logits exist at once."""
     return max(1, CHUNK_ELEMENTS[device] // (views * model.vocabulary))
 
 
 def _optimizer_bytes(setup: Setup) -> dict[str, float]:
-    """The step's own copies: on CUDA torch works on all parameters together, elsewhere on one after the other."""
+    """Return the bytes of the step's own copies: on CUDA torch works on all parameters together, elsewhere on one by one."""
     model = setup.model
     together = model.trained / setup.ranks if setup.device == "cuda" and not setup.cpu_offload else model.head
     return {"gradients": _gradient_bytes(setup), "step": together * setup.trained_item_bytes if setup.state_bytes else 0.0}

@@ -1,7 +1,5 @@
-"""From a config to what the estimates are made of: which forwards it runs, how it trains, and one rank's part of a round."""
+"""Read from a config what the estimates are made of: its forwards, how it trains, and one rank's part of a round."""
 
-import argparse
-import copy
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
@@ -10,21 +8,19 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torchtune import training
-from torchtune.config._utils import _merge_yaml_and_cli_args
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
-from pidistill.commands.places import load_config
-from pidistill.commands.plan.lengths import Lengths
+from pidistill.commands.places import keys_of_recipe, load_config, recipe_of
+from pidistill.commands.plan.lengths import Lengths, learns_demonstrations
 from pidistill.commands.plan.shape import ModelShape, model_shape
 from pidistill.commands.plan.workload import Pass, Setup, Workload
-from pidistill.config import build, resolve
+from pidistill.config import build, merge, resolve
 from pidistill.errors import InputError
 from pidistill.models.empty import empty_model
 from pidistill.scoring.score import list_forwards
 from pidistill.teachers import EMATeacher, LiveTeacher, Teacher, TrustRegionTeacher
-from pidistill.training.keys import COMMON_KEYS, ROUND_KEYS
+from pidistill.training.keys import COMMON_KEYS, ROUND_KEYS, setting
 from pidistill.training.optimizers import cpu_offload
 from pidistill.training.rounds import RoundSizes
 from pidistill.training.start import check_run
@@ -35,28 +31,22 @@ SFT_REQUEST = ScoreRequest(student_grad=True, teacher_grad=False, views=("studen
 
 
 def merged(config: str, overrides: Sequence[str]) -> DictConfig:
-    """A bundled config or a file, with overrides as torchtune's command line takes them."""
-    try:
-        cfg = _merge_yaml_and_cli_args(argparse.Namespace(**copy.deepcopy(load_config(config))), list(overrides))
-        OmegaConf.to_container(cfg, resolve=True)  # an interpolation that leads nowhere
-    except InputError:
-        raise
-    except (ValueError, OmegaConfBaseException) as error:
-        raise InputError(f"config {config} does not take {' '.join(overrides)} ({' '.join(str(error).split())})") from error
-    return cfg
+    """Return a bundled config or a file, with overrides as torchtune's command line takes them."""
+    return merge(config, load_config(config), overrides)
 
 
 def read(config: str, overrides: Sequence[str]) -> DictConfig:
-    """The config as a run would read it; wrong keys and numbers are refused as there."""
+    """Return the config as a run would read it; refuse wrong keys and numbers as there."""
+    known, required = keys_of_recipe(recipe_of(config)) or (KEYS, ("model", "tokenizer", "dataset"))
+    if "optimizer" not in required:
+        raise InputError(f"config {config} trains nothing; plan one of a recipe that trains")
     cfg = merged(config, overrides)
-    if "optimizer" not in cfg:
-        raise InputError(f"config {config} trains nothing (it has no optimizer); plan one of a recipe that trains")
-    rounds = ("objective", "sampler", "privileged", "prompts_per_round", "group_size")
-    check_run(cfg, KEYS, ("model", "tokenizer", "dataset", *(("batch_size",) if "batch_size" in cfg else rounds)))
+    check_run(cfg, known, required)
     return cfg
 
 
 def setup_of(cfg: DictConfig, ranks: int, device: str) -> Setup:
+    """Return how the config trains: models, forwards, optimizer states, sharding."""
     model, trained = shape_of(cfg.model, dtype_of(cfg)), _named_dtype(cfg, "dtype")
     mixed = trained != dtype_of(cfg)
     teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
@@ -73,9 +63,9 @@ def setup_of(cfg: DictConfig, ranks: int, device: str) -> Setup:
         state_bytes=_state_bytes(cfg.optimizer, trained.itemsize),
         mixed=mixed,
         ranks=ranks,
-        reshard=bool(cfg.get("fsdp_reshard_after_forward", True)),
-        cpu_offload=bool(cfg.get("fsdp_cpu_offload", False)) and (ranks > 1 or mixed),
-        checkpointing=bool(cfg.get("enable_activation_checkpointing", False)),
+        reshard=setting(cfg, "fsdp_reshard_after_forward"),
+        cpu_offload=setting(cfg, "fsdp_cpu_offload") and (ranks > 1 or mixed),
+        checkpointing=setting(cfg, "enable_activation_checkpointing"),
         device=device,
     )
 
@@ -93,14 +83,14 @@ def list_passes(request: ScoreRequest, teacher: Teacher, model: ModelShape, othe
 
 
 def workload_of(cfg: DictConfig, lengths: Lengths, ranks: int) -> Workload:
-    """This rank's part of a round, the busiest rank's where prompts do not divide."""
+    """Return one rank's part of a round, the busiest rank's where prompts do not divide."""
     common = {
         **dataclasses.asdict(lengths),
-        "packing": packing_of(cfg),
-        "micro_batch_tokens": budget_of(cfg),
+        "packing": setting(cfg, "packing"),
+        "micro_batch_tokens": setting(cfg, "micro_batch_tokens"),
         "chunk_tokens": cfg.get("score_chunk_tokens"),
     }
-    if "batch_size" in cfg:
+    if learns_demonstrations(cfg):
         return Workload(group_size=1, groups=0, trained_groups=-(-cfg.batch_size // ranks), views=SFT_REQUEST.views, **common)
     sizes = RoundSizes(cfg)
     objective = build(cfg.objective)
@@ -116,14 +106,6 @@ def workload_of(cfg: DictConfig, lengths: Lengths, ranks: int) -> Workload:
     )
 
 
-def packing_of(cfg: DictConfig) -> str:
-    return cfg.get("packing") or "tree"
-
-
-def budget_of(cfg: DictConfig) -> int:
-    return int(cfg.get("micro_batch_tokens") or 8192)
-
-
 def dtype_of(cfg: DictConfig) -> torch.dtype:
     """Return the dtype that forwards compute in, by name alone: the run may be planned on a machine that cannot run it."""
     return _named_dtype(cfg, "compute_dtype" if cfg.get("compute_dtype") else "dtype")
@@ -137,6 +119,7 @@ def _named_dtype(cfg: DictConfig, key: str) -> torch.dtype:
 
 
 def shape_of(node: Any, dtype: torch.dtype) -> ModelShape:
+    """Return the sizes of the model that a component builds."""
     return _cached_shape(json.dumps(OmegaConf.to_container(node, resolve=True), sort_keys=True), dtype)
 
 
@@ -147,7 +130,7 @@ def _cached_shape(node: str, dtype: torch.dtype) -> ModelShape:
 
 
 def _state_bytes(node: DictConfig, item_bytes: int) -> float:
-    """Of one trained element, in the parameter's dtype as torch keeps it; counted on a parameter that takes one step."""
+    """Return the bytes of optimizer state per trained element, counted on a parameter that takes one step."""
     if resolve(node._component_) is cpu_offload:
         return 0.0
     parameter = torch.nn.Parameter(torch.zeros(2**18, dtype={2: torch.bfloat16, 4: torch.float32}[item_bytes]))
@@ -160,5 +143,5 @@ def _state_bytes(node: DictConfig, item_bytes: int) -> float:
 
 
 def _stored(state: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that hold it: several where it has a type of its own, as torchao's in 8 bits."""
+    """Return the tensors that hold a state: several where it has a type of its own, as torchao's in 8 bits."""
     return [getattr(state, name) for name in state.__tensor_flatten__()[0]] if hasattr(state, "__tensor_flatten__") else [state]

@@ -19,7 +19,7 @@ _LOGIT_CROSSED_BYTES = 32
 
 
 def seconds(setup: Setup, work: Workload, device: Device) -> dict[str, float]:
-    """Of one round on one rank, by phase."""
+    """Return the seconds of one round on one rank, by phase."""
     result = dict.fromkeys(PHASES, 0.0)
     if work.groups:
         result["rollout"] = _rollout_s(setup.model, work, device)
@@ -71,7 +71,7 @@ def _optimizer_s(setup: Setup, device: Device) -> float:
 
 
 def _rollout_s(model: ModelShape, work: Workload, device: Device) -> float:
-    """Each prompt read once per group, then step after step for all rows; a step reads every weight, key and value."""
+    """Return the seconds of sampling: each prompt once per group, then steps that read every weight, key and value."""
     prompt, rows = work.prompt(work.sampled_view), work.groups * work.group_size
     batches = ceil(rows / (work.sampler_rows or rows))
     steps = batches * work.completion

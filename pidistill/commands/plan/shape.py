@@ -1,4 +1,4 @@
-"""What a decoder is to the estimates: parameters, widths, and the bytes that autograd keeps of one token.
+"""Read from a decoder what the estimates need: parameters, widths, and the bytes that autograd keeps of one token.
 
 Everything is read from the modules themselves, on the meta device.
 """
@@ -16,7 +16,7 @@ from pidistill.models.nf4 import dequantizing_bytes, stored_bytes
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a decoder costs, in parameters, widths and bytes.
+    """Hold what a decoder costs, in parameters, widths and bytes.
 
     Attributes:
         parameters, trained: numbers of elements; a tied head counts once.
@@ -101,7 +101,7 @@ def _shape_positions(model: TransformerDecoder) -> None:
 
 
 def kv_bytes(model: ModelShape) -> int:
-    """Of one token, all layers."""
+    """Return the bytes of one token's keys and values, summed over layers."""
     return 2 * model.layers * model.kv_heads * model.head_dim * model.item_bytes
 
 

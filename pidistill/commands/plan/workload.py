@@ -1,4 +1,4 @@
-"""The work of one round on one rank: its lengths and groups, the forwards over them, how they are trained, and their tokens.
+"""Count the work of one round on one rank: its lengths and groups, the forwards over them, their training, and their tokens.
 
 All rollouts have the same lengths here. The packer itself (:mod:`pidistill.scoring.packer`) cuts them into micro-batches.
 """
@@ -15,7 +15,7 @@ from pidistill.types import ViewName
 
 @dataclass(frozen=True)
 class Workload:
-    """One round on one rank; lengths in tokens.
+    """Describe one round on one rank; lengths in tokens.
 
     Attributes:
         student, teacher: prompts of the two views; ``shared``: what they have in common at the start.
@@ -48,7 +48,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward over the rollouts of each micro-batch.
+    """Describe one forward over the rollouts of each micro-batch.
 
     Attributes:
         model: whose weights.
@@ -63,7 +63,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Setup:
-    """How a round is trained.
+    """Describe how a round is trained.
 
     Attributes:
         model: the one that is trained.
@@ -91,12 +91,12 @@ class Setup:
 
     @property
     def trained_item_bytes(self) -> int:
-        """Of an element of a trained weight and of its gradient."""
+        """Return the bytes of an element of a trained weight and of its gradient."""
         return 4 if self.mixed else self.model.item_bytes
 
     @property
     def stored_bytes(self) -> float:
-        """Of the trained model's weights, over all ranks."""
+        """Return the bytes of the trained model's weights, over all ranks."""
         return self.model.weights_bytes + self.model.trained * (self.trained_item_bytes - self.model.item_bytes)
 
     @property
@@ -110,7 +110,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a pass over some groups feeds to the model.
+    """Count what a pass over some groups feeds to the model.
 
     Attributes:
         fed: tokens, padding included. ``pairs``: of a query and a key that it sees.
@@ -128,7 +128,7 @@ class Tokens:
 
 
 def count_tokens(work: Workload, views: tuple[ViewName, ...], groups: int) -> Tokens:
-    """Of a pass that reads ``views``, in micro-batches that are cut by the tokens of all the views of ``work``."""
+    """Count the tokens of a pass that reads ``views``, in micro-batches cut by the tokens of all the views of ``work``."""
     group, rollout = _shares(work, views)
     parts = micro_batches(work, groups)
     fed = [touched * group.tokens + n * rollout.tokens for n, touched in parts]
@@ -146,7 +146,7 @@ class _Share:
 
 
 def _shares(work: Workload, views: tuple[ViewName, ...]) -> tuple[_Share, _Share]:
-    """What each group that a micro-batch touches adds to it, and each rollout; a completion's last token is not fed."""
+    """Return what a group adds to a micro-batch, and what a rollout adds; a completion's last token is not fed."""
     if work.packing == "padded":  # a row per rollout and view, all as long as the longest
         length = max(work.prompt(view) for view in views) + work.completion - 1
         return _Share(0, 0), _Share(len(views) * length, len(views) * path_pairs(0, length))
@@ -184,11 +184,11 @@ def _trunk(work: Workload, views: tuple[ViewName, ...]) -> list[Branch]:
 
 
 def _leaf(work: Workload, views: tuple[ViewName, ...]) -> list[Branch]:
-    """One completion under each view; views with the same prompt are one path."""
+    """Count one completion under each view; views with the same prompt are one path."""
     same = len(views) == 2 and work.shared == work.student == work.teacher
     return [(work.prompt(view), work.completion - 1) for view in views[: 1 if same else None]]
 
 
 def path_pairs(start: int, tokens: int) -> int:
-    """Each token sees the whole path above it, and itself."""
+    """Count the pairs of tokens that attend: each sees the whole path above it, and itself."""
     return start * tokens + tokens * (tokens + 1) // 2

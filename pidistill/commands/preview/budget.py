@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from pidistill.commands.plan.lengths import RowLengths
 from pidistill.commands.plan.reading import workload_of
 from pidistill.commands.plan.workload import count_tokens
+from pidistill.training.keys import setting
 
 EVALUATED_VIEWS = 2  # beside the greedy samples of the student
 
@@ -67,7 +68,7 @@ def _of_samples(cfg: DictConfig, rows: RowLengths, kept: int) -> dict[str, float
         rollouts = kept * cfg.samples_per_prompt
     else:
         views = EVALUATED_VIEWS if rows.mean.teacher != rows.mean.student else EVALUATED_VIEWS - 1
-        rollouts = kept * (1 + views * int(cfg.get("eval_samples") or 1))
+        rollouts = kept * (1 + views * setting(cfg, "eval_samples"))
     return {
         "prompts": kept,
         "rollouts": rollouts,

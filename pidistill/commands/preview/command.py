@@ -12,7 +12,8 @@ form.
 Overrides are those of `pidistill run`; configs of every recipe are taken. The prompts are decoded from the ids that a run
 builds, special tokens included; what the teacher alone sees is in colour, or between ⟦ and ⟧ where the output is no terminal,
 and policy tokens of a row's completion between ⟨ and ⟩. No weights are read. Ends with status 0, or with 2 if the config is
-wrong or a run would refuse one of the rows.
+wrong or a run would refuse one of the rows. A config is code: its components are imported, and those that the prompts need
+are built (tokenizer, privileged prompt, datasets, objective); environment, reward and sampler are not.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
-from pidistill.commands.common import exit_on_input_error, parse_with_overrides
+from pidistill.commands.common import Parser, exit_on_input_error, parse_with_overrides
 from pidistill.commands.places import is_supervised
 from pidistill.commands.plan.lengths import Lengths, RowLengths
 from pidistill.commands.plan.reading import KEYS, merged
@@ -47,9 +48,7 @@ ROUND_NEEDS = ("sampler", "prompts_per_round", "group_size", "max_steps")
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="pidistill preview", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Parser(prog="pidistill preview", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("config", help="a bundled config, or a path")
     made.add_argument("overrides", nargs="*", metavar="key=value")
     made.add_argument("--rows", type=int, default=2, help="rows of the dataset that are printed")
@@ -86,9 +85,7 @@ def preview(arguments: argparse.Namespace) -> None:
     count = 1 if every_row else int(arguments.scan)
     if arguments.rows < 0 or count < 1:
         raise InputError(f"--rows {arguments.rows} must be at least 0 and --scan {arguments.scan} at least 1")
-    cfg = merged(arguments.config, arguments.overrides)
-    supervised = is_supervised(arguments.config, cfg)
-    check(cfg, supervised)
+    cfg, supervised = read(arguments.config, arguments.overrides)
     if every_row:
         scan_all(cfg, supervised, as_json=arguments.json)
         return
@@ -102,7 +99,7 @@ def preview(arguments: argparse.Namespace) -> None:
     numbers = budget(cfg, _mean_lengths(seen, source), _kept(seen), policy_tokens, supervised=supervised)
     sentences = findings(source, seen)
     if arguments.json:
-        print(json.dumps(_as_json(rows, source, seen, numbers, sentences), ensure_ascii=False))
+        print(json.dumps(_as_json(rows, source, seen, numbers, sentences)))
     else:
         _show(rows, source, seen, numbers, sentences)
         if cfg.get("hindsight"):
@@ -111,10 +108,13 @@ def preview(arguments: argparse.Namespace) -> None:
         raise InputError(seen.refused)
 
 
-def check(cfg: DictConfig, supervised: bool) -> None:
-    """Refuse wrong keys and numbers as a run would."""
+def read(config: str, overrides: Sequence[str]) -> tuple[DictConfig, bool]:
+    """Return the config, and whether its recipe is supervised; refuse wrong keys and numbers as a run would."""
+    cfg = merged(config, overrides)
+    supervised = is_supervised(config, cfg)
     needs = ("batch_size",) if supervised else ROUND_NEEDS if cfg.get("objective") else ()
     check_run(cfg, KEYS | SAMPLING_KEYS, ("model", "tokenizer", "dataset", *needs))
+    return cfg, supervised
 
 
 def _mean_lengths(seen: Scan, source: Source) -> RowLengths:

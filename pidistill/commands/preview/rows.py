@@ -77,12 +77,17 @@ def source_of(cfg: DictConfig, supervised: bool = False, part: str = "dataset") 
         on_overflow=cfg.get("on_overflow") or privileged.on_overflow,
         demonstration_overflow=(cfg.get("on_overflow") or "error") if learned else None,
         supervised=supervised,
-        reference_checks=reference_checks(cfg.get("environment")) if samples else (),
+        reference_checks=reference_checks(cfg.get("environment")) if samples and _is_judged(cfg, part) else (),
     )
 
 
+def _is_judged(cfg: DictConfig, part: str) -> bool:
+    """Return whether rewards judge the rows: GKD with `lmbda: 0` samples nothing but its evaluation."""
+    return part != "dataset" or not cfg.get("objective") or build_objective(cfg).on_policy_frac > 0.0
+
+
 def _no_pi(cfg: DictConfig) -> str:
-    """Hindsight brings privileged information with the rollouts: rows need none of their own."""
+    """Return what happens to rows without privileged information; hindsight brings it with the rollouts."""
     if not cfg.get("objective") or cfg.get("hindsight"):
         return "rl"
     return build_objective(cfg).no_pi

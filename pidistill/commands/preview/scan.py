@@ -16,7 +16,7 @@ from pidistill.data import demonstration
 from pidistill.data.dataset import collect_refused_rows
 from pidistill.data.demonstrations import TooLong, earlier_turns_differ
 from pidistill.data.prompts import row_overflow
-from pidistill.errors import InputError
+from pidistill.errors import InputError, escape_controls
 from pidistill.tokenizers.chat_template import TemplateRefusal
 from pidistill.tokenizers.rendering import TextLeftOut
 from pidistill.types import Example
@@ -182,11 +182,11 @@ def show_report(console: Console, part: str, report: ScanReport) -> None:
     table.columns[1].justify = "right"
     table.add_row("right", f"{report.right:,}", "")
     for kind, refusals in report.refused.items():
-        table.add_row(f"REFUSED: {kind}", f"{refusals.rows:,}", Text(refusals.first))
+        table.add_row(f"REFUSED: {kind}", f"{refusals.rows:,}", Text(escape_controls(refusals.first)))
     for reason, count in report.dropped.items():
         table.add_row(f"left out: {reason}", f"{count:,}", "")
     table.add_row("without privileged information", f"{report.without_privileged:,}", "")
     if report.earlier_turns:
-        first = Text(str(report.earlier_turns_first))
+        first = Text(escape_controls(str(report.earlier_turns_first)))
         table.add_row("earlier turns in another form than a server shows", f"{report.earlier_turns:,}", first)
     console.print(table)

@@ -11,16 +11,17 @@ from rich.text import Text
 from pidistill.commands.preview.budget import in_words
 from pidistill.commands.preview.marks import Span, message_changes, policy_spans
 from pidistill.commands.preview.rows import PreviewRow, Scan, Source
+from pidistill.errors import escape_controls
 
 PRIVILEGED_MARKS, POLICY_MARKS = ("⟦", "⟧"), ("⟨", "⟩")
 PRIVILEGED_STYLE, POLICY_STYLE = "black on yellow", "black on green"
 
 
 def show_row(console: Console, row: PreviewRow, source: Source, number: int) -> None:
-    console.rule(Text(f"row {number}: {row.example.id}", "bold"), align="left")
+    console.rule(Text(escape_controls(f"row {number}: {row.example.id}"), "bold"), align="left")
     decode, pair = source.tokenizer.decode, row.views.pair
     _say(console, _lengths(row, source))
-    _say(console, Text("student prompt", "bold"), Text(decode(pair.student)))
+    _say(console, Text("student prompt", "bold"), Text(escape_controls(decode(pair.student))))
     if not pair.has_privileged:
         _say(console, "the row has no privileged information: the teacher sees the student's prompt")
     else:
@@ -94,21 +95,21 @@ def show_budget(console: Console, numbers: dict[str, float]) -> None:
 
 def show_findings(console: Console, sentences: Sequence[str]) -> None:
     for sentence in sentences:
-        _say(console, Text("warning: ", "bold red" if console.is_terminal else "") + Text(sentence))
+        _say(console, Text("warning: ", "bold red" if console.is_terminal else "") + Text(escape_controls(sentence)))
 
 
 def marked(text: str, spans: Sequence[Span], marks: tuple[str, str], style: str, colour: bool) -> Text:
-    """Return ``text`` with ``spans`` in a style, or between ``marks``; without these it is ``text`` itself."""
+    """Return ``text`` with ``spans`` in a style, or between ``marks``; control characters alone are written in another way."""
     result, at = Text(), 0
     for start, end in spans:
-        inside = text[start:end]
-        result.append(text[at:start])
+        inside = escape_controls(text[start:end])
+        result.append(escape_controls(text[at:start]))
         result.append(inside if colour else f"{marks[0]}{inside}{marks[1]}", style if colour else None)
         at = end
-    return result.append(text[at:])
+    return result.append(escape_controls(text[at:]))
 
 
 def _say(console: Console, *lines: str | Text) -> None:
     """Print the lines as they are: no markup, no wrapping, no numbers in colour."""
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(escape_controls(line) if isinstance(line, str) else line, markup=False, highlight=False, soft_wrap=True)

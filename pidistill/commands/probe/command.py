@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pidistill.commands.common import exit_on_input_error, parse_with_overrides
+from pidistill.commands.common import Parser, exit_on_input_error, parse_with_overrides
 from pidistill.commands.plan.reading import KEYS, merged
 from pidistill.commands.probe.measure import Measured, Probe
 from pidistill.commands.probe.wordings import Wording, builtin_wordings, configured, read_wordings
@@ -45,9 +45,7 @@ TRUNCATED_TOO_OFTEN = 0.2
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="pidistill probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Parser(prog="pidistill probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("config", help="a bundled config, or a path")
     made.add_argument("overrides", nargs="*", metavar="key=value")
     made.add_argument("--rows", type=int, default=32, help="rows with privileged information that are tried")

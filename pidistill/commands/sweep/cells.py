@@ -1,4 +1,6 @@
-"""What a sweep runs: arms × swept values × seeds. A cell is a chain of stages, a stage is one run of a config with overrides.
+"""List what a sweep runs: arms × swept values × seeds.
+
+A cell is a chain of stages, a stage is one run of a config with overrides.
 
 Nothing here starts anything. A stage's folder name is made of its config and its overrides, so that two arms with the same
 first stage share one run of it.
@@ -31,7 +33,7 @@ Overrides = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Stage:
-    """One run. ``{name}`` in an override's value is the folder of the earlier stage of that name."""
+    """Describe one run. ``{name}`` in an override's value is the folder of the earlier stage of that name."""
 
     name: str
     config: str
@@ -40,7 +42,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the comparison. Without stages it is the base checkpoint itself, which is only evaluated."""
+    """Describe a row of the comparison. Without stages it is the base checkpoint itself, which is only evaluated."""
 
     name: str
     title: str
@@ -50,7 +52,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Cell:
-    """An arm with its overrides from the command line (already in the stages') and one seed."""
+    """Hold an arm with its overrides from the command line (already in the stages') and one seed."""
 
     arm: Arm
     settings: Overrides
@@ -64,7 +66,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Everything that a worker needs to know; ``seeds`` is (None,) where the config's own seed is kept."""
+    """Hold all that a worker needs to know; ``seeds`` is (None,) where the config's own seed is kept."""
 
     output_dir: Path
     arms: tuple[Arm, ...]
@@ -86,7 +88,7 @@ def is_sweep_file(name: str) -> bool:
 
 
 def sweep_of_configs(names: Sequence[str]) -> dict[str, Any]:
-    """The content of a sweep file with one arm per config."""
+    """Return the content of a sweep file with one arm per config."""
     arms = {Path(name).with_suffix("").as_posix().removeprefix("configs/"): {"config": name} for name in names}
     return {"arms": arms, "output_dir": str(Path("runs/sweeps") / "+".join(Path(name).stem for name in names))}
 
@@ -102,7 +104,7 @@ def read_sweep(
     evaluate: str | None = None,
     select: str | None = None,
 ) -> Sweep:
-    """A config, several with commas between, or a sweep file; arguments win over what the file says."""
+    """Read a config, several with commas between, or a sweep file; arguments win over what the file says."""
     fixed, axes, swept_seeds = parse_overrides(words)
     names = split_top_level(config)
     if is_sweep_file(config):
@@ -143,7 +145,7 @@ def _arms(content: Mapping[str, Any], base: str | None) -> list[Arm]:
 
 
 def _start_from_base(arm: Arm, base: str) -> Arm:
-    """The first stage starts from the base, and so does every later one whose config starts where the first one's does."""
+    """Let the first stage start from the base, and every later one whose config starts where the first one's does."""
     own = [_own_checkpoint(stage.config) for stage in arm.stages]
     stages = [
         replace(stage, overrides={CHECKPOINT_KEY: "{base}", **stage.overrides})
@@ -178,7 +180,7 @@ def _fill_base(arm: Arm, base: str | None) -> Arm:
 
 
 def _controls(arms: list[Arm], controls: Mapping[str, Any] | None) -> list[Arm]:
-    """The arms, each followed by its control arms: `pi_distill`, `pi_distill [none]`, `pi_distill [shuffled]`."""
+    """Return the arms, each followed by its control arms: `pi_distill`, `pi_distill [none]`, `pi_distill [shuffled]`."""
     if not controls:
         return arms
     _check_keys(controls, ("arms", "values"), "controls")
@@ -206,7 +208,7 @@ def _chosen(arms: list[Arm], names: Sequence[str] | None) -> list[Arm]:
 
 
 def as_text(value: Any) -> str:
-    """A value of a sweep file as it is typed on a command line."""
+    """Return a value of a sweep file as it is typed on a command line."""
     if isinstance(value, str):
         return value
     text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
@@ -227,7 +229,7 @@ def _check_keys(node: Mapping[str, Any], known: Sequence[str], what: str) -> Non
 
 
 def with_overrides(arm: Arm, overrides: Overrides) -> Arm:
-    """Each override goes to the stages whose config has its first part; if none has, to all, and the recipe complains."""
+    """Give each override to the stages whose config has its first part; if none has, to all, and the recipe refuses it."""
     stages = list(arm.stages)
     for key, value in overrides.items():
         takes = [has_key(stage.config, key.split(".", 1)[0]) for stage in stages]
@@ -246,7 +248,7 @@ def make_cell(sweep: Sweep, arm: Arm, settings: Overrides, seed: int | None) -> 
 
 
 def grid_cells(sweep: Sweep) -> list[Cell]:
-    """Arms × the product of all swept values × seeds; seeds are innermost, the base comes once."""
+    """Return arms × the product of all swept values × seeds; seeds are innermost, the base comes once."""
     values = [[(key, value) for value in grid_values(key, axis)] for key, axis in sweep.axes.items()]
     cells: dict[str, Cell] = {}
     for arm, settings, seed in itertools.product(sweep.arms, itertools.product(*values), sweep.seeds):
@@ -257,7 +259,7 @@ def grid_cells(sweep: Sweep) -> list[Cell]:
 
 @dataclass(frozen=True)
 class StageRun:
-    """A stage of a cell with its folder (inside `OUTPUT/runs`), full command, and the hash of all that decides its result."""
+    """Hold a stage of a cell: its folder (inside `OUTPUT/runs`), its command, and the hash of all that decides its result."""
 
     stage: Stage
     folder: Path
@@ -266,7 +268,7 @@ class StageRun:
 
 
 def stage_runs(sweep: Sweep, cell: Cell) -> Iterator[StageRun]:
-    """The stages of a cell in order, the folders of earlier ones filled into the overrides of later ones."""
+    """Return the stages of a cell in order, the folders of earlier ones filled into the overrides of later ones."""
     earlier: dict[str, StageRun] = {}
     for stage in cell.arm.stages:
         names = {name: run.folder.name for name, run in earlier.items()}
@@ -279,7 +281,7 @@ def stage_runs(sweep: Sweep, cell: Cell) -> Iterator[StageRun]:
 
 
 def run_command(config: str, overrides: Overrides) -> list[str]:
-    """`pidistill run ...`, as it can be pasted after :func:`shlex.join`."""
+    """Return `pidistill run ...`, as it can be pasted after :func:`shlex.join`."""
     words = [f"{key}={value}" for key, value in overrides.items()]
     return ["pidistill", "run", "--nproc_per_node", "1", recipe_of(config), "--config", config, *words]
 
@@ -302,7 +304,7 @@ def fill(overrides: Overrides, places: Mapping[str, str]) -> dict[str, str]:
 
 
 def run_name(config: str, overrides: Overrides) -> str:
-    """`tiny-rl+objective.beta_1+seed_0`; with a hash where characters or length do not suit a folder.
+    """Return `tiny-rl+objective.beta_1+seed_0`; with a hash where characters or length do not suit a folder.
 
     No `=`: torchtune's command line splits an override at every one of them, and a folder is the value of some.
     """

@@ -1,11 +1,9 @@
-"""Checks every run of a sweep before the first one starts: its keys, numbers and components, as the recipe itself does."""
+"""Check every run of a sweep before the first one starts: its keys, numbers and components, as the recipe itself does."""
 
-import importlib.util
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 
-from pidistill.commands.places import folders, recipe_of
+from pidistill.commands.places import keys_of_recipe, recipe_of
 from pidistill.commands.plan.reading import merged
 from pidistill.commands.sweep.cells import CHECKPOINT_KEY, Cell, StageRun, Sweep, grid_cells, make_cell, stage_runs
 from pidistill.commands.sweep.values import Axis, Choices
@@ -48,21 +46,9 @@ def _corners(axis: Axis) -> tuple[str, ...]:
 
 def _check(what: str, config: str, words: Sequence[str]) -> None:
     try:
-        known = _keys_of(recipe_of(config))
+        known = keys_of_recipe(recipe_of(config))
         cfg = merged(config, words)
         if known is not None:
             check_run(cfg, *known)
     except InputError as error:
         raise InputError(f"{what} cannot run, so nothing was started: {error}") from error
-
-
-@cache
-def _keys_of(recipe: str) -> tuple[frozenset[str], tuple[str, ...]] | None:
-    """Return the keys that a recipe knows and those that it requires; None for a recipe that does not list them."""
-    path = folders()[0] / f"{recipe}.py" if not recipe.endswith(".py") else Path(recipe)
-    if not path.is_file():  # one of torchtune's own
-        return None
-    spec = importlib.util.spec_from_file_location(f"_checked_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return (module.KEYS, module.REQUIRED) if hasattr(module, "KEYS") and hasattr(module, "REQUIRED") else None

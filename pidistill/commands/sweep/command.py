@@ -1,4 +1,4 @@
-"""`pidistill sweep`: cells of a config, of several, or of a sweep file, each a plain `pidistill run` with overrides.
+"""`pidistill sweep`: run cells of a config, of several, or of a sweep file, each a plain `pidistill run` with overrides.
 
 pidistill sweep tiny/pi_distill objective.beta=0.25,1 objective.alpha=0,0.5,1 seed=0..2 --evaluate tiny/evaluate
 pidistill sweep tiny/opsd objective.beta=log:0.1..10.0 seed=0,1 --search tpe --trials 20 --workers 2
@@ -16,18 +16,17 @@ import shlex
 import sys
 from pathlib import Path
 
-from pidistill.commands.common import exit_on_input_error, parse_with_overrides
+from pidistill.commands.common import Parser, exit_on_input_error, parse_with_overrides
 from pidistill.commands.sweep.cells import Sweep, grid_cells, read_sweep, stage_runs
 from pidistill.commands.sweep.pictures import draw
 from pidistill.commands.sweep.results import read_results, write_report
 from pidistill.commands.sweep.search import SEARCHES, SweepPlan, run_sweep
 from pidistill.errors import InputError
+from pidistill.training.start import make_output_dir
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="pidistill sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Parser(prog="pidistill sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("config", nargs="?", help="a bundled config, a path, several with commas between, or a sweep file")
     made.add_argument("overrides", nargs="*", metavar="key=values")
     made.add_argument("--search", choices=SEARCHES, default="grid")
@@ -50,6 +49,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Run a sweep and report it, or do the one of the two that is asked for."""
     if arguments.report is not None:
         report(arguments.report)
         return
@@ -70,6 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise InputError("--dry-run prints a grid's commands; a random or TPE search draws its values as it goes")
         print("\n".join(commands(sweep)))
         return
+    make_output_dir(str(sweep.output_dir))
     ended_well = run_sweep(SweepPlan(sweep, arguments.search, arguments.trials), arguments.workers)
     report(sweep.output_dir)
     if not ended_well:
@@ -77,12 +78,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def commands(sweep: Sweep) -> list[str]:
-    """Each training command of a grid once."""
+    """Return each training command of a grid once."""
     return list(dict.fromkeys(shlex.join(run.command) for cell in grid_cells(sweep) for run in stage_runs(sweep, cell)))
 
 
 def report(output_dir: Path) -> None:
-    """Tables to the terminal and results.md, pictures beside it."""
+    """Print the tables, and write them to results.md with pictures beside it."""
     if not read_results(output_dir):
         raise InputError(f"{output_dir} has no results.jsonl ; run the sweep first, or check the name of the folder")
     rows = write_report(output_dir)

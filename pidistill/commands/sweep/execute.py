@@ -1,4 +1,4 @@
-"""Runs a stage, an evaluation, a cell. A folder's lock is held by its worker and by the run; its record says how it ended.
+"""Run a stage, an evaluation, a cell. A folder's lock is held by its worker and by the run; its record says how it ended.
 
 The locks are `flock`s: the system frees them when their holders die, so that a killed worker's cell is free at once and a slow
 one's never is. They and SQLite ask the same of a shared file system.
@@ -31,13 +31,14 @@ from pidistill.commands.sweep.cells import (
     stage_runs,
 )
 from pidistill.commands.sweep.results import best_step, evaluation_numbers, run_numbers, total
-from pidistill.errors import InputError
+from pidistill.errors import InputError, escape_controls
 
 RECORD = "sweep.json"
 
 
 def print_line(text: str) -> None:
-    print(text, flush=True)
+    """Print a line at once, so that those of several workers do not mix."""
+    print(escape_controls(text), flush=True)
 
 
 # ------------------------------------------------------------------------------------------- locks
@@ -45,14 +46,14 @@ def print_line(text: str) -> None:
 
 @contextlib.contextmanager
 def locked(output_dir: Path, name: str) -> Iterator[int]:
-    """Hold the sweep's lock ``name``, waiting for it; yields its file descriptor."""
+    """Hold the sweep's lock ``name`` after waiting for it; yield its file descriptor."""
     descriptor = try_lock(output_dir, name, wait=True)
     with descriptor:
         yield descriptor.fileno()
 
 
 def try_lock(output_dir: Path, name: str, *, wait: bool = False) -> Any:
-    """The open lock file, or None where another process holds it; closing it frees the lock."""
+    """Return the open lock file, or None where another process holds it; closing it frees the lock."""
     folder = output_dir / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / safe_name(name)).open("a")
@@ -68,7 +69,7 @@ def try_lock(output_dir: Path, name: str, *, wait: bool = False) -> Any:
 
 
 def execute(command: Sequence[str], log: Path, lock: int) -> int:
-    """Exit status of `pidistill ...`, its output in ``log``. It inherits the lock: should this worker die, it still has it."""
+    """Run `pidistill ...` with its output in ``log``; return its exit status. It holds the lock even if this worker dies."""
     with log.open("w") as file:
         program = [sys.executable, "-m", "pidistill.commands.main", *command[1:]]
         done = subprocess.run(program, stdout=file, stderr=subprocess.STDOUT, pass_fds=(lock,), check=False)
@@ -76,8 +77,9 @@ def execute(command: Sequence[str], log: Path, lock: int) -> int:
 
 
 def last_error(log: Path) -> str:
-    """The recipe's own sentence, or the last exception, or the last line."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    """Return the recipe's own sentence, or the last exception, or the last line."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line.strip() for line in re.split(r"[\n\r]", text) if line.strip()]  # a progress bar ends in a carriage return
     for pattern in (r"error: ", r"(\[rank\d+\]:\s*)?(?!.*ChildFailedError)[\w.]*(Error|Exception)\b"):
         found = [line for line in lines if re.match(pattern, line)]
         if found:
@@ -131,7 +133,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def _make_empty(folder: Path, record: dict[str, Any]) -> None:
-    """A checkpoint that an earlier attempt left must not pass for one of this run's."""
+    """Empty a run's folder: a checkpoint that an earlier attempt left must not pass for one of this run's."""
     if folder.is_dir() and any(folder.iterdir()):
         if not record:
             raise InputError(f"{folder} holds files that no sweep wrote; move them away or set another --output-dir")
@@ -145,7 +147,7 @@ def _children_cpu_s() -> float:
 
 
 def commit() -> str | None:
-    """The checkout's commit, `-dirty` if it has changes; None outside a checkout of this project."""
+    """Return the checkout's commit, `-dirty` if it has changes; None outside a checkout of this project."""
     root = folders()[0].parent
     if not (root / ".git").exists():
         return None
@@ -159,7 +161,7 @@ def commit() -> str | None:
 
 
 def cell_fingerprint(sweep: Sweep, cell: Cell) -> str:
-    """What must be the same for a finished cell to count as finished."""
+    """Return a hash of all that must be the same for a finished cell to count as finished."""
     marks = [run.fingerprint for run in stage_runs(sweep, cell)]
     if sweep.evaluate:
         marks.append(fingerprint(sweep.evaluate, evaluate_overrides(sweep, cell), {}))
@@ -171,7 +173,7 @@ def evaluate_overrides(sweep: Sweep, cell: Cell) -> dict[str, str]:
 
 
 def run_cell(sweep: Sweep, cell: Cell) -> dict[str, Any]:
-    """All stages of a cell and its evaluations; the row of results.jsonl. A failure ends up in the row, not as an exception."""
+    """Run a cell's stages and evaluations; return its row of results.jsonl, which also says why a cell failed."""
     row = {
         "cell": cell.id, "arm": cell.arm.name, "title": cell.arm.title, "seed": cell.seed, "settings": dict(cell.settings),
         "config": cell.arm.stages[-1].config if cell.arm.stages else None,
@@ -211,7 +213,7 @@ def _fail(record: dict[str, Any], folder: Path) -> None:
 
 
 def _evaluate(sweep: Sweep, cell: Cell, row: dict[str, Any]) -> None:
-    """`last` and `best` of a row: held-out numbers of the last checkpoint and of the best on validation among those saved."""
+    """Add `last` and `best` to a row: held-out numbers of the last saved checkpoint, and of the best one on validation."""
     if not cell.arm.stages:
         row["last"] = evaluate_checkpoint(sweep, cell, Path(str(sweep.base)), sweep.output_dir / "evaluate" / "base", None)
         return

@@ -19,7 +19,7 @@ Curve = dict[int, float]
 
 
 def draw(output_dir: Path, rows: Sequence[Record]) -> list[Path]:
-    """All pictures for which there are numbers; returns their paths."""
+    """Draw all pictures for which there are numbers; return their paths."""
     groups = [group for group in groups_of(rows) if group.rows]
     figures = {
         "curves.png": draw_curves(output_dir, groups),
@@ -47,7 +47,7 @@ def curve(output_dir: Path, row: Record) -> Curve:
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """The mean at the steps that all seeds have."""
+    """Return the mean at the steps that all seeds have."""
     steps = sorted(set.intersection(*map(set, curves)))
     return {step: statistics.fmean(one[step] for one in curves) for step in steps}
 
@@ -120,7 +120,7 @@ def draw_success(output_dir: Path, groups: Sequence[Group]):
 
 
 def draw_kl(groups: Sequence[Group]):
-    """One point per cell: what the teacher still tells the student, and what the student can do."""
+    """Draw one point per cell: what the teacher still tells the student, and what the student can do."""
     points = [
         (group.title, row["kl_teacher_student_nats"], success[0])
         for group in groups
@@ -153,7 +153,7 @@ def numeric_keys(groups: Sequence[Group]) -> list[str]:
 
 
 def heat_table(groups: Sequence[Group], x: str, y: str) -> tuple[list[float], list[float], np.ndarray]:
-    """(values of x, values of y, mean success [y, x]) over seeds and over any other key; NaN where there is no cell."""
+    """Return (values of x, values of y, mean success [y, x]) over seeds and over any other key; NaN where there is no cell."""
     xs = sorted({float(group.settings[x]) for group in groups})
     ys = sorted({float(group.settings[y]) for group in groups})
     cells: dict[tuple[int, int], list[float]] = {}
@@ -168,7 +168,7 @@ def heat_table(groups: Sequence[Group], x: str, y: str) -> tuple[list[float], li
 
 
 def draw_heat_maps(groups: Sequence[Group]):
-    """The first two swept numeric keys against each other, one map per arm."""
+    """Draw the first two swept numeric keys against each other, one map per arm."""
     arms: dict[str, list[Group]] = {}
     for group in groups:
         if group.settings:

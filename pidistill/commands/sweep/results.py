@@ -1,4 +1,4 @@
-"""The numbers of a cell, and the table over cells: results.jsonl → results.md.
+"""Read the numbers of a cell, and make the table over cells: results.jsonl → results.md.
 
 results.jsonl has one row per finished attempt at a cell; the last row of a cell counts. `last` and `best` are held-out numbers
 of the last checkpoint and of the one that was best on validation; None and an absent key mean "not known", never 0.
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pidistill.errors import escape_controls
 from pidistill.jsonl import read_jsonl, write_jsonl
+from pidistill.training.evaluation import bootstrap_interval
 
 RESULTS = "results.jsonl"
 ORDER = "arms.json"
@@ -35,13 +36,13 @@ Record = dict[str, Any]
 
 
 def total(values: Sequence[float | None]) -> float | None:
-    """The sum; None if there is nothing to add or if any part is not known."""
+    """Return the sum; None if there is nothing to add or if any part is not known."""
     known = [value for value in values if value is not None]
     return sum(known) if known and len(known) == len(values) else None
 
 
 def run_numbers(folder: Path) -> Record:
-    """Steps, rounds, rollouts, tokens sampled and trained, and the final KL of one run, from its metrics.jsonl.
+    """Return steps, rounds, rollouts, tokens sampled and trained, and the final KL of one run, from its metrics.jsonl.
 
     Every step of a round repeats the round's numbers, so that those are counted once per round.
     """
@@ -62,7 +63,7 @@ def run_numbers(folder: Path) -> Record:
 
 
 def _tokens_sampled(row: Record) -> float | None:
-    """Of one round. A row without a loss is a run that only samples: its policy tokens are the sampled ones."""
+    """Return the tokens sampled in one round. A row without a loss is of a run that only samples all its policy tokens."""
     if "sampled_tokens" in row:
         return row["sampled_tokens"]
     if "loss" not in row:
@@ -73,9 +74,9 @@ def _tokens_sampled(row: Record) -> float | None:
 
 
 def best_step(folder: Path, select: str) -> tuple[Record, int | None]:
-    """({metric, last, best, best_step} on validation, the step): the best among the steps that have a saved checkpoint.
+    """Return ({metric, last, best, best_step} on validation, the step): the best among the steps that have a saved checkpoint.
 
-    Of several equally good ones the latest, which is the last checkpoint where that is one of them.
+    The latest is taken of several that are equally good.
     """
     values = [(row["step"], row[select]) for row in read_jsonl(folder / "metrics.jsonl") if select in row]
     saved = [(value, step) for step, value in values if (folder / f"step_{step}").is_dir()]
@@ -84,7 +85,7 @@ def best_step(folder: Path, select: str) -> tuple[Record, int | None]:
 
 
 def evaluation_numbers(folder: Path) -> Record:
-    """Held-out numbers from an evaluation's results.json; a view that was not sampled is absent."""
+    """Return held-out numbers from an evaluation's results.json; a view that was not sampled is absent."""
     views = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     numbers = {name: views[view]["success"] for view, name in VIEWS.items() if "success" in views.get(view, {})}
     if "leak_frac" in views.get("student", {}):
@@ -93,7 +94,7 @@ def evaluation_numbers(folder: Path) -> Record:
 
 
 def success_by_task(output_dir: Path, evaluated: Record) -> dict[str, float] | None:
-    """Mean success of the student view per held-out task, where the evaluation wrote them (`rows.json`: view → task → mean)."""
+    """Return the mean success of the student view per held-out task, where the evaluation wrote `rows.json`."""
     path = output_dir / evaluated.get("folder", "") / "rows.json"
     if not path.is_file():
         return None
@@ -101,7 +102,7 @@ def success_by_task(output_dir: Path, evaluated: Record) -> dict[str, float] | N
 
 
 def read_results(output_dir: Path) -> dict[str, Record]:
-    """The last row of each cell, in the order of the sweep's arms."""
+    """Return the last row of each cell, in the order of the sweep's arms."""
     rows = {row["cell"]: row for row in read_jsonl(output_dir / RESULTS)}
     path = output_dir / ORDER
     names = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
@@ -122,7 +123,7 @@ def append_result(output_dir: Path, row: Record) -> None:
 
 @dataclass(frozen=True)
 class Group:
-    """One line of the table: the cells of an arm with the same swept values, one per seed."""
+    """Hold one line of the table: the cells of an arm with the same swept values, one per seed."""
 
     title: str
     arm: str
@@ -131,7 +132,7 @@ class Group:
     failed: int
 
     def values(self, part: str, name: str) -> list[float]:
-        """One number per cell that has it; ``part`` is last, best, validation, or "" for the row itself."""
+        """Return one number per cell that has it; ``part`` is last, best, validation, or "" for the row itself."""
         nodes = [(row.get(part) if part else row) or {} for row in self.rows]
         return [node[name] for node in nodes if node.get(name) is not None]
 
@@ -143,44 +144,30 @@ def groups_of(rows: Sequence[Record]) -> list[Group]:
     groups = []
     for members in found.values():
         first, good = members[0], [row for row in members if row["status"] == "ok"]
-        title = " ".join([first["title"], *(f"{key}={value}" for key, value in first["settings"].items())])
+        title = escape_controls(" ".join([first["title"], *(f"{key}={value}" for key, value in first["settings"].items())]))
         groups.append(Group(title, first["arm"], first["settings"], good, len(members) - len(good)))
     return groups
 
 
-def bootstrap_interval(values: Sequence[Sequence[float]], samples: int = BOOTSTRAP_SAMPLES) -> tuple[float, float] | None:
-    """95% percentile interval of the mean of a seeds × tasks table, seeds and tasks resampled with replacement.
-
-    A dimension of length 1 has no spread to resample; None if both have.
-    """
-    table = np.asarray(values, dtype=float)
-    if table.ndim != 2 or table.size < 2:
-        return None
-    generator = np.random.default_rng(0)
-    seeds, tasks = table.shape
-    means = [
-        table[generator.integers(seeds, size=seeds)][:, generator.integers(tasks, size=tasks)].mean() for _ in range(samples)
-    ]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def group_interval(output_dir: Path, group: Group) -> tuple[tuple[float, float] | None, str]:
-    """The interval of the last checkpoint's held-out success at the sampling temperature, and what was resampled for it."""
+    """Return the interval of the last checkpoint's held-out success at the sampling temperature, and what was resampled."""
     rows = [row for row in group.rows if (row.get("last") or {}).get("student_success") is not None]
     tables = [success_by_task(output_dir, row["last"]) for row in rows]
     if rows and all(table is not None and table.keys() == tables[0].keys() for table in tables):
         names = list(tables[0])
         what = "seeds × tasks" if len(rows) > 1 else "tasks"
-        return bootstrap_interval([[table[name] for name in names] for table in tables]), what
-    return bootstrap_interval([[row["last"]["student_success"]] for row in rows]), "seeds"
+        values = [[table[name] for name in names] for table in tables]
+    else:
+        what, values = "seeds", [[row["last"]["student_success"]] for row in rows]
+    enough = sum(map(len, values)) > 1  # one number has no spread to resample
+    return bootstrap_interval(values, seed=0, resamples=BOOTSTRAP_SAMPLES) if enough else None, what
 
 
 # ------------------------------------------------------------------------------------------- tables
 
 
 def mean_and_sd(values: Sequence[float]) -> str:
-    """`mean ± sd` (n − 1); the mean alone for one value, a dash for none."""
+    """Return `mean ± sd` (n − 1); the mean alone for one value, a dash for none."""
     if not values:
         return "–"
     mean = f"{statistics.fmean(values):.3f}"
@@ -188,7 +175,7 @@ def mean_and_sd(values: Sequence[float]) -> str:
 
 
 def count(values: Sequence[float]) -> str:
-    """The mean of a count over seeds, short."""
+    """Return the mean of a count over seeds, in short form."""
     if not values:
         return "–"
     mean = statistics.fmean(values)
@@ -234,14 +221,14 @@ NOT_THE_METHOD = {
 
 
 def config_text(stage: Record) -> str:
-    """A stage's config with the overrides that make it what it is; folders, seeds and logging are left out."""
+    """Return a stage's config with the overrides of its method; folders, seeds and logging are left out."""
     words = [word for word in shlex.split(stage.get("command", "")) if "=" in word]
     own = [word for word in words if word.partition("=")[0] not in NOT_THE_METHOD]
     return " ".join([stage["config"], *own])
 
 
 def notes(rows: Sequence[Record]) -> list[str]:
-    """What a reader must know to read the tables."""
+    """Return what a reader must know to read the tables."""
     seeds = sorted({row["seed"] for row in rows if row["seed"] is not None})
     commits = sorted({str(stage["commit"]) for row in rows for stage in row["stages"]})
     selected = ", ".join(sorted({row["select"] for row in rows}))
@@ -255,7 +242,7 @@ def notes(rows: Sequence[Record]) -> list[str]:
 
 
 def best_on_validation(groups: Sequence[Group]) -> str | None:
-    """The line of the table with the best last validation value; there is nothing to choose from if fewer than two have one."""
+    """Return the sentence about the best last validation value; None if fewer than two lines have one."""
     scored = [(statistics.fmean(values), group) for group in groups if (values := group.values("validation", "last"))]
     if len(scored) < 2:
         return None
@@ -267,11 +254,11 @@ def best_on_validation(groups: Sequence[Group]) -> str | None:
 
 
 def failures(rows: Sequence[Record]) -> list[str]:
-    return [f"FAILED {row['cell']}: {row['error']}" for row in rows if row["status"] != "ok"]
+    return [escape_controls(f"FAILED {row['cell']}: {row['error']}") for row in rows if row["status"] != "ok"]
 
 
 def write_report(output_dir: Path) -> list[Record]:
-    """Print the tables, write them to results.md; returns the rows behind them."""
+    """Print the tables, write them to results.md, and return the rows behind them."""
     rows = list(read_results(output_dir).values())
     groups = groups_of(rows)
     tables = {"Success": success_columns(output_dir), "Cost": cost_columns()}

@@ -37,7 +37,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep and how it is searched; ``trials`` counts per arm, and not for a grid."""
+    """Hold a sweep and how it is searched; ``trials`` counts per arm, and not for a grid."""
 
     sweep: Sweep
     search: str = "grid"
@@ -113,7 +113,7 @@ def open_study(sweep: Sweep, name: str, sampler: optuna.samplers.BaseSampler | N
 
 
 def claim(sweep: Sweep, study: optuna.Study, trial: FrozenTrial) -> Any:
-    """The trial's lock if it is ours now, else None. A running one can be ours only if its worker is dead. Under the lock."""
+    """Return the trial's lock if it is ours now, else None. A running trial can be ours only if its worker is dead."""
     lock = try_lock(sweep.output_dir, f"{study.study_name}-{trial.number}")
     if lock is not None and trial.state == TrialState.WAITING:
         study._storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING)  # as Study.ask() does
@@ -123,7 +123,7 @@ def claim(sweep: Sweep, study: optuna.Study, trial: FrozenTrial) -> Any:
 
 
 def finish_cell(sweep: Sweep, cell: Cell) -> dict[str, Any]:
-    """The cell's row: the one that is there if nothing has changed since, else that of a new attempt."""
+    """Return the cell's row: the one that is there if nothing has changed since, else that of a new attempt."""
     with locked(sweep.output_dir, f"cell {cell.id}"):
         row = finished_row(sweep, cell)
         if row is None:
@@ -199,7 +199,7 @@ def distribution(axis: Axis) -> BaseDistribution:
 
 
 def study_name(plan: SweepPlan, arm: Arm) -> str:
-    """A study is one arm with one content of its configs, one space and one set of seeds: others do not compare."""
+    """Return a study's name, which holds arm, configs, space and seeds: trials that differ in these do not compare."""
     sweep = plan.sweep
     marks = [stage_fingerprint(stage, {}) for stage in with_overrides(arm, sweep.fixed).stages]
     space = sorted((key, repr(axis)) for key, axis in sweep.axes.items())
@@ -207,7 +207,7 @@ def study_name(plan: SweepPlan, arm: Arm) -> str:
 
 
 def sampler(plan: SweepPlan, asked: int) -> optuna.samplers.BaseSampler:
-    """A new one per trial, its seed the trial's number: several workers would otherwise draw the same values."""
+    """Return a sampler of its own for a trial, seeded by its number: several workers would otherwise draw the same values."""
     if plan.search == "random":
         return optuna.samplers.RandomSampler(seed=asked)
     return optuna.samplers.TPESampler(seed=asked, constant_liar=True)  # trials that run elsewhere count as bad: spread out
@@ -265,6 +265,6 @@ def setting_text(value: Any) -> str:
 
 
 def mean_validation(rows: Sequence[dict[str, Any]]) -> float | None:
-    """The objective: the metric at the last evaluation of each run, mean over seeds; no peak-picking. None if unknown."""
+    """Return the metric at the last evaluation of each run, mean over seeds, without picking peaks; None if unknown."""
     values = [(row.get("validation") or {}).get("last") for row in rows if row["status"] == "ok"]
     return statistics.fmean(values) if len(values) == len(rows) and None not in values else None

@@ -1,4 +1,4 @@
-"""Values on a sweep's command line: `key=value`, `key=a,b,c`, `key=0..2`, `key=log:1e-5..1e-2`."""
+"""Read values on a sweep's command line: `key=value`, `key=a,b,c`, `key=0..2`, `key=log:1e-5..1e-2`."""
 
 import re
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from pidistill.errors import InputError
 
 @dataclass(frozen=True)
 class Choices:
-    """Values of one key, as they are typed."""
+    """Hold the values of one key, as they are typed."""
 
     values: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Range:
-    """low..high, both included; ``whole`` for integers, ``log`` for log-uniform search."""
+    """Hold low..high, both included; ``whole`` for integers, ``log`` for log-uniform search."""
 
     low: float
     high: float
@@ -41,7 +41,7 @@ def split_top_level(text: str) -> list[str]:
 
 
 def parse_axis(text: str) -> Axis:
-    """`a,b,c`, `a..b` (whole numbers if both ends are: write 0.0..1.0 for a continuous range) or `log:a..b`."""
+    """Read `a,b,c`, `a..b` (whole numbers if both ends are: write 0.0..1.0 for a continuous range) or `log:a..b`."""
     number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
     found = re.fullmatch(rf"(log:)?({number})\.\.({number})", text)
     if not found:
@@ -64,7 +64,7 @@ def grid_values(key: str, axis: Axis) -> tuple[str, ...]:
 
 
 def parse_overrides(words: Sequence[str]) -> tuple[dict[str, str], dict[str, Axis], tuple[int, ...] | None]:
-    """(fixed overrides, swept axes, seeds) of `key=value` words; a key with one value is fixed, `seed` is always the seeds."""
+    """Return (fixed overrides, swept axes, seeds) of words; a key with one value is fixed, and `seed` is never swept."""
     fixed, axes, seeds = {}, {}, None
     for word in words:
         key, equals, text = word.partition("=")

@@ -1,0 +1,55 @@
+"""`pidistill validate` refuses what `pidistill preview` refuses, and prints one line where both accept."""
+
+import json
+
+import pytest
+
+from pidistill.commands.places import config_path
+from pidistill.commands.preview.command import main as preview
+from pidistill.commands.validate import main as validate
+
+FEW = ["dataset.max_rows=20"]
+
+
+def ended(main, *words) -> int:
+    with pytest.raises(SystemExit) as status:
+        main(list(words))
+    return status.value.code
+
+
+@pytest.mark.parametrize("name", [["tiny/opsd"], ["--config", "tiny/opsd"]])
+def test_a_right_config_gets_one_line(name, capsys):
+    validate([*name, *FEW])
+    assert capsys.readouterr().out == "tiny/opsd is right: 20 of 20 rows were checked\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["groupsize=3"], ["objective.beta=fast"], ["objective.beta=-1"], ["dataset.split=nosuch"], ["tokenizer.max_seq_len=30"],
+     ["privileged.template=none"], ["model.vocab_size=7"], ["objective.no_pi=error", "dataset.privileged=none"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_validate_and_preview_refuse_the_same_with_the_same_sentence(words, capsys):
+    assert ended(preview, "tiny/opsd", *FEW, *words) == 2
+    expected = capsys.readouterr().err
+    assert ended(validate, "tiny/opsd", *FEW, *words) == 2
+    printed = capsys.readouterr()
+    assert printed.err == expected and printed.err.startswith("error: ") and printed.out == ""
+
+
+@pytest.mark.parametrize("words", [[], ["nosuch"], ["tiny/opsd", "--scan", "0"], ["tiny/opsd", "--nosuch"]], ids=str)
+def test_wrong_words_get_one_sentence(words, capsys):
+    assert ended(validate, *words) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_rows_that_are_left_out_are_counted(capsys, tmp_path):
+    row = {"messages": [{"role": "user", "content": "req i1 c2 g3 1 2 3 go"}], "privileged_messages": "[ d2 f0 ? k3 ]"}
+    long = row | {"messages": [{"role": "user", "content": "req " * 90}]}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, long, row)))
+    text = config_path("tiny/opsd").read_text()
+    start, end = text.index("dataset:\n"), text.index("environment:\n")
+    dataset = f"dataset:\n  _component_: pidistill.data.chat_dataset\n  source: {tmp_path}/rows.jsonl\n"
+    (tmp_path / "config.yaml").write_text(text[:start] + dataset + text[end:])
+    validate([str(tmp_path / "config.yaml"), "privileged.on_overflow=drop"])
+    assert capsys.readouterr().out.endswith("is right: 3 of 3 rows were checked; dropped: prompt_too_long 1\n")

@@ -1,0 +1,33 @@
+"""Control characters of data and model text do not reach a terminal."""
+
+import unicodedata
+
+import pytest
+
+from pidistill.errors import escape_controls
+
+
+@pytest.mark.parametrize("text", ["plain", "two\nlines\tand a tab", "größe → 模型", "👩‍👩‍👧 e\u0301"])
+def test_text_without_controls_stays_as_it_is(text):
+    assert escape_controls(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred", r"\x1b[31mred"),
+        ("a\rb", r"a\rb"),
+        ("\x9b2J", r"\x9b2J"),
+        ("\u202egnp", r"\u202egnp"),
+        ("\ud800", r"\ud800"),
+    ],
+)
+def test_controls_are_written_as_escapes(text, shown):
+    assert escape_controls(text) == shown
+
+
+def test_no_control_character_of_unicode_is_left():
+    every = "".join(map(chr, range(0x3000))) + "\ud800\udfff"
+    left = [character for character in escape_controls(every) if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")]
+    assert set(left) == {"\n", "\t"}
+    escape_controls(every).encode("utf-8")
