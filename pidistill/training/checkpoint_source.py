@@ -48,14 +48,14 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
     node = cfg.get(key)
     if node is None or "checkpoint_dir" not in node or not (_in_hf_format(node) or "checkpoint_files" in node):
         return
-    if node.get("checkpoint_files") is not None and not _checkpoint_files(node):
-        raise InputError(f"{key}.checkpoint_files is empty; list the files that hold the weights")
     folder = Path(node.checkpoint_dir)
     hint = f"{_how_to_make(folder)}check {key}.checkpoint_dir"
     if folder.parts[-4:] == ("runs", "tiny", "base", "latest"):
         hint = "run `make base` (or `pidistill run sft_distributed --config tiny/base`) first"
     if not folder.is_dir():
         raise InputError(f"checkpoint folder {folder} does not exist; {hint}")
+    if node.get("checkpoint_files") is not None and not _checkpoint_files(node):
+        raise InputError(f"{key}.checkpoint_files is empty; list the files that hold the weights")
     if key == "checkpointer" and _in_hf_format(node):
         check_copyable(folder)
     for name in [*(["config.json"] if _in_hf_format(node) else []), *_checkpoint_files(node)]:
