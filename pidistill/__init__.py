@@ -9,7 +9,7 @@ its recipe (``recipes/pi_distill_distributed.py``), its objective (``objectives/
 ``data/builders.py``, ``privileged/prompt.py``, ``envs/base.py``, ``rewards/base.py``, ``rollouts/collect.py``,
 ``scoring/score.py``, ``scoring/head.py``, ``teachers.py`` and ``training/update.py``: twelve files.
 
-A recipe also runs from Python, in a process that ``tune run`` or torchrun has started:
+A recipe also runs from Python: in any process, or in each of those that ``tune run`` or torchrun has started:
 
     from omegaconf import OmegaConf
     from pidistill.recipes.pi_distill_distributed import PiDistillRecipe

@@ -177,8 +177,8 @@ def _kill_all(workers: set[_Worker]) -> None:
 def _kill_group(process: multiprocessing.process.BaseProcess) -> None:
     """Kill a worker and the programs that its environment has started; the worker leads a process group of its own."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        if os.getpgid(process.pid) == process.pid:  # false until the worker's first line has run
-            os.killpg(process.pid, signal.SIGKILL)
+        if not process.is_alive() or os.getpgid(process.pid) == process.pid:  # false until the worker's first line has run
+            os.killpg(process.pid, signal.SIGKILL)  # of a dead worker too: what it started may still run
     process.kill()
 
 

@@ -1,4 +1,13 @@
-"""Models that torchtune lacks, and checkpoints in Hugging Face's format."""
+"""Build models that torchtune lacks, and read and write their weights in Hugging Face's format.
+
+In: a model folder (config.json, safetensors files), the builder that the config names, a PEFT adapter.
+Out: torchtune decoders and state dicts in torchtune's names; folders that transformers and PEFT load.
+
+Read hf_checkpointer.py first: how a folder is loaded and saved. hf_folder.py and config_json.py read what a folder holds, and
+trust none of it; fits.py compares it with the model; hf_format.py and peft_format.py convert weights and adapters.
+from_folder.py and decoder.py build a model from its config.json alone; adapters.py, nf4.py, precision.py and offloading.py
+change how a model computes; empty.py gives the model without weights that every check looks at.
+"""
 
 from pidistill.models.from_folder import from_folder
 from pidistill.models.from_scratch import from_scratch

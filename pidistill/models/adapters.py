@@ -1,7 +1,7 @@
-"""LoRA and DoRA adapters of torchtune's ``lora_`` builders: found, started, and merged into the weights they adapt.
+"""Find, start and merge the LoRA and DoRA adapters of torchtune's ``lora_`` builders.
 
 An adapted linear layer is W·x + (α/r)·B·A·x with A, B trained and W frozen; B = 0 at the start, so that it starts as W. DoRA
-(arXiv 2402.09353) has a magnitude m per row more, ‖W‖ at the start: (m / ‖W + (α/r)·B·A‖) · (W + (α/r)·B·A)·x.
+(arXiv 2402.09353) has one magnitude m per row besides, ‖W‖ at the start: (m / ‖W + (α/r)·B·A‖) · (W + (α/r)·B·A)·x.
 """
 
 import copy
@@ -23,7 +23,7 @@ PARTS = ("lora_a.weight", "lora_b.weight", "magnitude")
 
 
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Adapted layers by the names that the state dict has for them."""
+    """Yield the adapted layers with the names that the state dict has for them."""
     for name, module in model.named_modules():
         if hasattr(module, "adapter_params"):
             yield name.replace(_WRAPPER, ""), module
@@ -44,7 +44,7 @@ def rank_of(module: nn.Module) -> int:
 
 
 def scale_of(module: nn.Module) -> float:
-    """α/r."""
+    """Return α/r."""
     return module.scaling if hasattr(module, "scaling") else module.alpha / module.rank  # DoRA's, LoRA's
 
 
@@ -56,7 +56,7 @@ def is_dora(module: nn.Module) -> bool:
 
 
 def with_initial_adapters(model: nn.Module, weights: dict[str, Any], seed: int) -> dict[str, Any]:
-    """A base checkpoint's full state dict, and for adapters that it lacks torchtune's own initial values, on CPU.
+    """Return a base checkpoint's full state dict with torchtune's initial values for the adapters that it lacks, on CPU.
 
     They are drawn before sharding, from ``seed`` alone: the same for any number of ranks. ``model`` may be on meta.
     """
@@ -74,7 +74,7 @@ def with_initial_adapters(model: nn.Module, weights: dict[str, Any], seed: int) 
 
 
 def _row_norms(module: nn.Module, weight: Tensor) -> Tensor:
-    """Of the weight that the layer computes with, which is another one after 4 bits."""
+    """Return the norm of each row of the weight that the layer computes with, which 4 bits have changed."""
     weight = weight.to(module.weight.dtype)
     if module._quantize_base:
         weight = rounded(weight)
@@ -106,16 +106,16 @@ def _dora_forward(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``model``'s full state dict with the adapted weight in place of W, in its base's format; unchanged without adapters.
+    """Return ``model``'s full state dict with the adapted weight in place of W, in its base's format.
 
-    ``weights`` may share memory with the model, and stays as it is.
+    Without adapters it is ``weights``, which may share memory with the model and is not changed.
     """
     scales = {name: scale_of(module) for name, module in adapter_modules(model)}
     return merge(weights, scales) if scales else weights
 
 
 def merge(weights: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Tensor]:
-    """A full state dict with each named layer's adapter in its weight, and no adapters any more.
+    """Return a full state dict with each named layer's adapter merged into its weight, and without adapters.
 
     Args:
         weights: those of the base and, under torchtune's names, the adapters'.
@@ -129,7 +129,7 @@ def merge(weights: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[st
 
 
 def _adapted(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None) -> Tensor:
-    """The weight of the adapted layer, computed in fp32 at least and rounded once."""
+    """Return the weight of the adapted layer, computed in fp32 at least and rounded once."""
     exact = torch.promote_types(weight.dtype, torch.float32)
     whole = weight.to(exact) + scale * (b.to(exact) @ a.to(exact))
     if magnitude is not None:

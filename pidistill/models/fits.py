@@ -1,5 +1,8 @@
-"""Is this folder the checkpoint of this model? Answered from config.json and the tensors' names and shapes, before any weight
-is loaded: a folder of another size, of another family, or with other rotations is refused in one sentence."""
+"""Refuse a checkpoint folder of another model than the config builds, before any weight is loaded.
+
+The answer comes from config.json and from the tensors' names, shapes and types: another size, another family, other rotations,
+or something that is not computed here.
+"""
 
 import logging
 import math
@@ -25,7 +28,7 @@ _ADAPTER = ("lora_a.weight", "lora_b.weight", "magnitude")
 def check_fits(model: nn.Module, checkpointer: Mapping[str, Any], builder: str, key: str) -> None:
     """Refuse the folder of a config's ``checkpointer`` node if it is not ``model``'s; see the two functions below.
 
-    Silent where this cannot tell: a family that only torchtune's own checkpointer converts, a model of other modules.
+    Nothing is checked where this cannot tell: a family that only torchtune's checkpointer converts, a model of other modules.
     """
     folder = Path(checkpointer["checkpoint_dir"])
     config = read_json(folder / "config.json")
@@ -76,7 +79,7 @@ def check_config_fits(model: TransformerDecoder, config: Mapping[str, Any], fold
 
 
 def model_facts(model: TransformerDecoder) -> dict[str, Any]:
-    """What a torchtune decoder is, in config.json's words; rotations only of the kinds that are known here."""
+    """Return what a torchtune decoder is, in config.json's words; rotations only of the kinds that are known here."""
     attention = model.layers[0].attn
     rope = getattr(attention, "pos_embeddings", None)
     facts = {
@@ -98,7 +101,7 @@ def model_facts(model: TransformerDecoder) -> dict[str, Any]:
 
 
 def config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of a config.json, in either of the layouts that transformers has had for rotations."""
+    """Return the same of a config.json, in either of the layouts that transformers has had for rotations."""
     rope = rotations(config)
     kind = rotation_kind(rope)
     theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))

@@ -1,4 +1,4 @@
-"""A checkpoint of random weights, for models that are trained from nothing."""
+"""Make a checkpoint of random weights, for models that are trained from nothing."""
 
 import json
 from pathlib import Path
@@ -22,10 +22,10 @@ def from_scratch(
     seed: int = 0,
     checkpoint_files: list[str] | None = None,
 ) -> training.FullModelHFCheckpointer:
-    """A torchtune HF checkpointer whose initial checkpoint is made on the spot from random weights, if it is not there yet.
+    """Return a torchtune HF checkpointer; its initial checkpoint is made from random weights if it is not there yet.
 
-    For training a small base from nothing. ``hf_config`` becomes config.json and must describe ``model``; linear weights are
-    drawn with standard deviation 0.02, embeddings with 0.05.
+    It serves to train a small base from nothing. ``hf_config`` becomes config.json and must describe ``model``; linear weights
+    are drawn with standard deviation 0.02, embeddings with 0.05.
     """
     folder = Path(checkpoint_dir)
     is_main = not dist.is_initialized() or dist.get_rank() == 0

@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face's format. The folder says what it is: its index names the files, its config.json the family."""
+"""Load and save model folders in Hugging Face's format: the index names the files, and config.json the family."""
 
 import json
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ class HFCheckpointer:
         self._output_dir.mkdir(parents=True, exist_ok=True)
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """``{"model": full state dict in torchtune's format}``, on CPU, in the dtype of the files."""
+        """Return ``{"model": full state dict in torchtune's format}``, on CPU, in the dtype of the files."""
         weights: dict[str, Tensor] = {}
         for name in self._files:
             weights |= safe_torch_load(self._folder / name)
@@ -74,8 +74,8 @@ class HFCheckpointer:
     ) -> None:
         """Write ``output_dir/epoch_N``: the weights, their index, and the other files of ``checkpoint_dir``.
 
-        ``state_dict``: {"model": full state dict in torchtune's format}, on CPU. Recipe state and adapters are not this
-        class's: the recipes keep theirs in training_state.pt.
+        ``state_dict`` is {"model": full state dict in torchtune's format}, on CPU. Recipe state and adapters are not saved
+        here: the recipes keep theirs in training_state.pt.
         """
         if adapter_only or intermediate_checkpoint or set(state_dict) - {training.MODEL_KEY}:
             raise InputError(
@@ -96,7 +96,7 @@ class HFCheckpointer:
         copy_files(self._folder, folder, ignore_suffixes=SUFFIXES_TO_NOT_COPY)
 
     def _shards(self, weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """The tensors by file, each in the file that it was read from."""
+        """Return the tensors by file, each in the file that it was read from."""
         if absent := sorted(self._file_of.keys() - weights.keys() - not_loaded(self._file_of, self._config)):
             raise InputError(
                 f"the weights to save lack {absent[0]}, which {self._folder} has; set `model` to the builder that fits "
@@ -108,7 +108,7 @@ class HFCheckpointer:
         return {name: shard for name, shard in shards.items() if shard}
 
     def _write_config(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """With the dtype that the weights have now: transformers loads in the one that config.json names."""
+        """Write config.json with the dtype that the weights have now: transformers loads them in the one it names."""
         dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
         key = "torch_dtype" if "torch_dtype" in self._config else "dtype"
         config = self._config | ({key: dtypes.pop()} if len(dtypes) == 1 else {})

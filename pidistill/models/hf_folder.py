@@ -19,7 +19,7 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor is, its shape, and its type as safetensors writes it (``F32``, ``BF16``, ``I8``)."""
+    """Say where a tensor is, its shape, and its type as safetensors writes it (``F32``, ``BF16``, ``I8``)."""
 
     file: str
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Weights between Hugging Face's layout and torchtune's, in memory: the family is read from the model's config.json.
+"""Convert weights between Hugging Face's layout and torchtune's, in memory; config.json says which family they are of.
 
 Llama's and Mistral's query and key rows are permuted (torchtune rotates neighbouring pairs, Hugging Face halves); Qwen's keep
 their order.
@@ -24,7 +24,11 @@ _NORMS = {"self_attn.q_norm.weight": "attn.q_norm.scale", "self_attn.k_norm.weig
 
 
 def family(config: Config) -> str:
-    """The config's ``model_type``. Raises InputError where it is none of FAMILIES, or is no causal language model."""
+    """Return the config's ``model_type``.
+
+    Raises:
+        InputError: it is none of FAMILIES, or the model is no causal language model.
+    """
     name, architectures = config.get("model_type"), config.get("architectures") or []
     architectures = architectures if isinstance(architectures, list) else [architectures]
     if name not in FAMILIES:
@@ -41,22 +45,22 @@ def family(config: Config) -> str:
 
 
 def head_dim(config: Config) -> int:
-    """Width of one attention head: given (Qwen3's is not hidden_size / heads), or the quotient."""
+    """Return the width of one attention head: the one that is given (Qwen3's is not hidden_size / heads), or the quotient."""
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def is_tied(config: Config) -> bool:
-    """True if the output head is the embedding."""
+    """Return True if the output head is the embedding."""
     return bool(config.get("tie_word_embeddings", False))
 
 
 def not_loaded(names: Iterable[str], config: Config) -> set[str]:
-    """Those of a folder's tensors that no model has: a tied head's copy, and the rotations' frequencies in old exports."""
+    """Return those of a folder's tensors that no model has: a tied head's copy, the rotations' frequencies in old exports."""
     return {name for name in names if name.endswith("rotary_emb.inv_freq") or (name == TIED_HEAD and is_tied(config))}
 
 
 def from_hf(state: State, config: Config) -> State:
-    """Hugging Face's names and row order → torchtune's; tensors that need no permutation are passed on uncopied.
+    """Convert Hugging Face's names and row order to torchtune's; tensors that need no permutation are not copied.
 
     Raises:
         InputError: the family is unknown, or a tensor has no place in it.
@@ -74,7 +78,7 @@ def from_hf(state: State, config: Config) -> State:
 
 
 def to_hf(state: State, config: Config) -> State:
-    """The inverse of :func:`from_hf`. A tied model's state has no output head, and none is made.
+    """Invert :func:`from_hf`. A tied model's state has no output head, and none is made.
 
     ``state`` is a model's own state dict (``gather_cpu_state_dict`` of a sharded one), without LoRA adapters.
 

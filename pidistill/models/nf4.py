@@ -1,4 +1,4 @@
-"""Frozen weights in 4 bits (NF4, QLoRA's, arXiv 2305.14314): torchao's tensors, made from full weights and read back.
+"""Store frozen weights in 4 bits (NF4 of QLoRA, arXiv 2305.14314) as torchao's tensors, and read them back.
 
 A matrix is cut into blocks of 64 elements with a scale each, and the scales into blocks of 256 with a scale of their own; so a
 matrix, and each rank's shard of its rows, has a multiple of 64 · 256 elements.
@@ -21,7 +21,7 @@ def is_nf4(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor, device: torch.device) -> Tensor:
-    """A plain tensor with the values that a forward computes with; of a sharded one on every rank, a collective."""
+    """Return a plain tensor with the values that a forward computes with; of a sharded one on every rank (a collective)."""
     if isinstance(tensor, DTensor):
         tensor = tensor.to(device)  # from the CPU, where `fsdp_cpu_offload` has it
         # torch's own gathering does not know NF4.
@@ -30,21 +30,21 @@ def whole(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def rounded(weight: Tensor) -> Tensor:
-    """A plain tensor as it is after 4 bits."""
+    """Return a plain tensor with the values that it has after it was stored in 4 bits."""
     return to_nf4(weight).get_original_weight()
 
 
 def stored_as_in(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A full state dict with those weights in 4 bits that ``model`` has in 4 bits."""
+    """Return a full state dict with those weights in 4 bits that ``model`` has in 4 bits."""
     # Activation checkpointing wraps layers and shows in parameter names.
     names = {n.replace("_checkpoint_wrapped_module.", "") for n, p in model.named_parameters() if is_nf4(p)}
     return {name: to_nf4(weight) if name in names else weight for name, weight in weights.items()}
 
 
 def give_out_whole_weights(model: nn.Module) -> None:
-    """A state dict holds 4-bit weights as plain ones in their own dtype, on CPU; sharded ones stay what they are.
+    """Let state dicts of ``model`` hold 4-bit weights as plain ones in their own dtype, on CPU; sharded ones stay as they are.
 
-    In place of torchtune's hook, which gives them out in bf16 whatever the run's dtype, and cannot on the meta device.
+    This replaces torchtune's hook, which gives them in bf16 whatever the run's dtype, and does not work on the meta device.
     """
     for key, hook in list(model._state_dict_hooks.items()):
         if getattr(hook, "func", None) is reparametrize_as_dtype_state_dict_post_hook:
@@ -60,7 +60,7 @@ def _whole_weights(module: nn.Module, state_dict: dict[str, Tensor], *_: object)
 
 
 def check_shapes(model: nn.Module, ranks: int) -> None:
-    """Refuse matrices whose rows do not part into whole blocks; before any weight is loaded, ``model`` may be on meta."""
+    """Refuse matrices whose rows do not divide into whole blocks. ``model`` may be on the meta device."""
     for name, parameter in model.named_parameters():
         if not is_nf4(parameter):
             continue
@@ -74,11 +74,11 @@ def check_shapes(model: nn.Module, ranks: int) -> None:
 
 
 def stored_bytes(parameter: Tensor, item_bytes: int) -> float:
-    """Of a parameter: whole elements, or 4 bits each, a byte for each block's scale and an element for each 256 scales."""
+    """Return the bytes of a parameter: of its elements, or 4 bits each, a byte per block's scale, an element per 256 scales."""
     whole_bytes = parameter.numel() * item_bytes
     return parameter.numel() * (1 / 2 + 1 / 64) + whole_bytes / BLOCK_ELEMENTS if is_nf4(parameter) else whole_bytes
 
 
 def dequantizing_bytes(parameter: Tensor, item_bytes: int) -> float:
-    """Beside a 4-bit parameter while torchao makes it whole: 64-bit indices and three tensors of the whole's size."""
+    """Return the bytes beside a 4-bit parameter while torchao makes it whole: 64-bit indices and three whole tensors."""
     return parameter.numel() * (8 + 3 * item_bytes) if is_nf4(parameter) else 0.0

@@ -1,4 +1,4 @@
-"""Activations in host memory between forward and backward, as torchtune has it: CUDA only."""
+"""Keep activations in host memory between forward and backward, as torchtune does; CUDA only."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ def check_offloading(cfg: DictConfig, device: torch.device, ranks: int) -> None:
 
 
 def offload_activations(model: nn.Module) -> None:
-    """Every forward of ``model`` that a backward will follow keeps what autograd saves in host memory until then.
+    """Let every forward of ``model`` that a backward follows keep in host memory what autograd saves.
 
     One backward follows each such forward, which is how the recipes score. Sampling and constant views save nothing. The scorer
     keeps its head out of it with :data:`keep_on_device`.

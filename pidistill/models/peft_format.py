@@ -1,4 +1,4 @@
-"""LoRA and DoRA adapters in PEFT's format, both ways: a folder with adapter_config.json and adapter_model.safetensors.
+"""Read and write LoRA and DoRA adapters in PEFT's format: a folder with adapter_config.json and adapter_model.safetensors.
 
 `peft.PeftModel.from_pretrained(base, folder)` puts such a folder onto the base model in transformers. Llama's and Mistral's
 query and key rows are permuted between torchtune (which rotates neighbouring pairs) and Hugging Face (halves), and so are the
@@ -44,7 +44,7 @@ _MOVES_BASE = ("pissa", "olora", "corda", "loftq")
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT folder under torchtune's names.
+    """Hold a PEFT folder under torchtune's names.
 
     Attributes:
         tensors: of each layer lora_a.weight [r, in], lora_b.weight [out, r] and, of DoRA, magnitude [out].
@@ -61,7 +61,7 @@ class Adapter:
 
     @property
     def scales(self) -> dict[str, float]:
-        """α/r of each adapted layer."""
+        """Return α/r of each adapted layer."""
         return {layer: alpha / self.rank(layer) for layer, alpha in self.alphas.items()}
 
 
@@ -69,7 +69,7 @@ class Adapter:
 
 
 def write(folder: Path, model: nn.Module, weights: Mapping[str, Tensor], hf_config: Mapping[str, Any], base: str) -> None:
-    """``model``'s adapters, their values from the full state dict ``weights``, as PEFT reads them.
+    """Write ``model``'s adapters, with the values in the full state dict ``weights``, as PEFT reads them.
 
     Args:
         hf_config: the base's config.json.
@@ -110,7 +110,7 @@ def _config(model: nn.Module, base: str) -> dict[str, Any]:
 
 
 def _to_hf(layer: str) -> str:
-    """layers.3.attn.q_proj → model.layers.3.self_attn.q_proj; output → lm_head."""
+    """Return a layer's name in transformers: layers.3.attn.q_proj → model.layers.3.self_attn.q_proj; output → lm_head."""
     if layer == "output":
         return "lm_head"
     _, number, module = layer.split(".", 2)
@@ -118,7 +118,7 @@ def _to_hf(layer: str) -> str:
 
 
 def _permuted(rows: Tensor, layer: str, hf_config: Mapping[str, Any], *, to_hf: bool) -> Tensor:
-    """[out, …] of a query or key in the other format's row order; every other layer's as it is."""
+    """Return the rows [out, …] of a query or key in the other format's order; those of every other layer unchanged."""
     heads = {"attn.q_proj": "num_attention_heads", "attn.k_proj": "num_key_value_heads"}
     key = next((key for module, key in heads.items() if layer.endswith(module)), None)
     if key is None or hf_config["model_type"] not in LIKE_LLAMA:
@@ -133,7 +133,7 @@ def _permuted(rows: Tensor, layer: str, hf_config: Mapping[str, Any], *, to_hf: 
 
 
 def read(folder: Path, hf_config: Mapping[str, Any]) -> Adapter:
-    """A PEFT folder of LoRA or DoRA.
+    """Return what a PEFT folder of LoRA or DoRA holds.
 
     Raises:
         InputError: files are missing, the folder holds another kind of adapter, or a layer lacks one of its tensors.
@@ -249,7 +249,7 @@ def _check_layer(layer: str, tensors: Mapping[str, Tensor], config: Mapping[str,
 
 
 def _own(config: Mapping[str, Any], pattern: str, key: str, layer: str) -> Any:
-    """A layer's own value, by PEFT's rule that a pattern is the end of the name, or the common one."""
+    """Return a layer's own value, by PEFT's rule that a pattern is the end of the name, or the common value."""
     for own, value in (config.get(pattern) or {}).items():
         if re.fullmatch(rf"(?:.*\.)?(?:{own})", _to_hf(layer)):
             return value
@@ -318,7 +318,7 @@ def check_adapter_dir(cfg: DictConfig) -> None:
 
 
 def _check_not_merged_already(adapter_dir: Path, checkpoint_dir: Path) -> None:
-    """A run's own checkpoint holds the merged weights: with the adapter on top it would count twice, without a word."""
+    """Refuse an adapter on top of a run's own checkpoint, whose weights are merged: it would silently count twice."""
     bases = [base_of(folder) for folder in (adapter_dir, checkpoint_dir / FOLDER)]
     if bases[0] is not None and bases[0] == bases[1]:
         raise InputError(
@@ -329,13 +329,13 @@ def _check_not_merged_already(adapter_dir: Path, checkpoint_dir: Path) -> None:
 
 
 def base_of(adapter_dir: Path) -> str | None:
-    """The base that an adapter's folder names; None where it names none, or there is no such folder."""
+    """Return the base that an adapter's folder names; None where it names none, or there is no such folder."""
     path = adapter_dir / CONFIG
     return read_json(path).get("base_model_name_or_path") if path.is_file() else None
 
 
 def with_adapter_dir(cfg: DictConfig, model_node: Any, weights: dict[str, Any]) -> dict[str, Any]:
-    """A base's full state dict with the adapter in `adapter_dir`; unchanged without the key.
+    """Return a base's full state dict with the adapter in `adapter_dir`; unchanged without the key.
 
     It is put beside the base's weights where the model has adapters, and merged into them where it has none.
     """
@@ -347,7 +347,7 @@ def with_adapter_dir(cfg: DictConfig, model_node: Any, weights: dict[str, Any]) 
 
 
 def base_config(checkpoint_dir: str | None) -> dict[str, Any]:
-    """config.json of a checkpoint folder; empty where there is none."""
+    """Return the config.json of a checkpoint folder; empty where there is none."""
     path = Path(checkpoint_dir or "") / "config.json"
     return read_json(path) if checkpoint_dir and path.is_file() else {}
 

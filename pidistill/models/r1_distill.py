@@ -1,4 +1,4 @@
-"""DeepSeek-R1-Distill-Qwen (arXiv 2501.12948): torchtune's Qwen2 in the sizes of Qwen2.5-Math, with a head of its own.
+"""Build DeepSeek-R1-Distill-Qwen (arXiv 2501.12948): torchtune's Qwen2 in the sizes of Qwen2.5-Math, with its own head.
 
 Sizes from config.json of deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B and -7B. Positions go up to 131,072 there; the tables here
 end at 32,768, the longest answer that the models were evaluated with.

@@ -1,4 +1,4 @@
-"""Builders of one published size, with the arguments of torchtune's own (``qwen2_5_7b_base`` and its ``lora_`` sibling)."""
+"""Make builders of one published size, with the arguments of torchtune's (``qwen2_5_7b_base`` and its ``lora_`` sibling)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ Builder = Callable[..., TransformerDecoder]
 
 
 def sized(name: str, builder: Builder, sizes: Mapping[str, Any]) -> Builder:
-    """``builder`` with ``sizes`` filled in."""
+    """Return ``builder`` with ``sizes`` filled in."""
 
     def build(max_seq_len: int | None = None, rope_base: float | None = None) -> TransformerDecoder:
         return builder(**_with(sizes, max_seq_len, rope_base))
@@ -18,7 +18,7 @@ def sized(name: str, builder: Builder, sizes: Mapping[str, Any]) -> Builder:
 
 
 def sized_lora(name: str, builder: Builder, sizes: Mapping[str, Any]) -> Builder:
-    """The same for a ``lora_`` builder, with torchtune's names and defaults."""
+    """Do the same for a ``lora_`` builder, with torchtune's names and defaults."""
 
     def build(
         lora_attn_modules: Sequence[str],

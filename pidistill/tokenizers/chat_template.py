@@ -132,6 +132,12 @@ def _own_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     stored = config.get("chat_template") or {}
     templates = {"default": stored} if isinstance(stored, str) else {}
     if isinstance(stored, list):
+        for entry in stored:
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "template")):
+                raise InputError(
+                    f"chat_template in {folder}/tokenizer_config.json has an entry {str(entry)[:60]!r} without a name and a "
+                    "template; set tokenizer.chat_template to a Jinja file"
+                )
         templates = {entry["name"]: entry["template"] for entry in stored}
     files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
     if (folder / "chat_template.jinja").is_file():

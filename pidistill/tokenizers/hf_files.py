@@ -71,7 +71,12 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
     if not file.is_file():
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "it is no folder"
         raise InputError(f"{folder} has no tokenizer.json ({held or 'it is empty'}); check tokenizer.path")
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(
+            f"{file} is not a tokenizer ({' '.join(str(error).split())[:160]}); copy or download it again"
+        ) from error
     tokenizer.no_truncation()  # the file may ask for either, and both would change prompts silently
     tokenizer.no_padding()
     return tokenizer
@@ -82,9 +87,12 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid JSON ({error}); check tokenizer.path") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{file} holds a {type(found).__name__}, not a JSON object; check tokenizer.path")
+    return found
 
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -95,5 +103,14 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _eos_ids(config: Mapping[str, Any]) -> list[int]:
+    """Return the ids under ``eos_token_id``, which the files write as one or as a list.
+
+    Raises:
+        InputError: an id is none.
+    """
     ids = config.get("eos_token_id")
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    for i in ids:
+        if not isinstance(i, int) or not 0 <= i < 1 << 31:
+            raise InputError(f"eos_token_id {i!r} in the model's folder is not a token's id; set tokenizer.stop_tokens")
+    return ids

@@ -1,4 +1,4 @@
-"""Check the checkpoint folders that a run starts from: there, complete, and of the model that the config builds."""
+"""Check the checkpoint folders that a run starts from: that they exist, are complete, and hold the model of the config."""
 
 import os
 import re
@@ -18,11 +18,11 @@ log = utils.get_logger("INFO")
 
 
 def use_fallback_checkpoint(cfg: DictConfig) -> None:
-    """Where `checkpointer.checkpoint_dir` does not exist, write `fallback_checkpoint_dir` into its place, and say so.
+    """Put `fallback_checkpoint_dir` in the place of a `checkpointer.checkpoint_dir` that does not exist, and say so.
 
-    For methods of several stages: the config of a later one starts from the base if the earlier one was not run. A resumed
-    run keeps the folder that it began with, which the config.yaml in its output folder records: its frozen teacher and the
-    weights that training began with stay the same, whatever has come into being since.
+    This serves methods of several stages: a later stage starts from the base if the earlier one was not run. A resumed run
+    keeps the folder that it began with, which the config.yaml in its output folder records: its frozen teacher and the weights
+    that training began with stay the same, whatever folders were made since.
     """
     fallback = cfg.get("fallback_checkpoint_dir")
     if fallback is None:
@@ -48,14 +48,14 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
     node = cfg.get(key)
     if node is None or "checkpoint_dir" not in node or not (_in_hf_format(node) or "checkpoint_files" in node):
         return
-    if node.get("checkpoint_files") is not None and not _checkpoint_files(node):
-        raise InputError(f"{key}.checkpoint_files is empty; list the files that hold the weights")
     folder = Path(node.checkpoint_dir)
     hint = f"{_how_to_make(folder)}check {key}.checkpoint_dir"
     if folder.parts[-4:] == ("runs", "tiny", "base", "latest"):
         hint = "run `make base` (or `pidistill run sft_distributed --config tiny/base`) first"
     if not folder.is_dir():
         raise InputError(f"checkpoint folder {folder} does not exist; {hint}")
+    if node.get("checkpoint_files") is not None and not _checkpoint_files(node):
+        raise InputError(f"{key}.checkpoint_files is empty; list the files that hold the weights")
     if key == "checkpointer" and _in_hf_format(node):
         check_copyable(folder)
     for name in [*(["config.json"] if _in_hf_format(node) else []), *_checkpoint_files(node)]:
@@ -96,7 +96,7 @@ def _in_hf_format(node: DictConfig) -> bool:
 
 
 def _checkpoint_files(node: DictConfig) -> list[str]:
-    """Those that the config names; none where the folder's index does."""
+    """Return the files that the config names; none where the folder's index names them."""
     files = node.get("checkpoint_files")
     if isinstance(files, DictConfig):  # torchtune's {filename_format, max_filename}
         return FormattedCheckpointFiles.from_dict(dict(files)).build_checkpoint_filenames()

@@ -1,8 +1,8 @@
-"""Save and exact resume. A checkpoint is a folder `output_dir/step_N`, complete or absent:
+"""Save checkpoints and resume from them exactly. A checkpoint is a folder `output_dir/step_N`, complete or absent:
 
-    the weights in their own format, as the configured torchtune checkpointer writes them (loads in transformers); of a
+    the weights in their own format, as the configured torchtune checkpointer writes them (transformers loads them); of a
     model with LoRA adapters the merged ones (of 4-bit weights, those that the forward computes with),
-    adapter/ with LoRA adapters: these alone in PEFT's format, for the base in transformers,
+    adapter/ where there are LoRA adapters: these alone in PEFT's format, for the base in transformers,
     the files that came with the initial checkpoint (config.json, tokenizer), and
     training_state.pt: optimizer, scheduler, adapters, teacher, step, round, random state of every rank, the objective's name,
     and the version of this format.
@@ -179,7 +179,7 @@ class Checkpoints:
             raise self._damaged(folder, "a file of weights or config.json", error) from error
 
     def load_weights(self) -> dict[str, Any]:
-        """The full state dict that the run starts from, on CPU."""
+        """Return the full state dict that the run starts from, on CPU."""
         try:
             weights = self._checkpointer.load_checkpoint()[training.MODEL_KEY]
             if self._source is not None:
@@ -200,7 +200,7 @@ class Checkpoints:
         return weights | adapters
 
     def restore(self, model: TransformerDecoder, updates: Updates, teacher: Teacher | None) -> dict[str, Any]:
-        """Put optimizer, scheduler, teacher and random state back; returns {"step", "round"} (zeros for a fresh run)."""
+        """Put optimizer, scheduler, teacher and random state back; return {"step", "round"} (zeros for a fresh run)."""
         training_begins()
         if self.state is None:
             return {"step": 0, "round": 0}
@@ -354,7 +354,7 @@ class Checkpoints:
                 remove_tree(removed)
 
     def _full(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Whole CPU tensors on rank 0 (every rank takes part in gathering them)."""
+        """Return whole CPU tensors on rank 0; every rank takes part in gathering them."""
         full = {}
         for name, tensor in state.items():
             gathered = whole(tensor.detach(), self.run.device)

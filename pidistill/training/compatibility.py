@@ -1,4 +1,4 @@
-"""Parts that are right by themselves and train the wrong thing together."""
+"""Refuse parts that are right by themselves and train the wrong thing together."""
 
 import inspect
 

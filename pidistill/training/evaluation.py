@@ -1,4 +1,4 @@
-"""Success with and without privileged information: what every comparison rests on."""
+"""Measure success with and without privileged information, which every comparison rests on."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ EVALUATION_STREAM = -1
 
 
 class Evaluation:
-    """Evaluates the model of a training run on the rows of `eval_dataset`."""
+    """Evaluate the model of a training run on the rows of `eval_dataset`."""
 
     def __init__(self, cfg: DictConfig, run: Run, data: RecipeData, collect: Collect | None) -> None:
         """``collect`` may be None where there are no such rows."""
@@ -77,7 +77,7 @@ def evaluate(
 
 
 def eval_dropped(views: Iterable[CollectResult], run: Run) -> dict[str, float]:
-    """Rollouts of an evaluation that have no reward, by reason, over all ranks; absent where there are none."""
+    """Count the rollouts of an evaluation that have no reward, by reason, over all ranks; no entry where there are none."""
     views = list(views)
     reasons = {reason for view in views for reason in view.dropped}
     counts = run.sums({f"eval_dropped/{reason}": sum(view.dropped.get(reason, 0) for view in views) for reason in reasons})
@@ -95,7 +95,7 @@ def sample_view(
     temperature: float | None = None,
     max_new_tokens: int | None = None,
 ) -> CollectResult:
-    """This rank's share: ``samples`` rollouts of each of its prompts; ``Rollout.group`` is the prompt's index."""
+    """Return this rank's share: ``samples`` rollouts of each of its prompts; ``Rollout.group`` is the prompt's index."""
     mine = run.share(list(enumerate(prompts)))
     seeds = [rollout_seed(run.seed, EVALUATION_STREAM, index, member) for index, _ in mine for member in range(samples)]
     return collect(
@@ -112,13 +112,13 @@ def sample_view(
 
 
 def mean_success(rollouts: Sequence[Rollout], threshold: float, run: Run) -> float:
-    """Over all ranks; NaN without rollouts."""
+    """Return the mean over all ranks; NaN without rollouts."""
     total = run.sum(len(rollouts))
     return run.sum(sum(r.task_reward >= threshold for r in rollouts)) / total if total else math.nan
 
 
 def pass_at_k(successes: int, samples: int, k: int) -> float:
-    """Unbiased estimate of P(at least one of k samples succeeds): 1 − C(n−c, k)/C(n, k) (arXiv 2107.03374, Eq. 1)."""
+    """Estimate P(at least one of k samples succeeds) without bias: 1 − C(n−c, k)/C(n, k) (arXiv 2107.03374, Eq. 1)."""
     return 1.0 - math.comb(samples - successes, k) / math.comb(samples, k)
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a training run finishes its round, saves and ends; before training begins, it ends at once.
+"""Handle SIGTERM and SIGINT: a training run finishes its round, saves and ends; before training begins, it ends at once.
 
 Exit status: 0 after SIGTERM, so that a job that was preempted counts as ended in order, and 130 after SIGINT. A recipe that
 saves no checkpoint (evaluation, sampling) ends with 143 after SIGTERM, since its work is lost.
@@ -18,7 +18,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(SystemExit, StopRequest):
-    """Ends the process with a sentence on stderr and an exit status, without a traceback."""
+    """End the process with a sentence on stderr and an exit status, without a traceback."""
 
     def __init__(self, sentence: str, signum: int, saves: bool = True) -> None:
         super().__init__(130 if signum == signal.SIGINT else 0 if saves else 128 + signum)
@@ -27,7 +27,7 @@ class Stopped(SystemExit, StopRequest):
 
 @dataclass
 class _State:
-    """What the handler knows: whether the recipe saves checkpoints, whether it trains by now, and what was received."""
+    """Hold what the handler knows: whether the recipe saves checkpoints, whether it trains by now, and what was received."""
 
     saves: bool = False
     training: bool = False

@@ -1,4 +1,4 @@
-"""What a run reports, and what each number means.
+"""Compute what a run reports; the list says what each number means.
 
 `metrics.jsonl` holds one JSON object per optimiser step, and one per evaluation (keys `eval_*`), each with `step`. A number
 that was not computed is absent; nothing stands in for it.
@@ -79,7 +79,7 @@ from pidistill.types import Batch, Rollout, RolloutAdvantage, Scores
 
 
 def token_sums(batch: Batch, scores: Scores, extra: dict[str, Tensor]) -> dict[str, float]:
-    """Sums over the policy tokens of a micro-batch, to be added over micro-batches and ranks and divided by their number."""
+    """Return sums over the policy tokens of a micro-batch; added over batches and ranks and divided by their number: means."""
     columns = dict(extra)
     for divergence, value in scores.divergences.items():
         if divergence.grad == "none" or divergence.fn is not None:
@@ -115,7 +115,7 @@ def _by_quarter(name: str, values: Tensor, batch: Batch) -> dict[str, float]:
 
 
 def token_means(sums: dict[str, float], tokens: float) -> dict[str, float]:
-    """Means per policy token of summed :func:`token_sums`; the keys that start with `_` are consumed."""
+    """Return means per policy token of summed :func:`token_sums`; the keys that start with `_` are consumed."""
     if tokens == 0:
         return {}
     means = {}
@@ -131,7 +131,7 @@ def token_means(sums: dict[str, float], tokens: float) -> dict[str, float]:
 
 
 def rollout_sums(rollouts: Sequence[Rollout], success_threshold: float, leak_phrases: Sequence[str]) -> dict[str, float]:
-    """Sums over rollouts, to be added over ranks; see :func:`rollout_means`."""
+    """Return sums over rollouts, to be added over ranks; see :func:`rollout_means`."""
     sums = {
         "_rollouts": float(len(rollouts)),
         "reward_mean": sum(r.reward for r in rollouts),
@@ -150,7 +150,7 @@ def rollout_sums(rollouts: Sequence[Rollout], success_threshold: float, leak_phr
 
 
 def advantage_sums(pairs: Sequence[tuple[Rollout, RolloutAdvantage]]) -> dict[str, float]:
-    """Sums over rollouts, to be added over ranks; see :func:`rollout_means`."""
+    """Return sums over rollouts, to be added over ranks; see :func:`rollout_means`."""
     sums = {"zero_advantage_frac": float(sum(advantage.advantage == 0.0 for _, advantage in pairs))}
     weighted = [(rollout.group, advantage.snis_weight) for rollout, advantage in pairs if advantage.snis_weight is not None]
     if weighted:

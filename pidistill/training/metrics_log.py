@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, rollouts.jsonl, the metric logger, the progress bar and the alarms."""
+"""Write the log of a run: metrics.jsonl, rollouts.jsonl, the metric logger, the progress bar and the alarms."""
 
 import json
 import math
@@ -21,7 +21,7 @@ log = utils.get_logger("INFO")
 
 
 class MetricsLog:
-    """metrics.jsonl, the configured torchtune metric logger and the progress bar, on rank 0.
+    """Write metrics.jsonl, to the configured torchtune metric logger and to the progress bar, on rank 0.
 
     On resume, rows after the checkpoint's step are cut off: they are about to be written again. A fresh run starts empty files.
     """

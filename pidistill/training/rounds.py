@@ -1,4 +1,4 @@
-"""A round: prompts sampled together, then one or more optimiser steps on their rollouts."""
+"""Divide and report a round: prompts sampled together, then one or more optimiser steps on their rollouts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from pidistill.types import Rollout, RolloutAdvantage
 
 
 class RoundSizes:
-    """Sizes of a round, counted over all ranks, and how its rollouts are cut into steps.
+    """Hold the sizes of a round, counted over all ranks, and divide its rollouts into steps.
 
     Config keys: ``prompts_per_round`` × ``group_size`` rollouts are sampled, then ``updates_per_round`` optimiser steps are
     taken, each on ``minibatch_rollouts`` of them (null: on all).
@@ -44,7 +44,7 @@ class RoundSizes:
 
     @property
     def must_match(self) -> dict[str, int]:
-        """What the position in the data depends on; a resumed run must have the same."""
+        """Return what the position in the data depends on; a resumed run must have the same."""
         return {"prompts_per_round": self.prompts, "group_size": self.group_size, "updates_per_round": self.updates}
 
     def check_progress(self, step: int, round_: int, max_steps: int) -> None:
@@ -56,7 +56,7 @@ class RoundSizes:
             )
 
     def minibatches(self, pairs: Sequence[tuple[Rollout, RolloutAdvantage]]) -> Iterator[list]:
-        """One list per optimiser step of the round: this rank's rollouts of the groups that belong to it, groups in turn."""
+        """Yield one list per optimiser step of the round: this rank's rollouts of the groups that belong to it, in turn."""
         groups = self.minibatch // self.group_size
         for update in range(self.updates):
             chosen = {(update * groups + i) % self.prompts for i in range(groups)}
@@ -114,7 +114,7 @@ def check_rewards(rollouts: float, dropped: Mapping[str, float], where: str = "o
 
 
 def dump_rollouts(rollouts: Sequence[Rollout], path: Path) -> None:
-    """One JSON object per rollout: enough to see what a step was trained on."""
+    """Write one JSON object per rollout: enough to see what a step was trained on."""
     write_jsonl(
         path,
         [

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write into it, whether a run starts or resumes there, and what config.yaml may hold.
+"""Decide about the folder of a run: who may write into it, whether a run starts or resumes, what config.yaml may hold.
 
 `resume_from_checkpoint` decides what happens in an `output_dir` that holds a run:
 
@@ -85,7 +85,7 @@ def wants_resume(cfg: DictConfig) -> bool:
 
 
 def claim_run_folder(cfg: DictConfig, output_dir: Path) -> None:
-    """Lock the folder of a training run, and refuse or move aside what a new run would overwrite. For rank 0.
+    """Lock the folder of a training run, and refuse or move aside what a new run would overwrite; rank 0 calls this.
 
     Raises:
         InputError: another process runs here; a run is here and the config says nothing of it; the value is unknown.

@@ -1,4 +1,4 @@
-"""The supervised term beside a method's own loss: the config keys `sft_weight` and `sft_batch_size`."""
+"""Add a supervised term beside a method's own loss: the config keys `sft_weight` and `sft_batch_size`."""
 
 from omegaconf import DictConfig
 from torchtune.modules import TransformerDecoder
@@ -15,7 +15,7 @@ REQUEST = ScoreRequest(student_grad=True, teacher_grad=False, views=("student",)
 
 
 class SupervisedTerm:
-    """Adds `sft_weight` × the mean −log S per token of `sft_batch_size` demonstrations to the gradient of every step.
+    """Add `sft_weight` × the mean −log S per token of `sft_batch_size` demonstrations to the gradient of every step.
 
     Attributes:
         active: False where `sft_weight` is 0 or absent; :meth:`backward` then does nothing.

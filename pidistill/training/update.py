@@ -1,4 +1,4 @@
-"""One optimiser step: clipped, skipped and counted where it is not finite."""
+"""Take optimiser steps: clipped, and skipped and counted where the loss or the gradient is not finite."""
 
 import math
 from collections.abc import Callable
@@ -35,7 +35,7 @@ log = utils.get_logger("INFO")
 
 @dataclass(frozen=True)
 class StepResult:
-    """What became of one optimiser step.
+    """Say what became of one optimiser step.
 
     Attributes:
         grad_norm: before clipping.
@@ -51,7 +51,7 @@ class StepResult:
 
 
 class Updates:
-    """Applies accumulated gradients; skips and counts a step whose loss or gradient is not finite, or that has no token."""
+    """Apply accumulated gradients; skip and count a step whose loss or gradient is not finite, or that has no token."""
 
     def __init__(self, cfg: DictConfig, run: Run, model: nn.Module) -> None:
         self.run, self.model = run, model
@@ -67,7 +67,7 @@ class Updates:
         self.empty_steps = 0
 
     def apply_settings(self, scheduler: dict[str, Any] | None, kind: str | None) -> None:
-        """After a resume: restore the scheduler's position, and use the config's lr, weight decay and schedule.
+        """Restore the scheduler's position after a resume, and use the config's lr, weight decay and schedule.
 
         Args:
             scheduler: the checkpoint's state of it.
@@ -145,5 +145,5 @@ class Updates:
 
 
 def crossed(every: int | None, before: int, now: int) -> bool:
-    """True if a multiple of ``every`` lies in (before, now]; never for None or 0."""
+    """Return True if a multiple of ``every`` lies in (before, now]; never for None or 0."""
     return bool(every) and now // every > before // every

@@ -53,6 +53,7 @@ def small_model(checkpoint: Path, output_dir: Path) -> list[str]:
         f"output_dir={output_dir}",
         "device=cpu",
         "dtype=fp32",
+        "compute_dtype=null",
         "threads=1",
         "model._component_=torchtune.models.qwen2.qwen2",
         f"model.vocab_size={VOCABULARY}",

@@ -6,7 +6,10 @@ was never stopped, to the bit. Saved work is every file of a checkpoint: its byt
 
 import contextlib
 import hashlib
+import os
+import resource
 import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -405,7 +408,7 @@ class Trial:
         return f"damaged state, {self.method}: {len(self.outcomes)} cases, {dict(counts)}, destroyed {len(self.destroyed)}"
 
     def check(self) -> None:
-        print(f"\n{self.figures()}")
+        print(f"\n{self.figures()} {self.destroyed or ''}")
         bad = {name: outcome for name, outcome in self.outcomes.items() if not outcome.startswith(("right", "sentence"))}
         for name, outcome in (bad or {}).items():
             print(f"  {name} -> {outcome}")
@@ -417,7 +420,7 @@ def saved_work(place: Path) -> set[str]:
     """Return the hashes of the files of all checkpoints below a folder, and of what stands beside the run's folder."""
     files = [path for path in place.rglob("*") if path.is_file() and not path.is_symlink()]
     kept = [path for path in files if path.parent.name != "run" or path.parent.parent != place]
-    return {hashlib.sha256(path.read_bytes()).hexdigest() for path in kept if path.name != "executed"}
+    return {hashlib.sha256(path.read_bytes()).hexdigest() for path in kept if path.name not in ("executed", ".writing")}
 
 
 @pytest.fixture(scope="module")
@@ -445,6 +448,63 @@ def test_every_damage_ends_in_the_right_run_or_in_one_sentence(method, trial):
     trying.check()
 
 
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Refuse to write beyond ``size`` bytes of a file, as a disk does that fills up."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def check_full_disk(trying: Trial, sizes: tuple[int, ...]) -> None:
+    """Resume with each limit, then without one: the first is one sentence, the second the right run."""
+    for size in sizes:
+        copy = shutil.copytree(trying.stopped, trying.folder / f"full_{size}" / "run", symlinks=True)
+        (copy / ".lock").unlink()
+        before = saved_work(copy.parent)
+        with largest_file(size):
+            trying.outcomes[f"files of at most {size:,} bytes"] = trying.resume(copy)
+        assert not before - saved_work(copy.parent), size
+        run_folder._locks.clear()
+        trying.outcomes[f"files of at most {size:,} bytes, then space"] = trying.resume(copy)
+
+
+@pytest.mark.trials
+@pytest.mark.parametrize("method", METHODS)
+def test_a_disk_that_fills_up_is_one_sentence_and_the_run_resumes_once_there_is_space(method, trial):
+    trying = trial(method)
+    check_full_disk(trying, (0, 100, 1_000, 5_000, 20_000, 50_000, 80_000, 120_000, 200_000))
+    trying.check()
+
+
+@pytest.mark.trials
+def test_a_full_file_system_is_one_sentence_and_the_run_resumes_once_there_is_space(trial, tmp_path):
+    trying = trial("opsd")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        copy = shutil.copytree(trying.stopped, tmp_path / "run", symlinks=True)
+        before = saved_work(tmp_path)
+        filler = tmp_path / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        os.truncate(filler, filler.stat().st_size - 65_536)
+        trying.outcomes["64 KiB left"] = trying.resume(copy)
+        assert not before - saved_work(tmp_path)
+        filler.unlink()
+        run_folder._locks.clear()
+        trying.outcomes["64 KiB left, then space"] = trying.resume(copy)
+    finally:
+        run_folder._locks.clear()
+        subprocess.run(["umount", str(tmp_path)], check=False)
+    trying.check()
+    assert trying.outcomes["64 KiB left"].startswith("sentence")
+
+
 def test_one_damage_of_each_kind_ends_in_the_right_run_or_in_one_sentence(trial):
     trying = trial("sft")
     for name in (
@@ -454,4 +514,6 @@ def test_one_damage_of_each_kind_ends_in_the_right_run_or_in_one_sentence(trial)
         "*.safetensors: take the file of the other step",
     ):  # fmt: skip
         trying.try_case(name, damages()[name])
+    check_full_disk(trying, (20_000,))
     trying.check()
+    assert trying.outcomes["files of at most 20,000 bytes"].startswith("sentence")
