@@ -273,6 +273,11 @@ class FunctionToolEnvironment:
         return begin or (lambda example: None)
 
     def reset(self, example: Example) -> ToolEpisode:
+        if not example.tools:  # without tools in the row no text of the model is read as a call
+            raise InputError(
+                f"{example.id} shows no tools to the model, and the environment has {', '.join(self._tools)}; set "
+                "dataset._component_=pidistill.envs.function_tools.with_tools around the dataset, with the same functions"
+            )
         return ToolEpisode(example, self._begin(example))
 
     def step(self, state: ToolEpisode, turn: Message, *, truncated: bool) -> EnvStep:

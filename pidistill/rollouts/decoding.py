@@ -21,7 +21,7 @@ from pidistill.models.modules import attention_modules
 from pidistill.models.precision import multiply_head, widen_head
 
 # Prompts are read in forwards of at most this many tokens, padding included: more is no faster, and costs memory.
-_TOKENS_PER_READ = 8192
+TOKENS_PER_READ = 8192
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def of_like_length(lengths: list[int]) -> list[list[int]]:
     """Which of them to read in one forward: those of like length, so that padding is little and memory bounded."""
     chunks: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if chunks and (len(chunks[-1]) + 1) * lengths[i] <= _TOKENS_PER_READ:
+        if chunks and (len(chunks[-1]) + 1) * lengths[i] <= TOKENS_PER_READ:
             chunks[-1].append(i)
         else:
             chunks.append([i])

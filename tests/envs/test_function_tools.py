@@ -143,6 +143,9 @@ def pile_is_ten(example, turns):
     return float(sum(example.data["state"]) == 10 and turns[-1]["content"] == "done")
 
 
+SCHEMAS = [tool(add).schema, tool(ratio).schema]
+
+
 def environment():
     return FunctionToolEnvironment(
         ["tests.envs.test_function_tools.add", "tests.envs.test_function_tools.ratio"],
@@ -152,7 +155,7 @@ def environment():
 
 
 def example(start):
-    return Example(id=f"row {start}", messages=[{"role": "user", "content": "ten"}], reference=str(start))
+    return Example(id=f"row {start}", messages=[{"role": "user", "content": "ten"}], reference=str(start), tools=SCHEMAS)
 
 
 def play(env, start):
@@ -168,6 +171,11 @@ def test_an_episode_carries_out_calls_and_ends_with_the_reward():
     assert last.done and last.reward == 1.0 and [turn["role"] for turn in state.turns] == ["assistant", "tool", "assistant"]
     with pytest.raises(InputError, match="has ended"):
         environment().step(state, says("more"), truncated=False)
+
+
+def test_a_row_that_shows_no_tools_is_refused_with_the_component_that_shows_them():
+    with pytest.raises(InputError, match=r"row 4 shows no tools to the model, and the environment has add, ratio; .*with_tools"):
+        environment().reset(replace(example(4), tools=None))
 
 
 def test_the_parts_of_a_reward_are_in_the_step():

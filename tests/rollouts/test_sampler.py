@@ -310,7 +310,7 @@ def test_prompts_of_like_length_are_read_together_within_a_token_budget(model, w
     expected = sample(model, TorchtuneSampler(max_new_tokens=5), group_size=2, stop_ids=frozenset())
     assert seen[0] == (4, 7)
     seen.clear()
-    monkeypatch.setattr(decoding, "_TOKENS_PER_READ", 8)
+    monkeypatch.setattr(decoding, "TOKENS_PER_READ", 8)
     results = sample(model, TorchtuneSampler(max_new_tokens=5), group_size=2, stop_ids=frozenset())
     assert seen[:4] == [(2, 3), (1, 4), (1, 7), (8, 1)]  # prompts of 1 and 3 tokens, of 4, of 7; a step of all rows
     assert [result.tokens for result in results] == [result.tokens for result in expected]

@@ -7,7 +7,7 @@ from math import ceil
 
 from pidistill.commands.plan.shape import ModelShape, kv_bytes
 from pidistill.commands.plan.workload import Setup, Workload, count_tokens
-from pidistill.rollouts.decoding import _TOKENS_PER_READ, grown_columns
+from pidistill.rollouts.decoding import TOKENS_PER_READ, grown_columns
 from pidistill.scoring.head_numbers import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 
 # Python, torch and the data on a CPU; the context and the libraries' workspaces on CUDA.
@@ -54,7 +54,7 @@ def _resident_bytes(setup: Setup) -> dict[str, float]:
 def _rollout_bytes(setup: Setup, work: Workload) -> dict[str, float]:
     model, prompt = setup.model, work.prompt(work.sampled_view)
     rows = min(work.sampler_rows or work.groups * work.group_size, work.groups * work.group_size)
-    read_at_once = max(prompt, min(ceil(rows / work.group_size) * prompt, _TOKENS_PER_READ))
+    read_at_once = max(prompt, min(ceil(rows / work.group_size) * prompt, TOKENS_PER_READ))
     return {
         # Gathered once per rollout on every rank, beside its shard.
         "gathered weights": _gathered_bytes(setup, whole=True),

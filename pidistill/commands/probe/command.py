@@ -28,7 +28,7 @@ from pidistill.commands.plan.reading import KEYS, merged
 from pidistill.commands.probe.measure import Measured, Probe
 from pidistill.commands.probe.wordings import Wording, builtin_wordings, configured, read_wordings
 from pidistill.config import build
-from pidistill.data.load import check_models
+from pidistill.data.load import check_models, load_privileged
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
 from pidistill.privileged.prompt import PrivilegedPrompt
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
 
 
 class Found:
-    """The student's numbers, those of every wording, and the recommendation."""
+    """Hold the student's numbers, those of every wording, and the recommendation."""
 
     def __init__(self, student: Measured, wordings: list[tuple[Wording, Measured]], seconds: float) -> None:
         self.student, self.wordings, self.seconds = student, wordings, seconds
@@ -152,7 +152,7 @@ def probe(arguments: argparse.Namespace) -> Found:
     cfg, run = _start(arguments)
     tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
     max_seq_len = check_models(cfg, tokenizer)
-    privileged = build(cfg.privileged) if cfg.get("privileged") else PrivilegedPrompt()
+    privileged = load_privileged(cfg, tokenizer)
     wordings = _wordings(arguments, cfg, privileged)
     examples = _rows(cfg, privileged, arguments.rows, run.seed)
     collect = build_collector(cfg, build(cfg.sampler), tokenizer)

@@ -20,16 +20,17 @@ from pidistill.types import Divergence, Example, PromptPair, Rollout, ScoreReque
 
 Prompts = list[tuple[Example, PromptPair]]
 KL = (Divergence("kl_teacher_student", grad="none"), Divergence("kl_student_teacher", grad="none"))
+FLEXIBLE = "success_last_number"  # GSM8KReward's part for a right number that is written in another way
 REQUEST = ScoreRequest(student_grad=False, teacher_grad=False, divergences=KL)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Numbers of one view under one wording; shares are between 0 and 1, divergences in nats per policy token.
+    """Hold the numbers of one view under one wording; shares are between 0 and 1, divergences in nats per policy token.
 
     Attributes:
         success: share of rollouts whose reward reaches the threshold.
-        flexible: the same by the reward's flexible rule (`success_flexible` among its parts); None where it has none.
+        flexible: the same by the reward's flexible rule (`success_last_number` among its parts); None where it has none.
         kl_teacher_student, kl_student_teacher: on the student's own completions, full vocabulary, at temperature 1.
         kl_quarters: kl(teacher||student) by quarter of the completion.
     """
@@ -46,7 +47,7 @@ class Measured:
 
     @property
     def best(self) -> float:
-        """The flexible success where there is one: a right answer that is written in another way is still known."""
+        """Return the flexible success where there is one: a right answer that is written in another way is still known."""
         return self.success if self.flexible is None else self.flexible
 
     def as_json(self) -> dict[str, Any]:
@@ -55,7 +56,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Probe:
-    """What all measurements of one command share.
+    """Hold what all measurements of one command share.
 
     Attributes:
         progress: is called with the number of rollouts that are done.
@@ -92,7 +93,7 @@ class Probe:
     def measure(self, rollouts: Sequence[Rollout], privileged: PrivilegedPrompt) -> Measured:
         """Return the means over ``rollouts``, without divergences."""
         means = rollout_means(rollout_sums(rollouts, self.threshold, list(privileged.leak_phrases)))
-        flexible = [r.reward_parts["success_flexible"] for r in rollouts if "success_flexible" in r.reward_parts]
+        flexible = [r.reward_parts[FLEXIBLE] for r in rollouts if FLEXIBLE in r.reward_parts]
         return Measured(
             rows=len(rollouts),
             success=means["success_frac"],

@@ -28,7 +28,7 @@ _RETHINK = "Understand it first. Then answer step by step in your own words, as 
 
 @dataclass(frozen=True)
 class Wording:
-    """A name, and what it sets of ``privileged``."""
+    """Hold a name, and what it sets of ``privileged``."""
 
     name: str
     template: str
