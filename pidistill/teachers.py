@@ -27,7 +27,7 @@ LoadCopy = Callable[[], TransformerDecoder]
 
 @dataclass(frozen=True)
 class MixturePart:
-    """One summand of a teacher's logits: ``share`` times those of ``module``, its LoRA adapters on or off.
+    """Hold one summand of a teacher's logits: ``share`` times those of ``module``, its LoRA adapters on or off.
 
     memory: hidden states computed before, where the weights never change.
     """
@@ -39,7 +39,7 @@ class MixturePart:
 
     @contextmanager
     def weights(self) -> Iterator[TransformerDecoder]:
-        """The module as this part speaks, to sample or score with inside the `with`."""
+        """Yield the module as this part computes, to sample or score with inside the `with`."""
         if self.adapters:
             yield self.module
             return
@@ -100,7 +100,7 @@ class Teacher(Protocol):
 
 
 class LiveTeacher(Teacher):
-    """The trained weights themselves, seeing the privileged information (π-Distill, OPSD)."""
+    """Teach with the trained weights themselves, seeing the privileged information (π-Distill, OPSD)."""
 
     live = True
 
@@ -152,7 +152,7 @@ def on_all_ranks(yes: bool, device: torch.device) -> bool:
 
 
 class AdapterOffTeacher(Teacher):
-    """The trained model with its LoRA adapters switched off: the initial weights, without a second copy of them.
+    """Teach with the trained model, its LoRA adapters switched off: the initial weights, without a second copy of them.
 
     Args:
         cache_gib: see :class:`HiddenMemory`; 0 keeps nothing.
@@ -166,7 +166,7 @@ class AdapterOffTeacher(Teacher):
 
 
 class FrozenTeacher(Teacher):
-    """The initial weights, never changed; with `teacher_checkpointer` (and `teacher_model`) another model's.
+    """Teach with the initial weights, never changed; with `teacher_checkpointer` (and `teacher_model`) another model's.
 
     Another model may be of another size and have more or fewer padded rows in its output, see :mod:`pidistill.scoring.score`;
     its tokenizer must be the student's.
@@ -273,7 +273,7 @@ def _reshard(model: nn.Module) -> None:
 
 
 def _like(full: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """A full tensor with the sharding of ``target``."""
+    """Return a full tensor with the sharding of ``target``."""
     if isinstance(target, DTensor):
         return distribute_tensor(full.to(target.device), target.device_mesh, target.placements)
     return full.to(target.device)

@@ -127,7 +127,7 @@ def load_domain(cfg: DictConfig, prefix: str, sampler: Any) -> Domain:
 
 
 def table_of(title: str, columns: dict[str, dict[str, Any]]) -> Table:
-    """A row per number, with its interval where it has one."""
+    """Make a table with a row per number, with its interval where it has one."""
     table = Table(title=title, show_edge=False)
     for column in ["", *columns]:
         table.add_column(column, justify="right" if column else "left")

@@ -118,7 +118,7 @@ class OPSDRecipe:
                 self.save_checkpoint()
 
     def sample_round(self) -> list[Rollout]:
-        """This rank's groups of the round: rewards and μ's log-probs included. A group is never split between ranks."""
+        """Sample this rank's groups of the round, with rewards and μ's log-probs. A group is never split between ranks."""
         sizes = self._round_sizes
         order = epoch_order(len(self._data.prompts), self._run.seed, self._round * sizes.prompts, sizes.prompts)
         groups = self._run.share(list(enumerate(order)))
@@ -152,7 +152,7 @@ class OPSDRecipe:
         return collected.rollouts
 
     def guide_failed_groups(self, groups: list[tuple[int, int]], rollouts: list[Rollout]) -> list[Rollout]:
-        """A group without any reward is sampled again from the view with privileged information (Guide-GRPO)."""
+        """Sample a group without any reward again from the view with privileged information (Guide-GRPO)."""
         present = {rollout.group for rollout in rollouts}
         rewarded = {rollout.group for rollout in rollouts if rollout.task_reward > 0}
         failed = [g for g in groups if g[0] in present - rewarded and self._data.prompts[g[1]][1].has_privileged]
@@ -162,7 +162,7 @@ class OPSDRecipe:
         return [rollout for rollout in rollouts if rollout.group not in replaced] + guided
 
     def dataset_completions(self, groups: list[tuple[int, int]]) -> list[Rollout]:
-        """The dataset's own completion where the coin of `objective.lmbda` says so (GKD); those groups are not sampled."""
+        """Take the dataset's own completion where the coin of `objective.lmbda` says so (GKD); those groups are not sampled."""
         frac, seed = self._objective.on_policy_frac, self._run.seed
         chosen = [(g, row) for g, row in groups if random.Random(f"{seed} {self._round} {g} off-policy").random() >= frac]
         return [replace(self._completions[row], group=group) for group, row in chosen]
@@ -188,7 +188,7 @@ class OPSDRecipe:
                         rollout.behaviour_values = values.tolist()
 
     def update(self, minibatch: list[tuple[Rollout, RolloutAdvantage]], report: dict[str, float]) -> None:
-        """One optimiser step."""
+        """Take one optimiser step."""
         kept = [(rollout, advantage) for rollout, advantage in minibatch if advantage.keep]
         tokens = int(self._run.sum(sum(rollout.policy_tokens for rollout, _ in kept)))
         request = self._objective.score_request(self._step)

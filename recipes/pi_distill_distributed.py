@@ -107,7 +107,7 @@ class PiDistillRecipe:
                 self.save_checkpoint()
 
     def sample_round(self) -> list[Rollout]:
-        """This rank's groups of the round: rewards and μ's log-probs included. A group is never split between ranks."""
+        """Sample this rank's groups of the round, with rewards and μ's log-probs. A group is never split between ranks."""
         sizes = self._round_sizes
         order = epoch_order(len(self._data.prompts), self._run.seed, self._round * sizes.prompts, sizes.prompts)
         groups, members = self._run.share(list(enumerate(order))), range(sizes.group_size)
@@ -147,7 +147,7 @@ class PiDistillRecipe:
                         rollout.behaviour_values = values.tolist()
 
     def update(self, minibatch: list[tuple[Rollout, RolloutAdvantage]], report: dict[str, float]) -> None:
-        """One optimiser step."""
+        """Take one optimiser step."""
         kept = [(rollout, advantage) for rollout, advantage in minibatch if advantage.keep]
         tokens = int(self._run.sum(sum(rollout.policy_tokens for rollout, _ in kept)))
         request = self._objective.score_request(self._step)

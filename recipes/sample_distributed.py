@@ -93,7 +93,7 @@ class SampleRecipe:
         return self.summarise(totals)
 
     def sample_batch(self, prompts: list[Indexed]) -> CollectResult:
-        """This rank's rollouts; what a prompt gets does not depend on the number of ranks."""
+        """Sample this rank's rollouts; what a prompt gets does not depend on the number of ranks."""
         return self._collect(
             examples=[example for _, (example, _) in prompts],
             prompts=[pair for _, (_, pair) in prompts],

@@ -87,13 +87,13 @@ class SFTRecipe:
                 self.save_checkpoint()
 
     def next_demonstrations(self) -> list[Rollout]:
-        """This rank's share of the step's batch."""
+        """Return this rank's share of the step's batch."""
         first = self._step * self._batch_size
         order = epoch_order(len(self._demonstrations), self._run.seed, first, self._batch_size)
         return [self._demonstrations[row] for row in self._run.share(order)]
 
     def update(self, demonstrations: list[Rollout]) -> None:
-        """One optimiser step."""
+        """Take one optimiser step."""
         tokens = int(self._run.sum(sum(d.policy_tokens for d in demonstrations)))
         total_loss, sums = 0.0, Counter()
         for chunk in self._packer.micro_batches(demonstrations, REQUEST.views):

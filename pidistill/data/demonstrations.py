@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class TooLong(InputError):
-    """A row that `on_overflow: drop` leaves out."""
+    """Mark a row that `on_overflow: drop` leaves out."""
 
 
 def build_demonstrations(

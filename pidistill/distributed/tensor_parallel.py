@@ -189,7 +189,7 @@ def _head_norms(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def tensor_parallel_group(model: Any) -> ProcessGroup | None:
-    """The ranks that hold a share of the model's matrices together with this one; None where it has them whole."""
+    """Return the ranks that hold a share of the model's matrices together with this one; None where it has them whole."""
     for parameter in model.parameters() if isinstance(model, nn.Module) else ():
         if isinstance(parameter, DTensor) and TENSOR in (parameter.device_mesh.mesh_dim_names or ()):
             return parameter.device_mesh.get_group(TENSOR)
@@ -197,12 +197,12 @@ def tensor_parallel_group(model: Any) -> ProcessGroup | None:
 
 
 def follows(group: ProcessGroup | None) -> bool:
-    """True on all ranks of a group but the first."""
+    """Return True on all ranks of a group but the first."""
     return group is not None and group.rank() > 0
 
 
 def from_first(group: ProcessGroup | None, item: T | None = None) -> T:
-    """What the group's first rank calls this with."""
+    """Return what the group's first rank calls this with."""
     if group is None:
         return item
     box = [item]
@@ -212,7 +212,7 @@ def from_first(group: ProcessGroup | None, item: T | None = None) -> T:
 
 @contextmanager
 def in_lockstep(context: Any, group: ProcessGroup | None) -> Iterator[Any]:
-    """A sampler's context (:class:`pidistill.rollouts.decoding.Context`) whose forwards all ranks of a group make.
+    """Return a sampler's context (:class:`pidistill.rollouts.decoding.Context`) whose forwards all ranks of a group make.
 
     On the first rank the context to sample with; on the others None, once they have made the forwards that it made. Where the
     first one fails they go on waiting: its process ends, and with it the run.

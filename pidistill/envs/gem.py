@@ -46,7 +46,9 @@ class GEMEpisode:
 
 @dataclass(frozen=True)
 class SavedStart:
-    """A pickled :class:`GEMEpisode` that this run has made. A type of its own: unpickling runs what the bytes say, and bytes in
+    """Hold a pickled :class:`GEMEpisode` that this run has made.
+
+    It is a type of its own: unpickling runs what the bytes say, and bytes in
     a row can come from a file."""
 
     pickled: bytes

@@ -50,7 +50,7 @@ RETRIED = (408, 429, 500, 502, 503, 504)
 
 
 class JudgeError(Exception):
-    """The judge gave no usable answer; the message holds no secrets."""
+    """Say that the judge gave no usable answer; the message holds no secrets."""
 
 
 def usable_text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""One recorded episode of an agent, and the episodes of one task."""
+"""Hold one recorded episode of an agent, and the episodes of one task."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -26,7 +26,7 @@ TOKENS_PER_READ = 8192
 
 @dataclass(frozen=True)
 class _Step:
-    """Where one forward reads and writes; the same in every layer.
+    """Hold where one forward reads and writes; the same in every layer.
 
     Attributes:
         slots: [n] the cache row of each row of the forward.
@@ -50,7 +50,7 @@ class _Step:
 
     @cached_property
     def masks(self) -> dict[int, Bool[Tensor, "n 1 q end"]]:
-        """The mask for queries of so many heads in a row, made for the first layer and used in all."""
+        """Return the mask for queries of so many heads in a row, made for the first layer and used in all."""
         return {}
 
     def mask_of(self, repeats: int) -> Bool[Tensor, "n 1 q end"] | None:
@@ -83,7 +83,7 @@ class _Cache(nn.Module):
         self._v: Tensor | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, kv_heads: int, **_) -> Tensor:
-        """In place of a torchtune attention's ``_attention_call``: q, k, v [n, heads, s, d], keys repeated per query head."""
+        """Replace a torchtune attention's ``_attention_call``: q, k, v [n, heads, s, d], keys repeated per query head."""
         repeats = q.shape[1] // kv_heads
         self._write(k[:, ::repeats], v[:, ::repeats])
         if self.step.copies is not None:
@@ -94,7 +94,7 @@ class _Cache(nn.Module):
         return F.scaled_dot_product_attention(queries, *self._read(), attn_mask=mask).reshape(q.shape)
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """As torchtune's caches do, for an attention that has no ``_attention_call``: append [n, heads, s, d], return all."""
+        """Append [n, heads, s, d] and return all, as torchtune's caches do, for an attention without ``_attention_call``."""
         self._write(k, v)
         return (k, v) if self.step.copies is not None else self._read()
 
@@ -133,7 +133,7 @@ class _Cache(nn.Module):
 
 
 class Context:
-    """What the model has read: one cache per layer. Each row has a slot and its own length, and advances on its own."""
+    """Hold what the model has read: one cache per layer. Each row has a slot and its own length, and advances on its own."""
 
     def __init__(self, model: TransformerDecoder, caches: list[_Cache], pad_id: int, *, needs_mask: bool) -> None:
         self._model = model
@@ -185,7 +185,7 @@ class Context:
                 cache.move(source, target)
 
     def unembed(self, h: Float[Tensor, "n s H"]) -> Float[Tensor, "n 1 V"]:
-        """In place of the model's own: only each row's last token reaches the head."""
+        """Unembed each row's last token only, in place of the model's own ``unembed``."""
         last = self._model.norm(h[torch.arange(len(h), device=self._device), self._last][:, None])
         if self._head is None:
             return self._model.output(last).float()
@@ -232,7 +232,7 @@ def of_like_length(lengths: list[int]) -> list[list[int]]:
 
 
 def attention_mask(starts: Int[Tensor, " n"], s: int, end: int) -> Bool[Tensor, "n s end"]:
-    """True where the query at place i of a row may look: the row's columns up to its own, ``starts + i``."""
+    """Return True where the query at place i of a row may look: the row's columns up to its own, ``starts + i``."""
     queries = starts[:, None] + torch.arange(s, device=starts.device)
     return torch.arange(end, device=starts.device) <= queries[..., None]
 

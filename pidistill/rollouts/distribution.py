@@ -56,7 +56,7 @@ def _block_sums(weights: Float[Tensor, "B V"]) -> Float[Tensor, "B blocks"]:
 def _first_above(
     weights: Float64[Tensor, "B n"], target: Float64[Tensor, "B 1"]
 ) -> tuple[Int[Tensor, "B 1"], Float64[Tensor, "B 1"]]:
-    """The first place at which the running sum of the weights exceeds the target, and the target minus the sum before it."""
+    """Return where the running sum of the weights first exceeds the target, and the target minus the sum before it."""
     cdf = weights.cumsum(dim=-1)
     # Sums that were rounded in another order may end below the target: staying below the end keeps the last place reachable.
     target = torch.minimum(target, torch.nextafter(cdf[:, -1:], torch.zeros_like(target)))

@@ -41,7 +41,7 @@ _ENTER_AT_FRAC = 0.25
 
 @dataclass(kw_only=True)
 class TorchtuneSampler:
-    """The default sampler; see :class:`pidistill.rollouts.base.Sampler` for what `sample` promises.
+    """Sample with torchtune's modules, the default; see :class:`pidistill.rollouts.base.Sampler` for what `sample` promises.
 
     Attributes:
         max_new_tokens: sampled and forced tokens of one completion, together.
@@ -117,7 +117,7 @@ class TorchtuneSampler:
 
 @dataclass
 class _Row:
-    """One completion on its way.
+    """Hold one completion while it is sampled.
 
     Attributes:
         index, prompt: its number among all rows, and which prompt it answers.
@@ -140,11 +140,11 @@ class _Row:
 
     @property
     def to_read(self) -> int:
-        """How many ids the model is to read next: none where the row has finished or waits."""
+        """Return how many ids the model is to read next: none where the row has finished or waits."""
         return 0 if self.finished or self.answer is not None else len(self.unread)
 
     def draw_uniforms(self, n: int) -> None:
-        """The row's own stream: token t of the completion, if sampled, is decided by number t of it."""
+        """Draw from the row's own stream: token t of the completion, if sampled, is decided by number t of it."""
         self._uniforms = torch.rand(n, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64).numpy()
 
     @property
@@ -158,7 +158,7 @@ class _Row:
         self.unread += ids
 
     def read(self) -> list[int]:
-        """What the model has not read yet, and is about to."""
+        """Return what the model has not read yet, and is about to."""
         ids, self.unread = self.unread, []
         return ids
 
@@ -189,7 +189,7 @@ def _going_on(rows: list[_Row], context: Context) -> list[_Row]:
 
 
 def _few_moves(slots: list[int], first: int) -> list[int]:
-    """The slots in the order for places ``first``, ``first + 1`` …, each in its own place if that is among them."""
+    """Return the slots in the order for places ``first``, ``first + 1`` …, each in its own place if that is among them."""
     places = range(first, first + len(slots))
     staying = set(slots) & set(places)
     moving = iter([slot for slot in slots if slot not in staying])
@@ -197,7 +197,7 @@ def _few_moves(slots: list[int], first: int) -> list[int]:
 
 
 def _advance(rows: list[_Row], context: Context, request: Request) -> None:
-    """Every row that has something to read reads all of it, and samples its next token."""
+    """Let every row that has something to read read all of it, and sample its next token."""
     one = [slot for slot, row in enumerate(rows) if row.to_read == 1]
     several = [slot for slot, row in enumerate(rows) if row.to_read > 1]
     together = of_like_length([rows[slot].to_read for slot in several])
@@ -243,7 +243,7 @@ def _draw(logits: Float[Tensor, "B V"], rows: list[_Row], request: Request) -> N
 def _choose(
     logits: Float[Tensor, "B V"], rows: list[_Row], request: Request
 ) -> tuple[Int[Tensor, " B"], Float64[Tensor, " B"]]:
-    """One token per row, and its log-prob under the distribution it was drawn from; not finite where the logits are not."""
+    """Draw one token per row; its log-prob is under the distribution it was drawn from, and not finite where the logits are not."""
     if request.temperature == 0:
         best, ids = logits.max(dim=-1)
         return ids, (best - best).double()

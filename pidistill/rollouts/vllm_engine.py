@@ -31,7 +31,7 @@ _KEPT_VARIABLES = ("LOCAL_WORLD_SIZE", "LD_PRELOAD")
 
 @dataclass(frozen=True)
 class Turn:
-    """What one request sampled.
+    """Hold what one request sampled.
 
     Attributes:
         row: the number that :meth:`Engine.begin` was given.
@@ -46,7 +46,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the requests of one call sample."""
+    """Hold how the requests of one call sample."""
 
     temperature: float
     top_k: int | None
@@ -83,7 +83,7 @@ def require_vllm() -> None:
 
 
 class VLLMEngine:
-    """One rank's engine; see :class:`pidistill.rollouts.vllm_sampler.VLLMSampler` for the settings.
+    """Run one rank's engine; see :class:`pidistill.rollouts.vllm_sampler.VLLMSampler` for the settings.
 
     With several ranks all of them start theirs at the same time: vLLM makes process groups, in which every rank takes part.
     """

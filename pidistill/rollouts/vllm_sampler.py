@@ -205,7 +205,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass
 class _Row:
-    """One completion on its way.
+    """Hold one completion while it is sampled.
 
     Attributes:
         prompt: ids before the completion.

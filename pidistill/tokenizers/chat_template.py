@@ -22,7 +22,7 @@ from pidistill.types import Message
 
 
 class TemplateRefusal(InputError):
-    """The chat template refuses the conversation."""
+    """Say that the chat template refuses the conversation."""
 
 
 class ChatTemplate:

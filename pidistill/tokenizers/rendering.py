@@ -31,7 +31,7 @@ _CONTENT_WITH_CALLS = "set tokenizer.tool_format: action, which writes text besi
 
 
 class TextLeftOut(InputError):
-    """The chat template leaves out a part of a message, or a tool."""
+    """Say that the chat template leaves out a part of a message, or a tool."""
 
 
 @dataclass(frozen=True)

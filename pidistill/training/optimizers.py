@@ -61,7 +61,7 @@ def check_mixed_precision(optimizer: str | None) -> None:
 
 
 def keep_second_moments_above_zero(optimizer: Optimizer) -> None:
-    """Of torchao's 8-bit optimizers, after every step: the code 0 becomes the smallest one above.
+    """Raise the code 0 to the smallest one above, after every step of torchao's 8-bit optimizers.
 
     torchao rounds a small second moment to 0 and keeps the first. Where the next gradient is 0 (the embedding of a token that
     a batch lacks, all weights where no rollout has an advantage) the step would be first moment / eps: 92 at lr 0.01 in a test.

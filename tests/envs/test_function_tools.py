@@ -174,7 +174,7 @@ def test_an_episode_carries_out_calls_and_ends_with_the_reward():
 
 
 def test_a_row_that_shows_no_tools_is_refused_with_the_component_that_shows_them():
-    with pytest.raises(InputError, match=r"row 4 shows no tools to the model, and the environment has add, ratio; .*with_tools"):
+    with pytest.raises(InputError, match=r"row 4 shows no tools to the model, .* add, ratio; .*with_tools"):
         environment().reset(replace(example(4), tools=None))
 
 
