@@ -48,8 +48,8 @@ class GEMEpisode:
 class SavedStart:
     """Hold a pickled :class:`GEMEpisode` that this run has made.
 
-    It is a type of its own: unpickling runs what the bytes say, and bytes in
-    a row can come from a file."""
+    It is a type of its own: unpickling runs what the bytes say, and bytes in a row can come from a file.
+    """
 
     pickled: bytes
 
