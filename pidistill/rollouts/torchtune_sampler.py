@@ -243,7 +243,7 @@ def _draw(logits: Float[Tensor, "B V"], rows: list[_Row], request: Request) -> N
 def _choose(
     logits: Float[Tensor, "B V"], rows: list[_Row], request: Request
 ) -> tuple[Int[Tensor, " B"], Float64[Tensor, " B"]]:
-    """Draw one token per row, with its log-prob under the distribution that it is drawn from (not finite where the logits are not)."""
+    """Draw one token per row, and return its log-prob under the distribution it is drawn from; not finite if a logit is not."""
     if request.temperature == 0:
         best, ids = logits.max(dim=-1)
         return ids, (best - best).double()
