@@ -1,5 +1,6 @@
 """Hold the one exception for wrong input, whose message is a sentence that says what to change, and how text is shown."""
 
+import logging
 import re
 import reprlib
 import traceback
@@ -20,6 +21,20 @@ class InputError(ValueError):
 def escape_controls(text: str) -> str:
     r"""Return ``text`` with its control characters written as ``\x1b``, for terminals, logs, reports and pictures."""
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
+
+
+class _EscapeControls(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = escape_controls(record.getMessage()), None
+        return True
+
+
+def escape_logs(*loggers: logging.Logger) -> None:
+    """Let every handler of ``loggers``, of the root, and Python's last resort write control characters escaped, tracebacks aside."""
+    handlers = [handler for logger in (logging.getLogger(), *loggers) for handler in logger.handlers]
+    for handler in [*handlers, logging.lastResort]:
+        if handler is not None and not any(isinstance(one, _EscapeControls) for one in handler.filters):
+            handler.addFilter(_EscapeControls())
 
 
 # ------------------------------------------------------------------------------------------- code of a user

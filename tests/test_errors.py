@@ -1,10 +1,12 @@
 """Control characters of data and model text do not reach a terminal."""
 
+import logging
+import sys
 import unicodedata
 
 import pytest
 
-from pidistill.errors import escape_controls
+from pidistill.errors import escape_controls, escape_logs
 
 
 @pytest.mark.parametrize("text", ["plain", "two\nlines\tand a tab", "größe → 模型", "👩‍👩‍👧 e\u0301"])
@@ -31,3 +33,18 @@ def test_no_control_character_of_unicode_is_left():
     left = [character for character in escape_controls(every) if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")]
     assert set(left) == {"\n", "\t"}
     escape_controls(every).encode("utf-8")
+
+
+def test_logged_text_shows_control_characters_escaped(capsys):
+    logger = logging.getLogger("tests.escaped")
+    logger.propagate = False
+    handler = logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    try:
+        escape_logs(logger)
+        escape_logs(logger)  # a second call adds nothing
+        logger.warning("the row %s\nis refused", "\x1b[2Jred\x07")
+    finally:
+        logger.removeHandler(handler)
+    assert capsys.readouterr().err == "the row \\x1b[2Jred\\x07\nis refused\n"
+    assert len(handler.filters) == 1

@@ -25,7 +25,7 @@ from pidistill.config import check_command_line, check_config
 from pidistill.distributed.launcher import close_progress_bars, refuse
 from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import check_tensor_parallel, make_mesh
-from pidistill.errors import InputError
+from pidistill.errors import InputError, escape_logs
 from pidistill.models.offloading import check_offloading
 from pidistill.models.peft_format import check_adapter_dir
 from pidistill.training.checkpoint_source import check_checkpoint_fits, check_checkpoint_folder, use_fallback_checkpoint
@@ -43,6 +43,7 @@ log = utils.get_logger("INFO")
 
 def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Run:
     """Check the config, join the process group (also for one process), set device, dtype, threads and seeds."""
+    escape_logs(log)
     if RESUME in known:
         training_run()
     check_run(cfg, known, required)
