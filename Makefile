@@ -52,12 +52,12 @@ compare: install base base_easy base_world  ## all methods, controls, questions,
 	  $(BIN)/pidistill sweep configs/sweeps/$$sweep.yaml --workers 2; done
 
 test: install  ## all tests but those marked slow or all_processes
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 test-trials: install  ## many wrong inputs and faults; each trial prints its figures
 	$(BIN)/python -m pytest tests/trials -q -s -m trials
 test-all: install  ## all tests but the trials: the slow ones, and every config with two processes
-	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n 2 --dist loadfile -q -m 'not trials'
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n 2 --dist loadfile -q -m 'not trials'
 
 test-peers: install  ## TRL and Liger as independent references (extra `peers`)
 	$(BIN)/python -m pip install -q -e '.[test,sweep,peers]'

@@ -30,7 +30,7 @@ class _EscapeControls(logging.Filter):
 
 
 def escape_logs(*loggers: logging.Logger) -> None:
-    """Let the handlers of ``loggers``, of the root, and Python's last resort write control characters escaped (not in tracebacks)."""
+    """Let the handlers of ``loggers``, of the root and Python's last resort escape control characters (not in tracebacks)."""
     handlers = [handler for logger in (logging.getLogger(), *loggers) for handler in logger.handlers]
     for handler in [*handlers, logging.lastResort]:
         if handler is not None and not any(isinstance(one, _EscapeControls) for one in handler.filters):
