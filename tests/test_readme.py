@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+READERS_OWN = ("mine.", "my_rewards.")  # files that a page lets the reader write
 STOCK = {"full_finetune_distributed"}  # torchtune's own
 
 
@@ -109,13 +110,13 @@ SNIPPETS = re.findall(r"^```yaml\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_yaml_snippets_resolve(snippet):
     node = yaml.safe_load(snippet)
-    paths = [path for path in components(node) if not path.startswith("mine.")]  # the reader's own file
+    paths = [path for path in components(node) if not path.startswith(READERS_OWN)]
     for path in paths:
         resolve(path)
     wrapped = node.get("dataset", {}).get("_component_") == "pidistill.data.stock_sft_dataset"
     known = {"dataset"} if wrapped else set(node)
     node = {"dataset": node["dataset"]["dataset"]} if wrapped else node  # torchtune's recipe adds the tokenizer
-    if not any(path.startswith("mine.") for path in components(node)):
+    if not any(own in snippet for own in READERS_OWN):
         check_config(OmegaConf.create(node), known)
 
 

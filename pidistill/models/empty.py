@@ -24,13 +24,14 @@ def empty_model(node: Any) -> TransformerDecoder:
             model = build(node)
         give_out_whole_weights(model)
         return model
-    except AssertionError as error:
-        if not node.get("quantize_base", False):
+    except (AssertionError, InputError) as error:
+        cause = error.__cause__ if isinstance(error, InputError) else error  # build() says an error of a builder in a sentence
+        if not node.get("quantize_base", False) or not isinstance(cause, AssertionError):
             raise
         raise InputError(
-            f"model.quantize_base=True cannot store this model in 4 bits ({' '.join(str(error).split())}): every matrix needs "
+            f"model.quantize_base=True cannot store this model in 4 bits ({' '.join(str(cause).split())}): every matrix needs "
             "a multiple of 64*256 elements; set model.quantize_base=False"
-        ) from error
+        ) from cause
 
 
 def shared_empty_model(node: Any) -> TransformerDecoder:

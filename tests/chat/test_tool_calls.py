@@ -11,7 +11,7 @@ from pidistill.chat.tool_calls import parse_turn_text, visible_text, written_for
 from pidistill.envs import SingleTurn
 from pidistill.errors import InputError
 from pidistill.rewards import ExactMatch
-from pidistill.rollouts import collect
+from pidistill.rollouts import episode
 from pidistill.tokenizers import HFChatTokenizer
 from pidistill.types import Example
 from tests.support.tiny_tokenizers import llama_folder, qwen_folder, r1_folder
@@ -265,5 +265,5 @@ def test_the_collector_says_it_once(tmp_path, caplog):
     tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path, THINKING)))
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            collect._say_what_is_rewritten(tokenizer)
+            episode._warn_of_rewritten_turns(tokenizer)
     assert caplog.text.count("the chat template rewrites") == 1

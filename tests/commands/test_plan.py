@@ -99,7 +99,6 @@ def test_a_second_copy_of_the_weights_is_seen_and_an_adapter_off_teacher_offered
     lora = (
         "model._component_=torchtune.models.qwen2_5.lora_qwen2_5_0_5b",
         "model.lora_attn_modules=[q_proj]",
-        "compute_dtype=null",
     )
     frozen = "teacher._component_=pidistill.teachers.FrozenTeacher"
     live, copy = numbers(capsys, *OPSD, *lora), numbers(capsys, *OPSD, *lora, frozen, "--memory-gib", "1")
@@ -125,7 +124,7 @@ def test_8_bits_halve_twice_what_adam_keeps_and_4_bits_what_is_frozen(capsys):
     )
     assert small == pytest.approx(full / 4, rel=0.05) and none == 0
     lora = ("model._component_=torchtune.models.qwen2_5.lora_qwen2_5_0_5b", "model.apply_lora_to_mlp=True")
-    lora += ("model.lora_attn_modules=[q_proj,k_proj,v_proj,output_proj]", "compute_dtype=null")
+    lora += ("model.lora_attn_modules=[q_proj,k_proj,v_proj,output_proj]",)
     whole, quantized = (numbers(capsys, *OPSD, *lora, f"model.quantize_base={on}") for on in (False, True))
     saved = whole["memory"]["optimizer"]["weights"] - quantized["memory"]["optimizer"]["weights"]
     # Of 24 layers' matrices, 358M elements, each 16 bits become 4 bits, and a byte for 64 of them.

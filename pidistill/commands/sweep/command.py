@@ -22,7 +22,6 @@ from pidistill.commands.sweep.pictures import draw
 from pidistill.commands.sweep.results import read_results, write_report
 from pidistill.commands.sweep.search import SEARCHES, SweepPlan, run_sweep
 from pidistill.errors import InputError
-from pidistill.training.start import make_output_dir
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,7 +69,6 @@ def run(arguments: argparse.Namespace) -> None:
             raise InputError("--dry-run prints a grid's commands; a random or TPE search draws its values as it goes")
         print("\n".join(commands(sweep)))
         return
-    make_output_dir(str(sweep.output_dir))
     ended_well = run_sweep(SweepPlan(sweep, arguments.search, arguments.trials), arguments.workers)
     report(sweep.output_dir)
     if not ended_well:

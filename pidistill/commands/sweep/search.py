@@ -30,6 +30,7 @@ from pidistill.commands.sweep.execute import cell_fingerprint, locked, print_lin
 from pidistill.commands.sweep.results import append_result, read_results, write_order
 from pidistill.commands.sweep.values import Axis, Choices
 from pidistill.errors import InputError
+from pidistill.training.start import make_output_dir
 
 SEARCHES = ("grid", "random", "tpe")
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -65,7 +66,7 @@ def run_sweep(plan: SweepPlan, workers: int = 1) -> bool:
     """
     check_plan(plan)
     check_cells(plan.sweep, plan.search)
-    plan.sweep.output_dir.mkdir(parents=True, exist_ok=True)
+    make_output_dir(str(plan.sweep.output_dir))
     write_order(plan.sweep.output_dir, plan.sweep.order)
     if plan.search == "grid":
         enrol(plan.sweep)
