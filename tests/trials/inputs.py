@@ -238,7 +238,8 @@ class Inputs:
             yield Input("config file", ("validate", path))
 
     def folders(self) -> Iterator[Input]:
-        (self.folder / "dangling").symlink_to("nowhere")
+        if not (self.folder / "dangling").is_symlink():
+            (self.folder / "dangling").symlink_to("nowhere")
         for recipe in CONFIGS:
             for path in ("/proc/run", "a_file", "a_file/run", "/dev/null", "/sys/x", "x" * 300, "'\"a\\0b\"'"):
                 yield self.run("output folder", recipe, f"output_dir={path}")
