@@ -1,6 +1,7 @@
 """Make wrong inputs for all commands and recipes: from the table of keys, the components' signatures, files and folders."""
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -84,7 +85,9 @@ class Inputs:
         words = ("run", f"{recipe}_distributed", "--config", config or str(self.folder / f"{recipe}.yaml"), *overrides)
         return Input(kind, words, wrong)
 
-    def all(self) -> list[Input]:
+    @functools.cached_property
+    def every(self) -> list[Input]:
+        """Return all inputs, each once; files that they name are made when this is first asked."""
         found = [
             *self.top_level_keys(), *self.component_arguments(), *self.components(), *self.command_lines(),
             *self.config_files(),
@@ -238,8 +241,7 @@ class Inputs:
             yield Input("config file", ("validate", path))
 
     def folders(self) -> Iterator[Input]:
-        if not (self.folder / "dangling").is_symlink():
-            (self.folder / "dangling").symlink_to("nowhere")
+        (self.folder / "dangling").symlink_to("nowhere")
         for recipe in CONFIGS:
             for path in ("/proc/run", "a_file", "a_file/run", "/dev/null", "/sys/x", "x" * 300, "'\"a\\0b\"'"):
                 yield self.run("output folder", recipe, f"output_dir={path}")

@@ -40,7 +40,7 @@ def show_failures(tries: list[Input], answers: list[dict], allowed: set[str]) ->
 
 @pytest.mark.trials
 def test_at_least_99_of_100_wrong_inputs_are_refused_with_one_sentence(inputs):
-    tries = inputs.all()
+    tries = inputs.every
     answers = try_all(tries, inputs.folder)
     wrong = [(t, a) for t, a in zip(tries, answers, strict=True) if t.wrong]
     unclear = [(t, a) for t, a in zip(tries, answers, strict=True) if not t.wrong]
@@ -54,7 +54,7 @@ def test_at_least_99_of_100_wrong_inputs_are_refused_with_one_sentence(inputs):
 
 
 def test_a_sample_of_the_wrong_inputs_is_refused_with_one_sentence(inputs):
-    by_kind = {tried.kind: tried for tried in inputs.all() if tried.wrong}
+    by_kind = {tried.kind: tried for tried in inputs.every if tried.wrong}
     tries = list(by_kind.values())[::2]
     assert len(tries) >= 12
     assert not (failures := show_failures(tries, try_all(tries, inputs.folder), {REFUSED})), "\n".join(failures)
@@ -73,7 +73,7 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_real_commands_end_with_the_sentence(name, inputs):
     tries = [
-        tried for tried in inputs.all() if tried.wrong and tried.words[:1] == ("run",) and "_distributed" in tried.words[1]
+        tried for tried in inputs.every if tried.wrong and tried.words[:1] == ("run",) and "_distributed" in tried.words[1]
     ]
     by_kind = {tried.kind: tried for tried in reversed(tries)}
     tries = [tried for kind, tried in by_kind.items() if kind != "command line"][::4]
