@@ -60,10 +60,10 @@ def test_a_sample_of_the_wrong_inputs_is_refused_with_one_sentence(inputs):
     assert not (failures := show_failures(tries, try_all(tries, inputs.folder), {REFUSED})), "\n".join(failures)
 
 
+# Without --nproc_per_node, torchtune imports its own package `recipes`, which raises, whatever the config says.
 COMMANDS = {
     "pidistill run": lambda words: pidistill_command("run", *words),
     "pidistill run, two processes": lambda words: pidistill_command("run", "--nproc_per_node", "2", *words),
-    "tune run": lambda words: tune_command("run", *words),
     "tune run, one process": lambda words: tune_command("run", "--nproc_per_node", "1", *words),
     "tune run, two processes": lambda words: tune_command("run", "--nproc_per_node", "2", *words),
 }
