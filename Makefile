@@ -45,7 +45,7 @@ demo: install base  ## pi-Distill against RL at equal rollouts: runs/demo/result
 real: install  ## a pretrained model learns a text that it cannot see: runs/document/methods/results.md and its pictures
 	$(BIN)/python examples/document/get_model.py runs/models/SmolLM2-135M-Instruct
 	$(BIN)/python examples/document/make_data.py runs/document
-	$(BIN)/pidistill sweep examples/document/methods.yaml
+	$(BIN)/pidistill sweep examples/document/methods.yaml --arms base rl opsd_ucla opsd_ucla_shuffled
 
 compare: install base base_easy base_world  ## all methods, controls, questions, second base and world; finished runs are kept
 	for sweep in methods questions easier_base other_world; do \
