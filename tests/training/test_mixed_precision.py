@@ -108,19 +108,20 @@ def test_gradients_of_micro_batches_add_up_in_fp32():
     torch.testing.assert_close(both, alone * (1 + 2.0**-12), rtol=1e-6, atol=1e-12)
 
 
-def displacement(kind):
+def displacement(kind, steps):
     model, fixed = load(kind), batches()
     before = flat(model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6, weight_decay=0.0)
-    for _ in range(50):
+    for _ in range(steps):
         backward(model, fixed)
         optimizer.step()
         optimizer.zero_grad()
     return flat(model.parameters()) - before
 
 
-def test_fifty_small_steps_move_the_weights_as_in_fp32_where_bf16_loses_most_of_them():
-    moved = {kind: displacement(kind) for kind in DTYPES}
+@pytest.mark.parametrize("steps", [10, pytest.param(50, marks=pytest.mark.slow)])
+def test_small_steps_move_the_weights_as_in_fp32_where_bf16_loses_most_of_them(steps):
+    moved = {kind: displacement(kind, steps) for kind in DTYPES}
     assert cosine(moved["mixed"], moved["fp32"]) >= 0.99
     assert moved["mixed"].norm() / moved["fp32"].norm() == pytest.approx(1.0, abs=0.02)
     most = (moved["bf16"] == 0).double().mean()
