@@ -1,4 +1,4 @@
-"""What every dataset builder returns, and how it turns rows into examples."""
+"""Hold what every dataset builder returns, and turn rows into examples."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

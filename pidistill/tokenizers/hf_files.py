@@ -1,4 +1,4 @@
-"""What a model folder says about its tokenizer: the vocabulary, the tokens that end a turn, and the padding token."""
+"""Read what a model folder says about its tokenizer: the vocabulary, the tokens that end a turn, and the padding token."""
 
 import json
 from collections.abc import Mapping, Sequence

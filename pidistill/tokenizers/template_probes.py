@@ -1,4 +1,4 @@
-"""What a chat template does, found by rendering small conversations with it."""
+"""Find out what a chat template does, by rendering small conversations with it."""
 
 import re
 from collections.abc import Iterable

@@ -115,7 +115,7 @@ def test_loss_modes_have_the_pathwise_gradient(sampler, mode):
 
 
 def test_reward_rb_is_not_a_gradient_of_the_kl():
-    """What the paper's text describes: on this chain the cosine to the true gradient is −0.33."""
+    """Compute what the paper's text describes: on this chain the cosine to the true gradient is −0.33."""
     chain = MarkovChain.seeded(0)
     ours = expected_gradient(build("teacher", "reward_rb", advantage="leave_one_out"), chain)
     cosine = torch.cosine_similarity(ours.flatten(), chain.true_gradient().flatten(), dim=0)
