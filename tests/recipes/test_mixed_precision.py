@@ -76,7 +76,7 @@ def recipe_has_adapters(recipe):
 
 
 def test_the_first_step_in_mixed_precision_is_that_of_fp32_up_to_bf16s_rounding(tiny_base, tmp_path):
-    """Test the supervised recipe alone: where texts are sampled, a draw near the border between two tokens makes another text."""
+    """Train with supervision: where texts are sampled, a draw near the border between two tokens makes another text."""
     rows = []
     for name, changes in {"mixed": MIXED, "fp32": {}}.items():
         run("sft", small_config("sft", tiny_base, tmp_path / name, max_steps=1, **changes))
