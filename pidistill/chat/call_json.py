@@ -1,0 +1,32 @@
+"""JSON inside tool calls, and the sentence for a call that cannot be read."""
+
+import json
+from typing import Any
+
+
+class MalformedCall(Exception):
+    """Says what is wrong with a call, as a sentence for the model that wrote it."""
+
+
+def function_call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool call as messages hold it."""
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def read_json(text: str) -> Any:
+    """Return what JSON text says.
+
+    Raises:
+        MalformedCall: the text is not JSON, or holds half of a surrogate pair, which is no text that a tokenizer takes.
+    """
+    try:
+        # json.loads takes NaN, which is not JSON; RecursionError and ValueError: nesting and numbers without end.
+        value = json.loads(text, parse_constant=_refuse_constant)
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise MalformedCall(f"the tool call is not valid JSON ({error}): {text.strip()[:80]}") from error
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
