@@ -194,7 +194,11 @@ def test_the_conversations_reach_what_the_templates_distinguish(made):
 
 
 EMPTY_THOUGHT = ("<think>\n\n</think>\n\n", "")
-REWRITTEN = {"qwen3": EMPTY_THOUGHT, "qwen3.5": EMPTY_THOUGHT, "olmo3": ("</function_calls><|endoftext|>", "</function_calls><|im_end|>")}
+REWRITTEN = {
+    "qwen3": EMPTY_THOUGHT,
+    "qwen3.5": EMPTY_THOUGHT,
+    "olmo3": ("</function_calls><|endoftext|>", "</function_calls><|im_end|>"),
+}
 WITHOUT_CALLS = ("r1-distill", "gemma3", "smollm3", "smollm3, no thinking")
 
 
