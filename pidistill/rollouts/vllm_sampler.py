@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
 from pidistill.models.adapters import adapter_modules, merged
 from pidistill.models.hf_format import family, to_hf
 from pidistill.models.precision import compute_dtype_of
+from pidistill.models.protocol import Decoder
 from pidistill.rollouts.base import OnTurnEnd, Sample
 from pidistill.rollouts.collect import rollout_seed
 from pidistill.rollouts.request import (
@@ -92,7 +92,7 @@ class VLLMSampler:
 
     def sample(
         self,
-        model: TransformerDecoder,
+        model: Decoder,
         prompts: Sequence[Sequence[int]],
         *,
         group_size: int,
@@ -141,7 +141,7 @@ class VLLMSampler:
             self._engine.rest()
         return [row.sample for row in rows]
 
-    def _start(self, model: TransformerDecoder) -> Engine:
+    def _start(self, model: Decoder) -> Engine:
         weight = next(model.parameters())
         settings: dict[str, Any] = {} if self.max_batch_size is None else {"max_num_seqs": self.max_batch_size}
         if self.kv_cache_gib is not None:

@@ -23,7 +23,6 @@ from omegaconf import DictConfig
 from safetensors import SafetensorError
 from torch import nn
 from torchtune import training, utils
-from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_state_dict
 
 from pidistill.config import build
@@ -34,6 +33,7 @@ from pidistill.models.hf_format import FAMILIES
 from pidistill.models.nf4 import whole
 from pidistill.models.peft_format import FOLDER, base_config, with_adapter_dir
 from pidistill.models.peft_format import write as write_adapter
+from pidistill.models.protocol import Decoder
 from pidistill.teachers import Teacher
 from pidistill.training.disk import (
     check_copyable,
@@ -199,7 +199,7 @@ class Checkpoints:
             )
         return weights | adapters
 
-    def restore(self, model: TransformerDecoder, updates: Updates, teacher: Teacher | None) -> dict[str, Any]:
+    def restore(self, model: Decoder, updates: Updates, teacher: Teacher | None) -> dict[str, Any]:
         """Put optimizer, scheduler, teacher and random state back; return {"step", "round"} (zeros for a fresh run)."""
         training_begins()
         if self.state is None:
@@ -218,7 +218,7 @@ class Checkpoints:
             raise self._damaged(step_folder(self.run.output_dir, self.state["step"]), STATE_FILE, error) from error
         return {"step": self.state["step"], "round": self.state["round"]}
 
-    def _restore(self, model: TransformerDecoder, updates: Updates, teacher: Teacher | None) -> None:
+    def _restore(self, model: Decoder, updates: Updates, teacher: Teacher | None) -> None:
         self._refuse_other_state("lr_scheduler", updates.scheduler is not None, self.state["scheduler"] is not None)
         self._refuse_other_state("teacher", bool(teacher and teacher.state_dict()), bool(self.state["teacher"]))
         restore_optimizer(model, updates.optimizer, self.state["optimizer"], self.state.get("optimizer_kind"))
@@ -244,7 +244,7 @@ class Checkpoints:
         self._stop = self.run.max_of_processes(received_signal())
         return bool(self._stop) or crossed(self._every, before, now)
 
-    def save(self, step: int, round_: int, model: TransformerDecoder, updates: Updates, teacher: Teacher | None) -> None:
+    def save(self, step: int, round_: int, model: Decoder, updates: Updates, teacher: Teacher | None) -> None:
         """Write `step_N` whole, then move it into place: a kill leaves the previous checkpoint as the newest."""
         weights = self._full(model.state_dict())
         optimizer = optimizer_state(model, updates.optimizer, self.run.is_main)

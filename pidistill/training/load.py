@@ -8,7 +8,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtune import modules, training
-from torchtune.modules import TransformerDecoder
 
 from pidistill.config import build
 from pidistill.distributed.run import Run
@@ -20,6 +19,7 @@ from pidistill.models.nf4 import check_shapes, stored_as_in
 from pidistill.models.offloading import offload_activations
 from pidistill.models.peft_format import with_adapter_dir
 from pidistill.models.precision import add_up_norms_in_fp32, keep_trained_weights_in
+from pidistill.models.protocol import Decoder
 from pidistill.teachers import Teacher
 from pidistill.training.keys import setting
 
@@ -28,7 +28,7 @@ from pidistill.training.keys import setting
 
 def load_model(
     cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str, Any], *, trained: bool, averaged: bool = False
-) -> TransformerDecoder:
+) -> Decoder:
     """Build a model on the meta device, shard it where there is more than one rank, and fill it from a full state dict.
 
     ``trained`` models get activation checkpointing, offloading and compilation as the config says; teachers do not. Of a model
@@ -78,7 +78,7 @@ def load_model(
     return model.train(trained)
 
 
-def load_initial(cfg: DictConfig, run: Run) -> TransformerDecoder:
+def load_initial(cfg: DictConfig, run: Run) -> Decoder:
     """Load the checkpoint's model, with `adapter_dir`'s adapter on it or merged into it; for recipes that train nothing."""
     weights = build(cfg.checkpointer, output_dir=str(run.output_dir)).load_checkpoint()[training.MODEL_KEY]
     return load_model(cfg, run, cfg.model, with_adapter_dir(cfg, cfg.model, weights), trained=False)
@@ -108,7 +108,7 @@ def _whole_shard(tensor: Tensor, like: Tensor | None) -> Tensor:
     return DTensor.from_local(tensor, like.device_mesh, like.placements, run_check=False)
 
 
-def load_teacher(cfg: DictConfig, run: Run, teacher: Teacher) -> TransformerDecoder:
+def load_teacher(cfg: DictConfig, run: Run, teacher: Teacher) -> Decoder:
     """Load the initial weights again (with `adapter_dir`'s adapter, if there is one), or those of `teacher_checkpointer`."""
     node = cfg.get("teacher_model") or cfg.model
     checkpointer = build(cfg.get("teacher_checkpointer") or cfg.checkpointer, output_dir=str(run.output_dir / ".teacher"))
