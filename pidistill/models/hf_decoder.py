@@ -9,6 +9,7 @@ The modules and their names are those of transformers, so that weights keep thei
 
 import functools
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
+from transformers.utils import logging as transformers_logging
 
 from pidistill.errors import InputError
 from pidistill.models.layer_masks import AttentionForm, LayerMask, PaddedMask, Rule
@@ -26,6 +28,7 @@ from pidistill.models.layer_masks import AttentionForm, LayerMask, PaddedMask, R
 NAME = "pidistill"
 # Layers whose tokens meet in the attention alone. Every other kind carries a state from token to token.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_WITH_STATE = {"linear_attention", "conv"}
 # What models hand to the attention function beside its own arguments, and changes nothing here: masks and positions in other
 # forms, and settings of kernels. A window is in the rule.
 _WITHOUT_EFFECT = {
@@ -211,7 +214,7 @@ def build(path: str, max_seq_len: int | None = None) -> HFDecoder:
     _check_rotations(config, path, max_seq_len)
     device = torch.get_default_device()
     try:
-        with _quiet(), _parameters_on_meta(device.type == "meta"):
+        with quiet(), _parameters_on_meta(device.type == "meta"):
             lm = AutoModelForCausalLM.from_config(
                 config, attn_implementation=NAME, dtype=torch.get_default_dtype(), trust_remote_code=False
             )
@@ -225,7 +228,7 @@ def build(path: str, max_seq_len: int | None = None) -> HFDecoder:
 
 def _read_config(path: str) -> Any:
     try:
-        with _quiet():
+        with quiet():
             return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
         raise InputError(
@@ -245,10 +248,21 @@ def _check_kind(lm: PreTrainedModel, path: str) -> None:
             f"the model in {path} ({type(lm).__name__}) takes images or sounds beside text, which are not trained here; "
             "choose a folder with the text model alone"
         )
-    if not lm._supports_attention_backend or not isinstance(getattr(lm.base_model, "layers", None), nn.ModuleList):
+    if not _uses_interface(lm) or not isinstance(getattr(lm.base_model, "layers", None), nn.ModuleList):
         raise InputError(f"the model in {path} cannot be trained here: {_own_masks(type(lm).__name__)}")
+    if strange := set(getattr(lm.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION - _WITH_STATE:
+        raise InputError(
+            f"the model in {path} has layers of the kind {', '.join(sorted(strange))}, which are not sampled here; choose "
+            "another model"
+        )
     if getattr(lm.get_output_embeddings(), "bias", None) is not None:
         raise InputError(f"the model in {path} has an output head with a bias, which is not scored here; choose another model")
+
+
+def _uses_interface(lm: PreTrainedModel) -> bool:
+    """Return whether the model's code asks transformers' registries for its attention and for its masks."""
+    names = vars(sys.modules[type(lm).__module__])
+    return "ALL_ATTENTION_FUNCTIONS" in names and any(n.startswith("create_") and n.endswith("causal_mask") for n in names)
 
 
 def _check_rotations(config: Any, path: str, max_seq_len: int | None) -> None:
@@ -363,12 +377,15 @@ def _parameters_on_meta(yes: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' hints about absent kernels and renamed keys from the screen; errors are raised all the same."""
-    logger = logging.getLogger("transformers")
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars, and its hints about absent kernels, from the screen; errors are raised all the same."""
+    logger, bars = logging.getLogger("transformers"), transformers_logging.is_progress_bar_enabled()
     before = logger.level
     logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(before)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -108,7 +108,7 @@ class Cache(nn.Module):
 
     def _write(self, k: Tensor, v: Tensor) -> None:
         step, s = self.step, k.shape[2]
-        self._reserve(step.end, k)
+        self._reserve(step.end, k, v)
         for stored, new in ((self._k, k), (self._v, v)):
             if step.copies is not None:
                 slots, rows = step.copies
@@ -118,10 +118,10 @@ class Cache(nn.Module):
             else:
                 stored[step.slots[:, None], :, step.columns] = new.transpose(1, 2)
 
-    def _reserve(self, columns: int, like: Tensor) -> None:
+    def _reserve(self, columns: int, k: Tensor, v: Tensor) -> None:
         if self._k is None or columns > self._k.shape[2]:
             wanted = grown_columns(columns, self._max_columns)
-            self._k, self._v = (self._grown(old, wanted, like) for old in (self._k, self._v))
+            self._k, self._v = self._grown(self._k, wanted, k), self._grown(self._v, wanted, v)
 
     def _grown(self, old: Tensor | None, columns: int, like: Tensor) -> Tensor:
         grown = like.new_empty(self.slots, like.shape[1], columns, like.shape[3])

@@ -25,7 +25,6 @@ from torch import nn
 from torchtune import training, utils
 from torchtune.modules.peft import get_adapter_state_dict
 
-from pidistill.config import build
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
 from pidistill.models.adapters import has_adapters, merged
@@ -33,7 +32,7 @@ from pidistill.models.hf_format import FAMILIES
 from pidistill.models.nf4 import whole
 from pidistill.models.peft_format import FOLDER, base_config, with_adapter_dir
 from pidistill.models.peft_format import write as write_adapter
-from pidistill.models.protocol import Decoder
+from pidistill.models.protocol import Decoder, has_own_names
 from pidistill.teachers import Teacher
 from pidistill.training.disk import (
     check_copyable,
@@ -45,6 +44,7 @@ from pidistill.training.disk import (
     sync_tree,
 )
 from pidistill.training.interrupts import Stopped, received_signal, training_begins
+from pidistill.training.load import build_checkpointer
 from pidistill.training.optimizers import optimizer_state, restore_optimizer
 from pidistill.training.run_folder import (
     BEGAN,
@@ -172,9 +172,9 @@ class Checkpoints:
             if self._node.get("checkpoint_files"):  # else the folder's own index names them
                 overrides["checkpoint_files"] = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
         if folder is None or self._source is None:
-            return build(self._node, **overrides)
+            return build_checkpointer(self._node, self._cfg.model, **overrides)
         try:
-            return build(self._node, **overrides)
+            return build_checkpointer(self._node, self._cfg.model, **overrides)
         except DAMAGED as error:
             raise self._damaged(folder, "a file of weights or config.json", error) from error
 
@@ -302,7 +302,7 @@ class Checkpoints:
     def _write_adapter(self, model: nn.Module, adapters: dict[str, torch.Tensor]) -> None:
         folder, hf_config = self._writing / "epoch_0" / FOLDER, base_config(self._node.get("checkpoint_dir"))
         remove_tree(folder)  # copied along from a base that a run with adapters left
-        if adapters and hf_config.get("model_type") in FAMILIES:
+        if adapters and (has_own_names(model) or hf_config.get("model_type") in FAMILIES):
             write_adapter(folder, model, adapters, hf_config, str(Path(self._node.checkpoint_dir).resolve()))
         elif adapters:
             log.warning(f"no adapter in PEFT's format is saved: config.json's model_type is none of {', '.join(FAMILIES)}")
