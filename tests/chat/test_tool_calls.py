@@ -5,7 +5,7 @@ import logging
 import re
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pidistill.chat.messages import message_text
@@ -269,6 +269,7 @@ TEMPLATES = {"hermes": QWEN3, "xml": QWEN35, "xml, Python's values": QWEN3_CODER
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+@settings(deadline=None, max_examples=40)
 @given(arguments=st.lists(ARGUMENTS, min_size=1, max_size=2), content=st.sampled_from(["", "Let me look."]))
 def test_calls_are_read_as_they_were_written(name, arguments, content):
     """Every value that the format can hold comes back with its type; a tag of the format's own inside a text cannot."""

@@ -1,5 +1,7 @@
 """Chat templates with the structure of newer models' ones, in words of our own; see chat_templates.py for the older ones.
 
+SMOLLM2     a default system text, and no tools
+QWEN3_2507  as QWEN3 of chat_templates.py, without reasoning
 SMOLLM3     a header with date and thinking mode, always; tools as Python prints them; no calls; /no_think in the system text
 QWEN35      XML calls; the prompt opens the reasoning, or closes an empty one; one system message, a question is needed
 QWEN3_CODER XML calls, values as Python prints them; a default system text with tools only; no reasoning
@@ -9,9 +11,24 @@ OLMO3       functions in the system turn; the last turn ends with another token 
 MINISTRAL3  no generation prompt: a turn begins behind [/INST]; calls as [TOOL_CALLS]name[ARGS]{...}
 """
 
+import re
 from pathlib import Path
 
+from tests.support.chat_templates import QWEN3
 from tests.support.tiny_tokenizers import model_folder
+
+SMOLLM2 = """\
+{%- for message in messages %}
+    {%- if loop.first and message.role != 'system' %}
+        {{- '<|im_start|>system\\nYou are a tiny assistant.<|im_end|>\\n' }}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+QWEN3_2507 = re.sub(r"\n    {%- if enable_thinking .*?{%- endif %}", "", QWEN3, flags=re.DOTALL)
 
 SMOLLM3 = """\
 {%- if enable_thinking is not defined %}
@@ -153,7 +170,9 @@ QWEN3_CODER = """\
             {%- for name, value in call.function.arguments | items %}
                 {%- set is_nested = value is mapping or (value is sequence and value is not string) %}
                 {%- set value = value | tojson | safe if is_nested else value | string %}
-                {{- '<parameter=' + name + '>\\n' + value + '\\n</parameter>\\n' }}
+                {{- '<parameter=' + name + '>\\n' }}
+                {{- value }}
+                {{- '\\n</parameter>\\n' }}
             {%- endfor %}
             {{- '</function>\\n</tool_call>' }}
         {%- endfor %}
@@ -206,7 +225,7 @@ HARMONY = """\
         {%- for tool in tools %}
             {{- '// ' + tool.function.description + '\\ntype ' + tool.function.name + ' = (_: {' }}
             {%- for name, schema in tool.function.parameters.properties | items %}
-                {{- name + ': ' + schema.type + ', ' }}
+                {{- name + ': ' + schema.type | string + ', ' }}
             {%- endfor %}
             {{- '}) => any;\\n\\n' }}
         {%- endfor %}
@@ -340,6 +359,8 @@ _HARMONY = ["start", "end", "message", "channel", "constrain", "return", "call",
 _MISTRAL = ["INST", "SYSTEM_PROMPT", "AVAILABLE_TOOLS", "TOOL_RESULTS"]
 # template → (special tokens, other added ones, tokenizer_config's eos and bos, generation_config's ends of a turn)
 TOKENS = {
+    SMOLLM2: (_CHATML, [], "<|im_end|>", "<|im_start|>", ["<|im_end|>"]),
+    QWEN3_2507: (_CHATML, ["<think>", "</think>", "<tool_call>", "</tool_call>"], "<|im_end|>", None, _CHATML[::2]),
     SMOLLM3: (_CHATML, ["<think>", "</think>"], "<|im_end|>", None, ["<|im_end|>"]),
     QWEN35: (_CHATML, ["<think>", "</think>", "<tool_call>", "</tool_call>"], "<|im_end|>", None, _CHATML[::2]),
     QWEN3_CODER: (_CHATML, ["<tool_call>", "</tool_call>"], "<|im_end|>", None, _CHATML[::2]),

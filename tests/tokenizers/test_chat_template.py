@@ -1,7 +1,9 @@
 """Templates with the structure of the published ones: prompts are transformers' ids, in both views and every placement."""
 
 import json
+import os
 from functools import partial
+from pathlib import Path
 
 import pytest
 from jinja2 import TemplateError
@@ -256,6 +258,28 @@ def test_text_parts_are_their_text(made, family):
     tokenizer, reference = made(family)
     parts = [user([{"type": "text", "text": "How "}, {"type": "text", "text": "many?"}])]
     assert tokenizer.encode_prompt(parts) == reference([user("How many?")], None)
+
+
+MODELS = os.environ.get("PIDISTILL_TEST_MODELS")
+
+
+@pytest.mark.skipif(not MODELS, reason="PIDISTILL_TEST_MODELS is not set: no pretrained models here")
+@pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct", "Qwen2.5-Coder-0.5B-Instruct"])
+def test_a_published_tokenizer_gives_transformers_ids(name):
+    folder = Path(MODELS, name)
+    if not folder.is_dir():
+        pytest.skip(f"{MODELS} has no {name}")
+    hf = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = HFChatTokenizer(str(folder))
+    for messages, tools in CONVERSATIONS.values():
+        if name.startswith("SmolLM2") and tools:
+            continue  # its template knows no tools
+        ids = tokenizer.encode_prompt(messages, tools)
+        assert ids == hf.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
+        turn_ids = tokenizer.encode_turn(messages, assistant("It is 72."), tools)
+        assert tokenizer.decode(turn_ids) == "It is 72.<|im_end|>" and turn_ids[-1] in tokenizer.stop_ids
+    stored = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert set(stored if isinstance(stored, list) else [stored]) <= tokenizer.stop_ids
 
 
 # ------------------------------------------------------------------------------------------- what a template does not take
