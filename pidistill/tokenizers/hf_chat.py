@@ -150,7 +150,12 @@ class HFChatTokenizer:
         turn = text.rfind(sentinel)
         if turn < 0:
             raise InputError("the chat template leaves out the assistant turn before the observations; it cannot be continued")
-        stop = self._control_pattern.match(text, turn + len(sentinel)) or self._stop_pattern.search(text, turn)
+        stop = self._stop_pattern.search(text, turn)
+        other = self._control_pattern.match(text, turn + len(sentinel))
+        if other and (stop is None or other.start() < stop.start()):
+            last = self._render(messages[: len(history)], tools, marker, generation_prompt=False)
+            if self._stop_pattern.match(last, last.rfind(sentinel) + len(sentinel)):
+                stop = other  # it stands where the last turn has a stop token
         if stop is None:
             raise self._no_stop_error()
         return self._encode(text[stop.end() :], marker, after=text[: stop.end()])

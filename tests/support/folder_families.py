@@ -20,7 +20,8 @@ class FolderFamily:
     Attributes:
         model: the name of its tiny model in hf_families.py.
         template: its chat template, from newer_templates.py.
-        published: size → config.json's values of the published model, for the memory that headers state; none where unknown.
+        published: size → config.json's values of the published model, for the memory that headers state; empty where they
+            state none.
     """
 
     model: str
@@ -38,11 +39,9 @@ def _sizes(
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "vocab_size": vocabulary,
-    } | more
+    }
 
 
-_GEMMA = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512, "layer_types": None}
-_OLMO = {"sliding_window": 4096, "layer_types": None, "max_position_embeddings": 65_536}
 FOLDER_FAMILIES = {
     "smollm2": FolderFamily(
         "llama, tied (SmolLM2)",
@@ -54,23 +53,9 @@ FOLDER_FAMILIES = {
         },
     ),
     "qwen3_5": FolderFamily("qwen3_5, hybrid", QWEN35),
-    "qwen3_moe": FolderFamily(
-        "qwen3_moe",
-        QWEN3_2507,
-        {
-            "30B-A3B": _sizes(48, 2048, 6144, 32, 4, 151_936, head_dim=128)
-            | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
-        },
-    ),
-    "gemma3": FolderFamily(
-        "gemma3",
-        GEMMA3,
-        {
-            "270M": _sizes(18, 640, 2048, 4, 1, 262_144, **_GEMMA),
-            "1B": _sizes(26, 1152, 6912, 4, 1, 262_144, **_GEMMA),
-        },
-    ),
-    "olmo3": FolderFamily("olmo3, window", OLMO3, {"7B": _sizes(32, 4096, 11_008, 32, 32, 100_278, **_OLMO)}),
+    "qwen3_moe": FolderFamily("qwen3_moe", QWEN3_2507),
+    "gemma3": FolderFamily("gemma3", GEMMA3),
+    "olmo3": FolderFamily("olmo3, window", OLMO3),
 }
 
 
