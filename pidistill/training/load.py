@@ -65,6 +65,7 @@ def load_model(
             cpu_offload=setting(cfg, "fsdp_cpu_offload"),
             reshard_after_forward=setting(cfg, "fsdp_reshard_after_forward"),
             mesh=run.mesh,
+            replicas=run.replicas,
             compute_dtype=run.compute_dtype if mixed else None,
         )
     if trained and setting(cfg, "enable_activation_offloading"):
