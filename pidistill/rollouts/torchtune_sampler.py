@@ -25,6 +25,7 @@ from pidistill.distributed.tensor_parallel import in_lockstep, tensor_parallel_g
 from pidistill.rollouts.base import OnTurnEnd, Sample
 from pidistill.rollouts.decoding import Context, decoding, evaluating, gathered_parameters, of_like_length
 from pidistill.rollouts.distribution import draw, sampling_logprobs
+from pidistill.rollouts.progress import count
 from pidistill.rollouts.request import (
     Request,
     check_request,
@@ -185,6 +186,7 @@ def _going_on(rows: list[_Row], context: Context) -> list[_Row]:
     others = [slot for slot, row in enumerate(rows) if not row.finished and row.to_read != 1]
     order = _few_moves(one, 0) + _few_moves(others, len(one))
     context.rearrange(order)
+    count(rows=len(rows) - len(order))
     return [rows[slot] for slot in order]
 
 
@@ -230,6 +232,7 @@ def _draw(logits: Float[Tensor, "B V"], rows: list[_Row], request: Request) -> N
     # Together: on a GPU each of these is a wait for the device. float64 holds every id.
     ids, logprobs = torch.stack([ids.double(), logprobs]).tolist()
     _check_finite(logprobs, rows)
+    count(tokens=len(rows))
     for row, token, logprob in zip(rows, map(int, ids), logprobs, strict=True):
         row.append([token], sampled=True, logprobs=[logprob])
         if token in request.stop_ids:

@@ -23,6 +23,7 @@ from pidistill.models.hf_format import family, to_hf
 from pidistill.models.precision import compute_dtype_of
 from pidistill.rollouts.base import OnTurnEnd, Sample
 from pidistill.rollouts.collect import rollout_seed
+from pidistill.rollouts.progress import count
 from pidistill.rollouts.request import (
     Request,
     check_request,
@@ -234,7 +235,9 @@ def sample_rows(engine: Engine, rows: list[_Row], request: Request) -> None:
     by_index = {row.index: row for row in rows}
     while rows:
         collect_answers(rows, request)
-        rows = [row for row in rows if not row.sample.stop_reason]
+        going_on = [row for row in rows if not row.sample.stop_reason]
+        count(rows=len(rows) - len(going_on))
+        rows = going_on
         for row in rows:
             if not row.sampling and row.answer is None:
                 _begin_turn(engine, row, request, settings)
@@ -261,6 +264,7 @@ def _take(turn: Turn, row: _Row, request: Request) -> None:
     # A greedy choice is a point mass, whatever the model's own log-prob.
     logprobs = [0.0] * len(turn.ids) if request.temperature == 0 else turn.logprobs
     row.append(turn.ids, sampled=True, logprobs=logprobs)
+    count(tokens=len(turn.ids))
     if turn.ids and turn.ids[-1] in request.stop_ids:
         end_turn(row, request)
     elif len(row.sample.tokens) == request.max_new_tokens:
