@@ -3,12 +3,14 @@
 import functools
 import socket
 import subprocess
+import sys
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
 from pidistill.distributed.tensor_parallel import check_replicas
@@ -122,11 +124,16 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def launch_machines(arguments: list[str], folders: tuple[Path, Path] = (ROOT, ROOT)) -> list[subprocess.CompletedProcess]:
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def launch_machines(
+    arguments: list[str], folders: Sequence[Path] = (ROOT, ROOT), launcher: Sequence[str] = tuple(tune_command("run"))
+) -> list[subprocess.CompletedProcess]:
     """Two launchers of two processes each, as on two machines; they meet on the loopback interface."""
     common = ["--nnodes", "2", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--local_addr", "127.0.0.1"]
-    command = tune_command("run", *common, "--rdzv_endpoint", f"127.0.0.1:{free_port()}", *arguments)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment()}
+    command = [*launcher, *common, "--rdzv_endpoint", f"127.0.0.1:{free_port()}", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment(PYTHONPATH=str(ROOT))}
     started = [subprocess.Popen(command, cwd=folder, **pipes) for folder in folders]
     done = []
     for process in started:
@@ -176,32 +183,37 @@ def test_a_checkpoint_of_two_machines_resumes_on_one_process(machines, one, tiny
     assert_close_rows(metrics(tmp_path / "run"), metrics(one("main")))
 
 
-@pytest.mark.slow
-def test_machines_with_output_folders_of_their_own_are_refused_in_one_sentence(tiny_base, tmp_path):
-    """The folder's name is relative here, and the two launchers stand in different folders."""
-    _, cfg = config("mixed", tiny_base, tmp_path / "unused", output_dir="run")
-    file = save_config(cfg, tmp_path / "config.yaml")
-    folders = tmp_path / "first", tmp_path / "second"
-    for folder in folders:
-        folder.mkdir()
-    done = launch_machines([str(ROOT / "recipes" / f"{RECIPES['sft']}.py"), "--config", str(file)], folders)
-    for one_machine in done:
-        assert one_machine.returncode != 0
-        assert one_machine.stderr.strip().splitlines()[-1].startswith("error: output_dir=run of process "), one_machine.stderr
-    assert not list(tmp_path.glob("*/run/.start_*")) and not list(tmp_path.glob("*/run/metrics.jsonl"))
+def refused_on_both(cfg: DictConfig, folder: Path) -> list[str]:
+    """Launch two machines that stand in folders of their own; return the last line of each."""
+    file = save_config(cfg, folder / "config.yaml")
+    arguments = [str(ROOT / "recipes" / f"{RECIPES['sft']}.py"), "--config", str(file)]
+    done = launch_machines(arguments, (folder / "first", folder / "second"), TORCHRUN)
+    assert all(one_machine.returncode != 0 for one_machine in done)
+    return [one_machine.stderr.strip().splitlines()[-1] for one_machine in done]
+
+
+@pytest.fixture
+def own_folders(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    return tmp_path
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_one_machine_lacks_is_refused_on_both(tiny_base, tmp_path):
-    _, cfg = config("mixed", tiny_base, tmp_path / "run", checkpointer__checkpoint_dir="base")
-    file = save_config(cfg, tmp_path / "config.yaml")
-    folders = tmp_path / "first", tmp_path / "second"
-    for folder in folders:
-        folder.mkdir()
-    (folders[0] / "base").symlink_to(tiny_base)
-    for one_machine in launch_machines([str(ROOT / "recipes" / f"{RECIPES['sft']}.py"), "--config", str(file)], folders):
-        assert one_machine.returncode != 0
-        assert "checkpointer.checkpoint_dir=base" in one_machine.stderr.strip().splitlines()[-1], one_machine.stderr
+def test_machines_with_output_folders_of_their_own_are_refused_in_one_sentence(tiny_base, own_folders):
+    """The folder's name is relative, so that each machine has one of that name."""
+    said = refused_on_both(config("mixed", tiny_base, Path("run"))[1], own_folders)
+    assert all(line.startswith("error: output_dir=run of process ") and "all machines share" in line for line in said), said
+    assert not list(own_folders.glob("*/run/.start_*")) and not list(own_folders.glob("*/run/metrics.jsonl"))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_machine_lacks_is_refused_on_both(tiny_base, own_folders):
+    (own_folders / "first" / "base").symlink_to(tiny_base)
+    cfg = config("mixed", tiny_base, own_folders / "run", checkpointer__checkpoint_dir="base")[1]
+    said = refused_on_both(cfg, own_folders)
+    assert said == ["error: checkpoint folder base does not exist; check checkpointer.checkpoint_dir"] * 2
+    assert not (own_folders / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------- refusals
