@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
-from torchtune.modules import TransformerDecoder
 
 from pidistill.distributed.tensor_parallel import in_lockstep, tensor_parallel_group
+from pidistill.models.protocol import Decoder
 from pidistill.rollouts.base import OnTurnEnd, Sample
 from pidistill.rollouts.decoding import Context, decoding, evaluating, gathered_parameters, of_like_length
 from pidistill.rollouts.distribution import draw, sampling_logprobs
@@ -70,7 +70,7 @@ class TorchtuneSampler:
 
     def sample(
         self,
-        model: TransformerDecoder,
+        model: Decoder,
         prompts: Sequence[Sequence[int]],
         *,
         group_size: int,
@@ -164,9 +164,7 @@ class _Row:
         return ids
 
 
-def _sample_rows(
-    model: TransformerDecoder, prompts: Sequence[Sequence[int]], rows: list[_Row], request: Request, size: int
-) -> None:
+def _sample_rows(model: Decoder, prompts: Sequence[Sequence[int]], rows: list[_Row], request: Request, size: int) -> None:
     """Sample the rows to their ends, at most ``size`` at once."""
     queue, rows = deque(rows), []
     longest = max(map(len, prompts), default=0)
