@@ -28,17 +28,12 @@ NOT_CHOSEN, NO_ANSWER, UNSOLVED = "other_trace_of_task", "no_assistant_turn", "t
 
 @dataclass(frozen=True)
 class TraceRows:
-    """Holds all tasks of a source, in the order of their first row.
-
-    Attributes:
-        unusable: rows left out, by reason.
-        unreadable_calls: tagged calls that are no JSON; they are text to us.
-        tools: derived from the calls seen, where the source has OpenAI-style calls; see :func:`derived_tools`.
-    """
+    """Holds all tasks of a source, in the order of their first row."""
 
     tasks: list[TraceTask]
-    unusable: dict[str, int]
-    unreadable_calls: int
+    unusable: dict[str, int]  # rows left out, by reason
+    unreadable_calls: int  # tagged calls that are no JSON; they are text to us
+    # Derived from the calls seen, where the source has OpenAI-style calls; see `derived_tools`.
     tools: list[dict[str, Any]] | None
 
 

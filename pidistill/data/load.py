@@ -20,27 +20,18 @@ from pidistill.types import Example, PromptPair
 
 @dataclass(frozen=True)
 class RecipeData:
-    """Holds training and evaluation rows of a recipe, with what it needs to know about them.
-
-    Attributes:
-        dropped: training rows left out, by reason.
-        eval_dropped: evaluation rows left out, by reason.
-        rows_without_pi: training rows without privileged information, kept or not.
-        leak_phrases: what counts as giving the privileged information away.
-        privileged: how the teacher's view is made of a row, with the teacher's own tokenizer where it has one.
-        success_threshold: the reward from which a rollout counts as a success.
-        max_seq_len: the smaller of the tokenizer's and the model's limit, in tokens.
-    """
+    """Holds training and evaluation rows of a recipe, with what it needs to know about them."""
 
     tokenizer: ChatTokenizer
     prompts: list[tuple[Example, PromptPair]]
     eval_prompts: list[tuple[Example, PromptPair]]
-    dropped: dict[str, int]
-    eval_dropped: dict[str, int]
-    rows_without_pi: int
-    leak_phrases: Sequence[str]
-    success_threshold: float
-    max_seq_len: int
+    dropped: dict[str, int]  # training rows left out, by reason
+    eval_dropped: dict[str, int]  # evaluation rows left out, by reason
+    rows_without_pi: int  # training rows without privileged information, kept or not
+    leak_phrases: Sequence[str]  # what counts as giving the privileged information away
+    success_threshold: float  # the reward from which a rollout counts as a success
+    max_seq_len: int  # the smaller of the tokenizer's and the model's limit, in tokens
+    # How the teacher's view is made of a row, with the teacher's own tokenizer where it has one.
     privileged: PrivilegedPrompt = field(default_factory=PrivilegedPrompt)
 
 

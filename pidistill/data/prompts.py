@@ -15,18 +15,12 @@ NO_PI = ("rl", "distill", "drop", "error")
 
 @dataclass(frozen=True)
 class Prompts:
-    """Holds what a recipe trains on.
+    """Holds what a recipe trains on."""
 
-    Attributes:
-        prompts: the rows that are kept, in the dataset's order.
-        dropped: rows left out, by reason, the dataset's own among them: ``rows_without_pi``, ``privileged_too_long``,
-            ``prompt_too_long``.
-        rows_without_pi: rows without privileged information, kept or not.
-    """
-
-    prompts: list[tuple[Example, PromptPair]]
+    prompts: list[tuple[Example, PromptPair]]  # the rows that are kept, in the dataset's order
+    # Rows left out, by reason, the dataset's own among them: `rows_without_pi`, `privileged_too_long`, `prompt_too_long`.
     dropped: dict[str, int]
-    rows_without_pi: int
+    rows_without_pi: int  # rows without privileged information, kept or not
 
 
 def build_prompts(

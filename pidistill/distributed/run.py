@@ -23,11 +23,8 @@ class Run:
     """Hold where a recipe runs.
 
     Attributes:
-        rank, world_size: among the data-parallel ranks. Sums and shares are over these; those of a tensor-parallel group have
-            the same work, and the same results.
-        mesh: [data-parallel, tensor-parallel] ranks; None where `tensor_parallel_dim` is 1.
-        compute_dtype: of the copies of trained weights that forward and backward multiply, and of weights that are not
-            trained; None is ``dtype``, which trained weights, their gradients and the optimizer's states have.
+        rank, world_size: among the data-parallel ranks. Sums and shares are over these; those of a tensor-parallel group
+            have the same work, and the same results.
     """
 
     device: torch.device
@@ -36,7 +33,9 @@ class Run:
     world_size: int
     seed: int
     output_dir: Path
-    mesh: DeviceMesh | None = None
+    mesh: DeviceMesh | None = None  # [data-parallel, tensor-parallel] ranks; None where `tensor_parallel_dim` is 1
+    # Of the copies of trained weights that forward and backward multiply, and of weights that are not trained; None is `dtype`,
+    # which trained weights, their gradients and the optimizer's states have.
     compute_dtype: torch.dtype | None = None
 
     @property

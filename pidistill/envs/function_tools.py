@@ -44,18 +44,13 @@ class ToolError(Exception):
 
 @dataclass(frozen=True)
 class Tool:
-    """Hold a function with the JSON schema of its arguments.
-
-    Attributes:
-        parameters: JSON schema of an object with one property per argument.
-        takes_state: the function's ``state`` parameter is filled with the episode's state.
-    """
+    """Hold a function with the JSON schema of its arguments."""
 
     name: str
     description: str
-    parameters: dict[str, Any]
+    parameters: dict[str, Any]  # JSON schema of an object with one property per argument
     function: Callable[..., Any]
-    takes_state: bool
+    takes_state: bool  # the function's `state` parameter is filled with the episode's state
 
     @property
     def schema(self) -> dict[str, Any]:

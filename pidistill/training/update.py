@@ -38,14 +38,12 @@ class StepResult:
     """Say what became of one optimiser step.
 
     Attributes:
-        grad_norm: before clipping.
-        applied: False where the step was skipped.
         nonfinite_steps, empty_steps: steps skipped so far, by reason.
     """
 
-    grad_norm: float
+    grad_norm: float  # before clipping
     lr: float
-    applied: bool
+    applied: bool  # False where the step was skipped
     nonfinite_steps: int
     empty_steps: int
 

@@ -1,7 +1,4 @@
-"""Seconds of each phase of a round on one rank: FLOPs and bytes of the phase over a device's rates.
-
-Every term is one line with its reason.
-"""
+"""Estimate the seconds of each phase of a round on one rank: FLOPs and bytes of the phase over a device's rates."""
 
 from math import ceil
 
@@ -45,7 +42,7 @@ def _forward_s(model: ModelShape, tokens: Tokens, device: Device) -> float:
 
 
 def _backward_s(model: ModelShape, tokens: Tokens, device: Device) -> float:
-    """Gradients of every input and of the trained weights; attention computes its scores again: five products, not two."""
+    """Count gradients of inputs and trained weights; attention computes its scores again: five products, not two."""
     flops = 2 * (model.maps + model.trained_maps) * tokens.fed + 2.5 * attention_flops(model, tokens)
     crossed = 2 * _CROSSINGS * model.saved_bytes * tokens.fed
     return flops / device.flops_per_s + crossed / device.bytes_per_s + 2 * model.layers * device.layer_s * tokens.micro_batches
@@ -56,7 +53,7 @@ def attention_flops(model: ModelShape, tokens: Tokens) -> float:
 
 
 def _head_s(one: Pass, tokens: Tokens, device: Device) -> float:
-    """Logits of every view; where gradient flows, back to the hidden states, and to the head's weight if it is trained."""
+    """Count logits of every view and, where gradient flows, its way to the hidden states and to a trained head's weight."""
     products = 2 * len(one.views) + 2 * len(one.gradient) * (1 + one.model.head_trained)
     per_view = tokens.policy / len(one.views)
     crossed = _HEAD_CROSSINGS * 4 * one.model.vocabulary * tokens.policy
@@ -64,7 +61,7 @@ def _head_s(one: Pass, tokens: Tokens, device: Device) -> float:
 
 
 def _optimizer_s(setup: Setup, device: Device) -> float:
-    """Reads gradient, weight and states; writes weight and states."""
+    """Count what is read (gradient, weight, states) and written (weight, states)."""
     model = setup.model
     per_element = 3 * setup.trained_item_bytes + 2 * setup.state_bytes
     return model.trained / setup.ranks * per_element / device.bytes_per_s

@@ -1,4 +1,4 @@
-"""What a run would see, before it runs: both prompts from the ids that are built, what is private in them, lengths and budget.
+"""Show what a run would see: both prompts from the ids that are built, what is private in them, lengths and budget.
 
 marks.py    where the privileged information stands in a decoded prompt, and where the two views differ
 rows.py     one row as the model will see it; lengths and dropped rows over the first rows of a dataset

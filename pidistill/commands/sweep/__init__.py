@@ -1,4 +1,4 @@
-"""Sweeps by config alone: every cell is a plain `pidistill run` with overrides, several workers may share a folder.
+"""Run sweeps by config alone: every cell is a plain `pidistill run` with overrides, several workers may share a folder.
 
 values.py    what `key=0..2` and the like mean on the command line
 check.py     refuses a wrong cell before the first one starts

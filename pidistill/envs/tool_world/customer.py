@@ -39,20 +39,13 @@ _TOPICS = {
 
 @dataclass
 class Customer:
-    """Play one episode's customer.
+    """Play one episode's customer."""
 
-    Attributes:
-        identity: what it says when asked who it is.
-        at: which wish is open.
-        identified: it has said who it is; agents then repeat addresses and names without asking for them.
-        confused: messages in a row that it understood nothing of.
-    """
-
-    identity: str
+    identity: str  # what it says when asked who it is
     wishes: tuple[Wish, ...]
-    at: int = 0
-    identified: bool = False
-    confused: int = 0
+    at: int = 0  # which wish is open
+    identified: bool = False  # it has said who it is; agents then repeat addresses and names without asking for them
+    confused: int = 0  # messages in a row that it understood nothing of
 
     @property
     def wish(self) -> Wish:
