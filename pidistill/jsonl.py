@@ -1,4 +1,4 @@
-"""Files of one JSON object per line."""
+"""Read and write files of one JSON object per line."""
 
 import json
 from collections.abc import Sequence
@@ -15,11 +15,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_jsonl(text: str) -> list[tuple[int, Any]]:
-    """Return (line number from 1, value) of every line of ``text`` that is not blank, the last one included.
-
-    Raises:
-        ValueError: a line is not JSON; the sentence names it.
-    """
+    """Return (line number from 1, value) of every line that is not blank; a ValueError names a line that is not JSON."""
     rows = []
     # Not splitlines(): a text may hold characters such as U+2028, which that takes for line ends.
     for number, line in enumerate(text.split("\n"), start=1):

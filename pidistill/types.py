@@ -1,4 +1,4 @@
-"""Every noun of the package, with its shapes, units and alignment.
+"""Define every noun of the package, with its shapes, units and alignment.
 
     row ─► Example ─► PromptPair ─► Rollout ─► Batch ─► Scores
 
@@ -21,25 +21,15 @@ ViewName = Literal["student", "teacher"]
 
 @dataclass(frozen=True)
 class Example:
-    """Hold one row of a dataset, before any tokenizer has seen it.
+    """Hold one row of a dataset, before any tokenizer has seen it."""
 
-    Attributes:
-        id: names the row in errors and logs, e.g. ``"train.jsonl row 17"``.
-        messages: the conversation that the student answers, without privileged information; ends before an assistant turn.
-        privileged: the privileged information: a text, or messages; None where the row has none.
-        completion: a demonstration (assistant turns, and the tool or environment messages between them), if the row has one.
-        reference: what the reward compares with, e.g. the final answer.
-        tools: tool schemas for the chat template.
-        data: everything else of the row; an environment finds its task here.
-    """
-
-    id: str
-    messages: list[Message]
-    privileged: str | list[Message] | None = None
-    completion: list[Message] | None = None
-    reference: Any = None
-    tools: list[dict[str, Any]] | None = None
-    data: Mapping[str, Any] = field(default_factory=dict)
+    id: str  # names the row in errors and logs, such as "train.jsonl row 17"
+    messages: list[Message]  # what the student answers, without privileged information; ends before an assistant turn
+    privileged: str | list[Message] | None = None  # the privileged information; None where the row has none
+    completion: list[Message] | None = None  # a demonstration: assistant turns, and what stands between them
+    reference: Any = None  # what the reward compares with, such as the final answer
+    tools: list[dict[str, Any]] | None = None  # tool schemas for the chat template
+    data: Mapping[str, Any] = field(default_factory=dict)  # everything else of the row; an environment finds its task here
 
 
 @dataclass(frozen=True)
@@ -117,21 +107,13 @@ class Rollout:
 
 @dataclass(frozen=True)
 class RolloutAdvantage:
-    """Hold what a round says of one rollout before any gradient step.
+    """Hold what a round says of one rollout before any gradient step."""
 
-    Attributes:
-        advantage: the advantage from the reward alone, the same for every policy token.
-        tokens: [policy tokens] in its place, where turns have advantages of their own; None elsewhere.
-        snis_weight: the rollout's self-normalised importance weight × the group's size; None where none was asked for.
-        kl: [policy tokens] what the objective's `kl_mode` adds for the view that sampled; None where it adds nothing.
-        keep: False drops the rollout from every loss term and from the token count.
-    """
-
-    advantage: float
-    kl: list[float] | None = None
-    keep: bool = True
-    tokens: list[float] | None = None
-    snis_weight: float | None = None
+    advantage: float  # the advantage from the reward alone, the same for every policy token
+    kl: list[float] | None = None  # [policy tokens] what `kl_mode` adds for the view that sampled; None where it adds nothing
+    keep: bool = True  # False drops the rollout from every loss term and from the token count
+    tokens: list[float] | None = None  # [policy tokens] in its place, where turns have advantages of their own; None elsewhere
+    snis_weight: float | None = None  # self-normalised importance weight × the group's size; None where none was asked for
 
 
 @runtime_checkable
@@ -147,20 +129,15 @@ class AncestorMask(Protocol):
 class ModelInput:
     """Hold what a model reads for one or more views of a batch, and where each policy token is predicted.
 
-    Attributes:
-        tokens: [R, L] prompts + completions: one packed row (a tree), or a row per rollout and view with padding on the right.
-        rows, columns: [N] the hidden state at (row, column) predicts policy token n; in a tree several tokens may share one.
-        positions: [R, L] distance from the beginning of the sequence; None where that is the column.
-        mask: which columns each token of a packed row sees; None is causal.
-        depth: tokens of the longest sequence, which the model must be able to read.
+    The hidden state at (rows[n], columns[n]) predicts policy token n; in a tree several tokens may share one.
     """
 
-    tokens: Int[Tensor, "R L"]
+    tokens: Int[Tensor, "R L"]  # one packed row (a tree), or a row per rollout and view with padding on the right
     rows: Int[Tensor, " N"]
     columns: Int[Tensor, " N"]
-    positions: Int[Tensor, "R L"] | None = None
-    mask: AncestorMask | None = None
-    depth: int = 0
+    positions: Int[Tensor, "R L"] | None = None  # distance from the beginning of the sequence; None where that is the column
+    mask: AncestorMask | None = None  # which columns each token of a packed row sees; None is causal
+    depth: int = 0  # tokens of the longest sequence, which the model must be able to read
 
 
 @runtime_checkable
@@ -176,34 +153,21 @@ class BatchInputs(Protocol):
 
 @dataclass
 class Batch:
-    """Hold rollouts side by side. Everything the objectives see is flat over the N policy tokens of the batch.
+    """Hold rollouts side by side. Everything the objectives see is flat over the N policy tokens of the batch."""
 
-    Attributes:
-        views: the rollouts as model inputs; ``views.of("student")`` is a :class:`ModelInput`.
-        targets: [N] the policy tokens.
-        rollout_index: [N] which rollout of the batch (0..B-1) the token belongs to.
-        token_index: [N] index of the token among its rollout's policy tokens.
-        ratio_logprobs: [N] fp32 nats, log μ: the denominator of the ratios. None for demonstrations. With importance weights,
-            the trainer's own log-probs under the weights that sampled.
-        importance_weights: [N] fp32, what the policy-gradient loss of the token is multiplied with; None where that is off.
-        rewards: [N] fp32, the environment's reward of the rollout, without `reward_shaping`; None for demonstrations.
-        advantages: [N] fp32, from the reward alone; None for demonstrations.
-        kl_advantages: [N] fp32, what the objective's `kl_mode` adds for the view that sampled; None where it adds nothing.
-        snis_weights: [N] fp32, the rollout's self-normalised importance weight; None where none was asked for.
-        has_privileged: [N] True where the rollout's example has privileged information.
-    """
-
-    views: BatchInputs
-    targets: Int[Tensor, " N"]
-    rollout_index: Int[Tensor, " N"]
-    token_index: Int[Tensor, " N"]
+    views: BatchInputs  # the rollouts as model inputs; `views.of("student")` is a `ModelInput`
+    targets: Int[Tensor, " N"]  # the policy tokens
+    rollout_index: Int[Tensor, " N"]  # which rollout of the batch (0..B-1) the token belongs to
+    token_index: Int[Tensor, " N"]  # index of the token among its rollout's policy tokens
+    # fp32 nats, log μ: the denominator of the ratios. None for demonstrations. With importance weights, the trainer's own
+    # log-probs under the weights that sampled.
     ratio_logprobs: Float[Tensor, " N"] | None
-    rewards: Float[Tensor, " N"] | None
-    advantages: Float[Tensor, " N"] | None
-    kl_advantages: Float[Tensor, " N"] | None
-    snis_weights: Float[Tensor, " N"] | None
-    has_privileged: Bool[Tensor, " N"]
-    importance_weights: Float[Tensor, " N"] | None = None
+    rewards: Float[Tensor, " N"] | None  # the environment's, without `reward_shaping`; None for demonstrations
+    advantages: Float[Tensor, " N"] | None  # from the reward alone; None for demonstrations
+    kl_advantages: Float[Tensor, " N"] | None  # what `kl_mode` adds for the view that sampled; None where it adds nothing
+    snis_weights: Float[Tensor, " N"] | None  # the rollout's self-normalised importance weight; None where none was asked for
+    has_privileged: Bool[Tensor, " N"]  # True where the rollout's example has privileged information
+    importance_weights: Float[Tensor, " N"] | None = None  # factors of the policy-gradient loss; None where that is off
 
     def slice(self, part: slice) -> "Batch":
         """Return the policy tokens of ``part`` as objectives see them; views stay whole, and rollouts keep their numbers."""
@@ -264,11 +228,7 @@ class Scores:
 
 @dataclass
 class TokenLoss:
-    """Hold an objective's answer: a loss per policy token (nats, not reduced) and detached per-token values to log as means.
-
-    Raises:
-        InputError: a loss that is not one number per policy token, such as a mean over them.
-    """
+    """Hold an objective's answer: a loss per policy token (nats, not reduced) and detached per-token values to log as means."""
 
     loss: Tensor  # [N], checked below in one sentence
     metrics: dict[str, Float[Tensor, " N"]]

@@ -1,4 +1,4 @@
-"""Tool calls in agent conversations, however they are written: OpenAI's ``tool_calls``, or JSON between tags in the text.
+"""Find tool calls in agent conversations, however they are written: OpenAI's ``tool_calls``, or JSON between tags in the text.
 
 {"role": "assistant", "tool_calls": [{"function": {"name": "find", "arguments": "{\\"day\\": 20}"}}]}
 {"role": "assistant", "content": "Looking. <action>{\\"name\\": \\"find\\", \\"arguments\\": {\\"day\\": 20}}</action>"}

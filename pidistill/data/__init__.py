@@ -1,4 +1,4 @@
-"""Datasets: rows → Example → (Example, PromptPair), and the order in which they are visited.
+"""Make datasets: rows → Example → (Example, PromptPair), and the order in which they are visited.
 
 Enters: files, folders and Hub datasets (sources.py). Leaves: examples (builders.py, agent_traces.py), their prompts
 (prompts.py) and demonstrations (demonstrations.py). Read :mod:`pidistill.data.builders` first; a recipe calls load.py.

@@ -27,7 +27,7 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Rows:
-    """Holds the rows of one source as plain dicts; ``name`` is what errors call it."""
+    """Hold the rows of one source as plain dicts; ``name`` is what errors call it."""
 
     name: str
     rows: Sequence[dict[str, Any]]
@@ -39,11 +39,15 @@ class Rows:
         """Yield (id, row) of every row; ids count from 0."""
         return ((f"{self.name} row {i}", row) for i, row in enumerate(self.rows))
 
-    def require(self, key: str, option: str, hint: str = "") -> None:
-        """Refuse a key that no row has, naming the option of the builder that holds it."""
-        if all(get(row, key) is None for row in self.rows):
-            columns = ", ".join(_dotted_keys(self.rows[0]))
-            raise InputError(f"{self.name} has no column {key!r} with values (it has: {columns}); set dataset.{option}{hint}")
+    def require_all(self, **keys: str | None) -> None:
+        """Refuse keys that no row has, by the options of the builder that hold them; an option may be None."""
+        for option, key in keys.items():
+            if key is not None and all(get(row, key) is None for row in self.rows):
+                columns = ", ".join(_dotted_keys(self.rows[0]))
+                hint = ", or null for rows without privileged information" if option == "privileged_key" else ""
+                raise InputError(
+                    f"{self.name} has no column {key!r} with values (it has: {columns}); set dataset.{option}{hint}"
+                )
 
 
 def get(row: Mapping[str, Any], key: str) -> Any:

@@ -1,4 +1,4 @@
-"""Our datasets for torchtune's own supervised recipes, which want tokens and labels."""
+"""Give our datasets to torchtune's own supervised recipes, which want tokens and labels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from pidistill.types import PromptPair
 
 
 class StockSFTDataset(Dataset):
-    """Gives {"tokens", "labels"} of one demonstration; labels are the tokens, not shifted; −100 is not learned."""
+    """Give {"tokens", "labels"} of one demonstration; labels are the tokens, not shifted; −100 is not learned."""
 
     def __init__(self, tokenizer: Any, dataset: Mapping[str, Any]) -> None:
         self._tokenizer = as_chat_tokenizer(tokenizer)

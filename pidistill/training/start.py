@@ -71,11 +71,7 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     shares = check_tensor_parallel(cfg, processes)
     mesh = make_mesh(device.type, processes, shares) if shares > 1 else None
     seed = setting(cfg, "seed")
-    # The same on every rank (not torchtune's set_seed), so that a dataset that shuffles itself is the same one on all of them;
-    # rollouts have seeds of their own.
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
+    seed_global_streams(seed)
     output_dir = make_output_dir(cfg.output_dir)
     run = Run(device, dtype, rank // shares, processes // shares, seed, output_dir, mesh, compute_dtype)
     if run.is_main:
@@ -83,6 +79,13 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
             claim_run_folder(cfg, output_dir)
         replace_file(output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(public_config(cfg))).encode())
     return run
+
+
+def seed_global_streams(seed: int) -> None:
+    """Seed torch, Python and numpy alike on every rank (unlike torchtune's set_seed), for a dataset that shuffles itself."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def check_run(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> None:

@@ -1,12 +1,9 @@
 """Build rows of a dataset as the model will see them: one in full, and the lengths of many."""
 
-import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import torch
 from omegaconf import DictConfig
 
 from pidistill.commands.preview.marks import Difference, Span, difference, privileged_spans
@@ -21,6 +18,7 @@ from pidistill.tokenizers import ChatTokenizer, as_chat_tokenizer
 from pidistill.tokenizers.chat_template import TemplateRefusal
 from pidistill.tokenizers.rendering import TextLeftOut
 from pidistill.training.compatibility import build_objective
+from pidistill.training.start import seed_global_streams
 from pidistill.types import Example, Rollout
 
 # Kinds of refused rows.
@@ -57,10 +55,7 @@ def source_of(cfg: DictConfig, supervised: bool = False, part: str = "dataset") 
     tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
     max_seq_len = check_models(cfg, tokenizer)
     privileged = load_privileged(cfg, tokenizer)
-    seed = int(cfg.get("seed") or 0)  # as in training.start: a dataset that shuffles itself is the run's
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
+    seed_global_streams(int(cfg.get("seed") or 0))  # a dataset that shuffles itself is the run's
     dataset = build(cfg[part])
     samples = not supervised or part == "eval_dataset"
     learned = part == "dataset" and (supervised or cfg.get("sft_weight"))
