@@ -17,12 +17,3 @@ model to play the customer:
 from pidistill.envs.tool_world.dataset import play_expert, render_episode, tool_world_base_dataset, tool_world_dataset
 from pidistill.envs.tool_world.environment import ToolWorldEnvironment
 from pidistill.envs.tool_world.tokenizer import tool_world_tokenizer
-
-__all__ = [
-    "ToolWorldEnvironment",
-    "play_expert",
-    "render_episode",
-    "tool_world_base_dataset",
-    "tool_world_dataset",
-    "tool_world_tokenizer",
-]
