@@ -20,11 +20,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Run:
-    """Hold where a recipe runs.
+    """Hold where a recipe runs. ``rank`` and ``world_size`` count data-parallel ranks, over which sums and shares are.
 
-    Attributes:
-        rank, world_size: among the data-parallel ranks. Sums and shares are over these; those of a tensor-parallel group
-            have the same work, and the same results.
+    The ranks of a tensor-parallel group have the same work, and the same results.
     """
 
     device: torch.device
@@ -34,8 +32,8 @@ class Run:
     seed: int
     output_dir: Path
     mesh: DeviceMesh | None = None  # [data-parallel, tensor-parallel] ranks; None where `tensor_parallel_dim` is 1
-    # Of the copies of trained weights that forward and backward multiply, and of weights that are not trained; None is `dtype`,
-    # which trained weights, their gradients and the optimizer's states have.
+    # Of what forward and backward multiply: copies of trained weights, and weights that are not trained. None is `dtype`, which
+    # trained weights, their gradients and the optimizer's states have.
     compute_dtype: torch.dtype | None = None
 
     @property

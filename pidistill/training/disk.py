@@ -2,6 +2,7 @@
 
 import errno
 import filecmp
+import itertools
 import os
 import shutil
 import stat
@@ -48,20 +49,13 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def free_name(path: Path, ending: str) -> Path:
-    """Return ``path`` with ``ending`` and the lowest number that gives a name which nothing has."""
-    number = 1
-    while os.path.lexists(found := path.with_name(f"{path.name}_{ending}_{number}")):
-        number += 1
-    return found
+def free_name(path: Path) -> Path:
+    """Return ``path`` with the lowest number behind its name that gives one which nothing has: `replaced_1`."""
+    return next(found for n in itertools.count(1) if not os.path.lexists(found := path.with_name(f"{path.name}_{n}")))
 
 
 def check_copyable(folder: Path) -> None:
-    """Refuse a model folder that cannot be copied beside the weights of a checkpoint, before hours of training end in it.
-
-    Raises:
-        InputError: an entry is a link to nothing, is no file (a pipe, a device), or is a folder under the name of a file.
-    """
+    """Refuse a model folder that cannot be copied beside the weights of a checkpoint, before hours of training end in it."""
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(root, name) for name in (*folders, *files) if not name.startswith(".")):

@@ -79,9 +79,6 @@ def round_report(
     Args:
         rollouts, advantages: this rank's; completions of the dataset among them have no reward, and are not averaged.
         counts: over all ranks: rollouts left out, by reason, and whatever else the recipe has counted.
-
-    Raises:
-        InputError: no rollout is left to train on.
     """
     pairs = list(zip(rollouts, advantages, strict=True))
     sampled = [(rollout, advantage) for rollout, advantage in pairs if rollout.reward is not None]

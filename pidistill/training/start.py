@@ -98,7 +98,7 @@ def check_run(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -
 
 
 def _drop_null_components(cfg: DictConfig) -> None:
-    """`eval_dataset=null` on torchtune's command line nulls the component's name only; the whole node is meant."""
+    """Null the whole node where its name is null: `eval_dataset=null` on torchtune's command line nulls the name alone."""
     for key, node in cfg.items_ex(resolve=False):
         if isinstance(node, DictConfig) and node.get("_component_", "") is None:
             cfg[key] = None
@@ -158,11 +158,7 @@ def _dtype(key: str, name: str, device: torch.device) -> torch.dtype:
 
 
 def _compute_dtype(cfg: DictConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
-    """Return `compute_dtype` in mixed precision and None without it.
-
-    Raises:
-        InputError: it is not bf16 beside fp32, or the optimizer does not work with it.
-    """
+    """Return `compute_dtype` in mixed precision and None without it."""
     name = setting(cfg, "compute_dtype")
     compute_dtype = _dtype("compute_dtype", name, device) if name else dtype
     if compute_dtype == dtype:
@@ -206,14 +202,12 @@ def one_sentence_errors(recipe_main: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except (InputError, InterpolationResolutionError) as error:
             refuse(_one_sentence(error), is_first=_first_to_fail())
-            cleanup()
-            sys.exit(2)
         except OSError as error:
             if not is_disk_fault(error):
                 raise
             print(f"error: {_full_disk(error)}", file=sys.stderr, flush=True)
-            cleanup()
-            sys.exit(2)
+        cleanup()
+        sys.exit(2)
 
     return wrapper
 

@@ -35,17 +35,13 @@ log = utils.get_logger("INFO")
 
 @dataclass(frozen=True)
 class StepResult:
-    """Say what became of one optimiser step.
-
-    Attributes:
-        nonfinite_steps, empty_steps: steps skipped so far, by reason.
-    """
+    """Say what became of one optimiser step."""
 
     grad_norm: float  # before clipping
     lr: float
     applied: bool  # False where the step was skipped
-    nonfinite_steps: int
-    empty_steps: int
+    nonfinite_steps: int  # skipped so far
+    empty_steps: int  # skipped so far
 
 
 class Updates:
@@ -60,9 +56,7 @@ class Updates:
         check_clipping(self.optimizer, self.clip_grad_norm)
         keep_second_moments_above_zero(self.optimizer)
         self.max_nonfinite_steps = setting(cfg, "max_nonfinite_steps")
-        self.nonfinite_steps = 0
-        self.nonfinite_in_a_row = 0
-        self.empty_steps = 0
+        self.nonfinite_steps = self.nonfinite_in_a_row = self.empty_steps = 0
 
     def apply_settings(self, scheduler: dict[str, Any] | None, kind: str | None) -> None:
         """Restore the scheduler's position after a resume, and use the config's lr, weight decay and schedule.
@@ -70,9 +64,6 @@ class Updates:
         Args:
             scheduler: the checkpoint's state of it.
             kind: name of the scheduler class that wrote it, where it is known.
-
-        Raises:
-            InputError: the scheduler's class changed, or the lr did and the scheduler derives each rate from the last.
         """
         changes = use_settings(self.optimizer, self._settings)
         if self.scheduler is not None:

@@ -32,6 +32,7 @@ from pidistill.commands.sweep.cells import (
 )
 from pidistill.commands.sweep.results import best_step, evaluation_numbers, run_numbers, total
 from pidistill.errors import InputError, escape_controls
+from pidistill.training.disk import replace_file
 
 RECORD = "sweep.json"
 
@@ -127,9 +128,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    temporary = folder / f"{RECORD}.tmp"
-    temporary.write_text(json.dumps(record, indent=2), encoding="utf-8")
-    temporary.replace(folder / RECORD)
+    replace_file(folder / RECORD, json.dumps(record, indent=2).encode())
 
 
 def _make_empty(folder: Path, record: dict[str, Any]) -> None:
