@@ -70,13 +70,7 @@ def check_step(step: Any, max_observation_chars: int | None = None) -> EnvStep:
     """Return ``step`` with plain numbers and messages.
 
     A truth value and a tensor or array of one element are numbers. Numbers that are not finite pass, because they are counted
-    under a reason of their own.
-
-    Args:
-        max_observation_chars: characters of all observations together; None is no limit.
-
-    Raises:
-        EnvironmentOutputError: says what is wrong with the answer.
+    under a reason of their own. ``max_observation_chars`` limits all observations together; None is no limit.
     """
     if not isinstance(step, EnvStep):
         raise EnvironmentOutputError(f"the environment's step gave {_shown(step)}, not an EnvStep")

@@ -59,11 +59,7 @@ class Tool:
         return {"type": "function", "function": function}
 
     def call(self, arguments: Any, state: Any = None) -> str:
-        """Return what the tool answers: texts as they are, everything else as JSON.
-
-        Raises:
-            ToolError: the arguments do not fit, or the tool refuses.
-        """
+        """Return what the tool answers: texts as they are, all else as JSON; a ToolError where arguments do not fit."""
         _check_arguments(self, arguments)
         given = {STATE: state, **arguments} if self.takes_state else arguments
         result = self.function(**given)
@@ -217,12 +213,7 @@ def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
 
 
 def with_tools(dataset: ExampleDataset, functions: Sequence[Callable[..., Any] | str]) -> ExampleDataset:
-    """Return the dataset's examples with the functions' schemas as their tools, for the chat template to show.
-
-    Args:
-        dataset: a component node of any dataset builder.
-        functions: the environment's, as functions or dotted paths.
-    """
+    """Return the examples of any dataset with the schemas of the environment's functions as tools, for the template to show."""
     schemas = [one.schema for one in tools_by_name(functions).values()]
     return ExampleDataset([replace(example, tools=schemas) for example in dataset], dropped=dataset.dropped)
 

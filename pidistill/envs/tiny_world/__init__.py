@@ -1,4 +1,4 @@
-"""The tiny world: a three-turn tool task on which every method of the package runs on a CPU in minutes.
+"""Play the tiny world: a three-turn tool task on which every method of the package runs on a CPU in minutes.
 
 Read world.py first (the task and its hidden conventions), then environment.py (what answers a turn), then dataset.py.
 """

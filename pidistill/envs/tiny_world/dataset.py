@@ -25,8 +25,6 @@ from pidistill.envs.tiny_world.world import (
 from pidistill.errors import InputError
 from pidistill.types import Example, Message
 
-# ------------------------------------------------------------------------------------------------ datasets
-
 
 def tiny_world_dataset(
     split: Split,

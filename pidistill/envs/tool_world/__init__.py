@@ -1,4 +1,4 @@
-"""The tool world: a customer service desk with a database, fifteen tools, a policy and scripted customers.
+"""Play the tool world: a customer service desk with a database, fifteen tools, a policy and scripted customers.
 
 It has the structure of τ-bench's retail domain (arXiv 2406.12045) with data, rules and texts of our own, and needs no language
 model to play the customer:

@@ -64,7 +64,7 @@ class Customer:
         return f"I give up. {STOP}" if self.confused == PATIENCE else f"I am not sure what you mean. {self.wish.says}"
 
     def _understood(self, text: str) -> str | None:
-        """The order of the questions matters: "is done, anything else?" also asks, "I would cancel, confirm?" also refunds."""
+        """Answer what is understood; the order matters: "is done, anything else?" asks, "I would cancel, confirm?" refunds."""
         if _MORE.search(text):
             return self._next("Thank you.")
         if _IDENTITY.search(text) and not self.identified:

@@ -38,8 +38,7 @@ class Wish:
     kind: str  # name of the function of `kinds` that drew it
     says: str  # how the customer puts it
     moves: tuple[Move, ...]  # what the expert does, the customer being identified
-    # What the customer answers when asked, by topic: order, reason, payment, address.
-    facts: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)  # answers when asked, by topic: order, reason, payment, address
     confirms: str = "Yes, please."  # the answer when the agent asks for a confirmation
     declined: bool = False  # the customer says no to it, and goes on to the next wish
     outputs: tuple[str, ...] = ()  # what the agent must have told the customer
