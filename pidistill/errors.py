@@ -15,7 +15,7 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 
 
 class InputError(ValueError):
-    """Wrong config, data or checkpoint. Recipes print the message alone, without a traceback, and exit with status 2."""
+    """Refuse a wrong config, data or checkpoint. Recipes print the message alone, without a traceback, and exit with 2."""
 
 
 def escape_controls(text: str) -> str:

@@ -57,7 +57,7 @@ NO_ADAPTERS = (
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Whose weights score the teacher view. A teacher subclasses this and says what differs.
+    """Say whose weights score the teacher view. A teacher subclasses this and says what differs.
 
     As written here it holds no weights and no state, and it can sample.
 

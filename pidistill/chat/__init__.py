@@ -1,4 +1,4 @@
-"""Conversations as plain messages, before any tokenizer.
+"""Treat conversations as plain messages, before any tokenizer.
 
 Enters: whatever a row, a model or an environment says. Leaves: messages in one form, calls, and texts for prompts and reports.
 Read :mod:`pidistill.chat.messages` first.

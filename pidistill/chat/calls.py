@@ -31,7 +31,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class CallStyle:
-    """Says how calls are found and written as text; one line per call, in their order.
+    """Say how calls are found and written as text; one line per call, in their order.
 
     Attributes:
         template: one line: ``{number}`` (from 1), ``{name}``, ``{arguments}`` (JSON); any of them may be left out.

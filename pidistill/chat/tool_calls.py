@@ -33,7 +33,7 @@ To call one, write <action>{{"name": "...", "arguments": {{...}}}}</action>. Its
 
 
 class MalformedCall(Exception):
-    """Says what is wrong with a call, as a sentence for the model that wrote it."""
+    """Say what is wrong with a call, as a sentence for the model that wrote it."""
 
 
 def parse_turn_text(text: str, format: str) -> Message:

@@ -63,7 +63,7 @@ class Run:
         return None if self.mesh is None else self.mesh.get_group(DATA)
 
     def once(self, ask: Callable[[], T]) -> T:
-        """``ask()`` by one rank of a tensor-parallel group, for all of them: where two answers could differ, or cost."""
+        """Call ``ask()`` on one rank of a tensor-parallel group, for all of them: where two answers could differ, or cost."""
         if self.mesh is None:
             return ask()
         return from_first(self.mesh.get_group(TENSOR), ask() if self.is_first else None)
@@ -130,7 +130,7 @@ class Run:
 
 
 class Timer:
-    """Seconds by phase. On CUDA each phase ends with a synchronisation, so that time lands where it was spent."""
+    """Count seconds by phase. On CUDA each phase ends with a synchronisation, so that time lands where it was spent."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,4 +1,4 @@
-"""Tensor parallelism: the ranks of one data-parallel rank hold a share of each layer's matrices and attention heads.
+"""Share each layer's matrices and attention heads among the ranks of one data-parallel rank (tensor parallelism).
 
 torchtune's plan for Llama 3, of which the layers' part is used: queries, keys, values, w1 and w3 by columns, the other two by
 rows. FSDP2 shards the layers over the data-parallel ranks, and what stands outside them (embedding, last norm, output head),
@@ -40,7 +40,7 @@ _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "output_proj"), ("w1", "w2", "
 
 
 def check_tensor_parallel(cfg: DictConfig, processes: int) -> int:
-    """`tensor_parallel_dim`, 1 where it is not set.
+    """Return `tensor_parallel_dim`, 1 where it is not set.
 
     Raises:
         InputError: the processes do not part into groups of that size, the model has no plan, its heads do not part into as
@@ -119,7 +119,7 @@ def _unknown_part(layer: nn.Module) -> str | None:
 
 
 def make_mesh(device_type: str, processes: int, size: int) -> DeviceMesh:
-    """[data-parallel, tensor-parallel]; neighbouring ranks, which are nearest to each other, share a model."""
+    """Make the mesh [data-parallel, tensor-parallel]; neighbouring ranks, which are nearest to each other, share a model."""
     return init_device_mesh(device_type, (processes // size, size), mesh_dim_names=(DATA, TENSOR))
 
 
@@ -168,7 +168,7 @@ def shard_model(
 
 
 def complete_gradients(model: nn.Module) -> None:
-    """Before an optimiser step: norms of queries and keys have the gradient of this rank's heads, and need that of all."""
+    """Add up, before an optimiser step, what each rank's heads give to the norms of queries and keys."""
     group = tensor_parallel_group(model)
     if group is None:
         return
@@ -179,7 +179,7 @@ def complete_gradients(model: nn.Module) -> None:
 
 
 def _head_norms(module: nn.Module) -> Iterator[nn.Module]:
-    """Norms over a head's width, one for all heads (Qwen3)."""
+    """Yield the norms over a head's width, one for all heads (Qwen3)."""
     for attention in attention_modules(module):
         if getattr(attention, "q_norm", None) is not None:
             yield from (attention.q_norm, attention.k_norm)
@@ -230,7 +230,7 @@ def in_lockstep(context: Any, group: ProcessGroup | None) -> Iterator[Any]:
 
 
 class _Leading:
-    """Calls the context, and has the other ranks call theirs; what needs no forward is told with the next one that does."""
+    """Call the context, and have the other ranks call theirs; what needs no forward is told with the next one that does."""
 
     def __init__(self, context: Any, group: ProcessGroup) -> None:
         self._context, self._group = context, group

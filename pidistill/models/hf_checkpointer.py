@@ -20,7 +20,7 @@ _TORCHTUNE_NAMES = {"LLAMA2": "llama", "LLAMA3": "llama", "LLAMA3_2": "llama", "
 
 
 class HFCheckpointer:
-    """Loads and saves a model folder, with the methods of torchtune's ``FullModelHFCheckpointer``.
+    """Load and save a model folder, with the methods of torchtune's ``FullModelHFCheckpointer``.
 
     It needs no list of files and no model type, knows Qwen3, and writes the same files as it read: names, shards, and an index
     that lists what is there.

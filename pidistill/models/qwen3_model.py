@@ -1,4 +1,4 @@
-"""Builders of Qwen3 (arXiv 2505.09388): Qwen2 without biases, with RMS norms over the head width of queries and keys.
+"""Build Qwen3 (arXiv 2505.09388): Qwen2 without biases, with RMS norms over the head width of queries and keys.
 
 Its head width is 128, which is not embed_dim / num_heads.
 """

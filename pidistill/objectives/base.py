@@ -1,4 +1,4 @@
-"""What every objective answers, and the pieces that more than one objective is made of."""
+"""Define what every objective answers, and the pieces that more than one objective is made of."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A judge's critique of an episode as privileged information: a text that another model, or any function, writes about it.
+"""Make privileged information of a judge's critique: a text that another model, or any function, writes about an episode.
 
 `hindsight.feedback` takes any callable (example, turns) → text or None. :class:`Judge` makes one of a callable prompt → text,
 such as :class:`ChatEndpoint`, and adds what an answer over the network needs: answers are kept on disk under a hash of the
@@ -75,7 +75,7 @@ def usable_text(value: Any) -> str:
 
 @dataclass
 class Judge:
-    """Writes the critique of an episode, (example, turns) → text, or None where the judge failed; for `hindsight.feedback`.
+    """Write the critique of an episode, (example, turns) → text, or None where the judge failed; for `hindsight.feedback`.
 
     Attributes:
         ask: prompt → text; whatever it raises is a failure. Its ``settings``, if it has any, are part of the cache's key.
@@ -163,7 +163,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class ChatEndpoint:
-    """Asks one question of a server that speaks OpenAI's chat completions: OpenAI, vLLM, llama.cpp, ...
+    """Ask one question of a server that speaks OpenAI's chat completions: OpenAI, vLLM, llama.cpp, ...
 
     Attributes:
         base_url: up to and including the version, e.g. ``http://localhost:8000/v1``.
@@ -240,18 +240,18 @@ class ChatEndpoint:
 
 
 class _Retry(Exception):
-    """Another try may succeed."""
+    """Say that another try may succeed."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: urllib would send the key to whatever host it names."""
+    """Follow no redirect: urllib would send the key to whatever host it names."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
 
 
 class _Exchange:
-    """Makes one request and reads its answer, in a thread of its own, so that the time limit holds for all of it.
+    """Make one request and read its answer, in a thread of its own, so that the time limit holds for all of it.
 
     urllib's own limit is for one packet: a server that sends a byte of a header now and then would never reach it. When the
     time is over, the connection is shut down, which ends the thread too.
@@ -308,7 +308,7 @@ class _Exchange:
 
 
 class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Opens connections that the exchange knows."""
+    """Open connections that the exchange knows."""
 
     def __init__(self, exchange: _Exchange) -> None:
         urllib.request.HTTPHandler.__init__(self)

@@ -1,4 +1,4 @@
-"""Privileged information in prompts: messages in, messages out.
+"""Put privileged information into prompts: messages in, messages out.
 
 The student view of a row is the row's own messages. The teacher view is the same messages with the privileged information
 put into them before any template is rendered, so the two differ by it alone:
@@ -69,7 +69,7 @@ class PromptViews:
 
 @dataclass(frozen=True)
 class PrivilegedPrompt:
-    """Says how privileged information enters the teacher's prompt.
+    """Say how privileged information enters the teacher's prompt.
 
     Attributes:
         template: the block around it; ``{privileged}`` stands for the information, other braces are doubled (``{{``).

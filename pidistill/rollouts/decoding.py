@@ -1,4 +1,4 @@
-"""A torchtune decoder while it samples: KV caches with a length per row, a head for the last token only, gathered parameters.
+"""Decode with a torchtune model: KV caches with a length per row, a head for the last token only, gathered parameters.
 
 Everything is put on the instance for the duration and taken away again; torchtune's classes stay as they are.
 """
@@ -68,7 +68,7 @@ def grown_columns(needed: int, most: int) -> int:
 
 
 class _Cache(nn.Module):
-    """Keys and values of one layer, [slots, kv heads, columns, head dim]; each row fills its own columns from 0 on.
+    """Hold keys and values of one layer, [slots, kv heads, columns, head dim]; each row fills its own columns from 0 on.
 
     A Module because torch accepts nothing else as ``kv_cache`` of a model that once had one (`generate` has used it); its
     tensors are no buffers, so no state dict sees them.
@@ -145,7 +145,7 @@ class Context:
         self._lengths: list[int] = []  # of the rows in slots 0, 1, …
 
     def reserve(self, slots: int) -> None:
-        """From the next growth on, room for this many rows."""
+        """Make room, from the next growth on, for this many rows."""
         for cache in self._caches:
             cache.slots = slots
 
@@ -176,7 +176,7 @@ class Context:
         return self._forward(tokens, step)
 
     def rearrange(self, order: list[int]) -> None:
-        """Slot i takes the row of slot ``order[i]``; rows that are not in ``order`` are dropped."""
+        """Put the row of slot ``order[i]`` into slot i; rows that are not in ``order`` are dropped."""
         moved = [(source, target) for target, source in enumerate(order) if source != target]
         self._lengths = [self._lengths[source] for source in order]
         if moved:
@@ -201,7 +201,7 @@ class Context:
         return _Step(self._tensor(list(slots)), contiguous, positions, start, end, mask, columns)
 
     def _forward(self, tokens: list[Sequence[int]], step: _Step) -> Float[Tensor, "n V"]:
-        """Rows are padded on the right: what a padding column writes is never seen, and the row's next ids replace it."""
+        """Read rows padded on the right: what a padding column writes is never seen, and the row's next ids replace it."""
         s = max(map(len, tokens))
         padded = self._tensor([[*ids, *[self._pad_id] * (s - len(ids))] for ids in tokens])
         self._last = self._tensor([len(ids) - 1 for ids in tokens])
@@ -221,7 +221,7 @@ def _wide_head(model: TransformerDecoder) -> Float[Tensor, "V H"] | None:
 
 
 def of_like_length(lengths: list[int]) -> list[list[int]]:
-    """Which of them to read in one forward: those of like length, so that padding is little and memory bounded."""
+    """Return which rows to read in one forward: those of like length, so that padding is little and memory bounded."""
     chunks: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if chunks and (len(chunks[-1]) + 1) * lengths[i] <= TOKENS_PER_READ:
@@ -269,7 +269,7 @@ def decoding(model: TransformerDecoder, max_columns: int, pad_id: int) -> Iterat
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, each module's own mode restored; compiled layers run eagerly, or every new length would compile again."""
+    """Set eval mode, and restore each module's own; compiled layers run eagerly, or each new length would compile again."""
     training = [module for module in model.modules() if module.training]
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Sampling from any torchtune decoder, sharded or not, without changing it.
+"""Sample from any torchtune decoder, sharded or not, without changing it.
 
 `torchtune.generation.generate` keeps every logit of every step, runs until the last row stops and gives no log-probs. This
 loop keeps one step's logits at a time, records the log-prob of each token under the distribution it was drawn from, and forces
@@ -180,7 +180,7 @@ def _sample_rows(
 
 
 def _going_on(rows: list[_Row], context: Context) -> list[_Row]:
-    """Finished rows leave, and those with one token to read come first, so that a step reads its part of the cache in place."""
+    """Drop finished rows, and put those with one token to read first, so that a step reads its part of the cache in place."""
     one = [slot for slot, row in enumerate(rows) if row.to_read == 1]
     others = [slot for slot, row in enumerate(rows) if not row.finished and row.to_read != 1]
     order = _few_moves(one, 0) + _few_moves(others, len(one))
@@ -210,7 +210,7 @@ def _advance(rows: list[_Row], context: Context, request: Request) -> None:
 def _begin(
     queue: deque[_Row], size: int, taken: int, prompts: Sequence[Sequence[int]], context: Context, request: Request
 ) -> list[_Row]:
-    """Rows that enter now, with their first token; each prompt is read once, whatever the size of its group."""
+    """Return the rows that enter now, with their first token; each prompt is read once, whatever the size of its group."""
     free = size - taken
     if not queue or (taken and free < max(1, _ENTER_AT_FRAC * size)):
         return []

@@ -1,4 +1,4 @@
-"""vLLM as the sampler: its engine runs in the training process and samples with the trained weights as they are now.
+"""Sample with vLLM: its engine runs in the training process and samples with the trained weights as they are now.
 
 Token ids go in and token ids come out. A turn is a request; the next turn of a row is a request whose prompt is everything so
 far, of which the prefix cache holds the keys and values. Rows whose turn ended go on while others still sample.
@@ -37,7 +37,7 @@ from pidistill.rollouts.vllm_engine import Engine, Settings, Turn, VLLMEngine, r
 
 @dataclass(kw_only=True)
 class VLLMSampler:
-    """Samples with vLLM (extra `vllm`); see :class:`pidistill.rollouts.base.Sampler` for what `sample` promises.
+    """Sample with vLLM (extra `vllm`); see :class:`pidistill.rollouts.base.Sampler` for what `sample` promises.
 
     The engine starts at the first call, one per rank, on the device that trains. Every call first hands it the weights it is
     called with (LoRA adapters merged in): of a sharded model each rank gathers all of them, so it needs memory for the whole

@@ -1,4 +1,4 @@
-"""Sequences as what a model reads: one packed tree, or right-padded rows."""
+"""Arrange sequences as a model reads them: one packed tree, or right-padded rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

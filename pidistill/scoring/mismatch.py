@@ -1,4 +1,4 @@
-"""The sampler's distribution against the trainer's: measured, bounded, and corrected by truncated importance weights.
+"""Compare the sampler's distribution with the trainer's: measured, bounded, and corrected by truncated importance weights.
 
 The policy gradient takes every token for a sample of the policy that the trainer sees. A sampler draws from another one, μ,
 where its kernels round otherwise, where its weights are stale, and where top-p or top-k cuts the distribution. With π the

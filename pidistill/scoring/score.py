@@ -1,4 +1,4 @@
-"""Both views of a batch through the model, up to per-token numbers.
+"""Score both views of a batch with the model, up to per-token numbers.
 
 ``score`` returns log-probs of the sampled tokens, full-vocabulary divergences and entropies. The output head
 (:mod:`pidistill.scoring.head`) is applied inside the model's own forward, where FSDP2 has its weight unsharded, to the hidden

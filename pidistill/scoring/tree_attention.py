@@ -1,4 +1,4 @@
-"""Attention over packed trees: several conversations in one row, each stretch of text that they share standing there once.
+"""Attend over packed trees: several conversations in one row, each stretch of text that they share standing there once.
 
 The tokens of a row are in depth-first order, so that the subtree of token k is the columns k to ``ends[k]``, and
 
@@ -37,7 +37,7 @@ class _Block:
 
 
 class TreeMask:
-    """Be what torchtune's decoder is given as ``mask`` for a packed row; see :func:`read_trees`."""
+    """Mask a packed row; torchtune's decoder takes it as ``mask``; see :func:`read_trees`."""
 
     def __init__(self, ends: Int[Tensor, " L"]) -> None:
         self.ends = ends
@@ -130,7 +130,7 @@ def _attend(otherwise: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout_
 def tree_attention(
     q: Float[Tensor, "1 heads L d"], k: Float[Tensor, "1 heads L d"], v: Float[Tensor, "1 heads L d"], mask: TreeMask
 ) -> Float[Tensor, "1 heads L d"]:
-    """softmax(q·kᵀ/√d over the keys that each query sees)·v, differentiable in all three."""
+    """Return softmax(q·kᵀ/√d over the keys that each query sees)·v, differentiable in all three."""
     if q.device.type == "cuda":
         return _compiled_flex_attention()(q, k, v, block_mask=mask.block_mask)
     return _BlockwiseAttention.apply(q, k, v, mask)

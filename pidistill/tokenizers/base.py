@@ -1,4 +1,4 @@
-"""What the package needs from a tokenizer: prompts, turns and observations as token ids, never cut out of a rendered string."""
+"""Define what the package needs of a tokenizer: prompts, turns and observations as ids, never cut out of a rendered text."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -8,7 +8,7 @@ from pidistill.types import Message
 
 @runtime_checkable
 class ChatTokenizer(Protocol):
-    """Maps conversations to token ids so that a conversation only ever grows at its end.
+    """Map conversations to token ids so that a conversation only ever grows at its end.
 
     prompt ids ++ turn ids ++ observation ids ++ turn ids ... is one growing context: what the model sampled stays as it was
     sampled, and only the new messages are encoded.

@@ -1,4 +1,4 @@
-"""A tokenizer of bytes in the Hugging Face format, for tests and small runs."""
+"""Make a tokenizer of bytes in the Hugging Face format, for tests and small runs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A model's own Jinja chat template: finding it among the model's files, and rendering messages with it.
+"""Find a model's own Jinja chat template among its files, and render messages with it.
 
 Templates come with downloaded models, so they run in jinja2's immutable sandbox, with the helpers that transformers gives
 them and no others, and within the limits of :mod:`pidistill.tokenizers.template_limits`.
@@ -26,7 +26,7 @@ class TemplateRefusal(InputError):
 
 
 class ChatTemplate:
-    """Renders messages to the text that the model's prompts are made of.
+    """Render messages to the text that the model's prompts are made of.
 
     Args:
         templates: by name; "tool_use" is taken where tools are given, "default" otherwise.
@@ -154,7 +154,7 @@ def _environment() -> LimitedEnvironment:
 
 
 class _Generation(Extension):
-    """Reads ``{% generation %}``, which marks assistant text for transformers' loss masks, as its body alone."""
+    """Read ``{% generation %}``, which marks assistant text for transformers' loss masks, as its body alone."""
 
     tags = {"generation"}  # noqa: RUF012
 
