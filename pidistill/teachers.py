@@ -60,18 +60,12 @@ class Teacher(Protocol):
     """Say whose weights score the teacher view. A teacher subclasses this and says what differs.
 
     As written here it holds no weights and no state, and it can sample.
-
-    Attributes:
-        live: True where the trained model itself is the teacher; only then can the teacher view be trained.
-        own_weights: True where it holds weights beside the trained model's; only then can they be another checkpoint's.
-        averages: True where it adds small steps to weights of its own, which then must not be rounded to `compute_dtype`.
-        can_sample: False where its distribution is no single model's, so that the sampler cannot draw from it.
     """
 
-    live: bool = False
-    own_weights: bool = False
-    averages: bool = False
-    can_sample: bool = True
+    live: bool = False  # True where the trained model itself is the teacher; only then can the teacher view be trained
+    own_weights: bool = False  # True where it has weights beside the trained model's, which can be another checkpoint's
+    averages: bool = False  # True where it adds small steps to its own weights, which must not be rounded to `compute_dtype`
+    can_sample: bool = True  # False where its distribution is no single model's, so that the sampler cannot draw from it
 
     def attach(self, load_copy: LoadCopy) -> None:
         """Take what is needed once the trained model is set up; ``load_copy`` loads (and shards) the initial weights again."""

@@ -55,47 +55,30 @@ class RolloutKey:
 class Rollout:
     """Hold one completion with everything that belongs to it: it cannot be scored under another row's privileged information.
 
-    Attributes:
-        completion: [T] the sampled ids and, between turns, the observation ids; the same ids in both views.
-        policy_mask: [T] True on tokens that the policy produced (end-of-turn included), False on observations.
-        sampled_logprobs: [T] fp32 nats, log μ of each token under the distribution it was drawn from (temperature, top-k and
-            top-p included); NaN on observations. None for a demonstration, which nobody sampled.
-        sampled_by: the view whose prompt the sampler saw.
-        group: rollouts with the same group number answer the same example in the same round.
-        stop_reason: "done" (the environment ended the episode), "length" (token limit), "turn_length" (a turn's own limit),
-            "max_turns".
-        turns: the messages of the episode: assistant turns and observations.
-        reward: sum of the environment's rewards and of `reward_shaping`; None when the reward raised or was not finite (such a
-            rollout is dropped).
-        reward_parts: each part of the reward under its own name, for the log.
-        turn_rewards: the reward of each assistant turn; sums to ``reward``.
-        turn_policy_tokens: policy tokens of each assistant turn.
-        key: what stays the same when a rollout is copied with other fields; see :class:`pidistill.teachers.HiddenMemory`.
-        behaviour_values: one value per policy token, filled when the objective asks for it: a number under the weights that
-            sampled, as :meth:`Objective.behaviour_values` makes it.
-        task_reward: the environment's alone, on which success is judged; ``reward`` where it is not given.
-        trainer_logprobs, importance_weights: one value per policy token, with `importance_weights` in the config: the trainer's
-            own log-probs under the weights that sampled, and min(π/μ, cap); see :mod:`pidistill.scoring.mismatch`.
+    The last three lists have one value per policy token, where they are computed.
     """
 
     example: Example
     prompts: PromptPair
-    completion: list[int]
-    policy_mask: list[bool]
+    completion: list[int]  # [T] the sampled ids and, between turns, the observation ids; the same ids in both views
+    policy_mask: list[bool]  # [T] True on tokens that the policy produced (end-of-turn included), False on observations
+    # [T] fp32 nats, log μ of each token under the distribution it was drawn from (temperature, top-k and top-p included); NaN
+    # on observations. None for a demonstration, which nobody sampled.
     sampled_logprobs: list[float] | None
-    sampled_by: ViewName
-    group: int
+    sampled_by: ViewName  # the view whose prompt the sampler saw
+    group: int  # rollouts with the same group number answer the same example in the same round
+    # "done" (the environment ended the episode), "length" (token limit), "turn_length" (a turn's own limit), "max_turns".
     stop_reason: str
-    turns: list[Message]
-    reward: float | None = None
-    reward_parts: dict[str, float] = field(default_factory=dict)
-    turn_rewards: list[float] = field(default_factory=list)
-    turn_policy_tokens: list[int] = field(default_factory=list)
-    behaviour_values: list[float] | None = None
-    task_reward: float | None = None
-    trainer_logprobs: list[float] | None = None
-    importance_weights: list[float] | None = None
-    key: "RolloutKey" = field(default_factory=lambda: RolloutKey(), repr=False, compare=False)
+    turns: list[Message]  # the messages of the episode: assistant turns and observations
+    reward: float | None = None  # the environment's rewards and `reward_shaping`; None where that failed: it is then dropped
+    reward_parts: dict[str, float] = field(default_factory=dict)  # each part of the reward under its own name, for the log
+    turn_rewards: list[float] = field(default_factory=list)  # the reward of each assistant turn; sums to `reward`
+    turn_policy_tokens: list[int] = field(default_factory=list)  # policy tokens of each assistant turn
+    behaviour_values: list[float] | None = None  # what the objective's `behaviour_values` made, under the weights that sampled
+    task_reward: float | None = None  # the environment's alone, on which success is judged; `reward` where it is not given
+    trainer_logprobs: list[float] | None = None  # the trainer's own, under the weights that sampled
+    importance_weights: list[float] | None = None  # min(π/μ, cap); see `scoring/mismatch.py`
+    key: "RolloutKey" = field(default_factory=lambda: RolloutKey(), repr=False, compare=False)  # the same in a changed copy
 
     def __post_init__(self) -> None:
         self.task_reward = self.reward if self.task_reward is None else self.task_reward
@@ -176,48 +159,32 @@ class Batch:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Name a full-vocabulary divergence that an objective asks the scorer for.
+    """Name a full-vocabulary divergence that an objective asks the scorer for."""
 
-    Attributes:
-        name: ``kl_teacher_student``, ``kl_student_teacher`` or ``jsd`` (generalised, see :mod:`pidistill.losses.divergences`);
-            with ``fn`` any other name.
-        grad: the side that gradient reaches; the other side's log-probs are constants.
-        beta: weight of the teacher in the mixture; only for ``jsd``.
-        entry_clip: upper bound of each vocabulary entry's term before the sum; only for the two KLs.
-        top_k: the divergence after merging all but the student's K most probable tokens into one tail bucket.
-        fn: a divergence of one's own: from the log-probs of the teacher and of the student, [C, V] each and in fp32, one number
-            per token, [C], in nats. The head calls it for C tokens at a time and differentiates it by autograd.
-    """
-
-    name: str
-    grad: Literal["student", "teacher", "both", "none"] = "student"
-    beta: float | None = None
-    entry_clip: float | None = None
-    top_k: int | None = None
+    name: str  # `kl_teacher_student`, `kl_student_teacher` or `jsd` (generalised, see `divergences`); with `fn` any other name
+    grad: Literal["student", "teacher", "both", "none"] = "student"  # the side that gradient reaches; the other is constant
+    beta: float | None = None  # weight of the teacher in the mixture; only for `jsd`
+    entry_clip: float | None = None  # upper bound of each vocabulary entry's term before the sum; only for the two KLs
+    top_k: int | None = None  # the divergence after merging all but the student's K most probable tokens into one tail bucket
+    # A divergence of one's own: from the log-probs of the teacher and of the student, [C, V] each and in fp32, one number per
+    # token, [C], in nats. The head calls it for C tokens at a time and differentiates it by autograd.
     fn: Callable[[Float[Tensor, "C V"], Float[Tensor, "C V"]], Float[Tensor, " C"]] | None = None
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Say what an objective wants to know about a batch, and which sides gradient may reach.
-
-    ``views`` lists the views that must be computed at all; RL without privileged information needs only the student.
-    ``entropy`` adds the (detached) entropies of the views.
-    """
+    """Say what an objective wants to know about a batch, and which sides gradient may reach."""
 
     student_grad: bool
     teacher_grad: bool
-    views: tuple[ViewName, ...] = ("student", "teacher")
+    views: tuple[ViewName, ...] = ("student", "teacher")  # to be computed; RL without privileged information needs only one
     divergences: tuple[Divergence, ...] = ()
-    entropy: bool = True
+    entropy: bool = True  # also the (detached) entropies of the views
 
 
 @dataclass
 class Scores:
-    """Hold per-token numbers of one batch, in nats; None is "not computed".
-
-    Log-probs are of the sampled token, at the sampling temperature.
-    """
+    """Hold per-token numbers of one batch, in nats; log-probs are of the sampled token, at the sampling temperature."""
 
     student_logprobs: Float[Tensor, " N"] | None
     teacher_logprobs: Float[Tensor, " N"] | None

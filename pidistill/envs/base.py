@@ -12,19 +12,12 @@ from pidistill.types import Example, Message
 
 @dataclass
 class EnvStep:
-    """Hold what an environment answers to one assistant turn.
+    """Hold what an environment answers to one assistant turn."""
 
-    Attributes:
-        observations: messages forced into the context before the next turn; empty when ``done``.
-        reward: added to the episode's reward.
-        done: the episode ends here.
-        reward_parts: named parts of ``reward``, for the log.
-    """
-
-    observations: list[Message]
-    reward: float
-    done: bool
-    reward_parts: dict[str, float] = field(default_factory=dict)
+    observations: list[Message]  # messages forced into the context before the next turn; empty when `done`
+    reward: float  # added to the episode's reward
+    done: bool  # the episode ends here
+    reward_parts: dict[str, float] = field(default_factory=dict)  # named parts of `reward`, for the log
 
 
 @runtime_checkable

@@ -44,16 +44,11 @@ _MOVES_BASE = ("pissa", "olora", "corda", "loftq")
 
 @dataclass(frozen=True)
 class Adapter:
-    """Hold a PEFT folder under torchtune's names.
-
-    Attributes:
-        tensors: of each layer lora_a.weight [r, in], lora_b.weight [out, r] and, of DoRA, magnitude [out].
-        alphas: α of each adapted layer.
-    """
+    """Hold a PEFT folder under torchtune's names."""
 
     folder: Path
-    tensors: dict[str, Tensor]
-    alphas: dict[str, float]
+    tensors: dict[str, Tensor]  # of each layer lora_a.weight [r, in], lora_b.weight [out, r] and, of DoRA, magnitude [out]
+    alphas: dict[str, float]  # α of each adapted layer
     dora: bool
 
     def rank(self, layer: str) -> int:

@@ -55,16 +55,12 @@ CONTROLS = (None, "none", "shuffled")
 
 @dataclass(frozen=True)
 class PromptViews:
-    """Holds both views of one example, as messages and as ids.
-
-    Attributes:
-        privileged_tokens: what the privileged information, with the block around it, adds to the teacher's prompt.
-    """
+    """Hold both views of one example, as messages and as ids."""
 
     student_messages: list[Message]
     teacher_messages: list[Message]
     pair: PromptPair
-    privileged_tokens: int
+    privileged_tokens: int  # what the privileged information, with the block around it, adds to the teacher's prompt
 
 
 @dataclass(frozen=True)

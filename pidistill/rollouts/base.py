@@ -10,19 +10,13 @@ OnTurnEnd = Callable[[int, list[int]], list[int] | Future[list[int] | None] | No
 
 @dataclass
 class Sample:
-    """Hold what a sampler returns for one row.
+    """Hold what a sampler returns for one row."""
 
-    Attributes:
-        tokens: [T] sampled ids and forced observation ids, in order.
-        policy_mask: [T] True where the token was sampled.
-        logprobs: [T] fp32 nats of each sampled token under the distribution it was drawn from; NaN where forced.
-        stop_reason: "done" (``on_turn_end`` returned None), "length" (token limit reached first) or, from samplers that limit
-            single turns, "turn_length" (the last turn reached that limit; the row ends with it).
-    """
-
-    tokens: list[int]
-    policy_mask: list[bool]
-    logprobs: list[float]
+    tokens: list[int]  # [T] sampled ids and forced observation ids, in order
+    policy_mask: list[bool]  # [T] True where the token was sampled
+    logprobs: list[float]  # [T] fp32 nats of each sampled token under the distribution it was drawn from; NaN where forced
+    # "done" (`on_turn_end` returned None), "length" (token limit reached first) or, from samplers that limit single turns,
+    # "turn_length" (the last turn reached that limit; the row ends with it).
     stop_reason: str
 
 

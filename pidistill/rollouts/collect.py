@@ -74,9 +74,6 @@ def collect_rollouts(
 
     Returns:
         rollouts in the order of ``seeds``.
-
-    Raises:
-        InputError: ``max_turns`` below 1, lists that do not match, or an environment that refuses an example on reset.
     """
     groups = range(len(examples)) if groups is None else groups
     _check_arguments(len(examples), len(prompts), len(groups), max_turns)
@@ -97,10 +94,8 @@ def collect_rollouts(
         return from_first(ranks)
     rules = EpisodeRules(environment, tokenizer, max_turns, environment_timeout_s, max_observation_chars, tuple(shaping))
     with marked_interrupts():
-        episodes, samples = _play(
-            rules, sample, [example for example in examples for _ in range(group_size)], environment_threads
-        )
         rows = [row for row in range(len(prompts)) for _ in range(group_size)]
+        episodes, samples = _play(rules, sample, [examples[row] for row in rows], environment_threads)
         rollouts = [
             episode.rollout(sample, prompts[row], view, groups[row])
             for episode, sample, row in zip(episodes, samples, rows, strict=True)

@@ -26,26 +26,17 @@ TOKENS_PER_READ = 8192
 
 @dataclass(frozen=True)
 class _Step:
-    """Hold where one forward reads and writes; the same in every layer.
+    """Hold where one forward reads and writes; the same in every layer."""
 
-    Attributes:
-        slots: [n] the cache row of each row of the forward.
-        contiguous: the slots are 0 to n - 1.
-        starts: [n] how many columns each row holds already; ``start`` is their common value, None where they differ.
-        end: the number of columns that are attended.
-        mask: [n, s, end] True where a query may look; None where it may look at all of them.
-        copies: where prompts are read, (slots, rows of the forward): which rows' keys and values go where. A prompt attends
-            to itself alone. None afterwards.
-        columns: [n, s] where each row writes.
-    """
-
-    slots: Int[Tensor, " n"]
-    contiguous: bool
-    starts: Int[Tensor, " n"]
-    start: int | None
-    end: int
-    mask: Bool[Tensor, "n s end"] | None
-    columns: Int[Tensor, "n s"]
+    slots: Int[Tensor, " n"]  # [n] the cache row of each row of the forward
+    contiguous: bool  # the slots are 0 to n - 1
+    starts: Int[Tensor, " n"]  # [n] how many columns each row holds already
+    start: int | None  # their common value; None where they differ
+    end: int  # the number of columns that are attended
+    mask: Bool[Tensor, "n s end"] | None  # [n, s, end] True where a query may look; None where it may look at all of them
+    columns: Int[Tensor, "n s"]  # [n, s] where each row writes
+    # Where prompts are read, (slots, rows of the forward): which rows' keys and values go where. A prompt attends to itself
+    # alone. None afterwards.
     copies: tuple[Int[Tensor, " R"], Int[Tensor, " R"]] | None = None
 
     @cached_property

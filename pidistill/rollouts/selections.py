@@ -31,20 +31,13 @@ REWRITING_STREAM = -3
 
 @dataclass(frozen=True)
 class Trace:
-    """Hold a demonstration: the answer to the example's messages.
-
-    Attributes:
-        completion: assistant turns and the observations between them; ends with an assistant turn.
-        reward: what the environment gave for it.
-        group: the prompt's index, which orders the traces.
-        provenance: where it comes from, for the reader of the file.
-    """
+    """Hold a demonstration: the answer to the example's messages."""
 
     example: Example
-    completion: list[Message]
-    reward: float
-    group: int
-    provenance: dict[str, Any] = field(default_factory=dict)
+    completion: list[Message]  # assistant turns and the observations between them; ends with an assistant turn
+    reward: float  # what the environment gave for it
+    group: int  # the prompt's index, which orders the traces
+    provenance: dict[str, Any] = field(default_factory=dict)  # where it comes from, for the reader of the file
 
 
 @dataclass

@@ -88,10 +88,6 @@ class TorchtuneSampler:
 
         A row's tokens depend on its prompt and seed, not on its batch; only where a draw falls within rounding error of
         the border between two tokens can another batch decide otherwise (about 1e-7 per token in fp32, more in bf16).
-
-        Raises:
-            InputError: a prompt is empty, too long for the model or holds an id that the model lacks; a setting is out of
-                range; or the model gives logits that are not finite.
         """
         request = Request(
             temperature=self.temperature if temperature is None else temperature,
@@ -117,22 +113,15 @@ class TorchtuneSampler:
 
 @dataclass
 class _Row:
-    """Hold one completion while it is sampled.
+    """Hold one completion while it is sampled."""
 
-    Attributes:
-        index, prompt: its number among all rows, and which prompt it answers.
-        unread: ids of ``sample.tokens`` that the model has not read yet; never empty between steps.
-        turn_start: where the current turn begins in ``sample.tokens``.
-        answer: what is awaited from ``on_turn_end``; None while nothing is.
-    """
-
-    index: int
-    prompt: int
+    index: int  # its number among all rows
+    prompt: int  # which prompt it answers
     seed: int
     sample: Sample = field(default_factory=lambda: Sample([], [], [], ""))
-    unread: list[int] = field(default_factory=list)
-    turn_start: int = 0
-    answer: Future | None = None
+    unread: list[int] = field(default_factory=list)  # ids that the model has not read yet; never empty between steps
+    turn_start: int = 0  # where the current turn begins in `sample.tokens`
+    answer: Future | None = None  # what is awaited from `on_turn_end`; None while nothing is
 
     @property
     def finished(self) -> bool:

@@ -31,17 +31,11 @@ _KEPT_VARIABLES = ("LOCAL_WORLD_SIZE", "LD_PRELOAD")
 
 @dataclass(frozen=True)
 class Turn:
-    """Hold what one request sampled.
+    """Hold what one request sampled."""
 
-    Attributes:
-        row: the number that :meth:`Engine.begin` was given.
-        ids: ends with the stop id, unless the limit came first.
-        logprobs: nats of each id under the distribution it was drawn from.
-    """
-
-    row: int
-    ids: list[int]
-    logprobs: list[float]
+    row: int  # the number that `begin` was given
+    ids: list[int]  # ends with the stop id, unless the limit came first
+    logprobs: list[float]  # nats of each id under the distribution it was drawn from
 
 
 @dataclass(frozen=True)

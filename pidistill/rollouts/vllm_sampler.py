@@ -205,22 +205,15 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass
 class _Row:
-    """Hold one completion while it is sampled.
-
-    Attributes:
-        prompt: ids before the completion.
-        turn_start: where the current turn begins in ``sample.tokens``.
-        answer: what is awaited from ``on_turn_end``; None while nothing is.
-        sampling: the engine is at work on its turn.
-    """
+    """Hold one completion while it is sampled."""
 
     index: int
-    prompt: list[int]
+    prompt: list[int]  # ids before the completion
     seed: int
     sample: Sample = field(default_factory=lambda: Sample([], [], [], ""))
-    turn_start: int = 0
-    answer: Future | None = None
-    sampling: bool = False
+    turn_start: int = 0  # where the current turn begins in `sample.tokens`
+    answer: Future | None = None  # what is awaited from `on_turn_end`; None while nothing is
+    sampling: bool = False  # the engine is at work on its turn
 
     def append(self, ids: Sequence[int], *, sampled: bool, logprobs: Sequence[float]) -> None:
         self.sample.tokens += ids

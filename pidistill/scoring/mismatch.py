@@ -80,8 +80,7 @@ class MismatchMeter:
     def report(self) -> dict[str, float]:
         """Return metrics over all ranks at a round's first update, and nothing after. Called before the optimiser steps.
 
-        Raises:
-            InputError: on every rank, where the mean |Δ| that the sampler's top-p or top-k does not explain is above the limit.
+        A mean |Δ| above the limit, beyond what the sampler's top-p or top-k explains, is refused on every rank.
         """
         if not self._due:
             return {}

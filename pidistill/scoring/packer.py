@@ -30,9 +30,6 @@ from pidistill.types import Batch, Rollout, RolloutAdvantage, ViewName
 Item = TypeVar("Item")
 
 
-# ------------------------------------------------------------------------------------------------- how many at once
-
-
 class Packer:
     """Cut rollouts into micro-batches by tokens and make batches of them.
 

@@ -97,11 +97,7 @@ def read_trees(model: TransformerDecoder) -> None:
 
 
 def check_trees(model: TransformerDecoder) -> None:
-    """Refuse a model whose attention cannot take a :class:`TreeMask`.
-
-    Raises:
-        InputError: it has a sliding window, another kind of mask, or dropout.
-    """
+    """Refuse a model whose attention cannot take a :class:`TreeMask`."""
     for module in attention_modules(model):
         if not isinstance(module, MultiHeadAttention) or getattr(module, "sliding_window_size", None) is not None:
             raise InputError(

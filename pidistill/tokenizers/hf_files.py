@@ -14,16 +14,12 @@ from pidistill.errors import InputError
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """Holds the tokenizer's files of one model folder.
-
-    Attributes:
-        config: tokenizer_config.json; empty where there is none.
-        names: ``bos_token``, ``eos_token``, ... as strings.
-    """
+    """Hold the tokenizer's files of one model folder."""
 
     folder: Path
     tokenizer: Tokenizer
-    config: dict[str, Any]
+    config: dict[str, Any]  # tokenizer_config.json; empty where there is none
+    # `bos_token`, `eos_token`, ... as strings.
     names: dict[str, str]
 
     @cached_property

@@ -36,17 +36,11 @@ class TextLeftOut(InputError):
 
 @dataclass(frozen=True)
 class Part:
-    """Holds a piece of text that must be in the rendered conversation.
+    """Hold a piece of text that must be in the rendered conversation."""
 
-    Attributes:
-        name: what it is, for the sentence that refuses the row.
-        forms: the ways in which a template may write it; one of them must occur.
-        advice: which key helps where it is missing.
-    """
-
-    name: str
-    forms: tuple[str, ...]
-    advice: str
+    name: str  # what it is, for the sentence that refuses the row
+    forms: tuple[str, ...]  # the ways in which a template may write it; one of them must occur
+    advice: str  # which key helps where it is missing
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,6 @@ from pidistill.models.precision import add_up_norms_in_fp32, keep_trained_weight
 from pidistill.teachers import Teacher
 from pidistill.training.keys import setting
 
-# ---------------------------------------------------------------------------------------------- model
-
 
 def load_model(
     cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str, Any], *, trained: bool, averaged: bool = False

@@ -38,9 +38,6 @@ from pidistill.training.run_folder import RESUME, claim_run_folder, public_confi
 log = utils.get_logger("INFO")
 
 
-# ---------------------------------------------------------------------------------------------- start and end
-
-
 def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Run:
     """Check the config, join the process group (also for one process), set device, dtype, threads and seeds."""
     escape_logs(log)
