@@ -91,9 +91,6 @@ def tiny_hf_checkpoint(
 
     Returns:
         the directory.
-
-    Raises:
-        InputError: the family is unknown, or the tokenizer makes ids that the model's embedding lacks.
     """
     from transformers import AutoModelForCausalLM  # a test extra: the rest of this module works without it
 

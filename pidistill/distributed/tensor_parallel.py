@@ -40,12 +40,7 @@ _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "output_proj"), ("w1", "w2", "
 
 
 def check_tensor_parallel(cfg: DictConfig, processes: int) -> int:
-    """Return `tensor_parallel_dim`, 1 where it is not set.
-
-    Raises:
-        InputError: the processes do not part into groups of that size, the model has no plan, its heads do not part into as
-            many shares, or the config asks for what does not work together with it.
-    """
+    """Return `tensor_parallel_dim`, 1 where it is not set."""
     size = setting(cfg, "tensor_parallel_dim")
     if size == 1:
         return 1

@@ -123,9 +123,6 @@ def divergence(
     ``kl_teacher_student`` is KL(T||S), ``kl_student_teacher`` KL(S||T), ``jsd`` the generalised JSD with ``request.beta``. With
     ``top_k`` it is that of the (K+1)-way distributions of :func:`with_tail` over the student's K most probable tokens, a choice
     without gradient; ``entry_clip`` then bounds each of the K+1 terms. ``fn`` takes the place of the named formulas.
-
-    Raises:
-        InputError: what :func:`check_divergence` refuses; ``top_k`` above the vocabulary.
     """
     check_divergence(request)
     teacher = teacher_logp if request.grad in ("teacher", "both") else teacher_logp.detach()

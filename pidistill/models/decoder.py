@@ -92,11 +92,7 @@ def lora(
     quantize_base: bool,
     tied: bool,
 ) -> Lora:
-    """Return the adapters that torchtune's ``lora_`` arguments describe.
-
-    Raises:
-        InputError: ``lora_attn_modules`` names no attention layer or an unknown one, or a tied head would be adapted.
-    """
+    """Return the adapters that torchtune's ``lora_`` arguments describe."""
     unknown = set(lora_attn_modules) - set(ATTENTION_MODULES)
     if unknown or not lora_attn_modules:
         named = f"has {', '.join(sorted(unknown))}" if unknown else "is empty"

@@ -14,11 +14,7 @@ from pidistill.models.nf4 import give_out_whole_weights
 
 
 def empty_model(node: Any) -> TransformerDecoder:
-    """Build a model without its weights, on the meta device.
-
-    Raises:
-        InputError: model.quantize_base=True and torchao cannot store a matrix of the model in 4 bits.
-    """
+    """Build a model without its weights, on the meta device."""
     try:
         with torch.device("meta"):
             model = build(node)

@@ -47,9 +47,6 @@ def from_folder(
             weights.
         lora_rank: as the arguments after it, the same as in torchtune's ``lora_`` builders.
         max_seq_len: longest position that the model has a rotation for; ``None`` takes config.json's max_position_embeddings.
-
-    Raises:
-        InputError: the folder has no config.json, or describes a model that is not computed here.
     """
     shape = shape_of(read_json(Path(path) / "config.json"), path, max_seq_len)
     if lora_attn_modules is None:
@@ -74,11 +71,7 @@ def from_folder(
 
 
 def shape_of(config: Mapping[str, Any], path: str, max_seq_len: int | None = None) -> Shape:
-    """Return the shape that a config.json describes, with ``max_seq_len`` in place of its longest position.
-
-    Raises:
-        InputError: the family is unknown, a size is absent, or the model computes something that torchtune's modules do not.
-    """
+    """Return the shape that a config.json describes, with ``max_seq_len`` in place of its longest position."""
     name = family(config)
     check_sizes(config, Path(path))
     longest = max_seq_len or config.get("max_position_embeddings")

@@ -30,9 +30,6 @@ class HFCheckpointer:
         output_dir: where ``save_checkpoint`` writes ``epoch_N``.
         checkpoint_files: safetensors files to read in place of those that the folder's index names.
         model_type: llama, qwen2 or qwen3, or torchtune's name of it: checked against config.json's.
-
-    Raises:
-        InputError: a file is absent or cut short, the family is unknown or not ``model_type``.
     """
 
     def __init__(

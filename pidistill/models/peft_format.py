@@ -128,11 +128,7 @@ def _permuted(rows: Tensor, layer: str, hf_config: Mapping[str, Any], *, to_hf: 
 
 
 def read(folder: Path, hf_config: Mapping[str, Any]) -> Adapter:
-    """Return what a PEFT folder of LoRA or DoRA holds.
-
-    Raises:
-        InputError: files are missing, the folder holds another kind of adapter, or a layer lacks one of its tensors.
-    """
+    """Return what a PEFT folder of LoRA or DoRA holds."""
     config = _read_config(folder, hf_config)
     tensors: dict[str, Tensor] = {}
     for name, tensor in _load(folder / WEIGHTS).items():
@@ -255,11 +251,7 @@ def _own(config: Mapping[str, Any], pattern: str, key: str, layer: str) -> Any:
 
 
 def check_fits(adapter: Adapter, model: nn.Module) -> None:
-    """Refuse an adapter that ``model`` (which may be on meta) cannot take: into its own adapters, or merged into its weights.
-
-    Raises:
-        InputError: other layers, another rank, α or kind than `model` says, or another base's shapes.
-    """
+    """Refuse an adapter that ``model`` (which may be on meta) cannot take: into its adapters, or merged into its weights."""
     own, weights = dict(adapter_modules(model)), dict(model.named_parameters())
     for layer in adapter.alphas:
         _check_base_shape(adapter, layer, weights.get(f"{layer}.weight"))

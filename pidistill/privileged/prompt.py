@@ -132,12 +132,7 @@ class PrivilegedPrompt:
         return teacher.with_template_kwargs(self.teacher_template_kwargs)
 
     def build(self, example: Example, tokenizer: ChatTokenizer) -> PromptViews:
-        """Return both views with the example's own privileged information, whatever ``control`` says.
-
-        Raises:
-            InputError: no user message to attach to, the written-out default system text changes the prompt, or the chat
-                template refuses one of the views (of the teacher's, the sentence says which placement it takes).
-        """
+        """Return both views with the example's own privileged information, whatever ``control`` says."""
         ids = _encode_view(example.messages, example, tokenizer)
         teacher = self.teachers_tokenizer(tokenizer)
         plain = ids if teacher is tokenizer else _encode_view(example.messages, example, teacher, "the teacher's view: ")

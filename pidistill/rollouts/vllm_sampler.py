@@ -110,10 +110,6 @@ class VLLMSampler:
 
         The numbers a row draws depend on its seed and on where its turns begin, not on its batch. How vLLM rounds does depend
         on the batch: a draw within rounding error of the border between two tokens can fall otherwise.
-
-        Raises:
-            InputError: vLLM does not start; a prompt is empty, too long or holds an id that the model lacks; a setting is out
-                of range; or the model gives logits that are not finite.
         """
         request = Request(
             temperature=self.temperature if temperature is None else temperature,

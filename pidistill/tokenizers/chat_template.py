@@ -48,12 +48,7 @@ class ChatTemplate:
             raise _limit_error(error) from error
 
     def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, generation_prompt: bool) -> str:
-        """Return the conversation as text.
-
-        Raises:
-            TemplateRefusal: the template refuses the conversation; the sentence has the template's own words.
-            InputError: the template runs too long, or makes a text that is too large.
-        """
+        """Return the conversation as text."""
         template = self._templates.get("tool_use" if tools else "default") or self._templates["default"]
         messages = [_as_templates_read(message) for message in messages]
         tools = list(tools) if tools else None

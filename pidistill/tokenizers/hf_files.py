@@ -99,11 +99,7 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _eos_ids(config: Mapping[str, Any]) -> list[int]:
-    """Return the ids under ``eos_token_id``, which the files write as one or as a list.
-
-    Raises:
-        InputError: an id is none.
-    """
+    """Return the ids under ``eos_token_id``, which the files write as one or as a list."""
     ids = config.get("eos_token_id")
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     for i in ids:

@@ -61,9 +61,6 @@ def encode_completion(
     """Return the ids of the completion's messages after ``history``, piece by piece; messages after the last turn are left out.
 
     Two assistant messages in a row have the template's header of a turn between them.
-
-    Raises:
-        InputError: a part of a message is not in its ids, or the template refuses the conversation.
     """
     groups = list(_turns_with_answers(completion))
     at_once = getattr(tokenizer, "encode_at_once", None)  # of tokenizers that can find all turns in one rendering
