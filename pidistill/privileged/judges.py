@@ -14,7 +14,6 @@ import logging
 import os
 import queue
 import socket
-import tempfile
 import threading
 import time
 import urllib.error
@@ -28,6 +27,7 @@ from urllib.parse import urlsplit
 from pidistill.chat.messages import transcript_text
 from pidistill.chat.templates import check_template
 from pidistill.errors import InputError, attempt, bounded_repr
+from pidistill.jsonl import replace_file
 from pidistill.types import Example, Message
 
 _log = logging.getLogger(__name__)
@@ -111,9 +111,8 @@ class Judge:
         try:
             self._keep(prompt, text)
         except OSError as error:
-            self._warn_once(
-                bounded_repr(error, MAX_REASON_CHARS), "critiques cannot be kept in feedback.cache_dir %s (%s)", self.cache_dir
-            )
+            sentence = "critiques cannot be kept in feedback.cache_dir %s (%s)"
+            self._warn_once(bounded_repr(error, MAX_REASON_CHARS), sentence, self.cache_dir)
         return text
 
     def _warn_once(self, reason: str, sentence: str, what: Any) -> None:
@@ -150,15 +149,7 @@ class Judge:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         row = {"text": text, "settings": getattr(self.ask, "settings", None)}
-        # Moved into place when whole: several ranks and runs may share the folder.
-        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as out:
-                json.dump(row, out, ensure_ascii=False)
-            os.replace(temporary, file)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace_file(file, json.dumps(row, ensure_ascii=False).encode())  # several ranks and runs may share the folder
 
 
 @dataclass(frozen=True)

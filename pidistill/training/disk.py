@@ -6,13 +6,13 @@ import itertools
 import os
 import shutil
 import stat
-import tempfile
 from pathlib import Path
 
 from torchtune import utils
 from torchtune.training.checkpointing._utils import SUFFIXES_TO_NOT_COPY
 
 from pidistill.errors import InputError
+from pidistill.jsonl import umask
 
 log = utils.get_logger("INFO")
 
@@ -23,22 +23,6 @@ _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 def is_disk_fault(error: BaseException) -> bool:
     """Return whether an error says that the disk does not take what a run writes."""
     return isinstance(error, OSError) and error.errno in _DISK_FAULTS
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. A link at its place is replaced, not followed."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def remove_tree(path: Path) -> None:
@@ -89,10 +73,10 @@ def remove_outside_copies(source: Path, copy: Path) -> None:
 
 def set_usual_modes(folder: Path) -> None:
     """Give every file and folder the mode that the umask says: a copy of a read-only or private file would keep its mode."""
-    umask = _umask()
+    mask = umask()
     for path in (folder, *folder.rglob("*")):
         if not path.is_symlink():
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def sync_tree(folder: Path) -> None:
@@ -108,9 +92,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return umask

@@ -13,8 +13,7 @@ from tqdm.auto import tqdm
 from pidistill.config import build
 from pidistill.distributed.run import Run
 from pidistill.errors import escape_controls
-from pidistill.jsonl import write_jsonl
-from pidistill.training.disk import replace_file
+from pidistill.jsonl import replace_file, write_jsonl
 from pidistill.training.health import Health
 
 log = utils.get_logger("INFO")

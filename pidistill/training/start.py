@@ -26,10 +26,11 @@ from pidistill.distributed.launcher import close_progress_bars, refuse
 from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import check_tensor_parallel, make_mesh
 from pidistill.errors import InputError, escape_logs
+from pidistill.jsonl import replace_file
 from pidistill.models.offloading import check_offloading
 from pidistill.models.peft_format import check_adapter_dir
 from pidistill.training.checkpoint_source import check_checkpoint_fits, check_checkpoint_folder, use_fallback_checkpoint
-from pidistill.training.disk import is_disk_fault, replace_file
+from pidistill.training.disk import is_disk_fault
 from pidistill.training.interrupts import Stopped, handle_signals, training_run
 from pidistill.training.keys import check_values, setting
 from pidistill.training.optimizers import check_mixed_precision

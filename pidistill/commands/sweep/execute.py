@@ -32,7 +32,7 @@ from pidistill.commands.sweep.cells import (
 )
 from pidistill.commands.sweep.results import best_step, evaluation_numbers, run_numbers, total
 from pidistill.errors import InputError, escape_controls
-from pidistill.training.disk import replace_file
+from pidistill.jsonl import replace_file
 
 RECORD = "sweep.json"
 
