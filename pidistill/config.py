@@ -56,9 +56,6 @@ MOVED = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- reading
-
-
 def check_command_line(words: Sequence[str]) -> None:
     """Refuse a recipe's command line that torchtune's ``config.parse`` would answer with a traceback."""
     rest = list(words)

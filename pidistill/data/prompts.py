@@ -87,8 +87,7 @@ def row_overflow(
     example: Example, views: PromptViews, privileged: PrivilegedPrompt, max_new_tokens: int, max_seq_len: int | None
 ) -> tuple[str, str] | None:
     """Return (reason to count, sentence) of what is too long; None where everything fits."""
-    sentence = privileged.overflow(example, views)
-    if sentence is not None:
+    if (sentence := privileged.overflow(example, views)) is not None:
         return "privileged_too_long", sentence
     sentence = prompt_overflow(example, views, max_new_tokens, max_seq_len)
     return None if sentence is None else ("prompt_too_long", sentence)

@@ -217,14 +217,13 @@ def _load_saved(source: str, split: str) -> Any:
 def _load(source: str, path: str, split: str, data_files: Any, config_name: str | None = None, local: bool = True) -> Any:
     download = datasets.DownloadConfig(local_files_only=True) if local else None
     try:
-        loaded = datasets.load_dataset(path, config_name, data_files=data_files, split=split, download_config=download)
+        return datasets.load_dataset(path, config_name, data_files=data_files, split=split, download_config=download)
     except Exception as error:  # the library raises its own and its backends' errors; all mean: this source cannot be read
         if "corresponds to no data" in str(error):
             raise _no_rows(source, split) from error
         reason = re.sub(r"\s+", " ", str(error.__cause__ or error)).strip()[:300]
         advice = "check the file" if local else "it is no file or folder here; check dataset.source, split and config_name"
         raise InputError(f"dataset.source {source} cannot be loaded ({reason}); {advice}") from error
-    return loaded
 
 
 def _no_rows(source: str, split: str) -> InputError:

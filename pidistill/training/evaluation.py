@@ -26,7 +26,7 @@ class Evaluation:
     """Evaluate the model of a training run on the rows of `eval_dataset`."""
 
     def __init__(self, cfg: DictConfig, run: Run, data: RecipeData, collect: Collect | None) -> None:
-        """``collect`` may be None where there are no such rows."""
+        # `collect` may be None where there are no such rows.
         self._run, self._data, self._collect = run, data, collect
         self._samples = setting(cfg, "eval_samples")
 

@@ -28,17 +28,10 @@ DAMAGED = (
     RecursionError, OverflowError, SafetensorError, zipfile.BadZipFile,
 )  # fmt: skip
 
-_KINDS: Mapping[str, tuple[type, ...]] = {
-    "method": (str,),
-    "must_match": (dict,),
-    "step": (int,),
-    "round": (int,),
-    "optimizer": (dict,),
-    "scheduler": (dict, type(None)),
-    "teacher": (dict,),
-    "skipped_steps": (tuple, list),
-    "rng": (list,),
-}
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "method": str, "must_match": dict, "step": int, "round": int, "optimizer": dict, "scheduler": (dict, type(None)),
+    "teacher": dict, "skipped_steps": (tuple, list), "rng": list,
+}  # fmt: skip
 
 
 def check_records(path: Path) -> None:

@@ -30,9 +30,6 @@ from pidistill.training.optimizers import (
 log = utils.get_logger("INFO")
 
 
-# ---------------------------------------------------------------------------------------------- optimiser step
-
-
 @dataclass(frozen=True)
 class StepResult:
     """Say what became of one optimiser step."""

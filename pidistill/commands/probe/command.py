@@ -80,8 +80,8 @@ class Found:
 
     def as_json(self) -> dict:
         return {
-            "student": self.student.as_json(),
-            "wordings": {wording.name: vars(wording) | measured.as_json() for wording, measured in self.wordings},
+            "student": vars(self.student),
+            "wordings": {wording.name: vars(wording) | vars(measured) for wording, measured in self.wordings},
             "recommended": self.wording.name,
             "advice": self.advice(),
             "seconds": self.seconds,

@@ -1,8 +1,7 @@
 """Sample the teacher under one wording, and score the student's own completions in both views."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torchtune.modules import TransformerDecoder
@@ -47,9 +46,6 @@ class Measured:
     def best(self) -> float:
         """Return the flexible success where there is one: a right answer that is written in another way is still known."""
         return self.success if self.flexible is None else self.flexible
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
