@@ -41,7 +41,7 @@ def escape_logs(*loggers: logging.Logger) -> None:
 
 
 class StopRequest(BaseException):
-    """Mark an exception that a signal raised: it ends the run, whatever code is being executed when it comes."""
+    """Mark an exception that a signal raised: it ends the run, also where the code of a user is being executed."""
 
 
 def attempt(call: Callable[[], T]) -> tuple[T | None, BaseException | None]:

@@ -209,7 +209,7 @@ class TrustRegionTeacher(Teacher):
 class EMATeacher(Teacher):
     """Teach with an average, φ ← (1−rate)·φ + rate·θ after every optimiser step, starting from the initial weights.
 
-    The average is kept in fp32 whatever the model's dtype: in bf16 a small rate would round every step away. Where the weights
+    The average is kept in fp32 with any dtype of the model: in bf16 a small rate would round every step away. Where the weights
     are in fp32, as in mixed precision, they are the average themselves, without a copy. Of a model with LoRA adapters these
     alone are averaged; the rest never moves.
     """

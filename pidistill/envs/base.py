@@ -30,7 +30,7 @@ class Environment(Protocol):
     def step(self, state: Any, turn: Message, *, truncated: bool) -> EnvStep:
         """Answer one assistant turn, changing ``state`` in place.
 
-        ``truncated``: the turn hit the token limit before its end-of-turn token; the episode ends whatever is answered.
+        ``truncated``: the turn hit the token limit before its end-of-turn token; the episode ends with any answer.
         With ``environment_threads`` or ``environment_timeout_s`` this is called from several threads, each episode from one
         at a time.
         """

@@ -220,7 +220,7 @@ def with_tools(dataset: ExampleDataset, functions: Sequence[Callable[..., Any] |
 
 @dataclass
 class ToolEpisode:
-    """Hold one episode: the messages since the prompt, and whatever ``begin`` made for the tools."""
+    """Hold one episode: the messages since the prompt, and the state that ``begin`` made for the tools."""
 
     example: Example
     state: Any

@@ -59,7 +59,7 @@ def turn_returns(turn_rewards: Sequence[Sequence[float]], groups: Sequence[int])
     for group, returns in zip(groups, to_go, strict=True):
         for k, value in enumerate(returns):
             cells.setdefault((group, k), []).append(value)
-    # Exactly 0 where all are equal, whatever the rounding of the mean.
+    # Exactly 0 where all are equal, also where the mean is rounded.
     means = {cell: values[0] if len(set(values)) == 1 else math.fsum(values) / len(values) for cell, values in cells.items()}
     return [[value - means[group, k] for k, value in enumerate(returns)] for group, returns in zip(groups, to_go, strict=True)]
 

@@ -47,6 +47,6 @@ class Sampler(Protocol):
         Row ``p * group_size + g`` is completion g of prompt p and draws from its own stream, seeded with ``seeds[row]``: what
         it samples does not depend on which rows share its batch. When a row samples a stop id, ``on_turn_end(row, ids of the
         turn including the stop id)`` returns the ids to force next (an observation), or None to end the row; or a Future of
-        either, and the other rows go on until it is there.
+        either, and the other rows continue until it is there.
         ``max_new_tokens`` counts sampled and forced tokens of a row together. ``temperature`` 0 is greedy.
         """

@@ -56,7 +56,7 @@ def collect_rollouts(
     """Play ``group_size`` episodes of every example; the model sees the prompt of ``view``.
 
     A rollout whose environment raised, hung, died or returned what is no answer is left out, counted and logged; its group is
-    then smaller. The run goes on, and the other rollouts are what they would have been. With a sharded model every rank calls
+    then smaller. The run continues, and the other rollouts do not change. With a sharded model every rank calls
     this function, also a rank that has no examples.
 
     Args:
@@ -64,7 +64,7 @@ def collect_rollouts(
         groups: the group number of each example's rollouts; by default its position.
         temperature, max_new_tokens: replace the sampler's own settings.
         max_turns: assistant turns per episode; an episode that wants more stops with "max_turns". None is no limit.
-        environment_threads: this many episodes talk to the environment at once, and the others go on sampling meanwhile. The
+        environment_threads: this many episodes talk to the environment at once, and the others continue to sample. The
             environment and the tokenizer are then used from several threads. None asks the environment in the sampler's own
             thread. The rollouts are the same.
         environment_timeout_s: seconds that one `reset` or `step` may take; None is no limit. Waiting for a thread of

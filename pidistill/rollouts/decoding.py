@@ -118,7 +118,7 @@ class _Cache(nn.Module):
         filled = 0 if old is None else old.shape[2]
         if old is not None:
             grown[:, :, :filled] = old[: self.slots]
-        # Not whatever memory held: what a row may not see has weight 0 in its attention, and 0 · NaN is NaN.
+        # Zeros, since memory may hold NaN: what a row may not see has weight 0 in its attention, and 0 · NaN is NaN.
         grown[:, :, filled:] = 0
         return grown
 
@@ -230,7 +230,7 @@ def attention_mask(starts: Int[Tensor, " n"], s: int, end: int) -> Bool[Tensor, 
 
 @contextmanager
 def decoding(model: TransformerDecoder, max_columns: int, pad_id: int) -> Iterator[Context]:
-    """Give the model caches and the sampler's head, and take them away again whatever happens.
+    """Give the model caches and the sampler's head, and take them away again, also after an exception.
 
     Caches left behind would make every later forward without a mask attend in both directions, silently.
     """
@@ -247,7 +247,7 @@ def decoding(model: TransformerDecoder, max_columns: int, pad_id: int) -> Iterat
             else:
                 attention._attention_call = partial(cache.attend, kv_heads=attention.num_kv_heads)
         model.unembed = context.unembed  # shadows the method on this instance; torchtune stays as it is
-        # cuDNN plans its kernel anew for every length, which takes longer (37 ms on an H200) than the rest of the step.
+        # cuDNN plans a new kernel for every length, which takes longer (37 ms on an H200) than the rest of the step.
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             yield context
     finally:

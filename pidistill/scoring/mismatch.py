@@ -44,7 +44,7 @@ On a small random model, CPU, our own sampler is 1e-6 away in fp32 and .012 in b
 class MismatchMeter:
     """Look at the first update after each sampling, where the trained weights still are those that sampled.
 
-    Config key `max_sampler_mismatch_nats`: the largest mean |Δ| per token that a run bears, without the part that top-p or
+    Config key `max_sampler_mismatch_nats`: the largest mean |Δ| per token that a run accepts, without the part that top-p or
     top-k explains; null is DEFAULT_LIMIT_NATS.
     """
 

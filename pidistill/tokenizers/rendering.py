@@ -2,7 +2,7 @@
 
 A chat template decides what of a message is written. One without tools leaves tool calls out, one without reasoning leaves
 ``reasoning_content`` out, and neither says so: training would learn an answer that the row does not have. The check decodes
-the ids and looks for every part of the message in the text, whatever the spaces. Its cost is linear in the text.
+the ids and looks for every part of the message in the text, without regard to spaces. Its cost is linear in the text.
 """
 
 import json

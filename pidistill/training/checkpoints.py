@@ -9,7 +9,7 @@
 
 `output_dir/latest` points to the newest. Checkpoints fall on round ends, so no half-used rollouts need saving. `keep_last: N`
 removes all but the newest N. Every file is on the disk before the link moves. A checkpoint is replaced by one with the same
-weights alone: whatever else has the name of a new one keeps its files under the name `step_N_replaced_M`.
+weights alone: anything else that has the name of a new one keeps its files under the name `step_N_replaced_M`.
 """
 
 import contextlib
@@ -111,7 +111,7 @@ class Checkpoints:
             (self.run.output_dir / BEGAN).touch()  # until the first checkpoint: a resume before it starts over
 
     def _newest(self) -> Path | None:
-        """Return the checkpoint to resume from, or None where the run starts: nothing is saved yet, and nothing can be lost."""
+        """Return the checkpoint to resume from, or None where the run starts because nothing is saved yet."""
         folder = self.run.output_dir
         newest = newest_checkpoint(folder)
         if newest is not None:

@@ -29,7 +29,7 @@ log = utils.get_logger("INFO")
 STATE_FILE = "training_state.pt"
 LATEST, BEGAN, LOCK = "latest", ".began", ".lock"
 RESUME = "resume_from_checkpoint"
-# Files that a run appends to or writes anew.
+# Files that a run appends to or replaces.
 _OWN_FILES = ("metrics.jsonl", "rollouts.jsonl", "training_rollouts.jsonl", "config.yaml")
 
 # What a run writes, and what start_over moves aside. A logger's own files stay.

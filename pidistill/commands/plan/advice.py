@@ -15,7 +15,7 @@ from pidistill.models.adapters import has_adapters
 from pidistill.models.empty import shared_empty_model
 from pidistill.training.keys import setting
 
-# Ragged lengths, the allocator's gaps and what the estimate misses.
+# For lengths that differ, the allocator's gaps and what the estimate misses.
 HEADROOM_FRAC = 0.1
 _ONE_TOKEN = Lengths(1, 1, 1, 1)
 

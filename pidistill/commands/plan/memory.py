@@ -11,7 +11,7 @@ from pidistill.scoring.head_numbers import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 _LIBRARIES_BYTES = {"cpu": 0.5 * 2**30, "cuda": 0.8 * 2**30}
 # Temporaries of the rows whose numbers the head makes at once; see BLOCK_ELEMENTS there.
 _HEAD_TEMPORARIES = 8
-# Of each row's next-token distribution while it is drawn from: logits, in fp32, and their weights.
+# Bytes per logit of each row's next-token distribution while it is drawn from: logits, in fp32, and their weights.
 _LOGIT_BYTES = 12
 
 

@@ -7,7 +7,7 @@ from pidistill.commands.plan.shape import ModelShape, kv_bytes
 from pidistill.commands.plan.workload import Pass, Setup, Tokens, Workload, count_tokens, path_pairs
 
 PHASES = ("rollout", "teacher", "forward", "head", "backward", "optimizer")
-# Times that an element which autograd keeps crosses the memory in a forward: written, read, and what is not kept beside it.
+# How often an element that autograd keeps crosses the memory in a forward: written, read, and once for what is not kept.
 _CROSSINGS = 3
 # Passes over an fp32 [tokens, vocabulary] matrix per view: softmax and divergences, and their gradient where there is one.
 _HEAD_CROSSINGS = 12
@@ -78,9 +78,9 @@ def _rollout_s(model: ModelShape, work: Workload, device: Device) -> float:
     products = 2 * elements * rows * work.completion + 4 * model.layers * model.heads * model.head_dim * context
     weights = elements * model.item_bytes * steps
     crossed = context * kv_bytes(model) + rows * work.completion * model.vocabulary * _LOGIT_CROSSED_BYTES
-    # Rows share a weight that is read: products hide that, or it hides them.
+    # Rows share each weight that is read, while products are computed: the slower of the two counts.
     work_s = max(products / device.thin_flops_per_s, weights / device.bytes_per_s) + crossed / device.bytes_per_s
     launches = steps * model.layers * device.layer_s
-    # Launches run ahead of a GPU, and take turns with the work on a CPU.
+    # On a GPU launches overlap with the work; on a CPU they alternate with it.
     decode = max(launches, work_s) if device.kind == "cuda" else launches + work_s
     return _forward_s(model, prefill, device) + decode

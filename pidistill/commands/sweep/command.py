@@ -6,8 +6,8 @@ pidistill sweep configs/sweeps/methods.yaml --arms rl pi_distill
 pidistill sweep --report runs/sweeps/methods
 
 Values: `a,b,c`; `a..b` with whole numbers (both included); for random and tpe also `0.0..1.0` and `log:1e-5..1e-2`. `seed` is
-never searched: every setting runs with all seeds. The folder can be worked on by several of these commands at once, and the
-same command goes on where it was stopped. All cells are checked before the first one starts. Ends with status 0 if every
+never searched: every setting runs with all seeds. Several of these commands can work on the folder at once, and the same
+command continues where it was stopped. All cells are checked before the first one starts. Ends with status 0 if every
 cell ended well, 1 if one failed, 2 if the command or a config is wrong.
 """
 

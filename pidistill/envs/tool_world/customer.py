@@ -70,7 +70,7 @@ class Customer:
         if _IDENTITY.search(text) and not self.identified:
             self.identified = True
             return self.identity
-        if self.wish.denied and _REFUSAL.search(text):  # whatever is offered instead
+        if self.wish.denied and _REFUSAL.search(text):  # also where something is offered instead
             return self._next("I see.")
         if _CONFIRM.search(text):
             return self._next(self.wish.confirms) if self.wish.declined else self.wish.confirms
