@@ -35,6 +35,7 @@ class Run:
     # Of what forward and backward multiply: copies of trained weights, and weights that are not trained. None is `dtype`, which
     # trained weights, their gradients and the optimizer's states have.
     compute_dtype: torch.dtype | None = None
+    replicas: DeviceMesh | None = None  # [groups, processes of a group]; each group holds all shards; None is one group
 
     @property
     def forward_dtype(self) -> torch.dtype:
@@ -60,7 +61,7 @@ class Run:
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
-        return None if self.mesh is None else self.mesh.get_group(DATA)
+        return None if self.mesh is None else self.mesh[DATA].get_group()
 
     def once(self, ask: Callable[[], T]) -> T:
         """Call ``ask()`` on one rank of a tensor-parallel group, for all of them: where two answers could differ, or cost."""

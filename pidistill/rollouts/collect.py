@@ -16,6 +16,7 @@ from pidistill.rewards.shaping import Shaping
 from pidistill.rollouts.base import OnTurnEnd, Sample, Sampler
 from pidistill.rollouts.calls import DaemonThreads, abandoned_calls, marked_interrupts
 from pidistill.rollouts.episode import DROP_REASONS, Episode, EpisodeRules
+from pidistill.rollouts.progress import sampling_progress
 from pidistill.tokenizers.base import ChatTokenizer
 from pidistill.types import Example, PromptPair, Rollout, ViewName
 
@@ -93,7 +94,8 @@ def collect_rollouts(
         sample(on_turn_end=lambda row, ids: None)
         return from_first(ranks)
     rules = EpisodeRules(environment, tokenizer, max_turns, environment_timeout_s, max_observation_chars, tuple(shaping))
-    with marked_interrupts():
+    title = f"sampling, {view} view{', greedy' if temperature == 0 else ''}"
+    with marked_interrupts(), sampling_progress(len(seeds), title):
         rows = [row for row in range(len(prompts)) for _ in range(group_size)]
         episodes, samples = _play(rules, sample, [examples[row] for row in rows], environment_threads)
         rollouts = [

@@ -29,13 +29,14 @@ from pidistill.commands.plan.devices import GIB, PRESETS, Device, measured, pres
 from pidistill.commands.plan.estimate import Estimate, estimate
 from pidistill.commands.plan.lengths import RowLengths, given_rows, rows_of
 from pidistill.commands.plan.reading import dtype_of, read
+from pidistill.distributed.tensor_parallel import check_replicas
 from pidistill.errors import InputError
 from pidistill.training.keys import setting
 
 
 def parser() -> argparse.ArgumentParser:
     made = config_parser("plan", __doc__)
-    made.add_argument("--ranks", type=int, default=1, help="processes, as in --nproc_per_node")
+    made.add_argument("--ranks", type=int, default=1, help="processes of all machines: --nproc_per_node times --nnodes")
     made.add_argument("--device", choices=("here", *PRESETS), default="here", help="default: measured on this machine")
     made.add_argument("--memory-gib", type=float, help="of each rank; default: what the device has")
     made.add_argument("--rows", type=int, default=200, help="rows of the dataset whose lengths are looked at")
@@ -66,6 +67,7 @@ def plan(arguments: argparse.Namespace) -> bool:
             f"pidistill plan does not know what tensor_parallel_dim={cfg.tensor_parallel_dim} saves and costs; plan with "
             "tensor_parallel_dim=1"
         )
+    check_replicas(cfg, arguments.ranks, shares=1)
     device = _device(cfg, arguments)
     rows = _lengths(cfg, arguments)
     result = estimate(cfg, rows, arguments.ranks, device)

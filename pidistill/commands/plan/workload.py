@@ -58,10 +58,15 @@ class Setup:
     # Trained weights, their gradients and states are in fp32, and FSDP2 makes copies in the model's dtype of them.
     mixed: bool = False
     ranks: int = 1  # of FSDP2; one rank shards nothing
+    replicas: int = 1  # groups of ranks that each hold all shards
     reshard: bool = True  # by FSDP2, after a forward
     cpu_offload: bool = False
     checkpointing: bool = False  # activations of a layer are computed again in the backward
     device: Literal["cpu", "cuda"] = "cuda"
+
+    @property
+    def shards(self) -> int:
+        return self.ranks // self.replicas
 
     @property
     def trained_item_bytes(self) -> int:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torchtune.modules import TransformerDecoder
 
 from pidistill.data.prompts import build_prompts
 from pidistill.distributed.run import Run
+from pidistill.models.protocol import Decoder
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.scoring.batch import make_batch
 from pidistill.scoring.score import score
@@ -52,7 +52,7 @@ class Measured:
 class Probe:
     """Hold what all measurements of one command share."""
 
-    model: TransformerDecoder
+    model: Decoder
     tokenizer: ChatTokenizer
     collect: Collect
     run: Run
