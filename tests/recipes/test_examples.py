@@ -1,4 +1,4 @@
-"""The folders under examples/: every config takes a step with a tiny model, data is made, and the sweeps name configs that exist."""
+"""The folders under examples/: every config takes a step with a tiny model, and the sweeps name configs that exist."""
 
 import importlib
 import json
@@ -23,8 +23,9 @@ EXAMPLES = ROOT / "examples"
 JOBS = sorted(path.name for path in EXAMPLES.iterdir() if path.is_dir())
 CONFIGS = sorted(path for path in EXAMPLES.glob("*/*.yaml") if path.stem != "methods")
 ROUND = {
-    "max_steps": 1, "prompts_per_round": 2, "group_size": 2, "minibatch_rollouts": None, "batch_size": 2, "rollout_log_steps": 0,
-    "eval_samples": 1, "save_every_steps": 1, "eval_every_steps": 1, "samples_per_prompt": 1, "compute_dtype": None,
+    "max_steps": 1, "prompts_per_round": 2, "group_size": 2, "minibatch_rollouts": None, "batch_size": 2,
+    "rollout_log_steps": 0, "eval_samples": 1, "save_every_steps": 1, "eval_every_steps": 1, "samples_per_prompt": 1,
+    "compute_dtype": None,
 }  # fmt: skip
 SMALL = {"document": (512, 6), "system_prompt": (1024, 6), "gsm8k": (1024, 6), "tool_traces": (5120, 40)}
 GSM8K = [{"question": f"What is {n} plus 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(60)]
