@@ -1,10 +1,6 @@
-<<<<<<< HEAD
 """List what a sweep runs: arms × bases × swept values × seeds.
 
 A cell is a chain of stages, a stage is one run of a config with overrides.
-=======
-"""List what a sweep runs: arms × swept values × seeds. A cell is a chain of stages, a stage one run of a config with overrides.
->>>>>>> main
 
 Nothing here starts anything. A stage's folder name is made of its config and its overrides, so that two arms with the same
 first stage share one run of it.
