@@ -70,6 +70,7 @@ def tiny(path: Path, files: Path, output_dir: Path) -> DictConfig:
     changes |= {"sampler.max_new_tokens": max_new_tokens}
     if job == "tool_traces":
         changes |= TINY_LLAMA | {"tokenizer.path": str(files / job / "tokenizer"), "sampler.max_turn_tokens": 20}
+        changes["checkpointer.checkpoint_files"] = ["model.safetensors"]
     for key in ("dataset", "eval_dataset"):
         if key in cfg:
             changes |= _few_rows(cfg[key], key, files / job)
@@ -101,7 +102,7 @@ def step(path: Path, files: Path, output_dir: Path) -> None:
     if name == "evaluate_distributed":
         recipe.report(recipe.evaluate())
     elif name == "sample_distributed":
-        recipe.sample()
+        recipe.report(recipe.sample())
     else:
         recipe.train()
         recipe._log.close()
