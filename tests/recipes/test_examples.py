@@ -3,7 +3,8 @@
 import importlib
 import json
 import runpy
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from pidistill.commands.places import recipe_of
 from pidistill.commands.sweep.cells import grid_cells, read_sweep
 from pidistill.config import build
 from pidistill.envs.tool_world import tool_world_tokenizer
-from pidistill.types import Example
+from pidistill.rollouts.selections import Selected, Successes
+from pidistill.types import Example, Rollout
 from tests.support.hub_models import hub_folder
 from tests.support.runs import ROOT, metrics
 from tests.support.tiny_tokenizers import qwen_folder
@@ -29,7 +31,13 @@ ROUND = {
 }  # fmt: skip
 SMALL = {"document": (512, 6), "system_prompt": (1024, 6), "gsm8k": (1024, 6), "tool_traces": (5120, 40)}
 GSM8K = [{"question": f"What is {n} plus 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(60)]
-Make = Callable[[Path, Path], DictConfig]
+
+
+class AllOfThem(Successes):
+    """Keep what the config's selection is given, right or wrong, whole or cut off."""
+
+    def select(self, rollouts: Sequence[Rollout], *settings: Any) -> Selected:
+        return super().select([replace(r, task_reward=self.threshold, stop_reason="eos") for r in rollouts], *settings)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +82,8 @@ def tiny(path: Path, files: Path, output_dir: Path) -> DictConfig:
     for key in ("dataset", "eval_dataset"):
         if key in cfg:
             changes |= _few_rows(cfg[key], key, files / job)
-    if "selection" in cfg:
-        changes["selection.threshold"] = 0.0  # a tiny model is never right: all of its answers are kept
+    if "selection" in cfg:  # a tiny model is never right, and never ends before the token limit
+        changes["selection._component_"] = f"{__name__}.AllOfThem"
     for key, value in changes.items():
         OmegaConf.update(cfg, key, value, force_add=True)
     for key, value in ROUND.items():
