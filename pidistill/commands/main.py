@@ -10,6 +10,7 @@ pidistill probe tiny/pi_distill                       which wording of the privi
 pidistill keys eval                                   the config keys whose row contains a word
 pidistill prepare gsm8k --output train.parquet        GSM8K into verl's layout, with what the teacher sees
 pidistill sweep tiny/opsd objective.beta=0.5,1 seed=0..2
+pidistill report runs/tiny/pi_distill                 one HTML page of a run: curves, evaluations, every rollout token by token
 pidistill demo                                        the comparison that `make demo` prints
 """
 
@@ -42,6 +43,10 @@ COMMANDS = {
         "Write a dataset as a parquet file with its privileged information, or a GGUF file as a model folder.",
     ),
     "sweep": ("pidistill.commands.sweep.command", "Run a config over several values and seeds, and compare the results."),
+    "report": (
+        "pidistill.commands.report.command",
+        "Write runs as one HTML page: curves, evaluations, configuration, rollouts token by token.",
+    ),
     "demo": ("pidistill.commands.demo", "Compare methods on the tiny world."),
 }
 # torchtune's commands, for a help that need not import torch.
