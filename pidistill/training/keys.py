@@ -80,6 +80,10 @@ TABLE: Mapping[str, Key] = {
         ),
         Key("adapter_dir", TEXT, "folder of a PEFT adapter to start from or to evaluate", EVERY, null="no adapter"),
         Key("tensor_parallel_dim", WHOLE, "neighbouring processes that share each model's matrices", EVERY, 1, least=1),
+        Key(
+            "data_parallel_replicate_dim", WHOLE, "groups of neighbouring processes that each hold the whole model; the number "
+            "of machines, so that these exchange gradients only", EVERY, 1, least=1,
+        ),
         Key("fsdp_reshard_after_forward", FLAG, "frees the gathered weights after each forward", EVERY, True),
         Key("fsdp_cpu_offload", FLAG, "keeps weights, gradients and optimizer state in host memory", EVERY, False),
         Key("custom_sharded_layers", TEXTS, "names of layers that are sharded by themselves", EVERY, null="none"),
