@@ -63,7 +63,8 @@ def test_our_half_of_the_sdft_step_trains_on_the_tokens_it_counts(monkeypatch):
 
 def test_weights_move_alike_in_fp32_and_mixed_precision_and_hardly_in_bf16(monkeypatch, capsys, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    importlib.import_module("real_step").write_random_weights(tmp_path, layers=1, vocabulary=512)
+    module = importlib.import_module("real_step")
+    module.write_random_weights(tmp_path, module.model_node("qwen2.5-0.5b", 1, 512), "qwen2")
     run_script("displacement.py", f"{tmp_path} --steps 3 --tokens 4 --device cpu", monkeypatch)
     rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
     found = {row[0]: row[1:] for row in rows if row and row[0] in ("fp32", "mixed", "bf16")}
