@@ -14,8 +14,7 @@ from pidistill.config import build
 from pidistill.data import RecipeData
 from pidistill.distributed.run import Run
 from pidistill.errors import escape_controls
-from pidistill.jsonl import TRAINING_ROLLOUTS, write_jsonl
-from pidistill.training.disk import replace_file
+from pidistill.jsonl import TRAINING_ROLLOUTS, replace_file, write_jsonl
 from pidistill.training.health import Health
 from pidistill.training.rollout_log import RolloutLog
 from pidistill.types import Batch, Scores

@@ -55,8 +55,8 @@ def write_report(folders: list[Path], output: Path | None = None, most_rollouts:
     return output
 
 
-def render(runs: list[RunData], most_rollouts: int = 2000, live: bool = False) -> str:
-    """Return the page; a ``live`` one asks its server for a newer page."""
+def render(runs: list[RunData], most_rollouts: int = 2000, live: str | None = None) -> str:
+    """Return the page; one with a version in ``live`` asks its server for a newer one."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGE), autoescape=True, undefined=jinja2.StrictUndefined)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     parts = {name.replace(".", "_"): (PAGE / name).read_text(encoding="utf-8") for name in PARTS}
@@ -76,7 +76,7 @@ def json_of(data: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def page_data(runs: list[RunData], most_rollouts: int, live: bool) -> tuple[dict[str, Any], str]:
+def page_data(runs: list[RunData], most_rollouts: int, live: str | None) -> tuple[dict[str, Any], str]:
     """Return what the script of the page shows, and the long text of the rollouts' numbers."""
     each = max(1, most_rollouts // max(1, sum(bool(run.rollouts) for run in runs)))
     rollouts = [(i, row) for i, run in enumerate(runs) for row in spread(run.rollouts, each)][:most_rollouts]

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from pidistill.errors import InputError
 from pidistill.jsonl import TRAINING_ROLLOUTS, whole_lines
@@ -54,7 +55,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
     for folder in folders:
         if (folder / "results.jsonl").is_file():
             runs += _cells(folder)
-        elif (folder / "metrics.jsonl").is_file() or (folder / "results.json").is_file():
+        elif any((folder / name).is_file() for name in ("metrics.jsonl", "results.json", ".began")):
             runs.append(read_run(folder, str(folder)))
         else:
             raise InputError(
@@ -64,8 +65,14 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
     return _with_own_evaluations(runs)
 
 
-def read_run(folder: Path, name: str) -> RunData:
-    """Read one folder; its evaluations are those in it and in the folders right below it."""
+def read_metrics(folder: Path, name: str) -> RunData:
+    """Read the config, metrics and alarms of a run, which may be about to write its first row.
+
+    Raises:
+        InputError: the folder holds neither metrics.jsonl nor config.yaml.
+    """
+    if not any((folder / file).is_file() for file in ("metrics.jsonl", "config.yaml")):
+        raise InputError(f"{folder} holds no metrics.jsonl and no config.yaml of a run; check the name of the folder")
     run = RunData(name, folder, config=read_config(folder))
     rows = read_rows(folder / "metrics.jsonl")
     keys = dict.fromkeys(key for row in rows for key, value in row.items() if _is_number(value))
@@ -76,6 +83,13 @@ def read_run(folder: Path, name: str) -> RunData:
         if isinstance(row.get("alarms"), dict) and _is_number(row.get("step"))
         for name, text in row["alarms"].items()
     ]
+    return run
+
+
+def read_run(folder: Path, name: str) -> RunData:
+    """Read all of a folder; its evaluations are those in it and in the folders right below it."""
+    known = any((folder / file).is_file() for file in ("metrics.jsonl", "config.yaml"))
+    run = read_metrics(folder, name) if known else RunData(name, folder)
     for path in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
         run.evaluations |= read_results(path / "results.json")
     run.texts = [row for row in read_rows(folder / "rollouts.jsonl") if isinstance(row.get("text"), str)]
@@ -106,12 +120,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return {dotted key: value} of config.yaml; nothing where it is absent or broken."""
     try:
         return dict(_leaves(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False)))
-    except (OSError, ValueError, OmegaConfBaseException) as _:
+    except (OSError, ValueError, OmegaConfBaseException, YAMLError):
         return {}
-    except Exception as error:  # yaml's own errors share no base class with the others
-        if type(error).__module__.split(".")[0] == "yaml":
-            return {}
-        raise
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -74,7 +74,7 @@ function chart(title, about, wanted) {
   }));
   if (!series.length) return null;
   const alone = visible.filter(Boolean).length === 1;
-  const stroke = (one) => (alone ? color(one.j) : color(one.i)), dash = (one) => (alone ? [] : DASHES[one.j % DASHES.length]);
+  const stroke = (one) => (alone ? color(one.j) : color(one.i)), dash = (one) => (alone ? DASHES[0] : DASHES[one.j % DASHES.length]);
   const steps = [...new Set(series.flatMap((one) => one.points.map((point) => point[0])))].sort((a, b) => a - b);
   const at = new Map(steps.map((step, i) => [step, i]));
   const columns = series.map((one) => {
@@ -121,7 +121,7 @@ function chart(title, about, wanted) {
   plots.push({ place, build: () => new uPlot({ ...options, width: Math.max(240, place.clientWidth) }, [steps, ...columns], place) });
   return card;
 }
-const swatch = (stroke, dash) => make("i", { class: "swatch", style: `border-color:${stroke};border-top-style:${dash.length ? "dashed" : "solid"}` });
+const swatch = (stroke, dash) => make("i", { class: "swatch", style: `border-color:${stroke};border-top-style:${["solid", "dashed", "dotted"][Math.min(2, DASHES.indexOf(dash))] || "solid"}` });
 const label = (one, names, alone) => (alone ? one.name : names.length > 1 ? `${RUNS[one.i].name}: ${one.name}` : RUNS[one.i].name);
 
 function health() {
