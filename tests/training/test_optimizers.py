@@ -62,9 +62,7 @@ def test_another_share_of_the_weights_than_the_states_are_of_is_refused():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         state = optimizer_state(*sharded_after_a_step(rows=64), is_main=True)
-        with pytest.raises(
-            InputError, match="another share of AdamW8bit.s states .* with the data_parallel_replicate_dim"
-        ):
+        with pytest.raises(InputError, match="another share of AdamW8bit.s states .* with the data_parallel_replicate_dim"):
             restore_optimizer(*sharded_after_a_step(rows=32), state, "AdamW8bit")
         restore_optimizer(*sharded_after_a_step(rows=64), state, "AdamW8bit")
     finally:
