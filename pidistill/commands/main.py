@@ -34,6 +34,7 @@ COMMANDS = {
         "Write runs as one HTML page: curves, evaluations, configuration, rollouts token by token.",
     ),
     "watch": ("pidistill.commands.watch", "Show the numbers of a run while it is being written, or serve its report."),
+    "export": ("pidistill.commands.export.command", "Make a folder to share of a run: weights, tokenizer, model card."),
     "demo": ("pidistill.commands.demo", "Compare methods on the tiny world."),
 }
 # torchtune's commands, for a help that need not import torch.
