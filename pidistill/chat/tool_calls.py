@@ -1,4 +1,4 @@
-"""Tool calls in the text of an assistant turn, in the form that a model family writes them.
+"""Read and write tool calls in the text of an assistant turn, in the form of a model family.
 
     hermes   <tool_call>{"name": "f", "arguments": {...}}</tool_call>, any number of them, text around (Hermes, Qwen 2.5 and 3)
     llama3   {"name": "f", "parameters": {...}} as the whole turn, behind <|python_tag|> or not (Llama 3.1 and later);
@@ -39,8 +39,13 @@ You can call these tools:
 To call one, write <action>{{"name": "...", "arguments": {{...}}}}</action>. Its result comes back within <result></result>."""
 
 
+<<<<<<< HEAD
 def parse_turn_text(text: str, format: str, tools: Tools = None) -> Message:
     """Return the assistant message that ``text``, a turn without its stop token, says in one of :data:`FORMATS`.
+=======
+class MalformedCall(Exception):
+    """Say what is wrong with a call, as a sentence for the model that wrote it."""
+>>>>>>> main
 
     ``tools``: the schemas of the prompt, which give the types of the arguments of XML calls.
     """
