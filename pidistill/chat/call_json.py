@@ -1,11 +1,11 @@
-"""JSON inside tool calls, and the sentence for a call that cannot be read."""
+"""Read the JSON inside tool calls; a call that cannot be read gets a sentence."""
 
 import json
 from typing import Any
 
 
 class MalformedCall(Exception):
-    """Says what is wrong with a call, as a sentence for the model that wrote it."""
+    """Say what is wrong with a call, as a sentence for the model that wrote it."""
 
 
 def function_call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -39,13 +39,8 @@ You can call these tools:
 To call one, write <action>{{"name": "...", "arguments": {{...}}}}</action>. Its result comes back within <result></result>."""
 
 
-<<<<<<< HEAD
 def parse_turn_text(text: str, format: str, tools: Tools = None) -> Message:
     """Return the assistant message that ``text``, a turn without its stop token, says in one of :data:`FORMATS`.
-=======
-class MalformedCall(Exception):
-    """Say what is wrong with a call, as a sentence for the model that wrote it."""
->>>>>>> main
 
     ``tools``: the schemas of the prompt, which give the types of the arguments of XML calls.
     """

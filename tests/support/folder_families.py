@@ -1,4 +1,4 @@
-"""The families whose configs take the model from its folder: a tiny checkpoint of each, and the sizes that headers speak of."""
+"""List the families whose configs take the model from its folder: a tiny checkpoint of each, and the sizes of headers."""
 
 import json
 from collections.abc import Mapping

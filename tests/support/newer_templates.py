@@ -1,4 +1,4 @@
-"""Chat templates with the structure of newer models' ones, in words of our own; see chat_templates.py for the older ones.
+"""Hold chat templates with the structure of newer models' ones, in words of our own; chat_templates.py has the older ones.
 
 SMOLLM2     a default system text, and no tools
 QWEN3_2507  as QWEN3 of chat_templates.py, without reasoning
