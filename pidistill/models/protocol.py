@@ -63,6 +63,7 @@ class OwnKind(Protocol):
         logit_cap: c where logits are c·tanh(x / c); None where they are the head's products.
         carried_state: what goes from token to token beside attention, in words; None where nothing does.
         attention_sizes: heads, key heads and width of a head, for the planner.
+        experts: how many experts a token goes through, and how many there are; None without experts.
     """
 
     takes_layer_masks: bool
@@ -70,6 +71,7 @@ class OwnKind(Protocol):
     logit_cap: float | None
     carried_state: str | None
     attention_sizes: tuple[int, int, int]
+    experts: tuple[int, int] | None
 
 
 def head_module(model: Decoder) -> nn.Module:
