@@ -44,7 +44,7 @@ def from_folder(
 
     Args:
         path: folder in Hugging Face's format; only its config.json is read.
-        backend: whose modules, auto, torchtune or transformers; ``auto`` takes torchtune's where they compute the model, and transformers' elsewhere.
+        backend: whose modules: torchtune, transformers, or auto (torchtune's where they compute the model).
         lora_attn_modules: attention layers that get an adapter (q_proj, k_proj, v_proj, output_proj, or the model's own names);
             ``None`` trains all weights.
         lora_rank: as the arguments after it, the same as in torchtune's ``lora_`` builders.
