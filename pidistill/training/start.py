@@ -61,7 +61,7 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
         groups = check_replicas(cfg, processes, shares)
         output_dir = make_output_dir(cfg.output_dir)
     if device.type == "cpu":
-        # Two ranks with all threads each are slower than one; results do not depend on it within one run's settings.
+        # Two ranks with all threads each are slower than one rank.
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(setting(cfg, "threads") or max(1, (os.cpu_count() or 1) // ranks))
     if not dist.is_initialized():

@@ -20,8 +20,8 @@ class ModelShape:
 
     parameters: int  # elements; a tied head counts once
     trained: int  # elements of those that are trained
-    weights_bytes: float  # of the parameters as they are stored; less than parameters · item_bytes where some have 4 bits
-    dequantizing_bytes: float  # while a forward makes its largest 4-bit matrix whole
+    weights_bytes: float  # parameters as they are stored; less than parameters · item_bytes where some have 4 bits
+    dequantizing_bytes: float  # what a forward needs to make its largest 4-bit matrix whole
     buffers_bytes: int  # positional caches
     maps: int  # elements of the layers' matrices: 2 FLOPs each per token forward
     trained_maps: int  # elements of those that are trained
@@ -36,8 +36,8 @@ class ModelShape:
     widest: int  # the most features that a layer computes at once, per token
     vocabulary: int
     saved_bytes: float  # what autograd keeps of all layers for one token, until its backward
-    layer_saved_bytes: float  # the same of the layer that keeps most
-    item_bytes: int  # of one element in the run's dtype
+    layer_saved_bytes: float  # what it keeps of the layer that keeps most
+    item_bytes: int  # bytes of one element in the run's dtype
 
 
 def model_shape(model: TransformerDecoder) -> ModelShape:
