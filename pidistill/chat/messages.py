@@ -1,4 +1,4 @@
-"""The chat format: what a list of messages must look like, and the text of a message.
+"""Check chat messages, and write them as text.
 
 Rows write conversations in several ways. :func:`check_messages` reads the ones that have one meaning only, and returns the one
 form that the rest of the package knows:
@@ -93,11 +93,9 @@ def messages_from_text(text: str) -> list[Any] | None:
 def check_messages(value: Any, where: str, key: str) -> list[Message]:
     """Return ``value`` as a list of messages in the form that the module's table says.
 
-    Fields that are null are removed from messages and calls, because tables hold a null for every field that some other row
-    has, and chat templates write both out as if they were meant. Nulls among the arguments of a call are kept.
-
-    Raises:
-        InputError: the sentence names the row (``where``), the message and the field.
+    Fields that are null are removed from messages and calls, because tables hold a null for every field that another row has,
+    and chat templates write such nulls out as words. Nulls among the arguments of a call are kept. Errors name the row
+    (``where``), the message and the field.
     """
     if isinstance(value, str):
         value = messages_from_text(value) or value
@@ -164,7 +162,7 @@ def _check_content(message: Message, where: str) -> None:
 
 
 def _check_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    if isinstance(calls, str):  # tables of one type for every row hold calls as JSON text
+    if isinstance(calls, str):  # a table, whose columns have one type, holds calls as JSON text
         try:
             calls = json.loads(calls or "[]")
         except ValueError as error:
@@ -215,7 +213,7 @@ def parsed_arguments(arguments: Any) -> Any:
         return {}
     try:
         parsed = json.loads(arguments)
-    except ValueError:  # what a model wrote need not be JSON; the template gets the text as it is
+    except ValueError:  # a model may write arguments that are not JSON; the template gets the text as it is
         return arguments
     return parsed if isinstance(parsed, dict) else arguments
 

@@ -1,17 +1,4 @@
-"""Run the `pidistill` command: torchtune's own command line with our recipes and configs registered, plus commands of our own.
-
-pidistill ls                                          our recipes and configs, then torchtune's
-pidistill run pi_distill_distributed --config tiny/pi_distill max_steps=20
-pidistill cp opsd_distributed my_recipe.py
-pidistill preview tiny/opsd                           both prompts as the model will see them, lengths, budget, leaks
-pidistill validate tiny/opsd                          the checks of preview alone, in one line
-pidistill plan tiny/opsd                              will it fit, where does its time go, what would make it fit
-pidistill probe tiny/pi_distill                       which wording of the privileged information helps, before training
-pidistill keys eval                                   the config keys whose row contains a word
-pidistill prepare gsm8k --output train.parquet        GSM8K into verl's layout, with what the teacher sees
-pidistill sweep tiny/opsd objective.beta=0.5,1 seed=0..2
-pidistill demo                                        the comparison that `make demo` prints
-"""
+"""Run the `pidistill` command: torchtune's own command line with our recipes and configs, plus commands of our own."""
 
 import argparse
 import importlib
@@ -42,9 +29,15 @@ COMMANDS = {
         "Write a dataset as a parquet file with its privileged information, or a GGUF file as a model folder.",
     ),
     "sweep": ("pidistill.commands.sweep.command", "Run a config over several values and seeds, and compare the results."),
+    "report": (
+        "pidistill.commands.report.command",
+        "Write runs as one HTML page: curves, evaluations, configuration, rollouts token by token.",
+    ),
+    "watch": ("pidistill.commands.watch", "Show the numbers of a run while it is being written, or serve its report."),
+    "export": ("pidistill.commands.export.command", "Make a folder to share of a run: weights, tokenizer, model card."),
     "demo": ("pidistill.commands.demo", "Compare methods on the tiny world."),
 }
-# torchtune's commands, for a help that need not import torch.
+# torchtune's commands: listed here, so that the help need not import torch.
 TORCHTUNES = {
     "ls": "List all recipes and configs.",
     "cp": "Copy a recipe or config to a local path; a file that exists is kept.",
@@ -134,7 +127,7 @@ def run_torchtune() -> None:
             print(sentence, file=sys.stderr, flush=True)
         sys.exit(error.get_first_failure()[1].exitcode or 1)
     except (ValueError, RuntimeError, AssertionError, OSError) as error:
-        # With torchrun's options the recipe runs in processes of its own, and what fails here is their launch.
+        # With torchrun's options the recipe runs in other processes, so that an error here is one of their launch.
         if "recipe_args" not in arguments or len(sys.argv) - 3 <= len(arguments.recipe_args):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__

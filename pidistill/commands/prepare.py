@@ -1,4 +1,4 @@
-"""`pidistill prepare gsm8k`: GSM8K as published into a parquet file in verl's layout, privileged information included.
+"""`pidistill prepare gsm8k`: write GSM8K as published into a parquet file in verl's layout, with privileged information.
 
 pidistill prepare gsm8k --source gsm8k_train.jsonl --output data/gsm8k_train.parquet
 pidistill prepare gsm8k --source openai/gsm8k --split test --output data/gsm8k_test.parquet --privileged answer
@@ -33,7 +33,7 @@ from pidistill.errors import InputError
 from pidistill.types import Example
 
 _ROLE_AND_TEXT = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
-# Named, so that a file without privileged information has the same columns as one with.
+# The types are named, so that a file without privileged information has the same columns as one with it.
 FEATURES = datasets.Features(
     {
         "data_source": datasets.Value("string"),

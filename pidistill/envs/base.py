@@ -12,19 +12,12 @@ from pidistill.types import Example, Message
 
 @dataclass
 class EnvStep:
-    """Hold what an environment answers to one assistant turn.
+    """Hold what an environment answers to one assistant turn."""
 
-    Attributes:
-        observations: messages forced into the context before the next turn; empty when ``done``.
-        reward: added to the episode's reward.
-        done: the episode ends here.
-        reward_parts: named parts of ``reward``, for the log.
-    """
-
-    observations: list[Message]
-    reward: float
-    done: bool
-    reward_parts: dict[str, float] = field(default_factory=dict)
+    observations: list[Message]  # messages forced into the context before the next turn; empty when `done`
+    reward: float  # added to the episode's reward
+    done: bool  # the episode ends here
+    reward_parts: dict[str, float] = field(default_factory=dict)  # named parts of `reward`, for the log
 
 
 @runtime_checkable
@@ -37,7 +30,7 @@ class Environment(Protocol):
     def step(self, state: Any, turn: Message, *, truncated: bool) -> EnvStep:
         """Answer one assistant turn, changing ``state`` in place.
 
-        ``truncated``: the turn hit the token limit before its end-of-turn token; the episode ends whatever is answered.
+        ``truncated``: the turn hit the token limit before its end-of-turn token; the episode ends with any answer.
         With ``environment_threads`` or ``environment_timeout_s`` this is called from several threads, each episode from one
         at a time.
         """
@@ -70,13 +63,7 @@ def check_step(step: Any, max_observation_chars: int | None = None) -> EnvStep:
     """Return ``step`` with plain numbers and messages.
 
     A truth value and a tensor or array of one element are numbers. Numbers that are not finite pass, because they are counted
-    under a reason of their own.
-
-    Args:
-        max_observation_chars: characters of all observations together; None is no limit.
-
-    Raises:
-        EnvironmentOutputError: says what is wrong with the answer.
+    under a reason of their own. ``max_observation_chars`` limits all observations together; None is no limit.
     """
     if not isinstance(step, EnvStep):
         raise EnvironmentOutputError(f"the environment's step gave {_shown(step)}, not an EnvStep")
@@ -102,9 +89,9 @@ def _part_name(name: Any) -> str:
 
 def _number(name: str, value: Any) -> float:
     try:
-        if not isinstance(value, str | bytes):  # float("1.0") is a number; that a text holds one is chance
+        if not isinstance(value, str | bytes):  # float("1.0") is a number too, but a text is not meant as a reward
             return float(value)
-    except OverflowError:  # a whole number beyond every float
+    except OverflowError:  # a whole number that is larger than every float
         return math.inf
     except (TypeError, ValueError, RuntimeError):
         pass
@@ -115,7 +102,7 @@ def _flag(value: Any) -> bool:
     try:
         if not isinstance(value, str | bytes) and value in (True, False):  # numpy's too
             return bool(value)
-    except (TypeError, ValueError, RuntimeError):  # a vector is neither
+    except (TypeError, ValueError, RuntimeError):  # a vector is neither true nor false
         pass
     raise EnvironmentOutputError(f"done is {_shown(value)}, not True or False")
 

@@ -33,7 +33,7 @@ from pidistill.types import Example, Message
 _log = logging.getLogger(__name__)
 
 STATE = "state"
-MAX_ERROR_CHARS = 1000  # of an exception's text that a model is told
+MAX_ERROR_CHARS = 1000  # of an exception's text, which the model reads
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 _VALUES = {"string": str, "integer": int, "boolean": bool, "array": list, "object": dict, "null": type(None)}
 
@@ -44,18 +44,13 @@ class ToolError(Exception):
 
 @dataclass(frozen=True)
 class Tool:
-    """Hold a function with the JSON schema of its arguments.
-
-    Attributes:
-        parameters: JSON schema of an object with one property per argument.
-        takes_state: the function's ``state`` parameter is filled with the episode's state.
-    """
+    """Hold a function with the JSON schema of its arguments."""
 
     name: str
     description: str
-    parameters: dict[str, Any]
+    parameters: dict[str, Any]  # JSON schema of an object with one property per argument
     function: Callable[..., Any]
-    takes_state: bool
+    takes_state: bool  # the function's `state` parameter is filled with the episode's state
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -64,11 +59,7 @@ class Tool:
         return {"type": "function", "function": function}
 
     def call(self, arguments: Any, state: Any = None) -> str:
-        """Return what the tool answers: texts as they are, everything else as JSON.
-
-        Raises:
-            ToolError: the arguments do not fit, or the tool refuses.
-        """
+        """Return what the tool answers: texts as they are, all else as JSON; a ToolError where arguments do not fit."""
         _check_arguments(self, arguments)
         given = {STATE: state, **arguments} if self.takes_state else arguments
         result = self.function(**given)
@@ -166,7 +157,7 @@ def _carry_out(call: Mapping[str, Any], tools: Mapping[str, Tool], state: Any) -
         return _answer(call, name, tools[name].call(arguments, state))
     except ToolError as error:
         return _answer(call, name, f"Error: {error}")
-    except Exception as error:  # a tool's own fault: the model may try something else, and the log says where it is
+    except Exception as error:  # an error in the tool: the model may try something else, and the log shows where it is
         _warn_once(name, error)
         text, _ = attempt(partial(str, error))
         return _answer(call, name, f"Error: {type(error).__name__}" + (f": {text[:MAX_ERROR_CHARS]}" if text else ""))
@@ -222,19 +213,14 @@ def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
 
 
 def with_tools(dataset: ExampleDataset, functions: Sequence[Callable[..., Any] | str]) -> ExampleDataset:
-    """Return the dataset's examples with the functions' schemas as their tools, for the chat template to show.
-
-    Args:
-        dataset: a component node of any dataset builder.
-        functions: the environment's, as functions or dotted paths.
-    """
+    """Return the examples of any dataset with the schemas of the environment's functions as tools, for the template to show."""
     schemas = [one.schema for one in tools_by_name(functions).values()]
     return ExampleDataset([replace(example, tools=schemas) for example in dataset], dropped=dataset.dropped)
 
 
 @dataclass
 class ToolEpisode:
-    """Hold one episode: the messages since the prompt, and whatever ``begin`` made for the tools."""
+    """Hold one episode: the messages since the prompt, and the state that ``begin`` made for the tools."""
 
     example: Example
     state: Any

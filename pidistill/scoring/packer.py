@@ -1,4 +1,4 @@
-"""Rollouts as what a model reads: one packed tree, or right-padded rows; and how many of them go through it at once.
+"""Pack rollouts as a model reads them: one packed tree, or right-padded rows; and say how many go through it at once.
 
 A group of G completions shares its prompt, the two views of a rollout share the text before the privileged information, and all
 prompts of a dataset often begin alike. ``packing: tree`` lays each shared stretch down once:
@@ -32,9 +32,6 @@ from pidistill.types import Batch, Rollout, RolloutAdvantage, ViewName
 log = utils.get_logger("INFO")
 
 Item = TypeVar("Item")
-
-
-# ------------------------------------------------------------------------------------------------- how many at once
 
 
 class Packer:
@@ -93,7 +90,7 @@ class Packer:
         if max(loads) <= 1.1 * sum(loads) / len(loads):
             return items
         owner, free = {}, [(0, rank) for rank in range(self._run.world_size)]
-        for tokens, group, _ in sorted(groups, reverse=True):  # the largest first, to whoever has least
+        for tokens, group, _ in sorted(groups, reverse=True):  # the largest first, to the rank that has least
             load, rank = heapq.heappop(free)
             owner[group] = rank
             heapq.heappush(free, (load + tokens, rank))

@@ -32,6 +32,7 @@ from pidistill.commands.sweep.cells import (
 )
 from pidistill.commands.sweep.results import best_step, evaluation_numbers, run_numbers, total
 from pidistill.errors import InputError, escape_controls
+from pidistill.jsonl import replace_file
 
 RECORD = "sweep.json"
 
@@ -127,9 +128,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    temporary = folder / f"{RECORD}.tmp"
-    temporary.write_text(json.dumps(record, indent=2), encoding="utf-8")
-    temporary.replace(folder / RECORD)
+    replace_file(folder / RECORD, json.dumps(record, indent=2).encode())
 
 
 def _make_empty(folder: Path, record: dict[str, Any]) -> None:
@@ -165,7 +164,7 @@ def cell_fingerprint(sweep: Sweep, cell: Cell) -> str:
     marks = [run.fingerprint for run in stage_runs(sweep, cell)]
     if sweep.evaluate:
         marks.append(fingerprint(sweep.evaluate, evaluate_overrides(sweep, cell), {}))
-    return short_hash(json.dumps([marks, sweep.select, "" if marks[1:] or cell.arm.stages else sweep.base]))
+    return short_hash(json.dumps([marks, sweep.select, "" if marks[1:] or cell.arm.stages else cell.arm.base]))
 
 
 def evaluate_overrides(sweep: Sweep, cell: Cell) -> dict[str, str]:
@@ -175,7 +174,8 @@ def evaluate_overrides(sweep: Sweep, cell: Cell) -> dict[str, str]:
 def run_cell(sweep: Sweep, cell: Cell) -> dict[str, Any]:
     """Run a cell's stages and evaluations; return its row of results.jsonl, which also says why a cell failed."""
     row = {
-        "cell": cell.id, "arm": cell.arm.name, "title": cell.arm.title, "seed": cell.seed, "settings": dict(cell.settings),
+        "cell": cell.id, "arm": cell.arm.name, "title": cell.arm.title, "base": cell.arm.base_name, "seed": cell.seed,
+        "settings": dict(cell.settings),
         "config": cell.arm.stages[-1].config if cell.arm.stages else None,
         "overrides": dict(cell.arm.stages[-1].overrides) if cell.arm.stages else {},
         "select": sweep.select, "status": "ok", "stages": [], "commit": commit(),
@@ -215,7 +215,9 @@ def _fail(record: dict[str, Any], folder: Path) -> None:
 def _evaluate(sweep: Sweep, cell: Cell, row: dict[str, Any]) -> None:
     """Add `last` and `best` to a row: held-out numbers of the last saved checkpoint, and of the best one on validation."""
     if not cell.arm.stages:
-        row["last"] = evaluate_checkpoint(sweep, cell, Path(str(sweep.base)), sweep.output_dir / "evaluate" / "base", None)
+        name = "base" if cell.arm.base_name is None else safe_name(f"base+{cell.arm.base_name}")
+        folder = sweep.output_dir / "evaluate" / name
+        row["last"] = evaluate_checkpoint(sweep, cell, Path(str(cell.arm.base)), folder, None)
         return
     run = list(stage_runs(sweep, cell))[-1]
     latest = run.folder / "latest"
@@ -229,11 +231,8 @@ def _evaluate(sweep: Sweep, cell: Cell, row: dict[str, Any]) -> None:
         )
     row["last"] = _evaluate_run(sweep, cell, run, latest)
     best = run.folder / f"step_{step}"
-    row["best"] = None if step is None else row["last"] if _same(best, latest) else _evaluate_run(sweep, cell, run, best)
-
-
-def _same(first: Path, second: Path) -> bool:
-    return first.resolve() == second.resolve()
+    is_last = best.resolve() == latest.resolve()
+    row["best"] = None if step is None else row["last"] if is_last else _evaluate_run(sweep, cell, run, best)
 
 
 def _evaluate_run(sweep: Sweep, cell: Cell, run: StageRun, checkpoint: Path) -> dict[str, Any]:
@@ -253,6 +252,5 @@ def evaluate_checkpoint(sweep: Sweep, cell: Cell, checkpoint: Path, folder: Path
     if record["status"] != "ok":
         _fail(record, folder)
     found = re.fullmatch(r"step_(\d+)", checkpoint.resolve().name)
-    return {"step": int(found[1]) if found else None, "folder": str(folder.relative_to(sweep.output_dir))} | evaluation_numbers(
-        folder
-    )
+    place = {"step": int(found[1]) if found else None, "folder": str(folder.relative_to(sweep.output_dir))}
+    return place | evaluation_numbers(folder)
