@@ -118,7 +118,7 @@ def _unknown_part(layer: nn.Module) -> str | None:
 
 
 def check_replicas(cfg: DictConfig, processes: int, shares: int) -> int:
-    """`data_parallel_replicate_dim`, 1 where it is not set; ``shares`` is `tensor_parallel_dim`.
+    """Return `data_parallel_replicate_dim`, 1 where it is not set; ``shares`` is `tensor_parallel_dim`.
 
     Raises:
         InputError: the processes do not part into so many groups, or the model has 4-bit weights.
