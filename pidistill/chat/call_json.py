@@ -20,7 +20,7 @@ def read_json(text: str) -> Any:
         MalformedCall: the text is not JSON, or holds half of a surrogate pair, which is no text that a tokenizer takes.
     """
     try:
-        # json.loads takes NaN, which is not JSON; RecursionError and ValueError: nesting and numbers without end.
+        # json.loads takes NaN, which is not JSON. Endless nesting raises RecursionError, an endless number ValueError.
         value = json.loads(text, parse_constant=_refuse_constant)
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

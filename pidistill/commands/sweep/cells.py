@@ -82,7 +82,7 @@ class Sweep:
     evaluate: str | None
     evaluate_overrides: Overrides
     select: str
-    order: tuple[str, ...] = ()  # of the tables: every arm, chosen or not
+    order: tuple[str, ...] = ()  # order of the tables: every arm, chosen or not
 
 
 # ------------------------------------------------------------------------------------------- from words or a file to a sweep

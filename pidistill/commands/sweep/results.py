@@ -23,7 +23,7 @@ from pidistill.training.evaluation import bootstrap_interval
 RESULTS = "results.jsonl"
 ORDER = "arms.json"
 BOOTSTRAP_SAMPLES = 4000
-KL_ROWS = 5  # a step's KL is noisy; the final one is the mean over so many last steps
+KL_ROWS = 5  # the final KL is the mean over so many last steps, because a single step's is noisy
 VIEWS = {
     "student greedy": "student_greedy_success",
     "student": "student_success",
@@ -332,7 +332,7 @@ def _print(title: str, headers: Sequence[str], cells: Sequence[Sequence[str]]) -
     for row in cells:
         table.add_row(*[text.replace("[", "\\[") for text in row])  # rich takes [shuffled] for markup
     console = Console()
-    # A pipe has no width of its own: 80 would break every cell in two.
+    # A pipe has no width; rich would take 80 columns, which break every cell in two.
     (console if console.is_terminal else Console(width=180)).print(table)
 
 
