@@ -110,7 +110,7 @@ def scan_part(cfg: DictConfig, supervised: bool, part: str = "dataset") -> ScanR
 def _count(report: ScanReport, example: Example, source: Source) -> None:
     """Count one row: the first thing that is wrong with it."""
     report.without_privileged += not example.privileged
-    if not example.privileged and source.no_pi == "drop":
+    if not source.privileged.teaches(example) and source.no_pi == "drop":
         report.dropped["rows_without_pi"] += 1
         return
     try:
@@ -123,7 +123,7 @@ def _count(report: ScanReport, example: Example, source: Source) -> None:
 
 def _check(report: ScanReport, example: Example, source: Source) -> str | None:
     """Return the reason for which the row is left out, or the kind of its refusal; None where it is right."""
-    if not example.privileged and source.no_pi == "error":
+    if not source.privileged.teaches(example) and source.no_pi == "error":
         report.refuse(NO_PI, f"{example.id} has no privileged information and no_pi is error")
         return NO_PI
     views = source.privileged.build(example, source.tokenizer)
