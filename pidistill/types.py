@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -86,6 +87,10 @@ class Rollout:
         task_reward: the environment's alone, on which success is judged; ``reward`` where it is not given.
         trainer_logprobs, importance_weights: one value per policy token, with `importance_weights` in the config: the trainer's
             own log-probs under the weights that sampled, and min(π/μ, cap); see :mod:`pidistill.scoring.mismatch`.
+        kept: one set of ids per policy token: those that top-k and top-p left when it was drawn, None for the whole vocabulary;
+            None where the sampler records none.
+        keep: False leaves the rollout out of every loss term and of the token count; its reward stays in the group's mean.
+        loss_weights: one constant per policy token, which multiplies its whole loss: 0 where a mask leaves it out; None is 1.
     """
 
     example: Example
@@ -105,6 +110,9 @@ class Rollout:
     task_reward: float | None = None
     trainer_logprobs: list[float] | None = None
     importance_weights: list[float] | None = None
+    kept: list[Sequence[int] | None] | None = None
+    loss_weights: list[float] | None = None
+    keep: bool = True
     key: "RolloutKey" = field(default_factory=lambda: RolloutKey(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -174,6 +182,27 @@ class BatchInputs(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class KeptSets:
+    """Hold the ids that each policy token was drawn from, token after token; none stands for the whole vocabulary.
+
+    Attributes:
+        ids: [M]. starts: [N + 1] the ids of token n are ``ids[starts[n] : starts[n + 1]]``.
+    """
+
+    ids: Int[Tensor, " M"]
+    starts: Int[Tensor, " _"]
+
+    def rows(self, first: int, last: int) -> Int[Tensor, "n K"]:
+        """Return the ids of tokens ``first`` to ``last`` − 1, -1 behind the last one of a row."""
+        counts = self.starts[first + 1 : last + 1] - self.starts[first:last]
+        longest = int(counts.max()) if len(counts) else 0
+        inside = torch.arange(longest, device=counts.device) < counts[:, None]
+        rows = self.ids.new_full(inside.shape, -1)
+        rows[inside] = self.ids[int(self.starts[first]) : int(self.starts[last])]
+        return rows
+
+
 @dataclass
 class Batch:
     """Hold rollouts side by side. Everything the objectives see is flat over the N policy tokens of the batch.
@@ -185,6 +214,8 @@ class Batch:
         token_index: [N] index of the token among its rollout's policy tokens.
         ratio_logprobs: [N] fp32 nats, log μ: the denominator of the ratios. None for demonstrations. With importance weights,
             the trainer's own log-probs under the weights that sampled.
+        kept: the ids that each token was drawn from, where the sampler cut its distribution and recorded them.
+        loss_weights: [N] fp32, what the whole loss of the token is multiplied with; None where that is 1 everywhere.
         importance_weights: [N] fp32, what the policy-gradient loss of the token is multiplied with; None where that is off.
         rewards: [N] fp32, the environment's reward of the rollout, without `reward_shaping`; None for demonstrations.
         advantages: [N] fp32, from the reward alone; None for demonstrations.
@@ -204,6 +235,8 @@ class Batch:
     snis_weights: Float[Tensor, " N"] | None
     has_privileged: Bool[Tensor, " N"]
     importance_weights: Float[Tensor, " N"] | None = None
+    loss_weights: Float[Tensor, " N"] | None = None
+    kept: "KeptSets | None" = None
 
     def slice(self, part: slice) -> "Batch":
         """Return the policy tokens of ``part`` as objectives see them; views stay whole, and rollouts keep their numbers."""
@@ -252,7 +285,8 @@ class ScoreRequest:
 class Scores:
     """Hold per-token numbers of one batch, in nats; None is "not computed".
 
-    Log-probs are of the sampled token, at the sampling temperature.
+    Log-probs are of the sampled token, at the sampling temperature, over the whole vocabulary. ``student_kept_mass`` and
+    ``teacher_kept_mass`` are the log of the mass that top-k and top-p left, where the sampler recorded what that was.
     """
 
     student_logprobs: Float[Tensor, " N"] | None
@@ -260,6 +294,16 @@ class Scores:
     divergences: dict[Divergence, Float[Tensor, " N"]]
     student_entropy: Float[Tensor, " N"] | None
     teacher_entropy: Float[Tensor, " N"] | None
+    student_kept_mass: Float[Tensor, " N"] | None = None
+    teacher_kept_mass: Float[Tensor, " N"] | None = None
+
+    def policy_logprobs(self, view: ViewName) -> Float[Tensor, " N"]:
+        """Return the log-probs of the distribution that a sampler with these weights draws from: what ratios are made of.
+
+        That is log S(y) − log Σ_{v kept} S(v), with gradient through both; log S(y) where nothing was cut or recorded.
+        """
+        logprobs, mass = getattr(self, f"{view}_logprobs"), getattr(self, f"{view}_kept_mass")
+        return logprobs if mass is None else logprobs - mass
 
 
 @dataclass

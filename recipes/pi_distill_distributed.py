@@ -21,7 +21,7 @@ from pidistill.data import epoch_order, load_prompts
 from pidistill.distributed.run import Timer
 from pidistill.losses.reductions import token_mean
 from pidistill.rollouts import rollout_seed
-from pidistill.scoring.mismatch import MismatchMeter
+from pidistill.scoring.mismatch import MismatchMeter, load_corrections
 from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score
 from pidistill.teachers import LiveTeacher, Teacher
@@ -71,7 +71,7 @@ class PiDistillRecipe:
         self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_, must_match=must_match)
         self._teacher = build(cfg.teacher)
         self._mismatch = MismatchMeter(cfg, self._run, self._sampler, SAMPLING_VIEW)
-        self._importance = build(cfg.get("importance_weights"))
+        self._corrections = load_corrections(cfg)
         check_method(cfg, self._objective, self._sampler, self._teacher, SAMPLING_VIEW)
 
         self._model = load_model(cfg, self._run, cfg.model, self._checkpoints.load_weights(), trained=True)
@@ -92,7 +92,7 @@ class PiDistillRecipe:
             rollouts = self.sample_round()
             self.score_behaviour(rollouts)
             advantages = self._objective.advantages(rollouts, self._step)
-            report = round_report(self._run, self._data, rollouts, advantages, self._counts, self._importance)
+            report = round_report(self._run, self._data, rollouts, advantages, self._counts, self._corrections)
             for minibatch in self._round_sizes.minibatches(list(zip(rollouts, advantages, strict=True))):
                 self.update(minibatch, report)
                 if self._step == self._max_steps:
@@ -133,14 +133,14 @@ class PiDistillRecipe:
         """Write onto each rollout what is asked for under the weights that sampled: a KL estimate, `importance_weights`."""
         self._mismatch.start_round()
         request, teacher = self._objective.behaviour_request(), self.sampling_teacher()
-        if request is None and self._importance is None:
+        if request is None and self._corrections is None:
             return
         for chunk in self._packer.micro_batches(rollouts):
             batch = self._packer.batch(chunk)
             with self._timer.phase("score"):
-                if self._importance is not None:
-                    scores = self._score(batch, self._importance.request(SAMPLING_VIEW), teacher)
-                    self._importance.weigh(chunk, batch, scores)
+                if self._corrections is not None:
+                    scores = self._score(batch, self._corrections.request(SAMPLING_VIEW), teacher)
+                    self._corrections.weigh(chunk, batch, scores)
                 if request is not None:
                     numbers = self._objective.behaviour_values(self._score(batch, request, teacher))
                     for rollout, values in zip(chunk, numbers.split([r.policy_tokens for r in chunk]), strict=True):
@@ -148,7 +148,7 @@ class PiDistillRecipe:
 
     def update(self, minibatch: list[tuple[Rollout, RolloutAdvantage]], report: dict[str, float]) -> None:
         """Take one optimiser step."""
-        kept = [(rollout, advantage) for rollout, advantage in minibatch if advantage.keep]
+        kept = [(rollout, advantage) for rollout, advantage in minibatch if advantage.keep and rollout.keep]
         tokens = int(self._run.sum(sum(rollout.policy_tokens for rollout, _ in kept)))
         request = self._objective.score_request(self._step)
         kept = self._packer.balanced(kept, request.views)
@@ -159,7 +159,7 @@ class PiDistillRecipe:
                 # The head forms the gradients of this loss in the forward; the call below is the same loss, for autograd and
                 # the log.
                 scores = self._score(batch, request, self._teacher, loss=self._objective.per_token_loss(self._step))
-                token_loss = self._objective.token_loss(batch, scores, self._step)
+                token_loss = self._objective.weighted_loss(batch, scores, self._step)
                 loss = token_mean(token_loss.loss, tokens)
             with self._timer.phase("update"):
                 (loss * self._run.world_size).backward()  # FSDP2 averages gradients over ranks; the loss is already global

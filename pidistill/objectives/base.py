@@ -98,12 +98,19 @@ class Objective(Protocol):
         """Return the loss per policy token, to be minimised; not masked, not averaged."""
         ...
 
+    def weighted_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
+        """Return :meth:`token_loss` times ``Batch.loss_weights``: masks and weights that act on every term of any method."""
+        answer = self.token_loss(batch, scores, step)
+        if batch.loss_weights is None:
+            return answer
+        return TokenLoss(answer.loss.masked_fill(batch.loss_weights == 0, 0.0) * batch.loss_weights, answer.metrics)
+
     def per_token_loss(self, step: int) -> PerTokenLoss | None:
         """Return the loss as :func:`pidistill.scoring.score.score` takes it, on any slice of a batch.
 
         None where a token's loss depends on the numbers of other tokens; the head then runs a second time in the backward.
         """
-        return lambda batch, scores: self.token_loss(batch, scores, step).loss
+        return lambda batch, scores: self.weighted_loss(batch, scores, step).loss
 
 
 def distill_weight(no_pi: str, batch: Batch) -> Float[Tensor, " N"]:

@@ -54,6 +54,8 @@ class GRPO(Objective):
         return ScoreRequest(student_grad=True, teacher_grad=False, views=("student",))
 
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
-        loss, ratio, clipped = ppo_clip_loss(scores.student_logprobs, batch.ratio_logprobs, batch.advantages, **self.clip)
+        loss, ratio, clipped = ppo_clip_loss(
+            scores.policy_logprobs("student"), batch.ratio_logprobs, batch.advantages, **self.clip
+        )
         loss = importance_weighted(weighted(self.token_weight, loss, batch, scores), batch.importance_weights)
         return TokenLoss(loss, {"ratio_mean": ratio, "clip_frac": clipped})

@@ -56,7 +56,7 @@ class OPD(Objective):
             return TokenLoss(distill_loss(self.divergence, self.no_pi, self.token_weight, batch, scores), {})
         advantages = (scores.teacher_logprobs - scores.student_logprobs).detach()
         loss, ratio, _ = ppo_clip_loss(
-            scores.student_logprobs, batch.ratio_logprobs, advantages, clip_low=0.0, clip_high=math.inf
+            scores.policy_logprobs("student"), batch.ratio_logprobs, advantages, clip_low=0.0, clip_high=math.inf
         )
         loss = importance_weighted(weighted(self.token_weight, loss, batch, scores), batch.importance_weights)
         return TokenLoss(loss, {"ratio_mean": ratio})

@@ -51,7 +51,7 @@ class OPDPPO(Objective):
 
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
         advantages = distill_weight(self.no_pi, batch) * (scores.teacher_logprobs - scores.student_logprobs).detach()
-        loss, ratio, clipped = ppo_clip_loss(scores.student_logprobs, batch.ratio_logprobs, advantages, **self.clip)
+        loss, ratio, clipped = ppo_clip_loss(scores.policy_logprobs("student"), batch.ratio_logprobs, advantages, **self.clip)
         loss = importance_weighted(weighted(self.token_weight, loss, batch, scores), batch.importance_weights)
-        loss = loss - self.beta(step) * scores.student_logprobs
+        loss = loss - self.beta(step) * scores.policy_logprobs("student")
         return TokenLoss(loss, {"ratio_mean": ratio, "clip_frac": clipped})

@@ -78,7 +78,9 @@ class SDPO(Objective):
         return distill_request(self.divergence)
 
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
-        fallback, ratio, clipped = ppo_clip_loss(scores.student_logprobs, batch.ratio_logprobs, batch.advantages, **self.clip)
+        fallback, ratio, clipped = ppo_clip_loss(
+            scores.policy_logprobs("student"), batch.ratio_logprobs, batch.advantages, **self.clip
+        )
         importance = 1.0 if self.importance_clip is None else ratio.clamp(max=self.importance_clip)
         distilled = importance * weighted(self.token_weight, scores.divergences[self.divergence], batch, scores)
         distils = distill_weight(self.no_pi, batch) > 0

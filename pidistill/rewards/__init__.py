@@ -13,7 +13,7 @@ from pidistill.rewards.constraints import Constraints
 from pidistill.rewards.contains import Contains
 from pidistill.rewards.exact_match import ExactMatch
 from pidistill.rewards.gsm8k import GSM8KReward, final_answer
-from pidistill.rewards.shaping import LeakPenalty, LengthPenalty, Shaping, add_shaping, build_shaping
+from pidistill.rewards.shaping import LeakPenalty, LengthPenalty, OverlongPenalty, Shaping, add_shaping, build_shaping
 
 __all__ = [
     "Constraints",
@@ -22,6 +22,7 @@ __all__ = [
     "GSM8KReward",
     "LeakPenalty",
     "LengthPenalty",
+    "OverlongPenalty",
     "Reward",
     "RewardWithParts",
     "Shaping",

@@ -18,12 +18,15 @@ class Sample:
         logprobs: [T] fp32 nats of each sampled token under the distribution it was drawn from; NaN where forced.
         stop_reason: "done" (``on_turn_end`` returned None), "length" (token limit reached first) or, from samplers that limit
             single turns, "turn_length" (the last turn reached that limit; the row ends with it).
+        kept: one set of ids per sampled token: what top-k and top-p left of the vocabulary, None for all of it; None where the
+            sampler does not record them.
     """
 
     tokens: list[int]
     policy_mask: list[bool]
     logprobs: list[float]
     stop_reason: str
+    kept: list[Sequence[int] | None] | None = None
 
 
 @runtime_checkable

@@ -1,5 +1,6 @@
 """Sequences as what a model reads: one packed tree, or right-padded rows."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,9 +8,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from pidistill.errors import InputError
 from pidistill.scoring.tree_attention import FLEX_BLOCK, TreeMask
 from pidistill.tokenizers.prefix import common_prefix_length
-from pidistill.types import Batch, ModelInput, Rollout, RolloutAdvantage, ViewName
+from pidistill.types import Batch, KeptSets, ModelInput, Rollout, RolloutAdvantage, ViewName
 
 BOTH: tuple[ViewName, ...] = ("student", "teacher")
 
@@ -133,6 +135,8 @@ def make_batch(
     def ids(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
+    weights = [[1.0] * len(ts) if r.loss_weights is None else r.loss_weights for r, ts in zip(rollouts, positions, strict=True)]
+
     def per_token(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)
 
@@ -166,4 +170,23 @@ def make_batch(
             device=device,
         ),
         importance_weights=per_token([x for r in rollouts for x in r.importance_weights]) if weighed else None,
+        loss_weights=per_token([x for row in weights for x in row]) if any(r.loss_weights for r in rollouts) else None,
+        kept=_kept_sets(rollouts, device) if any(r.kept is not None for r in rollouts) else None,
     )
+
+
+def _kept_sets(rollouts: Sequence[Rollout], device: torch.device) -> KeptSets:
+    """Return the sets that the rollouts' policy tokens were drawn from; InputError where a token is not in its own."""
+    sets = []
+    for rollout in rollouts:
+        tokens = [rollout.completion[t] for t in policy_positions(rollout)]
+        for n, (token, kept) in enumerate(zip(tokens, rollout.kept or [None] * len(tokens), strict=True)):
+            if kept is not None and token not in kept:
+                raise InputError(
+                    f"{rollout.example.id}: policy token {n}, id {token}, is not among the {len(kept)} ids that the sampler "
+                    "says it was drawn from; the sampler's record is wrong: set sampler.record_kept: false"
+                )
+            sets.append([] if kept is None else list(kept))
+    starts = itertools.accumulate(map(len, sets), initial=0)
+    flat = [i for ids in sets for i in ids]
+    return KeptSets(*(torch.tensor(x, dtype=torch.long, device=device) for x in (flat, list(starts))))

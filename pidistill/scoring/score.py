@@ -62,7 +62,7 @@ def score(
     if not torch.is_grad_enabled():
         request = replace(request, student_grad=False, teacher_grad=False)
     of_slice = None if loss is None else lambda part, scores: loss(batch.slice(part), scores)
-    plan = ScorePlan(batch.targets, request, temperature, chunk_tokens, of_slice)
+    plan = ScorePlan(batch.targets, request, temperature, chunk_tokens, of_slice, batch.kept)
     with torch.set_grad_enabled(request.student_grad or request.teacher_grad):
         return plan.as_scores(_score(plan, model, batch, _voices(teacher, model)))
 

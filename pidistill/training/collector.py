@@ -1,7 +1,8 @@
 """Build the collector of a run from its config: the one place where a config says how episodes are played."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -11,6 +12,7 @@ from pidistill.rewards import build_shaping
 from pidistill.rollouts import CollectResult, Sampler, collect_rollouts
 from pidistill.tokenizers import ChatTokenizer
 from pidistill.training.keys import setting
+from pidistill.types import Rollout
 
 Collect = Callable[..., CollectResult]
 
@@ -23,7 +25,7 @@ def build_collector(
     Args:
         environment: plays the episodes in place of the one that `environment` names.
     """
-    return functools.partial(
+    collect = functools.partial(
         collect_rollouts,
         sampler=sampler,
         tokenizer=tokenizer,
@@ -34,3 +36,22 @@ def build_collector(
         max_observation_chars=setting(cfg, "max_observation_chars"),
         shaping=build_shaping(cfg.get("reward_shaping")),
     )
+    how = setting(cfg, "overlong")
+
+    def collect_and_mark(*args: Any, **kwargs: Any) -> CollectResult:
+        result = collect(*args, **kwargs)
+        mark_overlong(result.rollouts, how)
+        return result
+
+    return collect if how == "train" else collect_and_mark
+
+
+def mark_overlong(rollouts: Sequence[Rollout], how: str) -> None:
+    """Mark rollouts that a token limit cut off: "mask" takes their tokens out of the loss, "drop" out of the mean too.
+
+    Their rewards stay in the group's mean and in what is reported.
+    """
+    for rollout in rollouts:
+        if rollout.stop_reason in ("length", "turn_length"):
+            rollout.keep = how != "drop"
+            rollout.loss_weights = [0.0] * rollout.policy_tokens

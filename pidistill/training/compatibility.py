@@ -14,7 +14,7 @@ from pidistill.models.empty import shared_empty_model
 from pidistill.objectives import GRPO, SDPO
 from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
-from pidistill.scoring.mismatch import truncates
+from pidistill.scoring.mismatch import cuts_off
 from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, Teacher
 from pidistill.training.health import reads_rewards
 from pidistill.types import ViewName
@@ -67,6 +67,8 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
             f"{method} as configured has no policy-gradient loss for importance_weights to multiply (a divergence, a "
             "supervised term, or importance weights of its own); remove importance_weights, or set another objective"
         )
+    if cfg.get("mismatch_mask"):
+        _check_mask(cfg, objective, sampler)
     _check_truncation(cfg, objective, sampler)
     _check_group(cfg, objective, method)
     if cfg.get("hindsight"):
@@ -81,7 +83,7 @@ def _check_truncation(cfg: DictConfig, objective: Objective, sampler: Sampler) -
 
     The recorded log-probs are of the truncated distribution, so that the ratio of a fresh sample is the mass that was kept.
     """
-    if not truncates(sampler):
+    if not cuts_off(sampler):
         return
     settings = " and ".join(f"sampler.{key}={getattr(sampler, key)}" for key in ("top_p", "top_k") if getattr(sampler, key))
     if cfg.get("importance_weights"):
@@ -98,6 +100,19 @@ def _check_truncation(cfg: DictConfig, objective: Objective, sampler: Sampler) -
             f"sampler.top_p={sampler.top_p} is below objective.clip_low={clip_low}: the ratio of a fresh sample is the mass "
             "that top_p keeps, so that tokens of negative advantage would lose their gradient in the very first update; "
             f"{correction}raise sampler.top_p, or lower objective.clip_low"
+        )
+
+
+def _check_mask(cfg: DictConfig, objective: Objective, sampler: Sampler) -> None:
+    if cuts_off(sampler):
+        raise InputError(
+            "mismatch_mask compares π/μ with 1, and with sampler.top_p or top_k it is the mass that was kept; set "
+            "sampler.record_kept=True, or remove mismatch_mask"
+        )
+    if objective.on_policy_frac < 1.0:
+        raise InputError(
+            f"mismatch_mask needs the sampler's log-probs, and objective.lmbda={objective.on_policy_frac} takes completions "
+            "from the dataset, which nobody sampled; set lmbda: 1, or remove mismatch_mask"
         )
 
 

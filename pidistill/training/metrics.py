@@ -24,6 +24,8 @@ that was not computed is absent; nothing stands in for it.
 | sampler_mismatch_rollout_max_nats | the largest mean |Δ| of a rollout, without what top-p or top-k explains |
 | importance_weight_mean | mean truncated importance weight of the round's policy tokens, with `importance_weights` |
 | importance_truncated_frac | share of them whose weight the cap cut |
+| masked_tokens, masked_rollouts | policy tokens of this round, and rollouts with any, that `mismatch_mask` leaves out |
+| masked_successes | rollouts with a reward ≥ `eval_success_threshold` among them; masked_success_frac: as a share of all such |
 | ess_frac | effective sample size of the student's token ratios S/μ, as a share of the policy tokens |
 | grad_norm, lr | before clipping; of this step |
 | round | the round that the step's rollouts were sampled in, from 0 |
@@ -32,6 +34,7 @@ that was not computed is absent; nothing stands in for it.
 | rollouts | sampled in this round, all ranks, dropped and replaced ones included |
 | sampled_tokens | policy tokens sampled in this round, all ranks, those of replaced rollouts included |
 | guided_groups | groups sampled again with the hint; the round's reward and leak numbers hold the hinted samples (Guide-GRPO) |
+| refilled_groups | groups of equal rewards that `refill` replaced in this round; uniform_groups: those left at its end |
 | rollouts_with_pi_frac | share of this round's rollouts for which hindsight found privileged information |
 | hindsight_too_long | rollouts of this round whose hindsight did not fit, and was left out |
 | hindsight_failures | calls of `hindsight.sibling` and `hindsight.feedback` in this round that raised or wrote no text |
@@ -97,7 +100,7 @@ def token_sums(batch: Batch, scores: Scores, extra: dict[str, Tensor]) -> dict[s
     if kl is not None and kl.numel():
         sums |= _by_quarter("kl_teacher_student_q", kl.detach(), batch)
     if batch.ratio_logprobs is not None and scores.student_logprobs is not None:
-        ratio = (scores.student_logprobs.detach() - batch.ratio_logprobs).double().exp()
+        ratio = (scores.policy_logprobs("student").detach() - batch.ratio_logprobs).double().exp()
         sums |= {"_ratio": ratio.sum().item(), "_ratio_squared": (ratio**2).sum().item()}
     else:
         sums["_without_ratio"] = float(len(batch.targets))
