@@ -244,8 +244,7 @@ class EMATeacher(Teacher):
     def update(self, model: nn.Module) -> None:
         _reshard(self.module)
         _reshard(model)
-        # Activation checkpointing wraps layers of the trained model and shows in its parameter names.
-        trained = {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
+        trained = _trained_parameters(model)
         for name, average in self._average.items():
             average.lerp_(trained[name].float(), self.rate)
             self.module.get_parameter(name).copy_(average)
@@ -259,6 +258,56 @@ class EMATeacher(Teacher):
         for name, average in self._average.items():
             average.copy_(_like(state[name], average))
             self.module.get_parameter(name).copy_(average)
+
+
+class SnapshotTeacher(Teacher):
+    """Teach with a copy of the trained weights that is taken every ``sync_steps`` optimiser steps; at first the initial ones.
+
+    A copy, not an average: between two copies nothing moves, and a resumed run takes them at the same steps.
+    """
+
+    own_weights = True
+
+    def __init__(self, sync_steps: int = 20) -> None:
+        if type(sync_steps) is not int or sync_steps < 1:
+            raise InputError(f"teacher.sync_steps={sync_steps} must be a whole number of at least 1: steps between two copies")
+        self.sync_steps, self._steps = sync_steps, 0
+
+    def attach(self, load_copy: LoadCopy) -> None:
+        module = load_copy()
+        self._copied = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        self.module = _frozen(module)
+
+    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+        return [MixturePart(1.0, self.module)]
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self._steps += 1
+        if self._steps % self.sync_steps:
+            return
+        _reshard(self.module)
+        _reshard(model)
+        trained = _trained_parameters(model)
+        for name in self._copied:
+            self.module.get_parameter(name).copy_(trained[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        weights = {name: self.module.get_parameter(name).detach() for name in self._copied}
+        return weights | {"steps": torch.tensor(self._steps)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        _reshard(self.module)
+        self._steps = int(state["steps"])
+        for name in self._copied:
+            target = self.module.get_parameter(name)
+            target.copy_(_like(state[name], target))
+
+
+def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by name, without what activation checkpointing puts into the names."""
+    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
 
 
 def _frozen(module: TransformerDecoder) -> TransformerDecoder:

@@ -15,6 +15,8 @@ from pidistill.objectives.opsd import OPSD
 from pidistill.objectives.opsd_ucla import OPSDUCLA
 from pidistill.objectives.pcsd import PCSD
 from pidistill.objectives.pi_distill import PiDistill
+from pidistill.objectives.rlsd import RLSD
+from pidistill.objectives.sdar import SDAR
 from pidistill.objectives.sdft import SDFT
 from pidistill.objectives.sdpo import SDPO
 
@@ -26,6 +28,8 @@ __all__ = [
     "OPSD",
     "OPSDUCLA",
     "PCSD",
+    "RLSD",
+    "SDAR",
     "SDFT",
     "SDPO",
     "ConstantNegative",

@@ -14,7 +14,7 @@ from pidistill.losses.divergences import NAMES as DIVERGENCE_NAMES
 from pidistill.losses.divergences import check_divergence, divergence
 from pidistill.losses.rollout_advantages import ADVANTAGES, rollout_advantages
 from pidistill.losses.sampling_kl import SamplingKL
-from pidistill.losses.token_weights import TokenWeight, weighted
+from pidistill.losses.token_weights import TokenWeight, divergences_of, weighted
 from pidistill.types import (
     Batch,
     Divergence,
@@ -168,9 +168,10 @@ def own_divergence(path: str, **options: Any) -> Divergence:
     return request
 
 
-def distill_request(divergence: Divergence) -> ScoreRequest:
-    """Ask for the student with gradient, the teacher without, and both KLs for the log beside ``divergence``."""
-    return ScoreRequest(student_grad=True, teacher_grad=False, divergences=(*BOTH_KLS, divergence))
+def distill_request(divergence: Divergence, token_weight: TokenWeight | None = None) -> ScoreRequest:
+    """Ask for the student with gradient, the teacher without, both KLs for the log, and what ``token_weight`` reads."""
+    divergences = (*BOTH_KLS, divergence, *divergences_of(token_weight))
+    return ScoreRequest(student_grad=True, teacher_grad=False, divergences=divergences)
 
 
 def distill_loss(

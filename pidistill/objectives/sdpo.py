@@ -75,7 +75,7 @@ class SDPO(Objective):
         return [replace(a, keep=r.prompts.has_privileged) for a, r in zip(result, rollouts, strict=True)]
 
     def score_request(self, step: int) -> ScoreRequest:
-        return distill_request(self.divergence)
+        return distill_request(self.divergence, self.token_weight)
 
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
         fallback, ratio, clipped = ppo_clip_loss(

@@ -15,7 +15,7 @@ from pidistill.objectives import GRPO, SDPO
 from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
 from pidistill.scoring.mismatch import cuts_off
-from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, Teacher
+from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, SnapshotTeacher, Teacher
 from pidistill.training.health import reads_rewards
 from pidistill.types import ViewName
 
@@ -42,8 +42,10 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
         raise InputError(f"{method} never looks at a teacher; remove `teacher`, or set objective.report_teacher_kl=True")
     if cfg.get("teacher_model") and not cfg.get("teacher_checkpointer"):
         raise InputError("teacher_model needs a teacher_checkpointer: the student's weights are not the teacher's")
-    if isinstance(teacher, EMATeacher) and has_own_teacher(cfg):
-        raise InputError("an EMA teacher averages the student's own weights; remove teacher_model and teacher_checkpointer")
+    if isinstance(teacher, EMATeacher | SnapshotTeacher) and has_own_teacher(cfg):
+        follows = "averages" if isinstance(teacher, EMATeacher) else "copies"
+        name = "an EMA" if isinstance(teacher, EMATeacher) else "a snapshot"
+        raise InputError(f"{name} teacher {follows} the student's own weights; remove teacher_model and teacher_checkpointer")
     for key in ("teacher_model", "teacher_checkpointer"):
         if not teacher.own_weights and cfg.get(key):
             raise InputError(

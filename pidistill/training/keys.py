@@ -103,8 +103,8 @@ TABLE: Mapping[str, Key] = {
             null="`privileged.on_overflow`", choices=("error", "drop"),
         ),
         Key(
-            "overlong", TEXT, "rollouts that a token limit cut off: train on them; mask: out of the loss; drop: out of the token "
-            "count too. Their rewards stay in the group's mean", ROUNDS, "train", choices=("train", "mask", "drop"),
+            "overlong", TEXT, "rollouts that a token limit cut off: train on them; mask: out of the loss; drop: out of the "
+            "token count too. Their rewards stay in the group's mean", ROUNDS, "train", choices=("train", "mask", "drop"),
         ),
         Key("reward_shaping", COMPONENTS, "parts that are added to an episode's reward", EVALUATING, null="none"),
         # training

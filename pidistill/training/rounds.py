@@ -111,8 +111,8 @@ def _refill_batches(cfg: DictConfig) -> int:
         raise InputError(f"refill={dict(refill)} must be {{max_batches: N}}, N from 1 to 100 batches beside the round's first")
     if resolve(cfg.objective._component_) is not GRPO:
         raise InputError(
-            f"refill replaces groups whose rewards are all equal, and {cfg.objective._component_} also learns from them; remove "
-            "refill, or set objective._component_=pidistill.objectives.GRPO"
+            f"refill replaces groups whose rewards are all equal, and {cfg.objective._component_} also learns from them; "
+            "remove refill, or set objective._component_=pidistill.objectives.GRPO"
         )
     return most
 
