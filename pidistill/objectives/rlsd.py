@@ -2,9 +2,9 @@
 
     J = E_{y~S}[ Σ_t clip-min(ρ_t, Â_t) ],  Â_t = A·[(1−λ) + λ·clip(exp(sign(A)·Δ_t), 1−ε, 1+ε)],  Δ_t = log T − log S
 
-In a rollout better than its group the tokens that the teacher finds likelier get more credit, in a worse one those that it
-finds less likely get more blame. No gradient flows through the factor, the sign of A never changes, and a group of equal rewards
-teaches nothing.
+In a rollout better than its group the tokens that the teacher finds likelier get more credit; in a worse one those that it
+finds less likely get more blame. No gradient flows through the factor, the sign of A never changes, and a group of equal
+rewards teaches nothing.
 
 What we do differently: one denominator for the whole step, as everywhere here. Use `teacher: SnapshotTeacher` (theirs is
 refreshed every 20 steps) and `privileged` worded as a reference solution.
