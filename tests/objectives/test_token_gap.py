@@ -65,7 +65,7 @@ def test_sdars_extra_advantage_is_bounded_and_exactly_zero_where_the_teacher_agr
     extra = gated_advantage(gap, 5.0, centred=True)
     assert extra.abs().max() <= 0.5 and (extra * gap >= 0).all()
     batch = sampled()
-    scores, leaf = random_scores(len(batch.targets), agree=True)
+    scores, _ = random_scores(len(batch.targets), agree=True)
     assert torch.equal(SDAR(gap_weight=9.0).token_advantages(batch, scores, 0), batch.advantages)
     with pytest.raises(InputError, match=r"objective\.gate_beta=0\.0 must be above 0: a constant gate"):
         SDAR(gate_beta=0.0)
