@@ -172,6 +172,11 @@ TABLE: Mapping[str, Key] = {
         Key("rollout_log_samples", WHOLE, "prompts whose texts are logged", ROUNDS, 2, least=1),
         Key("rollout_log_max_new_tokens", WHOLE, "most tokens of a logged text", ROUNDS, least=1, null="the sampler's"),
         Key("rollout_log_max_chars", WHOLE, "most characters of a logged text", ROUNDS, 2000, least=1),
+        Key(
+            "rollout_log_total", WHOLE, "training rollouts that are kept with the numbers of every token, spread over the run",
+            ROUNDS, 512, least=0, most=_ROWS,
+        ),
+        Key("rollout_log_max_tokens", WHOLE, "most policy tokens of such a rollout that are kept", ROUNDS, 1024, least=1),
         # sampling
         Key(
             "view", TEXT, "teacher: with the privileged information; student: without it", ("sample",),
