@@ -27,7 +27,7 @@ from pidistill.distributed.run import Timer
 from pidistill.losses.reductions import token_mean
 from pidistill.privileged.hindsight import add_hindsight
 from pidistill.rollouts import rollout_seed
-from pidistill.scoring.mismatch import MismatchMeter, load_corrections
+from pidistill.scoring.mismatch import load_mismatch
 from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score
 from pidistill.teachers import LiveTeacher, Teacher
@@ -80,8 +80,7 @@ class OPSDRecipe:
         must_match = self._round_sizes.must_match | {"rows": len(self._data.prompts)}
         self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_, must_match=must_match)
         self._teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
-        self._mismatch = MismatchMeter(cfg, self._run, self._sampler, SAMPLING_VIEW)
-        self._corrections = load_corrections(cfg)
+        self._mismatch, self._corrections = load_mismatch(cfg, self._run, self._sampler, SAMPLING_VIEW)
         check_method(cfg, self._objective, self._sampler, self._teacher, SAMPLING_VIEW)
 
         self._model = load_model(cfg, self._run, cfg.model, self._checkpoints.load_weights(), trained=True)
@@ -181,8 +180,7 @@ class OPSDRecipe:
             batch = self._packer.batch(chunk)
             with self._timer.phase("score"):
                 if self._corrections is not None:
-                    scores = self._score(batch, self._corrections.request(*views), LiveTeacher())
-                    self._corrections.weigh(chunk, batch, scores)
+                    self._corrections.weigh(chunk, batch, self._score(batch, self._corrections.request(*views), LiveTeacher()))
                 if request is not None:
                     numbers = self._objective.behaviour_values(self._score(batch, request, self._teacher))
                     for rollout, values in zip(chunk, numbers.split([r.policy_tokens for r in chunk]), strict=True):

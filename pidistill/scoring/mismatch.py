@@ -333,6 +333,11 @@ class Corrections:
         return {name: x for part in (self.importance, self.mask) if part is not None for name, x in part.report(run).items()}
 
 
+def load_mismatch(cfg: DictConfig, run: Run, sampler: Sampler, view: ViewName) -> tuple[MismatchMeter, "Corrections | None"]:
+    """Return what measures the sampler against the trainer in ``view``, and what corrects for it, if the config asks for it."""
+    return MismatchMeter(cfg, run, sampler, view), load_corrections(cfg)
+
+
 def load_corrections(cfg: DictConfig) -> Corrections | None:
     """Return what `importance_weights` and `mismatch_mask` ask for; None where a config has neither."""
     importance, mask = build(cfg.get("importance_weights")), build(cfg.get("mismatch_mask"))
