@@ -74,7 +74,7 @@ class Rollout:
         sampled_by: the view whose prompt the sampler saw.
         group: rollouts with the same group number answer the same example in the same round.
         stop_reason: "done" (the environment ended the episode), "length" (token limit), "turn_length" (a turn's own limit),
-            "max_turns".
+            "max_turns", "curriculum" (the turns that `turn_curriculum` allows at this step: no reward).
         turns: the messages of the episode: assistant turns and observations.
         reward: sum of the environment's rewards and of `reward_shaping`; None when the reward raised or was not finite (such a
             rollout is dropped).
@@ -90,6 +90,7 @@ class Rollout:
         kept: one set of ids per policy token: those that top-k and top-p left when it was drawn, None for the whole vocabulary;
             None where the sampler records none.
         keep: False leaves the rollout out of every loss term and of the token count; its reward stays in the group's mean.
+        balance: multiplies the rollout's loss in the present step, beside ``loss_weights``.
         loss_weights: one constant per policy token, which multiplies its whole loss: 0 where a mask leaves it out; None is 1.
     """
 
@@ -113,6 +114,7 @@ class Rollout:
     kept: list[Sequence[int] | None] | None = None
     loss_weights: list[float] | None = None
     keep: bool = True
+    balance: float = 1.0
     key: "RolloutKey" = field(default_factory=lambda: RolloutKey(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -181,6 +183,10 @@ class BatchInputs(Protocol):
         """Return the views ``names`` as one input: the policy tokens of the first view, then those of the second."""
         ...
 
+    def only(self, chosen: Sequence[int]) -> "BatchInputs":
+        """Return the inputs of some of the rollouts, by their place in ``rollouts``."""
+        ...
+
 
 @dataclass(frozen=True)
 class KeptSets:
@@ -221,6 +227,8 @@ class Batch:
         advantages: [N] fp32, from the reward alone; None for demonstrations.
         kl_advantages: [N] fp32, what the objective's `kl_mode` adds for the view that sampled; None where it adds nothing.
         snis_weights: [N] fp32, the rollout's self-normalised importance weight; None where none was asked for.
+        turn_index: [N] which assistant turn of its rollout the token belongs to, from 0.
+        turn_balance: [N] fp32, what makes turns count alike: (tokens of the rollout) / (its turns × tokens of the turn).
         has_privileged: [N] True where the rollout's example has privileged information.
     """
 
@@ -236,6 +244,8 @@ class Batch:
     has_privileged: Bool[Tensor, " N"]
     importance_weights: Float[Tensor, " N"] | None = None
     loss_weights: Float[Tensor, " N"] | None = None
+    turn_index: Int[Tensor, " N"] | None = None
+    turn_balance: Float[Tensor, " N"] | None = None
     kept: "KeptSets | None" = None
 
     def slice(self, part: slice) -> "Batch":

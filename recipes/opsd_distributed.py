@@ -36,7 +36,7 @@ from pidistill.training.collector import build_collector
 from pidistill.training.compatibility import build_objective, check_method
 from pidistill.training.evaluation import Evaluation, TextSamples
 from pidistill.training.keys import keys_of
-from pidistill.training.load import load_model, load_teacher
+from pidistill.training.load import build_teacher, load_model, load_teacher
 from pidistill.training.metrics import step_report, token_means, token_sums
 from pidistill.training.metrics_log import MetricsLog
 from pidistill.training.rounds import RoundSizes, dump_rollouts, round_report
@@ -79,12 +79,12 @@ class OPSDRecipe:
         self._completions = row_completions(self._data) if self._objective.on_policy_frac < 1.0 else []
         must_match = self._round_sizes.must_match | {"rows": len(self._data.prompts)}
         self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_, must_match=must_match)
-        self._teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
+        self._teacher = build_teacher(cfg, [example for example, _ in self._data.prompts])
         self._mismatch, self._corrections = load_mismatch(cfg, self._run, self._sampler, SAMPLING_VIEW)
         check_method(cfg, self._objective, self._sampler, self._teacher, SAMPLING_VIEW)
 
         self._model = load_model(cfg, self._run, cfg.model, self._checkpoints.load_weights(), trained=True)
-        self._teacher.attach(functools.partial(load_teacher, cfg, self._run, self._teacher))
+        self._teacher.attach(functools.partial(load_teacher, cfg, self._run, teacher=self._teacher))
         self._updates = Updates(cfg, self._run, self._model)
         progress = self._checkpoints.restore(self._model, self._updates, self._teacher)
         self._step, self._round = progress["step"], progress["round"]
@@ -145,6 +145,7 @@ class OPSDRecipe:
             view=view,
             group_size=len(members),
             groups=[group for group, _ in groups],
+            turn_limit=self._round_sizes.turn_limit(self._step),
             seeds=[rollout_seed(self._run.seed, self._round, group, member) for group, _ in groups for member in members],
         )
         tokens = sum(rollout.policy_tokens for rollout in collected.rollouts)
@@ -174,8 +175,7 @@ class OPSDRecipe:
         request = self._objective.behaviour_request()
         if request is None and self._corrections is None:
             return
-        # Guide-GRPO's hinted samples are drawn from the live weights in the other view.
-        views = ("student", "teacher") if self._objective.guides_failed_groups else (SAMPLING_VIEW,)
+        views = ("student", "teacher") if self._objective.guides_failed_groups else (SAMPLING_VIEW,)  # hinted samples
         for chunk in self._packer.micro_batches(rollouts):
             batch = self._packer.batch(chunk)
             with self._timer.phase("score"):
@@ -190,6 +190,7 @@ class OPSDRecipe:
         """Take one optimiser step."""
         kept = [(rollout, advantage) for rollout, advantage in minibatch if advantage.keep and rollout.keep]
         tokens = int(self._run.sum(sum(rollout.policy_tokens for rollout, _ in kept)))
+        self._teacher.balance([rollout for rollout, _ in kept], self._run.sums)
         request = self._objective.score_request(self._step)
         kept = self._packer.balanced(kept, request.views)
         total_loss, sums = 0.0, Counter()
@@ -206,7 +207,7 @@ class OPSDRecipe:
             self._mismatch.look(batch, scores)
             self._log.look(batch, scores)
             total_loss += loss.item()
-            sums.update(token_sums(batch, scores, token_loss.metrics))
+            sums.update(token_sums(batch, scores, token_loss.metrics, self._teacher.names(batch.views.rollouts)))
         supervised_loss = self._supervised.backward(self._model, self._step)
         total_loss = self._run.sum(total_loss + supervised_loss)
         mismatch = self._mismatch.report()  # before the step: beyond the limit nothing is learned from these samples

@@ -110,6 +110,27 @@ class PositionDecay:
         return term * torch.exp2(-batch.token_index / self.half_life)
 
 
+@dataclass(frozen=True)
+class TurnBalance:
+    """Weigh by (1 − share) + share·N/(K·n): turns count alike, not tokens (TurnOPD, arXiv 2607.05804, from its abstract).
+
+    N is the rollout's policy tokens, K its turns, n those of the token's turn, so that the weights of a rollout sum to N. A
+    rollout of one turn has weight 1.
+
+    Attributes:
+        share: 0 leaves every token alike, 1 every turn.
+    """
+
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share <= 1.0:
+            raise InputError(f"token_weight.share={self.share} must lie in [0, 1]: 0 is tokens alike, 1 turns alike")
+
+    def __call__(self, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
+        return term if self.share == 0.0 else term * ((1.0 - self.share) + self.share * batch.turn_balance)
+
+
 DISAGREEMENT = Divergence("jsd", grad="none", beta=0.5)
 
 

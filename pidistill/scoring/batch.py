@@ -83,6 +83,10 @@ class ModelInputs:
             self._made[names] = (self._packed if self._packing == "tree" else self._padded)(sequences, predicted)
         return self._made[names]
 
+    def only(self, chosen: Sequence[int]) -> "ModelInputs":
+        """Return the inputs of some of the rollouts, by their place; of none, one pad token."""
+        return ModelInputs([self.rollouts[i] for i in chosen], self._packing, self._pad_id, self._device)
+
     def _packed(self, sequences: list[list[int]], predicted: list[list[int]]) -> ModelInput:
         tree = make_tree(sequences)
         columns = [path[i] for path, indices in zip(tree.columns, predicted, strict=True) for i in indices]
@@ -150,8 +154,8 @@ def make_batch(
         else per_token([r.sampled_logprobs[t] for r, ts in zip(rollouts, positions, strict=True) for t in ts])
         if sampled
         else None,
-        rewards=per_token([r.task_reward for r, ts in zip(rollouts, positions, strict=True) for _ in ts])
-        if all(r.reward is not None for r in rollouts)
+        rewards=per_token([r.task_reward or 0.0 for r, ts in zip(rollouts, positions, strict=True) for _ in ts])
+        if sampled
         else None,
         advantages=per_token(
             [x for a, ts in zip(advantages, positions, strict=True) for x in a.tokens or [a.advantage] * len(ts)]
@@ -170,9 +174,24 @@ def make_batch(
             device=device,
         ),
         importance_weights=per_token([x for r in rollouts for x in r.importance_weights]) if weighed else None,
-        loss_weights=per_token([x for row in weights for x in row]) if any(r.loss_weights for r in rollouts) else None,
+        loss_weights=per_token([x * r.balance for r, row in zip(rollouts, weights, strict=True) for x in row])
+        if any(r.loss_weights or r.balance != 1.0 for r in rollouts)
+        else None,
+        turn_index=ids([k for r in rollouts for k, length in enumerate(turn_lengths(r)) for _ in range(length)]),
+        turn_balance=per_token([w for r in rollouts for w in _turn_balance(r)]),
         kept=_kept_sets(rollouts, device) if any(r.kept is not None for r in rollouts) else None,
     )
+
+
+def turn_lengths(rollout: Rollout) -> list[int]:
+    """Return the policy tokens of each assistant turn; one turn where the rollout does not say how they are divided."""
+    lengths = rollout.turn_policy_tokens
+    return lengths if sum(lengths) == rollout.policy_tokens else [rollout.policy_tokens]
+
+
+def _turn_balance(rollout: Rollout) -> list[float]:
+    lengths = [length for length in turn_lengths(rollout) if length]
+    return [rollout.policy_tokens / (len(lengths) * length) for length in lengths for _ in range(length)]
 
 
 def _kept_sets(rollouts: Sequence[Rollout], device: torch.device) -> KeptSets:

@@ -212,19 +212,39 @@ def _constant(
     Under FSDP2 this is one more gathering of its layers, and of its head, unless that is the head of ``shared``, which is at
     hand in the forward to come. A part of ``ready`` needs no forward.
     """
+    own, share = _rows_read(part, views)
     if part.module is ready and part.adapters:
-        return ConstantPart(part.share, None, None)
+        return ConstantPart(share, None, None)
 
     def read() -> Float[Tensor, "N H"]:
         with part.weights() as module:
-            return _forward(module, views.of(side), lambda h, w: h)
+            return _forward(module, own.of(side), lambda h, w: h)
 
     head, dtype = _head_module(part.module).weight, compute_dtype_of(part.module)
     if part.memory is None:
         hidden = read()
     else:
-        hidden = part.memory.of(views.rollouts, torch.empty(0, head.shape[1], dtype=dtype, device=head.device), read)
+        hidden = part.memory.of(own.rollouts, torch.empty(0, head.shape[1], dtype=dtype, device=head.device), read)
+    if isinstance(share, Tensor):
+        everywhere = hidden.new_zeros(len(share), hidden.shape[1])
+        everywhere[share != 0] = hidden
+        hidden = everywhere
     if part.module is shared:
-        return ConstantPart(part.share, hidden, None)
+        return ConstantPart(share, hidden, None)
     weight = head.detach().to(dtype)
-    return ConstantPart(part.share, hidden, weight.full_tensor() if isinstance(weight, DTensor) else weight)
+    return ConstantPart(share, hidden, weight.full_tensor() if isinstance(weight, DTensor) else weight)
+
+
+def _rows_read(part: MixturePart, views: BatchInputs) -> tuple[BatchInputs, float | Float[Tensor, " N"]]:
+    """Return what a part reads of a batch, and its share: one number, or one per policy token, 0 where it reads nothing.
+
+    A part that reads no rollout here still runs a forward: under FSDP2 its layers are gathered on all ranks or on none.
+    """
+    if part.reads is None:
+        return views, part.share
+    reads = [part.reads(rollout) for rollout in views.rollouts]
+    shares = [
+        part.share * read for read, rollout in zip(reads, views.rollouts, strict=True) for _ in range(rollout.policy_tokens)
+    ]
+    device = next(part.module.parameters()).device
+    return views.only([i for i, read in enumerate(reads) if read]), torch.tensor(shares, dtype=torch.float32, device=device)

@@ -22,6 +22,8 @@ def build_collector(
 ) -> Collect:
     """Return :func:`pidistill.rollouts.collect_rollouts` with everything filled in that stays the same for a whole run.
 
+    It takes one argument more, ``turn_limit``: what `turn_curriculum` allows at this step.
+
     Args:
         environment: plays the episodes in place of the one that `environment` names.
     """
@@ -30,20 +32,30 @@ def build_collector(
         sampler=sampler,
         tokenizer=tokenizer,
         environment=build(cfg.environment) if environment is None else environment,
-        max_turns=cfg.get("max_turns"),
         environment_threads=cfg.get("environment_threads"),
         environment_timeout_s=cfg.get("environment_timeout_s"),
         max_observation_chars=setting(cfg, "max_observation_chars"),
         shaping=build_shaping(cfg.get("reward_shaping")),
     )
-    how = setting(cfg, "overlong")
+    how, most = setting(cfg, "overlong"), cfg.get("max_turns")
 
-    def collect_and_mark(*args: Any, **kwargs: Any) -> CollectResult:
-        result = collect(*args, **kwargs)
-        mark_overlong(result.rollouts, how)
+    def collect_and_mark(*args: Any, turn_limit: int | None = None, **kwargs: Any) -> CollectResult:
+        cut_short = turn_limit is not None and (most is None or turn_limit < most)
+        result = collect(*args, **{"max_turns": turn_limit if cut_short else most} | kwargs)
+        if how != "train":
+            mark_overlong(result.rollouts, how)
+        if cut_short:
+            mark_cut_short(result.rollouts)
         return result
 
-    return collect if how == "train" else collect_and_mark
+    return collect_and_mark
+
+
+def mark_cut_short(rollouts: Sequence[Rollout]) -> None:
+    """Take the reward from episodes that `turn_curriculum` ended: they teach by distillation, and have not failed."""
+    for rollout in rollouts:
+        if rollout.stop_reason == "max_turns":
+            rollout.stop_reason, rollout.reward, rollout.task_reward = "curriculum", None, None
 
 
 def mark_overlong(rollouts: Sequence[Rollout], how: str) -> None:

@@ -15,7 +15,7 @@ from pidistill.objectives import GRPO, SDPO
 from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
 from pidistill.scoring.mismatch import cuts_off
-from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, SnapshotTeacher, Teacher
+from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, RoutedTeacher, SnapshotTeacher, Teacher
 from pidistill.training.health import reads_rewards
 from pidistill.types import ViewName
 
@@ -42,6 +42,7 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
         raise InputError(f"{method} never looks at a teacher; remove `teacher`, or set objective.report_teacher_kl=True")
     if cfg.get("teacher_model") and not cfg.get("teacher_checkpointer"):
         raise InputError("teacher_model needs a teacher_checkpointer: the student's weights are not the teacher's")
+    _check_routed(cfg, teacher)
     if isinstance(teacher, EMATeacher | SnapshotTeacher) and has_own_teacher(cfg):
         follows = "averages" if isinstance(teacher, EMATeacher) else "copies"
         name = "an EMA" if isinstance(teacher, EMATeacher) else "a snapshot"
@@ -78,6 +79,20 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
     for request in objective.score_request(0).divergences:
         check_divergence(request)
     _check_adapters(shared_empty_model(cfg.model), teacher)
+
+
+def _check_routed(cfg: DictConfig, teacher: Teacher) -> None:
+    """Refuse weights for names that no teacher has, and a model without its weights."""
+    names = set(teacher.teachers) if isinstance(teacher, RoutedTeacher) else set()
+    for key in ("teacher_models", "teacher_checkpointers"):
+        for name in cfg.get(key) or {}:
+            if name not in names:
+                raise InputError(
+                    f"{key}.{name} is read by nothing: teacher.teachers has {', '.join(sorted(names)) or 'no entries'}"
+                )
+    for name in cfg.get("teacher_models") or {}:
+        if name not in (cfg.get("teacher_checkpointers") or {}):
+            raise InputError(f"teacher_models.{name} needs teacher_checkpointers.{name}: the student's weights are not its own")
 
 
 def _check_truncation(cfg: DictConfig, objective: Objective, sampler: Sampler) -> None:
@@ -153,7 +168,8 @@ def _check_adapters(model: nn.Module, teacher: Teacher) -> None:
 
 def has_own_teacher(cfg: DictConfig) -> bool:
     """Return whether another model than the trained one teaches."""
-    return bool(cfg.get("teacher_model") or cfg.get("teacher_checkpointer"))
+    keys = ("teacher_model", "teacher_checkpointer", "teacher_models", "teacher_checkpointers")
+    return any(bool(cfg.get(key)) for key in keys)
 
 
 def build_objective(cfg: DictConfig) -> Objective:

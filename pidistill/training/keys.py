@@ -151,6 +151,8 @@ TABLE: Mapping[str, Key] = {
         Key("teacher", COMPONENT, "the weights that score as the teacher", ROUNDS, null="the trained weights"),
         Key("teacher_model", COMPONENT, "builder of a teacher of its own", ROUNDS, null="`model`"),
         Key("teacher_checkpointer", COMPONENT, "reader of the teacher's weights", ROUNDS, null="`checkpointer`"),
+        Key("teacher_models", MAPPING, "name → builder, of the teachers of a RoutedTeacher", ROUNDS, null="`model` for all"),
+        Key("teacher_checkpointers", MAPPING, "name → reader of that teacher's weights", ROUNDS, null="`checkpointer` for all"),
         Key(
             "teacher_tokenizer", COMPONENT, "tokenizer whose chat template renders the teacher's view; its ids must be the "
             "student's", (*ROUNDS, "evaluate", "sample"), null="`tokenizer`",
@@ -158,6 +160,10 @@ TABLE: Mapping[str, Key] = {
         Key(
             "refill", MAPPING, "samples other prompts in place of groups whose rewards are all equal, in at most `max_batches` "
             "further batches", ("opsd",), null="none",
+        ),
+        Key(
+            "turn_curriculum", MAPPING, "most assistant turns of a training episode: `start`, and one more `every` so many "
+            "steps", ROUNDS, null="`max_turns` from the first step",
         ),
         Key("hindsight", COMPONENT, "privileged information that a round's own rollouts reveal", ("opsd",), null="none"),
         Key("sft_weight", NUMBER, "weight of the mean −log S of the dataset's completions", ROUNDS, 0.0, least=0),

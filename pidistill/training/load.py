@@ -1,6 +1,7 @@
 """Load models from checkpoints: built on the meta device, sharded, filled."""
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from pidistill.models.nf4 import check_shapes, stored_as_in
 from pidistill.models.offloading import offload_activations
 from pidistill.models.peft_format import with_adapter_dir
 from pidistill.models.precision import add_up_norms_in_fp32, keep_trained_weights_in
-from pidistill.teachers import Teacher
+from pidistill.teachers import LiveTeacher, RoutedTeacher, Teacher
 from pidistill.training.keys import setting
+from pidistill.types import Example
 
 # ---------------------------------------------------------------------------------------------- model
 
@@ -108,11 +110,23 @@ def _whole_shard(tensor: Tensor, like: Tensor | None) -> Tensor:
     return DTensor.from_local(tensor, like.device_mesh, like.placements, run_check=False)
 
 
-def load_teacher(cfg: DictConfig, run: Run, teacher: Teacher) -> TransformerDecoder:
-    """Load the initial weights again (with `adapter_dir`'s adapter, if there is one), or those of `teacher_checkpointer`."""
-    node = cfg.get("teacher_model") or cfg.model
-    checkpointer = build(cfg.get("teacher_checkpointer") or cfg.checkpointer, output_dir=str(run.output_dir / ".teacher"))
+def build_teacher(cfg: DictConfig, examples: Iterable[Example]) -> Teacher:
+    """Build `teacher`, the trained model where there is none; refuse a row that a :class:`RoutedTeacher` has no teacher for."""
+    teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
+    for example in examples if isinstance(teacher, RoutedTeacher) else ():
+        teacher.name_of(example)
+    return teacher
+
+
+def load_teacher(cfg: DictConfig, run: Run, teacher: Teacher, name: str | None = None) -> TransformerDecoder:
+    """Load the initial weights again (with `adapter_dir`'s adapter, if there is one), or those of `teacher_checkpointer`.
+
+    ``name`` is that of one of several teachers, whose nodes are in `teacher_models` and `teacher_checkpointers`.
+    """
+    own = {key: (cfg.get(f"{key}s") or {}).get(name) or cfg.get(key) for key in ("teacher_model", "teacher_checkpointer")}
+    node = own["teacher_model"] or cfg.model
+    checkpointer = build(own["teacher_checkpointer"] or cfg.checkpointer, output_dir=str(run.output_dir / ".teacher"))
     weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
-    if not cfg.get("teacher_checkpointer"):
+    if not own["teacher_checkpointer"]:
         weights = with_adapter_dir(cfg, node, weights)
     return load_model(cfg, run, node, weights, trained=False, averaged=teacher.averages)

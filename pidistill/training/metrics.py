@@ -11,6 +11,7 @@ that was not computed is absent; nothing stands in for it.
 | success_frac | share of this round's rollouts with reward ≥ `eval_success_threshold`, `reward_shaping` left out |
 | kl_teacher_student_nats | kl(teacher||student) per policy token, full vocabulary, on the sampled traces |
 | kl_student_teacher_nats | kl(student||teacher), likewise |
+| kl_teacher_student_nats/<name> … | the same, and the teacher's entropy and NLL, on the rows of one of several teachers |
 | kl_teacher_student_q1 … q4 | the same by quarter of the completion |
 | entropy_nats, teacher_entropy_nats | entropy per policy token of the student and of the teacher view |
 | student_nll_nats, teacher_nll_nats | −log-prob per sampled token in the student and in the teacher view |
@@ -81,8 +82,16 @@ from pidistill.types import Batch, Rollout, RolloutAdvantage, Scores
 # ---------------------------------------------------------------------------------------------- numbers of a batch
 
 
-def token_sums(batch: Batch, scores: Scores, extra: dict[str, Tensor]) -> dict[str, float]:
-    """Return sums over the policy tokens of a micro-batch; added over batches and ranks and divided by their number: means."""
+OF_TEACHER = ("kl_teacher_student_nats", "kl_student_teacher_nats", "teacher_entropy_nats", "teacher_nll_nats")
+
+
+def token_sums(
+    batch: Batch, scores: Scores, extra: dict[str, Tensor], teachers: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Return sums over the policy tokens of a micro-batch; added over batches and ranks and divided by their number: means.
+
+    ``teachers``: the name of each rollout's teacher; its numbers are then also summed as ``<metric>/<name>``.
+    """
     columns = dict(extra)
     for divergence, value in scores.divergences.items():
         if divergence.grad == "none" or divergence.fn is not None:
@@ -96,6 +105,12 @@ def token_sums(batch: Batch, scores: Scores, extra: dict[str, Tensor]) -> dict[s
         if logprobs is not None:
             columns[f"{view}_nll_nats"] = -logprobs
     sums = {name: value.detach().double().sum().item() for name, value in columns.items()}
+    for name in sorted(set(teachers or ())):
+        own = torch.tensor([other == name for other in teachers], device=batch.rollout_index.device)[batch.rollout_index]
+        for metric in OF_TEACHER:
+            if metric in columns:
+                key = f"{metric}/{name}"
+                sums |= {key: columns[metric].detach()[own].double().sum().item(), f"_{key}_tokens": float(own.sum())}
     kl = columns.get("kl_teacher_student_nats")
     if kl is not None and kl.numel():
         sums |= _by_quarter("kl_teacher_student_q", kl.detach(), batch)

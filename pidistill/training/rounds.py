@@ -44,6 +44,7 @@ class RoundSizes:
         self.score_chunk_tokens = cfg.get("score_chunk_tokens")
         self._eval_every = cfg.get("eval_every_steps")
         self._refills = _refill_batches(cfg)
+        self._curriculum = _turn_curriculum(cfg)
 
     @property
     def must_match(self) -> dict[str, int]:
@@ -64,6 +65,10 @@ class RoundSizes:
         for update in range(self.updates):
             chosen = {(update * groups + i) % self.prompts for i in range(groups)}
             yield [pair for pair in pairs if pair[0].group in chosen]
+
+    def turn_limit(self, step: int) -> int | None:
+        """Return how many assistant turns an episode may have at this step, start + ⌊step / every⌋; None without a limit."""
+        return None if self._curriculum is None else self._curriculum[0] + step // self._curriculum[1]
 
     def refill(
         self,
@@ -115,6 +120,24 @@ def _refill_batches(cfg: DictConfig) -> int:
             "remove refill, or set objective._component_=pidistill.objectives.GRPO"
         )
     return most
+
+
+def _turn_curriculum(cfg: DictConfig) -> tuple[int, int] | None:
+    """Return (start, every) of `turn_curriculum`; None where there is none."""
+    node = cfg.get("turn_curriculum")
+    if node is None:
+        return None
+    start, every = node.get("start"), node.get("every")
+    if set(node) != {"start", "every"} or any(type(x) is not int or x < 1 for x in (start, every)):
+        raise InputError(
+            f"turn_curriculum={dict(node)} must be {{start: turns at first, every: steps for one turn more}}, whole numbers of "
+            "at least 1"
+        )
+    if cfg.get("hindsight") or cfg.get("refill") or resolve(cfg.objective._component_).guides_failed_groups:
+        raise InputError(
+            "turn_curriculum ends episodes without a reward, and hindsight, refill and Guide-GRPO choose by rewards; remove one"
+        )
+    return start, every
 
 
 def _uniform_groups(rollouts: Sequence[Rollout], groups: int) -> list[int]:
