@@ -335,6 +335,8 @@ class RoutedTeacher(Teacher):
     can_sample = False
 
     def __init__(self, key: str, teachers: Mapping[str, Teacher], default: str | None = None, balance: str = "tokens") -> None:
+        teachers = {str(name): teacher for name, teacher in teachers.items()}
+        default = None if default is None else str(default)
         if not teachers or (default is not None and default not in teachers):
             known = ", ".join(teachers) or "none"
             raise InputError(
@@ -344,11 +346,12 @@ class RoutedTeacher(Teacher):
             raise InputError(f"teacher.balance={balance} is unknown; choose tokens or teachers")
         if any(isinstance(teacher, RoutedTeacher) for teacher in teachers.values()):
             raise InputError("teacher.teachers holds a RoutedTeacher; name all teachers in one")
-        self.key, self.teachers, self.default, self._balance = key, dict(teachers), default, balance
+        self.key, self.teachers, self.default, self._balance = key, teachers, default, balance
 
     def name_of(self, example: Example) -> str:
         """Return the name of the example's teacher; InputError where it has none."""
-        name = example.data.get(self.key, self.default)
+        given = example.data.get(self.key)
+        name = self.default if given is None else str(given)
         if name not in self.teachers:
             raise InputError(
                 f"{example.id}: its {self.key} is {name!r}, and teacher.teachers has {', '.join(self.teachers)}; add that "

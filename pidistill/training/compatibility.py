@@ -86,7 +86,7 @@ def _check_routed(cfg: DictConfig, teacher: Teacher) -> None:
     names = set(teacher.teachers) if isinstance(teacher, RoutedTeacher) else set()
     for key in ("teacher_models", "teacher_checkpointers"):
         for name in cfg.get(key) or {}:
-            if name not in names:
+            if str(name) not in names:
                 raise InputError(
                     f"{key}.{name} is read by nothing: teacher.teachers has {', '.join(sorted(names)) or 'no entries'}"
                 )

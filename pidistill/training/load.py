@@ -118,12 +118,18 @@ def build_teacher(cfg: DictConfig, examples: Iterable[Example]) -> Teacher:
     return teacher
 
 
+def node_of_teacher(nodes: DictConfig | None, name: str | None) -> DictConfig | None:
+    """Return the node of a mapping by a teacher's name, which YAML may have read as a number."""
+    return {str(key): node for key, node in (nodes or {}).items()}.get(str(name))
+
+
 def load_teacher(cfg: DictConfig, run: Run, teacher: Teacher, name: str | None = None) -> TransformerDecoder:
     """Load the initial weights again (with `adapter_dir`'s adapter, if there is one), or those of `teacher_checkpointer`.
 
     ``name`` is that of one of several teachers, whose nodes are in `teacher_models` and `teacher_checkpointers`.
     """
-    own = {key: (cfg.get(f"{key}s") or {}).get(name) or cfg.get(key) for key in ("teacher_model", "teacher_checkpointer")}
+    keys = ("teacher_model", "teacher_checkpointer")
+    own = {key: node_of_teacher(cfg.get(f"{key}s"), name) or cfg.get(key) for key in keys}
     node = own["teacher_model"] or cfg.model
     checkpointer = build(own["teacher_checkpointer"] or cfg.checkpointer, output_dir=str(run.output_dir / ".teacher"))
     weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
