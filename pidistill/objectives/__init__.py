@@ -19,6 +19,7 @@ from pidistill.objectives.rlsd import RLSD
 from pidistill.objectives.sdar import SDAR
 from pidistill.objectives.sdft import SDFT
 from pidistill.objectives.sdpo import SDPO
+from pidistill.objectives.semi_opd import SemiOPD
 
 __all__ = [
     "GKD",
@@ -36,4 +37,5 @@ __all__ = [
     "GuideGRPO",
     "Objective",
     "PiDistill",
+    "SemiOPD",
 ]
