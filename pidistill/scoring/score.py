@@ -22,6 +22,7 @@ from pidistill.models.precision import compute_dtype_of
 from pidistill.scoring.equal_views import have_equal_weights, share_equal_views
 from pidistill.scoring.head import ConstantPart, apply_head
 from pidistill.scoring.head_numbers import ScorePlan
+from pidistill.scoring.served_teacher import ServedTeacher, served_logprobs, with_served, without_served
 from pidistill.scoring.tree_attention import read_trees
 from pidistill.teachers import MixturePart, Teacher
 from pidistill.types import Batch, BatchInputs, ModelInput, PerTokenLoss, ScoreRequest, Scores, ViewName
@@ -61,10 +62,29 @@ def score(
     """
     if not torch.is_grad_enabled():
         request = replace(request, student_grad=False, teacher_grad=False)
+    if isinstance(teacher, ServedTeacher) and "teacher" in request.views:
+        return _score_served(model, batch, request, teacher, temperature, chunk_tokens, loss)
     of_slice = None if loss is None else lambda part, scores: loss(batch.slice(part), scores)
     plan = ScorePlan(batch.targets, request, temperature, chunk_tokens, of_slice, batch.kept)
     with torch.set_grad_enabled(request.student_grad or request.teacher_grad):
         return plan.as_scores(_score(plan, model, batch, _voices(teacher, model)))
+
+
+def _score_served(
+    model: TransformerDecoder,
+    batch: Batch,
+    request: ScoreRequest,
+    teacher: ServedTeacher,
+    temperature: float,
+    chunk_tokens: int | None,
+    loss: PerTokenLoss | None,
+) -> Scores:
+    """Return the student's numbers from the model, and the sampled tokens' log-probs from the teacher's server."""
+    numbers = served_logprobs(teacher, batch.views.rollouts, batch.targets.device)
+    of_slice = None if loss is None else lambda part, scores: loss(batch.slice(part), with_served(scores, numbers[part]))
+    plan = ScorePlan(batch.targets, without_served(request), temperature, chunk_tokens, of_slice, batch.kept)
+    with torch.set_grad_enabled(request.student_grad):
+        return with_served(plan.as_scores(_score(plan, model, batch, [])), numbers)
 
 
 def student_nll(batch: Batch, scores: Scores) -> Float[Tensor, " N"]:

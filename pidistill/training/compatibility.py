@@ -15,6 +15,7 @@ from pidistill.objectives import GRPO, SDPO
 from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
 from pidistill.scoring.mismatch import cuts_off
+from pidistill.scoring.served_teacher import check_served
 from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, RoutedTeacher, SnapshotTeacher, Teacher
 from pidistill.training.health import reads_rewards
 from pidistill.types import ViewName
@@ -43,6 +44,7 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
     if cfg.get("teacher_model") and not cfg.get("teacher_checkpointer"):
         raise InputError("teacher_model needs a teacher_checkpointer: the student's weights are not the teacher's")
     _check_routed(cfg, teacher)
+    check_served(teacher, objective, sampler.temperature, method)
     if isinstance(teacher, EMATeacher | SnapshotTeacher) and has_own_teacher(cfg):
         follows = "averages" if isinstance(teacher, EMATeacher) else "copies"
         name = "an EMA" if isinstance(teacher, EMATeacher) else "a snapshot"
