@@ -109,12 +109,12 @@ def test_faults_are_retried_and_then_told_in_one_sentence():
     with serving(Server(model(3), faults)) as url:
         assert ServedTeacher(url, "big", backoff_s=0.0).logprobs(rollouts)
     rollouts, _ = rollouts_and_batch(1)
-    with serving(Server(model(3), faults)) as url:
-        with pytest.raises(InputError, match=r"server at .* gave status 429 for row 0 \(3 tries\); check teacher\.base_url"):
-            ServedTeacher(url, "big", backoff_s=0.0, retries=2).logprobs(rollouts)
-    with serving(Server(model(3), [(404, b"")])) as url:
-        with pytest.raises(InputError, match=r"gave status 404 for row 0 \(1 tries\)"):
-            ServedTeacher(url, "big", backoff_s=0.0).logprobs(rollouts)
+    told = r"server at .* gave status 429 for row 0 \(3 tries\); check teacher\.base_url"
+    with serving(Server(model(3), faults)) as url, pytest.raises(InputError, match=told):
+        ServedTeacher(url, "big", backoff_s=0.0, retries=2).logprobs(rollouts)
+    told = r"gave status 404 for row 0 \(1 tries\)"
+    with serving(Server(model(3), [(404, b"")])) as url, pytest.raises(InputError, match=told):
+        ServedTeacher(url, "big", backoff_s=0.0).logprobs(rollouts)
     with pytest.raises(InputError, match=r"gave ConnectionRefusedError for row 0 \(2 tries\)"):
         ServedTeacher(url, "big", backoff_s=0.0, retries=1).logprobs(rollouts)
 
