@@ -1,7 +1,5 @@
 """Several teachers, one per row: each row's numbers and gradient are those of its own teacher, whatever stands beside it."""
 
-import math
-
 import pytest
 import torch
 
@@ -11,7 +9,6 @@ from pidistill.scoring.score import score
 from pidistill.teachers import EMATeacher, FrozenTeacher, LiveTeacher, RoutedTeacher, TrustRegionTeacher
 from pidistill.training.metrics import token_means, token_sums
 from tests.support.builders import batch_of, gradients, model, random_rollouts, relative_difference
-from tests.support.runs import metrics, run, small_config
 
 NAMES = ("math", "code")
 
@@ -161,29 +158,3 @@ def test_what_no_teacher_is_named_for_is_refused():
     ):
         with pytest.raises(InputError, match=match):
             RoutedTeacher("domain", **settings)
-
-
-ROUTED = {
-    "_component_": "pidistill.teachers.RoutedTeacher",
-    "key": "given_calls",
-    "default": 0,
-    "balance": "teachers",
-    "teachers": {0: {"_component_": "pidistill.teachers.FrozenTeacher"}, 1: {"_component_": "pidistill.teachers.LiveTeacher"}},
-}
-
-
-def test_a_run_with_two_teachers_reports_each_and_unknown_keys_are_refused_before_weights_load(tiny_base, tmp_path):
-    changes = {
-        "teacher": ROUTED,
-        "dataset__prefix_turns": [0, 1],
-        "dataset__max_rows": 4,
-        "max_steps": 2,
-        "prompts_per_round": 4,
-    }
-    run("opsd_ucla", small_config("opsd_ucla", tiny_base, tmp_path / "run", **changes))
-    rows = metrics(tmp_path / "run")
-    assert any(f"kl_teacher_student_nats/{name}" in row for row in rows for name in (0, 1))
-    assert all(math.isfinite(row["loss"]) for row in rows)
-    wrong = changes | {"dataset__prefix_turns": [0, 1, 2], "checkpointer__checkpoint_dir": str(tmp_path / "absent")}
-    with pytest.raises(InputError, match=r"its given_calls is 2, and teacher\.teachers has 0, 1"):
-        run("opsd_ucla", small_config("opsd_ucla", tiny_base, tmp_path / "wrong", **wrong))

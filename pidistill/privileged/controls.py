@@ -96,11 +96,12 @@ def match_length(example: Example, filler: str, prompt_tokens: Callable[[Example
     target, one = prompt_tokens(example), prompt_tokens(_filled(example, filler, 1))
     per_word = (prompt_tokens(_filled(example, filler, 33)) - one) / 32
     words = 1 + int((target - one) / max(per_word, 1.0))
-    for count in range(words + 1, max(0, words - 3), -1):
-        for extra in range(4):  # where a word with its space is two tokens, words without one make the rest
-            shown = _filled(example, filler, count, extra)
-            if prompt_tokens(shown) == target:
-                return shown
+    counts = range(words + 1, max(0, words - 3), -1)
+    # Where a word with its space is two tokens, words without one make the rest.
+    for count, extra in [(count, extra) for extra in range(4) for count in counts]:
+        shown = _filled(example, filler, count, extra)
+        if prompt_tokens(shown) == target:
+            return shown
     raise InputError(
         f"{example.id}: no number of {filler!r} in place of the privileged information makes a teacher's prompt of {target:,} "
         "tokens, which privileged.control: length_matched needs; set privileged.filler to a word that is one token wherever it "

@@ -251,7 +251,7 @@ def _draw(logits: Float[Tensor, "B V"], rows: list[_Row], request: Request) -> N
 
 def _choose(
     logits: Float[Tensor, "B V"], rows: list[_Row], request: Request
-) -> tuple[Int[Tensor, " B"], Float64[Tensor, " B"], list[np.ndarray | None] | None]:
+) -> tuple[Int[Tensor, " B"], Float64[Tensor, " B"], list[list[int] | None] | None]:
     """Draw one token per row, and return its log-prob under the distribution it is drawn from; not finite if a logit is not.
 
     Where rows record them, also the ids that were left to draw from: None in a row from which nothing was cut.
@@ -270,10 +270,10 @@ def _choose(
     return *draw(scores, uniforms), kept
 
 
-def _kept_ids(scores: Float[Tensor, "B V"]) -> list[np.ndarray | None]:
+def _kept_ids(scores: Float[Tensor, "B V"]) -> list[list[int] | None]:
     """Return the ids with a probability, per row; None where those are all."""
     left = (scores > -torch.inf).cpu().numpy()
-    return [None if row.all() else row.nonzero()[0].astype(np.int32) for row in left]
+    return [None if row.all() else row.nonzero()[0].tolist() for row in left]
 
 
 def _check_finite(logprobs: list[float], rows: list[_Row]) -> None:

@@ -84,6 +84,8 @@ class RoundSizes:
         What is replaced stays in the round's reports and gets a group number that no step trains on. Which rows come instead
         depends on the seed, the round and the group's number alone, so that a resumed run draws the same ones.
         """
+        if self._refills:
+            counts["refilled_groups"] = 0.0
         for batch in range(self._refills):
             uniform = _uniform_groups(rollouts, self.prompts)
             if not run.sum(len(uniform)):
@@ -93,7 +95,7 @@ class RoundSizes:
             for rollout in rollouts:
                 if rollout.group in uniform:
                     rollout.group += self.prompts * (batch + 1)
-            counts["refilled_groups"] = counts.get("refilled_groups", 0.0) + len(uniform)
+            counts["refilled_groups"] += len(uniform)
             rollouts = rollouts + sample([(g, order[g]) for g in uniform], "student", self.group_size * (batch + 1))
         if self._refills:
             counts["uniform_groups"] = float(len(_uniform_groups(rollouts, self.prompts)))

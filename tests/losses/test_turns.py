@@ -13,7 +13,6 @@ from pidistill.training.collector import mark_cut_short
 from pidistill.training.rounds import RoundSizes
 from pidistill.types import Scores
 from tests.support.builders import batch_of, random_rollouts
-from tests.support.runs import metrics, run, small_config
 
 NOTHING = Scores(None, None, {}, None, None)
 
@@ -92,30 +91,3 @@ def test_what_the_curriculum_ends_has_no_reward_and_a_reason_of_its_own():
     mark_cut_short(rollouts)
     assert (rollouts[0].stop_reason, rollouts[0].reward, rollouts[0].task_reward) == ("curriculum", None, None)
     assert rollouts[1].stop_reason == "done" and rollouts[1].reward is not None
-
-
-def test_a_run_distils_episodes_that_the_curriculum_ends_and_counts_no_success_or_failure_of_them(tiny_base, tmp_path):
-    """The environment of these runs has two turns; with a limit of one no episode that takes both is judged."""
-    rounds = []
-
-    def watch(recipe):
-        sample_round = recipe.sample_round
-
-        def sampled():
-            rounds.append(sample_round())
-            return rounds[-1]
-
-        recipe.sample_round = sampled
-
-    changes = {"turn_curriculum": {"start": 1, "every": 2}, "max_steps": 3, "sampler__max_new_tokens": 16}
-    run("opsd", small_config("opsd", tiny_base, tmp_path, **changes), watch)
-    rows = metrics(tmp_path)
-    limits = [1, 1, 2]
-    for row, rollouts, limit in zip(rows, rounds, limits, strict=True):
-        assert all(len(r.turn_policy_tokens) <= limit for r in rollouts)
-        judged = [r for r in rollouts if r.stop_reason != "curriculum"]
-        assert all((r.reward is None) == (r.stop_reason == "curriculum") for r in rollouts)
-        if judged:
-            assert row["success_frac"] == pytest.approx(sum(r.reward >= 1.0 for r in judged) / len(judged))
-        assert row["policy_tokens"] == sum(r.policy_tokens for r in rollouts)
-    assert not any(r.stop_reason == "curriculum" for r in rounds[2])

@@ -10,10 +10,8 @@ from pidistill.errors import InputError
 from pidistill.objectives import SemiOPD
 from pidistill.rollouts.selections import All, trace_row
 from pidistill.types import Example, PromptPair, Rollout, Scores
-from tests.recipes.test_every_config import shrunk
 from tests.support.builders import batch_of, random_rollouts
 from tests.support.oracles import MarkovChain
-from tests.support.runs import metrics, run
 
 
 def fixed_samples(chain: MarkovChain, W: torch.Tensor, S0: torch.Tensor):
@@ -110,33 +108,3 @@ def test_what_was_sampled_is_written_and_read_again_as_it_was():
         fresh.example = Example("row 0", [], data=row | {"sampled": row["sampled"] | change})
         with pytest.raises(InputError, match=match):
             recorded_completion(fresh, vocab_size=50)
-
-
-def test_a_run_starts_at_ratio_1_samples_nothing_and_at_rate_0_its_epochs_are_alike(tiny_base, tmp_path):
-    def stage(name: str):
-        assert name in ("base", "semi_opd_sample")
-        return tiny_base.parent if name == "base" else tmp_path / "sample"
-
-    def config(name: str, folder):
-        cfg = shrunk(name, folder, stage)
-        cfg.checkpointer.checkpoint_dir, cfg.checkpointer.checkpoint_files = str(tiny_base), ["model.safetensors"]
-        return cfg
-
-    run("semi_opd_sample", config("semi_opd_sample", tmp_path / "sample"))
-    cfg = config("semi_opd", tmp_path / "run")
-    cfg.objective.form, cfg.eval_dataset, cfg.optimizer.lr = "importance", None, 0.0
-    cfg.prompts_per_round, cfg.max_steps = 24, 2
-
-    def refuse_to_sample(recipe):
-        sample = recipe._sampler.sample
-
-        def watched(model, prompts, **more):
-            assert not prompts
-            return sample(model, prompts, **more)
-
-        recipe._sampler.sample = watched
-
-    run("semi_opd", cfg, refuse_to_sample)
-    first, second = metrics(tmp_path / "run")
-    assert first["ratio_mean"] == pytest.approx(1.0, abs=1e-5) and first["policy_tokens"] == second["policy_tokens"]
-    assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)

@@ -16,7 +16,6 @@ from pidistill.types import Divergence, RolloutAdvantage, Scores
 from tests.objectives.test_kl_modes import expected_gradient
 from tests.support.builders import batch_of, random_rollouts
 from tests.support.oracles import MarkovChain
-from tests.support.runs import Stop, assert_same_tensors, run, small_config, stop_after_row, weights
 
 CHAINS = [(seed, end) for seed in range(3) for end in (None, 1)]
 REWARD_FREE = {"clip_low": 0.0, "clip_high": 1e9}
@@ -214,27 +213,3 @@ def test_rows_without_privileged_information_have_factor_1_unless_another_model_
     for settings in ({"gap_clip": 1.0}, {"only": "some"}, {"gap_weight": 2.0}, {"no_pi": "drop"}):
         with pytest.raises(InputError, match=f"objective.{next(iter(settings))}="):
             RLSD(**settings)
-
-
-def test_a_run_with_a_snapshot_teacher_copies_at_the_same_steps_after_a_resume(tiny_base, tmp_path):
-    changes = {"max_steps": 5, "teacher__sync_steps": 2, "optimizer__lr": 0.03, "lr_scheduler": None}
-    updates = []
-    run("rlsd", small_config("rlsd", tiny_base, tmp_path / "whole", **changes), lambda recipe: watch_teacher(recipe, updates))
-    assert updates == [False, True, False, True, False]
-    config = small_config("rlsd", tiny_base, tmp_path / "parts", save_every_steps=1, **changes)
-    with pytest.raises(Stop):
-        run("rlsd", config, stop_after_row(3))
-    config.resume_from_checkpoint = True
-    run("rlsd", config)
-    assert_same_tensors(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
-
-
-def watch_teacher(recipe, updates: list[bool]) -> None:
-    """Note after each step whether the teacher's weights have just become the student's."""
-    update = recipe.update
-
-    def watched(*arguments):
-        update(*arguments)
-        updates.append(torch.equal(recipe._teacher.module.output.weight, recipe._model.output.weight))
-
-    recipe.update = watched

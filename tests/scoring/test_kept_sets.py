@@ -18,7 +18,6 @@ from pidistill.scoring.score import score
 from pidistill.types import Example, KeptSets, PromptPair, Rollout, ScoreRequest, Scores
 from tests.support.builders import VOCABULARY, batch_of, model, random_rollouts, relative_difference
 from tests.support.oracles import MarkovChain
-from tests.support.runs import metrics, run, small_config
 
 # ------------------------------------------------------------------------------------------- the chain
 
@@ -201,22 +200,6 @@ def test_a_token_outside_its_recorded_set_is_refused_and_vllm_says_that_it_recor
         VLLMSampler(max_new_tokens=4, model_dir="unused", record_kept=True)
 
 
-def test_with_top_p_and_top_k_a_run_with_replay_has_ratio_1_and_no_mismatch_and_takes_masks(tiny_base, tmp_path):
-    changes = {"sampler__top_p": 0.8, "sampler__top_k": 20, "max_steps": 2}
-    mask = {"_component_": "pidistill.scoring.mismatch.MismatchMask"}
-    run("opsd", small_config("opsd", tiny_base, tmp_path / "on", sampler__record_kept=True, mismatch_mask=mask, **changes))
-    for row in metrics(tmp_path / "on"):
-        assert row["sampler_mismatch_max_nats"] < 1e-4
-        assert row["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
-        assert row["masked_tokens"] == row["masked_rollouts"] == 0
-    for refused, match in (
-        ({"mismatch_mask": mask}, r"mismatch_mask compares π/μ with 1, .* set sampler\.record_kept=True"),
-        ({"sampler__top_p": 0.7}, r"sampler\.top_p=0\.7 is below objective\.clip_low=0\.8"),
-    ):
-        with pytest.raises(InputError, match=match):
-            run("opsd", small_config("opsd", tiny_base, tmp_path / "off", **changes | refused))
-
-
 # ------------------------------------------------------------------------------------------- masks
 
 
@@ -243,7 +226,7 @@ def ratios_of(rows: list[list[float]], metric: str, low: float, high: float) -> 
 def test_masks_equal_their_definition_are_counted_and_take_the_whole_loss(metric, seed):
     mask, rollouts = MismatchMask(metric), [replace(r, sampled_by="student") for r in random_rollouts(12, seed)]
     batch = batch_of(rollouts)
-    spread = {"geometric_mean": 0.012, "any_ratio": 6.0}.get(metric, 1.0)
+    spread = {"geometric_mean": 0.03, "any_ratio": 6.0}.get(metric, 1.0)
     gaps = spread * torch.randn(len(batch.targets), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     lengths = [r.policy_tokens for r in rollouts]
     rows = [[math.exp(x) for x in part.tolist()] for part in gaps.split(lengths)]

@@ -15,7 +15,6 @@ from pidistill.scoring.score import score
 from pidistill.scoring.served_teacher import ServedTeacher, check_served
 from pidistill.types import RolloutAdvantage
 from tests.support.builders import batch_of, gradients, model, random_rollouts, relative_difference
-from tests.support.runs import metrics, run, small_config
 
 
 class Server:
@@ -143,15 +142,3 @@ def test_what_needs_more_than_the_sampled_tokens_is_refused():
     ):
         with pytest.raises(InputError, match=match):
             ServedTeacher(**{"base_url": "http://localhost:1/v1", "model": "big"} | settings)
-
-
-def test_a_run_learns_from_a_served_teacher(tiny_base, tmp_path):
-    from torchtune.models.llama3 import llama3
-
-    module = llama3(vocab_size=85, num_layers=1, num_heads=4, num_kv_heads=4, embed_dim=32, max_seq_len=96, intermediate_dim=64)
-    with serving(Server(module)) as url:
-        node = {"_component_": "pidistill.scoring.served_teacher.ServedTeacher", "base_url": url, "model": "big"}
-        changes = {"teacher": node, "teacher_checkpointer": None, "max_steps": 2}
-        run("opd", small_config("opd", tiny_base, tmp_path, **changes))
-    for row in metrics(tmp_path):
-        assert row["teacher_nll_nats"] > 0 and row["grad_norm"] > 0 and "kl_teacher_student_nats" not in row
