@@ -28,9 +28,12 @@ def kept_of(chain: MarkovChain, top_k: int, top_p: float) -> torch.Tensor:
 
 
 def truncated(W: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """[V+1, V] log π_K, written out: probabilities of the kept ids over their sum."""
-    p = torch.softmax(W, -1) * kept
-    return torch.log(p / p.sum(-1, keepdim=True))
+    """[V+1, V] log π_K, written out: each kept id's logit against those of the kept ids; -inf elsewhere."""
+    rows = []
+    for logits, keep in zip(W, kept, strict=True):
+        total = torch.stack([logits[v].exp() for v in range(len(keep)) if keep[v]]).sum().log()
+        rows.append(torch.stack([logits[v] - total if keep[v] else logits.new_tensor(-torch.inf) for v in range(len(keep))]))
+    return torch.stack(rows)
 
 
 def sequences_of(chain: MarkovChain, kept: torch.Tensor) -> list[tuple[int, ...]]:
