@@ -1,4 +1,4 @@
-"""Whose weights score the teacher view: the trained model's own, its initial ones, an average, a mixture, or another model's.
+"""Say whose weights score the teacher view: the trained model's own, its initial ones, an average, a mixture, or another's.
 
 A teacher has the weights only; what it *knows* (privileged information) is in its prompt. Its state is part of a checkpoint.
 """
@@ -17,14 +17,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import disable_adapter
 
 from pidistill.errors import InputError
 from pidistill.models.adapters import has_adapters
+from pidistill.models.protocol import Decoder
 from pidistill.types import Example, Rollout, RolloutKey
 
-LoadCopy = Callable[[], TransformerDecoder]
+LoadCopy = Callable[[], Decoder]
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class MixturePart:
     """
 
     share: float
-    module: TransformerDecoder
+    module: Decoder
     adapters: bool = True
     memory: "HiddenMemory | None" = None
     reads: Callable[[Rollout], bool] | None = None
 
     @contextmanager
-    def weights(self) -> Iterator[TransformerDecoder]:
+    def weights(self) -> Iterator[Decoder]:
         """Yield the module as this part computes, to sample or score with inside the `with`."""
         if self.adapters:
             yield self.module
@@ -61,21 +61,15 @@ NO_ADAPTERS = (
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Whose weights score the teacher view. A teacher subclasses this and says what differs.
+    """Say whose weights score the teacher view. A teacher subclasses this and says what differs.
 
     As written here it holds no weights and no state, and it can sample.
-
-    Attributes:
-        live: True where the trained model itself is the teacher; only then can the teacher view be trained.
-        own_weights: True where it holds weights beside the trained model's; only then can they be another checkpoint's.
-        averages: True where it adds small steps to weights of its own, which then must not be rounded to `compute_dtype`.
-        can_sample: False where its distribution is no single model's, so that the sampler cannot draw from it.
     """
 
-    live: bool = False
-    own_weights: bool = False
-    averages: bool = False
-    can_sample: bool = True
+    live: bool = False  # True where the trained model itself is the teacher; only then can the teacher view be trained
+    own_weights: bool = False  # True where it has weights beside the trained model's, which can be another checkpoint's
+    averages: bool = False  # True where it adds small steps to its own weights, which must not be rounded to `compute_dtype`
+    can_sample: bool = True  # False where its distribution is no single model's, so that the sampler cannot draw from it
 
     def attach(self, load_copy: LoadCopy) -> None:
         """Take what is needed once the trained model is set up; ``load_copy`` loads (and shards) the initial weights again."""
@@ -85,11 +79,11 @@ class Teacher(Protocol):
         """Follow the trained model after an optimiser step."""
         return None
 
-    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+    def mixture(self, model: Decoder) -> list[MixturePart]:
         """Return the parts whose logits add up to the teacher's, ``model`` being the trained one; their shares sum to 1."""
         ...
 
-    def sampling_weights(self, model: TransformerDecoder) -> AbstractContextManager[TransformerDecoder]:
+    def sampling_weights(self, model: Decoder) -> AbstractContextManager[Decoder]:
         """Return the context in which the teacher's weights sample."""
         (part,) = self.mixture(model)
         return part.weights()
@@ -116,12 +110,12 @@ class LiveTeacher(Teacher):
 
     live = True
 
-    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+    def mixture(self, model: Decoder) -> list[MixturePart]:
         return [MixturePart(1.0, model)]
 
 
 class HiddenMemory:
-    """Hidden states [policy tokens, H] of rollouts that a teacher has read before, for weights that never change.
+    """Keep hidden states [policy tokens, H] of rollouts that a teacher has read before, for weights that never change.
 
     For rollouts that are scored several times: by the behaviour's KL and the update, by several updates of a round, or, a
     dataset's completions, in every epoch. A micro-batch is read again where one of its rollouts is not kept, on any rank. What
@@ -173,7 +167,7 @@ class AdapterOffTeacher(Teacher):
     def __init__(self, cache_gib: float = 0.0) -> None:
         self._memory = HiddenMemory(cache_gib) if cache_gib else None
 
-    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+    def mixture(self, model: Decoder) -> list[MixturePart]:
         return [MixturePart(1.0, model, adapters=False, memory=self._memory)]
 
 
@@ -195,12 +189,12 @@ class FrozenTeacher(Teacher):
     def attach(self, load_copy: LoadCopy) -> None:
         self.module = _frozen(load_copy())
 
-    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+    def mixture(self, model: Decoder) -> list[MixturePart]:
         return [MixturePart(1.0, self.module, memory=self._memory)]
 
 
 class TrustRegionTeacher(Teacher):
-    """Teacher logits = (1 − live_share)·reference + live_share·live, a step from the reference towards the student.
+    """Teach with logits (1 − live_share)·reference + live_share·live, a step from the reference towards the student.
 
     SDPO's (arXiv 2601.20802) at .01. The reference is the initial model or that of `teacher_checkpointer`; both see the teacher
     view, and neither gets gradient. A distribution of two models' logits is no model's own: it scores, and cannot sample.
@@ -211,25 +205,23 @@ class TrustRegionTeacher(Teacher):
 
     def __init__(self, live_share: float = 0.01) -> None:
         if not 0.0 < live_share < 1.0:
-            raise InputError(
-                f"teacher.live_share={live_share} is outside (0, 1); use FrozenTeacher for 0 and LiveTeacher for 1"
-            )
+            raise InputError(f"teacher.live_share={live_share} is outside (0, 1); use FrozenTeacher for 0, LiveTeacher for 1")
         self.live_share = live_share
 
     def attach(self, load_copy: LoadCopy) -> None:
         self.module = _frozen(load_copy())
 
-    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+    def mixture(self, model: Decoder) -> list[MixturePart]:
         return [MixturePart(1.0 - self.live_share, self.module), MixturePart(self.live_share, model)]
 
-    def sampling_weights(self, model: TransformerDecoder) -> AbstractContextManager[TransformerDecoder]:
+    def sampling_weights(self, model: Decoder) -> AbstractContextManager[Decoder]:
         raise InputError("a trust-region teacher mixes two models' logits and cannot sample; choose another teacher")
 
 
 class EMATeacher(Teacher):
-    """φ ← (1−rate)·φ + rate·θ after every optimiser step, starting from the initial weights.
+    """Teach with an average, φ ← (1−rate)·φ + rate·θ after every optimiser step, starting from the initial weights.
 
-    The average is kept in fp32 whatever the model's dtype: in bf16 a small rate would round every step away. Where the weights
+    The average is kept in fp32 with any dtype of the model: in bf16 a small rate would round every step away. Where the weights
     are in fp32, as in mixed precision, they are the average themselves, without a copy. Of a model with LoRA adapters these
     alone are averaged; the rest never moves.
     """
@@ -244,7 +236,7 @@ class EMATeacher(Teacher):
             )
         self.rate = rate
 
-    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+    def mixture(self, model: Decoder) -> list[MixturePart]:
         return [MixturePart(1.0, self.module)]
 
     def attach(self, load_copy: LoadCopy) -> None:
@@ -290,7 +282,7 @@ class SnapshotTeacher(Teacher):
         self._copied = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         self.module = _frozen(module)
 
-    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+    def mixture(self, model: Decoder) -> list[MixturePart]:
         return [MixturePart(1.0, self.module)]
 
     @torch.no_grad()
@@ -359,7 +351,7 @@ class RoutedTeacher(Teacher):
             )
         return name
 
-    def attach(self, load_copy: Callable[..., TransformerDecoder]) -> None:
+    def attach(self, load_copy: Callable[..., Decoder]) -> None:
         for name, teacher in self.teachers.items():
             teacher.attach(partial(load_copy, teacher=teacher, name=name))
 
@@ -367,14 +359,14 @@ class RoutedTeacher(Teacher):
         for teacher in self.teachers.values():
             teacher.update(model)
 
-    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+    def mixture(self, model: Decoder) -> list[MixturePart]:
         return [
             replace(part, reads=lambda rollout, name=name: self.name_of(rollout.example) == name)
             for name, teacher in self.teachers.items()
             for part in teacher.mixture(model)
         ]
 
-    def sampling_weights(self, model: TransformerDecoder) -> AbstractContextManager[TransformerDecoder]:
+    def sampling_weights(self, model: Decoder) -> AbstractContextManager[Decoder]:
         raise InputError("a RoutedTeacher is several models and cannot sample; choose another teacher")
 
     def names(self, rollouts: Sequence[Rollout]) -> list[str]:
@@ -406,7 +398,7 @@ def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
 
 
-def _frozen(module: TransformerDecoder) -> TransformerDecoder:
+def _frozen(module: Decoder) -> Decoder:
     return module.requires_grad_(False).eval()
 
 

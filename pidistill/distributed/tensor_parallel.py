@@ -1,4 +1,4 @@
-"""Tensor parallelism: the ranks of one data-parallel rank hold a share of each layer's matrices and attention heads.
+"""Share each layer's matrices and attention heads among the ranks of one data-parallel rank (tensor parallelism).
 
 torchtune's plan for Llama 3, of which the layers' part is used: queries, keys, values, w1 and w3 by columns, the other two by
 rows. FSDP2 shards the layers over the data-parallel ranks, and what stands outside them (embedding, last norm, output head),
@@ -34,18 +34,14 @@ from pidistill.training.keys import setting
 T = TypeVar("T")
 
 DATA, TENSOR = "dp", "tp"
+_REPLICAS, _SHARDS = "dp_replicate", "dp_shard"
 _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "output_proj"), ("w1", "w2", "w3")
 
 # ---------------------------------------------------------------------------------------------- what is refused
 
 
 def check_tensor_parallel(cfg: DictConfig, processes: int) -> int:
-    """`tensor_parallel_dim`, 1 where it is not set.
-
-    Raises:
-        InputError: the processes do not part into groups of that size, the model has no plan, its heads do not part into as
-            many shares, or the config asks for what does not work together with it.
-    """
+    """Return `tensor_parallel_dim`, 1 where it is not set."""
     size = setting(cfg, "tensor_parallel_dim")
     if size == 1:
         return 1
@@ -115,12 +111,49 @@ def _unknown_part(layer: nn.Module) -> str | None:
     return "a norm over several heads" if wide else None
 
 
+def check_replicas(cfg: DictConfig, processes: int, shares: int) -> int:
+    """`data_parallel_replicate_dim`, 1 where it is not set; ``shares`` is `tensor_parallel_dim`.
+
+    Raises:
+        InputError: the processes do not part into so many groups, or the model has 4-bit weights.
+    """
+    replicas = setting(cfg, "data_parallel_replicate_dim")
+    if processes % (replicas * shares):
+        groups = f", each of {shares} processes that share matrices" if shares > 1 else ""
+        raise InputError(
+            f"data_parallel_replicate_dim={replicas} does not divide the {processes} processes of this run into {replicas} "
+            f"equal groups{groups}; set it to the number of machines, or to 1"
+        )
+    for key in ("model", "teacher_model"):
+        if replicas > 1 and (cfg.get(key) or {}).get("quantize_base", False):
+            raise InputError(
+                f"{key}.quantize_base=True does not work with data_parallel_replicate_dim={replicas}: torchtune loads 4-bit "
+                "weights into one group of shards only; set data_parallel_replicate_dim=1"
+            )
+    return replicas
+
+
 # ---------------------------------------------------------------------------------------------- model
 
 
-def make_mesh(device_type: str, processes: int, size: int) -> DeviceMesh:
-    """[data-parallel, tensor-parallel]; neighbouring ranks, which are nearest to each other, share a model."""
-    return init_device_mesh(device_type, (processes // size, size), mesh_dim_names=(DATA, TENSOR))
+def make_mesh(device_type: str, processes: int, size: int, replicas: int = 1) -> DeviceMesh:
+    """Make the mesh [data-parallel, tensor-parallel]; neighbouring ranks, which are nearest to each other, share a model.
+
+    With several ``replicas`` of the shards the first of the two is [replicas, shards].
+    """
+    if replicas == 1:
+        return init_device_mesh(device_type, (processes // size, size), mesh_dim_names=(DATA, TENSOR))
+    sizes = (replicas, processes // (replicas * size), size)
+    mesh = init_device_mesh(device_type, sizes, mesh_dim_names=(_REPLICAS, _SHARDS, TENSOR))
+    mesh[_REPLICAS, _SHARDS]._flatten(DATA)
+    return mesh
+
+
+def make_replicas(device_type: str, processes: int, replicas: int) -> DeviceMesh | None:
+    """Make the mesh [replicas, shards] of all processes; neighbours, of one machine where possible, hold a replica's shards."""
+    if replicas == 1:
+        return None
+    return init_device_mesh(device_type, (replicas, processes // replicas), mesh_dim_names=(_REPLICAS, _SHARDS))
 
 
 def parallelize(model: TransformerDecoder, mesh: DeviceMesh) -> None:
@@ -138,6 +171,7 @@ def shard_model(
     cpu_offload: bool,
     reshard_after_forward: bool,
     mesh: DeviceMesh | None = None,
+    replicas: DeviceMesh | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> None:
     """Shard as torchtune's function of that name does, with layers over the data-parallel ranks and all else over all ranks.
@@ -148,12 +182,14 @@ def shard_model(
     Args:
         mesh: [data-parallel, tensor-parallel]; None where all ranks are data-parallel ones. One process alone may shard too:
             then its frozen weights, which need neither gathering nor another dtype, stay what they are.
+        replicas: [groups, ranks of a group], where each group holds all shards and gradients are added up over groups too;
+            None is one group.
         compute_dtype: of the gathered weights and of their gradients, which are added up over ranks and micro-batches in fp32;
             None leaves all of it in the weights' own dtype.
     """
     processes = dist.get_world_size()
-    everyone = init_device_mesh(device_type, (processes,))
-    of_layers = everyone if mesh is None else mesh[DATA]
+    everyone = replicas or init_device_mesh(device_type, (processes,))
+    of_layers = everyone if mesh is None else mesh[DATA] if replicas is None else mesh[_REPLICAS, _SHARDS]
     options: dict[str, Any] = {"reshard_after_forward": reshard_after_forward}
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy()
@@ -168,7 +204,7 @@ def shard_model(
 
 
 def complete_gradients(model: nn.Module) -> None:
-    """Before an optimiser step: norms of queries and keys have the gradient of this rank's heads, and need that of all."""
+    """Add up, before an optimiser step, what each rank's heads give to the norms of queries and keys."""
     group = tensor_parallel_group(model)
     if group is None:
         return
@@ -179,7 +215,7 @@ def complete_gradients(model: nn.Module) -> None:
 
 
 def _head_norms(module: nn.Module) -> Iterator[nn.Module]:
-    """Norms over a head's width, one for all heads (Qwen3)."""
+    """Yield the norms over a head's width, one for all heads (Qwen3)."""
     for attention in attention_modules(module):
         if getattr(attention, "q_norm", None) is not None:
             yield from (attention.q_norm, attention.k_norm)
@@ -230,7 +266,7 @@ def in_lockstep(context: Any, group: ProcessGroup | None) -> Iterator[Any]:
 
 
 class _Leading:
-    """Calls the context, and has the other ranks call theirs; what needs no forward is told with the next one that does."""
+    """Call the context, and have the other ranks call theirs; what needs no forward is told with the next one that does."""
 
     def __init__(self, context: Any, group: ProcessGroup) -> None:
         self._context, self._group = context, group

@@ -6,19 +6,15 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torchtune.modules import TransformerDecoder
 
 from pidistill.config import build
 from pidistill.errors import InputError
 from pidistill.models.nf4 import give_out_whole_weights
+from pidistill.models.protocol import Decoder
 
 
-def empty_model(node: Any) -> TransformerDecoder:
-    """Build a model without its weights, on the meta device.
-
-    Raises:
-        InputError: model.quantize_base=True and torchao cannot store a matrix of the model in 4 bits.
-    """
+def empty_model(node: Any) -> Decoder:
+    """Build a model without its weights, on the meta device."""
     try:
         with torch.device("meta"):
             model = build(node)
@@ -34,12 +30,12 @@ def empty_model(node: Any) -> TransformerDecoder:
         ) from cause
 
 
-def shared_empty_model(node: Any) -> TransformerDecoder:
+def shared_empty_model(node: Any) -> Decoder:
     """Return the model of :func:`empty_model`, built once for all checks of a start. Nobody may change it."""
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     return _build_once(json.dumps(plain, sort_keys=True), torch.get_default_dtype())
 
 
 @functools.lru_cache(maxsize=4)  # model and teacher, and those of another config in the same process
-def _build_once(node: str, dtype: torch.dtype) -> TransformerDecoder:
+def _build_once(node: str, dtype: torch.dtype) -> Decoder:
     return empty_model(json.loads(node))

@@ -1,4 +1,4 @@
-"""vLLM as the sampler: its engine runs in the training process and samples with the trained weights as they are now.
+"""Sample with vLLM: its engine runs in the training process and samples with the trained weights as they are now.
 
 Token ids go in and token ids come out. A turn is a request; the next turn of a row is a request whose prompt is everything so
 far, of which the prefix cache holds the keys and values. Rows whose turn ended go on while others still sample.
@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
 from pidistill.models.adapters import adapter_modules, merged
 from pidistill.models.hf_format import family, to_hf
+from pidistill.models.hf_weights import to_stored
 from pidistill.models.precision import compute_dtype_of
+from pidistill.models.protocol import Decoder, has_own_names
 from pidistill.rollouts.base import OnTurnEnd, Sample
 from pidistill.rollouts.collect import rollout_seed
+from pidistill.rollouts.progress import count
 from pidistill.rollouts.request import (
     Request,
     check_request,
@@ -37,7 +39,7 @@ from pidistill.rollouts.vllm_engine import Engine, Settings, Turn, VLLMEngine, r
 
 @dataclass(kw_only=True)
 class VLLMSampler:
-    """Samples with vLLM (extra `vllm`); see :class:`pidistill.rollouts.base.Sampler` for what `sample` promises.
+    """Sample with vLLM (extra `vllm`); see :class:`pidistill.rollouts.base.Sampler` for what `sample` promises.
 
     The engine starts at the first call, one per rank, on the device that trains. Every call first hands it the weights it is
     called with (LoRA adapters merged in): of a sharded model each rank gathers all of them, so it needs memory for the whole
@@ -99,7 +101,7 @@ class VLLMSampler:
 
     def sample(
         self,
-        model: TransformerDecoder,
+        model: Decoder,
         prompts: Sequence[Sequence[int]],
         *,
         group_size: int,
@@ -117,10 +119,6 @@ class VLLMSampler:
 
         The numbers a row draws depend on its seed and on where its turns begin, not on its batch. How vLLM rounds does depend
         on the batch: a draw within rounding error of the border between two tokens can fall otherwise.
-
-        Raises:
-            InputError: vLLM does not start; a prompt is empty, too long or holds an id that the model lacks; a setting is out
-                of range; or the model gives logits that are not finite.
         """
         request = Request(
             temperature=self.temperature if temperature is None else temperature,
@@ -136,10 +134,12 @@ class VLLMSampler:
         check_request(model, prompts, group_size, seeds, request)
         self._check_length(max(map(len, prompts), default=0) + request.max_new_tokens)
         if self._engine is None:
+            if not has_own_names(model):
+                family(self._config)  # refuses what weights cannot be converted for
             self._engine = self._start(model)
         # At every call: a stale copy would train silently on another policy's samples, and no counter of torch's sees every
         # way in which a weight can change.
-        self._engine.load(to_hf(whole_weights(model), self._config))
+        self._engine.load(self._stored_weights(model))
         rows = [_Row(r, list(prompts[r // group_size]), seed) for r, seed in enumerate(seeds)]
         try:
             sample_rows(self._engine, rows, request)
@@ -148,7 +148,12 @@ class VLLMSampler:
             self._engine.rest()
         return [row.sample for row in rows]
 
-    def _start(self, model: TransformerDecoder) -> Engine:
+    def _stored_weights(self, model: Decoder) -> dict[str, Tensor]:
+        """Return the weights that ``model`` has now, under the names that its folder's files have."""
+        weights = whole_weights(model)
+        return to_stored(weights, Path(self.model_dir)) if has_own_names(model) else to_hf(weights, self._config)
+
+    def _start(self, model: Decoder) -> Engine:
         weight = next(model.parameters())
         settings: dict[str, Any] = {} if self.max_batch_size is None else {"max_num_seqs": self.max_batch_size}
         if self.kv_cache_gib is not None:
@@ -179,9 +184,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"sampler.model_dir={folder} has no config.json, which tells vLLM the model's shape; set it to "
             "${checkpointer.checkpoint_dir}"
         )
-    config = json.loads(path.read_text(encoding="utf-8"))
-    family(config)  # refuses what weights cannot be converted for
-    return config
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------- weights
@@ -212,22 +215,15 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass
 class _Row:
-    """Hold one completion while it is sampled.
-
-    Attributes:
-        prompt: ids before the completion.
-        turn_start: where the current turn begins in ``sample.tokens``.
-        answer: what is awaited from ``on_turn_end``; None while nothing is.
-        sampling: the engine is at work on its turn.
-    """
+    """Hold one completion while it is sampled."""
 
     index: int
-    prompt: list[int]
+    prompt: list[int]  # ids before the completion
     seed: int
     sample: Sample = field(default_factory=lambda: Sample([], [], [], ""))
-    turn_start: int = 0
-    answer: Future | None = None
-    sampling: bool = False
+    turn_start: int = 0  # where the current turn begins in `sample.tokens`
+    answer: Future | None = None  # what is awaited from `on_turn_end`; None while nothing is
+    sampling: bool = False  # the engine is at work on its turn
 
     def append(self, ids: Sequence[int], *, sampled: bool, logprobs: Sequence[float]) -> None:
         self.sample.tokens += ids
@@ -241,7 +237,9 @@ def sample_rows(engine: Engine, rows: list[_Row], request: Request) -> None:
     by_index = {row.index: row for row in rows}
     while rows:
         collect_answers(rows, request)
-        rows = [row for row in rows if not row.sample.stop_reason]
+        going_on = [row for row in rows if not row.sample.stop_reason]
+        count(rows=len(rows) - len(going_on))
+        rows = going_on
         for row in rows:
             if not row.sampling and row.answer is None:
                 _begin_turn(engine, row, request, settings)
@@ -268,6 +266,7 @@ def _take(turn: Turn, row: _Row, request: Request) -> None:
     # A greedy choice is a point mass, whatever the model's own log-prob.
     logprobs = [0.0] * len(turn.ids) if request.temperature == 0 else turn.logprobs
     row.append(turn.ids, sampled=True, logprobs=logprobs)
+    count(tokens=len(turn.ids))
     if turn.ids and turn.ids[-1] in request.stop_ids:
         end_turn(row, request)
     elif len(row.sample.tokens) == request.max_new_tokens:

@@ -22,9 +22,9 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
+from pidistill.models.protocol import Decoder
 from pidistill.objectives.base import BOTH_KLS, Objective
 from pidistill.privileged.judges import RETRIED, Exchange, JudgeError
 from pidistill.scoring.batch import policy_positions
@@ -74,7 +74,7 @@ class ServedTeacher(Teacher):
         self.threads, self.timeout_s, self.retries, self.backoff_s = threads, timeout_s, retries, backoff_s
         self._known: WeakKeyDictionary[RolloutKey, list[float]] = WeakKeyDictionary()
 
-    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+    def mixture(self, model: Decoder) -> list[MixturePart]:
         raise InputError(
             "a ServedTeacher gives the log-probs of the sampled tokens and nothing else of its distribution; set an objective "
             "that needs no more (OPD with divergence: sampled, OPDPPO, SDAR, RLSD, SemiOPD with form: k2), or a teacher here"

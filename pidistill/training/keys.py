@@ -19,8 +19,6 @@ EVERY = (*EVALUATING, "sample")
 
 WHOLE, NUMBER, FLAG, TEXT = "whole number", "number", "true or false", "text"
 COMPONENT, COMPONENTS, TEXTS, MAPPING = "component", "list of components", "list of texts", "mapping"
-
-
 _ROWS = 2**20
 
 
@@ -80,6 +78,10 @@ TABLE: Mapping[str, Key] = {
         ),
         Key("adapter_dir", TEXT, "folder of a PEFT adapter to start from or to evaluate", EVERY, null="no adapter"),
         Key("tensor_parallel_dim", WHOLE, "neighbouring processes that share each model's matrices", EVERY, 1, least=1),
+        Key(
+            "data_parallel_replicate_dim", WHOLE, "groups of neighbouring processes that each hold the whole model; the number "
+            "of machines, so that these exchange gradients only", EVERY, 1, least=1,
+        ),
         Key("fsdp_reshard_after_forward", FLAG, "frees the gathered weights after each forward", EVERY, True),
         Key("fsdp_cpu_offload", FLAG, "keeps weights, gradients and optimizer state in host memory", EVERY, False),
         Key("custom_sharded_layers", TEXTS, "names of layers that are sharded by themselves", EVERY, null="none"),
@@ -215,11 +217,7 @@ def setting(cfg: DictConfig, name: str) -> Any:
 
 
 def check_values(cfg: DictConfig) -> None:
-    """Refuse a top-level value of the wrong type or outside its bounds.
-
-    Raises:
-        InputError: names the key, its value, and what it must be.
-    """
+    """Refuse a top-level value of the wrong type or outside its bounds."""
     for key in TABLE.values():
         value = cfg.get(key.name)
         if value is not None and not _allowed(key, value):

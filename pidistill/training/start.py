@@ -23,13 +23,15 @@ from torchtune import training, utils
 
 from pidistill.config import check_command_line, check_config
 from pidistill.distributed.launcher import close_progress_bars, refuse
+from pidistill.distributed.machines import check_same_folder, same_refusal_on_all_machines
 from pidistill.distributed.run import Run
-from pidistill.distributed.tensor_parallel import check_tensor_parallel, make_mesh
+from pidistill.distributed.tensor_parallel import check_replicas, check_tensor_parallel, make_mesh, make_replicas
 from pidistill.errors import InputError, escape_logs
+from pidistill.jsonl import replace_file
 from pidistill.models.offloading import check_offloading
 from pidistill.models.peft_format import check_adapter_dir
 from pidistill.training.checkpoint_source import check_checkpoint_fits, check_checkpoint_folder, use_fallback_checkpoint
-from pidistill.training.disk import is_disk_fault, replace_file
+from pidistill.training.disk import is_disk_fault
 from pidistill.training.interrupts import Stopped, handle_signals, training_run
 from pidistill.training.keys import check_values, setting
 from pidistill.training.optimizers import check_mixed_precision
@@ -38,23 +40,26 @@ from pidistill.training.run_folder import RESUME, claim_run_folder, public_confi
 log = utils.get_logger("INFO")
 
 
-# ---------------------------------------------------------------------------------------------- start and end
-
-
 def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Run:
     """Check the config, join the process group (also for one process), set device, dtype, threads and seeds."""
     escape_logs(log)
     if RESUME in known:
         training_run()
-    check_run(cfg, known, required)
-    use_fallback_checkpoint(cfg)
-    for key in ("checkpointer", "teacher_checkpointer"):
-        check_checkpoint_folder(cfg, key)
-        check_checkpoint_fits(cfg, key)
-    check_adapter_dir(cfg)
-    device = _device(setting(cfg, "device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = _dtype("dtype", setting(cfg, "dtype"), device)
-    compute_dtype = _compute_dtype(cfg, dtype, device)
+    with same_refusal_on_all_machines():
+        check_run(cfg, known, required)
+        use_fallback_checkpoint(cfg)
+        for key in ("checkpointer", "teacher_checkpointer"):
+            check_checkpoint_folder(cfg, key)
+            check_checkpoint_fits(cfg, key)
+        check_adapter_dir(cfg)
+        device = _device(setting(cfg, "device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = _dtype("dtype", setting(cfg, "dtype"), device)
+        compute_dtype = _compute_dtype(cfg, dtype, device)
+        processes = _processes()
+        check_offloading(cfg, device, processes)
+        shares = check_tensor_parallel(cfg, processes)
+        groups = check_replicas(cfg, processes, shares)
+        output_dir = make_output_dir(cfg.output_dir)
     if device.type == "cpu":
         # Two ranks with all threads each are slower than one; results do not depend on it within one run's settings.
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -66,23 +71,36 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    processes, rank = utils.get_world_size_and_rank()
-    check_offloading(cfg, device, processes)
-    shares = check_tensor_parallel(cfg, processes)
-    mesh = make_mesh(device.type, processes, shares) if shares > 1 else None
+    rank = dist.get_rank()
+    mesh = make_mesh(device.type, processes, shares, groups) if shares > 1 else None
+    replicas = make_replicas(device.type, processes, groups)
     seed = setting(cfg, "seed")
-    # The same on every rank (not torchtune's set_seed), so that a dataset that shuffles itself is the same one on all of them;
-    # rollouts have seeds of their own.
+    seed_global_streams(seed)
+    run = Run(device, dtype, rank // shares, processes // shares, seed, output_dir, mesh, compute_dtype, replicas)
+    check_same_folder(run)
+    run.from_main(lambda: _begin_folder(cfg, output_dir, trains=RESUME in known))
+    return run
+
+
+def seed_global_streams(seed: int) -> None:
+    """Seed torch, Python and numpy alike on every rank (unlike torchtune's set_seed), for a dataset that shuffles itself."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    output_dir = make_output_dir(cfg.output_dir)
-    run = Run(device, dtype, rank // shares, processes // shares, seed, output_dir, mesh, compute_dtype)
-    if run.is_main:
-        if RESUME in known:
-            claim_run_folder(cfg, output_dir)
-        replace_file(output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(public_config(cfg))).encode())
-    return run
+
+
+def _begin_folder(cfg: DictConfig, output_dir: Path, *, trains: bool) -> None:
+    """Claim the run's folder for a training run and write the config into it; the first process calls this."""
+    if trains:
+        claim_run_folder(cfg, output_dir)
+    replace_file(output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(public_config(cfg))).encode())
+
+
+def _processes() -> int:
+    """Return the number of processes, also before they have joined."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ["WORLD_SIZE"]) if training.is_distributed() else 1
 
 
 def check_run(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> None:
@@ -95,7 +113,7 @@ def check_run(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -
 
 
 def _drop_null_components(cfg: DictConfig) -> None:
-    """`eval_dataset=null` on torchtune's command line nulls the component's name only; the whole node is meant."""
+    """Null the whole node where its name is null: `eval_dataset=null` on torchtune's command line nulls the name alone."""
     for key, node in cfg.items_ex(resolve=False):
         if isinstance(node, DictConfig) and node.get("_component_", "") is None:
             cfg[key] = None
@@ -155,11 +173,7 @@ def _dtype(key: str, name: str, device: torch.device) -> torch.dtype:
 
 
 def _compute_dtype(cfg: DictConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
-    """Return `compute_dtype` in mixed precision and None without it.
-
-    Raises:
-        InputError: it is not bf16 beside fp32, or the optimizer does not work with it.
-    """
+    """Return `compute_dtype` in mixed precision and None without it."""
     name = setting(cfg, "compute_dtype")
     compute_dtype = _dtype("compute_dtype", name, device) if name else dtype
     if compute_dtype == dtype:
@@ -203,14 +217,12 @@ def one_sentence_errors(recipe_main: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except (InputError, InterpolationResolutionError) as error:
             refuse(_one_sentence(error), is_first=_first_to_fail())
-            cleanup()
-            sys.exit(2)
         except OSError as error:
             if not is_disk_fault(error):
                 raise
             print(f"error: {_full_disk(error)}", file=sys.stderr, flush=True)
-            cleanup()
-            sys.exit(2)
+        cleanup()
+        sys.exit(2)
 
     return wrapper
 

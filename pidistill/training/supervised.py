@@ -1,11 +1,11 @@
 """Add a supervised term beside a method's own loss: the config keys `sft_weight` and `sft_batch_size`."""
 
 from omegaconf import DictConfig
-from torchtune.modules import TransformerDecoder
 
 from pidistill.data import RecipeData, epoch_order, sft_demonstrations
 from pidistill.distributed.run import Run, Timer
 from pidistill.losses.reductions import token_mean
+from pidistill.models.protocol import Decoder
 from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score, student_nll
 from pidistill.training.keys import setting
@@ -15,21 +15,16 @@ REQUEST = ScoreRequest(student_grad=True, teacher_grad=False, views=("student",)
 
 
 class SupervisedTerm:
-    """Add `sft_weight` × the mean −log S per token of `sft_batch_size` demonstrations to the gradient of every step.
-
-    Attributes:
-        active: False where `sft_weight` is 0 or absent; :meth:`backward` then does nothing.
-        demonstrations: the completions of the dataset, which the term trains on.
-    """
+    """Add `sft_weight` × the mean −log S per token of `sft_batch_size` demonstrations to the gradient of every step."""
 
     def __init__(self, cfg: DictConfig, run: Run, data: RecipeData, packer: Packer, timer: Timer) -> None:
         self._run, self._packer, self._timer = run, packer, timer
         self._weight, self._batch_size = float(setting(cfg, "sft_weight")), setting(cfg, "sft_batch_size")
         self._chunk_tokens = cfg.get("score_chunk_tokens")
-        self.active = self._weight > 0
+        self.active = self._weight > 0  # False: `backward` does nothing
         self.demonstrations = sft_demonstrations(cfg, data)
 
-    def backward(self, model: TransformerDecoder, step: int) -> float:
+    def backward(self, model: Decoder, step: int) -> float:
         """Add the gradient of the term at ``step`` and return this rank's part of its loss, the weight included."""
         if not self.active:
             return 0.0

@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import training
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
-from pidistill.commands.places import keys_of_recipe, load_config, recipe_of
-from pidistill.commands.plan.lengths import Lengths, learns_demonstrations
+from pidistill.commands.places import keys_of_recipe, learns_demonstrations, load_config, recipe_of
+from pidistill.commands.plan.lengths import Lengths
 from pidistill.commands.plan.shape import ModelShape, model_shape
 from pidistill.commands.plan.workload import Pass, Setup, Workload
 from pidistill.config import build, merge, resolve
@@ -63,6 +63,7 @@ def setup_of(cfg: DictConfig, ranks: int, device: str) -> Setup:
         state_bytes=_state_bytes(cfg.optimizer, trained.itemsize),
         mixed=mixed,
         ranks=ranks,
+        replicas=setting(cfg, "data_parallel_replicate_dim"),
         reshard=setting(cfg, "fsdp_reshard_after_forward"),
         cpu_offload=setting(cfg, "fsdp_cpu_offload") and (ranks > 1 or mixed),
         checkpointing=setting(cfg, "enable_activation_checkpointing"),
