@@ -16,7 +16,10 @@ ROUTED = {
     "key": "given_calls",
     "default": 0,
     "balance": "teachers",
-    "teachers": {0: {"_component_": "pidistill.teachers.FrozenTeacher"}, 1: {"_component_": "pidistill.teachers.LiveTeacher"}},
+    "teachers": {
+        "0": {"_component_": "pidistill.teachers.FrozenTeacher"},
+        "1": {"_component_": "pidistill.teachers.LiveTeacher"},
+    },
 }
 
 
@@ -59,7 +62,9 @@ def watch_teacher(recipe, updates: list[bool]) -> None:
     recipe.update = watched
 
 
-def test_a_run_with_two_teachers_reports_each_and_unknown_keys_are_refused_before_weights_load(tiny_base, tmp_path):
+def test_a_run_with_two_teachers_reports_each_and_unknown_keys_are_refused_before_weights_load(
+    tiny_base, tmp_path, monkeypatch
+):
     changes = {
         "teacher": ROUTED,
         "dataset__prefix_turns": [0, 1],
@@ -71,7 +76,8 @@ def test_a_run_with_two_teachers_reports_each_and_unknown_keys_are_refused_befor
     rows = metrics(tmp_path / "run")
     assert any(f"kl_teacher_student_nats/{name}" in row for row in rows for name in (0, 1))
     assert all(math.isfinite(row["loss"]) for row in rows)
-    wrong = changes | {"dataset__prefix_turns": [0, 1, 2], "checkpointer__checkpoint_dir": str(tmp_path / "absent")}
+    wrong = changes | {"dataset__prefix_turns": [0, 1, 2]}
+    monkeypatch.setattr("recipes.opsd_distributed.load_model", lambda *args, **kwargs: pytest.fail("weights were loaded"))
     with pytest.raises(InputError, match=r"its given_calls is 2, and teacher\.teachers has 0, 1"):
         run("opsd_ucla", small_config("opsd_ucla", tiny_base, tmp_path / "wrong", **wrong))
 
@@ -134,11 +140,10 @@ def test_a_run_starts_at_ratio_1_samples_nothing_and_at_rate_0_its_epochs_are_al
 
 
 def test_a_run_learns_from_a_served_teacher(tiny_base, tmp_path):
-
     module = llama3(vocab_size=85, num_layers=1, num_heads=4, num_kv_heads=4, embed_dim=32, max_seq_len=96, intermediate_dim=64)
     with serving(Server(module)) as url:
         node = {"_component_": "pidistill.scoring.served_teacher.ServedTeacher", "base_url": url, "model": "big"}
-        changes = {"teacher": node, "teacher_checkpointer": None, "max_steps": 2}
+        changes = {"teacher": node, "teacher_model": None, "teacher_checkpointer": None, "max_steps": 2}
         run("opd", small_config("opd", tiny_base, tmp_path, **changes))
     for row in metrics(tmp_path):
         assert row["teacher_nll_nats"] > 0 and row["grad_norm"] > 0 and "kl_teacher_student_nats" not in row
