@@ -179,7 +179,10 @@ def one_that_is_not_needed(name: str) -> Path:
     raise AssertionError(f"the base needs {name}")
 
 
-STAGES = {"sft_rl": "sft", "rft": "rft_sample", "int_sft": "int_sample", "int_rl": "int_sft", "opd": "sft_cot"}
+STAGES = {
+    "sft_rl": "sft", "rft": "rft_sample", "int_sft": "int_sample", "int_rl": "int_sft", "opd": "sft_cot",
+    "semi_opd": "semi_opd_sample",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STAGES)

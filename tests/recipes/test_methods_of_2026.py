@@ -77,7 +77,7 @@ def test_a_run_with_two_teachers_reports_each_and_unknown_keys_are_refused_befor
     assert any(f"kl_teacher_student_nats/{name}" in row for row in rows for name in (0, 1))
     assert all(math.isfinite(row["loss"]) for row in rows)
     wrong = changes | {"dataset__prefix_turns": [0, 1, 2]}
-    monkeypatch.setattr("recipes.opsd_distributed.load_model", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("recipes.opsd_distributed.load_model", lambda *args, **more: pytest.fail("weights were loaded"))
     with pytest.raises(InputError, match=r"its given_calls is 2, and teacher\.teachers has 0, 1"):
         run("opsd_ucla", small_config("opsd_ucla", tiny_base, tmp_path / "wrong", **wrong))
 
