@@ -39,7 +39,8 @@ def proximal_advantage(gap: Float[Tensor, " N"], alpha: float) -> Float[Tensor, 
     """
     if alpha == 1.0:
         return gap
-    return torch.logaddexp(torch.full_like(gap, math.log1p(-alpha)), math.log(alpha) + gap)
+    near = torch.log1p(alpha * torch.expm1(gap.clamp(max=30.0)))  # exactly 0 where both agree
+    return torch.where(gap > 30.0, math.log(alpha) + gap, near)
 
 
 def credit_factor(

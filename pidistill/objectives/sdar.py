@@ -56,4 +56,4 @@ class SDAR(GRPO):
 
     def token_advantages(self, batch: Batch, scores: Scores, step: int) -> Float[Tensor, " N"]:
         gated = gated_advantage(token_gap(scores), self.gate_beta, centred=self.centred)
-        return batch.advantages + self.gap_weight(step) * distill_weight(self.no_pi, batch) * gated
+        return batch.advantages + self.gap_weight(step) * (distill_weight(self.no_pi, batch) * gated)

@@ -33,6 +33,11 @@ from pidistill.types import Rollout, RolloutKey, ScoreRequest, Scores
 
 MAX_ANSWER_BYTES = 64_000_000
 
+NOTHING_ELSE = (
+    "a ServedTeacher gives the log-probs of the sampled tokens and nothing else of its distribution; set an objective that needs "
+    "no more (OPD with divergence: sampled, OPDPPO, SDAR, RLSD, SemiOPD with form: k2), or a teacher here"
+)
+
 
 class ServedTeacher(Teacher):
     """Score the teacher's view with a model that a server holds; it must have the student's tokenizer.
@@ -75,10 +80,7 @@ class ServedTeacher(Teacher):
         self._known: WeakKeyDictionary[RolloutKey, list[float]] = WeakKeyDictionary()
 
     def mixture(self, model: Decoder) -> list[MixturePart]:
-        raise InputError(
-            "a ServedTeacher gives the log-probs of the sampled tokens and nothing else of its distribution; set an objective "
-            "that needs no more (OPD with divergence: sampled, OPDPPO, SDAR, RLSD, SemiOPD with form: k2), or a teacher here"
-        )
+        raise InputError(NOTHING_ELSE)
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         """Return the log-prob of each policy token of each rollout in the teacher's view, in nats."""
@@ -146,9 +148,9 @@ def check_served(teacher: Teacher, objective: Objective, temperature: float, met
         return
     request, behaviour = objective.score_request(0), objective.behaviour_request()
     if behaviour is not None and behaviour.divergences:
-        teacher.mixture(None)
+        raise InputError(NOTHING_ELSE)
     if request.teacher_grad or any(divergence not in BOTH_KLS for divergence in request.divergences):
-        teacher.mixture(None)
+        raise InputError(NOTHING_ELSE)
     if temperature != 1.0:
         raise InputError(
             f"a ServedTeacher's log-probs are at temperature 1, and sampler.temperature={temperature} compares the student at "

@@ -82,7 +82,7 @@ def test_where_student_and_teacher_agree_nothing_is_left_and_rows_that_do_not_co
     loss.sum().backward()
     assert not student.grad[:5].any() and (student.grad[5:] != 0).all()
     batch.ratio_logprobs = None
-    with pytest.raises(InputError, match=r"form=importance needs the log-probs .* selections\.All, or set form: k2"):
+    with pytest.raises(InputError, match=r"form=importance needs the log-probs .*selections\.All, or set form: k2"):
         SemiOPD("importance").token_loss(batch, agree, 0)
 
 

@@ -128,7 +128,7 @@ def test_the_heads_mass_and_gradient_equal_the_dense_ones(chunk, temperature, si
     starts = torch.tensor(list(itertools.accumulate(map(len, sets), initial=0)))
     kept = KeptSets(torch.tensor([i for ids in sets for i in ids]), starts)
     request = ScoreRequest(side == "student", side == "teacher", views=(side,), entropy=False)
-    scores = ScorePlan(targets, request, temperature, chunk, None, kept)
+    scores = ScorePlan(targets, request, temperature, chunk, kept=kept)
     ours = scores.as_scores(apply_head(scores, {side: hidden}, weight)).policy_logprobs(side)
     logp = torch.log_softmax(hidden @ weight.T / temperature, -1)
     dense = torch.stack(
