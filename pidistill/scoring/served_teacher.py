@@ -34,8 +34,8 @@ from pidistill.types import Rollout, RolloutKey, ScoreRequest, Scores
 MAX_ANSWER_BYTES = 64_000_000
 
 NOTHING_ELSE = (
-    "a ServedTeacher gives the log-probs of the sampled tokens and nothing else of its distribution; set an objective that needs "
-    "no more (OPD with divergence: sampled, OPDPPO, SDAR, RLSD, SemiOPD with form: k2), or a teacher here"
+    "a ServedTeacher gives the log-probs of the sampled tokens and nothing else of its distribution; set an objective that "
+    "needs no more (OPD with divergence: sampled, OPDPPO, SDAR, RLSD, SemiOPD with form: k2), or a teacher here"
 )
 
 
