@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from pidistill.chat.messages import messages_text
-from pidistill.chat.phrases import privileged_overlap
+from pidistill.chat.phrases import privileged_overlap, turn_text
 from pidistill.data import RecipeData
 from pidistill.distributed.run import Run
 from pidistill.rollouts import CollectResult, rollout_seed
@@ -181,7 +180,7 @@ class TextSamples:
         settings = {"samples": 1, "max_new_tokens": self._max_new_tokens}
         for view in ("student", "teacher"):
             for rollout in sample_view(model, self._prompts, self._collect, self._run, view=view, **settings).rollouts:
-                text = "\n".join(f"{turn['role']}: {messages_text([turn])}" for turn in rollout.turns)
+                text = "\n".join(f"{turn['role']}: {turn_text(turn)}" for turn in rollout.turns)
                 rows.append({"row": rollout.group, "example": rollout.example.id, "view": view, "reward": rollout.reward,
                              "text": text[: self._max_chars]})  # fmt: skip
         return sorted(self._run.gather(rows), key=lambda row: (row["row"], row["view"]))

@@ -14,8 +14,7 @@ from pidistill.config import build
 from pidistill.data import RecipeData
 from pidistill.distributed.run import Run
 from pidistill.errors import escape_controls
-from pidistill.jsonl import replace_file, write_jsonl
-from pidistill.training import rollout_log
+from pidistill.jsonl import TRAINING_ROLLOUTS, replace_file, write_jsonl
 from pidistill.training.health import Health
 from pidistill.training.rollout_log import RolloutLog
 from pidistill.types import Batch, Scores
@@ -42,7 +41,7 @@ class MetricsLog:
             return
         for row in _keep_rows_until(self.path, first_step):
             self._health.replay(row)  # the start of the run is what later rows are measured from, also after a resume
-        for name in ("rollouts.jsonl", rollout_log.FILE):
+        for name in ("rollouts.jsonl", TRAINING_ROLLOUTS):
             _keep_rows_until(self.path.with_name(name), first_step)
         self._logger = build(cfg.metric_logger) if cfg.get("metric_logger") else None
         self._bar = tqdm(total=last_step, initial=first_step, desc=title, unit="step", mininterval=0.5)
@@ -93,7 +92,7 @@ def _keep_rows_until(path: Path, step: int) -> list[dict[str, Any]]:
     # By bytes, not splitlines(): texts hold characters such as U+2028, and a damaged line need not be UTF-8.
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()] if step > 0 else []
     rows = [_read_row(line) for line in lines]
-    if broken := sum(row is None for row in rows[:-1]):  # a kill leaves half of the last line, which is nothing to tell
+    if broken := sum(row is None for row in rows[:-1]):  # half of a last line is what a kill leaves, and needs no warning
         log.warning(f"{broken} lines of {path} are damaged and left out; the run resumes without them")
     kept = [(line, row) for line, row in zip(lines, rows, strict=True) if row is not None and row["step"] <= step]
     replace_file(path, b"".join(line + b"\n" for line, _ in kept))
