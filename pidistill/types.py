@@ -236,8 +236,6 @@ class Scores:
     # A mixture's auxiliary loss over this forward's tokens, weighted: the recipes add it to every policy token's loss, so that
     # micro-batches count by their policy tokens. 0.0 where `model` gives it no weight.
     router_loss: Float[Tensor, ""] | float = 0.0
-    student_kept_mass: Float[Tensor, " N"] | None = None
-    teacher_kept_mass: Float[Tensor, " N"] | None = None
 
     def policy_logprobs(self, view: ViewName) -> Float[Tensor, " N"]:
         """Return the log-probs of the distribution that a sampler with these weights draws from: what ratios are made of.

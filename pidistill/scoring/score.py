@@ -67,8 +67,7 @@ def score(
     of_slice = None if loss is None else lambda part, scores: loss(batch.slice(part), scores)
     plan = ScorePlan(batch.targets, request, temperature, chunk_tokens, of_slice, logit_cap(model), batch.kept)
     with torch.set_grad_enabled(request.student_grad or request.teacher_grad):
-        scores = plan.as_scores(_score(plan, model, batch, _voices(teacher, model)))
-        return replace(scores, router_loss=router_loss(model)) if router_loss(model) is not None else scores
+        return _with_router(plan.as_scores(_score(plan, model, batch, _voices(teacher, model))), model)
 
 
 def _score_served(
@@ -85,7 +84,11 @@ def _score_served(
     of_slice = None if loss is None else lambda part, scores: loss(batch.slice(part), with_served(scores, numbers[part]))
     plan = ScorePlan(batch.targets, without_served(request), temperature, chunk_tokens, of_slice, logit_cap(model), batch.kept)
     with torch.set_grad_enabled(request.student_grad):
-        return with_served(plan.as_scores(_score(plan, model, batch, [])), numbers)
+        return with_served(_with_router(plan.as_scores(_score(plan, model, batch, [])), model), numbers)
+
+
+def _with_router(scores: Scores, model: Decoder) -> Scores:
+    return replace(scores, router_loss=router_loss(model)) if router_loss(model) is not None else scores
 
 
 def student_nll(batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
