@@ -14,7 +14,7 @@ from tests.support.runs import assert_same_tensors, metrics, run, small_config, 
 ROUTED = {
     "_component_": "pidistill.teachers.RoutedTeacher",
     "key": "given_calls",
-    "default": 0,
+    "default": "0",
     "balance": "teachers",
     "teachers": {
         "0": {"_component_": "pidistill.teachers.FrozenTeacher"},

@@ -25,7 +25,7 @@ class CoinEnvironment(VariedEnvironment):
 
 
 COIN = {"environment___component_": "tests.recipes.test_overlong_and_refill.CoinEnvironment"}
-SHORT = {"sampler__max_new_tokens": 40, "prompts_per_round": 4, "max_steps": 2}  # some rollouts are cut off
+SHORT = {"sampler__max_new_tokens": 4, "prompts_per_round": 4, "max_steps": 2}  # some rollouts are cut off
 
 
 # ------------------------------------------------------------------------------------------- overlong
