@@ -162,7 +162,7 @@ def _check_content(message: Message, where: str) -> None:
 
 
 def _check_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    if isinstance(calls, str):  # tables of one type for every row hold calls as JSON text
+    if isinstance(calls, str):  # a table, whose columns have one type, holds calls as JSON text
         try:
             calls = json.loads(calls or "[]")
         except ValueError as error:
@@ -213,7 +213,7 @@ def parsed_arguments(arguments: Any) -> Any:
         return {}
     try:
         parsed = json.loads(arguments)
-    except ValueError:  # what a model wrote need not be JSON; the template gets the text as it is
+    except ValueError:  # a model may write arguments that are not JSON; the template gets the text as it is
         return arguments
     return parsed if isinstance(parsed, dict) else arguments
 

@@ -103,7 +103,7 @@ def _whole(text: str) -> tuple[str, list[dict[str, Any]]]:
 
 def _call(text: str, argument_keys: Sequence[str]) -> dict[str, Any]:
     try:
-        # json.loads takes NaN, which is not JSON; RecursionError and ValueError: nesting and numbers without end.
+        # json.loads takes NaN, which is not JSON. Endless nesting raises RecursionError, an endless number ValueError.
         call = json.loads(text, parse_constant=_refuse_constant)
         json.dumps(call, ensure_ascii=False).encode()  # half of a surrogate pair is no text that a tokenizer takes
     except (ValueError, RecursionError) as error:

@@ -8,7 +8,7 @@ changes the numbers and is not computed here is refused in one sentence before a
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pidistill.errors import InputError
 from pidistill.models.config_json import check_sizes, not_computed, rotation_kind, rotations
@@ -29,7 +29,7 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 
 def from_folder(
     path: str,
-    backend: Literal["auto", "torchtune", "transformers"] = "auto",
+    backend: str = "auto",
     lora_attn_modules: Sequence[str] | None = None,
     apply_lora_to_mlp: bool = False,
     apply_lora_to_output: bool = False,
@@ -44,7 +44,7 @@ def from_folder(
 
     Args:
         path: folder in Hugging Face's format; only its config.json is read.
-        backend: whose modules; ``auto`` takes torchtune's where they compute the model, and transformers' elsewhere.
+        backend: whose modules: torchtune, transformers, or auto (torchtune's where they compute the model).
         lora_attn_modules: attention layers that get an adapter (q_proj, k_proj, v_proj, output_proj, or the model's own names);
             ``None`` trains all weights.
         lora_rank: as the arguments after it, the same as in torchtune's ``lora_`` builders.

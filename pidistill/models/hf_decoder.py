@@ -153,8 +153,8 @@ class HFDecoder(nn.Module):
         with _masks_by(make):
             h = self.body(
                 input_ids=tokens,
-                # All True, not None: else transformers reads packed sequences out of the positions.
-                attention_mask=torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device),
+                # All True, not None: else transformers reads packed sequences out of the positions. It looks at the values.
+                attention_mask=torch.ones(tokens.shape, dtype=torch.bool, device="cpu" if tokens.is_meta else tokens.device),
                 position_ids=input_pos,
                 use_cache=states is not None,
                 **({} if states is None else {"cache": states}),
@@ -181,9 +181,17 @@ class HFDecoder(nn.Module):
     @property
     def attention_sizes(self) -> tuple[int, int, int]:
         text = self.config.get_text_config()
-        heads = text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // heads
-        return heads, getattr(text, "num_key_value_heads", None) or heads, width
+        heads, kv_heads, width = (_widest(text, key) for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+        return heads, kv_heads or heads, width or text.hidden_size // heads
+
+    @property
+    def experts(self) -> tuple[int, int] | None:
+        """Return how many experts a token goes through, and how many there are; None without experts."""
+        text = self.config.get_text_config()
+        number = next(
+            (n for key in ("num_experts", "num_local_experts", "n_routed_experts") if (n := getattr(text, key, None))), 0
+        )
+        return (text.num_experts_per_tok, number) if number else None
 
 
 @contextmanager
@@ -194,6 +202,14 @@ def _masks_by(make: Callable[[Rule], LayerMask]) -> Iterator[None]:
         yield
     finally:
         _make_mask.reset(token)
+
+
+def _widest(text: Any, key: str) -> int | None:
+    """Return a setting, of layers that differ in it the largest; None where it is absent."""
+    layers = getattr(text, "per_layer_config", None)
+    if layers:
+        return max((value for layer in layers if (value := getattr(layer, key, None))), default=None)
+    return getattr(text, key, None)
 
 
 def is_tied(lm: PreTrainedModel) -> bool:

@@ -19,8 +19,7 @@ class TokenizerFiles:
     folder: Path
     tokenizer: Tokenizer
     config: dict[str, Any]  # tokenizer_config.json; empty where there is none
-    # `bos_token`, `eos_token`, ... as strings.
-    names: dict[str, str]
+    names: dict[str, str]  # `bos_token`, `eos_token`, ... as strings
 
     @cached_property
     def generation(self) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def _keep_rows_until(path: Path, step: int) -> list[dict[str, Any]]:
     # By bytes, not splitlines(): texts hold characters such as U+2028, and a damaged line need not be UTF-8.
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()] if step > 0 else []
     rows = [_read_row(line) for line in lines]
-    if broken := sum(row is None for row in rows[:-1]):  # a kill leaves half of the last line, which is nothing to tell
+    if broken := sum(row is None for row in rows[:-1]):  # half of a last line is what a kill leaves, and needs no warning
         log.warning(f"{broken} lines of {path} are damaged and left out; the run resumes without them")
     kept = [(line, row) for line, row in zip(lines, rows, strict=True) if row is not None and row["step"] <= step]
     replace_file(path, b"".join(line + b"\n" for line, _ in kept))
