@@ -1,7 +1,8 @@
 """Evaluate a checkpoint: student (without privileged information), student greedy, and the ceiling with it.
 
 every row of `dataset` × `eval_samples` samples per view → avg@k, pass@k, pass^k with bootstrap intervals, length, leak rate;
-the same for every entry of `domains` → a table each, `results.json`, `rows.json` with the success of every row, and `rollouts.jsonl` with every text
+the same for every entry of `domains` → a table each, `results.json`, `rows.json` with the success of every row,
+`rollouts.jsonl` with every text and the parts of its reward
 
 tune run --nproc_per_node 1 recipes/evaluate_distributed.py --config configs/tiny/evaluate.yaml
 """

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from pidistill.commands.report.command import write_report
-from tests.support.reported_runs import HOSTILE, write_run
+from tests.support.reported_runs import HOSTILE, write_rows, write_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -63,6 +63,15 @@ def test_every_other_page_opens(show, tmp_path, tab):
     page = show(write_report([write_run(tmp_path / "a"), write_run(tmp_path / "b", beta=2)], tmp_path / "page.html"), tab)
     expected = {"Evaluations": "0.25 [0.1, 0.4]", "Texts": "teacher says word", "Configuration": "objective.beta"}
     assert expected[tab] in page.inner_text("main")
+
+
+def test_the_texts_of_an_evaluation_stand_side_by_side(show, tmp_path):
+    rows = [{"view": view, "row": 0, "example": "row 0", "reward": 1.0, "text": f"{view} speaks"}
+            for view in ("student greedy", "student + PI")]  # fmt: skip
+    write_rows(tmp_path / "rollouts.jsonl", rows)
+    (tmp_path / "results.json").write_text('{"student greedy": {"success": 1.0}}')
+    page = show(write_report([tmp_path]), "Texts")
+    assert page.locator("main .card").count() == 2 and "student + PI speaks" in page.inner_text("main")
 
 
 def test_filters_keep_the_rollouts_that_they_name(show, tmp_path):
