@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from pidistill.chat.messages import messages_text
-from pidistill.chat.phrases import privileged_overlap
+from pidistill.chat.phrases import privileged_overlap, turn_text
 from pidistill.data import RecipeData
 from pidistill.distributed.run import Run
 from pidistill.rollouts import CollectResult, rollout_seed
@@ -164,7 +163,7 @@ def success_numbers(rows: Mapping[int, Sequence[bool]], samples: int, seed: int)
 
 def text_row(rollout: Rollout, max_chars: int | None = None) -> dict[str, Any]:
     """Return what rollouts.jsonl holds of a rollout: its row, its reward with the parts, why it stopped, and its text."""
-    text = "\n".join(f"{turn['role']}: {messages_text([turn])}" for turn in rollout.turns)
+    text = "\n".join(f"{turn['role']}: {turn_text(turn)}" for turn in rollout.turns)
     row = {"row": rollout.group, "example": rollout.example.id, "reward": rollout.reward}
     return row | {"reward_parts": rollout.reward_parts, "stop_reason": rollout.stop_reason, "text": text[:max_chars]}
 
