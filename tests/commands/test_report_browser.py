@@ -138,7 +138,6 @@ def test_a_run_of_two_thousand_rollouts_of_five_hundred_tokens_opens_within_two_
     client.send("Performance.enable")
     metrics = {entry["name"]: entry["value"] for entry in client.send("Performance.getMetrics")["metrics"]}
     wall = page.evaluate("Number(document.documentElement.dataset.ready)") / 1000
-    print(
-        f"{path.stat().st_size / 1e6:.1f} MB, ready after {wall:.2f} s, of which {metrics['ProcessTime']:.2f} s of the processor"
-    )
-    assert metrics["ProcessTime"] < 2  # whatever else the machine does meanwhile
+    seconds = metrics["ProcessTime"]
+    print(f"{path.stat().st_size / 1e6:.1f} MB, ready after {wall:.2f} s, {seconds:.2f} s of the processor")
+    assert seconds < 2  # whatever else the machine does meanwhile
