@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from pidistill.commands.common import config_parser, exit_on_input_error, parse_with_overrides
+from pidistill.commands.report.command import write_report as write_page
 from pidistill.commands.sweep.cells import Sweep, grid_cells, read_sweep, stage_runs
 from pidistill.commands.sweep.pictures import draw
 from pidistill.commands.sweep.results import read_results, write_report
@@ -33,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output-dir", type=Path, help="default: runs/sweeps/NAME")
     made.add_argument("--arms", nargs="+", help="of a sweep file")
     made.add_argument("--seeds", nargs="+", type=int)
-    made.add_argument("--base", help="checkpoint that every first stage starts from")
+    made.add_argument("--base", nargs="+", help="checkpoint that first stages start from; several: each arm from each")
     made.add_argument("--evaluate", metavar="CONFIG", help="evaluates each cell on the held-out split, such as tiny/evaluate")
     made.add_argument("--select", metavar="METRIC", help="validation metric (more is better); default eval_student_success")
     made.add_argument("--dry-run", action="store_true", help="print a grid's commands and stop")
@@ -72,8 +73,8 @@ def commands(sweep: Sweep) -> list[str]:
 
 
 def report(output_dir: Path) -> None:
-    """Print the tables, and write them to results.md with pictures beside it."""
+    """Print the tables, and write them to results.md with pictures and a page of the runs beside it."""
     if not read_results(output_dir):
         raise InputError(f"{output_dir} has no results.jsonl ; run the sweep first, or check the name of the folder")
     rows = write_report(output_dir)
-    print(*[output_dir / "results.md", *draw(output_dir, rows)], sep="\n")
+    print(*[output_dir / "results.md", *draw(output_dir, rows), write_page([output_dir])], sep="\n")
