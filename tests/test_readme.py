@@ -44,7 +44,7 @@ def test_the_readme_has_commands():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_run_command_names_a_recipe_a_config_and_real_keys(command):
     words = shlex.split(command)
-    recipe = next(word for word in words[2:] if not word.startswith("--") and not word.isdigit())
+    recipe = words[words.index("--config") - 1]
     config = words[words.index("--config") + 1]
     if recipe in STOCK:
         return
