@@ -133,6 +133,7 @@ def test_files_that_are_named_exist():
 
 def test_the_table_of_methods_names_every_objective_and_every_config_of_the_tiny_world():
     table = README.split("## Methods")[1].split("## Run")[0]
+    assert table.count("| method | who samples |") == 2  # methods; baselines
     objectives = {path.name for path in (ROOT / "pidistill" / "objectives").glob("*.py")} - {
         "__init__.py",
         "base.py",
