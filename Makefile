@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TUNE := $(BIN)/tune run --nproc_per_node 1
 
-.PHONY: install base bases base_easy base_world demo real compare sft_rl rft int test test-all test-trials test-peers test-vllm test-envs lint clean
+.PHONY: install base bases base_easy base_world demo real compare sft_rl rft int test test-all test-trials test-peers test-vllm test-envs docs lint clean
 
 install: $(VENV)/.installed  ## create .venv and install the package with its extras test and sweep
 
@@ -88,8 +88,17 @@ test-envs: .venv-envs/.installed  ## GEM and Reasoning Gym (extras `gem`, `reaso
 	.venv-envs/bin/python -m pip install -q -e '.[test,sweep,gem,reasoning-gym]'
 	touch $@
 
+docs: .venv-docs/.installed  ## the pages as a site in site/, strict: a broken link fails
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo site/index.html
+
+.venv-docs/.installed: pyproject.toml
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.27'
+	touch $@
+
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
 clean:
-	rm -rf runs $(VENV) .venv-vllm .venv-envs
+	rm -rf runs site $(VENV) .venv-vllm .venv-envs .venv-docs

@@ -20,11 +20,14 @@ from pidistill.data.dataset import ExampleDataset
 from pidistill.envs import Environment
 from pidistill.rollouts import Sampler
 from pidistill.training.keys import EVALUATION_KEYS
+from tests.support.folder_families import FOLDER_FAMILIES, METHODS, config_folder
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweeps")
 FAMILIES = ("qwen3", "qwen2_5", "llama3_2", "r1_distill_llama")
-REAL = [path for path in CONFIGS if path.parent.name in FAMILIES]
+SIZED = [path for path in CONFIGS if path.parent.name in FAMILIES]
+FROM_FOLDER = [path for path in CONFIGS if path.parent.name in FOLDER_FAMILIES]
+REAL = SIZED + FROM_FOLDER
 TINY = [path for path in CONFIGS if path.parent.name == "tiny"]
 
 
@@ -75,8 +78,10 @@ def test_interpolations_lead_somewhere(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
-def test_what_needs_no_files_can_be_made(path):
+def test_what_needs_no_files_can_be_made(path, tmp_path):
     cfg = OmegaConf.load(path)
+    if path in FROM_FOLDER:
+        cfg.checkpointer.checkpoint_dir = str(config_folder(path.parent.name, None, tmp_path))
     with torch.device("meta"):
         model = build(cfg.model)
     assert model.tok_embeddings.num_embeddings > 0
@@ -126,11 +131,13 @@ def test_the_files_of_a_checkpoint_are_named_and_written_elsewhere(path):
 
 def test_there_are_configs_for_the_models_that_people_train():
     methods: dict[str, set[str]] = {}
-    for path in REAL:
+    for path in SIZED:
         size, _, method = path.stem.partition("_")
         methods.setdefault(f"{path.parent.name}/{size}", set()).add(method)
     assert len(methods) >= 10
     assert all({"pi_distill", "opsd", "rl", "evaluate"} <= own for own in methods.values()), methods
+    assert {name_of(path) for path in FROM_FOLDER} == {f"{name}/{method}" for name in FOLDER_FAMILIES for method in METHODS}
+    assert all(OmegaConf.load(path).model._component_ == "pidistill.models.from_folder" for path in FROM_FOLDER)
 
 
 @pytest.mark.parametrize("path", REAL, ids=name_of)
@@ -149,7 +156,7 @@ def test_training_keeps_weights_in_fp32_and_multiplies_in_bf16(path):
         assert adapters == (cfg.optimizer.lr >= 1e-4)
 
 
-@pytest.mark.parametrize("path", [path for path in REAL if "evaluate" not in path.stem], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in SIZED if "evaluate" not in path.stem], ids=name_of)
 def test_the_memory_that_a_config_states_is_what_plan_says(path, capsys):
     said = re.search(
         r"# Memory per GPU: (\d+) GiB at the peak, in phase (\w+), on (\d+) GPUs? of 80 GB \(H100 or A100\)\. "
@@ -158,10 +165,39 @@ def test_the_memory_that_a_config_states_is_what_plan_says(path, capsys):
     )
     gib, phase, gpus, words = said.groups()
     assert int(gpus) == ranks_of(path) and words.split()[0] == name_of(path)
+    found = planned(words.split(), capsys)
+    assert found["peak_phase"] == phase and round(found["peak_bytes"] / GIB) == int(gib)
+
+
+def planned(words, capsys):
     with pytest.raises(SystemExit) as ended:
-        plan([*words.split(), "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert ended.value.code == 0 and found["peak_phase"] == phase
+        plan([*words, "--json"])
+    assert ended.value.code == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("path", [path for path in FROM_FOLDER if path.stem != "evaluate"], ids=name_of)
+def test_the_memory_that_a_config_states_for_sizes_is_what_plan_says(path, tmp_path, capsys):
+    published = FOLDER_FAMILIES[path.parent.name].published
+    text = path.read_text(encoding="utf-8")
+    if not published:
+        words = re.search(
+            r"\n# pidistill plan (\S+) --device h100(?: --memory-gib 140)?(?: --ranks (\d+))? --prompt-tokens 150", text
+        )
+        assert "Memory per GPU" not in text and words[1] == name_of(path) and int(words[2] or 1) == ranks_of(path)
+        return
+    said = re.search(
+        r"# Memory per GPU at the peak: (.+), on (\d+) GPUs? of 80 GB \(H100 or A100\)\. Predicted,\n# not measured, by "
+        r"pidistill plan (.+)\n",
+        text,
+    )
+    sizes, gpus, words = said.groups()
+    assert int(gpus) == ranks_of(path) and words.split()[0] == name_of(path)
+    stated = re.findall(r"(\d+) GiB \(([^)]+)\)", sizes)
+    assert [size for _, size in stated] == list(published)
+    gib, size = stated[-1]  # the largest; a plan takes a second
+    folder = config_folder(path.parent.name, size, tmp_path)
+    found = planned([*words.split(), f"checkpointer.checkpoint_dir={folder}"], capsys)
     assert round(found["peak_bytes"] / GIB) == int(gib)
 
 

@@ -86,7 +86,7 @@ RESUMED = {
         "opsd",
         MIXED | {"enable_activation_checkpointing": True, "teacher": EMA},
     ),
-    "mixture of experts": ("qwen3_moe", "pi_distill", {}),
+    "mixture of experts": ("qwen3_moe", "pi_distill", {"model__router_loss_weight": 0.01}),
     "hybrid": ("qwen3_5, hybrid", "opsd", {"teacher": FROZEN, **MIXED}),
     "LoRA": ("phi3", "opsd", {"teacher": ADAPTER_OFF, **LORA, "model__lora_attn_modules": ["qkv_proj"]}),
     "DoRA in mixed precision": (
@@ -106,6 +106,8 @@ def test_a_stopped_run_resumes_to_the_bit(case, folders, tmp_path):
     run(method, config(tmp_path / "stopped"), stop_after_row(3))
     run(method, config(tmp_path / "stopped", resume_from_checkpoint=True))
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    logged = [row.get("router_loss", 0.0) for row in metrics(tmp_path / "whole") if "loss" in row]
+    assert all(value > 0 for value in logged) if name == "qwen3_moe" else not any(logged)
     assert_same_tensors(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
     assert_same_tensors(training_state(tmp_path / "stopped"), training_state(tmp_path / "whole"))
 
