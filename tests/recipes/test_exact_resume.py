@@ -14,6 +14,7 @@ import torch
 from pidistill.errors import InputError
 from pidistill.training import checkpoints
 from tests.support.runs import (
+    EMA,
     EVALUATION,
     RECIPES,
     ROOT,
@@ -29,7 +30,6 @@ from tests.support.runs import (
     weights,
 )
 
-EMA = {"_component_": "pidistill.teachers.EMATeacher", "rate": 0.3}
 ROUNDS = {"max_steps": 7, "save_every_steps": 2, "eval_every_steps": 3, "eval_samples": 2, "rollout_log_steps": 2, **EVALUATION}
 METHODS = {
     # Two updates per round, each on one of its two groups; three does not divide into rounds, so 4 and 6 are saved.

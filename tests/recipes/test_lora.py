@@ -15,17 +15,16 @@ from pidistill.data.load import _check_same_tokenizer
 from pidistill.errors import InputError
 from pidistill.testing import TINY_SIZES, tiny_hf_checkpoint
 from pidistill.tokenizers import HFChatTokenizer
+from tests.support.forks import launch_several
 from tests.support.runs import (
+    EMA,
     ROOT,
     assert_same_tensors,
     metrics,
     run,
-    save_config,
-    shell,
     small_config,
     stop_after_row,
     training_state,
-    tune_command,
     weights,
 )
 from tests.support.tiny_qwen import qwen_checkpoint
@@ -41,7 +40,6 @@ LORA = {
 }
 ADAPTER_OFF = {"_component_": TEACHERS + "AdapterOffTeacher"}
 FROZEN = {"_component_": TEACHERS + "FrozenTeacher"}
-EMA = {"_component_": TEACHERS + "EMATeacher", "rate": 0.3}
 TRUST_REGION = {"_component_": TEACHERS + "TrustRegionTeacher", "live_share": 0.1}
 
 
@@ -147,10 +145,8 @@ def test_two_processes_end_where_one_does(tiny_base, tmp_path):
     ):
         config = functools.partial(small_config, method, tiny_base, teacher=teacher, max_steps=2, **LORA)
         run(method, config(tmp_path / "one" / name))
-        runs[name] = [method, str(save_config(config(tmp_path / "two" / name), tmp_path / f"{name}.yaml"))]
-    several = str(save_config(OmegaConf.create({"runs": runs}), tmp_path / "all.yaml"))
-    done = shell(tune_command("run", "--nproc_per_node", "2", "tests/support/several.py", "--config", several), timeout_s=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+        runs[name] = (method, config(tmp_path / "two" / name))
+    launch_several(tmp_path / "several", runs)
     for name in runs:
         one, two = weights(tmp_path / "one" / name), weights(tmp_path / "two" / name)
         for key in one:

@@ -19,16 +19,19 @@ from pidistill.rollouts import collect as collect_module
 from pidistill.testing import TINY_SIZES
 from pidistill.training.start import check_run
 from recipes.opsd_distributed import KEYS, REQUIRED
-from tests.recipes.test_sample import sample_config
-from tests.recipes.test_two_processes import EMA, TIMEOUT_S, assert_close_rows, back_to_checkpoint
 from tests.support.episodes import Script, collect, pair
+from tests.support.forks import TIMEOUT_S, launch_several
 from tests.support.hub_models import MODELS, hub_folder
 from tests.support.runs import (
+    EMA,
     EVALUATION,
     RECIPES,
+    assert_close_rows,
     assert_same_tensors,
+    back_to_checkpoint,
     metrics,
     run,
+    sample_config,
     save_config,
     shell,
     small_config,
@@ -90,15 +93,6 @@ def scenario(name: str, base: Path, folder: Path, **more: Any) -> tuple[str, Dic
     return method, cfg
 
 
-def launch(processes: int, folder: Path, runs: dict[str, tuple[str, DictConfig]]) -> None:
-    """All ``runs`` one after another in one launch."""
-    listed = {name: [method, str(save_config(cfg, folder / f"{name}.yaml"))] for name, (method, cfg) in runs.items()}
-    config = save_config(OmegaConf.create({"runs": listed}), folder / "all.yaml")
-    arguments = ("--nproc_per_node", str(processes), "tests/support/several.py", "--config", str(config))
-    done = shell(tune_command("run", *arguments), timeout_s=TIMEOUT_S)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def two(tiny_base, tmp_path_factory) -> Path:
     """What two processes with half of each matrix left; `resumed` is `main` cut in two."""
@@ -106,7 +100,7 @@ def two(tiny_base, tmp_path_factory) -> Path:
     runs = {name: scenario(name, tiny_base, folder / name, tensor_parallel_dim=2) for name in SCENARIOS}
     for name, more in {"begun": {"max_steps": 2}, "resumed": {"resume_from_checkpoint": True}}.items():
         runs[name] = scenario("main", tiny_base, folder / "resumed", tensor_parallel_dim=2, **more)
-    launch(2, folder, runs)
+    launch_several(folder, runs)
     return folder
 
 
@@ -114,11 +108,11 @@ def two(tiny_base, tmp_path_factory) -> Path:
 def four(tiny_base, one, tmp_path_factory) -> Path:
     """What two groups of two processes left; `resumed` continues `main`, and `taken_over` a checkpoint of one process."""
     folder = tmp_path_factory.mktemp("tensor_and_data_parallel")
-    launch(4, folder, {n: scenario(n, tiny_base, folder / n, tensor_parallel_dim=2) for n in ("main", *SLOW)})
+    launch_several(folder, {n: scenario(n, tiny_base, folder / n, tensor_parallel_dim=2) for n in ("main", *SLOW)}, 4)
     back_to_checkpoint(folder / "main", folder / "resumed", "step_2")
     back_to_checkpoint(one("main"), folder / "taken_over", "step_2")
     again = {"tensor_parallel_dim": 2, "resume_from_checkpoint": True}
-    launch(4, folder, {n: scenario("main", tiny_base, folder / n, **again) for n in ("resumed", "taken_over")})
+    launch_several(folder, {n: scenario("main", tiny_base, folder / n, **again) for n in ("resumed", "taken_over")}, 4)
     return folder
 
 

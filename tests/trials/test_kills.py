@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.forks import Fork, forking_server
 from tests.support.runs import (
+    EMA,
     EVALUATION,
     MODEL,
     RECIPES,
@@ -24,7 +25,6 @@ from tests.support.runs import (
 )
 from tests.support.tiny_base import make_base
 
-EMA = {"_component_": "pidistill.teachers.EMATeacher", "rate": 0.3}
 ROUNDS = {"max_steps": 8, "save_every_steps": 2, "eval_every_steps": 4, **EVALUATION}
 METHODS = {
     "opsd": ROUNDS | {"teacher": EMA, "environment__noise": 0.5, "rollout_log_steps": 2},
