@@ -20,8 +20,8 @@ from pidistill.data import demonstration, load_prompts
 from pidistill.privileged.prompt import PLACEMENTS
 from pidistill.tokenizers import HFChatTokenizer
 from tests.support.chat_templates import ALTERNATING, QWEN25
+from tests.support.configs import CONFIGS, name_of
 from tests.support.tiny_tokenizers import llama_folder, qwen_folder, r1_folder
-from tests.test_configs import CONFIGS, name_of
 
 FOLDERS = {"qwen": qwen_folder, "llama": llama_folder, "r1": r1_folder}
 SECRET = "The secret:\nuser system 72 <|im_end|> assistant {braces}"  # words of the template, a control token, braces

@@ -48,6 +48,9 @@ def pidistill(monkeypatch):
         registered = list(recipe_registry._ALL_RECIPES)
         try:
             _cli.main()
+        except SystemExit as ended:
+            if ended.code:
+                raise
         finally:
             recipe_registry._ALL_RECIPES[:] = registered
             sys.modules.pop("my_recipe", None)

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tests.support.runs import RECIPES, ROOT, environment, run, save_config
 
-TIMEOUT_S = 240  # a hang, not a slow machine
+TIMEOUT_S = 900  # a hang, not a slow machine
 
 
 class Fork:
@@ -50,9 +50,8 @@ class Fork:
 
 def _start_server() -> subprocess.Popen:
     program = [sys.executable, "-m", "tests.support.forks"]
-    return subprocess.Popen(
-        program, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(PYTHONPATH=str(ROOT))
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(program, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), start_new_session=True, **pipes)
 
 
 @contextlib.contextmanager
@@ -80,7 +79,7 @@ def launch_several(folder: Path, runs: dict[str, tuple[str, DictConfig]], proces
     server.stdin.flush()
     if not select.select([server.stdout], [], [], TIMEOUT_S)[0]:
         shared_server.cache_clear()
-        server.kill()
+        os.killpg(server.pid, signal.SIGKILL)
         raise AssertionError(f"{processes} processes did not end within {TIMEOUT_S} s: {log.read_text()[-3000:]}")
     statuses = json.loads(server.stdout.readline())
     assert statuses == [0] * processes, f"exit statuses {statuses}: {log.read_text()[-3000:]}"
