@@ -3,6 +3,7 @@
     python benchmarks/opsd_step.py             # 15M-parameter body, V = 8,192, 4 prompts x 8, both kinds of lengths
     python benchmarks/opsd_step.py --lengths long-tailed --privileged 1024
     python benchmarks/opsd_step.py --vocabulary 151936 --prompts 2 --group 4 --micro-batch 4
+    python benchmarks/opsd_step.py --shape qwen2.5-0.5b --bf16      # TRL with bf16=True, ours with compute_dtype: bf16
 
 A step is what a user of either waits for: sample the student, score both views, kl(teacher||student) over the full vocabulary
 without the first 3 tokens, backward, clip, AdamW, move the EMA teacher. Ours is `recipes/opsd_distributed.py` itself, from a
@@ -39,7 +40,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZE
 import torch
 from measure import GIB, PeakMemory, in_own_process, matmul_flops_per_s, median_ratio, print_table
 from omegaconf import DictConfig, OmegaConf
-from small_qwen import SIZES, files, max_seq_len
+from small_qwen import SHAPES, VOCABULARIES, files, max_seq_len
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATE, CLIP, EMA_RATE, SKIPPED = 1e-6, 1.0, 0.05, 3
@@ -62,7 +63,7 @@ class Step:
 def our_config(folder: Path, arguments: argparse.Namespace) -> DictConfig:
     """configs/tiny/sdft.yaml with this benchmark's model, data and sizes, and without evaluation and checkpoints."""
     cfg = OmegaConf.load(ROOT / "configs" / "tiny" / "sdft.yaml")
-    cfg.model = {"_component_": "torchtune.models.qwen2.qwen2", "vocab_size": arguments.vocabulary, **SIZES}
+    cfg.model = {"_component_": "torchtune.models.qwen2.qwen2", "vocab_size": arguments.vocabulary, **SHAPES[arguments.shape]}
     cfg.model |= {"max_seq_len": max_seq_len(arguments), "rope_base": 10_000, "norm_eps": 1e-5, "tie_word_embeddings": True}
     cfg.tokenizer = {"_component_": "pidistill.tokenizers.HFChatTokenizer", "path": str(folder / "model")}
     cfg.tokenizer.max_seq_len = max_seq_len(arguments)
@@ -87,6 +88,8 @@ def our_config(folder: Path, arguments: argparse.Namespace) -> DictConfig:
         "threads": arguments.threads,
         "output_dir": str(folder / "ours"),
     }
+    if arguments.bf16:
+        cfg.compute_dtype = "bf16"
     cfg |= {"rollout_log_steps": 0, "save_every_steps": None, "max_steps": 1_000_000}
     return OmegaConf.merge(cfg, OmegaConf.from_dotlist(arguments.ours))
 
@@ -174,7 +177,7 @@ def trl_trainer(folder: Path, arguments: argparse.Namespace, steps: int) -> Any:
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         max_grad_norm=CLIP,
-        bf16=False,
+        bf16=arguments.bf16,
         gradient_checkpointing=False,
         use_cpu=True,
         logging_strategy="no",
@@ -253,8 +256,9 @@ def floor_flops(arguments: argparse.Namespace, tokens: float) -> float:
     """Multiply-adds × 2 that no arrangement avoids: each prompt read once per group and view, each completion token once more
     for sampling and once per view, the head for completion tokens only; backward twice the forward; attention left out.
     """
-    hidden, kv = SIZES["embed_dim"], SIZES["embed_dim"] * SIZES["num_kv_heads"] // SIZES["num_heads"]
-    body = SIZES["num_layers"] * hidden * (2 * hidden + 2 * kv + 3 * SIZES["intermediate_dim"])
+    sizes = SHAPES[arguments.shape]
+    hidden, kv = sizes["embed_dim"], sizes["embed_dim"] * sizes["num_kv_heads"] // sizes["num_heads"]
+    body = sizes["num_layers"] * hidden * (2 * hidden + 2 * kv + 3 * sizes["intermediate_dim"])
     head = arguments.vocabulary * hidden
     student, teacher = (arguments.prompts * n for n in (arguments.question, arguments.question + arguments.privileged))
     sampling = body * (student + tokens) + head * tokens
@@ -300,7 +304,9 @@ def compare(arguments: argparse.Namespace, rate: float) -> tuple[list[list[str]]
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", choices=("equal", "long-tailed", "both"), default="both")
-    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="of the model; its weights are random")
+    parser.add_argument("--vocabulary", type=int, default=None, help="default: that of --shape")
+    parser.add_argument("--bf16", action="store_true", help="fp32 weights multiplied in bf16, on both sides")
     parser.add_argument("--prompts", type=int, default=4, help="per optimiser step")
     parser.add_argument("--group", type=int, default=8, help="completions per prompt")
     parser.add_argument(
@@ -318,6 +324,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory of each side")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.vocabulary = arguments.vocabulary or VOCABULARIES[arguments.shape]
     arguments.micro_batch = arguments.micro_batch or arguments.prompts * arguments.group
     if arguments.prompts * arguments.group % arguments.micro_batch:
         parser.error(f"--micro-batch {arguments.micro_batch} does not divide {arguments.prompts} x {arguments.group} rollouts")
@@ -331,14 +338,15 @@ def main() -> None:
         with files(arguments) as folder:
             print(json.dumps({"bytes": peak_bytes(folder, arguments)}))
         return
-    rate = matmul_flops_per_s(torch.device("cpu"), torch.float32)
+    rate = matmul_flops_per_s(torch.device("cpu"), torch.bfloat16 if arguments.bf16 else torch.float32)
     rows, sentences = [], []
     for lengths in ("equal", "long-tailed") if arguments.lengths == "both" else (arguments.lengths,):
         more, sentence = compare(argparse.Namespace(**vars(arguments) | {"lengths": lengths}), rate)
         rows, sentences = rows + more, [*sentences, sentence]
+    products = "bf16" if arguments.bf16 else "fp32"
     title = (
         f"One SDFT step: {arguments.prompts} prompts x {arguments.group}, question {arguments.question}, privileged "
-        f"{arguments.privileged}, up to {arguments.new_tokens} new, V={arguments.vocabulary}, fp32, "
+        f"{arguments.privileged}, up to {arguments.new_tokens} new, V={arguments.vocabulary}, {products} products, "
         f"{arguments.threads} thread(s), matmul {rate / 1e9:.0f} GFLOP/s"
     )
     columns = ["lengths", "", "tokens/rollout", "s/step", "ms/token", *PHASES, "floor/time", "peak GiB"]

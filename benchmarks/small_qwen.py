@@ -1,4 +1,7 @@
-"""Write what both sides of `opsd_step.py` load: a random Qwen2 whose stop token comes as asked, its tokenizer, and rows."""
+"""Write what both sides of `opsd_step.py` load: a random Qwen2 whose stop token comes as asked, its tokenizer, and rows.
+
+Random weights of a real model's shape take the time of its trained ones.
+"""
 
 import argparse
 import json
@@ -12,7 +15,13 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-SIZES = {"num_layers": 8, "num_heads": 6, "num_kv_heads": 2, "embed_dim": 384, "intermediate_dim": 1280}
+_NAMES = ("num_layers", "num_heads", "num_kv_heads", "embed_dim", "intermediate_dim")
+SHAPES = {
+    "small": dict(zip(_NAMES, (8, 6, 2, 384, 1280), strict=True)),
+    "smollm2-135m": dict(zip(_NAMES, (30, 9, 3, 576, 1536), strict=True)),
+    "qwen2.5-0.5b": dict(zip(_NAMES, (24, 14, 2, 896, 4864), strict=True)),
+}
+VOCABULARIES = {"small": 8192, "smollm2-135m": 49_152, "qwen2.5-0.5b": 151_936}
 SPECIAL = ("<|im_end|>", "<|pad|>", "<|im_start|>", "user", "assistant")
 STOP_ID, PAD_ID = 0, 1
 TEMPLATE = (
@@ -30,13 +39,14 @@ def write_model(folder: Path, arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     torch.manual_seed(0)
+    sizes = SHAPES[arguments.shape]
     config = Qwen2Config(
         vocab_size=arguments.vocabulary,
-        num_hidden_layers=SIZES["num_layers"],
-        num_attention_heads=SIZES["num_heads"],
-        num_key_value_heads=SIZES["num_kv_heads"],
-        hidden_size=SIZES["embed_dim"],
-        intermediate_size=SIZES["intermediate_dim"],
+        num_hidden_layers=sizes["num_layers"],
+        num_attention_heads=sizes["num_heads"],
+        num_key_value_heads=sizes["num_kv_heads"],
+        hidden_size=sizes["embed_dim"],
+        intermediate_size=sizes["intermediate_dim"],
         max_position_embeddings=max_seq_len(arguments),
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},

@@ -15,14 +15,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import disable_adapter
 
 from pidistill.errors import InputError
 from pidistill.models.adapters import has_adapters
+from pidistill.models.protocol import Decoder
 from pidistill.types import Rollout, RolloutKey
 
-LoadCopy = Callable[[], TransformerDecoder]
+LoadCopy = Callable[[], Decoder]
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class MixturePart:
     """
 
     share: float
-    module: TransformerDecoder
+    module: Decoder
     adapters: bool = True
     memory: "HiddenMemory | None" = None
 
     @contextmanager
-    def weights(self) -> Iterator[TransformerDecoder]:
+    def weights(self) -> Iterator[Decoder]:
         """Yield the module as this part computes, to sample or score with inside the `with`."""
         if self.adapters:
             yield self.module
@@ -81,11 +81,11 @@ class Teacher(Protocol):
         """Follow the trained model after an optimiser step."""
         return None
 
-    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+    def mixture(self, model: Decoder) -> list[MixturePart]:
         """Return the parts whose logits add up to the teacher's, ``model`` being the trained one; their shares sum to 1."""
         ...
 
-    def sampling_weights(self, model: TransformerDecoder) -> AbstractContextManager[TransformerDecoder]:
+    def sampling_weights(self, model: Decoder) -> AbstractContextManager[Decoder]:
         """Return the context in which the teacher's weights sample."""
         (part,) = self.mixture(model)
         return part.weights()
@@ -104,7 +104,7 @@ class LiveTeacher(Teacher):
 
     live = True
 
-    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+    def mixture(self, model: Decoder) -> list[MixturePart]:
         return [MixturePart(1.0, model)]
 
 
@@ -161,7 +161,7 @@ class AdapterOffTeacher(Teacher):
     def __init__(self, cache_gib: float = 0.0) -> None:
         self._memory = HiddenMemory(cache_gib) if cache_gib else None
 
-    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+    def mixture(self, model: Decoder) -> list[MixturePart]:
         return [MixturePart(1.0, model, adapters=False, memory=self._memory)]
 
 
@@ -183,7 +183,7 @@ class FrozenTeacher(Teacher):
     def attach(self, load_copy: LoadCopy) -> None:
         self.module = _frozen(load_copy())
 
-    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+    def mixture(self, model: Decoder) -> list[MixturePart]:
         return [MixturePart(1.0, self.module, memory=self._memory)]
 
 
@@ -207,10 +207,10 @@ class TrustRegionTeacher(Teacher):
     def attach(self, load_copy: LoadCopy) -> None:
         self.module = _frozen(load_copy())
 
-    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+    def mixture(self, model: Decoder) -> list[MixturePart]:
         return [MixturePart(1.0 - self.live_share, self.module), MixturePart(self.live_share, model)]
 
-    def sampling_weights(self, model: TransformerDecoder) -> AbstractContextManager[TransformerDecoder]:
+    def sampling_weights(self, model: Decoder) -> AbstractContextManager[Decoder]:
         raise InputError("a trust-region teacher mixes two models' logits and cannot sample; choose another teacher")
 
 
@@ -232,7 +232,7 @@ class EMATeacher(Teacher):
             )
         self.rate = rate
 
-    def mixture(self, model: TransformerDecoder) -> list[MixturePart]:
+    def mixture(self, model: Decoder) -> list[MixturePart]:
         return [MixturePart(1.0, self.module)]
 
     def attach(self, load_copy: LoadCopy) -> None:
@@ -261,7 +261,7 @@ class EMATeacher(Teacher):
             self.module.get_parameter(name).copy_(average)
 
 
-def _frozen(module: TransformerDecoder) -> TransformerDecoder:
+def _frozen(module: Decoder) -> Decoder:
     return module.requires_grad_(False).eval()
 
 

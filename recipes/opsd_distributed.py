@@ -90,8 +90,8 @@ class OPSDRecipe:
         progress = self._checkpoints.restore(self._model, self._updates, self._teacher)
         self._step, self._round = progress["step"], progress["round"]
         self._round_sizes.check_progress(self._step, self._round, self._max_steps)
-        title = cfg.objective._component_.rpartition(".")[2]
-        self._log = MetricsLog(cfg, self._run, first_step=self._step, last_step=self._max_steps, title=title)
+        steps = {"first_step": self._step, "last_step": self._max_steps}
+        self._log = MetricsLog(cfg, self._run, data=self._data, title=cfg.objective._component_.rpartition(".")[2], **steps)
 
     # ------------------------------------------------------------------------------------------------ the method
 
@@ -205,6 +205,7 @@ class OPSDRecipe:
             with self._timer.phase("update"):
                 (loss * self._run.world_size).backward()  # FSDP2 averages gradients over ranks; the loss is already global
             self._mismatch.look(batch, scores)
+            self._log.look(batch, scores)
             total_loss += loss.item()
             sums.update(token_sums(batch, scores, token_loss.metrics))
         supervised_loss = self._supervised.backward(self._model, self._step)

@@ -80,7 +80,8 @@ class PiDistillRecipe:
         progress = self._checkpoints.restore(self._model, self._updates, self._teacher)
         self._step, self._round = progress["step"], progress["round"]
         self._round_sizes.check_progress(self._step, self._round, self._max_steps)
-        self._log = MetricsLog(cfg, self._run, first_step=self._step, last_step=self._max_steps, title="π-Distill")
+        steps = {"first_step": self._step, "last_step": self._max_steps}
+        self._log = MetricsLog(cfg, self._run, data=self._data, title="π-Distill", **steps)
 
     # ------------------------------------------------------------------------------------------------ the method
 
@@ -164,6 +165,7 @@ class PiDistillRecipe:
             with self._timer.phase("update"):
                 (loss * self._run.world_size).backward()  # FSDP2 averages gradients over ranks; the loss is already global
             self._mismatch.look(batch, scores)
+            self._log.look(batch, scores)
             total_loss += loss.item()
             sums.update(token_sums(batch, scores, token_loss.metrics))
         supervised_loss = self._supervised.backward(self._model, self._step)

@@ -26,6 +26,7 @@ class Run:
         rank, world_size: among the data-parallel ranks. Sums and shares are over these; those of a tensor-parallel group have
             the same work, and the same results.
         mesh: [data-parallel, tensor-parallel] ranks; None where `tensor_parallel_dim` is 1.
+        replicas: [groups, processes of a group], each group holding all shards of a model; None is one group.
         compute_dtype: of the copies of trained weights that forward and backward multiply, and of weights that are not
             trained; None is ``dtype``, which trained weights, their gradients and the optimizer's states have.
     """
@@ -38,6 +39,7 @@ class Run:
     output_dir: Path
     mesh: DeviceMesh | None = None
     compute_dtype: torch.dtype | None = None
+    replicas: DeviceMesh | None = None
 
     @property
     def forward_dtype(self) -> torch.dtype:
@@ -63,7 +65,7 @@ class Run:
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
-        return None if self.mesh is None else self.mesh.get_group(DATA)
+        return None if self.mesh is None else self.mesh[DATA].get_group()
 
     def once(self, ask: Callable[[], T]) -> T:
         """``ask()`` by one rank of a tensor-parallel group, for all of them: where two answers could differ, or cost."""

@@ -34,6 +34,7 @@ from pidistill.training.keys import setting
 T = TypeVar("T")
 
 DATA, TENSOR = "dp", "tp"
+_REPLICAS, _SHARDS = "dp_replicate", "dp_shard"
 _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "output_proj"), ("w1", "w2", "w3")
 
 # ---------------------------------------------------------------------------------------------- what is refused
@@ -115,12 +116,49 @@ def _unknown_part(layer: nn.Module) -> str | None:
     return "a norm over several heads" if wide else None
 
 
+def check_replicas(cfg: DictConfig, processes: int, shares: int) -> int:
+    """`data_parallel_replicate_dim`, 1 where it is not set; ``shares`` is `tensor_parallel_dim`.
+
+    Raises:
+        InputError: the processes do not part into so many groups, or the model has 4-bit weights.
+    """
+    replicas = setting(cfg, "data_parallel_replicate_dim")
+    if processes % (replicas * shares):
+        groups = f", each of {shares} processes that share matrices" if shares > 1 else ""
+        raise InputError(
+            f"data_parallel_replicate_dim={replicas} does not divide the {processes} processes of this run into {replicas} "
+            f"equal groups{groups}; set it to the number of machines, or to 1"
+        )
+    for key in ("model", "teacher_model"):
+        if replicas > 1 and (cfg.get(key) or {}).get("quantize_base", False):
+            raise InputError(
+                f"{key}.quantize_base=True does not work with data_parallel_replicate_dim={replicas}: torchtune loads 4-bit "
+                "weights into one group of shards only; set data_parallel_replicate_dim=1"
+            )
+    return replicas
+
+
 # ---------------------------------------------------------------------------------------------- model
 
 
-def make_mesh(device_type: str, processes: int, size: int) -> DeviceMesh:
-    """[data-parallel, tensor-parallel]; neighbouring ranks, which are nearest to each other, share a model."""
-    return init_device_mesh(device_type, (processes // size, size), mesh_dim_names=(DATA, TENSOR))
+def make_mesh(device_type: str, processes: int, size: int, replicas: int = 1) -> DeviceMesh:
+    """[data-parallel, tensor-parallel]; neighbouring ranks, which are nearest to each other, share a model.
+
+    With several ``replicas`` of the shards the first of the two is [replicas, shards].
+    """
+    if replicas == 1:
+        return init_device_mesh(device_type, (processes // size, size), mesh_dim_names=(DATA, TENSOR))
+    sizes = (replicas, processes // (replicas * size), size)
+    mesh = init_device_mesh(device_type, sizes, mesh_dim_names=(_REPLICAS, _SHARDS, TENSOR))
+    mesh[_REPLICAS, _SHARDS]._flatten(DATA)
+    return mesh
+
+
+def make_replicas(device_type: str, processes: int, replicas: int) -> DeviceMesh | None:
+    """[replicas, shards] of all processes; neighbouring ranks, of one machine where possible, hold one replica's shards."""
+    if replicas == 1:
+        return None
+    return init_device_mesh(device_type, (replicas, processes // replicas), mesh_dim_names=(_REPLICAS, _SHARDS))
 
 
 def parallelize(model: TransformerDecoder, mesh: DeviceMesh) -> None:
@@ -138,6 +176,7 @@ def shard_model(
     cpu_offload: bool,
     reshard_after_forward: bool,
     mesh: DeviceMesh | None = None,
+    replicas: DeviceMesh | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> None:
     """Shard as torchtune's function of that name does, with layers over the data-parallel ranks and all else over all ranks.
@@ -148,12 +187,14 @@ def shard_model(
     Args:
         mesh: [data-parallel, tensor-parallel]; None where all ranks are data-parallel ones. One process alone may shard too:
             then its frozen weights, which need neither gathering nor another dtype, stay what they are.
+        replicas: [groups, ranks of a group], where each group holds all shards and gradients are added up over groups too;
+            None is one group.
         compute_dtype: of the gathered weights and of their gradients, which are added up over ranks and micro-batches in fp32;
             None leaves all of it in the weights' own dtype.
     """
     processes = dist.get_world_size()
-    everyone = init_device_mesh(device_type, (processes,))
-    of_layers = everyone if mesh is None else mesh[DATA]
+    everyone = replicas or init_device_mesh(device_type, (processes,))
+    of_layers = everyone if mesh is None else mesh[DATA] if replicas is None else mesh[_REPLICAS, _SHARDS]
     options: dict[str, Any] = {"reshard_after_forward": reshard_after_forward}
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy()

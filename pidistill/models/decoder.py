@@ -91,13 +91,17 @@ def lora(
     use_dora: bool,
     quantize_base: bool,
     tied: bool,
+    names: Sequence[str] | None = ATTENTION_MODULES,
 ) -> Lora:
     """Return the adapters that torchtune's ``lora_`` arguments describe.
+
+    Args:
+        names: the attention layers that there are; None where the model itself has to say.
 
     Raises:
         InputError: ``lora_attn_modules`` names no attention layer or an unknown one, or a tied head would be adapted.
     """
-    unknown = set(lora_attn_modules) - set(ATTENTION_MODULES)
+    unknown = set() if names is None else set(lora_attn_modules) - set(names)
     if unknown or not lora_attn_modules:
         named = f"has {', '.join(sorted(unknown))}" if unknown else "is empty"
         raise InputError(f"model.lora_attn_modules {named}; choose one or more of {', '.join(ATTENTION_MODULES)}")

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torchtune.modules import TransformerDecoder
 
 from pidistill.config import build
 from pidistill.errors import InputError
 from pidistill.models.nf4 import give_out_whole_weights
+from pidistill.models.protocol import Decoder
 
 
-def empty_model(node: Any) -> TransformerDecoder:
+def empty_model(node: Any) -> Decoder:
     """Build a model without its weights, on the meta device.
 
     Raises:
@@ -34,12 +34,12 @@ def empty_model(node: Any) -> TransformerDecoder:
         ) from cause
 
 
-def shared_empty_model(node: Any) -> TransformerDecoder:
+def shared_empty_model(node: Any) -> Decoder:
     """Return the model of :func:`empty_model`, built once for all checks of a start. Nobody may change it."""
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     return _build_once(json.dumps(plain, sort_keys=True), torch.get_default_dtype())
 
 
 @functools.lru_cache(maxsize=4)  # model and teacher, and those of another config in the same process
-def _build_once(node: str, dtype: torch.dtype) -> TransformerDecoder:
+def _build_once(node: str, dtype: torch.dtype) -> Decoder:
     return empty_model(json.loads(node))

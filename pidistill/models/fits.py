@@ -19,6 +19,8 @@ from pidistill.models.config_json import check_sizes, not_computed, rotation_kin
 from pidistill.models.from_folder import LLAMA3_SCALING
 from pidistill.models.hf_folder import Stored, read_json, stored_tensors, weight_files
 from pidistill.models.hf_format import FAMILIES, LIKE_LLAMA, family, head_dim, is_tied, not_loaded, to_hf
+from pidistill.models.hf_weights import check_same_model, stored_names_fit
+from pidistill.models.protocol import has_own_names
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,18 @@ def check_fits(model: nn.Module, checkpointer: Mapping[str, Any], builder: str, 
     folder = Path(checkpointer["checkpoint_dir"])
     config = read_json(folder / "config.json")
     torchtunes = not str(checkpointer["_component_"]).endswith(".HFCheckpointer")
-    if torchtunes and config.get("model_type") not in FAMILIES:
+    if has_own_names(model):
+        if torchtunes:
+            raise InputError(
+                f"{key}._component_={checkpointer['_component_']} reads torchtune's families, and `model` is one of "
+                f"transformers; set {key}._component_=pidistill.models.HFCheckpointer"
+            )
+        check_same_model(model.config.to_dict(), config, folder, builder)
+        stored_names_fit(model, folder, builder)
+        return
+    if config.get("model_type") not in FAMILIES:
+        if not torchtunes:
+            family(config)  # refuses it
         return
     if not isinstance(model, TransformerDecoder) or not isinstance(getattr(model.layers[0], "mlp", None), FeedForward):
         return

@@ -1,21 +1,21 @@
 """Build the decoder that a model folder's config.json describes, so that a config needs no sizes.
 
-Dense models of the Llama, Mistral, Qwen2 and Qwen3 kinds are built from torchtune's modules, with the arguments that
-torchtune's ``lora_`` builders take. Whatever changes the numbers and is not computed here is refused in one sentence before any
-weight is loaded.
+Dense models of the Llama, Mistral, Qwen2 and Qwen3 kinds are built from torchtune's modules. All others are transformers' own
+(:mod:`pidistill.models.hf_decoder`, extra ``transformers``). Both take the arguments of torchtune's ``lora_`` builders. What
+changes the numbers and is not computed here is refused in one sentence before any weight is loaded.
 """
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from torchtune.modules import TransformerDecoder
+from typing import Any, Literal
 
 from pidistill.errors import InputError
 from pidistill.models.config_json import check_sizes, not_computed, rotation_kind, rotations
 from pidistill.models.decoder import Shape, decoder, lora
 from pidistill.models.hf_folder import read_json
-from pidistill.models.hf_format import family, head_dim, is_tied
+from pidistill.models.hf_format import FAMILIES, family, head_dim, is_tied
+from pidistill.models.protocol import Decoder
 
 # config.json's names, and those of torchtune's Llama3ScaledRoPE
 LLAMA3_SCALING = {
@@ -29,6 +29,7 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 
 def from_folder(
     path: str,
+    backend: Literal["auto", "torchtune", "transformers"] = "auto",
     lora_attn_modules: Sequence[str] | None = None,
     apply_lora_to_mlp: bool = False,
     apply_lora_to_output: bool = False,
@@ -38,39 +39,86 @@ def from_folder(
     use_dora: bool = False,
     quantize_base: bool = False,
     max_seq_len: int | None = None,
-) -> TransformerDecoder:
+) -> Decoder:
     """Build the model of the folder ``path``, without its weights.
 
     Args:
         path: folder in Hugging Face's format; only its config.json is read.
-        lora_attn_modules: attention layers that get an adapter (q_proj, k_proj, v_proj, output_proj); ``None`` trains all
-            weights.
+        backend: whose modules; ``auto`` takes torchtune's where they compute the model, and transformers' elsewhere.
+        lora_attn_modules: attention layers that get an adapter (q_proj, k_proj, v_proj, output_proj, or the model's own names);
+            ``None`` trains all weights.
         lora_rank: as the arguments after it, the same as in torchtune's ``lora_`` builders.
         max_seq_len: longest position that the model has a rotation for; ``None`` takes config.json's max_position_embeddings.
 
     Raises:
         InputError: the folder has no config.json, or describes a model that is not computed here.
     """
-    shape = shape_of(read_json(Path(path) / "config.json"), path, max_seq_len)
-    if lora_attn_modules is None:
-        if quantize_base or apply_lora_to_mlp or apply_lora_to_output or use_dora:
-            raise InputError(
-                "model asks for adapters (quantize_base, apply_lora_to_mlp, apply_lora_to_output or use_dora) without "
-                "model.lora_attn_modules; set model.lora_attn_modules, for example to [q_proj, v_proj], or remove those keys"
-            )
-        return decoder(shape)
-    adapters = lora(
-        lora_attn_modules,
-        apply_lora_to_mlp,
-        apply_lora_to_output,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        use_dora=use_dora,
-        quantize_base=quantize_base,
-        tied=shape.tie_word_embeddings,
-    )
-    return decoder(shape, adapters)
+    if backend not in ("auto", "torchtune", "transformers"):
+        raise InputError(f"model.backend={backend} is none of auto, torchtune and transformers")
+    config = read_json(Path(path) / "config.json")
+    _check_folder(config, path)
+    if lora_attn_modules is None and (quantize_base or apply_lora_to_mlp or apply_lora_to_output or use_dora):
+        raise InputError(
+            "model asks for adapters (quantize_base, apply_lora_to_mlp, apply_lora_to_output or use_dora) without "
+            "model.lora_attn_modules; set model.lora_attn_modules, for example to [q_proj, v_proj], or remove those keys"
+        )
+    adapters = None if lora_attn_modules is None else (tuple(lora_attn_modules), apply_lora_to_mlp, apply_lora_to_output)
+    options = {
+        "lora_rank": lora_rank,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "use_dora": use_dora,
+        "quantize_base": quantize_base,
+    }
+    other = why_not_torchtune(config, path, max_seq_len) if backend == "auto" else None
+    if backend == "transformers" or other:
+        return _of_transformers(path, max_seq_len, adapters, options, other)
+    shape = shape_of(config, path, max_seq_len)
+    return decoder(shape, adapters and lora(*adapters, tied=shape.tie_word_embeddings, **options))
+
+
+def _of_transformers(path: str, max_seq_len: int | None, adapters: Any, options: dict[str, Any], why: str | None) -> Decoder:
+    if importlib.util.find_spec("transformers") is None:
+        reason = f"the model in {path} has {why}, and" if why else "model.backend=transformers:"
+        raise InputError(
+            f"{reason} transformers, which computes it, is not installed; run `pip install 'pidistill[transformers]'`"
+        )
+    from pidistill.models.hf_decoder import build
+    from pidistill.models.hf_lora import adapt
+
+    model = build(path, max_seq_len)
+    if adapters is not None:
+        adapt(model, lora(*adapters, tied=True, names=None, **options))
+    return model
+
+
+def _check_folder(config: Mapping[str, Any], path: str) -> None:
+    """Refuse what no decoder here trains, whoever builds it."""
+    if config.get("is_encoder_decoder"):
+        raise InputError(
+            f"the model in {path} is an encoder with a decoder ({config.get('model_type')}), and decoders alone are trained "
+            "here; choose another model"
+        )
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, Mapping) else quantization
+        raise InputError(
+            f"the weights in {path} are quantised ({method}, says its config.json), and training needs them in bf16 or fp32; "
+            "set model.path and checkpointer.checkpoint_dir to the unquantised model"
+        )
+
+
+def why_not_torchtune(config: Mapping[str, Any], path: str, max_seq_len: int | None) -> str | None:
+    """Return what of a model torchtune's modules do not compute, as an end of "the model has"; None where they do.
+
+    Raises:
+        InputError: the family is one of torchtune's, and config.json lacks a size.
+    """
+    if config.get("model_type") not in FAMILIES:
+        return f"model_type {config.get('model_type')!r}"
+    family(config)
+    check_sizes(config, Path(path))
+    longest = max_seq_len or config.get("max_position_embeddings")
+    return not_computed(config, longest) if isinstance(longest, int) else None
 
 
 def shape_of(config: Mapping[str, Any], path: str, max_seq_len: int | None = None) -> Shape:
@@ -88,9 +136,7 @@ def shape_of(config: Mapping[str, Any], path: str, max_seq_len: int | None = Non
             "completion, in tokens"
         )
     if reason := not_computed(config, longest):
-        raise InputError(
-            f"the model in {path} has {reason}; choose another model, or set `model` to a builder that computes it"
-        )
+        raise InputError(f"the model in {path} has {reason}; set model.backend=transformers, or choose another model")
     rope = rotations(config)
     return Shape(
         vocab_size=config["vocab_size"],

@@ -11,9 +11,10 @@ from torchtune import training
 from torchtune.training.checkpointing._utils import SUFFIXES_TO_NOT_COPY, copy_files, safe_torch_load
 
 from pidistill.errors import InputError
+from pidistill.models import hf_weights
 from pidistill.models.config_json import check_sizes
 from pidistill.models.hf_folder import INDEX, SINGLE, check_plain_name, read_json, stored_tensors, weight_files
-from pidistill.models.hf_format import family, from_hf, not_loaded, to_hf
+from pidistill.models.hf_format import FAMILIES, family, from_hf, not_loaded, to_hf
 
 # What torchtune calls the families, for configs that name one.
 _TORCHTUNE_NAMES = {"LLAMA2": "llama", "LLAMA3": "llama", "LLAMA3_2": "llama", "QWEN2": "qwen2", "QWEN3": "qwen3"}
@@ -30,6 +31,8 @@ class HFCheckpointer:
         output_dir: where ``save_checkpoint`` writes ``epoch_N``.
         checkpoint_files: safetensors files to read in place of those that the folder's index names.
         model_type: llama, qwen2 or qwen3, or torchtune's name of it: checked against config.json's.
+        own_names: the state dict has transformers' names, not torchtune's. The recipes set it to what `model` has; None takes
+            torchtune's where there is a conversion.
 
     Raises:
         InputError: a file is absent or cut short, the family is unknown or not ``model_type``.
@@ -41,11 +44,14 @@ class HFCheckpointer:
         output_dir: str,
         checkpoint_files: Sequence[str] | None = None,
         model_type: str | None = None,
+        own_names: bool | None = None,
     ) -> None:
         self._folder, self._output_dir = Path(checkpoint_dir), Path(output_dir)
         self._config = read_json(self._folder / "config.json")
-        found = family(self._config)
-        check_sizes(self._config, self._folder)
+        self._own_names = self._config.get("model_type") not in FAMILIES if own_names is None else own_names
+        found = self._config.get("model_type") if self._own_names else family(self._config)
+        if not self._own_names:
+            check_sizes(self._config, self._folder)
         if model_type is not None and _TORCHTUNE_NAMES.get(model_type, model_type) != found:
             raise InputError(
                 f"checkpointer.model_type is {model_type} and {self._folder / 'config.json'} says {found}; remove model_type, "
@@ -63,7 +69,9 @@ class HFCheckpointer:
         self._output_dir.mkdir(parents=True, exist_ok=True)
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """Return ``{"model": full state dict in torchtune's format}``, on CPU, in the dtype of the files."""
+        """Return ``{"model": full state dict}``, on CPU, in the dtype of the files."""
+        if self._own_names:
+            return {training.MODEL_KEY: hf_weights.load(self._folder)}
         weights: dict[str, Tensor] = {}
         for name in self._files:
             weights |= safe_torch_load(self._folder / name)
@@ -74,7 +82,7 @@ class HFCheckpointer:
     ) -> None:
         """Write ``output_dir/epoch_N``: the weights, their index, and the other files of ``checkpoint_dir``.
 
-        ``state_dict`` is {"model": full state dict in torchtune's format}, on CPU. Recipe state and adapters are not saved
+        ``state_dict`` is {"model": full state dict}, on CPU. Recipe state and adapters are not saved
         here: the recipes keep theirs in training_state.pt.
         """
         if adapter_only or intermediate_checkpoint or set(state_dict) - {training.MODEL_KEY}:
@@ -82,9 +90,13 @@ class HFCheckpointer:
                 "HFCheckpointer saves full models; for recipe state or adapter files in torchtune's own recipes, set "
                 "checkpointer._component_ to torchtune.training.FullModelHFCheckpointer"
             )
-        weights = to_hf(state_dict[training.MODEL_KEY], self._config)
         folder = self._output_dir / f"epoch_{epoch}"
         folder.mkdir(parents=True, exist_ok=True)
+        if self._own_names:
+            hf_weights.save(state_dict[training.MODEL_KEY], self._folder, folder)
+            copy_files(self._folder, folder, ignore_suffixes=SUFFIXES_TO_NOT_COPY)
+            return
+        weights = to_hf(state_dict[training.MODEL_KEY], self._config)
         shards = self._shards(weights)
         for name, shard in shards.items():
             save_file(shard, folder / name, metadata={"format": "pt"})

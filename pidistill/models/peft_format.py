@@ -22,6 +22,7 @@ from pidistill.models.adapters import PARTS, adapter_modules, has_adapters, is_d
 from pidistill.models.empty import shared_empty_model
 from pidistill.models.hf_folder import read_json
 from pidistill.models.hf_format import FAMILIES, LIKE_LLAMA
+from pidistill.models.protocol import has_own_names
 
 FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 _MODULES = {
@@ -110,9 +111,14 @@ def _config(model: nn.Module, base: str) -> dict[str, Any]:
 
 
 def _to_hf(layer: str) -> str:
-    """Return a layer's name in transformers: layers.3.attn.q_proj → model.layers.3.self_attn.q_proj; output → lm_head."""
+    """Return a layer's name in transformers: layers.3.attn.q_proj → model.layers.3.self_attn.q_proj; output → lm_head.
+
+    A decoder of transformers has these names already.
+    """
     if layer == "output":
         return "lm_head"
+    if not layer.startswith("layers."):
+        return layer
     _, number, module = layer.split(".", 2)
     return f"model.layers.{number}.{_MODULES[module]}"
 
@@ -121,7 +127,7 @@ def _permuted(rows: Tensor, layer: str, hf_config: Mapping[str, Any], *, to_hf: 
     """Return the rows [out, …] of a query or key in the other format's order; those of every other layer unchanged."""
     heads = {"attn.q_proj": "num_attention_heads", "attn.k_proj": "num_key_value_heads"}
     key = next((key for module, key in heads.items() if layer.endswith(module)), None)
-    if key is None or hf_config["model_type"] not in LIKE_LLAMA:
+    if key is None or hf_config["model_type"] not in LIKE_LLAMA or not layer.startswith("layers."):
         return rows
     number = hf_config.get(key) or hf_config["num_attention_heads"]
     pairs = rows.shape[0] // number // 2
@@ -132,16 +138,16 @@ def _permuted(rows: Tensor, layer: str, hf_config: Mapping[str, Any], *, to_hf: 
 # ---------------------------------------------------------------------------------------------- read
 
 
-def read(folder: Path, hf_config: Mapping[str, Any]) -> Adapter:
-    """Return what a PEFT folder of LoRA or DoRA holds.
+def read(folder: Path, hf_config: Mapping[str, Any], own_names: bool = False) -> Adapter:
+    """Return what a PEFT folder of LoRA or DoRA holds, under the names of torchtune or, with ``own_names``, its own.
 
     Raises:
         InputError: files are missing, the folder holds another kind of adapter, or a layer lacks one of its tensors.
     """
-    config = _read_config(folder, hf_config)
+    config = _read_config(folder, hf_config, own_names)
     tensors: dict[str, Tensor] = {}
     for name, tensor in _load(folder / WEIGHTS).items():
-        layer, part = _from_hf(name, folder)
+        layer, part = _from_hf(name, folder, own_names)
         rows = tensor.squeeze() if part == "magnitude" else tensor
         tensors[f"{layer}.{part}"] = rows if part == "lora_a.weight" else _permuted(rows, layer, hf_config, to_hf=False)
     dora = bool(config.get("use_dora", False))
@@ -162,12 +168,12 @@ def _load(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _read_config(folder: Path, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+def _read_config(folder: Path, hf_config: Mapping[str, Any], own_names: bool) -> dict[str, Any]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             present = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "no folder"
             raise InputError(f"adapter_dir={folder} has no {name} ({present}); name a folder that PEFT saved an adapter in")
-    if hf_config.get("model_type") not in FAMILIES:
+    if not own_names and hf_config.get("model_type") not in FAMILIES:
         raise InputError(
             f"adapters are read for {', '.join(FAMILIES)}, and config.json beside the weights has model_type "
             f"{hf_config.get('model_type')!r}; remove adapter_dir"
@@ -216,9 +222,11 @@ def _is_pattern(text: str) -> bool:
     return True
 
 
-def _from_hf(name: str, folder: Path) -> tuple[str, str]:
+def _from_hf(name: str, folder: Path, own_names: bool) -> tuple[str, str]:
     found = re.fullmatch(r"base_model\.model\.(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name)
     part = found and next(ours for ours, theirs in _PARTS.items() if theirs.startswith(found[2]))
+    if found and own_names:
+        return found[1], part
     if found and found[1] == "lm_head":
         return "output", part
     place = found and re.fullmatch(r"model\.layers\.(\d+)\.(.+)", found[1])
@@ -353,4 +361,5 @@ def base_config(checkpoint_dir: str | None) -> dict[str, Any]:
 
 
 def _read_for(cfg: DictConfig) -> Adapter:
-    return read(Path(cfg.adapter_dir), base_config(cfg.checkpointer.get("checkpoint_dir")))
+    own_names = has_own_names(shared_empty_model(cfg.model))
+    return read(Path(cfg.adapter_dir), base_config(cfg.checkpointer.get("checkpoint_dir")), own_names)

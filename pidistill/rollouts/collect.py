@@ -16,6 +16,7 @@ from pidistill.rewards.shaping import Shaping
 from pidistill.rollouts.base import OnTurnEnd, Sample, Sampler
 from pidistill.rollouts.calls import DaemonThreads, abandoned_calls, marked_interrupts
 from pidistill.rollouts.episode import DROP_REASONS, Episode, EpisodeRules
+from pidistill.rollouts.progress import sampling_progress
 from pidistill.tokenizers.base import ChatTokenizer
 from pidistill.types import Example, PromptPair, Rollout, ViewName
 
@@ -96,7 +97,8 @@ def collect_rollouts(
         sample(on_turn_end=lambda row, ids: None)
         return from_first(ranks)
     rules = EpisodeRules(environment, tokenizer, max_turns, environment_timeout_s, max_observation_chars, tuple(shaping))
-    with marked_interrupts():
+    title = f"sampling, {view} view{', greedy' if temperature == 0 else ''}"
+    with marked_interrupts(), sampling_progress(len(seeds), title):
         episodes, samples = _play(
             rules, sample, [example for example in examples for _ in range(group_size)], environment_threads
         )

@@ -1,12 +1,13 @@
-"""A torchtune decoder while it samples: KV caches with a length per row, a head for the last token only, gathered parameters.
+"""Hold what a decoder needs while it samples: KV caches with a length per row, a head for the last token, gathered parameters.
 
 Everything is put on the instance for the duration and taken away again; torchtune's classes stay as they are.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,18 +15,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
 from pidistill.models.modules import attention_modules
 from pidistill.models.precision import multiply_head, widen_head
+from pidistill.models.protocol import Decoder, logit_cap, takes_layer_masks
 
 # Prompts are read in forwards of at most this many tokens, padding included: more is no faster, and costs memory.
 TOKENS_PER_READ = 8192
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """Hold where one forward reads and writes; the same in every layer.
 
     Attributes:
@@ -67,7 +68,7 @@ def grown_columns(needed: int, most: int) -> int:
     return max(needed, min(most, needed + max(64, needed // 4)))
 
 
-class _Cache(nn.Module):
+class Cache(nn.Module):
     """Keys and values of one layer, [slots, kv heads, columns, head dim]; each row fills its own columns from 0 on.
 
     A Module because torch accepts nothing else as ``kv_cache`` of a model that once had one (`generate` has used it); its
@@ -77,7 +78,7 @@ class _Cache(nn.Module):
     def __init__(self, max_columns: int) -> None:
         super().__init__()
         self._max_columns = max_columns
-        self.step: _Step | None = None
+        self.step: Step | None = None
         self.slots = 0  # how many the next growth makes room for
         self._k: Tensor | None = None
         self._v: Tensor | None = None
@@ -107,7 +108,7 @@ class _Cache(nn.Module):
 
     def _write(self, k: Tensor, v: Tensor) -> None:
         step, s = self.step, k.shape[2]
-        self._reserve(step.end, k)
+        self._reserve(step.end, k, v)
         for stored, new in ((self._k, k), (self._v, v)):
             if step.copies is not None:
                 slots, rows = step.copies
@@ -117,10 +118,10 @@ class _Cache(nn.Module):
             else:
                 stored[step.slots[:, None], :, step.columns] = new.transpose(1, 2)
 
-    def _reserve(self, columns: int, like: Tensor) -> None:
+    def _reserve(self, columns: int, k: Tensor, v: Tensor) -> None:
         if self._k is None or columns > self._k.shape[2]:
             wanted = grown_columns(columns, self._max_columns)
-            self._k, self._v = (self._grown(old, wanted, like) for old in (self._k, self._v))
+            self._k, self._v = self._grown(self._k, wanted, k), self._grown(self._v, wanted, v)
 
     def _grown(self, old: Tensor | None, columns: int, like: Tensor) -> Tensor:
         grown = like.new_empty(self.slots, like.shape[1], columns, like.shape[3])
@@ -135,7 +136,7 @@ class _Cache(nn.Module):
 class Context:
     """Hold what the model has read: one cache per layer. Each row has a slot and its own length, and advances on its own."""
 
-    def __init__(self, model: TransformerDecoder, caches: list[_Cache], pad_id: int, *, needs_mask: bool) -> None:
+    def __init__(self, model: Decoder, caches: list[Cache], pad_id: int, *, needs_mask: bool) -> None:
         self._model = model
         self._caches = caches
         self._pad_id = pad_id
@@ -157,7 +158,7 @@ class Context:
         """
         first, logits = len(self._lengths), [None] * len(prompts)
         self._lengths += [len(prompts[prompt]) for prompt in prompt_of]
-        for chunk in of_like_length([len(prompt) for prompt in prompts]):
+        for chunk in self.chunks([len(prompt) for prompt in prompts]):
             place = {prompt: row for row, prompt in enumerate(chunk)}
             rows = [(first + i, place[prompt]) for i, prompt in enumerate(prompt_of) if prompt in place]
             slots, sources = (self._tensor(list(numbers)) for numbers in zip(*rows, strict=True))
@@ -167,6 +168,10 @@ class Context:
             for prompt, row in zip(chunk, read, strict=True):
                 logits[prompt] = row
         return torch.stack(logits)
+
+    def chunks(self, lengths: list[int]) -> list[list[int]]:
+        """Return which prompts to read in one forward."""
+        return of_like_length(lengths)
 
     def read(self, slots: Sequence[int], tokens: list[list[int]]) -> Float[Tensor, "n V"]:
         """Feed each of the rows in ``slots`` its next ids, of any number; the fp32 logits of each one's next token."""
@@ -187,33 +192,41 @@ class Context:
     def unembed(self, h: Float[Tensor, "n s H"]) -> Float[Tensor, "n 1 V"]:
         """Unembed each row's last token only, in place of the model's own ``unembed``."""
         last = self._model.norm(h[torch.arange(len(h), device=self._device), self._last][:, None])
-        if self._head is None:
-            return self._model.output(last).float()
-        return multiply_head(last[:, 0], self._head)[:, None]
+        if self._head is not None:
+            logits = multiply_head(last[:, 0], self._head)[:, None]
+        else:
+            output = self._model.output
+            logits = (F.linear(last, output.weight) if isinstance(output, nn.Embedding) else output(last)).float()
+        cap = logit_cap(self._model)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _step(self, slots: Sequence[int], starts: list[int], s: int, *, prompts: bool = False) -> _Step:
+    def _step(self, slots: Sequence[int], starts: list[int], s: int, *, prompts: bool = False) -> Step:
         start = starts[0] if min(starts) == max(starts) else None
         end, positions = max(starts) + s, self._tensor(starts)
         everything_seen = prompts or (s == 1 and start is not None)
         mask = attention_mask(positions, s, end) if self._needs_mask or not everything_seen else None
         columns = positions[:, None] + torch.arange(s, device=self._device)
         contiguous = list(slots) == list(range(len(slots)))
-        return _Step(self._tensor(list(slots)), contiguous, positions, start, end, mask, columns)
+        return Step(self._tensor(list(slots)), contiguous, positions, start, end, mask, columns)
 
-    def _forward(self, tokens: list[Sequence[int]], step: _Step) -> Float[Tensor, "n V"]:
+    def _forward(self, tokens: list[Sequence[int]], step: Step) -> Float[Tensor, "n V"]:
         """Rows are padded on the right: what a padding column writes is never seen, and the row's next ids replace it."""
         s = max(map(len, tokens))
         padded = self._tensor([[*ids, *[self._pad_id] * (s - len(ids))] for ids in tokens])
         self._last = self._tensor([len(ids) - 1 for ids in tokens])
         for cache in self._caches:
             cache.step = step
-        return self._model(padded, mask=step.mask, input_pos=step.columns.clamp(max=self._model.max_seq_len - 1))[:, 0]
+        return self._model(padded, mask=self._mask(step), input_pos=step.columns.clamp(max=self._model.max_seq_len - 1))[:, 0]
+
+    def _mask(self, step: Step) -> Any:
+        """Return what the model is given as ``mask``."""
+        return step.mask
 
     def _tensor(self, values: list) -> Int[Tensor, "..."]:
         return torch.tensor(values, dtype=torch.long, device=self._device)
 
 
-def _wide_head(model: TransformerDecoder) -> Float[Tensor, "V H"] | None:
+def _wide_head(model: Decoder) -> Float[Tensor, "V H"] | None:
     """Return the weight to make fp32 logits with, where the model's own head would round them to bf16, and None elsewhere."""
     head = getattr(model.output, "tied_module", model.output)
     plain = isinstance(head, (nn.Linear, nn.Embedding)) and getattr(head, "bias", None) is None
@@ -237,15 +250,36 @@ def attention_mask(starts: Int[Tensor, " n"], s: int, end: int) -> Bool[Tensor, 
     return torch.arange(end, device=starts.device) <= queries[..., None]
 
 
+def decoding(model: Decoder, max_columns: int, pad_id: int) -> AbstractContextManager[Context]:
+    """Give the model caches and the sampler's head, and take them away again whatever happens."""
+    if takes_layer_masks(model):
+        from pidistill.rollouts.hf_decoding import layer_mask_decoding
+
+        return layer_mask_decoding(model, max_columns, pad_id)
+    return _torchtune_decoding(model, max_columns, pad_id)
+
+
 @contextmanager
-def decoding(model: TransformerDecoder, max_columns: int, pad_id: int) -> Iterator[Context]:
-    """Give the model caches and the sampler's head, and take them away again whatever happens.
+def unembedding(model: Decoder, unembed: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Shadow the method on this instance while it samples; the model's class stays as it is."""
+    model.unembed = unembed
+    try:
+        # cuDNN plans its kernel anew for every length, which takes longer (37 ms on an H200) than the rest of the step.
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            yield
+    finally:
+        model.__dict__.pop("unembed", None)
+
+
+@contextmanager
+def _torchtune_decoding(model: Decoder, max_columns: int, pad_id: int) -> Iterator[Context]:
+    """Put a cache on every attention module.
 
     Caches left behind would make every later forward without a mask attend in both directions, silently.
     """
     attentions = attention_modules(model)
     _check_attentions(attentions, max_columns)
-    caches = [_Cache(max_columns) for _ in attentions]
+    caches = [Cache(max_columns) for _ in attentions]
     through_update = [m for m in attentions if "_attention_call" not in vars(m)]
     context = Context(model, caches, pad_id, needs_mask=bool(through_update))
     shadowed = [(m, vars(m)["_attention_call"]) for m in attentions if "_attention_call" in vars(m)]
@@ -255,16 +289,13 @@ def decoding(model: TransformerDecoder, max_columns: int, pad_id: int) -> Iterat
                 attention.kv_cache, attention.cache_enabled = cache, True
             else:
                 attention._attention_call = partial(cache.attend, kv_heads=attention.num_kv_heads)
-        model.unembed = context.unembed  # shadows the method on this instance; torchtune stays as it is
-        # cuDNN plans its kernel anew for every length, which takes longer (37 ms on an H200) than the rest of the step.
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        with unembedding(model, context.unembed):
             yield context
     finally:
         for attention in through_update:
             attention.kv_cache, attention.cache_enabled = None, False
         for attention, call in shadowed:
             attention._attention_call = call
-        model.__dict__.pop("unembed", None)
 
 
 @contextmanager

@@ -5,9 +5,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from torchtune.modules import TransformerDecoder
-
 from pidistill.errors import InputError
+from pidistill.models.protocol import Decoder
 from pidistill.rollouts.base import OnTurnEnd, Sample
 
 
@@ -100,7 +99,7 @@ def check_truncation(top_p: float | None, **counts: int | None) -> None:
 
 
 def check_request(
-    model: TransformerDecoder, prompts: Sequence[Sequence[int]], group_size: int, seeds: Sequence[int], request: Request
+    model: Decoder, prompts: Sequence[Sequence[int]], group_size: int, seeds: Sequence[int], request: Request
 ) -> None:
     """Refuse one call's arguments; see :meth:`pidistill.rollouts.base.Sampler.sample`."""
     check_settings(request.temperature, request.max_new_tokens)
@@ -109,7 +108,7 @@ def check_request(
         raise InputError(f"{len(prompts)} prompts x group_size {group_size} need as many seeds, not {len(seeds)}")
 
 
-def _check_prompts(model: TransformerDecoder, prompts: Sequence[Sequence[int]], request: Request) -> None:
+def _check_prompts(model: Decoder, prompts: Sequence[Sequence[int]], request: Request) -> None:
     _check_ids("padding", [request.pad_id], request.vocab_size)
     for number, prompt in enumerate(prompts):
         if not prompt:

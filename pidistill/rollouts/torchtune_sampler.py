@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
-from torchtune.modules import TransformerDecoder
 
 from pidistill.distributed.tensor_parallel import in_lockstep, tensor_parallel_group
+from pidistill.models.protocol import Decoder
 from pidistill.rollouts.base import OnTurnEnd, Sample
 from pidistill.rollouts.decoding import Context, decoding, evaluating, gathered_parameters, of_like_length
 from pidistill.rollouts.distribution import draw, sampling_logprobs
+from pidistill.rollouts.progress import count
 from pidistill.rollouts.request import (
     Request,
     check_request,
@@ -69,7 +70,7 @@ class TorchtuneSampler:
 
     def sample(
         self,
-        model: TransformerDecoder,
+        model: Decoder,
         prompts: Sequence[Sequence[int]],
         *,
         group_size: int,
@@ -163,9 +164,7 @@ class _Row:
         return ids
 
 
-def _sample_rows(
-    model: TransformerDecoder, prompts: Sequence[Sequence[int]], rows: list[_Row], request: Request, size: int
-) -> None:
+def _sample_rows(model: Decoder, prompts: Sequence[Sequence[int]], rows: list[_Row], request: Request, size: int) -> None:
     """Sample the rows to their ends, at most ``size`` at once."""
     queue, rows = deque(rows), []
     longest = max(map(len, prompts), default=0)
@@ -185,6 +184,7 @@ def _going_on(rows: list[_Row], context: Context) -> list[_Row]:
     others = [slot for slot, row in enumerate(rows) if not row.finished and row.to_read != 1]
     order = _few_moves(one, 0) + _few_moves(others, len(one))
     context.rearrange(order)
+    count(rows=len(rows) - len(order))
     return [rows[slot] for slot in order]
 
 
@@ -230,6 +230,7 @@ def _draw(logits: Float[Tensor, "B V"], rows: list[_Row], request: Request) -> N
     # Together: on a GPU each of these is a wait for the device. float64 holds every id.
     ids, logprobs = torch.stack([ids.double(), logprobs]).tolist()
     _check_finite(logprobs, rows)
+    count(tokens=len(rows))
     for row, token, logprob in zip(rows, map(int, ids), logprobs, strict=True):
         row.append([token], sampled=True, logprobs=[logprob])
         if token in request.stop_ids:

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
 from pidistill.models.adapters import adapter_modules, merged
 from pidistill.models.hf_format import family, to_hf
+from pidistill.models.hf_weights import to_stored
 from pidistill.models.precision import compute_dtype_of
+from pidistill.models.protocol import Decoder, has_own_names
 from pidistill.rollouts.base import OnTurnEnd, Sample
 from pidistill.rollouts.collect import rollout_seed
+from pidistill.rollouts.progress import count
 from pidistill.rollouts.request import (
     Request,
     check_request,
@@ -92,7 +94,7 @@ class VLLMSampler:
 
     def sample(
         self,
-        model: TransformerDecoder,
+        model: Decoder,
         prompts: Sequence[Sequence[int]],
         *,
         group_size: int,
@@ -129,10 +131,12 @@ class VLLMSampler:
         check_request(model, prompts, group_size, seeds, request)
         self._check_length(max(map(len, prompts), default=0) + request.max_new_tokens)
         if self._engine is None:
+            if not has_own_names(model):
+                family(self._config)  # refuses what weights cannot be converted for
             self._engine = self._start(model)
         # At every call: a stale copy would train silently on another policy's samples, and no counter of torch's sees every
         # way in which a weight can change.
-        self._engine.load(to_hf(whole_weights(model), self._config))
+        self._engine.load(self._stored_weights(model))
         rows = [_Row(r, list(prompts[r // group_size]), seed) for r, seed in enumerate(seeds)]
         try:
             sample_rows(self._engine, rows, request)
@@ -141,7 +145,12 @@ class VLLMSampler:
             self._engine.rest()
         return [row.sample for row in rows]
 
-    def _start(self, model: TransformerDecoder) -> Engine:
+    def _stored_weights(self, model: Decoder) -> dict[str, Tensor]:
+        """Return the weights that ``model`` has now, under the names that its folder's files have."""
+        weights = whole_weights(model)
+        return to_stored(weights, Path(self.model_dir)) if has_own_names(model) else to_hf(weights, self._config)
+
+    def _start(self, model: Decoder) -> Engine:
         weight = next(model.parameters())
         settings: dict[str, Any] = {} if self.max_batch_size is None else {"max_num_seqs": self.max_batch_size}
         if self.kv_cache_gib is not None:
@@ -172,9 +181,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"sampler.model_dir={folder} has no config.json, which tells vLLM the model's shape; set it to "
             "${checkpointer.checkpoint_dir}"
         )
-    config = json.loads(path.read_text(encoding="utf-8"))
-    family(config)  # refuses what weights cannot be converted for
-    return config
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------- weights
@@ -234,7 +241,9 @@ def sample_rows(engine: Engine, rows: list[_Row], request: Request) -> None:
     by_index = {row.index: row for row in rows}
     while rows:
         collect_answers(rows, request)
-        rows = [row for row in rows if not row.sample.stop_reason]
+        going_on = [row for row in rows if not row.sample.stop_reason]
+        count(rows=len(rows) - len(going_on))
+        rows = going_on
         for row in rows:
             if not row.sampling and row.answer is None:
                 _begin_turn(engine, row, request, settings)
@@ -261,6 +270,7 @@ def _take(turn: Turn, row: _Row, request: Request) -> None:
     # A greedy choice is a point mass, whatever the model's own log-prob.
     logprobs = [0.0] * len(turn.ids) if request.temperature == 0 else turn.logprobs
     row.append(turn.ids, sampled=True, logprobs=logprobs)
+    count(tokens=len(turn.ids))
     if turn.ids and turn.ids[-1] in request.stop_ids:
         end_turn(row, request)
     elif len(row.sample.tokens) == request.max_new_tokens:

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pidistill.models.precision import bf16_factors, multiply_head, widen_head
-from pidistill.scoring.head_numbers import ScorePlan, at_least_fp32, chunk_numbers, logits_to_gradients
+from pidistill.scoring.head_numbers import ScorePlan, at_least_fp32, cap_logits, chunk_numbers, logits_to_gradients
 from pidistill.types import check_per_token
 
 OTHER_LOSS = (
@@ -32,18 +32,24 @@ OTHER_LOSS = (
 
 @dataclass(frozen=True)
 class ConstantPart:
-    """Hold one summand of a constant side's logits: share · hidden @ weightᵀ.
+    """Hold one summand of a constant side's logits: share · cap(hidden @ weightᵀ).
 
-    hidden: None is that of the teacher view which the trained model computes. weight: None is the trained model's head.
+    hidden: None is that of the teacher view which the trained model computes. weight: None is the trained model's head, and
+    its cap; ``cap`` is that of another head.
     """
 
     share: float
     hidden: Float[Tensor, "N H"] | None
     weight: Float[Tensor, "V H"] | None
+    cap: float | None = None
 
-    def logits(self, live_hidden: Tensor | None, head: Float[Tensor, "V1 H1"], chunk: slice) -> Float[Tensor, "C V"]:
+    def logits(
+        self, live_hidden: Tensor | None, head: Float[Tensor, "V1 H1"], cap: float | None, chunk: slice
+    ) -> Float[Tensor, "C V"]:
         hidden = live_hidden if self.hidden is None else self.hidden
-        return multiply_head(hidden[chunk], head if self.weight is None else self.weight)
+        if self.weight is None:
+            return cap_logits(multiply_head(hidden[chunk], head), cap)
+        return cap_logits(multiply_head(hidden[chunk], self.weight), self.cap)
 
     def with_wide_head(self) -> "ConstantPart":
         return self if self.weight is None else replace(self, weight=widen_head(self.weight))
@@ -147,10 +153,10 @@ def _chunk_by_chunk(
     buffer = done.numbers.new_empty(len(own) * max((c.stop - c.start for c in chunks), default=0), weight.shape[0])
     for chunk in chunks:
         size = chunk.stop - chunk.start
-        logits = {side: _term_logits(terms, hidden.get("teacher"), wide, chunk) for side, terms in others.items()}
+        logits = {side: _term_logits(terms, hidden.get("teacher"), wide, plan.cap, chunk) for side, terms in others.items()}
         if own:
             stacked = torch.cat([h[chunk] for h in own.values()])
-            products = multiply_head(stacked, wide, out=buffer[: len(stacked)])
+            products = cap_logits(multiply_head(stacked, wide, out=buffer[: len(stacked)]), plan.cap)
             logits |= dict(zip(own, products.split(size), strict=True))
         for side, rows in equal.items():
             logits[side][rows[chunk]] = logits["student"][rows[chunk]]
@@ -228,9 +234,11 @@ def _rows_equal_to_student(
     return found
 
 
-def _term_logits(terms: list[ConstantPart], live_teacher: Tensor | None, weight: Tensor, chunk: slice) -> Float[Tensor, "C V"]:
+def _term_logits(
+    terms: list[ConstantPart], live_teacher: Tensor | None, weight: Tensor, cap: float | None, chunk: slice
+) -> Float[Tensor, "C V"]:
     """Return the logits of a constant side; a mixture has the ids that all its terms have."""
-    parts = [term.logits(live_teacher, weight, chunk) for term in terms]
+    parts = [term.logits(live_teacher, weight, cap, chunk) for term in terms]
     if len(parts) == 1:
         return parts[0]
     size = min(part.shape[-1] for part in parts)

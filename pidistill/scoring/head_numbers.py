@@ -1,7 +1,7 @@
 """What the head makes of a chunk of logits: the numbers of its tokens, and their gradients, by hand, in log-prob space.
 
 A number's gradient with respect to a side's log-probs is coefficient · matrix; through the softmax, a sum G of such terms
-becomes (G − p · ΣG) / temperature. Logits are products, hence finite: no 0 · inf here.
+becomes (G − p · ΣG) / temperature. Logits are products (or capped ones), hence finite: no 0 · inf here.
 """
 
 import math
@@ -33,6 +33,7 @@ class ScorePlan:
     """Say what to compute of each token, and in which order the results are stacked.
 
     loss: the loss per token that the caller makes of the scores, for any slice of the tokens; None where it is not known yet.
+    cap: c where the trained model's logits are c·tanh(x / c) of the head's products x; None where they are the products.
     """
 
     targets: Int[Tensor, " N"]
@@ -40,6 +41,7 @@ class ScorePlan:
     temperature: float
     chunk_tokens: int | None
     loss: Callable[[slice, Scores], Float[Tensor, " C"]] | None = None
+    cap: float | None = None
 
     @property
     def names(self) -> list[Name]:
@@ -177,7 +179,7 @@ def logits_to_gradients(
     coefficients: Float[Tensor, "R C"],
     live: list[str],
 ) -> None:
-    """Write ∂(Σ coefficient · number)/∂logits over the logits of the live sides."""
+    """Write ∂(Σ coefficient · number)/∂(products of the head) over the logits of the live sides, through their cap."""
     names = [plan.names[row] for row in plan.rows_with_gradient]
     for block, targets in _blocks(plan, chunk, max(x.shape[1] for x in logits.values())):
         logp = {side: _scaled(x[block], plan.temperature) - normalisers[side][block] for side, x in logits.items()}
@@ -191,6 +193,8 @@ def logits_to_gradients(
                 for factor, matrix in [_gradient(name, side, logp, p)]
             ]
             grad = _through_softmax(terms, of_block.get(f"{side}_logprobs"), targets, p[side])
+            if plan.cap is not None:
+                grad.mul_(1 - (logits[side][block] / plan.cap).square())  # the slope of c·tanh(x / c), from its value
             logits[side][block] = grad if plan.temperature == 1.0 else grad.div_(plan.temperature)
 
 
@@ -264,6 +268,11 @@ def _through_softmax(
 
 def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def cap_logits(x: Float[Tensor, "M V"], cap: float | None) -> Float[Tensor, "M V"]:
+    """Return c·tanh(x / c), written over x; x where there is no cap."""
+    return x if cap is None else x.div_(cap).tanh_().mul_(cap)
 
 
 def _scaled(x: Float[Tensor, "c V"], temperature: float) -> Float[Tensor, "c V"]:

@@ -19,13 +19,17 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig
+from torchtune import utils
 
 from pidistill.distributed.run import Run
 from pidistill.models.empty import shared_empty_model
+from pidistill.models.protocol import Decoder, carried_state
 from pidistill.scoring.batch import BOTH, make_batch, make_tree
 from pidistill.scoring.tree_attention import check_trees
 from pidistill.training.keys import setting
 from pidistill.types import Batch, Rollout, RolloutAdvantage, ViewName
+
+log = utils.get_logger("INFO")
 
 Item = TypeVar("Item")
 
@@ -46,8 +50,16 @@ class Packer:
         self.budget: int = setting(cfg, "micro_batch_tokens")
         for key in ("model", "teacher_model"):
             if self.packing == "tree" and cfg.get(key):
-                check_trees(shared_empty_model(cfg[key]))  # before weights are loaded
+                self._check(key, shared_empty_model(cfg[key]), run)  # before weights are loaded
         self._run, self._pad_id = run, pad_id
+
+    def _check(self, key: str, model: Decoder, run: Run) -> None:
+        if state := carried_state(model):
+            self.packing = "padded"
+            if run.is_main:
+                log.warning(f"`{key}` has {state}, which packed trees do not have; its rows are padded (packing: padded)")
+        else:
+            check_trees(model)
 
     def batch(self, items: Sequence[Rollout] | Sequence[tuple[Rollout, RolloutAdvantage]]) -> Batch:
         rollouts = [rollout_of(item) for item in items]

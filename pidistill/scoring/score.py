@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torchtune.modules import TransformerDecoder
 
 from pidistill.errors import InputError
 from pidistill.models.offloading import keep_on_device
 from pidistill.models.precision import compute_dtype_of
+from pidistill.models.protocol import Decoder, head_module, logit_cap
 from pidistill.scoring.equal_views import have_equal_weights, share_equal_views
 from pidistill.scoring.head import ConstantPart, apply_head
 from pidistill.scoring.head_numbers import ScorePlan
@@ -28,12 +28,12 @@ from pidistill.types import Batch, BatchInputs, ModelInput, PerTokenLoss, ScoreR
 
 
 def score(
-    model: TransformerDecoder,
+    model: Decoder,
     batch: Batch,
     request: ScoreRequest,
     *,
     temperature: float = 1.0,
-    teacher: Teacher | TransformerDecoder | None = None,
+    teacher: Teacher | Decoder | None = None,
     chunk_tokens: int | None = None,
     loss: PerTokenLoss | None = None,
 ) -> Scores:
@@ -62,7 +62,7 @@ def score(
     if not torch.is_grad_enabled():
         request = replace(request, student_grad=False, teacher_grad=False)
     of_slice = None if loss is None else lambda part, scores: loss(batch.slice(part), scores)
-    plan = ScorePlan(batch.targets, request, temperature, chunk_tokens, of_slice)
+    plan = ScorePlan(batch.targets, request, temperature, chunk_tokens, of_slice, logit_cap(model))
     with torch.set_grad_enabled(request.student_grad or request.teacher_grad):
         return plan.as_scores(_score(plan, model, batch, _voices(teacher, model)))
 
@@ -72,7 +72,7 @@ def student_nll(batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
     return -scores.student_logprobs
 
 
-def _voices(teacher: Teacher | TransformerDecoder | None, model: TransformerDecoder) -> list[MixturePart]:
+def _voices(teacher: Teacher | Decoder | None, model: Decoder) -> list[MixturePart]:
     """Return the parts of the given teacher; none where the trained model is the teacher."""
     if isinstance(teacher, nn.Module):
         return [MixturePart(1.0, teacher)]
@@ -112,7 +112,7 @@ def list_forwards(request: ScoreRequest, *, live_teacher: bool) -> Forwards:
     return Forwards(called, gradient, tuple(view for view in live if view not in called), given)
 
 
-def _score(plan: ScorePlan, model: TransformerDecoder, batch: Batch, parts: list[MixturePart]) -> Float[Tensor, "K N"]:
+def _score(plan: ScorePlan, model: Decoder, batch: Batch, parts: list[MixturePart]) -> Float[Tensor, "K N"]:
     """Compute constant sides first, under no_grad; then one forward of the model for the sides it trains, with the head inside.
 
     Both views in one call: under FSDP2 every layer is gathered once, and so is the head.
@@ -143,9 +143,7 @@ def _score(plan: ScorePlan, model: TransformerDecoder, batch: Batch, parts: list
 # ---------------------------------------------------------------------------------------------- the model up to the head
 
 
-def _forward(
-    model: TransformerDecoder, view: ModelInput, use: Callable[[Float[Tensor, "N H"], Tensor], Tensor]
-) -> Float[Tensor, "..."]:
+def _forward(model: Decoder, view: ModelInput, use: Callable[[Float[Tensor, "N H"], Tensor], Tensor]) -> Float[Tensor, "..."]:
     """Run ``use(normed hidden states that predict policy tokens, head weight)`` in place of the model's unembedding."""
 
     def unembed(h: Float[Tensor, "R L H"]) -> Tensor:
@@ -166,7 +164,7 @@ def _forward(
 
 
 @contextmanager
-def _unembedding(model: TransformerDecoder, unembed: Callable[[Tensor], Tensor], max_seq_len: int) -> Iterator[None]:
+def _unembedding(model: Decoder, unembed: Callable[[Tensor], Tensor], max_seq_len: int) -> Iterator[None]:
     """Shadow ``model.unembed`` on the instance; torchtune and the state dict stay as they are.
 
     torchtune refuses rows longer than ``max_seq_len``; of a packed row it is the longest path that counts.
@@ -180,21 +178,8 @@ def _unembedding(model: TransformerDecoder, unembed: Callable[[Tensor], Tensor],
         model.max_seq_len = longest
 
 
-def _head_module(model: TransformerDecoder) -> nn.Module:
-    """Return the module that owns the head's weight: the output layer, or the embedding it is tied to."""
-    head = getattr(model.output, "tied_module", model.output)
-    if type(head) not in (nn.Linear, nn.Embedding) and not hasattr(head, "unshard"):
-        raise InputError(
-            f"cannot score with an output layer of type {type(head).__name__}; use a plain or tied linear head (a LoRA model "
-            "with apply_lora_to_output=False)"
-        )
-    if getattr(head, "bias", None) is not None:
-        raise InputError("cannot score with an output layer that has a bias; choose a `model` whose output has none")
-    return head
-
-
-def _local_weight(model: TransformerDecoder) -> Float[Tensor, "V H"]:
-    weight = _head_module(model).weight
+def _local_weight(model: Decoder) -> Float[Tensor, "V H"]:
+    weight = head_module(model).weight
     if isinstance(weight, DTensor):
         raise InputError(
             "the output head is sharded on its own, so its weight is not gathered in the model's forward; remove `output` and "
@@ -219,7 +204,7 @@ def _constant(
         with part.weights() as module:
             return _forward(module, views.of(side), lambda h, w: h)
 
-    head, dtype = _head_module(part.module).weight, compute_dtype_of(part.module)
+    head, dtype = head_module(part.module).weight, compute_dtype_of(part.module)
     if part.memory is None:
         hidden = read()
     else:
@@ -227,4 +212,5 @@ def _constant(
     if part.module is shared:
         return ConstantPart(part.share, hidden, None)
     weight = head.detach().to(dtype)
-    return ConstantPart(part.share, hidden, weight.full_tensor() if isinstance(weight, DTensor) else weight)
+    weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return ConstantPart(part.share, hidden, weight, logit_cap(part.module))

@@ -8,19 +8,20 @@ A row of ten thousand tokens is mostly pairs that do not see each other. On CUDA
 elsewhere queries go through scaled_dot_product_attention a block at a time, with the keys that some query of the block sees.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
-from torchtune.modules import MultiHeadAttention, TransformerDecoder
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torchtune.modules import MultiHeadAttention
 
 from pidistill.errors import InputError
+from pidistill.models.layer_masks import AttentionForm, LayerMask, Rule, attend
 from pidistill.models.modules import attention_modules
+from pidistill.models.protocol import Decoder, carried_state
 
 FLEX_BLOCK = 128
 # More: fewer, larger kernels; less: fewer keys that only other queries of the block see. 256 measured best on two cores.
@@ -29,15 +30,15 @@ _QUERY_BLOCK = 256
 
 @dataclass(frozen=True)
 class _Block:
-    """Hold consecutive queries, the keys that they see, and who sees which: ``bias`` [queries, keys] is 0 or −inf."""
+    """Hold consecutive queries, the keys that some of them see, and who sees which."""
 
     queries: slice
     keys: slice | Int[Tensor, " K"]
-    bias: Float[Tensor, "Q K"]
+    visible: Bool[Tensor, "Q K"]
 
 
 class TreeMask:
-    """Be what torchtune's decoder is given as ``mask`` for a packed row; see :func:`read_trees`."""
+    """Be what a decoder is given as ``mask`` for a packed row; see :func:`read_trees`."""
 
     def __init__(self, ends: Int[Tensor, " L"]) -> None:
         self.ends = ends
@@ -55,11 +56,10 @@ class TreeMask:
     def _block(self, columns: Int[Tensor, " L"], queries: Int[Tensor, " Q"]) -> _Block:
         first, stop = int(queries[0]), int(queries[-1]) + 1
         keys = columns[:stop][self.ends[:stop] > first]
-        hidden = (keys > queries[:, None]) | (queries[:, None] >= self.ends[keys])
-        bias = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        visible = (keys <= queries[:, None]) & (queries[:, None] < self.ends[keys])
         # The prompts at the start of a row are one stretch: a view of keys and values instead of a copy.
         in_one = len(keys) == stop - int(keys[0])
-        return _Block(slice(first, stop), slice(int(keys[0]), stop) if in_one else keys, bias)
+        return _Block(slice(first, stop), slice(int(keys[0]), stop) if in_one else keys, visible)
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -75,6 +75,38 @@ class TreeMask:
         visible = lambda b, h, q, k: (k <= q) & (q < ends[k])  # noqa: E731
         return BlockMask.from_kv_blocks(*_ordered(partly), *_ordered(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible)
 
+    def layer_mask(self, rule: Rule, positions: Int[Tensor, "1 L"]) -> "TreeLayerMask":
+        """Return the mask of transformers' layers that have ``rule``, which counts positions along the path."""
+        return TreeLayerMask(rule, self, positions[0])
+
+
+class TreeLayerMask(LayerMask):
+    """Let layers of transformers see what the tree and their own rule allow both."""
+
+    def __init__(self, rule: Rule, mask: TreeMask, positions: Int[Tensor, " L"]) -> None:
+        super().__init__(rule)
+        self._mask, self._positions = mask, positions
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
+        return tree_attention(q, k, v, self, form)
+
+    @cached_property
+    def blocks(self) -> list[_Block]:
+        if self.rule is None:
+            return self._mask.blocks
+        at = self._positions
+        return [replace(b, visible=b.visible & self.allowed(at[b.queries], at[b.keys])) for b in self._mask.blocks]
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        if self.rule is None:
+            return self._mask.block_mask
+        rule, at, tree = self.rule, self._positions, self._mask.block_mask
+        in_tree = tree.mask_mod
+        visible = lambda b, h, q, k: in_tree(b, h, q, k) & rule(b, h, at[q], at[k])  # noqa: E731
+        # A block of pairs that the tree allows may hold some that the rule does not: none is left out of the comparison.
+        return create_block_mask(visible, None, None, len(at), len(at), device=at.device, BLOCK_SIZE=FLEX_BLOCK)
+
 
 def _ordered(chosen: Bool[Tensor, "Q K"]) -> tuple[Int[Tensor, "1 1 Q"], Int[Tensor, "1 1 Q K"]]:
     """Return, per query block, how many key blocks are chosen, and their indices in front."""
@@ -82,13 +114,14 @@ def _ordered(chosen: Bool[Tensor, "Q K"]) -> tuple[Int[Tensor, "1 1 Q"], Int[Ten
     return chosen.sum(-1).int()[None, None], indices.int().contiguous()[None, None]
 
 
-# ------------------------------------------------------------------------------------------------- in a torchtune model
+# ------------------------------------------------------------------------------------------------- in a model
 
 
-def read_trees(model: TransformerDecoder) -> None:
+def read_trees(model: Decoder) -> None:
     """Let the model's attention modules take a :class:`TreeMask`, from now on; other masks go where they went before.
 
-    The change stays after the forward: activation checkpointing calls the layers again in the backward.
+    The change stays after the forward: activation checkpointing calls the layers again in the backward. A decoder of its own
+    kind takes a tree without a change.
     """
     check_trees(model)
     for module in attention_modules(model):
@@ -96,12 +129,14 @@ def read_trees(model: TransformerDecoder) -> None:
             module._attention_call = partial(_attend, module._attention_call)
 
 
-def check_trees(model: TransformerDecoder) -> None:
+def check_trees(model: Decoder) -> None:
     """Refuse a model whose attention cannot take a :class:`TreeMask`.
 
     Raises:
-        InputError: it has a sliding window, another kind of mask, or dropout.
+        InputError: it has a sliding window, another kind of mask, or dropout; or layers with a state.
     """
+    if state := carried_state(model):
+        raise InputError(f"the model has {state}, which do not know the branches of packed trees; set packing: padded")
     for module in attention_modules(model):
         if not isinstance(module, MultiHeadAttention) or getattr(module, "sliding_window_size", None) is not None:
             raise InputError(
@@ -128,18 +163,34 @@ def _attend(otherwise: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout_
 
 @torch.compiler.disable
 def tree_attention(
-    q: Float[Tensor, "1 heads L d"], k: Float[Tensor, "1 heads L d"], v: Float[Tensor, "1 heads L d"], mask: TreeMask
-) -> Float[Tensor, "1 heads L d"]:
-    """softmax(q·kᵀ/√d over the keys that each query sees)·v, differentiable in all three."""
+    q: Float[Tensor, "1 heads L d"],
+    k: Float[Tensor, "1 kv_heads L d"],
+    v: Float[Tensor, "1 kv_heads L dv"],
+    mask: "TreeMask | TreeLayerMask",
+    form: AttentionForm | None = None,
+) -> Float[Tensor, "1 heads L dv"]:
+    """softmax(q·kᵀ/√d over the keys that each query sees)·v, differentiable in all three, and in the sinks of ``form``."""
+    form = form or AttentionForm()
     if q.device.type == "cuda":
-        return _compiled_flex_attention()(q, k, v, block_mask=mask.block_mask)
-    return _BlockwiseAttention.apply(q, k, v, mask)
+        return flex_tree_attention(_compiled_flex_attention(), q, k, v, mask.block_mask, form)
+    return _BlockwiseAttention.apply(q, k, v, form.sinks, mask, form)
 
 
 @cache
 def _compiled_flex_attention() -> Any:
     # Every batch has another length; torchtune's own compilation is static and would take seconds at each.
     return torch.compile(flex_attention, dynamic=True)
+
+
+def flex_tree_attention(flex: Any, q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, form: AttentionForm) -> Tensor:
+    """Attend with flex attention ``flex``; a sink takes its share of the softmax by what is known of the others' sum."""
+    cap, options = form.softcap, {"block_mask": block_mask, "scale": form.scaling, "enable_gqa": q.shape[1] != k.shape[1]}
+    if cap is not None:
+        options["score_mod"] = lambda score, b, h, q_index, k_index: cap * torch.tanh(score / cap)
+    if form.sinks is None:
+        return flex(q, k, v, **options)
+    out, log_sum = flex(q, k, v, return_lse=True, **options)
+    return out * torch.sigmoid(log_sum - form.sinks.view(1, -1, 1))[..., None].to(out.dtype)
 
 
 class _BlockwiseAttention(torch.autograd.Function):
@@ -150,35 +201,37 @@ class _BlockwiseAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: TreeMask) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.mask = mask
-        out = torch.empty_like(q)
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: "TreeMask | TreeLayerMask", form: AttentionForm
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, sinks)
+        ctx.mask, ctx.form = mask, form
+        out = q.new_empty(*q.shape[:3], v.shape[3])
         for block in mask.blocks:
-            out[:, :, block.queries] = _attend_block(block, *_cut(block, q, k, v))
+            out[:, :, block.queries] = attend(*_cut(block, q, k, v), block.visible, form)
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, sinks = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_sinks = None if sinks is None else torch.zeros_like(sinks)
         for block in ctx.mask.blocks:
             cut = [x.detach().requires_grad_() for x in _cut(block, q, k, v)]
+            own = [] if sinks is None else [sinks.detach().requires_grad_()]
             with torch.enable_grad():
-                out = _attend_block(block, *cut)
-            dq, dk, dv = torch.autograd.grad(out, cut, grad[:, :, block.queries])
+                out = attend(*cut, block.visible, replace(ctx.form, sinks=own[0] if own else None))
+            dq, dk, dv, *of_sinks = torch.autograd.grad(out, cut + own, grad[:, :, block.queries])
             grad_q[:, :, block.queries] = dq
             for whole, part in ((grad_k, dk), (grad_v, dv)):
                 if isinstance(block.keys, slice):
                     whole[:, :, block.keys] += part
                 else:
                     whole.index_add_(2, block.keys, part)
-        return grad_q, grad_k, grad_v, None
+            if of_sinks:
+                grad_sinks += of_sinks[0]
+        return grad_q, grad_k, grad_v, grad_sinks, None, None
 
 
 def _cut(block: _Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q[:, :, block.queries], k[:, :, block.keys], v[:, :, block.keys]
-
-
-def _attend_block(block: _Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, attn_mask=block.bias.to(q.dtype))

@@ -23,10 +23,8 @@ from omegaconf import DictConfig
 from safetensors import SafetensorError
 from torch import nn
 from torchtune import training, utils
-from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_state_dict
 
-from pidistill.config import build
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
 from pidistill.models.adapters import has_adapters, merged
@@ -34,6 +32,7 @@ from pidistill.models.hf_format import FAMILIES
 from pidistill.models.nf4 import whole
 from pidistill.models.peft_format import FOLDER, base_config, with_adapter_dir
 from pidistill.models.peft_format import write as write_adapter
+from pidistill.models.protocol import Decoder, has_own_names
 from pidistill.teachers import Teacher
 from pidistill.training.disk import (
     check_copyable,
@@ -45,6 +44,7 @@ from pidistill.training.disk import (
     sync_tree,
 )
 from pidistill.training.interrupts import Stopped, received_signal, training_begins
+from pidistill.training.load import build_checkpointer
 from pidistill.training.optimizers import optimizer_state, restore_optimizer
 from pidistill.training.run_folder import (
     BEGAN,
@@ -172,9 +172,9 @@ class Checkpoints:
             if self._node.get("checkpoint_files"):  # else the folder's own index names them
                 overrides["checkpoint_files"] = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
         if folder is None or self._source is None:
-            return build(self._node, **overrides)
+            return build_checkpointer(self._node, self._cfg.model, **overrides)
         try:
-            return build(self._node, **overrides)
+            return build_checkpointer(self._node, self._cfg.model, **overrides)
         except DAMAGED as error:
             raise self._damaged(folder, "a file of weights or config.json", error) from error
 
@@ -199,7 +199,7 @@ class Checkpoints:
             )
         return weights | adapters
 
-    def restore(self, model: TransformerDecoder, updates: Updates, teacher: Teacher | None) -> dict[str, Any]:
+    def restore(self, model: Decoder, updates: Updates, teacher: Teacher | None) -> dict[str, Any]:
         """Put optimizer, scheduler, teacher and random state back; return {"step", "round"} (zeros for a fresh run)."""
         training_begins()
         if self.state is None:
@@ -218,7 +218,7 @@ class Checkpoints:
             raise self._damaged(step_folder(self.run.output_dir, self.state["step"]), STATE_FILE, error) from error
         return {"step": self.state["step"], "round": self.state["round"]}
 
-    def _restore(self, model: TransformerDecoder, updates: Updates, teacher: Teacher | None) -> None:
+    def _restore(self, model: Decoder, updates: Updates, teacher: Teacher | None) -> None:
         self._refuse_other_state("lr_scheduler", updates.scheduler is not None, self.state["scheduler"] is not None)
         self._refuse_other_state("teacher", bool(teacher and teacher.state_dict()), bool(self.state["teacher"]))
         restore_optimizer(model, updates.optimizer, self.state["optimizer"], self.state.get("optimizer_kind"))
@@ -244,7 +244,7 @@ class Checkpoints:
         self._stop = self.run.max_of_processes(received_signal())
         return bool(self._stop) or crossed(self._every, before, now)
 
-    def save(self, step: int, round_: int, model: TransformerDecoder, updates: Updates, teacher: Teacher | None) -> None:
+    def save(self, step: int, round_: int, model: Decoder, updates: Updates, teacher: Teacher | None) -> None:
         """Write `step_N` whole, then move it into place: a kill leaves the previous checkpoint as the newest."""
         weights = self._full(model.state_dict())
         optimizer = optimizer_state(model, updates.optimizer, self.run.is_main)
@@ -302,7 +302,7 @@ class Checkpoints:
     def _write_adapter(self, model: nn.Module, adapters: dict[str, torch.Tensor]) -> None:
         folder, hf_config = self._writing / "epoch_0" / FOLDER, base_config(self._node.get("checkpoint_dir"))
         remove_tree(folder)  # copied along from a base that a run with adapters left
-        if adapters and hf_config.get("model_type") in FAMILIES:
+        if adapters and (has_own_names(model) or hf_config.get("model_type") in FAMILIES):
             write_adapter(folder, model, adapters, hf_config, str(Path(self._node.checkpoint_dir).resolve()))
         elif adapters:
             log.warning(f"no adapter in PEFT's format is saved: config.json's model_type is none of {', '.join(FAMILIES)}")

@@ -80,6 +80,10 @@ TABLE: Mapping[str, Key] = {
         ),
         Key("adapter_dir", TEXT, "folder of a PEFT adapter to start from or to evaluate", EVERY, null="no adapter"),
         Key("tensor_parallel_dim", WHOLE, "neighbouring processes that share each model's matrices", EVERY, 1, least=1),
+        Key(
+            "data_parallel_replicate_dim", WHOLE, "groups of neighbouring processes that each hold the whole model; the number "
+            "of machines, so that these exchange gradients only", EVERY, 1, least=1,
+        ),
         Key("fsdp_reshard_after_forward", FLAG, "frees the gathered weights after each forward", EVERY, True),
         Key("fsdp_cpu_offload", FLAG, "keeps weights, gradients and optimizer state in host memory", EVERY, False),
         Key("custom_sharded_layers", TEXTS, "names of layers that are sharded by themselves", EVERY, null="none"),
@@ -163,6 +167,11 @@ TABLE: Mapping[str, Key] = {
         Key("rollout_log_samples", WHOLE, "prompts whose texts are logged", ROUNDS, 2, least=1),
         Key("rollout_log_max_new_tokens", WHOLE, "most tokens of a logged text", ROUNDS, least=1, null="the sampler's"),
         Key("rollout_log_max_chars", WHOLE, "most characters of a logged text", ROUNDS, 2000, least=1),
+        Key(
+            "rollout_log_total", WHOLE, "training rollouts that are kept with the numbers of every token, spread over the run",
+            ROUNDS, 512, least=0, most=_ROWS,
+        ),
+        Key("rollout_log_max_tokens", WHOLE, "most policy tokens of such a rollout that are kept", ROUNDS, 1024, least=1),
         # sampling
         Key(
             "view", TEXT, "teacher: with the privileged information; student: without it", ("sample",),

@@ -1,25 +1,26 @@
 """Load models from checkpoints: built on the meta device, sharded, filled."""
 
 import functools
+import os
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torchtune import modules, training
-from torchtune.modules import TransformerDecoder
+from torchtune import training
 
 from pidistill.config import build
 from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import parallelize, shard_model
 from pidistill.errors import InputError
 from pidistill.models.adapters import scale_weights_alone, train_adapters_only, with_initial_adapters
-from pidistill.models.empty import empty_model
+from pidistill.models.empty import empty_model, shared_empty_model
 from pidistill.models.nf4 import check_shapes, stored_as_in
 from pidistill.models.offloading import offload_activations
 from pidistill.models.peft_format import with_adapter_dir
 from pidistill.models.precision import add_up_norms_in_fp32, keep_trained_weights_in
+from pidistill.models.protocol import Decoder, has_own_names
 from pidistill.teachers import Teacher
 from pidistill.training.keys import setting
 
@@ -28,7 +29,7 @@ from pidistill.training.keys import setting
 
 def load_model(
     cfg: DictConfig, run: Run, model_node: Any, state_dict: dict[str, Any], *, trained: bool, averaged: bool = False
-) -> TransformerDecoder:
+) -> Decoder:
     """Build a model on the meta device, shard it where there is more than one rank, and fill it from a full state dict.
 
     ``trained`` models get activation checkpointing, offloading and compilation as the config says; teachers do not. Of a model
@@ -53,9 +54,10 @@ def load_model(
         parallelize(model, run.mesh)
     state_dict = with_initial_adapters(model, state_dict, run.seed)
     if trained and setting(cfg, "compile"):
-        training.compile_model(model, verbose=run.is_main)
+        for layer in model.layers:
+            layer.compile(backend=os.environ.get("TORCH_COMPILE_BACKEND", "inductor"))
     if trained and setting(cfg, "enable_activation_checkpointing"):
-        training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
+        training.set_activation_checkpointing(model, auto_wrap_policy={type(layer) for layer in model.layers})
     if several or mixed:
         layers = list(cfg.get("custom_sharded_layers") or [])
         shard_model(
@@ -65,6 +67,7 @@ def load_model(
             cpu_offload=setting(cfg, "fsdp_cpu_offload"),
             reshard_after_forward=setting(cfg, "fsdp_reshard_after_forward"),
             mesh=run.mesh,
+            replicas=run.replicas,
             compute_dtype=run.compute_dtype if mixed else None,
         )
     if trained and setting(cfg, "enable_activation_offloading"):
@@ -78,9 +81,17 @@ def load_model(
     return model.train(trained)
 
 
-def load_initial(cfg: DictConfig, run: Run) -> TransformerDecoder:
+def build_checkpointer(node: Any, model_node: Any, **overrides: Any) -> Any:
+    """Build a checkpointer whose state dicts have the names that the model of ``model_node`` has."""
+    if has_own_names(shared_empty_model(model_node)):
+        overrides["own_names"] = True
+    return build(node, **overrides)
+
+
+def load_initial(cfg: DictConfig, run: Run) -> Decoder:
     """Load the checkpoint's model, with `adapter_dir`'s adapter on it or merged into it; for recipes that train nothing."""
-    weights = build(cfg.checkpointer, output_dir=str(run.output_dir)).load_checkpoint()[training.MODEL_KEY]
+    weights = build_checkpointer(cfg.checkpointer, cfg.model, output_dir=str(run.output_dir)).load_checkpoint()
+    weights = weights[training.MODEL_KEY]
     return load_model(cfg, run, cfg.model, with_adapter_dir(cfg, cfg.model, weights), trained=False)
 
 
@@ -108,10 +119,11 @@ def _whole_shard(tensor: Tensor, like: Tensor | None) -> Tensor:
     return DTensor.from_local(tensor, like.device_mesh, like.placements, run_check=False)
 
 
-def load_teacher(cfg: DictConfig, run: Run, teacher: Teacher) -> TransformerDecoder:
+def load_teacher(cfg: DictConfig, run: Run, teacher: Teacher) -> Decoder:
     """Load the initial weights again (with `adapter_dir`'s adapter, if there is one), or those of `teacher_checkpointer`."""
     node = cfg.get("teacher_model") or cfg.model
-    checkpointer = build(cfg.get("teacher_checkpointer") or cfg.checkpointer, output_dir=str(run.output_dir / ".teacher"))
+    folder = str(run.output_dir / ".teacher")
+    checkpointer = build_checkpointer(cfg.get("teacher_checkpointer") or cfg.checkpointer, node, output_dir=folder)
     weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
     if not cfg.get("teacher_checkpointer"):
         weights = with_adapter_dir(cfg, node, weights)

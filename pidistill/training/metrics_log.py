@@ -1,4 +1,4 @@
-"""Write the log of a run: metrics.jsonl, rollouts.jsonl, the metric logger, the progress bar and the alarms."""
+"""Write the log of a run: metrics.jsonl, texts and rollouts, the metric logger, the progress bar and the alarms."""
 
 import json
 import math
@@ -11,11 +11,15 @@ from torchtune import utils
 from tqdm.auto import tqdm
 
 from pidistill.config import build
+from pidistill.data import RecipeData
 from pidistill.distributed.run import Run
 from pidistill.errors import escape_controls
 from pidistill.jsonl import write_jsonl
+from pidistill.training import rollout_log
 from pidistill.training.disk import replace_file
 from pidistill.training.health import Health
+from pidistill.training.rollout_log import RolloutLog
+from pidistill.types import Batch, Scores
 
 log = utils.get_logger("INFO")
 
@@ -26,15 +30,21 @@ class MetricsLog:
     On resume, rows after the checkpoint's step are cut off: they are about to be written again. A fresh run starts empty files.
     """
 
-    def __init__(self, cfg: DictConfig, run: Run, *, first_step: int, last_step: int, title: str) -> None:
+    def __init__(
+        self, cfg: DictConfig, run: Run, *, first_step: int, last_step: int, title: str, data: RecipeData | None = None
+    ) -> None:
+        """``data``: the rows whose rollouts are looked at; None where a run has none."""
         self._active = run.is_main
+        self._rollouts = None if data is None else RolloutLog(cfg, run, data, last_step=last_step)
+        self._step = first_step
         self.path = run.output_dir / "metrics.jsonl"
         self._health = Health(cfg)
         if not self._active:
             return
         for row in _keep_rows_until(self.path, first_step):
             self._health.replay(row)  # the start of the run is what later rows are measured from, also after a resume
-        _keep_rows_until(self.path.with_name("rollouts.jsonl"), first_step)
+        for name in ("rollouts.jsonl", rollout_log.FILE):
+            _keep_rows_until(self.path.with_name(name), first_step)
         self._logger = build(cfg.metric_logger) if cfg.get("metric_logger") else None
         self._bar = tqdm(total=last_step, initial=first_step, desc=title, unit="step", mininterval=0.5)
 
@@ -46,12 +56,20 @@ class MetricsLog:
         if alarms := self._health.look(row):
             row["alarms"] = alarms
         write_jsonl(self.path, [row])
+        self._step = row["step"]
+        if self._rollouts is not None:
+            self._rollouts.write(row["step"], row.get("round"))
         if self._logger is not None:
             numbers = {key: value for key, value in row.items() if key != "step" and isinstance(value, int | float)}
             self._logger.log_dict(numbers, step=row["step"])
         self._bar.n = row["step"]
         self._bar.set_postfix({key: f"{row[key]:.3g}" for key in shown if key in row}, refresh=False)
         self._bar.refresh()
+
+    def look(self, batch: Batch, scores: Scores) -> None:
+        """Look at a micro-batch of the step that is being computed; a sample of its rollouts is written with its row."""
+        if self._rollouts is not None:
+            self._rollouts.look(batch, scores, self._step + 1)
 
     def texts(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Append what student and teacher wrote to rollouts.jsonl, and show it."""

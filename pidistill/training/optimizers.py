@@ -241,6 +241,12 @@ def _load_own_part(optimizer: Optimizer, part: dict[str, Any]) -> None:
     for group, saved in zip(optimizer.param_groups, part["groups"], strict=True):
         group |= saved
     for parameter, state in zip(_parameters(optimizer), part["state"], strict=True):
+        shape = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).shape
+        if any(value.shape != shape for key, value in state.items() if key != "step"):
+            raise InputError(
+                f"the checkpoint holds another share of {type(optimizer).__name__}'s states for this process than its share of "
+                "the weights; resume with the data_parallel_replicate_dim that it was trained with"
+            )
         if state:
             optimizer.state[parameter] = {key: _placed(value, parameter, key) for key, value in state.items()}
 

@@ -36,10 +36,10 @@ LOCK = ".lock"
 RESUME = "resume_from_checkpoint"
 
 # Files that a run appends to or writes anew.
-_OWN_FILES = ("metrics.jsonl", "rollouts.jsonl", "config.yaml")
+_OWN_FILES = ("metrics.jsonl", "rollouts.jsonl", "training_rollouts.jsonl", "config.yaml")
 
 # What a run writes, and what start_over moves aside. A logger's own files stay.
-_FILES = ("step_*", LATEST, BEGAN, ".writing", "metrics.jsonl", "rollouts.jsonl", "nonfinite_step_*", "config.yaml")
+_FILES = ("step_*", LATEST, BEGAN, ".writing", "nonfinite_step_*", *_OWN_FILES)
 
 # Open locks of this process, by file. A POSIX lock belongs to the process: its children do not hold it, and a kill releases it.
 _locks: dict[Path, Any] = {}

@@ -23,8 +23,9 @@ from torchtune import training, utils
 
 from pidistill.config import check_command_line, check_config
 from pidistill.distributed.launcher import close_progress_bars, refuse
+from pidistill.distributed.machines import check_same_folder, same_refusal_on_all_machines
 from pidistill.distributed.run import Run
-from pidistill.distributed.tensor_parallel import check_tensor_parallel, make_mesh
+from pidistill.distributed.tensor_parallel import check_replicas, check_tensor_parallel, make_mesh, make_replicas
 from pidistill.errors import InputError, escape_logs
 from pidistill.models.offloading import check_offloading
 from pidistill.models.peft_format import check_adapter_dir
@@ -46,15 +47,21 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     escape_logs(log)
     if RESUME in known:
         training_run()
-    check_run(cfg, known, required)
-    use_fallback_checkpoint(cfg)
-    for key in ("checkpointer", "teacher_checkpointer"):
-        check_checkpoint_folder(cfg, key)
-        check_checkpoint_fits(cfg, key)
-    check_adapter_dir(cfg)
-    device = _device(setting(cfg, "device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = _dtype("dtype", setting(cfg, "dtype"), device)
-    compute_dtype = _compute_dtype(cfg, dtype, device)
+    with same_refusal_on_all_machines():
+        check_run(cfg, known, required)
+        use_fallback_checkpoint(cfg)
+        for key in ("checkpointer", "teacher_checkpointer"):
+            check_checkpoint_folder(cfg, key)
+            check_checkpoint_fits(cfg, key)
+        check_adapter_dir(cfg)
+        device = _device(setting(cfg, "device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = _dtype("dtype", setting(cfg, "dtype"), device)
+        compute_dtype = _compute_dtype(cfg, dtype, device)
+        processes = _processes()
+        check_offloading(cfg, device, processes)
+        shares = check_tensor_parallel(cfg, processes)
+        groups = check_replicas(cfg, processes, shares)
+        output_dir = make_output_dir(cfg.output_dir)
     if device.type == "cpu":
         # Two ranks with all threads each are slower than one; results do not depend on it within one run's settings.
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -66,23 +73,33 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    processes, rank = utils.get_world_size_and_rank()
-    check_offloading(cfg, device, processes)
-    shares = check_tensor_parallel(cfg, processes)
-    mesh = make_mesh(device.type, processes, shares) if shares > 1 else None
+    rank = dist.get_rank()
+    mesh = make_mesh(device.type, processes, shares, groups) if shares > 1 else None
+    replicas = make_replicas(device.type, processes, groups)
     seed = setting(cfg, "seed")
     # The same on every rank (not torchtune's set_seed), so that a dataset that shuffles itself is the same one on all of them;
     # rollouts have seeds of their own.
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    output_dir = make_output_dir(cfg.output_dir)
-    run = Run(device, dtype, rank // shares, processes // shares, seed, output_dir, mesh, compute_dtype)
-    if run.is_main:
-        if RESUME in known:
-            claim_run_folder(cfg, output_dir)
-        replace_file(output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(public_config(cfg))).encode())
+    run = Run(device, dtype, rank // shares, processes // shares, seed, output_dir, mesh, compute_dtype, replicas)
+    check_same_folder(run)
+    run.from_main(lambda: _begin_folder(cfg, output_dir, trains=RESUME in known))
     return run
+
+
+def _begin_folder(cfg: DictConfig, output_dir: Path, *, trains: bool) -> None:
+    """Claim the run's folder for a training run and write the config into it; the first process calls this."""
+    if trains:
+        claim_run_folder(cfg, output_dir)
+    replace_file(output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(public_config(cfg))).encode())
+
+
+def _processes() -> int:
+    """Return the number of processes, also before they have joined."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ["WORLD_SIZE"]) if training.is_distributed() else 1
 
 
 def check_run(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> None:

@@ -1,11 +1,11 @@
 """Add a supervised term beside a method's own loss: the config keys `sft_weight` and `sft_batch_size`."""
 
 from omegaconf import DictConfig
-from torchtune.modules import TransformerDecoder
 
 from pidistill.data import RecipeData, epoch_order, sft_demonstrations
 from pidistill.distributed.run import Run, Timer
 from pidistill.losses.reductions import token_mean
+from pidistill.models.protocol import Decoder
 from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score, student_nll
 from pidistill.training.keys import setting
@@ -29,7 +29,7 @@ class SupervisedTerm:
         self.active = self._weight > 0
         self.demonstrations = sft_demonstrations(cfg, data)
 
-    def backward(self, model: TransformerDecoder, step: int) -> float:
+    def backward(self, model: Decoder, step: int) -> float:
         """Add the gradient of the term at ``step`` and return this rank's part of its loss, the weight included."""
         if not self.active:
             return 0.0

@@ -264,6 +264,11 @@ def test_ranks_divide_what_is_sharded_and_gather_the_whole_model_to_sample():
         assert parts["rollout"]["gathered weights"] == model.parameters * 4
 
 
+def test_replicas_hold_the_shards_of_as_many_ranks_as_are_in_one_of_them():
+    sharded = {"teacher_bytes": setup().model.weights_bytes, "average_elements": setup().model.trained}
+    assert memory(setup(ranks=8, replicas=4, **sharded), workload()) == memory(setup(ranks=2, **sharded), workload())
+
+
 def test_keys_and_values_are_those_of_the_rows_sampled_at_once():
     work = workload(groups=4, group_size=3, sampler_rows=6)
     # rows, columns (the longest a row can become, below the 64 more that growth asks for), keys and values, layers,

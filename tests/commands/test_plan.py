@@ -95,6 +95,15 @@ def test_a_builder_without_sizes_of_its_own_has_adapters_offered_too(capsys):
     assert any("lora_llama3 " in offered["change"] for offered in result["changes"])
 
 
+def test_replicas_are_known_and_one_replica_over_all_machines_is_offered(capsys):
+    replicas = (*OPSD, "--ranks", "4", "--memory-gib", "9", "data_parallel_replicate_dim=4")
+    planned = numbers(capsys, *replicas)
+    promised = {one["change"]: one["peak_bytes"] for one in planned["changes"]}["data_parallel_replicate_dim=1"]
+    assert promised == numbers(capsys, *replicas, "data_parallel_replicate_dim=1")["peak_bytes"] < planned["peak_bytes"]
+    code, said = run(capsys, *OPSD, "--ranks", "3", "data_parallel_replicate_dim=2")
+    assert code == 2 and "does not divide the 3 processes" in said
+
+
 def test_a_second_copy_of_the_weights_is_seen_and_an_adapter_off_teacher_offered(capsys):
     lora = (
         "model._component_=torchtune.models.qwen2_5.lora_qwen2_5_0_5b",

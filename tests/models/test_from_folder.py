@@ -133,7 +133,7 @@ def test_adapters_have_the_names_and_shapes_of_torchtunes_builder(folders):
 def test_a_model_that_is_not_computed_is_refused_in_one_sentence(changes, sentence, folders):
     folder = described(folders["SmolLM2: Llama with a tied head and plain rotations"], **changes)
     with pytest.raises(InputError, match=sentence):
-        from_folder(str(folder))
+        from_folder(str(folder), backend="torchtune")
 
 
 def test_a_window_as_long_as_the_longest_position_changes_nothing(folders):

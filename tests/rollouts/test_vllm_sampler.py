@@ -282,10 +282,10 @@ def test_settings_out_of_range_are_refused(settings, message, make):
         make(**settings)
 
 
-def test_a_family_without_a_conversion_is_refused_at_once(make, folder):
+def test_a_family_without_a_conversion_is_refused_before_the_engine_starts(make, folder, model):
     (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": "mamba"}))
     with pytest.raises(InputError, match="model_type 'mamba'"):
-        make()
+        sample(make(), model)
 
 
 @pytest.mark.parametrize(

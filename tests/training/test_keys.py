@@ -48,7 +48,7 @@ def test_the_command_prints_the_rows_that_contain_a_word(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     keys_command(["ROLLOUT_LOG"])
     out = capsys.readouterr().out
-    assert out.count("rollout_log_") == 4 and "group_size" not in out
+    assert out.count("rollout_log_") == 6 and "group_size" not in out
     with pytest.raises(SystemExit) as ended:
         keys_command(["nosuchword"])
     assert ended.value.code == 2 and "no row of the config keys contains 'nosuchword'" in capsys.readouterr().err

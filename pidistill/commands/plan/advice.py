@@ -98,7 +98,15 @@ def _no_second_copy(run: PlannedRun, device: Device) -> list[PlannedRun]:
 
 def _more_ranks(run: PlannedRun, device: Device) -> list[PlannedRun]:
     """Return runs on more GPUs; ranks on a CPU share its memory, so that more of them save nothing."""
-    return [run.with_(ranks=n) for n in (2, 4, 8) if n > run.ranks and device.kind == "cuda"]
+    replicas = setting(run.cfg, "data_parallel_replicate_dim")
+    counts = [replicas * n for n in (2, 4, 8)]
+    return [run.with_(ranks=n) for n in counts if n > run.ranks and device.kind == "cuda"]
+
+
+def _one_replica(run: PlannedRun, device: Device) -> list[PlannedRun]:
+    """Return a run whose model is shared by all GPUs, of all machines."""
+    several = setting(run.cfg, "data_parallel_replicate_dim") > 1 and device.kind == "cuda"
+    return [run.with_("data_parallel_replicate_dim=1")] if several else []
 
 
 def _offload(run: PlannedRun, device: Device) -> list[PlannedRun]:
@@ -127,8 +135,8 @@ def _lora(run: PlannedRun, device: Device) -> list[PlannedRun]:
 
 # From what changes nothing but time to what changes the method.
 KINDS = (
-    _fewer_rows_sampled, _packed, _smaller_micro_batches, _smaller_chunks, _checkpointing, _no_second_copy, _more_ranks,
-    _offload, _bf16, _lora,
+    _fewer_rows_sampled, _packed, _smaller_micro_batches, _smaller_chunks, _checkpointing, _no_second_copy, _one_replica,
+    _more_ranks, _offload, _bf16, _lora,
 )  # fmt: skip
 
 

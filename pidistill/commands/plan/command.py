@@ -29,6 +29,7 @@ from pidistill.commands.plan.devices import GIB, PRESETS, Device, measured, pres
 from pidistill.commands.plan.estimate import Estimate, estimate
 from pidistill.commands.plan.lengths import RowLengths, given_rows, rows_of
 from pidistill.commands.plan.reading import dtype_of, read
+from pidistill.distributed.tensor_parallel import check_replicas
 from pidistill.errors import InputError
 from pidistill.training.keys import setting
 
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(prog="pidistill plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("config", help="a bundled config, or a path")
     made.add_argument("overrides", nargs="*", metavar="key=value")
-    made.add_argument("--ranks", type=int, default=1, help="processes, as in --nproc_per_node")
+    made.add_argument("--ranks", type=int, default=1, help="processes of all machines: --nproc_per_node times --nnodes")
     made.add_argument("--device", choices=("here", *PRESETS), default="here", help="default: measured on this machine")
     made.add_argument("--memory-gib", type=float, help="of each rank; default: what the device has")
     made.add_argument("--rows", type=int, default=200, help="rows of the dataset whose lengths are looked at")
@@ -68,6 +69,7 @@ def plan(arguments: argparse.Namespace) -> bool:
             f"pidistill plan does not know what tensor_parallel_dim={cfg.tensor_parallel_dim} saves and costs; plan with "
             "tensor_parallel_dim=1"
         )
+    check_replicas(cfg, arguments.ranks, shares=1)
     device = _device(cfg, arguments)
     rows = _lengths(cfg, arguments)
     result = estimate(cfg, rows, arguments.ranks, device)

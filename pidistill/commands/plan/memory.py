@@ -39,7 +39,7 @@ def peak(parts: dict[str, dict[str, float]]) -> tuple[str, float]:
 
 def _resident_bytes(setup: Setup) -> dict[str, float]:
     """Return the bytes that are held in every phase; FSDP2 shards them, and with offloading the device holds none of them."""
-    model, share = setup.model, 0.0 if setup.cpu_offload else 1.0 / setup.ranks
+    model, share = setup.model, 0.0 if setup.cpu_offload else 1.0 / setup.shards
     return {
         "libraries": _LIBRARIES_BYTES[setup.device],
         "weights": setup.stored_bytes * share + model.buffers_bytes,
@@ -133,7 +133,7 @@ def _update_bytes(setup: Setup, work: Workload) -> dict[str, float]:
 
 
 def _gradient_bytes(setup: Setup) -> float:
-    return 0.0 if setup.cpu_offload else setup.model.trained * setup.trained_item_bytes / setup.ranks
+    return 0.0 if setup.cpu_offload else setup.model.trained * setup.trained_item_bytes / setup.shards
 
 
 def _activation_bytes(model: ModelShape, checkpointing: bool) -> float:
@@ -177,5 +177,5 @@ def chunk_tokens(model: ModelShape, views: int, device: str) -> int:
 def _optimizer_bytes(setup: Setup) -> dict[str, float]:
     """Return the bytes of the step's own copies: on CUDA torch works on all parameters together, elsewhere on one by one."""
     model = setup.model
-    together = model.trained / setup.ranks if setup.device == "cuda" and not setup.cpu_offload else model.head
+    together = model.trained / setup.shards if setup.device == "cuda" and not setup.cpu_offload else model.head
     return {"gradients": _gradient_bytes(setup), "step": together * setup.trained_item_bytes if setup.state_bytes else 0.0}

@@ -63,6 +63,7 @@ def setup_of(cfg: DictConfig, ranks: int, device: str) -> Setup:
         state_bytes=_state_bytes(cfg.optimizer, trained.itemsize),
         mixed=mixed,
         ranks=ranks,
+        replicas=setting(cfg, "data_parallel_replicate_dim"),
         reshard=setting(cfg, "fsdp_reshard_after_forward"),
         cpu_offload=setting(cfg, "fsdp_cpu_offload") and (ranks > 1 or mixed),
         checkpointing=setting(cfg, "enable_activation_checkpointing"),

@@ -67,7 +67,7 @@ def _optimizer_s(setup: Setup, device: Device) -> float:
     """Reads gradient, weight and states; writes weight and states."""
     model = setup.model
     per_element = 3 * setup.trained_item_bytes + 2 * setup.state_bytes
-    return model.trained / setup.ranks * per_element / device.bytes_per_s
+    return model.trained / setup.shards * per_element / device.bytes_per_s
 
 
 def _rollout_s(model: ModelShape, work: Workload, device: Device) -> float:

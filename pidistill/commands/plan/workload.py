@@ -72,6 +72,7 @@ class Setup:
         state_bytes: optimizer states per trained element.
         mixed: trained weights, their gradients and states are in fp32, and FSDP2 makes copies in the model's dtype of them.
         ranks, reshard, cpu_offload: of FSDP2; one rank shards nothing.
+        replicas: groups of ranks that each hold all shards.
         checkpointing: activations of a layer are computed again in the backward.
         device: "cuda" or "cpu".
     """
@@ -84,10 +85,15 @@ class Setup:
     state_bytes: float = 8.0
     mixed: bool = False
     ranks: int = 1
+    replicas: int = 1
     reshard: bool = True
     cpu_offload: bool = False
     checkpointing: bool = False
     device: Literal["cpu", "cuda"] = "cuda"
+
+    @property
+    def shards(self) -> int:
+        return self.ranks // self.replicas
 
     @property
     def trained_item_bytes(self) -> int:

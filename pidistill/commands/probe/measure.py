@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torchtune.modules import TransformerDecoder
 
 from pidistill.data.prompts import build_prompts
 from pidistill.distributed.run import Run
+from pidistill.models.protocol import Decoder
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.scoring.batch import make_batch
 from pidistill.scoring.score import score
@@ -63,7 +63,7 @@ class Probe:
         chunk: rows that are sampled at once.
     """
 
-    model: TransformerDecoder
+    model: Decoder
     tokenizer: ChatTokenizer
     collect: Collect
     run: Run

@@ -1,0 +1,391 @@
+"""Put any causal language model of transformers behind what this package asks of a decoder (extra ``transformers``).
+
+transformers lets a library register an attention function and a mask function under a name. Ours do all the work: the mask
+function hands every layer an object instead of a tensor (:mod:`pidistill.models.layer_masks`), and the attention function asks
+it. So there is no list of families and no patch of a model's code; what a model must have is the attention interface.
+
+The modules and their names are those of transformers, so that weights keep their names; a tied head is the embedding.
+"""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import causal_mask_function
+from transformers.utils import logging as transformers_logging
+
+from pidistill.errors import InputError
+from pidistill.models.layer_masks import AttentionForm, LayerMask, PaddedMask, Rule
+
+NAME = "pidistill"
+# Layers whose tokens meet in the attention alone. Every other kind carries a state from token to token.
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_WITH_STATE = {"linear_attention", "conv"}
+# What models hand to the attention function beside its own arguments, and changes nothing here: masks and positions in other
+# forms, and settings of kernels. A window is in the rule.
+_WITHOUT_EFFECT = {
+    "sliding_window", "position_ids", "position_embeddings", "cache_position", "output_attentions", "use_cache", "is_causal",
+    "output_hidden_states", "output_router_logits", "layer_idx", "logits_to_keep", "deterministic", "shared_kv_states",
+}  # fmt: skip
+
+_make_mask: ContextVar[Callable[[Rule], LayerMask] | None] = ContextVar("make_mask", default=None)
+
+
+# ---------------------------------------------------------------------------------------------- what transformers calls
+
+
+def _mask(*, mask_function: Callable = causal_mask_function, **_: Any) -> LayerMask:
+    """Return what stands for a mask; called once per kind of layer and forward."""
+    return _make_mask.get()(None if mask_function is causal_mask_function else mask_function)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: LayerMask,
+    scaling: float | None = None,
+    dropout: float = 0.0,  # of the folder's config: what is scored is the policy that sampled, so there is none
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    if not isinstance(attention_mask, LayerMask):
+        raise InputError(_own_masks(type(module).__name__))
+    for name, given in others.items():
+        if given is not None and name not in _WITHOUT_EFFECT:
+            raise InputError(
+                f"{type(module).__name__} of transformers hands {name} to its attention, which is not computed here; set "
+                "`model` to another builder, or choose another model"
+            )
+    out = attention_mask.attend(module, query, key, value, AttentionForm(scaling, s_aux, softcap))
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+def _own_masks(kind: str) -> str:
+    return (
+        f"{kind} of transformers does not take its attention and its masks from transformers' attention interface, so that "
+        "packed trees and the sampler's caches cannot reach it; choose another model"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- the decoder
+
+
+class HFDecoder(nn.Module):
+    """Hold the layers and the head of a transformers model; see :mod:`pidistill.models.protocol`.
+
+    Args:
+        lm: a causal language model, on the meta device or not.
+        max_seq_len: the longest position; None is the model's own.
+    """
+
+    own_names = takes_layer_masks = True
+
+    def __init__(self, lm: PreTrainedModel, max_seq_len: int | None = None) -> None:
+        super().__init__()
+        self.config, self.causal_lm = lm.config, type(lm)
+        text = lm.config.get_text_config()
+        self.max_seq_len = max_seq_len or text.max_position_embeddings
+        self._body_name, head = lm.base_model_prefix, lm.get_output_embeddings()
+        setattr(self, self._body_name, lm.base_model)
+        names = {id(module): name for name, module in lm.named_modules(remove_duplicate=False)}
+        self._head_name = names[id(head)]
+        if not is_tied(lm):
+            setattr(self, self._head_name, head)
+        self.logit_cap = getattr(text, "final_logit_softcapping", None)
+        self._logit_scale = 1.0
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        self._logit_scale = _logit_scale(self, lm)
+
+    @property
+    def body(self) -> PreTrainedModel:
+        """Return the model up to its last norm."""
+        return getattr(self, self._body_name)
+
+    @property
+    def tok_embeddings(self) -> nn.Embedding:
+        return self.body.get_input_embeddings()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.body.layers
+
+    @property
+    def output(self) -> nn.Module:
+        return getattr(self, self._head_name, None) or self.tok_embeddings
+
+    def norm(self, h: Tensor) -> Tensor:
+        """Return what is multiplied with the head: transformers has applied the norm, and some models scale logits besides."""
+        return h if self._logit_scale == 1.0 else h * self._logit_scale
+
+    def unembed(self, h: Tensor) -> Tensor:
+        logits = nn.functional.linear(self.norm(h), self.output.weight).float()
+        return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
+
+    def forward(self, tokens: Tensor, *, mask: Any = None, input_pos: Tensor | None = None) -> Tensor:
+        """Return ``unembed`` of the last states.
+
+        Args:
+            mask: None for right-padded rows, or what makes the masks (:class:`pidistill.models.layer_masks.MakesLayerMasks`).
+                Its ``states``, where it has them, stand for transformers' cache in the layers that carry a state.
+        """
+        if mask is None:
+            make = lambda rule: PaddedMask(rule, tokens.shape[1], tokens.device)  # noqa: E731
+        else:
+            make = lambda rule: mask.layer_mask(rule, input_pos)  # noqa: E731
+        states = getattr(mask, "states", None)
+        with _masks_by(make):
+            h = self.body(
+                input_ids=tokens,
+                # All True, not None: else transformers reads packed sequences out of the positions.
+                attention_mask=torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device),
+                position_ids=input_pos,
+                use_cache=states is not None,
+                **({} if states is None else {"cache": states}),
+            ).last_hidden_state
+        return self.unembed(h)
+
+    def rope_init(self) -> None:
+        """Move what is computed from the config (rotations' frequencies, scales) to the default device."""
+        device = torch.get_default_device()
+        for module in self.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                module._buffers[name] = buffer.to(device)
+
+    # ------------------------------------------------------------------------------------------ its kind
+
+    @property
+    def carried_state(self) -> str | None:
+        """Return what goes from token to token beside attention; such a state knows no branches, and no padding in between."""
+        kinds = set(getattr(self.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION
+        if not self.causal_lm._is_stateful and not kinds:
+            return None
+        return f"layers that carry a state from token to token ({', '.join(sorted(kinds)) or self.causal_lm.__name__})"
+
+    @property
+    def attention_sizes(self) -> tuple[int, int, int]:
+        text = self.config.get_text_config()
+        heads = text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // heads
+        return heads, getattr(text, "num_key_value_heads", None) or heads, width
+
+
+@contextmanager
+def _masks_by(make: Callable[[Rule], LayerMask]) -> Iterator[None]:
+    """Let layers get one mask per rule from ``make``."""
+    token = _make_mask.set(functools.cache(make))
+    try:
+        yield
+    finally:
+        _make_mask.reset(token)
+
+
+def is_tied(lm: PreTrainedModel) -> bool:
+    """Return whether the head's weight is the embedding's."""
+    return lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+
+
+# ---------------------------------------------------------------------------------------------- building one
+
+
+def build(path: str, max_seq_len: int | None = None) -> HFDecoder:
+    """Build the decoder of the folder ``path`` from its config.json alone; on the meta device where that is the default.
+
+    Raises:
+        InputError: transformers does not know the model, or it is none that can be computed here.
+    """
+    config = _read_config(path)
+    _check_rotations(config, path, max_seq_len)
+    device = torch.get_default_device()
+    try:
+        with quiet(), _parameters_on_meta(device.type == "meta"):
+            lm = AutoModelForCausalLM.from_config(
+                config, attn_implementation=NAME, dtype=torch.get_default_dtype(), trust_remote_code=False
+            )
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+        raise InputError(
+            f"transformers cannot build the model in {path} ({' '.join(str(error).split())[:300]}); choose another model"
+        ) from error
+    _check_kind(lm, path)
+    return HFDecoder(lm, max_seq_len)
+
+
+def _read_config(path: str) -> Any:
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
+        raise InputError(
+            f"transformers cannot read {Path(path) / 'config.json'} ({' '.join(str(error).split())[:300]}); "
+            "upgrade transformers, or choose another model"
+        ) from error
+
+
+def _check_kind(lm: PreTrainedModel, path: str) -> None:
+    """Refuse what is no causal language model of text, or computes what its layers cannot be asked for."""
+    if lm.config.is_encoder_decoder:
+        raise InputError(
+            f"the model in {path} is an encoder with a decoder, and decoders alone are trained here; choose another"
+        )
+    if hasattr(lm.config, "vision_config") or hasattr(lm.config, "audio_config"):
+        raise InputError(
+            f"the model in {path} ({type(lm).__name__}) takes images or sounds beside text, which are not trained here; "
+            "choose a folder with the text model alone"
+        )
+    if not _uses_interface(lm) or not isinstance(getattr(lm.base_model, "layers", None), nn.ModuleList):
+        raise InputError(f"the model in {path} cannot be trained here: {_own_masks(type(lm).__name__)}")
+    if strange := set(getattr(lm.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION - _WITH_STATE:
+        raise InputError(
+            f"the model in {path} has layers of the kind {', '.join(sorted(strange))}, which are not sampled here; choose "
+            "another model"
+        )
+    if getattr(lm.get_output_embeddings(), "bias", None) is not None:
+        raise InputError(f"the model in {path} has an output head with a bias, which is not scored here; choose another model")
+
+
+def _uses_interface(lm: PreTrainedModel) -> bool:
+    """Return whether the model's code asks transformers' registries for its attention and for its masks."""
+    names = vars(sys.modules[type(lm).__module__])
+    return "ALL_ATTENTION_FUNCTIONS" in names and any(n.startswith("create_") and n.endswith("causal_mask") for n in names)
+
+
+def _check_rotations(config: Any, path: str, max_seq_len: int | None) -> None:
+    """Refuse rotations that depend on the longest row of a batch: the scorer would score another policy than the sampler's."""
+    text = config.get_text_config()
+    longest = max_seq_len or getattr(text, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest < 1:
+        raise InputError(
+            f"{path}/config.json has no max_position_embeddings; set model.max_seq_len to the longest row in tokens"
+        )
+    rope = getattr(text, "rope_parameters", None) or {}
+    for one in [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, Mapping)]:
+        first = (
+            one.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None) or longest
+        )
+        if one.get("rope_type") in ("dynamic", "longrope") and longest > first:
+            raise InputError(
+                f"the model in {path} has rotations of the kind {one['rope_type']!r}, which change with the length of a batch "
+                f"beyond {first:,} tokens; set model.max_seq_len={first}"
+            )
+
+
+@torch.no_grad()
+def _logit_scale(decoder: HFDecoder, lm: PreTrainedModel) -> float:
+    """Return s where the model's logits are cap(s · head @ h), found by giving its own forward a stub in place of the layers.
+
+    Raises:
+        InputError: its logits are another function of the last layer's states.
+    """
+    width = lm.get_output_embeddings().weight.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    h, weight = (torch.randn(n, width, generator=generator, device="cpu", dtype=torch.float32) for n in (4, 3))
+    head = nn.Linear(width, 3, bias=False, device="meta")
+    head.weight = nn.Parameter(weight)
+    products = h @ weight.T
+
+    def logits(h: Tensor) -> Tensor:
+        stub = _Stub(h[None])
+        with _replaced(lm, decoder._body_name, stub), _replaced(lm, decoder._head_name, head):
+            return lm(input_ids=torch.zeros(1, len(h), dtype=torch.long, device="cpu"), use_cache=False).logits[0].float()
+
+    try:
+        small = logits(h * 1e-3)
+        scale = float((small * products).sum() / (products * products).sum() / 1e-3)
+        expected = products * scale
+        if decoder.logit_cap is not None:
+            expected = decoder.logit_cap * torch.tanh(expected / decoder.logit_cap)
+        right = torch.allclose(logits(h), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    except (TypeError, AttributeError, RuntimeError, ValueError, IndexError, KeyError):
+        right = False
+    if not right:
+        raise InputError(
+            f"{type(lm).__name__} of transformers makes its logits in another way than by a linear head, a scale and a cap; "
+            "choose another model"
+        )
+    return float(f"{scale:.6g}")  # configs hold such numbers; the rest is rounding
+
+
+class _Stub(nn.Module):
+    """Return fixed states in place of the layers."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return _StubOutput(self.states)
+
+
+class _StubOutput:
+    """Hold states; whatever else a model reads of its layers' output is None."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def _replaced(owner: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
+    before = owner._modules[name]
+    owner._modules[name] = module
+    try:
+        yield
+    finally:
+        owner._modules[name] = before
+
+
+@contextmanager
+def _parameters_on_meta(yes: bool) -> Iterator[None]:
+    """Make parameters on the meta device and buffers, which come from the config, on the CPU; nothing is drawn."""
+    if not yes:
+        yield
+        return
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars, and its hints about absent kernels, from the screen; errors are raised all the same."""
+    logger, bars = logging.getLogger("transformers"), transformers_logging.is_progress_bar_enabled()
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,73 @@
+"""Sampling from decoders of transformers: log-probs, independence of the batch, greedy decoding, turns with observations."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
+
+from pidistill.rollouts import TorchtuneSampler
+from tests.support.hf_families import FAMILIES, HYBRIDS, decoder_of, reference_model
+
+torch.set_num_threads(1)
+STOP_IDS = frozenset(range(40, 50))
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [3, 4], [20, 21, 22, 23, 24]]
+GROUP = 2
+
+
+def sample(model, prompts, group_size=GROUP, observations=True, **settings):
+    turns = {}
+
+    def on_turn_end(row, turn):
+        turns[row] = turns.get(row, 0) + 1
+        return [1 + (row + i) % 30 for i in range(2 + (row + turns[row]) % 3)] if observations and turns[row] < 3 else None
+
+    return TorchtuneSampler(**({"max_new_tokens": 20} | settings)).sample(
+        model,
+        prompts,
+        group_size=group_size,
+        seeds=range(len(prompts) * group_size),
+        stop_ids=STOP_IDS,
+        pad_id=0,
+        on_turn_end=on_turn_end,
+    )
+
+
+def generated(reference, prompt, length):
+    return reference.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt)),
+        max_new_tokens=length,
+        do_sample=False,
+        eos_token_id=sorted(STOP_IDS),
+        pad_token_id=0,
+    )[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_samples_equal_a_plain_forward_of_transformers(name):
+    """Rows of several lengths and turns; recorded log-probs, another batch size, and greedy decoding."""
+    reference = reference_model(name).eval()
+    model = decoder_of(reference)
+    samples = sample(model, PROMPTS)
+    assert len({len(s.tokens) for s in samples}) > 1
+    forced = 0
+    for row, s in enumerate(samples):
+        prompt = PROMPTS[row // GROUP]
+        with torch.no_grad():
+            logits = reference(torch.tensor([prompt + s.tokens]), use_cache=False).logits[0].float()
+        logps = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
+        for t, (token, drawn, logprob) in enumerate(zip(s.tokens, s.policy_mask, s.logprobs, strict=True)):
+            forced += not drawn
+            assert (
+                math.isnan(logprob)
+                if not drawn
+                else abs(float(logps[t, token]) - logprob) < (5e-4 if name in HYBRIDS else 5e-5)
+            )
+    assert forced > 3
+    others = sample(model, PROMPTS, max_batch_size=4)
+    assert [s.tokens for s in samples] == [s.tokens for s in others]
+    greedy = sample(model, PROMPTS[:2], group_size=1, observations=False, temperature=0.0, max_new_tokens=8)
+    assert [s.tokens for s in greedy] == [generated(reference, prompt, 8) for prompt in PROMPTS[:2]]
+    assert "unembed" not in vars(model)
