@@ -4,9 +4,6 @@ Most tests replace the one function that starts processes by one that leaves the
 """
 
 import contextlib
-import copy
-import functools
-import importlib
 import itertools
 import json
 import multiprocessing
@@ -16,21 +13,19 @@ import statistics
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torchtune import _recipe_registry as recipe_registry
-from torchtune.config._utils import _merge_yaml_and_cli_args
 
 from pidistill.commands import main as entry
 from pidistill.commands.places import config_path, recipe_of
 from pidistill.commands.sweep import command, execute, search
-from pidistill.commands.sweep.cells import Cell, Sweep, as_text, grid_cells, read_sweep, stage_runs
+from pidistill.commands.sweep.cells import as_text, grid_cells, read_sweep, stage_runs
 from pidistill.commands.sweep.pictures import heat_table, mean_curve
 from pidistill.commands.sweep.results import (
     best_step,
@@ -42,17 +37,13 @@ from pidistill.commands.sweep.results import (
     total,
 )
 from pidistill.commands.sweep.values import Choices, Range, grid_values, parse_axis, parse_overrides, split_top_level
-from pidistill.config import check_config
 from pidistill.errors import InputError
 from pidistill.jsonl import read_jsonl
 from pidistill.training.evaluation import bootstrap_interval
 from tests.support.runs import quick_setup
+from tests.support.sweeps import check_commands, overrides_of
 
 ROOT = Path(__file__).parents[2]
-
-
-def overrides_of(words: list[str]) -> dict[str, str]:
-    return dict(word.split("=", 1) for word in words[words.index("--config") + 2 :])
 
 
 class Recipes:
@@ -289,21 +280,6 @@ def test_bundled_sweeps_name_configs_and_keys_that_exist(path):
     for cell in first_seeds:  # another seed is another number under the same key
         check_commands(sweep, cell)
     assert len(SWEEPS) >= 2
-
-
-load_once = functools.cache(OmegaConf.load)
-
-
-def check_commands(sweep: Sweep, cell: Cell) -> None:
-    """Do with each command what its recipe does first: merge the config with the words and check it."""
-    for run in stage_runs(sweep, cell):
-        words = [f"{key}={value}" for key, value in overrides_of(run.command).items()]
-        module = importlib.import_module(f"recipes.{recipe_of(run.stage.config)}")
-        config = _merge_yaml_and_cli_args(Namespace(**copy.deepcopy(load_once(config_path(run.stage.config)))), words)
-        for key, node in list(config.items()):  # as a recipe's start() does
-            if isinstance(node, DictConfig) and node.get("_component_", "") is None:
-                config[key] = None
-        check_config(config, module.KEYS, module.REQUIRED)
 
 
 # ------------------------------------------------------------------------------------------- running

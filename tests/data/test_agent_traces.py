@@ -18,41 +18,17 @@ from pidistill.privileged.trace_kinds import KINDS
 from pidistill.privileged.trace_task import AgentTrace, TraceTask
 from pidistill.tokenizers import HFChatTokenizer
 from tests.support.tiny_tokenizers import qwen_folder
+from tests.support.traces import BOOK, BYE, LOOK, SYSTEM, USER, call, episode, result, trace_writer
 
 DATA = os.environ.get("PIDISTILL_TEST_DATA")
 REAL = Path(DATA or ".") / "tau_bench_airline_gpt4o.jsonl"
 needs_data = pytest.mark.skipif(not REAL.is_file(), reason="PIDISTILL_TEST_DATA names no folder with the τ-bench traces")
 SOLVED = ("calls", "call_names", "solution_prefix", "full")
 
-SYSTEM = {"role": "system", "content": "You are an agent."}
-USER = {"role": "user", "content": "Book me a flight."}
-
-
-def call(name: str, **arguments) -> dict:
-    return {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": json.dumps(arguments)}}]}
-
-
-def result(name: str, text: str) -> dict:
-    return {"role": "tool", "name": name, "content": text}
-
-
-LOOK = [call("look", city="SEA"), result("look", "found F1")]
-BOOK = [call("book", flight="F1", seats=2), result("book", "done")]
-BYE = [{"role": "assistant", "content": "It is booked."}, {"role": "user", "content": "Thanks! STOP"}]
-
-
-def episode(task, reward, /, *turns, **more) -> dict:
-    return {"task_id": task, "reward": reward, "messages": [SYSTEM, USER, *turns], **more}
-
 
 @pytest.fixture
 def write(tmp_path):
-    def to_file(*rows, name="traces.jsonl") -> str:
-        text = json.dumps(list(rows)) if name.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / name).write_text(text)
-        return str(tmp_path / name)
-
-    return to_file
+    return trace_writer(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- which trace

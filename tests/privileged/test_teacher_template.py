@@ -15,8 +15,8 @@ from pidistill.privileged.hindsight import Hindsight, Transcript, add_hindsight
 from pidistill.testing import TINY_SIZES
 from pidistill.tokenizers import HFChatTokenizer, WordTokenizer
 from pidistill.types import Example, Rollout
-from tests.privileged.test_hindsight import ONE
 from tests.support.chat_templates import QWEN3
+from tests.support.siblings import ONE
 from tests.support.tiny_tokenizers import llama_folder, qwen_folder
 
 PLAIN = (

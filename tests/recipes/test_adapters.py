@@ -15,9 +15,10 @@ from pidistill.models.nf4 import check_shapes, is_nf4, rounded
 from pidistill.models.peft_format import FOLDER, base_config, read
 from pidistill.testing import TINY_SIZES
 from tests.recipes.conftest import WIDE
-from tests.recipes.test_lora import ADAPTER_OFF, EMA, FROZEN, LORA, lora_run, plain_model
 from tests.support.forks import launch_several
+from tests.support.lora import ADAPTER_OFF, FROZEN, LORA, lora_run, plain_model
 from tests.support.runs import (
+    EMA,
     assert_same_tensors,
     metrics,
     run,

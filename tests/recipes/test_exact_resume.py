@@ -11,10 +11,10 @@ import torch
 
 from pidistill.errors import InputError
 from pidistill.training import checkpoints
+from tests.support import runs
 from tests.support.forks import Fork, shared_server
 from tests.support.runs import (
     EMA,
-    EVALUATION,
     RECIPES,
     Stop,
     assert_same_tensors,
@@ -27,6 +27,7 @@ from tests.support.runs import (
     weights,
 )
 
+EVALUATION = {"eval_dataset": runs.EVALUATION["eval_dataset"] | {"max_rows": 1}}
 ROUNDS = {"max_steps": 7, "save_every_steps": 2, "eval_every_steps": 3, "eval_samples": 2, "rollout_log_steps": 2, **EVALUATION}
 METHODS = {
     # Two updates per round, each on one of its two groups; three does not divide into rounds, so 4 and 6 are saved.

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.recipes.conftest import WIDE
-from tests.recipes.test_lora import LORA
 from tests.support.forks import launch_several
+from tests.support.lora import LORA
 from tests.support.runs import (
     EMA,
     assert_same_tensors,
