@@ -1,4 +1,4 @@
-"""The benchmarks run at sizes that say nothing, and their help names the options that the documents use."""
+"""Test that each benchmark runs at a small size and prints its table, and that its help names the documented options."""
 
 import importlib
 import json

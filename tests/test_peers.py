@@ -1,4 +1,4 @@
-"""Independent implementations, where they are right: TRL's and Liger's divergences and clipped losses; and where they are not.
+"""Test against TRL's and Liger's divergences and clipped losses where they are right, and show where they are not.
 
 Runs under ``make test-peers`` (the extra ``peers``); otherwise skipped as a whole. torchtune's losses are held to in
 tests/test_published.py, which needs no extra. fp32 throughout: values and gradients agree to 1e-5.

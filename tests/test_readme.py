@@ -1,4 +1,4 @@
-"""Every command, snippet, name and link of the README and of docs/ leads somewhere; tests/recipes runs the commands."""
+"""Test that every command, snippet, name and link of the README and of docs/ exists; tests/recipes runs the commands."""
 
 import importlib
 import re

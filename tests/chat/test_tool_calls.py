@@ -1,4 +1,4 @@
-"""Tool calls in assistant turns: what is read, what is refused with which words, and that reading inverts writing."""
+"""Test tool calls in assistant turns: what is read, what is refused with which words, and that reading inverts writing."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""`pidistill prepare gsm8k`: verl's layout, and prompts that equal those of the rows as published, id for id."""
+"""Test `pidistill prepare gsm8k`: verl's layout, and prompts that equal those of the published rows, id for id."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`pidistill preview`: what it marks is what the teacher alone sees, its ids are the run's, and what is not meant is said."""
+"""Test `pidistill preview`: it marks what the teacher alone sees, its ids are those of the run, and it reports mistakes."""
 
 import json
 import sys

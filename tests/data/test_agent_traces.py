@@ -1,4 +1,4 @@
-"""Recorded agent episodes as examples: which trace of a task, what the teacher sees of it, and on the real τ-bench traces."""
+"""Test recorded agent episodes as examples: which trace of a task, what the teacher sees of it, and real τ-bench traces."""
 
 import json
 import os

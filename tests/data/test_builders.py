@@ -1,4 +1,4 @@
-"""Rows into examples and prompts, and a sentence for everything that can be wrong with them."""
+"""Test how rows become examples and prompts, and the sentence for each mistake in them."""
 
 import json
 import os

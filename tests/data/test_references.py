@@ -1,4 +1,4 @@
-"""References that the reward cannot judge are refused by row before any weights are loaded."""
+"""Test that references which the reward cannot judge are refused by row before any weights are loaded."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""GEM's games through our protocol: the same starts, answers and rewards as GEM gives by itself; then both recipes."""
+"""Test GEM's games through our protocol: the same starts, answers and rewards as GEM gives by itself; then both recipes."""
 
 import importlib
 import random

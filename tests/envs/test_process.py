@@ -1,4 +1,4 @@
-"""Environments in worker processes: what hangs or dies there costs one episode, and the others are as in this process."""
+"""Test environments in worker processes: one that hangs or dies costs one episode, and the others play as in this process."""
 
 import os
 import pickle

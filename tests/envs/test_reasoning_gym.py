@@ -1,4 +1,4 @@
-"""Tasks of Reasoning Gym through our protocol: its entries, its verifiers; then both recipes."""
+"""Test tasks of Reasoning Gym through our protocol: its entries, its verifiers; then both recipes."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""Laws of the tiny world, each next to a slow and obvious version of what it should be."""
+"""Test the laws of the tiny world, each beside a slow and obvious version."""
 
 import itertools
 import random

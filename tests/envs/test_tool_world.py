@@ -1,4 +1,4 @@
-"""The tool world: the expert solves every task, nobody else does by chance, and rules that the tools do not check decide."""
+"""Test the tool world: the expert solves every task, nobody does so by chance, and rules that no tool checks decide."""
 
 import pickle
 import random

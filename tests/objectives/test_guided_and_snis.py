@@ -1,4 +1,4 @@
-"""Expected gradients by exact enumeration (OPD, its trust region, SNIS), π-Distill's `sft` and `snis` terms, turn returns."""
+"""Test expected gradients by exact enumeration (OPD, its trust region, SNIS), `sft` and `snis` terms, turn returns."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The exact expected gradient of every `kl_mode`, over all pairs of sequences of a chain.
+"""Test the exact expected gradient of every `kl_mode`, over all pairs of sequences of a chain.
 
 The pieces are held to the estimator table in tests/losses/test_estimators.py; here the objective's own path is: behaviour pass,
 group advantages with a baseline, ratio, loss. Two rollouts a group, all 27 × 27 pairs weighed by their probability.

@@ -1,4 +1,4 @@
-"""π-Distill against its equations, and the laws of its halves."""
+"""Test π-Distill against its equations, and the laws of its halves."""
 
 import pytest
 import torch

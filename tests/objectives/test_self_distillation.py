@@ -1,4 +1,4 @@
-"""The reward-free family, OPD, SDPO and GRPO, each against its equation written out per token in float64 loops."""
+"""Test the reward-free family, OPD, SDPO and GRPO, each against its equation per token in float64 loops."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Privileged information found in the round: which sibling, which text, and what becomes of the two prompts."""
+"""Test privileged information found in the round: which sibling, which text, and what becomes of the two prompts."""
 
 import math
 import threading

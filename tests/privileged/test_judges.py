@@ -1,4 +1,4 @@
-"""A judge's critique: a local server answers as real ones do, and as they should not."""
+"""Test a judge's critique: a local server answers as real ones do, and as they should not."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Privileged information enters the teacher's prompt, in its place, and nothing of it the student's."""
+"""Test that privileged information enters the teacher's prompt in its place, and that the student's prompt has none of it."""
 
 import pytest
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""The teacher's view in the teacher's own chat template: another folder's, or other variables of the same one."""
+"""Test the teacher's view in a chat template of its own: of another folder, or with other variables."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""DoRA, QLoRA and starting from an adapter, from a config: both recipes, one process and two."""
+"""Test DoRA, QLoRA and a start from an adapter by config: both recipes, one process and two."""
 
 import functools
 import shutil

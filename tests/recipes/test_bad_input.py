@@ -1,4 +1,4 @@
-"""Wrong configs, data and checkpoints as a user meets them: one sentence that says what to change, before any weights."""
+"""Test wrong configs, data and checkpoints: one sentence says what to change, before any weights are loaded."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Every config of the tiny world runs: three steps, in process on one rank, on a small model that sometimes succeeds.
+"""Test that every config of the tiny world runs: three steps, in process, on a small model that sometimes succeeds.
 
 Nothing but sizes and folders is changed. What a config names of another's output (`runs/tiny/<stage>/...`) is made by running
 that config first, so that methods of several stages are chained as their make targets chain them. With two processes one

@@ -1,4 +1,4 @@
-"""A run that was killed and resumed leaves what an uninterrupted one leaves: the same rows, and the same weights to the bit."""
+"""Test that a run which was killed and resumed leaves the rows and, to the bit, the weights of an uninterrupted one."""
 
 import json
 import os

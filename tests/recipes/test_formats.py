@@ -1,5 +1,7 @@
-"""Rows and models in the formats that people have, through one training step of a real recipe: what it leaves, transformers
-reads as the model that was trained."""
+"""Test rows and models in the formats that people have, through one training step of a real recipe.
+
+transformers reads what the step leaves as the model that was trained.
+"""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The recipes from the command line on real GSM8K rows, with the Qwen2.5 configs made small: what a user does, end to end."""
+"""Test the recipes from the command line on real GSM8K rows, with the Qwen2.5 configs made small."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""docs/gsm8k.md: every command of it, in its order, on published rows, with a tiny model in the place of the one it names."""
+"""Test docs/gsm8k.md: every command of it, in its order, on published rows, with a tiny model in place of the named one."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""LoRA, and teachers that need no second copy or are another model, from a config: trained, saved, resumed, refused."""
+"""Test LoRA, and teachers that need no second copy or are another model: trained, saved, resumed, refused."""
 
 import functools
 import shutil

@@ -1,4 +1,4 @@
-"""Options that need less memory, from a config: an optimizer in 8 bits, one on the CPU, and offloading, which needs a GPU."""
+"""Test options that need less memory: an optimizer in 8 bits, one on the CPU, and offloading, which needs a GPU."""
 
 import contextlib
 import types

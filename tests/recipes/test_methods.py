@@ -1,4 +1,4 @@
-"""What methods do between sampling and update, in whole runs: guided groups, dataset completions, hindsight, the SFT term."""
+"""Test the steps between sampling and update in whole runs: guided groups, dataset completions, hindsight, the SFT term."""
 
 import math
 import os

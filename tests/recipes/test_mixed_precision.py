@@ -1,4 +1,4 @@
-"""Whole recipes in mixed precision (`dtype: fp32`, `compute_dtype: bf16`): against fp32, resumed, and on two processes."""
+"""Test whole recipes in mixed precision (`dtype: fp32`, `compute_dtype: bf16`): against fp32, resumed, on two processes."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Replicas of a sharded model (`data_parallel_replicate_dim`), as on several machines: the same training as one process."""
+"""Test replicas of a sharded model (`data_parallel_replicate_dim`), as on several machines: they train as one process does."""
 
 import functools
 import socket

@@ -1,4 +1,4 @@
-"""Sampling demonstrations from a checkpoint, and stages that begin where an earlier one may not have been run."""
+"""Test sampling of demonstrations, and stages whose earlier stage may not have been run."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Ranks that share a model's matrices: the same rollouts, numbers and weights as one process that has them whole."""
+"""Test ranks that share a model's matrices: rollouts, numbers and weights are those of one process with whole matrices."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The configs of the tool world through the same recipes as the tiny world's: three steps on a CPU.
+"""Test the configs of the tool world in the same recipes as the tiny world's: three steps on a CPU.
 
 A random model solves nothing, so half of the episodes are played by a sampler that says what the expert says: rewards have
 spread, and whole conversations with calls, results and a customer go through packing, scoring and the update.

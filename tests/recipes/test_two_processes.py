@@ -1,4 +1,4 @@
-"""One process or two: the same rollouts, the same numbers. Uneven and empty shares of the work end, and so do failures."""
+"""Test that two processes sample and train as one does; uneven and empty shares of the work end, and so do failures."""
 
 import json
 import os

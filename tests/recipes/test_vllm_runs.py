@@ -1,4 +1,4 @@
-"""Recipes that sample with vLLM, from the command line: `make test-vllm`."""
+"""Test recipes that sample with vLLM, from the command line: `make test-vllm`."""
 
 import importlib.util
 import math

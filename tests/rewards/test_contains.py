@@ -1,4 +1,4 @@
-"""The reward that looks for the reference in the answer."""
+"""Test the reward that looks for the reference in the answer."""
 
 import pytest
 

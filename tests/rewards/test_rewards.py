@@ -1,4 +1,4 @@
-"""Rewards: what is right gets 1, what is wrong 0, and nothing hangs."""
+"""Test rewards: a right answer gets 1, a wrong one 0, and nothing hangs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Hints that the model writes itself: which are kept, what a sentence is, and reading them back."""
+"""Test hints that the model writes itself: which are kept, what a sentence is, and how they are read back."""
 
 import json
 from dataclasses import replace

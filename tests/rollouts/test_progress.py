@@ -1,4 +1,4 @@
-"""The progress of a round: what it counts, where it shows it, and where it shows nothing."""
+"""Test the progress of a round: what it counts, where it shows it, and where it shows nothing."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Decoders of transformers through the scorer: values and gradients equal transformers' own forward over whole logits."""
+"""Test decoders of transformers in the scorer: values and gradients equal transformers' own forward over whole logits."""
 
 import pytest
 import torch

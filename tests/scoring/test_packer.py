@@ -1,4 +1,4 @@
-"""A packed tree is the padded rows in another arrangement: same numbers, same gradients, fewer tokens."""
+"""Test that a packed tree is the padded rows in another arrangement: same numbers, same gradients, fewer tokens."""
 
 import dataclasses
 import pickle

@@ -1,4 +1,4 @@
-"""Small rollouts, batches and models that several test files use."""
+"""Make small rollouts, batches and models that several test files use."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""How the tests of this folder run recipes: in this process (about a second), or as users do, on the command line."""
+"""Run recipes in tests: in this process (about a second), or as users do, on the command line."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""Real configs made small: a random model in the Hub's format; recipes run with it, by `tune run` or in this process."""
+"""Make real configs small: a random model in the Hub's format; recipes run with it, by `tune run` or in this process."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Chat tokenizers: ids of prompts, turns and observations, next to transformers and torchtune."""
+"""Test chat tokenizers: ids of prompts, turns and observations, beside transformers and torchtune."""
 
 import json
 

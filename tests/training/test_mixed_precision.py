@@ -1,4 +1,4 @@
-"""Weights in fp32 multiplied in bf16, against fp32 throughout and bf16 throughout, on a small model."""
+"""Test weights in fp32 multiplied in bf16, against fp32 throughout and bf16 throughout, on a small model."""
 
 from dataclasses import replace
 from pathlib import Path

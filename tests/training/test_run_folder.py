@@ -1,4 +1,4 @@
-"""The folder of a run: nothing in it is overwritten, two runs do not share it, and no secret is written into it."""
+"""Test the folder of a run: nothing in it is overwritten, two runs do not share it, and no secret is written into it."""
 
 import os
 import signal
