@@ -80,7 +80,7 @@ def tool(content):
         ("none", "<tool_call>{</tool_call>", turn("<tool_call>{</tool_call>")),
     ],
 )
-def test_turns_are_read(format, text, expected):
+def test_a_turn_of_each_format_is_read_as_its_message(format, text, expected):
     assert parse_turn_text(text, format) == expected
 
 
@@ -125,7 +125,7 @@ def test_the_visible_text_leaves_reasoning_out():
 
 
 @given(st.text(alphabet=' {}[]":,abn1\n<>/|', max_size=40), st.sampled_from(["hermes", "llama3", "action"]))
-def test_reading_never_fails(inside, format):
+def test_reading_any_text_as_a_turn_never_raises(inside, format):
     for text in (inside, f"<tool_call>{inside}</tool_call>", f"<action>{inside}</action>", f"<|python_tag|>{inside}"):
         message = parse_turn_text(text, format)
         assert message["role"] == "assistant" and isinstance(message["content"], str)

@@ -64,7 +64,7 @@ def test_prompts_are_those_of_the_rows_as_published(tmp_path, source, privileged
         assert completions[0] == completions[1]
 
 
-def test_the_layout_is_verls(tmp_path, source):
+def test_prepared_rows_have_verls_layout(tmp_path, source):
     table = pyarrow.parquet.read_table(prepared(tmp_path, source, "--privileged", "answer", "--split", "test")).to_pylist()
     published = [json.loads(line) for line in source.read_text().splitlines()][:300]
     assert len(table) == len(published)

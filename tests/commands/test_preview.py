@@ -132,7 +132,7 @@ def test_controls_are_shown_as_a_run_has_them(capsys, tmp_path):
         ([], [5], ((0, 0), (0, 1))),
     ],
 )
-def test_where_the_views_differ(student, teacher, places):
+def test_the_difference_of_two_views_lies_between_their_common_ends(student, teacher, places):
     found = difference(student, teacher)
     assert (found.student, found.teacher) == places
     (a, b), (c, d) = places

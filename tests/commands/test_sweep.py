@@ -133,7 +133,7 @@ def test_values_are_split_outside_of_brackets_only():
         ("runs/../base", Choices(("runs/../base",))),
     ],
 )
-def test_values_of_a_key(text, axis):
+def test_the_values_of_a_key_are_read_as_choices_or_as_a_range(text, axis):
     assert parse_axis(text) == axis
 
 

@@ -108,7 +108,7 @@ def text_of(source: str, kind: str, **arguments) -> str | None:
 GOLD = [{"name": "book", "kwargs": {"flight": "F1"}}]
 
 
-def test_each_kind_as_text(write):
+def test_each_kind_of_privileged_information_is_written_as_its_text(write):
     think = [call("think", thought="hm"), result("think", "")]
     source = write(episode(1, 1.0, *think, *LOOK, *BOOK, *BYE, task={"actions": GOLD}))
     body = {kind: text_of(source, kind, header="", omit_tools=["think"]) for kind in SOLVED}
@@ -169,7 +169,7 @@ def test_tools_come_from_the_row_or_a_file_or_the_calls_seen(write, tmp_path):
     assert trace_dataset(write(row), derive_tools=False)[0].tools is None
 
 
-def test_types_of_derived_arguments():
+def test_derived_tools_have_the_types_of_all_arguments_seen():
     calls = [ToolCall("f", {"a": 1, "b": True, "c": [1], "d": {}, "e": None}), ToolCall("f", {"a": 1.5, "b": "x"})]
     properties = derived_tools(calls)[0]["function"]["parameters"]["properties"]
     assert {name: value["type"] for name, value in properties.items()} == {

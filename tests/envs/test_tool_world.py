@@ -398,7 +398,7 @@ def test_fingerprints_change_with_any_content_and_not_with_its_order(every_task)
 
 
 @pytest.mark.parametrize(("expression", "value"), [("(12 + 30) * 2", "84"), ("-3 + 10/4", "-0.5"), ("1/3", "0.33")])
-def test_arithmetic(expression, value):
+def test_an_arithmetic_expression_is_calculated(expression, value):
     assert calculate(expression) == value
 
 
@@ -444,7 +444,7 @@ def test_a_customer_that_declines_continues_with_the_next_wish():
     )
 
 
-def test_the_customer_gives_up():
+def test_the_customer_ends_the_talk_after_six_turns_that_do_not_help():
     one = customer(wish())
     answers = [one.answer(text) for text in ("Hm.", "Well.", "Your email?", "Hm.", "Well.", "So.")]
     assert [STOP in answer for answer in answers] == [False] * 5 + [True]

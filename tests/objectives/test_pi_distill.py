@@ -36,7 +36,7 @@ def sides(objective, *, group_size=2):
 
 @pytest.mark.parametrize("kl_mode", ["loss_rb", "loss_rb_complete", "loss_k2", "reward_k1", "reward_rb"])
 @pytest.mark.parametrize("student_term", ["ppo", "topr"])
-def test_stop_gradients(kl_mode, student_term):
+def test_at_alpha_1_the_student_has_no_gradient_and_at_alpha_0_the_teacher_has_none(kl_mode, student_term):
     """no gradient to the student at α=1, none to the teacher at α=0; both get some in between."""
     build = lambda alpha: PiDistill(alpha=alpha, beta=0.5, kl_mode=kl_mode, student_term=student_term)  # noqa: E731
     assert sides(build(1.0))["student"] is None or not sides(build(1.0))["student"].any()
@@ -235,7 +235,7 @@ def test_kl_reward_scale_token_mean_divides_by_the_policy_tokens():
     assert answers[0].kl == pytest.approx([expected] * rollouts[0].policy_tokens, abs=1e-6)
 
 
-def test_drop_zero_advantage():
+def test_drop_zero_advantage_drops_the_rollout_or_its_rl_term_alone():
     """`row` drops the rollout, `policy_gradient` its RL term alone; judged on the reward without KL."""
     rollouts = random_rollouts(4)
     for rollout, reward in zip(rollouts, (1.0, 1.0, 0.0, 1.0), strict=True):

@@ -219,7 +219,7 @@ SAME = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_methods_that_are_one(name):
+def test_settings_that_make_two_methods_one_give_equal_losses_and_gradients(name):
     module, rollouts = model(), mixed_rollouts()
     (loss_a, a), (loss_b, b) = (gradient(objective, module, rollouts) for objective in SAME[name])
     assert loss_a == pytest.approx(loss_b, rel=1e-5, abs=1e-7)

@@ -156,7 +156,7 @@ def test_a_penalty_makes_no_group_a_failed_one(tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
-def test_gkd_at_its_ends(lmbda, tiny_base, tmp_path):
+def test_gkd_samples_everything_at_lmbda_1_and_nothing_at_lmbda_0(lmbda, tiny_base, tmp_path):
     """lmbda 1 needs no completion in the dataset; lmbda 0 samples nothing and trains on the expert's actions."""
     changes = {"objective__lmbda": lmbda, "group_size": 1, "prompts_per_round": 4, "max_steps": 2}
     changes |= EXPERT if lmbda == 0 else {"dataset__completion": None}
