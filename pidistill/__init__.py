@@ -1,4 +1,4 @@
-"""Recipes for privileged-information distillation. This page is the map.
+"""Distil privileged information into language models. This page is the map.
 
 The folders, in the order of the data's way:
 

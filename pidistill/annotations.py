@@ -13,7 +13,7 @@ _UNIONS = (typing.Union, types.UnionType)
 
 
 def accepts(hint: Any, value: Any, component: str) -> bool:
-    """Return False where a value of plain YAML cannot be what ``hint`` asks for.
+    """Return whether a value of plain YAML can be what ``hint`` asks for.
 
     A mapping with the key ``component`` becomes an object of a type that is not known here, so every hint but the plain ones
     accepts it, and a class of another library also accepts text and mappings, which some functions translate (`bf16`, `cuda`).

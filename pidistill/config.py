@@ -36,7 +36,6 @@ ADDED_ARGUMENTS: dict[str, tuple[int, tuple[str, ...]]] = {
 # Keys whose value may be a plain function of an example and of the turns of its episode, and keys whose entries may be one.
 FUNCTION_KEYS, FUNCTIONS_KEYS = ("reward", "sibling", "feedback"), ("checks",)
 
-
 # Arguments of model builders and tokenizers that count something of which there is at least one.
 _SIZE = re.compile(r"num_layers|num_heads|num_kv_heads|embed_dim|head_dim|intermediate_dim|vocab_size|max_seq_len|lora_rank")
 
@@ -57,15 +56,8 @@ MOVED = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- reading
-
-
 def check_command_line(words: Sequence[str]) -> None:
-    """Refuse a recipe's command line that torchtune's ``config.parse`` would answer with a traceback.
-
-    Raises:
-        InputError: no config is named; it cannot be read; an override is none.
-    """
+    """Refuse a recipe's command line that torchtune's ``config.parse`` would answer with a traceback."""
     rest = list(words)
     name = next((word.partition("=")[2] for word in words if word.startswith("--config=")), None)
     if "--config" in rest:
@@ -83,11 +75,7 @@ def check_command_line(words: Sequence[str]) -> None:
 
 
 def read_yaml(path: Path) -> DictConfig:
-    """Return the mapping in a YAML file.
-
-    Raises:
-        InputError: the file cannot be read, is not valid YAML, or holds something else.
-    """
+    """Return the mapping in a YAML file; refuse a file that cannot be read, is not valid YAML, or holds something else."""
     try:
         config = OmegaConf.load(path)
     except OSError as error:
@@ -102,11 +90,7 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 def merge(name: str, config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Return a config with overrides as torchtune's command line takes them; ``name`` is for the message.
-
-    Raises:
-        InputError: an override is not `key=value` or `~key`, or an interpolation leads nowhere.
-    """
+    """Return a config with overrides as torchtune's command line takes them; ``name`` is for the message."""
     said = " ".join(overrides) or "its own interpolations"
     try:
         merged = _merge_yaml_and_cli_args(argparse.Namespace(**OmegaConf.to_container(config, resolve=False)), list(overrides))
@@ -127,9 +111,6 @@ def build(node: Any, *args: Any, **kwargs: Any) -> Any:
     A node that is not a component comes back as plain containers; positional and keyword arguments are added to the call. A
     reward may be a plain function (:data:`FUNCTION_KEYS`), as a dotted path or as a component: it is not called, but comes back
     with its other arguments filled in.
-
-    Raises:
-        InputError: a component cannot be found, or refuses its arguments.
     """
     if isinstance(node, (DictConfig, ListConfig)):
         node = OmegaConf.to_container(node, resolve=True)
@@ -195,11 +176,7 @@ def _check_function(path: str, name: str, function: Any, arguments: Mapping[str,
 
 
 def resolve(path: str) -> Any:
-    """Return the object under a dotted path; modules of the working directory are found, as in torchtune's own `instantiate`.
-
-    Raises:
-        InputError: the path leads nowhere, or a module on it cannot be imported.
-    """
+    """Return the object under a dotted path; modules of the working directory are found, as in torchtune's `instantiate`."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -279,10 +256,8 @@ def _check_component(path: str, node: Any, raw: Any) -> None:
         return _check_function(path, node[COMPONENT], component, given)
     positional, keywords = ADDED_ARGUMENTS.get(path, (0, ()))
     for parameter in list(parameters.values())[positional:]:
-        required = parameter.default is parameter.empty and parameter.kind not in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        )
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        required = parameter.default is parameter.empty and not variadic
         if required and parameter.name not in node and parameter.name not in keywords:
             raise InputError(f"config key {path}.{parameter.name} is missing; {node[COMPONENT]} needs it")
 
@@ -333,9 +308,7 @@ def _infinite_defaults(component: str | None) -> set[str]:
         parameters = inspect.signature(resolve(component)).parameters if component else {}
     except ValueError:  # some builtins have no signature
         return set()
-    return {
-        name for name, parameter in parameters.items() if isinstance(parameter.default, float) and parameter.default == math.inf
-    }
+    return {name for name, p in parameters.items() if isinstance(p.default, float) and p.default == math.inf}
 
 
 def _closest(key: str, candidates: Collection[str]) -> str:

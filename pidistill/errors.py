@@ -15,7 +15,7 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 
 
 class InputError(ValueError):
-    """Wrong config, data or checkpoint. Recipes print the message alone, without a traceback, and exit with status 2."""
+    """Refuse a wrong config, data or checkpoint. Recipes print the message alone, without a traceback, and exit with 2."""
 
 
 def escape_controls(text: str) -> str:
@@ -41,7 +41,7 @@ def escape_logs(*loggers: logging.Logger) -> None:
 
 
 class StopRequest(BaseException):
-    """Mark an exception that a signal raised: it ends the run, whatever code is being executed when it comes."""
+    """Mark an exception that a signal raised: it ends the run, also where the code of a user is being executed."""
 
 
 def attempt(call: Callable[[], T]) -> tuple[T | None, BaseException | None]:

@@ -1,6 +1,8 @@
-"""Files of one JSON object per line."""
+"""Read and write files of one JSON object per line, and replace a file whole."""
 
 import json
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_jsonl(text: str) -> list[tuple[int, Any]]:
-    """Return (line number from 1, value) of every line of ``text`` that is not blank, the last one included.
-
-    Raises:
-        ValueError: a line is not JSON; the sentence names it.
-    """
+    """Return (line number from 1, value) of every line that is not blank; a ValueError names a line that is not JSON."""
     rows = []
     # Not splitlines(): a text may hold characters such as U+2028, which that takes for line ends.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -44,3 +42,25 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     # Half a surrogate pair, which a model can write, has no UTF-8; its backslash escape is JSON's own.
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. A link at its place is replaced, not followed."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~umask())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def umask() -> int:
+    found = os.umask(0o077)
+    os.umask(found)
+    return found

@@ -1,4 +1,4 @@
-"""Whose weights score the teacher view: the trained model's own, its initial ones, an average, a mixture, or another model's.
+"""Say whose weights score the teacher view: the trained model's own, its initial ones, an average, a mixture, or another's.
 
 A teacher has the weights only; what it *knows* (privileged information) is in its prompt. Its state is part of a checkpoint.
 """
@@ -57,21 +57,15 @@ NO_ADAPTERS = (
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Whose weights score the teacher view. A teacher subclasses this and says what differs.
+    """Say whose weights score the teacher view. A teacher subclasses this and says what differs.
 
     As written here it holds no weights and no state, and it can sample.
-
-    Attributes:
-        live: True where the trained model itself is the teacher; only then can the teacher view be trained.
-        own_weights: True where it holds weights beside the trained model's; only then can they be another checkpoint's.
-        averages: True where it adds small steps to weights of its own, which then must not be rounded to `compute_dtype`.
-        can_sample: False where its distribution is no single model's, so that the sampler cannot draw from it.
     """
 
-    live: bool = False
-    own_weights: bool = False
-    averages: bool = False
-    can_sample: bool = True
+    live: bool = False  # True where the trained model itself is the teacher; only then can the teacher view be trained
+    own_weights: bool = False  # True where it has weights beside the trained model's, which can be another checkpoint's
+    averages: bool = False  # True where it adds small steps to its own weights, which must not be rounded to `compute_dtype`
+    can_sample: bool = True  # False where its distribution is no single model's, so that the sampler cannot draw from it
 
     def attach(self, load_copy: LoadCopy) -> None:
         """Take what is needed once the trained model is set up; ``load_copy`` loads (and shards) the initial weights again."""
@@ -109,7 +103,7 @@ class LiveTeacher(Teacher):
 
 
 class HiddenMemory:
-    """Hidden states [policy tokens, H] of rollouts that a teacher has read before, for weights that never change.
+    """Keep hidden states [policy tokens, H] of rollouts that a teacher has read before, for weights that never change.
 
     For rollouts that are scored several times: by the behaviour's KL and the update, by several updates of a round, or, a
     dataset's completions, in every epoch. A micro-batch is read again where one of its rollouts is not kept, on any rank. What
@@ -188,7 +182,7 @@ class FrozenTeacher(Teacher):
 
 
 class TrustRegionTeacher(Teacher):
-    """Teacher logits = (1 − live_share)·reference + live_share·live, a step from the reference towards the student.
+    """Teach with logits (1 − live_share)·reference + live_share·live, a step from the reference towards the student.
 
     SDPO's (arXiv 2601.20802) at .01. The reference is the initial model or that of `teacher_checkpointer`; both see the teacher
     view, and neither gets gradient. A distribution of two models' logits is no model's own: it scores, and cannot sample.
@@ -199,9 +193,7 @@ class TrustRegionTeacher(Teacher):
 
     def __init__(self, live_share: float = 0.01) -> None:
         if not 0.0 < live_share < 1.0:
-            raise InputError(
-                f"teacher.live_share={live_share} is outside (0, 1); use FrozenTeacher for 0 and LiveTeacher for 1"
-            )
+            raise InputError(f"teacher.live_share={live_share} is outside (0, 1); use FrozenTeacher for 0, LiveTeacher for 1")
         self.live_share = live_share
 
     def attach(self, load_copy: LoadCopy) -> None:
@@ -215,9 +207,9 @@ class TrustRegionTeacher(Teacher):
 
 
 class EMATeacher(Teacher):
-    """φ ← (1−rate)·φ + rate·θ after every optimiser step, starting from the initial weights.
+    """Teach with an average, φ ← (1−rate)·φ + rate·θ after every optimiser step, starting from the initial weights.
 
-    The average is kept in fp32 whatever the model's dtype: in bf16 a small rate would round every step away. Where the weights
+    The average is kept in fp32 with any dtype of the model: in bf16 a small rate would round every step away. Where the weights
     are in fp32, as in mixed precision, they are the average themselves, without a copy. Of a model with LoRA adapters these
     alone are averaged; the rest never moves.
     """

@@ -1,4 +1,4 @@
-"""Small models for tests: of a recipe you copied, of an objective you wrote, and of this package.
+"""Make small models for tests: of a recipe you copied, of an objective you wrote, and of this package.
 
 Everything is seeded, leaves the global random state alone, and has norm weights away from one. Fresh norm weights are all
 one, and a model that applies them in the wrong place, or loads them under the wrong name, then passes every comparison.
@@ -26,11 +26,9 @@ TINY_SIZES: dict[str, Any] = {
     "rope_base": 10_000,
     "norm_eps": 1e-5,
 }
-
 """Arguments of torchtune's ``llama3``, ``llama3_2`` and ``qwen2`` builders, next to ``vocab_size``, for the models below."""
 
 QWEN3_HEAD_DIM = 32
-
 """``head_dim`` of the small Qwen3, whose heads are wider than embed_dim / num_heads, as in the real ones."""
 
 
@@ -93,9 +91,6 @@ def tiny_hf_checkpoint(
 
     Returns:
         the directory.
-
-    Raises:
-        InputError: the family is unknown, or the tokenizer makes ids that the model's embedding lacks.
     """
     from transformers import AutoModelForCausalLM  # a test extra: the rest of this module works without it
 

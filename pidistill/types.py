@@ -1,4 +1,4 @@
-"""Every noun of the package, with its shapes, units and alignment.
+"""Define every noun of the package, with its shapes, units and alignment.
 
     row ─► Example ─► PromptPair ─► Rollout ─► Batch ─► Scores
 
@@ -21,25 +21,15 @@ ViewName = Literal["student", "teacher"]
 
 @dataclass(frozen=True)
 class Example:
-    """Hold one row of a dataset, before any tokenizer has seen it.
+    """Hold one row of a dataset, before any tokenizer has seen it."""
 
-    Attributes:
-        id: names the row in errors and logs, e.g. ``"train.jsonl row 17"``.
-        messages: the conversation that the student answers, without privileged information; ends before an assistant turn.
-        privileged: the privileged information: a text, or messages; None where the row has none.
-        completion: a demonstration (assistant turns, and the tool or environment messages between them), if the row has one.
-        reference: what the reward compares with, e.g. the final answer.
-        tools: tool schemas for the chat template.
-        data: everything else of the row; an environment finds its task here.
-    """
-
-    id: str
-    messages: list[Message]
-    privileged: str | list[Message] | None = None
-    completion: list[Message] | None = None
-    reference: Any = None
-    tools: list[dict[str, Any]] | None = None
-    data: Mapping[str, Any] = field(default_factory=dict)
+    id: str  # names the row in errors and logs, such as "train.jsonl row 17"
+    messages: list[Message]  # what the student answers, without privileged information; ends before an assistant turn
+    privileged: str | list[Message] | None = None  # the privileged information; None where the row has none
+    completion: list[Message] | None = None  # a demonstration: assistant turns, and what stands between them
+    reference: Any = None  # what the reward compares with, such as the final answer
+    tools: list[dict[str, Any]] | None = None  # tool schemas for the chat template
+    data: Mapping[str, Any] = field(default_factory=dict)  # everything else of the row; an environment finds its task here
 
 
 @dataclass(frozen=True)
@@ -65,47 +55,30 @@ class RolloutKey:
 class Rollout:
     """Hold one completion with everything that belongs to it: it cannot be scored under another row's privileged information.
 
-    Attributes:
-        completion: [T] the sampled ids and, between turns, the observation ids; the same ids in both views.
-        policy_mask: [T] True on tokens that the policy produced (end-of-turn included), False on observations.
-        sampled_logprobs: [T] fp32 nats, log μ of each token under the distribution it was drawn from (temperature, top-k and
-            top-p included); NaN on observations. None for a demonstration, which nobody sampled.
-        sampled_by: the view whose prompt the sampler saw.
-        group: rollouts with the same group number answer the same example in the same round.
-        stop_reason: "done" (the environment ended the episode), "length" (token limit), "turn_length" (a turn's own limit),
-            "max_turns".
-        turns: the messages of the episode: assistant turns and observations.
-        reward: sum of the environment's rewards and of `reward_shaping`; None when the reward raised or was not finite (such a
-            rollout is dropped).
-        reward_parts: each part of the reward under its own name, for the log.
-        turn_rewards: the reward of each assistant turn; sums to ``reward``.
-        turn_policy_tokens: policy tokens of each assistant turn.
-        key: what stays the same when a rollout is copied with other fields; see :class:`pidistill.teachers.HiddenMemory`.
-        behaviour_values: one value per policy token, filled when the objective asks for it: a number under the weights that
-            sampled, as :meth:`Objective.behaviour_values` makes it.
-        task_reward: the environment's alone, on which success is judged; ``reward`` where it is not given.
-        trainer_logprobs, importance_weights: one value per policy token, with `importance_weights` in the config: the trainer's
-            own log-probs under the weights that sampled, and min(π/μ, cap); see :mod:`pidistill.scoring.mismatch`.
+    The last three lists have one value per policy token, where they are computed.
     """
 
     example: Example
     prompts: PromptPair
-    completion: list[int]
-    policy_mask: list[bool]
+    completion: list[int]  # [T] the sampled ids and, between turns, the observation ids; the same ids in both views
+    policy_mask: list[bool]  # [T] True on tokens that the policy produced (end-of-turn included), False on observations
+    # [T] fp32 nats, log μ of each token under the distribution it was drawn from (temperature, top-k and top-p included); NaN
+    # on observations. None for a demonstration, which nobody sampled.
     sampled_logprobs: list[float] | None
-    sampled_by: ViewName
-    group: int
+    sampled_by: ViewName  # the view whose prompt the sampler saw
+    group: int  # rollouts with the same group number answer the same example in the same round
+    # "done" (the environment ended the episode), "length" (token limit), "turn_length" (a turn's own limit), "max_turns".
     stop_reason: str
-    turns: list[Message]
-    reward: float | None = None
-    reward_parts: dict[str, float] = field(default_factory=dict)
-    turn_rewards: list[float] = field(default_factory=list)
-    turn_policy_tokens: list[int] = field(default_factory=list)
-    behaviour_values: list[float] | None = None
-    task_reward: float | None = None
-    trainer_logprobs: list[float] | None = None
-    importance_weights: list[float] | None = None
-    key: "RolloutKey" = field(default_factory=lambda: RolloutKey(), repr=False, compare=False)
+    turns: list[Message]  # the messages of the episode: assistant turns and observations
+    reward: float | None = None  # the environment's rewards and `reward_shaping`; None where that failed: it is then dropped
+    reward_parts: dict[str, float] = field(default_factory=dict)  # each part of the reward under its own name, for the log
+    turn_rewards: list[float] = field(default_factory=list)  # the reward of each assistant turn; sums to `reward`
+    turn_policy_tokens: list[int] = field(default_factory=list)  # policy tokens of each assistant turn
+    behaviour_values: list[float] | None = None  # what the objective's `behaviour_values` made, under the weights that sampled
+    task_reward: float | None = None  # the environment's alone, on which success is judged; `reward` where it is not given
+    trainer_logprobs: list[float] | None = None  # the trainer's own, under the weights that sampled
+    importance_weights: list[float] | None = None  # min(π/μ, cap); see `scoring/mismatch.py`
+    key: "RolloutKey" = field(default_factory=lambda: RolloutKey(), repr=False, compare=False)  # the same in a changed copy
 
     def __post_init__(self) -> None:
         self.task_reward = self.reward if self.task_reward is None else self.task_reward
@@ -117,21 +90,13 @@ class Rollout:
 
 @dataclass(frozen=True)
 class RolloutAdvantage:
-    """Hold what a round says of one rollout before any gradient step.
+    """Hold what a round says of one rollout before any gradient step."""
 
-    Attributes:
-        advantage: the advantage from the reward alone, the same for every policy token.
-        tokens: [policy tokens] in its place, where turns have advantages of their own; None elsewhere.
-        snis_weight: the rollout's self-normalised importance weight × the group's size; None where none was asked for.
-        kl: [policy tokens] what the objective's `kl_mode` adds for the view that sampled; None where it adds nothing.
-        keep: False drops the rollout from every loss term and from the token count.
-    """
-
-    advantage: float
-    kl: list[float] | None = None
-    keep: bool = True
-    tokens: list[float] | None = None
-    snis_weight: float | None = None
+    advantage: float  # the advantage from the reward alone, the same for every policy token
+    kl: list[float] | None = None  # [policy tokens] what `kl_mode` adds for the view that sampled; None where it adds nothing
+    keep: bool = True  # False drops the rollout from every loss term and from the token count
+    tokens: list[float] | None = None  # [policy tokens] in its place, where turns have advantages of their own; None elsewhere
+    snis_weight: float | None = None  # self-normalised importance weight × the group's size; None where none was asked for
 
 
 @runtime_checkable
@@ -147,20 +112,15 @@ class AncestorMask(Protocol):
 class ModelInput:
     """Hold what a model reads for one or more views of a batch, and where each policy token is predicted.
 
-    Attributes:
-        tokens: [R, L] prompts + completions: one packed row (a tree), or a row per rollout and view with padding on the right.
-        rows, columns: [N] the hidden state at (row, column) predicts policy token n; in a tree several tokens may share one.
-        positions: [R, L] distance from the beginning of the sequence; None where that is the column.
-        mask: which columns each token of a packed row sees; None is causal.
-        depth: tokens of the longest sequence, which the model must be able to read.
+    The hidden state at (rows[n], columns[n]) predicts policy token n; in a tree several tokens may share one.
     """
 
-    tokens: Int[Tensor, "R L"]
+    tokens: Int[Tensor, "R L"]  # one packed row (a tree), or a row per rollout and view with padding on the right
     rows: Int[Tensor, " N"]
     columns: Int[Tensor, " N"]
-    positions: Int[Tensor, "R L"] | None = None
-    mask: AncestorMask | None = None
-    depth: int = 0
+    positions: Int[Tensor, "R L"] | None = None  # distance from the beginning of the sequence; None where that is the column
+    mask: AncestorMask | None = None  # which columns each token of a packed row sees; None is causal
+    depth: int = 0  # tokens of the longest sequence, which the model must be able to read
 
 
 @runtime_checkable
@@ -176,34 +136,21 @@ class BatchInputs(Protocol):
 
 @dataclass
 class Batch:
-    """Hold rollouts side by side. Everything the objectives see is flat over the N policy tokens of the batch.
+    """Hold rollouts side by side. Everything the objectives see is flat over the N policy tokens of the batch."""
 
-    Attributes:
-        views: the rollouts as model inputs; ``views.of("student")`` is a :class:`ModelInput`.
-        targets: [N] the policy tokens.
-        rollout_index: [N] which rollout of the batch (0..B-1) the token belongs to.
-        token_index: [N] index of the token among its rollout's policy tokens.
-        ratio_logprobs: [N] fp32 nats, log μ: the denominator of the ratios. None for demonstrations. With importance weights,
-            the trainer's own log-probs under the weights that sampled.
-        importance_weights: [N] fp32, what the policy-gradient loss of the token is multiplied with; None where that is off.
-        rewards: [N] fp32, the environment's reward of the rollout, without `reward_shaping`; None for demonstrations.
-        advantages: [N] fp32, from the reward alone; None for demonstrations.
-        kl_advantages: [N] fp32, what the objective's `kl_mode` adds for the view that sampled; None where it adds nothing.
-        snis_weights: [N] fp32, the rollout's self-normalised importance weight; None where none was asked for.
-        has_privileged: [N] True where the rollout's example has privileged information.
-    """
-
-    views: BatchInputs
-    targets: Int[Tensor, " N"]
-    rollout_index: Int[Tensor, " N"]
-    token_index: Int[Tensor, " N"]
+    views: BatchInputs  # the rollouts as model inputs; `views.of("student")` is a `ModelInput`
+    targets: Int[Tensor, " N"]  # the policy tokens
+    rollout_index: Int[Tensor, " N"]  # which rollout of the batch (0..B-1) the token belongs to
+    token_index: Int[Tensor, " N"]  # index of the token among its rollout's policy tokens
+    # fp32 nats, log μ: the denominator of the ratios. None for demonstrations. With importance weights, the trainer's own
+    # log-probs under the weights that sampled.
     ratio_logprobs: Float[Tensor, " N"] | None
-    rewards: Float[Tensor, " N"] | None
-    advantages: Float[Tensor, " N"] | None
-    kl_advantages: Float[Tensor, " N"] | None
-    snis_weights: Float[Tensor, " N"] | None
-    has_privileged: Bool[Tensor, " N"]
-    importance_weights: Float[Tensor, " N"] | None = None
+    rewards: Float[Tensor, " N"] | None  # the environment's, without `reward_shaping`; None for demonstrations
+    advantages: Float[Tensor, " N"] | None  # from the reward alone; None for demonstrations
+    kl_advantages: Float[Tensor, " N"] | None  # what `kl_mode` adds for the view that sampled; None where it adds nothing
+    snis_weights: Float[Tensor, " N"] | None  # the rollout's self-normalised importance weight; None where none was asked for
+    has_privileged: Bool[Tensor, " N"]  # True where the rollout's example has privileged information
+    importance_weights: Float[Tensor, " N"] | None = None  # factors of the policy-gradient loss; None where that is off
 
     def slice(self, part: slice) -> "Batch":
         """Return the policy tokens of ``part`` as objectives see them; views stay whole, and rollouts keep their numbers."""
@@ -212,48 +159,32 @@ class Batch:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Name a full-vocabulary divergence that an objective asks the scorer for.
+    """Name a full-vocabulary divergence that an objective asks the scorer for."""
 
-    Attributes:
-        name: ``kl_teacher_student``, ``kl_student_teacher`` or ``jsd`` (generalised, see :mod:`pidistill.losses.divergences`);
-            with ``fn`` any other name.
-        grad: the side that gradient reaches; the other side's log-probs are constants.
-        beta: weight of the teacher in the mixture; only for ``jsd``.
-        entry_clip: upper bound of each vocabulary entry's term before the sum; only for the two KLs.
-        top_k: the divergence after merging all but the student's K most probable tokens into one tail bucket.
-        fn: a divergence of one's own: from the log-probs of the teacher and of the student, [C, V] each and in fp32, one number
-            per token, [C], in nats. The head calls it for C tokens at a time and differentiates it by autograd.
-    """
-
-    name: str
-    grad: Literal["student", "teacher", "both", "none"] = "student"
-    beta: float | None = None
-    entry_clip: float | None = None
-    top_k: int | None = None
+    name: str  # `kl_teacher_student`, `kl_student_teacher` or `jsd` (generalised, see `divergences`); with `fn` any other name
+    grad: Literal["student", "teacher", "both", "none"] = "student"  # the side that gradient reaches; the other is constant
+    beta: float | None = None  # weight of the teacher in the mixture; only for `jsd`
+    entry_clip: float | None = None  # upper bound of each vocabulary entry's term before the sum; only for the two KLs
+    top_k: int | None = None  # the divergence after merging all but the student's K most probable tokens into one tail bucket
+    # A divergence of one's own: from the log-probs of the teacher and of the student, [C, V] each and in fp32, one number per
+    # token, [C], in nats. The head calls it for C tokens at a time and differentiates it by autograd.
     fn: Callable[[Float[Tensor, "C V"], Float[Tensor, "C V"]], Float[Tensor, " C"]] | None = None
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Say what an objective wants to know about a batch, and which sides gradient may reach.
-
-    ``views`` lists the views that must be computed at all; RL without privileged information needs only the student.
-    ``entropy`` adds the (detached) entropies of the views.
-    """
+    """Say what an objective wants to know about a batch, and which sides gradient may reach."""
 
     student_grad: bool
     teacher_grad: bool
-    views: tuple[ViewName, ...] = ("student", "teacher")
+    views: tuple[ViewName, ...] = ("student", "teacher")  # to be computed; RL without privileged information needs only one
     divergences: tuple[Divergence, ...] = ()
-    entropy: bool = True
+    entropy: bool = True  # also the (detached) entropies of the views
 
 
 @dataclass
 class Scores:
-    """Hold per-token numbers of one batch, in nats; None is "not computed".
-
-    Log-probs are of the sampled token, at the sampling temperature.
-    """
+    """Hold per-token numbers of one batch, in nats; log-probs are of the sampled token, at the sampling temperature."""
 
     student_logprobs: Float[Tensor, " N"] | None
     teacher_logprobs: Float[Tensor, " N"] | None
@@ -264,11 +195,7 @@ class Scores:
 
 @dataclass
 class TokenLoss:
-    """Hold an objective's answer: a loss per policy token (nats, not reduced) and detached per-token values to log as means.
-
-    Raises:
-        InputError: a loss that is not one number per policy token, such as a mean over them.
-    """
+    """Hold an objective's answer: a loss per policy token (nats, not reduced) and detached per-token values to log as means."""
 
     loss: Tensor  # [N], checked below in one sentence
     metrics: dict[str, Float[Tensor, " N"]]

@@ -41,7 +41,7 @@ DOMAIN_KEYS = ("dataset", "environment", "privileged", "max_turns", "eval_succes
 
 @dataclass(frozen=True)
 class Domain:
-    """Rows, and what plays episodes on them. ``prefix`` stands before a view's name in the results; "" for the config's own."""
+    """Hold rows, and what plays episodes on them. ``prefix`` stands before a view's name; "" is the config's own."""
 
     prefix: str
     data: RecipeData
@@ -49,7 +49,7 @@ class Domain:
 
 
 class EvaluateRecipe:
-    """Samples a checkpoint with and without privileged information and counts successes, in its domain and in others."""
+    """Sample a checkpoint with and without privileged information and count successes, in its domain and in others."""
 
     def __init__(self, cfg: DictConfig) -> None:
         self._run = start(cfg, KEYS, REQUIRED)
@@ -76,7 +76,7 @@ class EvaluateRecipe:
         return results
 
     def summarise(self, domain: Domain, rollouts: list[Rollout], samples: int) -> dict[str, Any]:
-        """Means over rollouts; `success` (avg@samples), pass@k and pass^k over rows."""
+        """Return means over rollouts; `success` (avg@samples), pass@k and pass^k over rows."""
         threshold = domain.data.success_threshold
         means = rollout_means(rollout_sums(rollouts, threshold, domain.data.leak_phrases))
         means.pop("success_frac", None)
@@ -87,7 +87,7 @@ class EvaluateRecipe:
         return result | success_numbers(successes, samples, self._run.seed) | means
 
     def row_success(self, domain: Domain, rollouts: list[Rollout]) -> dict[str, float]:
-        """Row id → share of its samples that succeeded."""
+        """Return the share of successes of each row's samples, by row id."""
         successes: dict[str, list[bool]] = {}
         for rollout in rollouts:
             successes.setdefault(rollout.example.id, []).append(rollout.task_reward >= domain.data.success_threshold)
@@ -107,7 +107,7 @@ class EvaluateRecipe:
 
 
 def domain_configs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
-    """(prefix, config) of the config's own rows, then of each entry of `domains` with what it says in the config's place."""
+    """Return (prefix, config) of the config's own rows, then of each entry of `domains` put in the config's place."""
     found = [("", cfg)]
     for name, entry in OmegaConf.to_container(cfg.get("domains") or OmegaConf.create({}), resolve=True).items():
         unknown = sorted(set(entry or {}) - set(DOMAIN_KEYS))

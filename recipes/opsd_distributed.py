@@ -1,4 +1,4 @@
-"""On-policy distillation from the student's own samples: OPSD (arXiv 2602.04942) and, without a teacher term, the RL baseline.
+"""Distil on policy from the student's own samples: OPSD (arXiv 2602.04942) and, without a teacher term, the RL baseline.
 
     round:   the student, which never sees the privileged information, answers each prompt `group_size` times
              (Guide-GRPO: a group that fails once more with it; GKD: some prompts from the dataset; SDPO: what the round
@@ -55,7 +55,7 @@ SHOWN = ("reward_mean", "kl_teacher_student_nats", "leak_frac", "eval_student_su
 
 
 class OPSDRecipe:
-    """Trains the student on its own samples; the teacher, if there is one, scores them and gets no gradient."""
+    """Train the student on its own samples; the teacher, if there is one, scores them and gets no gradient."""
 
     def __init__(self, cfg: DictConfig) -> None:
         self._run = start(cfg, KEYS, REQUIRED)
@@ -136,7 +136,7 @@ class OPSDRecipe:
         return rollouts + given
 
     def sample_groups(self, groups: list[tuple[int, int]], view: ViewName, first_member: int = 0) -> list[Rollout]:
-        """`group_size` rollouts of each (group, row), in ``view``."""
+        """Sample `group_size` rollouts of each (group, row), in ``view``."""
         members = range(first_member, first_member + self._round_sizes.group_size)
         collected = self._collect(
             self._model,

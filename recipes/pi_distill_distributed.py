@@ -1,4 +1,4 @@
-"""π-Distill (arXiv 2602.04942): the teacher view samples, both views train.
+"""Train with π-Distill (arXiv 2602.04942): the teacher view samples, both views train.
 
     round:   the teacher, which sees the privileged information, answers each prompt `group_size` times
              → rewards → group-relative advantages
@@ -49,7 +49,7 @@ SHOWN = ("reward_mean", "kl_teacher_student_nats", "leak_frac", "eval_student_su
 
 
 class PiDistillRecipe:
-    """Trains teacher and student, one set of weights, on traces that the teacher samples."""
+    """Train teacher and student, one set of weights, on traces that the teacher samples."""
 
     def __init__(self, cfg: DictConfig) -> None:
         self._run = start(cfg, KEYS, REQUIRED)
@@ -126,7 +126,7 @@ class PiDistillRecipe:
         return collected.rollouts
 
     def sampling_teacher(self) -> Teacher:
-        """Whose weights sample: the live ones; at α=0, where they do not learn to teach, the `teacher`'s."""
+        """Return whose weights sample: the live ones; at α=0, where they do not learn to teach, the `teacher`'s."""
         return self._teacher if self._objective.samples_from_teacher_weights(self._step) else LiveTeacher()
 
     @torch.no_grad()

@@ -37,7 +37,7 @@ Indexed = tuple[int, tuple[Example, PromptPair]]
 
 
 class SampleRecipe:
-    """Samples a checkpoint in one view and writes what the selection keeps."""
+    """Sample a checkpoint in one view and write what the selection keeps."""
 
     def __init__(self, cfg: DictConfig) -> None:
         self._run = start(cfg, KEYS, REQUIRED)
@@ -125,7 +125,7 @@ class SampleRecipe:
         }
 
     def summarise(self, totals: dict[str, float]) -> dict[str, float]:
-        """`rollouts` and `policy_tokens` are all that was sampled, rewritten turns included; means are over whole rollouts."""
+        """Return sums of all that was sampled, rewritten turns included, and means over whole rollouts."""
         row = {"step": 0, "rollouts": totals["_all_rollouts"], "policy_tokens": totals["_policy_tokens"]}
         row |= {"kept": totals["kept"]}
         if totals["_rollouts"]:

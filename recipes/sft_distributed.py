@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on demonstrations: the tiny base, and the SFT baselines that the methods are measured against.
+"""Fine-tune on demonstrations: the tiny base, and the SFT baselines that the methods are measured against.
 
     step:  `batch_size` demonstrations → −log S of every policy token → mean over the policy tokens of the whole step
            → backward → clip → step
@@ -41,7 +41,7 @@ SHOWN = ("loss", "entropy_nats", "eval_student_success_greedy")
 
 
 class SFTRecipe:
-    """Maximises the likelihood of the dataset's assistant turns."""
+    """Maximise the likelihood of the dataset's assistant turns."""
 
     def __init__(self, cfg: DictConfig) -> None:
         self._run = start(cfg, KEYS, REQUIRED)

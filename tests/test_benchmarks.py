@@ -61,6 +61,18 @@ def test_our_half_of_the_sdft_step_trains_on_the_tokens_it_counts(monkeypatch):
     assert step.seconds > 0 and set(step.phases) == set(module.PHASES)
 
 
+def test_weights_move_alike_in_fp32_and_mixed_precision_and_hardly_in_bf16(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("real_step")
+    module.write_random_weights(tmp_path, module.model_node("qwen2.5-0.5b", 1, 512), "qwen2")
+    run_script("displacement.py", f"{tmp_path} --steps 3 --tokens 4 --device cpu", monkeypatch)
+    rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    found = {row[0]: row[1:] for row in rows if row and row[0] in ("fp32", "mixed", "bf16")}
+    assert found["fp32"][:2] == ["1.0000", "1.0000"]
+    assert float(found["mixed"][0]) > 0.99 and abs(float(found["mixed"][1]) - 1) < 0.02
+    assert float(found["bf16"][2].rstrip("%")) > 50 > float(found["mixed"][2].rstrip("%"))
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_option_that_the_documents_give_exists(name, monkeypatch, capsys):
     with pytest.raises(SystemExit):

@@ -1,5 +1,5 @@
-"""Conversations as plain messages, before any tokenizer.
+"""Treat conversations as plain messages, before any tokenizer.
 
-Enters: whatever a row, a model or an environment says. Leaves: messages in one form, calls, and texts for prompts and reports.
+Enters: what a row, a model or an environment says. Leaves: messages in one form, calls, and texts for prompts and reports.
 Read :mod:`pidistill.chat.messages` first.
 """

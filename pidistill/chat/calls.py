@@ -1,4 +1,4 @@
-"""Tool calls in agent conversations, however they are written: OpenAI's ``tool_calls``, or JSON between tags in the text.
+"""Find tool calls in agent conversations, however they are written: OpenAI's ``tool_calls``, or JSON between tags in the text.
 
 {"role": "assistant", "tool_calls": [{"function": {"name": "find", "arguments": "{\\"day\\": 20}"}}]}
 {"role": "assistant", "content": "Looking. <action>{\\"name\\": \\"find\\", \\"arguments\\": {\\"day\\": 20}}</action>"}
@@ -31,7 +31,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class CallStyle:
-    """Says how calls are found and written as text; one line per call, in their order.
+    """Say how calls are found and written as text; one line per call, in their order.
 
     Attributes:
         template: one line: ``{number}`` (from 1), ``{name}``, ``{arguments}`` (JSON); any of them may be left out.

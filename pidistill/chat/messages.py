@@ -1,4 +1,4 @@
-"""The chat format: what a list of messages must look like, and the text of a message.
+"""Check chat messages, and write them as text.
 
 Rows write conversations in several ways. :func:`check_messages` reads the ones that have one meaning only, and returns the one
 form that the rest of the package knows:
@@ -93,11 +93,9 @@ def messages_from_text(text: str) -> list[Any] | None:
 def check_messages(value: Any, where: str, key: str) -> list[Message]:
     """Return ``value`` as a list of messages in the form that the module's table says.
 
-    Fields that are null are removed from messages and calls, because tables hold a null for every field that some other row
-    has, and chat templates write both out as if they were meant. Nulls among the arguments of a call are kept.
-
-    Raises:
-        InputError: the sentence names the row (``where``), the message and the field.
+    Fields that are null are removed from messages and calls, because tables hold a null for every field that another row has,
+    and chat templates write such nulls out as words. Nulls among the arguments of a call are kept. Errors name the row
+    (``where``), the message and the field.
     """
     if isinstance(value, str):
         value = messages_from_text(value) or value

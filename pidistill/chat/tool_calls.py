@@ -1,4 +1,4 @@
-"""Tool calls in the text of an assistant turn, in the form that a model family writes them.
+"""Read and write tool calls in the text of an assistant turn, in the form of a model family.
 
     hermes   <tool_call>{"name": "f", "arguments": {...}}</tool_call>, any number of them, text around (Hermes, Qwen 2.5 and 3)
     llama3   {"name": "f", "parameters": {...}} as the whole turn, behind <|python_tag|> or not (Llama 3.1 and later);
@@ -33,7 +33,7 @@ To call one, write <action>{{"name": "...", "arguments": {{...}}}}</action>. Its
 
 
 class MalformedCall(Exception):
-    """Says what is wrong with a call, as a sentence for the model that wrote it."""
+    """Say what is wrong with a call, as a sentence for the model that wrote it."""
 
 
 def parse_turn_text(text: str, format: str) -> Message:

@@ -1,4 +1,4 @@
-"""Share among the `pidistill` commands: overrides anywhere on the line, and wrong input said in one sentence."""
+"""Parse what the `pidistill` commands share: overrides anywhere on the line, and wrong input said in one sentence."""
 
 import argparse
 import contextlib
@@ -15,6 +15,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         refuse(f"{self.prog}: {' '.join(message.split())}; {self.prog} --help shows what it takes")
+
+
+def config_parser(command: str, description: str, config: str = "a bundled config, or a path", **how: str) -> Parser:
+    """Return the parser of ``pidistill command`` with a config and overrides as its first words."""
+    made = Parser(prog=f"pidistill {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("config", help=config, **how)
+    made.add_argument("overrides", nargs="*", metavar="key=value")
+    return made
 
 
 def refuse(sentence: str) -> NoReturn:

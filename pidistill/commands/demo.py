@@ -27,14 +27,8 @@ def main(argv: list[str]) -> None:
     words = [] if arguments.max_steps is None else [f"max_steps={arguments.max_steps}"]
     begin = time.perf_counter()
     with exit_on_input_error():
-        sweep = read_sweep(
-            SWEEP,
-            words,
-            arms=["base", *arguments.arms],
-            output_dir=arguments.output_dir,
-            base=arguments.base,
-            seeds=arguments.seeds,
-        )
+        chosen = {key: getattr(arguments, key) for key in ("output_dir", "base", "seeds")}
+        sweep = read_sweep(SWEEP, words, arms=["base", *arguments.arms], **chosen)
         ended_well = run_sweep(SweepPlan(sweep))
         report(sweep.output_dir)
     print(f"{time.perf_counter() - begin:.0f} s")

@@ -1,17 +1,4 @@
-"""Run the `pidistill` command: torchtune's own command line with our recipes and configs registered, plus commands of our own.
-
-pidistill ls                                          our recipes and configs, then torchtune's
-pidistill run pi_distill_distributed --config tiny/pi_distill max_steps=20
-pidistill cp opsd_distributed my_recipe.py
-pidistill preview tiny/opsd                           both prompts as the model will see them, lengths, budget, leaks
-pidistill validate tiny/opsd                          the checks of preview alone, in one line
-pidistill plan tiny/opsd                              will it fit, where does its time go, what would make it fit
-pidistill probe tiny/pi_distill                       which wording of the privileged information helps, before training
-pidistill keys eval                                   the config keys whose row contains a word
-pidistill prepare gsm8k --output train.parquet        GSM8K into verl's layout, with what the teacher sees
-pidistill sweep tiny/opsd objective.beta=0.5,1 seed=0..2
-pidistill demo                                        the comparison that `make demo` prints
-"""
+"""Run the `pidistill` command: torchtune's own command line with our recipes and configs, plus commands of our own."""
 
 import argparse
 import importlib

@@ -29,10 +29,7 @@ def config_path(name: str) -> Path:
 
 
 def load_config(name: str) -> DictConfig:
-    """Return the config as it is now; do not change it.
-
-    It is read once per state of its file, because a sweep asks for it thousands of times.
-    """
+    """Return the config as it is now; do not change it. A file is read once, since a sweep asks thousands of times."""
     path = config_path(name)
     state = path.stat()
     return _load(path, state.st_mtime_ns, state.st_size)
@@ -70,17 +67,18 @@ def keys_of_recipe(recipe: str) -> tuple[frozenset[str], tuple[str, ...]] | None
 
 
 def is_supervised(name: str, config: DictConfig) -> bool:
-    """Return whether a config's recipe trains on the dataset's completions alone.
-
-    The first line of the config says so where it names a bundled recipe; else the key `batch_size` does, which no other bundled
-    recipe reads.
-    """
+    """Return whether a config's recipe (by its first line, else by its keys) trains on the dataset's completions alone."""
     try:
         recipe = recipe_of(name)
     except InputError:
         recipe = ""
     bundled = (folders()[0] / f"{recipe}.py").is_file()
-    return recipe == "sft_distributed" if bundled else "batch_size" in config
+    return recipe == "sft_distributed" if bundled else learns_demonstrations(config)
+
+
+def learns_demonstrations(config: DictConfig) -> bool:
+    """Return whether a config has the key `batch_size`, which of the bundled recipes the supervised one alone takes."""
+    return "batch_size" in config
 
 
 def has_key(config: str, key: str) -> bool:

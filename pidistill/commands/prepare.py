@@ -1,4 +1,4 @@
-"""`pidistill prepare gsm8k`: GSM8K as published into a parquet file in verl's layout, privileged information included.
+"""`pidistill prepare gsm8k`: write GSM8K as published into a parquet file in verl's layout, with privileged information.
 
 pidistill prepare gsm8k --source gsm8k_train.jsonl --output data/gsm8k_train.parquet
 pidistill prepare gsm8k --source openai/gsm8k --split test --output data/gsm8k_test.parquet --privileged answer

@@ -1,4 +1,4 @@
-"""`pidistill prepare gguf FILE --output FOLDER`: a GGUF file into a model folder in Hugging Face's format.
+"""`pidistill prepare gguf FILE --output FOLDER`: make a model folder in Hugging Face's format of a GGUF file.
 
 transformers reads and dequantises the file, so its families and quantisations are those of transformers. The folder holds bf16
 weights, config.json, the tokenizer and the chat template of the file. The weights are what the quantisation left of the model:
@@ -36,12 +36,7 @@ def main(argv: list[str]) -> None:
 
 
 def convert(file: Path, output: Path) -> str:
-    """Write the folder ``output``, and return the line that says what it holds.
-
-    Raises:
-        InputError: the file is no GGUF file or of a kind that transformers does not read, a package is missing, or ``output``
-            holds a model.
-    """
+    """Write the folder ``output``, and return the line that says what it holds."""
     _check(file, output)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

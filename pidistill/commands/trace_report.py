@@ -7,6 +7,7 @@ Arguments are those of pidistill.data.trace_dataset: messages_key=traj actions_k
 """
 
 import argparse
+import inspect
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -25,8 +26,7 @@ from pidistill.tokenizers import ChatTokenizer, HFChatTokenizer
 from pidistill.types import Example, PromptPair
 
 Numbers = dict[str, Any]
-READING = ("messages_key", "task_key", "reward_key", "success_threshold", "actions_key", "tools_key", "action_tags", "split",
-           "data_files", "config_name")  # fmt: skip
+READING = tuple(inspect.signature(read_traces).parameters)
 
 
 def kind_table(

@@ -10,16 +10,14 @@ objective and dataset are built. No weights are read. torchtune's own configs ar
 
 import argparse
 
-from pidistill.commands.common import Parser, exit_on_input_error, parse_with_overrides
+from pidistill.commands.common import config_parser, exit_on_input_error, parse_with_overrides
 from pidistill.commands.preview.command import read
 from pidistill.commands.preview.rows import scan, source_of
 from pidistill.errors import InputError
 
 
 def parser() -> argparse.ArgumentParser:
-    made = Parser(prog="pidistill validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("config", nargs="?", help="a bundled config, or a path")
-    made.add_argument("overrides", nargs="*", metavar="key=value")
+    made = config_parser("validate", __doc__, nargs="?")
     made.add_argument("--config", dest="named", metavar="CONFIG", help="the config, as torchtune's command takes it")
     made.add_argument("--scan", type=int, default=1000, help="rows that are looked at")
     return made
@@ -35,11 +33,7 @@ def main(argv: list[str]) -> None:
 
 
 def validate(config: str, overrides: list[str], count: int) -> str:
-    """Return the line that says what was checked.
-
-    Raises:
-        InputError: the config is wrong, or a run would refuse one of the first ``count`` rows.
-    """
+    """Return the line that says what was checked; refuse what a run would, in the config and its first ``count`` rows."""
     source = source_of(*read(config, overrides))
     if not source.examples:
         raise InputError("the dataset has no rows; check `dataset`")

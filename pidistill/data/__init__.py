@@ -1,4 +1,4 @@
-"""Datasets: rows → Example → (Example, PromptPair), and the order in which they are visited.
+"""Make datasets: rows → Example → (Example, PromptPair), and the order in which they are visited.
 
 Enters: files, folders and Hub datasets (sources.py). Leaves: examples (builders.py, agent_traces.py), their prompts
 (prompts.py) and demonstrations (demonstrations.py). Read :mod:`pidistill.data.builders` first; a recipe calls load.py.
@@ -14,23 +14,3 @@ from pidistill.data.order import epoch_order
 from pidistill.data.prompts import Prompts, build_prompts
 from pidistill.data.stock import stock_sft_dataset
 from pidistill.privileged.trace_kinds import trace_leak_phrases
-
-__all__ = [
-    "ExampleDataset",
-    "Prompts",
-    "RecipeData",
-    "build_demonstrations",
-    "build_prompts",
-    "chat_dataset",
-    "demonstration",
-    "epoch_order",
-    "gsm8k_dataset",
-    "hint_prompts",
-    "load_prompts",
-    "qa_dataset",
-    "row_completions",
-    "sft_demonstrations",
-    "stock_sft_dataset",
-    "trace_dataset",
-    "trace_leak_phrases",
-]

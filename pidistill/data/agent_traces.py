@@ -1,4 +1,4 @@
-"""Recorded agent episodes (chat logs with tool calls) as examples: what a stronger agent did is the privileged information.
+"""Make examples of recorded agent episodes (chat logs with tool calls): what a stronger agent did is privileged information.
 
     rows ─► traces, grouped by task ─► per task the successful trace with the fewest assistant turns ─► Example
 
@@ -28,18 +28,12 @@ NOT_CHOSEN, NO_ANSWER, UNSOLVED = "other_trace_of_task", "no_assistant_turn", "t
 
 @dataclass(frozen=True)
 class TraceRows:
-    """Holds all tasks of a source, in the order of their first row.
-
-    Attributes:
-        unusable: rows left out, by reason.
-        unreadable_calls: tagged calls that are no JSON; they are text to us.
-        tools: derived from the calls seen, where the source has OpenAI-style calls; see :func:`derived_tools`.
-    """
+    """Hold all tasks of a source, in the order of their first row."""
 
     tasks: list[TraceTask]
-    unusable: dict[str, int]
-    unreadable_calls: int
-    tools: list[dict[str, Any]] | None
+    unusable: dict[str, int]  # rows left out, by reason
+    unreadable_calls: int  # tagged calls that are no JSON; they are text to us
+    tools: list[dict[str, Any]] | None  # derived from the calls seen, where these are OpenAI-style; see `derived_tools`
 
 
 def trace_dataset(
@@ -178,9 +172,7 @@ def read_traces(
     rows = load_rows(source, split, data_files, None, config_name)
     named = {"messages_key": messages_key, "task_key": task_key, "reward_key": reward_key, "tools_key": tools_key,
              "actions_key": actions_key}  # fmt: skip
-    for option, key in named.items():
-        if key is not None:
-            rows.require(key, option)
+    rows.require_all(**named)
     read = functools.partial(_read_trace, keys=named | {"system_key": system_key}, success_threshold=success_threshold)
     found = convert_rows(rows, read)
     traces = [trace for trace in found if trace is not None]

@@ -1,9 +1,10 @@
-"""Rows into examples: conversations, questions with answers, GSM8K.
+"""Make rows into examples: conversations, questions with answers, GSM8K.
 
 Every builder reads a .jsonl, .json or .parquet file, a glob, a folder or a Hub dataset, as
 :func:`pidistill.data.sources.load_rows` says, and takes keys as dotted paths. Errors count rows from 0.
 """
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -53,12 +54,8 @@ def chat_dataset(
     """
     _check_made(source, made_by)
     rows = load_rows(source, split, data_files, max_rows, config_name)
-    rows.require(messages_key, "messages_key")
-    if privileged_key is not None:
-        rows.require(privileged_key, "privileged_key", ", or null for rows without privileged information")
-    for option, key in (("completion_key", completion_key), ("reference_key", reference_key), ("tools_key", tools_key)):
-        if key is not None:
-            rows.require(key, option)
+    keys = {"messages_key": messages_key, "privileged_key": privileged_key, "completion_key": completion_key}
+    rows.require_all(**keys, reference_key=reference_key, tools_key=tools_key)
     if completion not in COMPLETIONS:
         raise InputError(f"dataset.completion is {completion!r}; known are null, {', '.join(filter(None, COMPLETIONS))}")
     if completion and completion_key:
@@ -186,12 +183,8 @@ def qa_dataset(
     _check_made(source, made_by)
     check_template(question_template, "dataset.question_template", ("question",))
     rows = load_rows(source, split, data_files, max_rows, config_name)
-    rows.require(question_key, "question_key")
-    if privileged_key is not None:
-        rows.require(privileged_key, "privileged_key", ", or null for rows without privileged information")
-    for option, key in (("answer_key", answer_key), ("completion_key", completion_key)):
-        if key is not None:
-            rows.require(key, option)
+    keys = {"question_key": question_key, "privileged_key": privileged_key}
+    rows.require_all(**keys, answer_key=answer_key, completion_key=completion_key)
 
     def convert(where: str, row: Mapping[str, Any]) -> Example:
         return Example(
@@ -258,9 +251,8 @@ def gsm8k_dataset(
     for key in ("question", "answer"):
         if all(get(row, key) is None for _, row in rows):
             raise InputError(f"{rows.name} has no column {key!r}: it is not GSM8K as published; use pidistill.data.qa_dataset")
-    return ExampleDataset(
-        convert_rows(rows, lambda where, row: _gsm8k_example(where, row, privileged, answer_format, system_prompt))
-    )
+    settings = {"privileged": privileged, "answer_format": answer_format, "system_prompt": system_prompt}
+    return ExampleDataset(convert_rows(rows, functools.partial(_gsm8k_example, **settings)))
 
 
 def _gsm8k_example(

@@ -41,7 +41,7 @@ def convert_rows(rows: Iterable[tuple[str, Row]], convert: Callable[[str, Row], 
 
 @dataclass(frozen=True)
 class ExampleDataset:
-    """Holds examples in order, and how many rows of the source are not among them, by reason."""
+    """Hold examples in order, and how many rows of the source are not among them, by reason."""
 
     examples: Sequence[Example]
     dropped: dict[str, int] = field(default_factory=dict)

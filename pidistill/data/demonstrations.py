@@ -1,4 +1,4 @@
-"""A dataset's own completions as rollouts that nobody sampled: what supervised fine-tuning trains on."""
+"""Make rollouts that nobody sampled of a dataset's own completions: what supervised fine-tuning trains on."""
 
 import logging
 from collections.abc import Sequence
@@ -55,28 +55,20 @@ def earlier_turns_differ(rollout: Rollout, tokenizer: ChatTokenizer) -> bool:
 def _warn_about_earlier_turns(rollouts: Sequence[Rollout], tokenizer: ChatTokenizer) -> None:
     differ = [rollout.example.id for rollout in rollouts if earlier_turns_differ(rollout, tokenizer)]
     if differ:
-        log_rank_zero(_log, earlier_turns_sentence(len(differ), len(rollouts), differ[0]), level=logging.WARNING)
-
-
-def earlier_turns_sentence(count: int, total: int, first: str) -> str:
-    """Return the sentence that says how many rows hold earlier turns in another form than a server shows."""
-    return (
-        f"{count} of {total} demonstrations hold turns before the last one in another form than a server shows (first: "
-        f"{first}): the chat template rewrites them once the conversation continues; to train on what is served, make one row "
-        "of each turn, with the turns before it in the prompt"
-    )
+        told = (
+            f"{len(differ)} of {len(rollouts)} demonstrations hold turns before the last one in another form than a server "
+            f"shows (first: {differ[0]}): the chat template rewrites them once the conversation continues; to train on what is "
+            "served, make one row of each turn, with the turns before it in the prompt"
+        )
+        log_rank_zero(_log, told, level=logging.WARNING)
 
 
 def sft_demonstrations(cfg: DictConfig, data: RecipeData) -> list[Rollout]:
-    """Return what `sft_weight` trains on beside the rollouts: the dataset's own completions; none where it is 0.
-
-    Rows that `on_overflow: drop` leaves out of them are counted as dropped rows.
-    """
+    """Return what `sft_weight` trains on beside the rollouts: the dataset's own completions; none where it is 0."""
     if not cfg.get("sft_weight"):
         return []
-    return build_demonstrations(data.prompts, data.tokenizer, max_seq_len=data.max_seq_len, on_overflow=cfg.get("on_overflow"))[
-        0
-    ]
+    limits = {"max_seq_len": data.max_seq_len, "on_overflow": cfg.get("on_overflow")}
+    return build_demonstrations(data.prompts, data.tokenizer, **limits)[0]
 
 
 def row_completions(data: RecipeData) -> list[Rollout]:
@@ -99,11 +91,7 @@ def demonstration(
     """Return the ids that a policy would have sampled to say ``example.completion``.
 
     Messages between its turns are observations, and turns with ``weight: 0`` are shown and not learned, as observations are.
-
-    Raises:
-        InputError: the example has no completion, none of its messages is an assistant turn that is learned, or the chat
-            template leaves out a part of a message.
-        TooLong: prompt and completion exceed ``max_seq_len``.
+    Refuses an example of which nothing is learned, and with :class:`TooLong` one that exceeds ``max_seq_len``.
     """
     if not any(message["role"] == "assistant" for message in example.completion or []):
         raise InputError(f"{example.id} has no assistant turn to learn from; check the dataset's completion key")

@@ -1,4 +1,4 @@
-"""Prompts that ask a model to summarise successful traces; see :mod:`pidistill.rollouts.hints`."""
+"""Make prompts that ask a model to summarise successful traces; see :mod:`pidistill.rollouts.hints`."""
 
 from typing import Any
 

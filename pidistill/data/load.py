@@ -1,4 +1,4 @@
-"""From a recipe's config to its prompts, looked at before any weights are loaded."""
+"""Load the prompts of a recipe's config, and check them before any weights are loaded."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,28 +20,18 @@ from pidistill.types import Example, PromptPair
 
 @dataclass(frozen=True)
 class RecipeData:
-    """Holds training and evaluation rows of a recipe, with what it needs to know about them.
-
-    Attributes:
-        dropped: training rows left out, by reason.
-        eval_dropped: evaluation rows left out, by reason.
-        rows_without_pi: training rows without privileged information, kept or not.
-        leak_phrases: what counts as giving the privileged information away.
-        privileged: how the teacher's view is made of a row, with the teacher's own tokenizer where it has one.
-        success_threshold: the reward from which a rollout counts as a success.
-        max_seq_len: the smaller of the tokenizer's and the model's limit, in tokens.
-    """
+    """Hold training and evaluation rows of a recipe, with what it needs to know about them."""
 
     tokenizer: ChatTokenizer
     prompts: list[tuple[Example, PromptPair]]
     eval_prompts: list[tuple[Example, PromptPair]]
-    dropped: dict[str, int]
-    eval_dropped: dict[str, int]
-    rows_without_pi: int
-    leak_phrases: Sequence[str]
-    success_threshold: float
-    max_seq_len: int
-    privileged: PrivilegedPrompt = field(default_factory=PrivilegedPrompt)
+    dropped: dict[str, int]  # training rows left out, by reason
+    eval_dropped: dict[str, int]  # evaluation rows left out, by reason
+    rows_without_pi: int  # training rows without privileged information, kept or not
+    leak_phrases: Sequence[str]  # what counts as giving the privileged information away
+    success_threshold: float  # the reward from which a rollout counts as a success
+    max_seq_len: int  # the smaller of the tokenizer's and the model's limit, in tokens
+    privileged: PrivilegedPrompt = field(default_factory=PrivilegedPrompt)  # with the teacher's own tokenizer, if it has one
 
 
 def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True, judged: bool = True) -> RecipeData:
@@ -49,9 +39,6 @@ def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True, judged: b
 
     ``samples``: completions of the training rows are sampled, so that a prompt must leave room for `sampler.max_new_tokens`.
     ``judged``: the environment's rewards judge these completions, so that they must be able to judge every row.
-
-    Raises:
-        InputError: whatever is wrong with rows, lengths or vocabularies; nothing large has been loaded by then.
     """
     tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
     max_seq_len = check_models(cfg, tokenizer)
@@ -85,9 +72,6 @@ def check_references(environment: Any, examples: Iterable[Example]) -> None:
     """Refuse an example whose reference the environment's rewards cannot judge; see :data:`pidistill.rewards.base.Reward`.
 
     Only the rewards of the config node ``environment`` are built, not the environment, which may start processes.
-
-    Raises:
-        InputError: names the first such example.
     """
     checks = reference_checks(environment)
     for example in examples:

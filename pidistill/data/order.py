@@ -1,4 +1,4 @@
-"""The order in which rows are visited: a function of a position, so that resuming needs nothing else."""
+"""Order rows by a function of a position, so that resuming needs nothing else."""
 
 import functools
 import random

@@ -1,4 +1,4 @@
-"""Examples into prompt pairs: what is too long, and rows without privileged information."""
+"""Make examples into prompt pairs, and treat those that are too long or without privileged information."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,18 +15,11 @@ NO_PI = ("rl", "distill", "drop", "error")
 
 @dataclass(frozen=True)
 class Prompts:
-    """Holds what a recipe trains on.
+    """Hold what a recipe trains on."""
 
-    Attributes:
-        prompts: the rows that are kept, in the dataset's order.
-        dropped: rows left out, by reason, the dataset's own among them: ``rows_without_pi``, ``privileged_too_long``,
-            ``prompt_too_long``.
-        rows_without_pi: rows without privileged information, kept or not.
-    """
-
-    prompts: list[tuple[Example, PromptPair]]
-    dropped: dict[str, int]
-    rows_without_pi: int
+    prompts: list[tuple[Example, PromptPair]]  # the rows that are kept, in the dataset's order
+    dropped: dict[str, int]  # rows left out, by reason: the dataset's own, rows_without_pi, privileged_ and prompt_too_long
+    rows_without_pi: int  # rows without privileged information, kept or not
 
 
 def build_prompts(
@@ -47,9 +40,6 @@ def build_prompts(
         no_pi: rows without privileged information are kept ("rl", "distill": the objective weighs them), left out and
             counted ("drop") or refused ("error").
         on_overflow: "error" or "drop" for rows that are too long; None takes ``privileged.on_overflow``.
-
-    Raises:
-        InputError: a row is refused, or no row is left.
     """
     on_overflow = on_overflow or privileged.on_overflow
     if no_pi not in NO_PI or on_overflow not in ("error", "drop"):
@@ -97,8 +87,7 @@ def row_overflow(
     example: Example, views: PromptViews, privileged: PrivilegedPrompt, max_new_tokens: int, max_seq_len: int | None
 ) -> tuple[str, str] | None:
     """Return (reason to count, sentence) of what is too long; None where everything fits."""
-    sentence = privileged.overflow(example, views)
-    if sentence is not None:
+    if (sentence := privileged.overflow(example, views)) is not None:
         return "privileged_too_long", sentence
     sentence = prompt_overflow(example, views, max_new_tokens, max_seq_len)
     return None if sentence is None else ("prompt_too_long", sentence)

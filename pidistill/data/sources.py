@@ -27,7 +27,7 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Rows:
-    """Holds the rows of one source as plain dicts; ``name`` is what errors call it."""
+    """Hold the rows of one source as plain dicts; ``name`` is what errors call it."""
 
     name: str
     rows: Sequence[dict[str, Any]]
@@ -39,11 +39,15 @@ class Rows:
         """Yield (id, row) of every row; ids count from 0."""
         return ((f"{self.name} row {i}", row) for i, row in enumerate(self.rows))
 
-    def require(self, key: str, option: str, hint: str = "") -> None:
-        """Refuse a key that no row has, naming the option of the builder that holds it."""
-        if all(get(row, key) is None for row in self.rows):
-            columns = ", ".join(_dotted_keys(self.rows[0]))
-            raise InputError(f"{self.name} has no column {key!r} with values (it has: {columns}); set dataset.{option}{hint}")
+    def require_all(self, **keys: str | None) -> None:
+        """Refuse keys that no row has, by the options of the builder that hold them; an option may be None."""
+        for option, key in keys.items():
+            if key is not None and all(get(row, key) is None for row in self.rows):
+                columns = ", ".join(_dotted_keys(self.rows[0]))
+                hint = ", or null for rows without privileged information" if option == "privileged_key" else ""
+                raise InputError(
+                    f"{self.name} has no column {key!r} with values (it has: {columns}); set dataset.{option}{hint}"
+                )
 
 
 def get(row: Mapping[str, Any], key: str) -> Any:
@@ -213,14 +217,13 @@ def _load_saved(source: str, split: str) -> Any:
 def _load(source: str, path: str, split: str, data_files: Any, config_name: str | None = None, local: bool = True) -> Any:
     download = datasets.DownloadConfig(local_files_only=True) if local else None
     try:
-        loaded = datasets.load_dataset(path, config_name, data_files=data_files, split=split, download_config=download)
+        return datasets.load_dataset(path, config_name, data_files=data_files, split=split, download_config=download)
     except Exception as error:  # the library raises its own and its backends' errors; all mean: this source cannot be read
         if "corresponds to no data" in str(error):
             raise _no_rows(source, split) from error
         reason = re.sub(r"\s+", " ", str(error.__cause__ or error)).strip()[:300]
         advice = "check the file" if local else "it is no file or folder here; check dataset.source, split and config_name"
         raise InputError(f"dataset.source {source} cannot be loaded ({reason}); {advice}") from error
-    return loaded
 
 
 def _no_rows(source: str, split: str) -> InputError:

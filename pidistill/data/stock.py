@@ -1,4 +1,4 @@
-"""Our datasets for torchtune's own supervised recipes, which want tokens and labels."""
+"""Give our datasets to torchtune's own supervised recipes, which want tokens and labels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from pidistill.types import PromptPair
 
 
 class StockSFTDataset(Dataset):
-    """Gives {"tokens", "labels"} of one demonstration; labels are the tokens, not shifted; −100 is not learned."""
+    """Give {"tokens", "labels"} of one demonstration; labels are the tokens, not shifted, or −100 where nothing is learned."""
 
     def __init__(self, tokenizer: Any, dataset: Mapping[str, Any]) -> None:
         self._tokenizer = as_chat_tokenizer(tokenizer)
@@ -27,10 +27,8 @@ class StockSFTDataset(Dataset):
         prompt = self._tokenizer.encode_prompt(example.messages, example.tools)
         pair = PromptPair(prompt, prompt, has_privileged=False)
         rollout = demonstration(example, pair, self._tokenizer, max_seq_len=self._tokenizer.max_seq_len)
-        learned = [
-            token if own else CROSS_ENTROPY_IGNORE_IDX
-            for token, own in zip(rollout.completion, rollout.policy_mask, strict=True)
-        ]
+        both = zip(rollout.completion, rollout.policy_mask, strict=True)
+        learned = [token if own else CROSS_ENTROPY_IGNORE_IDX for token, own in both]
         return {"tokens": prompt + rollout.completion, "labels": [CROSS_ENTROPY_IGNORE_IDX] * len(prompt) + learned}
 
 

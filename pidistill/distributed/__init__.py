@@ -1,1 +1,1 @@
-"""Where a recipe runs: ranks, meshes and tensor parallelism."""
+"""Say where a recipe runs: ranks, meshes and tensor parallelism."""

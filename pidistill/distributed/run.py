@@ -20,15 +20,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Run:
-    """Hold where a recipe runs.
+    """Hold where a recipe runs. ``rank`` and ``world_size`` count data-parallel ranks, over which sums and shares are.
 
-    Attributes:
-        rank, world_size: among the data-parallel ranks. Sums and shares are over these; those of a tensor-parallel group have
-            the same work, and the same results.
-        mesh: [data-parallel, tensor-parallel] ranks; None where `tensor_parallel_dim` is 1.
-        replicas: [groups, processes of a group], each group holding all shards of a model; None is one group.
-        compute_dtype: of the copies of trained weights that forward and backward multiply, and of weights that are not
-            trained; None is ``dtype``, which trained weights, their gradients and the optimizer's states have.
+    The ranks of a tensor-parallel group have the same work, and the same results.
     """
 
     device: torch.device
@@ -37,9 +31,11 @@ class Run:
     world_size: int
     seed: int
     output_dir: Path
-    mesh: DeviceMesh | None = None
+    mesh: DeviceMesh | None = None  # [data-parallel, tensor-parallel] ranks; None where `tensor_parallel_dim` is 1
+    # Of what forward and backward multiply: copies of trained weights, and weights that are not trained. None is `dtype`, which
+    # trained weights, their gradients and the optimizer's states have.
     compute_dtype: torch.dtype | None = None
-    replicas: DeviceMesh | None = None
+    replicas: DeviceMesh | None = None  # [groups, processes of a group]; each group holds all shards; None is one group
 
     @property
     def forward_dtype(self) -> torch.dtype:
@@ -68,7 +64,7 @@ class Run:
         return None if self.mesh is None else self.mesh[DATA].get_group()
 
     def once(self, ask: Callable[[], T]) -> T:
-        """``ask()`` by one rank of a tensor-parallel group, for all of them: where two answers could differ, or cost."""
+        """Call ``ask()`` on one rank of a tensor-parallel group, for all of them: where two answers could differ, or cost."""
         if self.mesh is None:
             return ask()
         return from_first(self.mesh.get_group(TENSOR), ask() if self.is_first else None)
@@ -135,7 +131,7 @@ class Run:
 
 
 class Timer:
-    """Seconds by phase. On CUDA each phase ends with a synchronisation, so that time lands where it was spent."""
+    """Count seconds by phase. On CUDA each phase ends with a synchronisation, so that time lands where it was spent."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

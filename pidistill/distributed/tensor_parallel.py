@@ -1,4 +1,4 @@
-"""Tensor parallelism: the ranks of one data-parallel rank hold a share of each layer's matrices and attention heads.
+"""Share each layer's matrices and attention heads among the ranks of one data-parallel rank (tensor parallelism).
 
 torchtune's plan for Llama 3, of which the layers' part is used: queries, keys, values, w1 and w3 by columns, the other two by
 rows. FSDP2 shards the layers over the data-parallel ranks, and what stands outside them (embedding, last norm, output head),
@@ -41,12 +41,7 @@ _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "output_proj"), ("w1", "w2", "
 
 
 def check_tensor_parallel(cfg: DictConfig, processes: int) -> int:
-    """`tensor_parallel_dim`, 1 where it is not set.
-
-    Raises:
-        InputError: the processes do not part into groups of that size, the model has no plan, its heads do not part into as
-            many shares, or the config asks for what does not work together with it.
-    """
+    """Return `tensor_parallel_dim`, 1 where it is not set."""
     size = setting(cfg, "tensor_parallel_dim")
     if size == 1:
         return 1
@@ -142,7 +137,7 @@ def check_replicas(cfg: DictConfig, processes: int, shares: int) -> int:
 
 
 def make_mesh(device_type: str, processes: int, size: int, replicas: int = 1) -> DeviceMesh:
-    """[data-parallel, tensor-parallel]; neighbouring ranks, which are nearest to each other, share a model.
+    """Make the mesh [data-parallel, tensor-parallel]; neighbouring ranks, which are nearest to each other, share a model.
 
     With several ``replicas`` of the shards the first of the two is [replicas, shards].
     """
@@ -155,7 +150,7 @@ def make_mesh(device_type: str, processes: int, size: int, replicas: int = 1) ->
 
 
 def make_replicas(device_type: str, processes: int, replicas: int) -> DeviceMesh | None:
-    """[replicas, shards] of all processes; neighbouring ranks, of one machine where possible, hold one replica's shards."""
+    """Make the mesh [replicas, shards] of all processes; neighbours, of one machine where possible, hold a replica's shards."""
     if replicas == 1:
         return None
     return init_device_mesh(device_type, (replicas, processes // replicas), mesh_dim_names=(_REPLICAS, _SHARDS))
@@ -209,7 +204,7 @@ def shard_model(
 
 
 def complete_gradients(model: nn.Module) -> None:
-    """Before an optimiser step: norms of queries and keys have the gradient of this rank's heads, and need that of all."""
+    """Add up, before an optimiser step, what each rank's heads give to the norms of queries and keys."""
     group = tensor_parallel_group(model)
     if group is None:
         return
@@ -220,7 +215,7 @@ def complete_gradients(model: nn.Module) -> None:
 
 
 def _head_norms(module: nn.Module) -> Iterator[nn.Module]:
-    """Norms over a head's width, one for all heads (Qwen3)."""
+    """Yield the norms over a head's width, one for all heads (Qwen3)."""
     for attention in attention_modules(module):
         if getattr(attention, "q_norm", None) is not None:
             yield from (attention.q_norm, attention.k_norm)
@@ -271,7 +266,7 @@ def in_lockstep(context: Any, group: ProcessGroup | None) -> Iterator[Any]:
 
 
 class _Leading:
-    """Calls the context, and has the other ranks call theirs; what needs no forward is told with the next one that does."""
+    """Call the context, and have the other ranks call theirs; what needs no forward is told with the next one that does."""
 
     def __init__(self, context: Any, group: ProcessGroup) -> None:
         self._context, self._group = context, group

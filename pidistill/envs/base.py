@@ -12,19 +12,12 @@ from pidistill.types import Example, Message
 
 @dataclass
 class EnvStep:
-    """Hold what an environment answers to one assistant turn.
+    """Hold what an environment answers to one assistant turn."""
 
-    Attributes:
-        observations: messages forced into the context before the next turn; empty when ``done``.
-        reward: added to the episode's reward.
-        done: the episode ends here.
-        reward_parts: named parts of ``reward``, for the log.
-    """
-
-    observations: list[Message]
-    reward: float
-    done: bool
-    reward_parts: dict[str, float] = field(default_factory=dict)
+    observations: list[Message]  # messages forced into the context before the next turn; empty when `done`
+    reward: float  # added to the episode's reward
+    done: bool  # the episode ends here
+    reward_parts: dict[str, float] = field(default_factory=dict)  # named parts of `reward`, for the log
 
 
 @runtime_checkable
@@ -37,7 +30,7 @@ class Environment(Protocol):
     def step(self, state: Any, turn: Message, *, truncated: bool) -> EnvStep:
         """Answer one assistant turn, changing ``state`` in place.
 
-        ``truncated``: the turn hit the token limit before its end-of-turn token; the episode ends whatever is answered.
+        ``truncated``: the turn hit the token limit before its end-of-turn token; the episode ends with any answer.
         With ``environment_threads`` or ``environment_timeout_s`` this is called from several threads, each episode from one
         at a time.
         """
@@ -70,13 +63,7 @@ def check_step(step: Any, max_observation_chars: int | None = None) -> EnvStep:
     """Return ``step`` with plain numbers and messages.
 
     A truth value and a tensor or array of one element are numbers. Numbers that are not finite pass, because they are counted
-    under a reason of their own.
-
-    Args:
-        max_observation_chars: characters of all observations together; None is no limit.
-
-    Raises:
-        EnvironmentOutputError: says what is wrong with the answer.
+    under a reason of their own. ``max_observation_chars`` limits all observations together; None is no limit.
     """
     if not isinstance(step, EnvStep):
         raise EnvironmentOutputError(f"the environment's step gave {_shown(step)}, not an EnvStep")

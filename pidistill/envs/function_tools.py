@@ -44,18 +44,13 @@ class ToolError(Exception):
 
 @dataclass(frozen=True)
 class Tool:
-    """Hold a function with the JSON schema of its arguments.
-
-    Attributes:
-        parameters: JSON schema of an object with one property per argument.
-        takes_state: the function's ``state`` parameter is filled with the episode's state.
-    """
+    """Hold a function with the JSON schema of its arguments."""
 
     name: str
     description: str
-    parameters: dict[str, Any]
+    parameters: dict[str, Any]  # JSON schema of an object with one property per argument
     function: Callable[..., Any]
-    takes_state: bool
+    takes_state: bool  # the function's `state` parameter is filled with the episode's state
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -64,11 +59,7 @@ class Tool:
         return {"type": "function", "function": function}
 
     def call(self, arguments: Any, state: Any = None) -> str:
-        """Return what the tool answers: texts as they are, everything else as JSON.
-
-        Raises:
-            ToolError: the arguments do not fit, or the tool refuses.
-        """
+        """Return what the tool answers: texts as they are, all else as JSON; a ToolError where arguments do not fit."""
         _check_arguments(self, arguments)
         given = {STATE: state, **arguments} if self.takes_state else arguments
         result = self.function(**given)
@@ -222,19 +213,14 @@ def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
 
 
 def with_tools(dataset: ExampleDataset, functions: Sequence[Callable[..., Any] | str]) -> ExampleDataset:
-    """Return the dataset's examples with the functions' schemas as their tools, for the chat template to show.
-
-    Args:
-        dataset: a component node of any dataset builder.
-        functions: the environment's, as functions or dotted paths.
-    """
+    """Return the examples of any dataset with the schemas of the environment's functions as tools, for the template to show."""
     schemas = [one.schema for one in tools_by_name(functions).values()]
     return ExampleDataset([replace(example, tools=schemas) for example in dataset], dropped=dataset.dropped)
 
 
 @dataclass
 class ToolEpisode:
-    """Hold one episode: the messages since the prompt, and whatever ``begin`` made for the tools."""
+    """Hold one episode: the messages since the prompt, and the state that ``begin`` made for the tools."""
 
     example: Example
     state: Any

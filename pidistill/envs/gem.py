@@ -46,10 +46,7 @@ class GEMEpisode:
 
 @dataclass(frozen=True)
 class SavedStart:
-    """Hold a pickled :class:`GEMEpisode` that this run has made.
-
-    It is a type of its own: unpickling runs what the bytes say, and bytes in a row can come from a file.
-    """
+    """Hold a pickled :class:`GEMEpisode` of this run. Bytes in a row could come from a file, and unpickling them runs code."""
 
     pickled: bytes
 
@@ -168,9 +165,8 @@ class _Start:
                 observation, info = env.reset(seed=seed)
             self.pickled = pickle.dumps(GEMEpisode(env, streams))
         except Exception as error:
-            raise InputError(
-                f"{env_id} cannot be started with {dict(options)} ({_first_words(error)}){_hint(error)}"
-            ) from error
+            told = f"{env_id} cannot be started with {dict(options)} ({_first_words(error)}){_hint(error)}"
+            raise InputError(told) from error
         self.message, self._env = _user(observation, info), env
 
     def hidden(self, attribute: str | None) -> str | None:

@@ -16,14 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from pidistill.envs.base import (
-    Environment,
-    EnvironmentCrash,
-    EnvironmentOutputError,
-    EnvironmentTimeout,
-    EnvStep,
-    check_step,
-)
+from pidistill.envs.base import Environment, EnvironmentCrash, EnvironmentOutputError, EnvironmentTimeout, EnvStep, check_step
 from pidistill.envs.streams import RandomStreams
 from pidistill.errors import InputError, attempt, bounded_repr, bounded_traceback
 from pidistill.types import Example, Message

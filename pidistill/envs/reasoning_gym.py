@@ -87,6 +87,7 @@ def reasoning_gym_dataset(
     check_task(task, allow_evaluated_answers)
     config_text = json.dumps(dict(config or {}), sort_keys=True)
     entries = _task(task, config_text, size=n, seed=_base_seed(task, seed))
+    given = {"task": task, "config": config_text, "answer_format": answer_format}
     return ExampleDataset(
         [
             Example(
@@ -95,14 +96,7 @@ def reasoning_gym_dataset(
                 privileged=_privileged(entries[row], privileged, f"{task} row {row}"),
                 completion=_completion(entries[row], answer_format),
                 reference=entries[row]["answer"],
-                data={
-                    "reasoning_gym": {
-                        "task": task,
-                        "config": config_text,
-                        "entry": entries[row],
-                        "answer_format": answer_format,
-                    }
-                },
+                data={"reasoning_gym": given | {"entry": entries[row]}},
             )
             for row in range(n)
         ]

@@ -56,9 +56,7 @@ class ReplayEnvironment:
         if self.on_mismatch not in ("end", "error"):
             raise InputError(f"environment.on_mismatch is {self.on_mismatch!r}; known are end, error")
         if self.max_errors < 1:
-            raise InputError(
-                f"environment.max_errors is {self.max_errors}; give at least 1, or set environment.on_mismatch: end"
-            )
+            raise InputError(f"environment.max_errors is {self.max_errors}; give at least 1, or set on_mismatch: end")
 
     def reset(self, example: Example) -> ReplayState:
         trace: AgentTrace | None = example.data.get("trace")
@@ -82,12 +80,11 @@ class ReplayEnvironment:
     def _matches(self, turn: Message, recorded: Message) -> bool:
         if turn.get("tool_call_error"):  # the tokenizer found a call that cannot be read
             return False
-        return [self._compared(call) for call in calls_of(turn, self.action_tags)] == [
-            self._compared(call) for call in calls_of(recorded, self.action_tags)
-        ]
+        return self._compared(turn) == self._compared(recorded)
 
-    def _compared(self, call: ToolCall) -> ToolCall:
-        return ToolCall(call.name, None) if call.name in self.free_arguments else call
+    def _compared(self, turn: Message) -> list[ToolCall]:
+        calls = calls_of(turn, self.action_tags)
+        return [ToolCall(call.name, None) if call.name in self.free_arguments else call for call in calls]
 
     def _mismatch(self, state: ReplayState, turn: Message, truncated: bool) -> EnvStep:
         state.errors += 1

@@ -1,4 +1,4 @@
-"""Group-relative advantages: rewards [R] of whole groups in, one advantage per rollout out, in the reward's unit.
+"""Compute group-relative advantages: rewards [R] of whole groups in, one advantage per rollout out, in the reward's unit.
 
 ``groups`` [R] numbers the group of each rollout; rollouts of a group need not be neighbours, but a group must be whole: its
 mean over a shard would be another number. A group whose rewards are all equal, a group of one among them, gets exactly 0.
@@ -16,7 +16,7 @@ from pidistill.errors import InputError
 
 
 def group_mean(rewards: Float[Tensor, " R"], groups: Int[Tensor, " R"]) -> Float[Tensor, " R"]:
-    """A_i = R_i − mean of the group, i included (arXiv 2602.04942; no division by the standard deviation).
+    """Return R_i − mean of the group, i included (arXiv 2602.04942; no division by the standard deviation).
 
     Since the mean includes i, the expected policy gradient is (G−1)/G of the true one, G the group's size.
     """
@@ -28,7 +28,7 @@ def group_mean(rewards: Float[Tensor, " R"], groups: Int[Tensor, " R"]) -> Float
 
 
 def leave_one_out(rewards: Float[Tensor, " R"], groups: Int[Tensor, " R"]) -> Float[Tensor, " R"]:
-    """A_i = R_i − mean of the *other* rollouts of the group (RLOO, arXiv 2402.14740): the expected policy gradient is unbiased.
+    """Return R_i − mean of the *other* rollouts of the group (RLOO, arXiv 2402.14740): the policy gradient is unbiased.
 
     Equals ``group_mean``·G/(G−1); 0, not R_i, for a group of one, which has no baseline.
     """
@@ -37,7 +37,7 @@ def leave_one_out(rewards: Float[Tensor, " R"], groups: Int[Tensor, " R"]) -> Fl
 
 
 def standardised(rewards: Float[Tensor, " R"], groups: Int[Tensor, " R"], eps: float = 1e-4) -> Float[Tensor, " R"]:
-    """A_i = (R_i − mean) / (std + eps), mean and unbiased std of the group, i included (GRPO, arXiv 2402.03300).
+    """Return (R_i − mean) / (std + eps), mean and unbiased std of the group, i included (GRPO, arXiv 2402.03300).
 
     A deviation from π-Distill, which does not divide. The scale of the reward drops out (so β weighs the KL against a reward of
     unit spread), and groups of little spread count as much as those of much.
@@ -59,7 +59,7 @@ def turn_returns(turn_rewards: Sequence[Sequence[float]], groups: Sequence[int])
     for group, returns in zip(groups, to_go, strict=True):
         for k, value in enumerate(returns):
             cells.setdefault((group, k), []).append(value)
-    # Exactly 0 where all are equal, whatever the rounding of the mean.
+    # Exactly 0 where all are equal, also where the mean is rounded.
     means = {cell: values[0] if len(set(values)) == 1 else math.fsum(values) / len(values) for cell, values in cells.items()}
     return [[value - means[group, k] for k, value in enumerate(returns)] for group, returns in zip(groups, to_go, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Divergences between two next-token distributions: nats, one number per token, never reduced, never clamped at 0.
+"""Compute divergences between two next-token distributions: nats, one number per token, never reduced or clamped at 0.
 
 Every function takes log-probs (the log-softmax of logits already divided by the temperature; no T² factor follows) and names
 its divergence by its arguments: ``kl(logp, logq)`` is KL(p||q). A clamp at 0 would kill the gradient of tokens whose KL rounds
@@ -83,7 +83,7 @@ def entropy(logp: Float[Tensor, "*tokens V"]) -> Float[Tensor, "*tokens"]:
 def kl_topk_with_tail(
     logp: Float[Tensor, "*tokens V"], logq: Float[Tensor, "*tokens V"], top: int | Int[Tensor, "*tokens K"]
 ) -> Float[Tensor, "*tokens"]:
-    """KL(p||q) after merging all but K tokens into one tail bucket: an exact (K+1)-way divergence.
+    """Return KL(p||q) after merging all but K tokens into one tail bucket: an exact (K+1)-way divergence.
 
     At most the full KL (merging loses information), equal to it for K = V. Gradient reaches both sides, tail included.
 
@@ -99,7 +99,7 @@ def kl_topk_with_tail(
 
 
 def with_tail(logp: Float[Tensor, "*tokens V"], ids: Int[Tensor, "*tokens K"]) -> Float[Tensor, "*tokens K+1"]:
-    """Log-probs of ``ids`` [.., K], then the log of all remaining mass: a (K+1)-way distribution for any divergence here.
+    """Return the log-probs of ``ids`` [.., K], then the log of all remaining mass: a (K+1)-way distribution.
 
     The tail is summed over the other V − K entries rather than taken as 1 − (the K), so that a tail of 1e-30 is still exact.
     Gradient reaches all V entries. ``ids`` must be distinct per row; a repeated id would count twice.
@@ -123,9 +123,6 @@ def divergence(
     ``kl_teacher_student`` is KL(T||S), ``kl_student_teacher`` KL(S||T), ``jsd`` the generalised JSD with ``request.beta``. With
     ``top_k`` it is that of the (K+1)-way distributions of :func:`with_tail` over the student's K most probable tokens, a choice
     without gradient; ``entry_clip`` then bounds each of the K+1 terms. ``fn`` takes the place of the named formulas.
-
-    Raises:
-        InputError: what :func:`check_divergence` refuses; ``top_k`` above the vocabulary.
     """
     check_divergence(request)
     teacher = teacher_logp if request.grad in ("teacher", "both") else teacher_logp.detach()

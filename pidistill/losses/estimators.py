@@ -1,4 +1,4 @@
-"""Estimators of a KL from sampled tokens, each with what its gradient is: an unbiased value does not make an unbiased gradient.
+"""Estimate a KL from sampled tokens; each estimator says what its gradient is, which can be biased where the value is not.
 
 Notation: y ~ p is the sampled token, ``logp`` and ``logq`` its log-prob under p and q, K_t the full-vocabulary KL(p||q) at
 step t (``divergences.kl``). "Through p" is gradient through the policy that sampled y, "through q" through the other;
@@ -39,7 +39,7 @@ def k2(logp: Float[Tensor, "*tokens"], logq: Float[Tensor, "*tokens"]) -> Float[
 
 
 def k3(logp: Float[Tensor, "*tokens"], logq: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
-    """q/p − 1 − log(q/p) of y ~ p (Schulman 2020). Value: unbiased for KL(p||q) where p covers q, never negative.
+    """Return q/p − 1 − log(q/p) of y ~ p (Schulman 2020). Value: unbiased for KL(p||q) where p covers q, never negative.
 
     Gradient through p: E[(1 − q/p)·∇log p] = ∇_p KL(q||p), the other divergence's. Gradient through q: E[(q/p − 1)·∇log q] =
     ∇_q KL(p||q), right as a loss. q/p is not bounded here: log-ratios above 88 nats overflow to inf in fp32.

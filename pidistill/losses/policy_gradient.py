@@ -1,4 +1,4 @@
-"""Policy-gradient losses per token, to be minimised, in the unit of the advantage; not masked, not averaged.
+"""Compute policy-gradient losses per token, to be minimised, in the advantage's unit; not masked, not averaged.
 
 π is the policy in training (``logprobs`` [N], with gradient), μ the one that sampled; ρ = π/μ of the sampled token.
 Advantages and μ are constants here: detached inside. Since log ρ ≤ −log μ(y), ρ overflows in fp32 only for a token sampled at a
@@ -120,7 +120,7 @@ def snis_weights(
     beta: float,
     groups: Int[Tensor, " R"],
 ) -> Float[Tensor, " R"]:
-    """w_k = sg softmax_k(log S − log μ + R/β) over each group's rollouts; J = Σ_k w_k·log S(y_k) moves S towards S·exp(R/β).
+    """Return w_k = sg softmax_k(log S − log μ + R/β) per group; J = Σ_k w_k·log S(y_k) moves S towards S·exp(R/β).
 
     Self-normalised importance weights; they sum to 1 per group. Long sequences drive their ``effective_sample_size`` to 1.
 

@@ -1,4 +1,4 @@
-"""From one number per policy token to the scalar of one micro-batch, such that the micro-batches of a step simply add up.
+"""Reduce one number per policy token to the scalar of a micro-batch, such that the micro-batches of a step add up.
 
 The denominator is the whole optimiser step's, over all ranks and micro-batches, and is known before the first backward; a mean
 within each micro-batch would weigh tokens by how full their micro-batch is. Where ranks average their gradients (FSDP2, DDP),

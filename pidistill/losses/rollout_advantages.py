@@ -1,4 +1,4 @@
-"""Advantages of rollouts: group-relative, leave-one-out, and by turn."""
+"""Compute advantages of rollouts: group-relative, leave-one-out, and by turn."""
 
 from collections.abc import Sequence
 
@@ -33,7 +33,7 @@ def rollout_advantages(
     *,
     kl_in_reward: bool = False,
 ) -> list[RolloutAdvantage]:
-    """Group-relative advantages of a round of whole groups; what "zero" drops is judged on the reward without KL.
+    """Return the group-relative advantages of whole groups; what "zero" drops is judged on the reward without KL.
 
     "policy_gradient" takes a KL that is part of the reward along; one that is a loss, its future term included, stays.
     Demonstrations, which have no reward, get 0.

@@ -1,4 +1,4 @@
-"""The KL of the view that samples: in the reward, as a loss, or as a loss with the future term."""
+"""Weigh the KL of the view that samples: in the reward, as a loss, or as a loss with the future term."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ REFUSED_KL_MODES = {
 
 @dataclass(frozen=True)
 class SamplingKL:
-    """kl(P||sg Q) of the sequence, y ~ P: P the view that samples and is trained, Q the other one.
+    """Weigh kl(P||sg Q) of the sequence, y ~ P: P the view that samples and is trained, Q the other one.
 
     Attributes:
         policy: P.

@@ -1,4 +1,4 @@
-"""Which tokens a term counts, and how much: one line in the config of any objective.
+"""Say which tokens a term counts, and how much: one line in the config of any objective.
 
     objective:
       token_weight: {_component_: pidistill.losses.token_weights.SkipFirst, tokens: 3}
@@ -106,7 +106,7 @@ class PositionDecay:
 
 @dataclass(frozen=True)
 class Chain:
-    """Several, one after another."""
+    """Apply several, one after another."""
 
     steps: Sequence[TokenWeight]
 

@@ -82,7 +82,7 @@ def _row_norms(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def scale_weights_alone(model: nn.Module) -> None:
-    """DoRA layers with a bias get the paper's forward: torchtune 0.6.1 scales the bias too.
+    """Give DoRA layers with a bias the paper's forward: torchtune 0.6.1 scales the bias too.
 
     Neither the weights that torchtune merges nor PEFT do that, and both would be another model than the one that was trained.
     """

@@ -12,11 +12,7 @@ _LARGEST = 10**9  # no size of a model comes near it
 
 
 def check_sizes(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a config.json whose sizes or rotations are absent, or are no numbers.
-
-    Raises:
-        InputError: names the entry and its value.
-    """
+    """Refuse a config.json whose sizes or rotations are absent, or are no numbers."""
     for key in _SIZES:
         _check(config, key, folder, _is_size(config.get(key)), "a positive whole number")
     for key in ("num_key_value_heads", "head_dim"):

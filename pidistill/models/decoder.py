@@ -97,9 +97,6 @@ def lora(
 
     Args:
         names: the attention layers that there are; None where the model itself has to say.
-
-    Raises:
-        InputError: ``lora_attn_modules`` names no attention layer or an unknown one, or a tied head would be adapted.
     """
     unknown = set() if names is None else set(lora_attn_modules) - set(names)
     if unknown or not lora_attn_modules:

@@ -14,11 +14,7 @@ from pidistill.models.protocol import Decoder
 
 
 def empty_model(node: Any) -> Decoder:
-    """Build a model without its weights, on the meta device.
-
-    Raises:
-        InputError: model.quantize_base=True and torchao cannot store a matrix of the model in 4 bits.
-    """
+    """Build a model without its weights, on the meta device."""
     try:
         with torch.device("meta"):
             model = build(node)

@@ -49,9 +49,6 @@ def from_folder(
             ``None`` trains all weights.
         lora_rank: as the arguments after it, the same as in torchtune's ``lora_`` builders.
         max_seq_len: longest position that the model has a rotation for; ``None`` takes config.json's max_position_embeddings.
-
-    Raises:
-        InputError: the folder has no config.json, or describes a model that is not computed here.
     """
     if backend not in ("auto", "torchtune", "transformers"):
         raise InputError(f"model.backend={backend} is none of auto, torchtune and transformers")
@@ -122,11 +119,7 @@ def why_not_torchtune(config: Mapping[str, Any], path: str, max_seq_len: int | N
 
 
 def shape_of(config: Mapping[str, Any], path: str, max_seq_len: int | None = None) -> Shape:
-    """Return the shape that a config.json describes, with ``max_seq_len`` in place of its longest position.
-
-    Raises:
-        InputError: the family is unknown, a size is absent, or the model computes something that torchtune's modules do not.
-    """
+    """Return the shape that a config.json describes, with ``max_seq_len`` in place of its longest position."""
     name = family(config)
     check_sizes(config, Path(path))
     longest = max_seq_len or config.get("max_position_embeddings")

@@ -21,7 +21,7 @@ _TORCHTUNE_NAMES = {"LLAMA2": "llama", "LLAMA3": "llama", "LLAMA3_2": "llama", "
 
 
 class HFCheckpointer:
-    """Loads and saves a model folder, with the methods of torchtune's ``FullModelHFCheckpointer``.
+    """Load and save a model folder, with the methods of torchtune's ``FullModelHFCheckpointer``.
 
     It needs no list of files and no model type, knows Qwen3, and writes the same files as it read: names, shards, and an index
     that lists what is there.
@@ -33,9 +33,6 @@ class HFCheckpointer:
         model_type: llama, qwen2 or qwen3, or torchtune's name of it: checked against config.json's.
         own_names: the state dict has transformers' names, not torchtune's. The recipes set it to what `model` has; None takes
             torchtune's where there is a conversion.
-
-    Raises:
-        InputError: a file is absent or cut short, the family is unknown or not ``model_type``.
     """
 
     def __init__(

@@ -27,11 +27,7 @@ class Stored:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        InputError: the file is absent or is no JSON object.
-    """
+    """Return the object in a JSON file."""
     if not path.is_file():
         raise InputError(f"checkpoint folder {path.parent} has no {path.name} ({_holds(path.parent)}); check checkpoint_dir")
     try:
@@ -44,11 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the files of the model: model.safetensors, or those that the index names, whichever transformers would take.
-
-    Raises:
-        InputError: there is neither, or the index names a file that is absent or outside the folder.
-    """
+    """Return the files of the model: model.safetensors, or those that the index names, whichever transformers would take."""
     if (folder / SINGLE).is_file():
         return [SINGLE]
     if not (folder / INDEX).is_file():
@@ -82,11 +74,7 @@ def check_plain_name(name: Any, source: str) -> None:
 
 
 def stored_tensors(folder: Path, files: Sequence[str]) -> dict[str, Stored]:
-    """Return every tensor of the safetensors files, by name.
-
-    Raises:
-        InputError: a file is cut short or is something else.
-    """
+    """Return every tensor of the safetensors files, by name."""
     found: dict[str, Stored] = {}
     for name in files:
         path = folder / name

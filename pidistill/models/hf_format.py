@@ -24,11 +24,7 @@ _NORMS = {"self_attn.q_norm.weight": "attn.q_norm.scale", "self_attn.k_norm.weig
 
 
 def family(config: Config) -> str:
-    """Return the config's ``model_type``.
-
-    Raises:
-        InputError: it is none of FAMILIES, or the model is no causal language model.
-    """
+    """Return the config's ``model_type``."""
     name, architectures = config.get("model_type"), config.get("architectures") or []
     architectures = architectures if isinstance(architectures, list) else [architectures]
     if name not in FAMILIES:
@@ -60,11 +56,7 @@ def not_loaded(names: Iterable[str], config: Config) -> set[str]:
 
 
 def from_hf(state: State, config: Config) -> State:
-    """Convert Hugging Face's names and row order to torchtune's; tensors that need no permutation are not copied.
-
-    Raises:
-        InputError: the family is unknown, or a tensor has no place in it.
-    """
+    """Convert Hugging Face's names and row order to torchtune's; tensors that need no permutation are not copied."""
     name = family(config)
     if is_tied(config):
         state = {key: value for key, value in state.items() if key != TIED_HEAD}
@@ -81,9 +73,6 @@ def to_hf(state: State, config: Config) -> State:
     """Invert :func:`from_hf`. A tied model's state has no output head, and none is made.
 
     ``state`` is a model's own state dict (``gather_cpu_state_dict`` of a sharded one), without LoRA adapters.
-
-    Raises:
-        InputError: as from_hf; or the config ties the head and the state has one of its own.
     """
     name = family(config)
     if is_tied(config) and "output.weight" in state:

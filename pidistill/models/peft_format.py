@@ -45,16 +45,11 @@ _MOVES_BASE = ("pissa", "olora", "corda", "loftq")
 
 @dataclass(frozen=True)
 class Adapter:
-    """Hold a PEFT folder under torchtune's names.
-
-    Attributes:
-        tensors: of each layer lora_a.weight [r, in], lora_b.weight [out, r] and, of DoRA, magnitude [out].
-        alphas: α of each adapted layer.
-    """
+    """Hold a PEFT folder under torchtune's names."""
 
     folder: Path
-    tensors: dict[str, Tensor]
-    alphas: dict[str, float]
+    tensors: dict[str, Tensor]  # of each layer lora_a.weight [r, in], lora_b.weight [out, r] and, of DoRA, magnitude [out]
+    alphas: dict[str, float]  # α of each adapted layer
     dora: bool
 
     def rank(self, layer: str) -> int:
@@ -139,11 +134,7 @@ def _permuted(rows: Tensor, layer: str, hf_config: Mapping[str, Any], *, to_hf: 
 
 
 def read(folder: Path, hf_config: Mapping[str, Any], own_names: bool = False) -> Adapter:
-    """Return what a PEFT folder of LoRA or DoRA holds, under the names of torchtune or, with ``own_names``, its own.
-
-    Raises:
-        InputError: files are missing, the folder holds another kind of adapter, or a layer lacks one of its tensors.
-    """
+    """Return what a PEFT folder of LoRA or DoRA holds, under the names of torchtune or, with ``own_names``, its own."""
     config = _read_config(folder, hf_config, own_names)
     tensors: dict[str, Tensor] = {}
     for name, tensor in _load(folder / WEIGHTS).items():
@@ -268,11 +259,7 @@ def _own(config: Mapping[str, Any], pattern: str, key: str, layer: str) -> Any:
 
 
 def check_fits(adapter: Adapter, model: nn.Module) -> None:
-    """Refuse an adapter that ``model`` (which may be on meta) cannot take: into its own adapters, or merged into its weights.
-
-    Raises:
-        InputError: other layers, another rank, α or kind than `model` says, or another base's shapes.
-    """
+    """Refuse an adapter that ``model`` (which may be on meta) cannot take: into its adapters, or merged into its weights."""
     own, weights = dict(adapter_modules(model)), dict(model.named_parameters())
     for layer in adapter.alphas:
         _check_base_shape(adapter, layer, weights.get(f"{layer}.weight"))

@@ -45,6 +45,8 @@ def add_up_norms_in_fp32(model: nn.Module) -> None:
 
 
 def _normalize(norm: RMSNorm, x: Tensor) -> Tensor:
+    if x.dtype == norm.scale.dtype:  # torch's kernel adds up and scales in fp32, and rounds once
+        return F.rms_norm(x, norm.normalized_shape, norm.scale, norm.eps)
     return F.rms_norm(x.float(), norm.normalized_shape, norm.scale.float(), norm.eps).to(x.dtype)
 
 

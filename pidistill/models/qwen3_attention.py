@@ -1,4 +1,4 @@
-"""Attention of Qwen3 (arXiv 2505.09388): RMS norms over the head width of queries and keys, before the rotation.
+"""Compute attention of Qwen3 (arXiv 2505.09388): RMS norms over the head width of queries and keys, before the rotation.
 
 torchtune's MultiHeadAttention would rotate first and norm then. With norm weights of one the two agree, since a rotation keeps
 lengths; with trained weights they do not.
@@ -11,10 +11,10 @@ from torchtune.modules import MultiHeadAttention
 
 
 class Qwen3Attention(MultiHeadAttention):
-    """torchtune's attention with the norms before the rotation; ``_attention_call`` and ``kv_cache`` are used as there."""
+    """Norm before the rotation in torchtune's attention; ``_attention_call`` and ``kv_cache`` are used as there."""
 
     def forward(self, x: Tensor, y: Tensor | None = None, *, mask: Any = None, input_pos: Tensor | None = None) -> Tensor:
-        """x, y [B, T, D] (the same, as it is self-attention) → [B, T, D]."""
+        """Return [B, T, D] of x and y [B, T, D], which are the same, as it is self-attention."""
         q = self._rotated(self.q_norm(self._heads(self.q_proj(x))), input_pos)
         k = self._rotated(self.k_norm(self._heads(self.k_proj(y))), input_pos)
         v = self._heads(self.v_proj(y)).transpose(1, 2)

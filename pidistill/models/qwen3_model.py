@@ -1,4 +1,4 @@
-"""Builders of Qwen3 (arXiv 2505.09388): Qwen2 without biases, with RMS norms over the head width of queries and keys.
+"""Build Qwen3 (arXiv 2505.09388): Qwen2 without biases, with RMS norms over the head width of queries and keys.
 
 Its head width is 128, which is not embed_dim / num_heads.
 """
@@ -53,11 +53,7 @@ def lora_qwen3(
     use_dora: bool = False,
     quantize_base: bool = False,
 ) -> TransformerDecoder:
-    """Build Qwen3 with adapters; the arguments are those of torchtune's ``lora_qwen2``, and ``head_dim``.
-
-    Raises:
-        InputError: ``lora_attn_modules`` names no attention layer or an unknown one, or a tied head would be adapted.
-    """
+    """Build Qwen3 with adapters; the arguments are those of torchtune's ``lora_qwen2``, and ``head_dim``."""
     adapters = lora(
         lora_attn_modules,
         apply_lora_to_mlp,

@@ -1,4 +1,4 @@
-"""One method per file; each opens with its equation, its source, and what we do differently.
+"""Define one method per file; each opens with its equation, its source, and what we do differently.
 
 Read `base` first, then `pi_distill`. The rollouts of a round enter, and leave with one advantage each. In an update the
 scores of a micro-batch enter, and one loss per policy token leaves, not yet averaged.

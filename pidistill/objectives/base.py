@@ -1,4 +1,4 @@
-"""What every objective answers, and the pieces that more than one objective is made of."""
+"""Define what every objective answers, and the pieces that more than one objective is made of."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -87,7 +87,7 @@ class Objective(Protocol):
         return rollout_advantages(rollouts, "group_mean", drop_zero_advantage=False)
 
     def coefficients(self, step: int) -> dict[str, float]:
-        """Return the weights in force at this step, for the log."""
+        """Return the objective's weights at this step, for the log."""
         return {}
 
     def score_request(self, step: int) -> ScoreRequest:

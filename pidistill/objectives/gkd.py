@@ -1,4 +1,4 @@
-"""Privileged GKD: generalised knowledge distillation (arXiv 2306.13649) from a teacher that sees the PI; no reward.
+"""Distil with privileged GKD: generalised knowledge distillation (arXiv 2306.13649) from a teacher with PI; no reward.
 
     J = −E_y[ Σ_t jsd_β(T_t, S_t) ],  y ~ S with probability `lmbda`, else the dataset's own completion
     jsd_β = β·kl(T||M) + (1−β)·kl(S||M),  M = β·T + (1−β)·S;  defined at the ends as β=0: kl(T||S), β=1: kl(S||T)

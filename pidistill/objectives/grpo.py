@@ -1,4 +1,4 @@
-"""GRPO, the reinforcement-learning control: no privileged information, no KL (arXiv 2402.03300, Eq. 3 with β=0).
+"""Train with GRPO, the control of reinforcement learning: no privileged information, no KL (arXiv 2402.03300, Eq. 3, β=0).
 
     J = E_{y~S}[ Σ_t min(ρ_t·A, clip(ρ_t, low, high)·A) ],  ρ_t = S(y_t)/sg μ(y_t),  A from the reward within the group
 
@@ -18,7 +18,7 @@ from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scor
 
 
 class GRPO(Objective):
-    """PPO-clip on the student's own samples with group-relative advantages.
+    """Train with PPO-clip on the student's own samples, with group-relative advantages.
 
     Args:
         clip_low, clip_high, dual_clip, advantage, drop_zero_advantage: as in π-Distill.

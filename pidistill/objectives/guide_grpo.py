@@ -1,4 +1,4 @@
-"""Guide-GRPO: the hint only where a whole group fails (arXiv 2506.13923).
+"""Train with Guide-GRPO: the hint only where a whole group fails (arXiv 2506.13923).
 
     J = E_{y~μ}[ Σ_t min(ρ_t·A, clip(ρ_t, low, high)·A) ],  ρ_t = S(y_t|x)/sg μ(y_t),
     μ = S(·|x) where one of the group succeeds; S(·|x, I) for a second group of samples where none does

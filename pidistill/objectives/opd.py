@@ -1,4 +1,4 @@
-"""Vanilla on-policy distillation: a separate, stronger model corrects what the student samples; no reward, no privileged view.
+"""Distil on policy from a separate, stronger model that corrects what the student samples; no reward, no privileged view.
 
     `divergence: sampled`   J = E_{y~S}[ Σ_t ρ_t·A_t ],  A_t = sg(log T − log S)(y_t),  ρ_t = S(y_t)/sg μ(y_t)
     a divergence            J = −E_{y~S}[ Σ_t D(T_t, S_t) ], over the full vocabulary, or the student's top-k tokens and a tail

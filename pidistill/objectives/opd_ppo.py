@@ -1,4 +1,4 @@
-"""On-policy distillation as PPO with the advantage replaced by the teacher's log-ratio, and a trust region around the sampler.
+"""Distil on policy as PPO: the teacher's log-ratio is the advantage, with a trust region around the sampler.
 
     J = E_{y~μ}[ Σ_t clip-min(ρ_t, A_t) ] − β·kl(μ||S),  A_t = sg(log T − log S)(y_t),  ρ_t = S(y_t)/sg μ(y_t)
 
@@ -17,7 +17,7 @@ from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
 
 
 class OPDPPO(Objective):
-    """PPO-clip whose advantage is, per token, the teacher's log-prob minus the student's.
+    """Train with PPO-clip whose advantage is, per token, the teacher's log-prob minus the student's.
 
     Args:
         beta: weight of the trust region kl(behaviour||student), or ``{start, end, steps}``; 0 for none.

@@ -1,4 +1,4 @@
-"""OPSD in its reward form: on-policy self-distillation from the student's own samples (arXiv 2602.04942, Eq. 5).
+"""Distil with OPSD in its reward form: on policy, from the student's own samples (arXiv 2602.04942, Eq. 5).
 
     J = E_{y~S}[R(y)] − β·kl(S||sg T)
 

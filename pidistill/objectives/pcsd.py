@@ -1,4 +1,4 @@
-"""PCSD: privileged-context self-distillation, as published for GSM8K on verl (its privileged-context recipe); no reward.
+"""Distil with PCSD: privileged-context self-distillation, as published for GSM8K on verl; no reward.
 
     J = −E_{y~S}[ Σ_t kl(sg T||S)_t ],  T = the live θ with the ground-truth answer in its prompt
 
@@ -14,7 +14,7 @@ from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
 
 
 class PCSD(Objective):
-    """kl(T||S) on the student's samples; the teacher is the trained model itself.
+    """Minimise kl(T||S) on the student's samples; the teacher is the trained model itself.
 
     Args:
         token_weight: see :mod:`pidistill.losses.token_weights`.

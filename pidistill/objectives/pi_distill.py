@@ -1,4 +1,4 @@
-"""π-Distill: joint teacher-student policy gradient on traces that the teacher samples (arXiv 2602.04942).
+"""Train with π-Distill: joint teacher-student policy gradient on traces that the teacher samples (arXiv 2602.04942).
 
     J_T = E_{y~T}[R(y)] − β·kl(T||sg S)                         (Eq. 2, the teacher learns to use PI and stay imitable)
     J_S = E_{y~T}[(S/sg μ)·R(y)] − β·kl(sg T||S)                (Eq. 3, the student learns from the same traces)
@@ -157,7 +157,7 @@ class PiDistill(Objective):
         return self.kl.behaviour_request()
 
     def behaviour_values(self, scores: Scores) -> Float[Tensor, " N"]:
-        """SNIS: log S; else the estimate of kl(T||S)."""
+        """Return, with SNIS, log S; else the estimate of kl(T||S)."""
         return scores.student_logprobs if self.student_term == "snis" else self.kl.behaviour_values(scores)
 
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
@@ -169,7 +169,7 @@ class PiDistill(Objective):
         return [replace(advantage, snis_weight=weight) for advantage, weight in zip(result, weights, strict=True)]
 
     def snis_weights(self, rollouts: Sequence[Rollout], step: int) -> list[float]:
-        """w_k × the group's size (1 on average), from log S and log μ of the whole rollouts under the weights that sampled."""
+        """Return w_k × the group's size (1 on average), from log S and log μ of rollouts under the weights that sampled."""
         beta = self.beta(step) if self.snis_beta is None else self.snis_beta
         sampled = [[x for x, policy in zip(r.sampled_logprobs, r.policy_mask, strict=True) if policy] for r in rollouts]
         scale = [1 if self.snis_level == "sequence" else max(1, r.policy_tokens) for r in rollouts]

@@ -1,4 +1,4 @@
-"""Objective weights that change with the optimiser step."""
+"""Change objective weights with the optimiser step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

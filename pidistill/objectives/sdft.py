@@ -1,4 +1,4 @@
-"""SDFT: self-distillation fine-tuning from a model that sees a demonstration (arXiv 2601.19897); no reward.
+"""Fine-tune with SDFT: self-distillation from a model that sees a demonstration (arXiv 2601.19897); no reward.
 
     J = −E_{y~S}[ Σ_{t ≥ skip} kl(T||S)_t ],  T = a moving average of θ, with the demonstration in its prompt
 
@@ -16,7 +16,7 @@ from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
 
 
 class SDFT(Objective):
-    """kl(T||S) on the student's samples, without their first tokens.
+    """Minimise kl(T||S) on the student's samples, without their first tokens.
 
     Args:
         skip_first_tokens: policy tokens of each completion that are not trained.

@@ -1,4 +1,4 @@
-"""SDPO: self-distillation from what a round itself reveals (arXiv 2601.20802).
+"""Train with SDPO: self-distillation from what a round itself reveals (arXiv 2601.20802).
 
     J = −E_{y~S}[ Σ_t sg(min(S/μ, c))_t · D_t ],  T = θ̄ with, in its prompt, a successful sibling of y and / or the
                                                   environment's feedback on y;  D over the student's top-k tokens and a tail

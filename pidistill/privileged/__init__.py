@@ -1,4 +1,4 @@
-"""Privileged information: what the teacher sees and the student does not.
+"""Show the teacher what the student does not see: privileged information.
 
 Enters: an :class:`~pidistill.types.Example`, or a sampled rollout. Leaves: the two prompts of a
 :class:`~pidistill.types.PromptPair`. Read :mod:`pidistill.privileged.prompt` first.

@@ -1,4 +1,4 @@
-"""Privileged information that exists only once a round is sampled: a sibling that succeeded, what the environment answered.
+"""Make privileged information of a sampled round: a sibling that succeeded, what the environment answered.
 
 Each rollout's teacher prompt is written again, from its own example with the information found for it; the student's prompt and
 the completion stay, id for id. A rollout for which nothing is found has no privileged information, and is counted: SDPO trains
@@ -29,7 +29,7 @@ TextOfTurns = Callable[[Example, Sequence[Message]], str | None]
 
 
 class Transcript:
-    """Writes the turns as they were said, tool calls, results and other answers of the environment included."""
+    """Write the turns as they were said, tool calls, results and other answers of the environment included."""
 
     def __call__(self, example: Example, turns: Sequence[Message]) -> str:
         return transcript_text(turns)
@@ -37,7 +37,7 @@ class Transcript:
 
 @dataclass(frozen=True)
 class SiblingToolCalls:
-    """Writes the tool calls that a sibling made, without its words and without results; None where it made none.
+    """Write the tool calls that a sibling made, without its words and without results; None where it made none.
 
     Attributes:
         header: the line above them; "" for none.
@@ -57,7 +57,7 @@ class SiblingToolCalls:
 
 @dataclass(frozen=True)
 class ToolFeedback:
-    """Writes what tools answered in the rollout itself, each answer under the turn's calls; None where nothing is said.
+    """Write what tools answered in the rollout itself, each answer under the turn's calls; None where nothing is said.
 
     A call that could not be read is shown as it was written, without the reasoning before it.
 
@@ -88,7 +88,7 @@ class ToolFeedback:
 
 @dataclass(frozen=True)
 class Hindsight:
-    """Chooses what the teacher sees of a rollout's round (SDPO, arXiv 2601.20802).
+    """Choose what the teacher sees of a rollout's round (SDPO, arXiv 2601.20802).
 
     Attributes:
         sibling: writes a successful rollout of the same group, other than the rollout itself, for the teacher to see; None

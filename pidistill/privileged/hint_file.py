@@ -1,4 +1,4 @@
-"""The file of hints that a model wrote about traces: see :mod:`pidistill.rollouts.hints`."""
+"""Read the file of hints that a model wrote about traces: see :mod:`pidistill.rollouts.hints`."""
 
 from collections.abc import Mapping
 from pathlib import Path

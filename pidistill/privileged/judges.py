@@ -1,4 +1,4 @@
-"""A judge's critique of an episode as privileged information: a text that another model, or any function, writes about it.
+"""Make privileged information of a judge's critique: a text that another model, or any function, writes about an episode.
 
 `hindsight.feedback` takes any callable (example, turns) → text or None. :class:`Judge` makes one of a callable prompt → text,
 such as :class:`ChatEndpoint`, and adds what an answer over the network needs: answers are kept on disk under a hash of the
@@ -14,7 +14,6 @@ import logging
 import os
 import queue
 import socket
-import tempfile
 import threading
 import time
 import urllib.error
@@ -28,6 +27,7 @@ from urllib.parse import urlsplit
 from pidistill.chat.messages import transcript_text
 from pidistill.chat.templates import check_template
 from pidistill.errors import InputError, attempt, bounded_repr
+from pidistill.jsonl import replace_file
 from pidistill.types import Example, Message
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def usable_text(value: Any) -> str:
 
 @dataclass
 class Judge:
-    """Writes the critique of an episode, (example, turns) → text, or None where the judge failed; for `hindsight.feedback`.
+    """Write the critique of an episode, (example, turns) → text, or None where the judge failed; for `hindsight.feedback`.
 
     Attributes:
         ask: prompt → text; whatever it raises is a failure. Its ``settings``, if it has any, are part of the cache's key.
@@ -111,9 +111,8 @@ class Judge:
         try:
             self._keep(prompt, text)
         except OSError as error:
-            self._warn_once(
-                bounded_repr(error, MAX_REASON_CHARS), "critiques cannot be kept in feedback.cache_dir %s (%s)", self.cache_dir
-            )
+            sentence = "critiques cannot be kept in feedback.cache_dir %s (%s)"
+            self._warn_once(bounded_repr(error, MAX_REASON_CHARS), sentence, self.cache_dir)
         return text
 
     def _warn_once(self, reason: str, sentence: str, what: Any) -> None:
@@ -150,20 +149,12 @@ class Judge:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         row = {"text": text, "settings": getattr(self.ask, "settings", None)}
-        # Moved into place when whole: several ranks and runs may share the folder.
-        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as out:
-                json.dump(row, out, ensure_ascii=False)
-            os.replace(temporary, file)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace_file(file, json.dumps(row, ensure_ascii=False).encode())  # several ranks and runs may share the folder
 
 
 @dataclass(frozen=True)
 class ChatEndpoint:
-    """Asks one question of a server that speaks OpenAI's chat completions: OpenAI, vLLM, llama.cpp, ...
+    """Ask one question of a server that speaks OpenAI's chat completions: OpenAI, vLLM, llama.cpp, ...
 
     Attributes:
         base_url: up to and including the version, e.g. ``http://localhost:8000/v1``.
@@ -240,18 +231,18 @@ class ChatEndpoint:
 
 
 class _Retry(Exception):
-    """Another try may succeed."""
+    """Say that another try may succeed."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: urllib would send the key to whatever host it names."""
+    """Follow no redirect: urllib would send the key to whatever host it names."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
 
 
 class _Exchange:
-    """Makes one request and reads its answer, in a thread of its own, so that the time limit holds for all of it.
+    """Make one request and read its answer, in a thread of its own, so that the time limit holds for all of it.
 
     urllib's own limit is for one packet: a server that sends a byte of a header now and then would never reach it. When the
     time is over, the connection is shut down, which ends the thread too.
@@ -308,7 +299,7 @@ class _Exchange:
 
 
 class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Opens connections that the exchange knows."""
+    """Open connections that the exchange knows."""
 
     def __init__(self, exchange: _Exchange) -> None:
         urllib.request.HTTPHandler.__init__(self)

@@ -1,4 +1,4 @@
-"""Privileged information in prompts: messages in, messages out.
+"""Put privileged information into prompts: messages in, messages out.
 
 The student view of a row is the row's own messages. The teacher view is the same messages with the privileged information
 put into them before any template is rendered, so the two differ by it alone:
@@ -55,21 +55,17 @@ CONTROLS = (None, "none", "shuffled")
 
 @dataclass(frozen=True)
 class PromptViews:
-    """Holds both views of one example, as messages and as ids.
-
-    Attributes:
-        privileged_tokens: what the privileged information, with the block around it, adds to the teacher's prompt.
-    """
+    """Hold both views of one example, as messages and as ids."""
 
     student_messages: list[Message]
     teacher_messages: list[Message]
     pair: PromptPair
-    privileged_tokens: int
+    privileged_tokens: int  # what the privileged information, with the block around it, adds to the teacher's prompt
 
 
 @dataclass(frozen=True)
 class PrivilegedPrompt:
-    """Says how privileged information enters the teacher's prompt.
+    """Say how privileged information enters the teacher's prompt.
 
     Attributes:
         template: the block around it; ``{privileged}`` stands for the information, other braces are doubled (``{{``).
@@ -136,12 +132,7 @@ class PrivilegedPrompt:
         return teacher.with_template_kwargs(self.teacher_template_kwargs)
 
     def build(self, example: Example, tokenizer: ChatTokenizer) -> PromptViews:
-        """Return both views with the example's own privileged information, whatever ``control`` says.
-
-        Raises:
-            InputError: no user message to attach to, the written-out default system text changes the prompt, or the chat
-                template refuses one of the views (of the teacher's, the sentence says which placement it takes).
-        """
+        """Return both views with the example's own privileged information, whatever ``control`` says."""
         ids = _encode_view(example.messages, example, tokenizer)
         teacher = self.teachers_tokenizer(tokenizer)
         plain = ids if teacher is tokenizer else _encode_view(example.messages, example, teacher, "the teacher's view: ")

@@ -1,4 +1,4 @@
-"""What a teacher sees of a successful agent trace: the kinds of privileged information, in one registry.
+"""List what a teacher may see of a successful agent trace: the kinds of privileged information, in one registry.
 
 | kind | text | tasks without it |
 | --- | --- | --- |
@@ -45,7 +45,7 @@ _CALL_PHRASES = (
 
 @dataclass(frozen=True)
 class TraceText:
-    """Says how the information of one kind is written; its fields are arguments of :func:`pidistill.data.trace_dataset`."""
+    """Say how the information of one kind is written; its fields are arguments of :func:`pidistill.data.trace_dataset`."""
 
     kind: str
     style: CallStyle = field(default_factory=CallStyle)
@@ -87,7 +87,7 @@ class TraceText:
 
 @dataclass(frozen=True)
 class Kind:
-    """Describes one kind of privileged information: how it is written, the line above it, what would give it away."""
+    """Describe one kind of privileged information: how it is written, the line above it, what would give it away."""
 
     write: Callable[[TraceText, TraceTask], str | None]
     header: str = ""

@@ -9,25 +9,15 @@ from pidistill.types import Message
 
 @dataclass(frozen=True)
 class AgentTrace:
-    """Holds one recorded episode.
+    """Hold one recorded episode."""
 
-    Attributes:
-        id: names the row.
-        task: what is the same in all traces of one task.
-        prompt: the messages up to the first assistant turn after the first user message.
-        turns: from there to the last assistant turn; what follows it answers nothing.
-        reward: None where the row has none; ``success`` says whether it reaches the threshold.
-        tools: the row's own tool schemas.
-        actions: the task's reference actions; None where the row has none.
-    """
-
-    id: str
-    task: str
-    prompt: list[Message]
-    turns: list[Message]
-    reward: float | None
-    tools: list[dict[str, Any]] | None
-    actions: list[ToolCall] | None
+    id: str  # names the row
+    task: str  # what is the same in all traces of one task
+    prompt: list[Message]  # the messages up to the first assistant turn after the first user message
+    turns: list[Message]  # from there to the last assistant turn; what follows it answers nothing
+    reward: float | None  # None where the row has none; `success` says whether it reaches the threshold
+    tools: list[dict[str, Any]] | None  # the row's own tool schemas
+    actions: list[ToolCall] | None  # the task's reference actions; None where the row has none
     success: bool
 
     @property

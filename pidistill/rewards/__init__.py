@@ -14,20 +14,3 @@ from pidistill.rewards.contains import Contains
 from pidistill.rewards.exact_match import ExactMatch
 from pidistill.rewards.gsm8k import GSM8KReward, final_answer
 from pidistill.rewards.shaping import LeakPenalty, LengthPenalty, Shaping, add_shaping, build_shaping
-
-__all__ = [
-    "Constraints",
-    "Contains",
-    "ExactMatch",
-    "GSM8KReward",
-    "LeakPenalty",
-    "LengthPenalty",
-    "Reward",
-    "RewardWithParts",
-    "Shaping",
-    "add_shaping",
-    "build_shaping",
-    "count_phrases",
-    "final_answer",
-    "last_answer",
-]

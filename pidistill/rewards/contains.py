@@ -24,9 +24,7 @@ class Contains:
     def check_reference(self, example: Example) -> None:
         """Refuse an example whose reference is empty: every answer would contain it."""
         if not reference_text(example).strip():
-            raise InputError(
-                f"{example.id}: the reference is empty, so every answer would contain it; check dataset.answer_key"
-            )
+            raise InputError(f"{example.id}: the reference is empty, and every answer contains it; check dataset.answer_key")
 
     def __call__(self, example: Example, turns: Sequence[Message]) -> float:
         text, wanted = last_answer(turns), reference_text(example).strip()

@@ -34,11 +34,7 @@ class Shaping(Protocol):
 
 
 def build_shaping(node: Any) -> tuple[Shaping, ...]:
-    """Return the parts of the config key `reward_shaping`, a list of components; none where it is null.
-
-    Raises:
-        InputError: it is no list, an entry is no :class:`Shaping`, or two have one name.
-    """
+    """Return the parts of the config key `reward_shaping`, a list of components; none where it is null."""
     parts = build(node) or []
     if not isinstance(parts, list):
         raise InputError("reward_shaping is one component, not a list of them; begin it with a dash (`- _component_: ...`)")
@@ -51,11 +47,7 @@ def build_shaping(node: Any) -> tuple[Shaping, ...]:
 
 
 def add_shaping(rollout: Rollout, parts: Sequence[Shaping]) -> None:
-    """Add every part to the rollout's reward, turn rewards and reward parts, in place; ``task_reward`` stays.
-
-    Raises:
-        InputError: two parts, or a part and the environment's own, have one name.
-    """
+    """Add every part to the rollout's reward, turn rewards and reward parts, in place; ``task_reward`` stays."""
     for part in parts:
         if part.name in rollout.reward_parts:
             raise InputError(f"two parts of the reward are called {part.name!r}; give one of `reward_shaping` another name")

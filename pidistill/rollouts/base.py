@@ -10,19 +10,13 @@ OnTurnEnd = Callable[[int, list[int]], list[int] | Future[list[int] | None] | No
 
 @dataclass
 class Sample:
-    """Hold what a sampler returns for one row.
+    """Hold what a sampler returns for one row."""
 
-    Attributes:
-        tokens: [T] sampled ids and forced observation ids, in order.
-        policy_mask: [T] True where the token was sampled.
-        logprobs: [T] fp32 nats of each sampled token under the distribution it was drawn from; NaN where forced.
-        stop_reason: "done" (``on_turn_end`` returned None), "length" (token limit reached first) or, from samplers that limit
-            single turns, "turn_length" (the last turn reached that limit; the row ends with it).
-    """
-
-    tokens: list[int]
-    policy_mask: list[bool]
-    logprobs: list[float]
+    tokens: list[int]  # [T] sampled ids and forced observation ids, in order
+    policy_mask: list[bool]  # [T] True where the token was sampled
+    logprobs: list[float]  # [T] fp32 nats of each sampled token under the distribution it was drawn from; NaN where forced
+    # "done" (`on_turn_end` returned None), "length" (token limit reached first) or, from samplers that limit single turns,
+    # "turn_length" (the last turn reached that limit; the row ends with it).
     stop_reason: str
 
 
@@ -53,6 +47,6 @@ class Sampler(Protocol):
         Row ``p * group_size + g`` is completion g of prompt p and draws from its own stream, seeded with ``seeds[row]``: what
         it samples does not depend on which rows share its batch. When a row samples a stop id, ``on_turn_end(row, ids of the
         turn including the stop id)`` returns the ids to force next (an observation), or None to end the row; or a Future of
-        either, and the other rows go on until it is there.
+        either, and the other rows continue until it is there.
         ``max_new_tokens`` counts sampled and forced tokens of a row together. ``temperature`` 0 is greedy.
         """

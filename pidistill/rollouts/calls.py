@@ -20,10 +20,7 @@ CALL_THREAD = "pidistill environment call"
 def ask(call: Callable[[], T], timeout_s: float | None) -> T:
     """Return ``call()``, made in this thread or, with a limit, in a thread of its own.
 
-    A thread cannot be stopped: one that is late is abandoned, and its later answer is ignored.
-
-    Raises:
-        EnvironmentTimeout: no answer came within ``timeout_s`` seconds. Whatever the call raises is raised, too.
+    A thread cannot be stopped: one that is late is abandoned with an EnvironmentTimeout, and its later answer is ignored.
     """
     if timeout_s is None:
         return call()

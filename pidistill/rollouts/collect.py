@@ -57,7 +57,7 @@ def collect_rollouts(
     """Play ``group_size`` episodes of every example; the model sees the prompt of ``view``.
 
     A rollout whose environment raised, hung, died or returned what is no answer is left out, counted and logged; its group is
-    then smaller. The run goes on, and the other rollouts are what they would have been. With a sharded model every rank calls
+    then smaller. The run continues, and the other rollouts do not change. With a sharded model every rank calls
     this function, also a rank that has no examples.
 
     Args:
@@ -65,7 +65,7 @@ def collect_rollouts(
         groups: the group number of each example's rollouts; by default its position.
         temperature, max_new_tokens: replace the sampler's own settings.
         max_turns: assistant turns per episode; an episode that wants more stops with "max_turns". None is no limit.
-        environment_threads: this many episodes talk to the environment at once, and the others go on sampling meanwhile. The
+        environment_threads: this many episodes talk to the environment at once, and the others continue to sample. The
             environment and the tokenizer are then used from several threads. None asks the environment in the sampler's own
             thread. The rollouts are the same.
         environment_timeout_s: seconds that one `reset` or `step` may take; None is no limit. Waiting for a thread of
@@ -75,9 +75,6 @@ def collect_rollouts(
 
     Returns:
         rollouts in the order of ``seeds``.
-
-    Raises:
-        InputError: ``max_turns`` below 1, lists that do not match, or an environment that refuses an example on reset.
     """
     groups = range(len(examples)) if groups is None else groups
     _check_arguments(len(examples), len(prompts), len(groups), max_turns)
@@ -99,10 +96,8 @@ def collect_rollouts(
     rules = EpisodeRules(environment, tokenizer, max_turns, environment_timeout_s, max_observation_chars, tuple(shaping))
     title = f"sampling, {view} view{', greedy' if temperature == 0 else ''}"
     with marked_interrupts(), sampling_progress(len(seeds), title):
-        episodes, samples = _play(
-            rules, sample, [example for example in examples for _ in range(group_size)], environment_threads
-        )
         rows = [row for row in range(len(prompts)) for _ in range(group_size)]
+        episodes, samples = _play(rules, sample, [examples[row] for row in rows], environment_threads)
         rollouts = [
             episode.rollout(sample, prompts[row], view, groups[row])
             for episode, sample, row in zip(episodes, samples, rows, strict=True)

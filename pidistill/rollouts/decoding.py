@@ -27,26 +27,17 @@ TOKENS_PER_READ = 8192
 
 @dataclass(frozen=True)
 class Step:
-    """Hold where one forward reads and writes; the same in every layer.
+    """Hold where one forward reads and writes; the same in every layer."""
 
-    Attributes:
-        slots: [n] the cache row of each row of the forward.
-        contiguous: the slots are 0 to n - 1.
-        starts: [n] how many columns each row holds already; ``start`` is their common value, None where they differ.
-        end: the number of columns that are attended.
-        mask: [n, s, end] True where a query may look; None where it may look at all of them.
-        copies: where prompts are read, (slots, rows of the forward): which rows' keys and values go where. A prompt attends
-            to itself alone. None afterwards.
-        columns: [n, s] where each row writes.
-    """
-
-    slots: Int[Tensor, " n"]
-    contiguous: bool
-    starts: Int[Tensor, " n"]
-    start: int | None
-    end: int
-    mask: Bool[Tensor, "n s end"] | None
-    columns: Int[Tensor, "n s"]
+    slots: Int[Tensor, " n"]  # [n] the cache row of each row of the forward
+    contiguous: bool  # the slots are 0 to n - 1
+    starts: Int[Tensor, " n"]  # [n] how many columns each row holds already
+    start: int | None  # their common value; None where they differ
+    end: int  # the number of columns that are attended
+    mask: Bool[Tensor, "n s end"] | None  # [n, s, end] True where a query may look; None where it may look at all of them
+    columns: Int[Tensor, "n s"]  # [n, s] where each row writes
+    # Where prompts are read, (slots, rows of the forward): which rows' keys and values go where. A prompt attends to itself
+    # alone. None afterwards.
     copies: tuple[Int[Tensor, " R"], Int[Tensor, " R"]] | None = None
 
     @cached_property
@@ -69,7 +60,7 @@ def grown_columns(needed: int, most: int) -> int:
 
 
 class Cache(nn.Module):
-    """Keys and values of one layer, [slots, kv heads, columns, head dim]; each row fills its own columns from 0 on.
+    """Hold keys and values of one layer, [slots, kv heads, columns, head dim]; each row fills its own columns from 0 on.
 
     A Module because torch accepts nothing else as ``kv_cache`` of a model that once had one (`generate` has used it); its
     tensors are no buffers, so no state dict sees them.
@@ -128,7 +119,7 @@ class Cache(nn.Module):
         filled = 0 if old is None else old.shape[2]
         if old is not None:
             grown[:, :, :filled] = old[: self.slots]
-        # Not whatever memory held: what a row may not see has weight 0 in its attention, and 0 · NaN is NaN.
+        # Zeros, since memory may hold NaN: what a row may not see has weight 0 in its attention, and 0 · NaN is NaN.
         grown[:, :, filled:] = 0
         return grown
 
@@ -146,7 +137,7 @@ class Context:
         self._lengths: list[int] = []  # of the rows in slots 0, 1, …
 
     def reserve(self, slots: int) -> None:
-        """From the next growth on, room for this many rows."""
+        """Make room, from the next growth on, for this many rows."""
         for cache in self._caches:
             cache.slots = slots
 
@@ -181,7 +172,7 @@ class Context:
         return self._forward(tokens, step)
 
     def rearrange(self, order: list[int]) -> None:
-        """Slot i takes the row of slot ``order[i]``; rows that are not in ``order`` are dropped."""
+        """Put the row of slot ``order[i]`` into slot i; rows that are not in ``order`` are dropped."""
         moved = [(source, target) for target, source in enumerate(order) if source != target]
         self._lengths = [self._lengths[source] for source in order]
         if moved:
@@ -210,7 +201,7 @@ class Context:
         return Step(self._tensor(list(slots)), contiguous, positions, start, end, mask, columns)
 
     def _forward(self, tokens: list[Sequence[int]], step: Step) -> Float[Tensor, "n V"]:
-        """Rows are padded on the right: what a padding column writes is never seen, and the row's next ids replace it."""
+        """Read rows padded on the right: what a padding column writes is never seen, and the row's next ids replace it."""
         s = max(map(len, tokens))
         padded = self._tensor([[*ids, *[self._pad_id] * (s - len(ids))] for ids in tokens])
         self._last = self._tensor([len(ids) - 1 for ids in tokens])
@@ -234,7 +225,7 @@ def _wide_head(model: Decoder) -> Float[Tensor, "V H"] | None:
 
 
 def of_like_length(lengths: list[int]) -> list[list[int]]:
-    """Which of them to read in one forward: those of like length, so that padding is little and memory bounded."""
+    """Return which rows to read in one forward: those of like length, so that padding is little and memory bounded."""
     chunks: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if chunks and (len(chunks[-1]) + 1) * lengths[i] <= TOKENS_PER_READ:
@@ -251,7 +242,7 @@ def attention_mask(starts: Int[Tensor, " n"], s: int, end: int) -> Bool[Tensor, 
 
 
 def decoding(model: Decoder, max_columns: int, pad_id: int) -> AbstractContextManager[Context]:
-    """Give the model caches and the sampler's head, and take them away again whatever happens."""
+    """Give the model caches and the sampler's head, and take them away again, also after an exception."""
     if takes_layer_masks(model):
         from pidistill.rollouts.hf_decoding import layer_mask_decoding
 
@@ -264,7 +255,7 @@ def unembedding(model: Decoder, unembed: Callable[[Tensor], Tensor]) -> Iterator
     """Shadow the method on this instance while it samples; the model's class stays as it is."""
     model.unembed = unembed
     try:
-        # cuDNN plans its kernel anew for every length, which takes longer (37 ms on an H200) than the rest of the step.
+        # cuDNN plans a new kernel for every length, which takes longer (37 ms on an H200) than the rest of the step.
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             yield
     finally:
@@ -300,7 +291,7 @@ def _torchtune_decoding(model: Decoder, max_columns: int, pad_id: int) -> Iterat
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, each module's own mode restored; compiled layers run eagerly, or every new length would compile again."""
+    """Set eval mode, and restore each module's own; compiled layers run eagerly, or each new length would compile again."""
     training = [module for module in model.modules() if module.training]
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The distribution that tokens are drawn from, and the draw."""
+"""Make the distribution that tokens are drawn from, and draw from it."""
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -28,7 +28,7 @@ def sampling_logprobs(
 
 
 def draw(scores: Float[Tensor, "B V"], uniforms: Float64[Tensor, " B"]) -> tuple[Int[Tensor, " B"], Float64[Tensor, " B"]]:
-    """By inverse CDF from softmax(scores): the first id at which the cumulative probability exceeds the uniform of [0, 1).
+    """Draw by inverse CDF from softmax(scores): the first id whose cumulative probability exceeds the uniform of [0, 1).
 
     An id of probability 0 (score -inf) adds nothing to the sum, so it is never the first to exceed anything. The sum runs over
     blocks, then over the ids of one block, in float64; no copy of the vocabulary is made. ``scores`` is overwritten.

@@ -70,27 +70,19 @@ class EpisodeRules:
 
 @dataclass
 class Episode:
-    """Hold one rollout's conversation with the environment.
-
-    Attributes:
-        turns: assistant turns and those observations that are in the context.
-        turn_rewards, turn_policy_tokens: one number per assistant turn.
-        tokens: length of the context after the prompt: turns so far, and the observations that were handed to the sampler.
-        observations: the last ones that were handed to the sampler.
-        failure: why the rollout has no reward; None while it has one.
-    """
+    """Hold one rollout's conversation with the environment; ``turn_`` lists have one number per assistant turn."""
 
     rules: EpisodeRules
     example: Example
-    turns: list[Message] = field(default_factory=list)
+    turns: list[Message] = field(default_factory=list)  # assistant turns and those observations that are in the context
     turn_rewards: list[float] = field(default_factory=list)
     turn_policy_tokens: list[int] = field(default_factory=list)
-    tokens: int = 0
+    tokens: int = 0  # of the context after the prompt: turns so far, and observations that were handed to the sampler
     reward: float = 0.0
     reward_parts: dict[str, float] = field(default_factory=dict)
     out_of_turns: bool = False
-    failure: Failure | None = None
-    observations: list[Message] = field(default_factory=list)
+    failure: Failure | None = None  # why the rollout has no reward; None while it has one
+    observations: list[Message] = field(default_factory=list)  # the last ones that were handed to the sampler
     state: Any = None
 
     def __post_init__(self) -> None:

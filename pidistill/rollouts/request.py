@@ -27,18 +27,12 @@ class Request:
 
 @runtime_checkable
 class DecodingRow(Protocol):
-    """Hold one completion that is being sampled.
+    """Hold one completion that is being sampled."""
 
-    Attributes:
-        index: its number among all rows.
-        turn_start: where the current turn begins in ``sample.tokens``.
-        answer: what is awaited from ``on_turn_end``; None while nothing is.
-    """
-
-    index: int
+    index: int  # its number among all rows
     sample: Sample
-    turn_start: int
-    answer: Future | None
+    turn_start: int  # where the current turn begins in `sample.tokens`
+    answer: Future | None  # what is awaited from `on_turn_end`; None while nothing is
 
     def append(self, ids: Sequence[int], *, sampled: bool, logprobs: Sequence[float]) -> None: ...
 

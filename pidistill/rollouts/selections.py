@@ -31,20 +31,13 @@ REWRITING_STREAM = -3
 
 @dataclass(frozen=True)
 class Trace:
-    """Hold a demonstration: the answer to the example's messages.
-
-    Attributes:
-        completion: assistant turns and the observations between them; ends with an assistant turn.
-        reward: what the environment gave for it.
-        group: the prompt's index, which orders the traces.
-        provenance: where it comes from, for the reader of the file.
-    """
+    """Hold a demonstration: the answer to the example's messages."""
 
     example: Example
-    completion: list[Message]
-    reward: float
-    group: int
-    provenance: dict[str, Any] = field(default_factory=dict)
+    completion: list[Message]  # assistant turns and the observations between them; ends with an assistant turn
+    reward: float  # what the environment gave for it
+    group: int  # the prompt's index, which orders the traces
+    provenance: dict[str, Any] = field(default_factory=dict)  # where it comes from, for the reader of the file
 
 
 @dataclass
@@ -121,8 +114,8 @@ class Interventions:
     In the paper the model compares its trace with a reference solution, names the first wrong step and proposes a one-step
     fix; then SFT on the prefix with the fix, then RL. Here the environment's verifier names the failing turn, the one at
     which it ended the episode (the tiny world has no text for a judge), and the model, shown the privileged information,
-    rewrites that turn. A fix is kept if the environment accepts it: the episode goes on, or ends with at least ``threshold``.
-    An environment that goes on after a wrong turn (``TinyWorldEnvironment.retries``) accepts everything: use one that does not.
+    rewrites that turn. A fix is kept if the environment accepts it: the episode continues, or ends with ``threshold`` or more.
+    An environment that continues after a wrong turn (``TinyWorldEnvironment.retries``) accepts everything: use another one.
 
     A rollout that the token limit or `max_turns` ended has no refused turn and gives no trace.
 
@@ -183,7 +176,7 @@ def _check_limit(max_per_prompt: int | None) -> None:
         raise InputError(f"selection.max_per_prompt is {max_per_prompt}; give at least 1, or null for all")
 
 
-# ---------------------------------------------------------------------------------------------- one turn anew
+# ---------------------------------------------------------------------------------------------- one turn again
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Sampling from any torchtune decoder, sharded or not, without changing it.
+"""Sample from any torchtune decoder, sharded or not, without changing it.
 
 `torchtune.generation.generate` keeps every logit of every step, runs until the last row stops and gives no log-probs. This
 loop keeps one step's logits at a time, records the log-prob of each token under the distribution it was drawn from, and forces
@@ -89,10 +89,6 @@ class TorchtuneSampler:
 
         A row's tokens depend on its prompt and seed, not on its batch; only where a draw falls within rounding error of
         the border between two tokens can another batch decide otherwise (about 1e-7 per token in fp32, more in bf16).
-
-        Raises:
-            InputError: a prompt is empty, too long for the model or holds an id that the model lacks; a setting is out of
-                range; or the model gives logits that are not finite.
         """
         request = Request(
             temperature=self.temperature if temperature is None else temperature,
@@ -118,22 +114,15 @@ class TorchtuneSampler:
 
 @dataclass
 class _Row:
-    """Hold one completion while it is sampled.
+    """Hold one completion while it is sampled."""
 
-    Attributes:
-        index, prompt: its number among all rows, and which prompt it answers.
-        unread: ids of ``sample.tokens`` that the model has not read yet; never empty between steps.
-        turn_start: where the current turn begins in ``sample.tokens``.
-        answer: what is awaited from ``on_turn_end``; None while nothing is.
-    """
-
-    index: int
-    prompt: int
+    index: int  # its number among all rows
+    prompt: int  # which prompt it answers
     seed: int
     sample: Sample = field(default_factory=lambda: Sample([], [], [], ""))
-    unread: list[int] = field(default_factory=list)
-    turn_start: int = 0
-    answer: Future | None = None
+    unread: list[int] = field(default_factory=list)  # ids that the model has not read yet; never empty between steps
+    turn_start: int = 0  # where the current turn begins in `sample.tokens`
+    answer: Future | None = None  # what is awaited from `on_turn_end`; None while nothing is
 
     @property
     def finished(self) -> bool:
@@ -179,7 +168,7 @@ def _sample_rows(model: Decoder, prompts: Sequence[Sequence[int]], rows: list[_R
 
 
 def _going_on(rows: list[_Row], context: Context) -> list[_Row]:
-    """Finished rows leave, and those with one token to read come first, so that a step reads its part of the cache in place."""
+    """Drop finished rows, and put those with one token to read first, so that a step reads its part of the cache in place."""
     one = [slot for slot, row in enumerate(rows) if row.to_read == 1]
     others = [slot for slot, row in enumerate(rows) if not row.finished and row.to_read != 1]
     order = _few_moves(one, 0) + _few_moves(others, len(one))
@@ -210,7 +199,7 @@ def _advance(rows: list[_Row], context: Context, request: Request) -> None:
 def _begin(
     queue: deque[_Row], size: int, taken: int, prompts: Sequence[Sequence[int]], context: Context, request: Request
 ) -> list[_Row]:
-    """Rows that enter now, with their first token; each prompt is read once, whatever the size of its group."""
+    """Return the rows that enter now, with their first token; each prompt is read once, whatever the size of its group."""
     free = size - taken
     if not queue or (taken and free < max(1, _ENTER_AT_FRAC * size)):
         return []

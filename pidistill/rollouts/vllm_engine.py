@@ -1,4 +1,4 @@
-"""A vLLM engine inside the training process: the same device, weights handed over in memory, stepped by hand.
+"""Run a vLLM engine in the training process: the same device, weights handed over in memory, stepped by hand.
 
 vLLM is imported when the engine starts and not before. What it does to the process that hosts it (random state, torch's
 threads, environment variables) is undone.
@@ -31,17 +31,11 @@ _KEPT_VARIABLES = ("LOCAL_WORLD_SIZE", "LD_PRELOAD")
 
 @dataclass(frozen=True)
 class Turn:
-    """Hold what one request sampled.
+    """Hold what one request sampled."""
 
-    Attributes:
-        row: the number that :meth:`Engine.begin` was given.
-        ids: ends with the stop id, unless the limit came first.
-        logprobs: nats of each id under the distribution it was drawn from.
-    """
-
-    row: int
-    ids: list[int]
-    logprobs: list[float]
+    row: int  # the number that `begin` was given
+    ids: list[int]  # ends with the stop id, unless the limit came first
+    logprobs: list[float]  # nats of each id under the distribution it was drawn from
 
 
 @dataclass(frozen=True)
@@ -56,19 +50,19 @@ class Settings:
 
 @runtime_checkable
 class Engine(Protocol):
-    """Sampling of single turns, many at once."""
+    """Sample single turns, many at once."""
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Sample with these weights (Hugging Face's names, whole tensors) from now on."""
 
     def rest(self) -> None:
-        """Called when a call's rows are done."""
+        """Release what a call's rows have used, once they are done."""
 
     def begin(self, row: int, ids: Sequence[int], seed: int, max_tokens: int, settings: Settings) -> None:
         """Sample after ``ids`` until a stop id or ``max_tokens``."""
 
     def step(self) -> list[Turn]:
-        """Advance every turn that was begun by a token or more; those that ended."""
+        """Advance every turn that was begun by a token or more; return those that ended."""
 
     def abort(self) -> None:
         """Forget the turns that have not ended."""
@@ -192,14 +186,14 @@ def _check_device(engine: str, model: torch.device, sleep: bool) -> None:
 
 
 def _repack_head(model: torch.nn.Module) -> None:
-    """vLLM on CPU multiplies with a packed copy of the head, which its reload forgets where the embedding is the head."""
+    """Pack the head again: vLLM on CPU multiplies with a copy, which its reload forgets where the embedding is the head."""
     head = getattr(model, "lm_head", None)
     if head is not None and head.weight.device.type == "cpu":
         head.quant_method.process_weights_after_loading(head)
 
 
 def _shut_down_quietly(client: Any) -> None:
-    """vLLM's own shutdown at exit fails where the recipe has destroyed the process groups by then; the rest of it is needed."""
+    """Shut vLLM down without its complaint that the recipe has destroyed the process groups; the rest of it is needed."""
     if client._finalizer.detach() is not None:
         weakref.finalize(client, _quietly, client.engine_core.shutdown)
 
@@ -211,7 +205,7 @@ def _quietly(shutdown: Callable[[], None]) -> None:
 
 @contextmanager
 def _process_kept(device: torch.device) -> Iterator[None]:
-    """Random state, torch's threads and a few environment variables as they were."""
+    """Restore random state, torch's threads and a few environment variables."""
     python, numpy, set_threads, threads = (
         random.getstate(),
         np.random.get_state(),

@@ -1,4 +1,4 @@
-"""vLLM as the sampler: its engine runs in the training process and samples with the trained weights as they are now.
+"""Sample with vLLM: its engine runs in the training process and samples with the trained weights as they are now.
 
 Token ids go in and token ids come out. A turn is a request; the next turn of a row is a request whose prompt is everything so
 far, of which the prefix cache holds the keys and values. Rows whose turn ended go on while others still sample.
@@ -39,7 +39,7 @@ from pidistill.rollouts.vllm_engine import Engine, Settings, Turn, VLLMEngine, r
 
 @dataclass(kw_only=True)
 class VLLMSampler:
-    """Samples with vLLM (extra `vllm`); see :class:`pidistill.rollouts.base.Sampler` for what `sample` promises.
+    """Sample with vLLM (extra `vllm`); see :class:`pidistill.rollouts.base.Sampler` for what `sample` promises.
 
     The engine starts at the first call, one per rank, on the device that trains. Every call first hands it the weights it is
     called with (LoRA adapters merged in): of a sharded model each rank gathers all of them, so it needs memory for the whole
@@ -112,10 +112,6 @@ class VLLMSampler:
 
         The numbers a row draws depend on its seed and on where its turns begin, not on its batch. How vLLM rounds does depend
         on the batch: a draw within rounding error of the border between two tokens can fall otherwise.
-
-        Raises:
-            InputError: vLLM does not start; a prompt is empty, too long or holds an id that the model lacks; a setting is out
-                of range; or the model gives logits that are not finite.
         """
         request = Request(
             temperature=self.temperature if temperature is None else temperature,
@@ -212,22 +208,15 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass
 class _Row:
-    """Hold one completion while it is sampled.
-
-    Attributes:
-        prompt: ids before the completion.
-        turn_start: where the current turn begins in ``sample.tokens``.
-        answer: what is awaited from ``on_turn_end``; None while nothing is.
-        sampling: the engine is at work on its turn.
-    """
+    """Hold one completion while it is sampled."""
 
     index: int
-    prompt: list[int]
+    prompt: list[int]  # ids before the completion
     seed: int
     sample: Sample = field(default_factory=lambda: Sample([], [], [], ""))
-    turn_start: int = 0
-    answer: Future | None = None
-    sampling: bool = False
+    turn_start: int = 0  # where the current turn begins in `sample.tokens`
+    answer: Future | None = None  # what is awaited from `on_turn_end`; None while nothing is
+    sampling: bool = False  # the engine is at work on its turn
 
     def append(self, ids: Sequence[int], *, sampled: bool, logprobs: Sequence[float]) -> None:
         self.sample.tokens += ids

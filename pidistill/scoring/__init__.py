@@ -1,4 +1,4 @@
-"""Both views of the completions through the model, in one pass; read :mod:`pidistill.scoring.score` first.
+"""Score both views of the completions in one pass of the model; read :mod:`pidistill.scoring.score` first.
 
 Rollouts with their advantages enter: the packer forms micro-batches of them, and `batch` writes each as one tree or as padded
 rows. What leaves are :class:`pidistill.types.Scores`, a few numbers per policy token with their gradient. `head` and

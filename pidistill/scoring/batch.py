@@ -1,4 +1,4 @@
-"""Sequences as what a model reads: one packed tree, or right-padded rows."""
+"""Arrange sequences as a model reads them: one packed tree, or right-padded rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,17 +24,12 @@ def policy_positions(rollout: Rollout) -> list[int]:
 
 @dataclass(frozen=True)
 class Tree:
-    """Hold token sequences with their common beginnings merged, depth first.
+    """Hold token sequences with their common beginnings merged, depth first."""
 
-    Attributes:
-        tokens, positions, ends: [L] id, distance from the root, and the column behind the last token of the subtree.
-        columns: per sequence, in the order given, where its tokens stand.
-    """
-
-    tokens: list[int]
-    positions: list[int]
-    ends: list[int]
-    columns: list[list[int]]
+    tokens: list[int]  # [L] ids
+    positions: list[int]  # [L] distance from the root
+    ends: list[int]  # [L] the column behind the last token of the subtree
+    columns: list[list[int]]  # per sequence, in the order given, where its tokens stand
 
 
 def make_tree(sequences: Sequence[list[int]]) -> Tree:

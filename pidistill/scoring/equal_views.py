@@ -1,4 +1,4 @@
-"""Exact zeros: the same weights reading the same tokens give the same hidden states, wherever they were computed.
+"""Keep zeros exact: the same weights reading the same tokens give the same hidden states, wherever they were computed.
 
 A rollout whose two prompts are the same ids (an example without privileged information, the control arm `none`) is one sequence
 to both views. Computed at two places of a packed row, or in micro-batches of another shape, it may round differently. A

@@ -1,4 +1,4 @@
-"""The one place where logits meet tokens: hidden states and the head's weight → per-token numbers, chunk by chunk.
+"""Turn hidden states and the head's weight into per-token numbers, chunk by chunk: the one place where logits meet tokens.
 
 A [tokens, vocabulary] tensor never exists, and peak memory does not grow with tokens. :func:`_chunk_by_chunk` is the one pass:
 

@@ -1,4 +1,4 @@
-"""What the head makes of a chunk of logits: the numbers of its tokens, and their gradients, by hand, in log-prob space.
+"""Compute the numbers of a chunk's tokens from its logits, and their gradients by hand, in log-prob space.
 
 A number's gradient with respect to a side's log-probs is coefficient · matrix; through the softmax, a sum G of such terms
 becomes (G − p · ΣG) / temperature. Logits are products (or capped ones), hence finite: no 0 · inf here.
@@ -132,7 +132,7 @@ def _teacher_of(name: Divergence, sides: dict) -> str:
 
 
 def _at(logp: Float[Tensor, "c V"], targets: Int[Tensor, " c"]) -> Float[Tensor, " c"]:
-    """Log-prob of each target; −inf for an id beyond this side's vocabulary, which a model with more padded rows may sample."""
+    """Return the log-prob of each target; −inf for an id beyond this side's vocabulary, which a padded model may sample."""
     last = logp.shape[-1] - 1
     return logp.gather(-1, targets.clamp(max=last)[:, None]).squeeze(-1).masked_fill(targets > last, -torch.inf)
 

@@ -1,4 +1,4 @@
-"""The sampler's distribution against the trainer's: measured, bounded, and corrected by truncated importance weights.
+"""Compare the sampler's distribution with the trainer's: measured, bounded, and corrected by truncated importance weights.
 
 The policy gradient takes every token for a sample of the policy that the trainer sees. A sampler draws from another one, μ,
 where its kernels round otherwise, where its weights are stale, and where top-p or top-k cuts the distribution. With π the
@@ -44,7 +44,7 @@ On a small random model, CPU, our own sampler is 1e-6 away in fp32 and .012 in b
 class MismatchMeter:
     """Look at the first update after each sampling, where the trained weights still are those that sampled.
 
-    Config key `max_sampler_mismatch_nats`: the largest mean |Δ| per token that a run bears, without the part that top-p or
+    Config key `max_sampler_mismatch_nats`: the largest mean |Δ| per token that a run accepts, without the part that top-p or
     top-k explains; null is DEFAULT_LIMIT_NATS.
     """
 
@@ -80,8 +80,7 @@ class MismatchMeter:
     def report(self) -> dict[str, float]:
         """Return metrics over all ranks at a round's first update, and nothing after. Called before the optimiser steps.
 
-        Raises:
-            InputError: on every rank, where the mean |Δ| that the sampler's top-p or top-k does not explain is above the limit.
+        A mean |Δ| above the limit, beyond what the sampler's top-p or top-k explains, is refused on every rank.
         """
         if not self._due:
             return {}

@@ -1,4 +1,4 @@
-"""Rollouts as what a model reads: one packed tree, or right-padded rows; and how many of them go through it at once.
+"""Pack rollouts as a model reads them: one packed tree, or right-padded rows; and say how many go through it at once.
 
 A group of G completions shares its prompt, the two views of a rollout share the text before the privileged information, and all
 prompts of a dataset often begin alike. ``packing: tree`` lays each shared stretch down once:
@@ -32,9 +32,6 @@ from pidistill.types import Batch, Rollout, RolloutAdvantage, ViewName
 log = utils.get_logger("INFO")
 
 Item = TypeVar("Item")
-
-
-# ------------------------------------------------------------------------------------------------- how many at once
 
 
 class Packer:

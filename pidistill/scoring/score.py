@@ -1,4 +1,4 @@
-"""Both views of a batch through the model, up to per-token numbers.
+"""Score both views of a batch with the model, up to per-token numbers.
 
 ``score`` returns log-probs of the sampled tokens, full-vocabulary divergences and entropies. The output head
 (:mod:`pidistill.scoring.head`) is applied inside the model's own forward, where FSDP2 has its weight unsharded, to the hidden
@@ -81,19 +81,13 @@ def _voices(teacher: Teacher | Decoder | None, model: Decoder) -> list[MixturePa
 
 @dataclass(frozen=True)
 class Forwards:
-    """Hold the forwards over a micro-batch that a request needs.
+    """Hold the forwards over a micro-batch that a request needs."""
 
-    Attributes:
-        called: views that one forward of the trained model computes together, with the output head inside it.
-        gradient: those of ``called`` that gradient flows back from.
-        constant: views that the trained model computes under ``no_grad``, each in a forward of its own.
-        given: the side that the parts of a given teacher compute, each in a forward of its own; None where there is none. A
-            part that is the trained model itself needs no forward where the teacher view is in ``called``.
-    """
-
-    called: tuple[ViewName, ...]
-    gradient: tuple[ViewName, ...]
-    constant: tuple[ViewName, ...]
+    called: tuple[ViewName, ...]  # views that one forward of the trained model computes together, with the head inside it
+    gradient: tuple[ViewName, ...]  # those of `called` that gradient flows back from
+    constant: tuple[ViewName, ...]  # views that the trained model computes under `no_grad`, each in a forward of its own
+    # The side that the parts of a given teacher compute, each in a forward of its own; None where there is none. A part that is
+    # the trained model itself needs no forward where the teacher view is in `called`.
     given: Literal["teacher", "given_teacher"] | None
 
 

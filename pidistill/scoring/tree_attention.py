@@ -1,4 +1,4 @@
-"""Attention over packed trees: several conversations in one row, each stretch of text that they share standing there once.
+"""Attend over packed trees: several conversations in one row, each stretch of text that they share standing there once.
 
 The tokens of a row are in depth-first order, so that the subtree of token k is the columns k to ``ends[k]``, and
 
@@ -38,7 +38,7 @@ class _Block:
 
 
 class TreeMask:
-    """Be what a decoder is given as ``mask`` for a packed row; see :func:`read_trees`."""
+    """Mask a packed row; a decoder takes it as ``mask``; see :func:`read_trees`."""
 
     def __init__(self, ends: Int[Tensor, " L"]) -> None:
         self.ends = ends
@@ -130,11 +130,7 @@ def read_trees(model: Decoder) -> None:
 
 
 def check_trees(model: Decoder) -> None:
-    """Refuse a model whose attention cannot take a :class:`TreeMask`.
-
-    Raises:
-        InputError: it has a sliding window, another kind of mask, or dropout; or layers with a state.
-    """
+    """Refuse a model whose attention cannot take a :class:`TreeMask`."""
     if state := carried_state(model):
         raise InputError(f"the model has {state}, which do not know the branches of packed trees; set packing: padded")
     for module in attention_modules(model):
@@ -169,7 +165,7 @@ def tree_attention(
     mask: "TreeMask | TreeLayerMask",
     form: AttentionForm | None = None,
 ) -> Float[Tensor, "1 heads L dv"]:
-    """softmax(q·kᵀ/√d over the keys that each query sees)·v, differentiable in all three, and in the sinks of ``form``."""
+    """Return softmax(q·kᵀ/√d over the keys that each query sees)·v, differentiable in all and in the sinks of ``form``."""
     form = form or AttentionForm()
     if q.device.type == "cuda":
         return flex_tree_attention(_compiled_flex_attention(), q, k, v, mask.block_mask, form)

@@ -1,4 +1,4 @@
-"""Tokenizers: messages in, token ids out, and back.
+"""Turn messages into token ids, and ids back into text.
 
 Enters: messages and tool schemas. Leaves: ids of prompts, turns and observations, which rendering.py checks against the
 messages. Read :mod:`pidistill.tokenizers.base`, the protocol, first.

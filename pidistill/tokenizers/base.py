@@ -1,4 +1,4 @@
-"""What the package needs from a tokenizer: prompts, turns and observations as token ids, never cut out of a rendered string."""
+"""Define what the package needs of a tokenizer: prompts, turns and observations as ids, never cut out of a rendered text."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -8,22 +8,16 @@ from pidistill.types import Message
 
 @runtime_checkable
 class ChatTokenizer(Protocol):
-    """Maps conversations to token ids so that a conversation only ever grows at its end.
+    """Map conversations to token ids so that a conversation only ever grows at its end.
 
     prompt ids ++ turn ids ++ observation ids ++ turn ids ... is one growing context: what the model sampled stays as it was
     sampled, and only the new messages are encoded.
-
-    Attributes:
-        vocab_size: number of ids that the tokenizer can produce (a model's output may be padded to more).
-        pad_id: id used to fill batches; never looked at by the model.
-        stop_ids: ids that end an assistant turn; the sampled one is part of the completion and is trained.
-        max_seq_len: prompt + completion limit in tokens, or None.
     """
 
-    vocab_size: int
-    pad_id: int
-    stop_ids: frozenset[int]
-    max_seq_len: int | None
+    vocab_size: int  # number of ids that the tokenizer can produce (a model's output may be padded to more)
+    pad_id: int  # id used to fill batches; never looked at by the model
+    stop_ids: frozenset[int]  # ids that end an assistant turn; the sampled one is part of the completion and is trained
+    max_seq_len: int | None  # prompt + completion limit in tokens, or None
 
     def encode_prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """Return the ids of the conversation, ending where the assistant turn begins (generation prompt included)."""

@@ -1,11 +1,11 @@
-"""A tokenizer of bytes in the Hugging Face format, for tests and small runs."""
+"""Make a tokenizer of bytes in the Hugging Face format, for tests and small runs."""
 
 import json
-import os
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from pidistill.jsonl import replace_file
 from pidistill.tokenizers.hf_chat import HFChatTokenizer
 
 # Ids of byte_tokenizer_folder: 256 bytes, the end of a text, the begin and the end of a message.
@@ -33,19 +33,14 @@ def byte_tokenizer_folder(path: str | Path) -> Path:
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": _CHATML}
     stops = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
-    _write_whole(folder / "tokenizer.json", tokenizer.to_str())
-    _write_whole(folder / "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | named))
-    _write_whole(folder / "generation_config.json", json.dumps({"eos_token_id": stops, "pad_token_id": stops[1]}))
+    replace_file(folder / "tokenizer.json", tokenizer.to_str().encode())
+    named = {"tokenizer_class": "PreTrainedTokenizerFast"} | named
+    replace_file(folder / "tokenizer_config.json", json.dumps(named).encode())
+    generation = {"eos_token_id": stops, "pad_token_id": stops[1]}
+    replace_file(folder / "generation_config.json", json.dumps(generation).encode())
     return folder
 
 
 def byte_tokenizer(path: str, max_seq_len: int | None = None) -> HFChatTokenizer:
     """Write the files of :func:`byte_tokenizer_folder` to ``path`` and return their tokenizer: a config's `tokenizer`."""
     return HFChatTokenizer(str(byte_tokenizer_folder(path)), max_seq_len=max_seq_len)
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """Write the file aside and move it into place: another process reads the old file or this one, never a half."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)

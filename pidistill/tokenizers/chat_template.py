@@ -1,4 +1,4 @@
-"""A model's own Jinja chat template: finding it among the model's files, and rendering messages with it.
+"""Find a model's own Jinja chat template among its files, and render messages with it.
 
 Templates come with downloaded models, so they run in jinja2's immutable sandbox, with the helpers that transformers gives
 them and no others, and within the limits of :mod:`pidistill.tokenizers.template_limits`.
@@ -26,7 +26,7 @@ class TemplateRefusal(InputError):
 
 
 class ChatTemplate:
-    """Renders messages to the text that the model's prompts are made of.
+    """Render messages to the text that the model's prompts are made of.
 
     Args:
         templates: by name; "tool_use" is taken where tools are given, "default" otherwise.
@@ -48,12 +48,7 @@ class ChatTemplate:
             raise _limit_error(error) from error
 
     def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, generation_prompt: bool) -> str:
-        """Return the conversation as text.
-
-        Raises:
-            TemplateRefusal: the template refuses the conversation; the sentence has the template's own words.
-            InputError: the template runs too long, or makes a text that is too large.
-        """
+        """Return the conversation as text."""
         template = self._templates.get("tool_use" if tools else "default") or self._templates["default"]
         messages = [_as_templates_read(message) for message in messages]
         tools = list(tools) if tools else None
@@ -154,7 +149,7 @@ def _environment() -> LimitedEnvironment:
 
 
 class _Generation(Extension):
-    """Reads ``{% generation %}``, which marks assistant text for transformers' loss masks, as its body alone."""
+    """Read ``{% generation %}``, which marks assistant text for transformers' loss masks, as its body alone."""
 
     tags = {"generation"}  # noqa: RUF012
 

@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers with the model's own chat template.
+"""Encode chats with Hugging Face tokenizers and the model's own chat template.
 
 Ids are those of transformers' ``apply_chat_template`` with one difference: a control token that occurs inside a message
 stays text. A row, or its privileged information, cannot end a turn or open another one.
@@ -34,7 +34,7 @@ _WARNED: set[str] = set()
 
 
 class HFChatTokenizer:
-    """Is a :class:`~pidistill.tokenizers.base.ChatTokenizer` over a model folder's tokenizer.json and chat template.
+    """Serve as a :class:`~pidistill.tokenizers.base.ChatTokenizer` from a folder's tokenizer.json and chat template.
 
     Control tokens are the vocabulary's special tokens and whatever else added to it the template writes between the
     messages of a plain conversation. Those inside messages, tool calls and tool schemas are encoded as plain text; other

@@ -14,16 +14,12 @@ from pidistill.errors import InputError
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """Holds the tokenizer's files of one model folder.
-
-    Attributes:
-        config: tokenizer_config.json; empty where there is none.
-        names: ``bos_token``, ``eos_token``, ... as strings.
-    """
+    """Hold the tokenizer's files of one model folder."""
 
     folder: Path
     tokenizer: Tokenizer
-    config: dict[str, Any]
+    config: dict[str, Any]  # tokenizer_config.json; empty where there is none
+    # `bos_token`, `eos_token`, ... as strings.
     names: dict[str, str]
 
     @cached_property
@@ -103,11 +99,7 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _eos_ids(config: Mapping[str, Any]) -> list[int]:
-    """Return the ids under ``eos_token_id``, which the files write as one or as a list.
-
-    Raises:
-        InputError: an id is none.
-    """
+    """Return the ids under ``eos_token_id``, which the files write as one or as a list."""
     ids = config.get("eos_token_id")
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     for i in ids:

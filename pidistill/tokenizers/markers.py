@@ -1,4 +1,4 @@
-"""Stand-ins in rendered text: marks that keep a message's control tokens apart, and words that show where a turn ends."""
+"""Stand in for text while it is rendered: marks keep a message's control tokens apart, words show where a turn ends."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The longest common beginning of two sequences."""
+"""Find the longest common beginning of two sequences."""
 
 from collections.abc import Sequence
 

@@ -2,7 +2,7 @@
 
 A chat template decides what of a message is written. One without tools leaves tool calls out, one without reasoning leaves
 ``reasoning_content`` out, and neither says so: training would learn an answer that the row does not have. The check decodes
-the ids and looks for every part of the message in the text, whatever the spaces. Its cost is linear in the text.
+the ids and looks for every part of the message in the text, without regard to spaces. Its cost is linear in the text.
 """
 
 import json
@@ -36,17 +36,11 @@ class TextLeftOut(InputError):
 
 @dataclass(frozen=True)
 class Part:
-    """Holds a piece of text that must be in the rendered conversation.
+    """Hold a piece of text that must be in the rendered conversation."""
 
-    Attributes:
-        name: what it is, for the sentence that refuses the row.
-        forms: the ways in which a template may write it; one of them must occur.
-        advice: which key helps where it is missing.
-    """
-
-    name: str
-    forms: tuple[str, ...]
-    advice: str
+    name: str  # what it is, for the sentence that refuses the row
+    forms: tuple[str, ...]  # the ways in which a template may write it; one of them must occur
+    advice: str  # which key helps where it is missing
 
 
 @dataclass(frozen=True)
@@ -67,9 +61,6 @@ def encode_completion(
     """Return the ids of the completion's messages after ``history``, piece by piece; messages after the last turn are left out.
 
     Two assistant messages in a row have the template's header of a turn between them.
-
-    Raises:
-        InputError: a part of a message is not in its ids, or the template refuses the conversation.
     """
     groups = list(_turns_with_answers(completion))
     at_once = getattr(tokenizer, "encode_at_once", None)  # of tokenizers that can find all turns in one rendering

@@ -1,4 +1,4 @@
-"""A jinja2 sandbox in which a template ends: within a time, and without building a text or list beyond a size.
+"""Run templates in a jinja2 sandbox in which they end: within a time, and with no text or list beyond a size.
 
 Templates come with downloaded models. The sandbox of jinja2 keeps them away from Python; it does not end a template that loops
 for hours, and neither a signal nor a thread would stop it everywhere. So the places where a template can repeat or multiply
@@ -28,11 +28,11 @@ _TO_TEXT = frozenset(["tojson", "string", "pprint", "join", "replace", "trim", "
 
 
 class TemplateLimitError(Exception):
-    """Says what a template did too long or made too large."""
+    """Say what a template did too long or made too large."""
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """Is the immutable sandbox with limits on time and size; see the module's docstring.
+    """Limit the immutable sandbox in time and size; see the module's docstring.
 
     Everything that runs or compiles a template happens within :meth:`limited`.
     """
@@ -147,7 +147,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Loop:
-    """Yields the items of a loop, and looks at the clock before each."""
+    """Yield the items of a loop, and look at the clock before each."""
 
     def __init__(self, environment: LimitedEnvironment, items: Any) -> None:
         self._environment, self._items = environment, items
@@ -162,7 +162,7 @@ class _Loop:
 
 
 class _Rewriter(NodeTransformer):
-    """Puts the limits around loops and joined texts (``~``), for which jinja2 has no hook."""
+    """Put the limits around loops and joined texts (``~``), for which jinja2 has no hook."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         node = self.generic_visit(node)

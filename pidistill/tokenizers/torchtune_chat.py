@@ -1,4 +1,4 @@
-"""Any torchtune ``ModelTokenizer`` as a chat tokenizer.
+"""Serve any torchtune ``ModelTokenizer`` as a chat tokenizer.
 
 torchtune's tokenizers turn whole conversations into ids and cut them at ``max_seq_len``. Prompts, turns and observations are
 found here by tokenizing conversations that differ in one assistant message only; nothing is cut.
@@ -26,7 +26,7 @@ _PROBES = ("A", "B", "")
 
 
 class TorchtuneChatTokenizer:
-    """Is a :class:`~pidistill.tokenizers.base.ChatTokenizer` over a torchtune tokenizer (llama3, qwen2, qwen2_5, ...).
+    """Serve as a :class:`~pidistill.tokenizers.base.ChatTokenizer` over a torchtune tokenizer (llama3, qwen2, ...).
 
     Roles: ``tool`` becomes torchtune's ``ipython``; an assistant message with one tool call and no text becomes an
     ``ipython=True`` message that holds the call as JSON. torchtune writes no tool schemas and no default system text; a

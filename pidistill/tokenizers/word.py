@@ -1,4 +1,4 @@
-"""One id per word: the tokenizer of the tiny world and of tests."""
+"""Encode one id per word: the tokenizer of the tiny world and of tests."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from pidistill.types import Message
 
 
 class WordTokenizer:
-    """Is a :class:`~pidistill.tokenizers.base.ChatTokenizer` whose ids are the positions of ``words``.
+    """Serve as a :class:`~pidistill.tokenizers.base.ChatTokenizer` whose ids are the positions of ``words``.
 
     A prompt is ``bos`` and the words of all messages in order, whatever their roles; an assistant turn ends with the word
     ``end``. There is no generation prompt: a turn begins where the words before it end. Tool schemas are not written.

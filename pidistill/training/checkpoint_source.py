@@ -22,7 +22,7 @@ def use_fallback_checkpoint(cfg: DictConfig) -> None:
 
     This serves methods of several stages: a later stage starts from the base if the earlier one was not run. A resumed run
     keeps the folder that it began with, which the config.yaml in its output folder records: its frozen teacher and the weights
-    that training began with stay the same, whatever folders were made since.
+    that training began with stay the same, even if other folders were made since.
     """
     fallback = cfg.get("fallback_checkpoint_dir")
     if fallback is None:

@@ -9,11 +9,13 @@
 
 `output_dir/latest` points to the newest. Checkpoints fall on round ends, so no half-used rollouts need saving. `keep_last: N`
 removes all but the newest N. Every file is on the disk before the link moves. A checkpoint is replaced by one with the same
-weights alone: whatever else has the name of a new one keeps its files under the name `step_N_replaced_M`.
+weights alone: anything else that has the name of a new one keeps its files under the name `step_N_replaced_M`.
 """
 
+import contextlib
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,21 +80,18 @@ def step_folder(output_dir: Path, step: int) -> Path:
 
 
 class Checkpoints:
-    """Loads the initial or the newest checkpoint of a run and saves new ones.
+    """Load the initial or the newest checkpoint of a run and save new ones.
 
-    Attributes:
-        method: name of what is trained; a checkpoint of another method is refused on resume.
-        must_match: settings that the data position depends on; a checkpoint with other values is refused on resume.
-        state: the training state that was found on resume, else None.
+    A checkpoint of another ``method`` (name of what is trained), or with other values of ``must_match`` (settings that the
+    position in the data depends on), is refused on resume.
     """
 
     def __init__(self, cfg: DictConfig, run: Run, method: str, must_match: Mapping[str, int] | None = None) -> None:
         self.run, self.method = run, method
         self.must_match = {"seed": run.seed, **(must_match or {})}
         self._cfg, self._node = cfg, cfg.checkpointer
-        self._every = cfg.get("save_every_steps")
-        self.state: dict[str, Any] | None = None
-        self._keep_last = cfg.get("keep_last")
+        self._every, self._keep_last = cfg.get("save_every_steps"), cfg.get("keep_last")
+        self.state: dict[str, Any] | None = None  # the training state that was found on resume
         self._stop = 0
         folder = run.from_main(lambda: self._newest() if wants_resume(cfg) else None)
         if folder is not None:
@@ -112,14 +111,12 @@ class Checkpoints:
             (self.run.output_dir / BEGAN).touch()  # until the first checkpoint: a resume before it starts over
 
     def _newest(self) -> Path | None:
-        """Return the checkpoint to resume from, or None where the run starts: nothing is saved yet, and nothing can be lost."""
+        """Return the checkpoint to resume from, or None where the run starts because nothing is saved yet."""
         folder = self.run.output_dir
         newest = newest_checkpoint(folder)
         if newest is not None:
-            try:
+            with self._reading(newest, STATE_FILE):
                 check_records(newest / STATE_FILE)
-            except DAMAGED as error:
-                raise self._damaged(newest, STATE_FILE, error) from error
             check_copyable(newest)
             return newest
         if (folder / BEGAN).exists() and not os.path.lexists(folder / LATEST):
@@ -133,12 +130,8 @@ class Checkpoints:
         )
 
     def _read_state(self, folder: Path) -> dict[str, Any]:
-        try:
+        with self._reading(folder, STATE_FILE, refusals=InputError):
             state = read_state(folder)
-        except InputError:
-            raise
-        except DAMAGED as error:
-            raise self._damaged(folder, STATE_FILE, error) from error
         if state["method"] != self.method:
             raise InputError(
                 f"the checkpoint in {folder} was trained with {state['method']}, this config says {self.method}; "
@@ -153,12 +146,20 @@ class Checkpoints:
                 )
         return state
 
-    def _damaged(self, folder: Path, what: str, error: Exception) -> InputError:
-        before = [
-            step for step in step_folders(self.run.output_dir) if step != folder and step_of(step) < _step_or_last(folder)
-        ]
-        remedy = f"the run then resumes from {before[-1].name}" if before else f"no older one is left: set {RESUME}=start_over"
-        return InputError(f"{what} in {folder} is cut short or damaged ({_detail(error)}); move {folder} away, {remedy}")
+    @contextlib.contextmanager
+    def _reading(self, folder: Path | None, what: str, refusals: type | tuple = ()) -> Iterator[None]:
+        """Say that ``what`` in a checkpoint is damaged where the block fails to read it; ``refusals`` pass as they are."""
+        try:
+            yield
+        except DAMAGED as error:
+            if folder is None or isinstance(error, refusals):
+                raise
+            last = step_of(folder) if folder.name.removeprefix("step_").isdecimal() else math.inf  # `latest` may be a folder
+            before = [step.name for step in step_folders(self.run.output_dir) if step != folder and step_of(step) < last]
+            remedy = f"the run then resumes from {before[-1]}" if before else f"no older one is left: set {RESUME}=start_over"
+            raise InputError(
+                f"{what} in {folder} is cut short or damaged ({_detail(error)}); move {folder} away, {remedy}"
+            ) from error
 
     def _open(self, folder: Path | None) -> Any:
         self._writing = self.run.output_dir / ".writing"
@@ -171,24 +172,16 @@ class Checkpoints:
             overrides |= {"checkpoint_dir": str(folder)}
             if self._node.get("checkpoint_files"):  # else the folder's own index names them
                 overrides["checkpoint_files"] = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
-        if folder is None or self._source is None:
+        with self._reading(self._source, "a file of weights or config.json"):
             return build_checkpointer(self._node, self._cfg.model, **overrides)
-        try:
-            return build_checkpointer(self._node, self._cfg.model, **overrides)
-        except DAMAGED as error:
-            raise self._damaged(folder, "a file of weights or config.json", error) from error
 
     def load_weights(self) -> dict[str, Any]:
         """Return the full state dict that the run starts from, on CPU."""
-        try:
+        with self._reading(self._source, "a file of weights"):
             weights = self._checkpointer.load_checkpoint()[training.MODEL_KEY]
             if self._source is not None:
                 check_weights(weights, self.state.get("weights") or {})
             self._base = base_mark(weights)
-        except DAMAGED as error:
-            if self._source is None:
-                raise
-            raise self._damaged(self._source, "a file of weights", error) from error
         if self.state is None:
             return with_adapter_dir(self._cfg, self._cfg.model, weights)
         adapters = self.state.get("adapters") or {}
@@ -210,12 +203,8 @@ class Checkpoints:
                 f"the checkpoint in {self.run.output_dir / LATEST} was trained {'without' if wanted else 'with'} LoRA "
                 "adapters, unlike this config's; resume with the `model` that it was trained with, or set another output_dir"
             )
-        try:
+        with self._reading(step_folder(self.run.output_dir, self.state["step"]), STATE_FILE, refusals=InputError):
             self._restore(model, updates, teacher)
-        except InputError:
-            raise
-        except DAMAGED as error:
-            raise self._damaged(step_folder(self.run.output_dir, self.state["step"]), STATE_FILE, error) from error
         return {"step": self.state["step"], "round": self.state["round"]}
 
     def _restore(self, model: Decoder, updates: Updates, teacher: Teacher | None) -> None:
@@ -270,11 +259,7 @@ class Checkpoints:
             raise Stopped(f"stopped after step {step}, which is saved; set {RESUME}=true to continue", self._stop)
 
     def _write(self, step: int, model: nn.Module, weights: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        """Write the whole checkpoint and move it into place. For rank 0.
-
-        Raises:
-            InputError: the disk is full, or does not take the files for another reason.
-        """
+        """Write the whole checkpoint and move it into place. For rank 0."""
         new, adapters = self._writing / "epoch_0", get_adapter_state_dict(weights)
         try:
             remove_tree(self._writing)
@@ -315,7 +300,9 @@ class Checkpoints:
         sync_tree(new)
         if os.path.lexists(folder):
             # A kill before the link moved leaves the same step, which is written again; anything else is somebody's work.
-            aside = self._writing / "replaced" if _has_weights(folder, marks) else free_name(folder, "replaced")
+            aside = (
+                self._writing / "replaced" if _has_weights(folder, marks) else free_name(output_dir / f"{folder.name}_replaced")
+            )
             if aside.parent == output_dir:
                 log.warning(f"{folder} is not the step {step} that was trained now; it is kept as {aside.name}")
             os.rename(folder, aside)
@@ -334,7 +321,7 @@ class Checkpoints:
     def _rename_plain_latest(self, latest: Path) -> None:
         target = step_folder(self.run.output_dir, self.state["step"] if self.state else 0)
         if os.path.lexists(target):
-            target = free_name(latest, "copy")
+            target = free_name(latest.with_name(f"{LATEST}_copy"))
         log.warning(f"{latest} is not a link; it is kept as {target.name}")
         os.rename(latest, target)
 
@@ -361,11 +348,6 @@ class Checkpoints:
             if self.run.is_main:
                 full[name] = gathered.cpu().contiguous()
         return full
-
-
-def _step_or_last(folder: Path) -> float:
-    """Return N of `step_N`; of a folder with another name (`latest` as a folder) a number above all."""
-    return step_of(folder) if folder.name.removeprefix("step_").isdecimal() else float("inf")
 
 
 def _has_weights(folder: Path, marks: dict[str, int]) -> bool:

@@ -2,16 +2,17 @@
 
 import errno
 import filecmp
+import itertools
 import os
 import shutil
 import stat
-import tempfile
 from pathlib import Path
 
 from torchtune import utils
 from torchtune.training.checkpointing._utils import SUFFIXES_TO_NOT_COPY
 
 from pidistill.errors import InputError
+from pidistill.jsonl import umask
 
 log = utils.get_logger("INFO")
 
@@ -24,22 +25,6 @@ def is_disk_fault(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _DISK_FAULTS
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. A link at its place is replaced, not followed."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def remove_tree(path: Path) -> None:
     """Remove a folder, or a file or link in its place; what a link leads to stays."""
     if path.is_symlink() or path.is_file():
@@ -48,20 +33,13 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def free_name(path: Path, ending: str) -> Path:
-    """Return ``path`` with ``ending`` and the lowest number that gives a name which nothing has."""
-    number = 1
-    while os.path.lexists(found := path.with_name(f"{path.name}_{ending}_{number}")):
-        number += 1
-    return found
+def free_name(path: Path) -> Path:
+    """Return ``path`` with the lowest number behind its name that gives one which nothing has: `replaced_1`."""
+    return next(found for n in itertools.count(1) if not os.path.lexists(found := path.with_name(f"{path.name}_{n}")))
 
 
 def check_copyable(folder: Path) -> None:
-    """Refuse a model folder that cannot be copied beside the weights of a checkpoint, before hours of training end in it.
-
-    Raises:
-        InputError: an entry is a link to nothing, is no file (a pipe, a device), or is a folder under the name of a file.
-    """
+    """Refuse a model folder that cannot be copied beside the weights of a checkpoint, before hours of training end in it."""
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(root, name) for name in (*folders, *files) if not name.startswith(".")):
@@ -95,10 +73,10 @@ def remove_outside_copies(source: Path, copy: Path) -> None:
 
 def set_usual_modes(folder: Path) -> None:
     """Give every file and folder the mode that the umask says: a copy of a read-only or private file would keep its mode."""
-    umask = _umask()
+    mask = umask()
     for path in (folder, *folder.rglob("*")):
         if not path.is_symlink():
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def sync_tree(folder: Path) -> None:
@@ -114,9 +92,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return umask

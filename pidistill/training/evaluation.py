@@ -26,7 +26,7 @@ class Evaluation:
     """Evaluate the model of a training run on the rows of `eval_dataset`."""
 
     def __init__(self, cfg: DictConfig, run: Run, data: RecipeData, collect: Collect | None) -> None:
-        """``collect`` may be None where there are no such rows."""
+        # `collect` may be None where there are no such rows.
         self._run, self._data, self._collect = run, data, collect
         self._samples = setting(cfg, "eval_samples")
 
@@ -50,7 +50,7 @@ def evaluate(
     success_threshold: float,
     leak_phrases: Sequence[str],
 ) -> dict[str, float]:
-    """`eval_*` numbers of the model on ``prompts``, the same on every rank; see :mod:`pidistill.training.metrics`.
+    """Return `eval_*` numbers of the model on ``prompts``, the same on every rank; see :mod:`pidistill.training.metrics`.
 
     Greedy without privileged information; ``samples`` per prompt at the sampling temperature without it, and with it
     (the ceiling), where any row has it.
@@ -123,7 +123,7 @@ def pass_at_k(successes: int, samples: int, k: int) -> float:
 
 
 def pass_hat_k(successes: int, samples: int, k: int) -> float:
-    """pass^k: unbiased estimate of P(all of k samples succeed), C(c, k)/C(n, k) (τ-bench, arXiv 2406.12045): reliability."""
+    """Estimate P(all of k samples succeed) without bias: pass^k = C(c, k)/C(n, k) (τ-bench, arXiv 2406.12045): reliability."""
     return math.comb(successes, k) / math.comb(samples, k)
 
 
@@ -146,7 +146,7 @@ def bootstrap_interval(
 
 
 def success_numbers(rows: Mapping[int, Sequence[bool]], samples: int, seed: int) -> dict[str, Any]:
-    """avg@k, pass@k and pass^k of rows with up to ``samples`` samples each, k = 2, 4, ..., with `<name>_interval` beside.
+    """Return avg@k, pass@k and pass^k of rows with up to ``samples`` samples each, k = 2, 4, ..., each with its interval.
 
     A dropped rollout can leave a row fewer than k samples: it then does not count towards those of k.
     """
@@ -163,7 +163,7 @@ def success_numbers(rows: Mapping[int, Sequence[bool]], samples: int, seed: int)
 
 
 class TextSamples:
-    """Shows what student and teacher each write for the same rows, side by side, every `rollout_log_steps` steps."""
+    """Show what student and teacher each write for the same rows, side by side, every `rollout_log_steps` steps."""
 
     def __init__(self, cfg: DictConfig, run: Run, data: RecipeData, collect: Collect) -> None:
         self._run, self._collect = run, collect

@@ -5,7 +5,7 @@ Each alarm is given once, with its numbers, the likely cause and the key to chan
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
@@ -18,36 +18,25 @@ log = utils.get_logger("INFO")
 
 Row = dict[str, Any]
 
-STEPS = 3  # rows that a mean is taken over, and in a row that a repeated fault takes
-
+STEPS = 3  # rows that a mean is taken over, and rows that a repeated fault takes
 ZERO_GRADIENT_STEPS = 5
-
 LOST_ENTROPY_NATS = 1e-3
-
 SAME_NATS = 1e-6  # rounding stays below
-
 CORRUPT_KL_NATS = 6.0
-
 CORRUPT_ENTROPY_FRAC = 0.9  # of ln V
-
 CORRUPT_EXCESS_NATS = 3.0  # of the teacher's −log prob of the samples over the student's
-
 TRUNCATED_FRAC = 0.95
-
 BAD_ROLLOUT_NATS = 1.0  # mean over a rollout's tokens; rounding stays far below
-
 FRESH_CLIP_FRAC = 0.02  # of the tokens of a round's first update
+RULES = ("entropy_lost", "kl_lost", "entropy_rises_success_falls", "gradient_zero", "teacher_is_student", "teacher_corrupt",
+         "truncated", "bad_rollout", "fresh_samples_clipped", "no_spread")  # fmt: skip
 
 
 class Health:
-    """Looks at the training rows of a run in order.
-
-    Attributes:
-        said: names of the alarms that were given, now or before a resume.
-    """
+    """Look at the training rows of a run in order; each of the rules is a method that returns an alarm's sentence or None."""
 
     def __init__(self, cfg: Mapping[str, Any] | DictConfig) -> None:
-        self.said: set[str] = set()
+        self.said: set[str] = set()  # names of the alarms that were given, now or before a resume
         privileged, model = cfg.get("privileged") or {}, cfg.get("teacher_model") or cfg.get("model") or {}
         self._shows_nothing = privileged.get("control") == "none"
         self._group_size = cfg.get("group_size")
@@ -70,8 +59,8 @@ class Health:
         if not _is_training(row):
             return {}
         new = {}
-        for name, rule in _RULES.items():
-            if name not in self.said and (text := rule(self, row)) is not None:
+        for name in RULES:
+            if name not in self.said and (text := getattr(self, name)(row)) is not None:
                 new[name] = f"step {row['step']}: {text}"
                 log.warning(f"alarm {name}: {new[name]}")
         self.said |= new.keys()
@@ -214,20 +203,6 @@ class Health:
             f"{row.get('reward_mean', math.nan):.3g}), so the reward teaches nothing; raise group_size, or choose easier "
             "or harder rows with dataset"
         )
-
-
-_RULES: dict[str, Callable[[Health, Row], str | None]] = {
-    "entropy_lost": Health.entropy_lost,
-    "kl_lost": Health.kl_lost,
-    "entropy_rises_success_falls": Health.entropy_rises_success_falls,
-    "gradient_zero": Health.gradient_zero,
-    "teacher_is_student": Health.teacher_is_student,
-    "teacher_corrupt": Health.teacher_corrupt,
-    "truncated": Health.truncated,
-    "bad_rollout": Health.bad_rollout,
-    "fresh_samples_clipped": Health.fresh_samples_clipped,
-    "no_spread": Health.no_spread,
-}
 
 
 def _is_training(row: Row) -> bool:

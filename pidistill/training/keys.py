@@ -19,8 +19,6 @@ EVERY = (*EVALUATING, "sample")
 
 WHOLE, NUMBER, FLAG, TEXT = "whole number", "number", "true or false", "text"
 COMPONENT, COMPONENTS, TEXTS, MAPPING = "component", "list of components", "list of texts", "mapping"
-
-
 _ROWS = 2**20
 
 
@@ -204,11 +202,7 @@ def setting(cfg: DictConfig, name: str) -> Any:
 
 
 def check_values(cfg: DictConfig) -> None:
-    """Refuse a top-level value of the wrong type or outside its bounds.
-
-    Raises:
-        InputError: names the key, its value, and what it must be.
-    """
+    """Refuse a top-level value of the wrong type or outside its bounds."""
     for key in TABLE.values():
         value = cfg.get(key.name)
         if value is not None and not _allowed(key, value):

@@ -14,9 +14,8 @@ from pidistill.config import build
 from pidistill.data import RecipeData
 from pidistill.distributed.run import Run
 from pidistill.errors import escape_controls
-from pidistill.jsonl import write_jsonl
+from pidistill.jsonl import replace_file, write_jsonl
 from pidistill.training import rollout_log
-from pidistill.training.disk import replace_file
 from pidistill.training.health import Health
 from pidistill.training.rollout_log import RolloutLog
 from pidistill.types import Batch, Scores

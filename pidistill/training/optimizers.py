@@ -1,4 +1,4 @@
-"""Optimizer states of a checkpoint, and optimizers that need less memory.
+"""Save and restore optimizer states, and build optimizers that need less memory.
 
 `optimizer._component_: torchao.optim.AdamW8bit` keeps Adam's two states in 8 bits (blocks of 256 with a scale; tensors below
 4096 elements stay in fp32). Its step is compiled, which takes seconds per shape of parameter at the first step.
@@ -29,13 +29,10 @@ PARTS = "parts"
 
 
 def cpu_offload(params: list[nn.Parameter], optimizer: str = "torch.optim.AdamW", **arguments: Any) -> CPUOffloadOptimizer:
-    """torchao's CPUOffloadOptimizer: states and steps of one GPU's optimizer on the CPU.
+    """Build torchao's CPUOffloadOptimizer: states and steps of one GPU's optimizer on the CPU.
 
     Args:
         optimizer: dotted path of the optimizer that steps there; it gets ``arguments``.
-
-    Raises:
-        InputError: there is no CUDA device, or there are several processes.
     """
     if not torch.cuda.is_available():
         raise InputError(
@@ -65,10 +62,7 @@ def keep_second_moments_above_zero(optimizer: Optimizer) -> None:
 
     torchao rounds a small second moment to 0 and keeps the first. Where the next gradient is 0 (the embedding of a token that
     a batch lacks, all weights where no rollout has an advantage) the step would be first moment / eps: 92 at lr 0.01 in a test.
-    Its 4-bit states have no code for 0.
-
-    Raises:
-        InputError: the states are in fp8, which has the same leap (1640 there) and no code to raise.
+    Its 4-bit states have no code for 0. States in fp8 have the same leap (1640 there) and no code to raise: they are refused.
     """
     if isinstance(optimizer, (AdamFp8, AdamWFp8)):
         raise InputError(
@@ -97,9 +91,9 @@ def check_clipping(optimizer: Optimizer, clip_grad_norm: float) -> None:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
-    """Scale gradients so that their norm, over all ranks, is at most ``limit``; returns the norm before.
+    """Scale gradients so that their norm, over all ranks, is at most ``limit``; return the norm before.
 
-    torch's `clip_grad_norm_`, for parameters on several meshes too (tensor parallelism), which torch does not add up.
+    This is torch's `clip_grad_norm_`, for parameters on several meshes too (tensor parallelism), which torch does not add up.
     """
     by_mesh: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -114,7 +108,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
 
 
 def clear_gradients(optimizer: Optimizer) -> None:
-    """After a step, or in place of one that is skipped."""
+    """Clear gradients after a step, or in place of one that is skipped."""
     optimizer.zero_grad(set_to_none=True)
     if isinstance(optimizer, CPUOffloadOptimizer):
         optimizer.queue.clear()  # else a parameter without gradient in the next step would take this one's
@@ -124,7 +118,7 @@ def clear_gradients(optimizer: Optimizer) -> None:
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer, is_main: bool) -> dict[str, Any]:
-    """Everything a checkpoint holds of it, on CPU; a collective, of use on rank 0.
+    """Return everything that a checkpoint holds of an optimizer, on CPU; a collective, of use on rank 0.
 
     Whole states under their parameters' names, for any number of ranks; but of optimizers whose states torch cannot gather each
     rank's own part, for the same number of ranks.
@@ -141,11 +135,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, is_main: bool) -> di
 def restore_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any], kind: str | None = None) -> None:
     """Put back what :func:`optimizer_state` gave, its settings (lr, weight decay) included.
 
-    Args:
-        kind: name of the optimizer class that wrote it, where it is known.
-
-    Raises:
-        InputError: another kind of optimizer wrote it, or another number of ranks.
+    States of another number of ranks, or of another optimizer class than ``kind``, where that is known, are refused.
     """
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     in_parts = isinstance(optimizer, CPUOffloadOptimizer) or _states_stay_apart(optimizer)
@@ -184,12 +174,9 @@ def settings(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def use_settings(optimizer: Optimizer, configured: list[dict[str, Any]]) -> list[str]:
-    """Put the config's settings in place of those that a checkpoint brought; returns the changes, as text.
+    """Put the config's settings in place of those that a checkpoint brought; return the changes, as text.
 
     `lr` is left alone where a scheduler computes it from `initial_lr`.
-
-    Raises:
-        InputError: a changed setting needs other states than the checkpoint has.
     """
     changes = {}
     for group, wanted in zip(optimizer.param_groups, configured, strict=True):
@@ -222,7 +209,7 @@ def _plain(value: Any) -> Any:
 
 
 def _states_stay_apart(optimizer: Optimizer) -> bool:
-    """torchao's quantized states of a sharded parameter: DTensor cannot gather them (torch 2.13, torchao 0.15)."""
+    """Return whether states are torchao's quantized ones of sharded parameters, which DTensor cannot gather (torch 2.13)."""
     sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
     return sharded and isinstance(optimizer, _AdamBase)
 

@@ -78,10 +78,7 @@ def round_report(
 
     Args:
         rollouts, advantages: this rank's; completions of the dataset among them have no reward, and are not averaged.
-        counts: over all ranks: rollouts left out, by reason, and whatever else the recipe has counted.
-
-    Raises:
-        InputError: no rollout is left to train on.
+        counts: over all ranks: rollouts left out, by reason, and what else the recipe has counted.
     """
     pairs = list(zip(rollouts, advantages, strict=True))
     sampled = [(rollout, advantage) for rollout, advantage in pairs if rollout.reward is not None]
@@ -104,7 +101,7 @@ def rows_report(data: RecipeData) -> dict[str, float]:
 
 
 def check_rewards(rollouts: float, dropped: Mapping[str, float], where: str = "of the round") -> None:
-    """Refuse to go on where no rollout has a reward: no later one would fare better. Counts are over all ranks."""
+    """Refuse a round in which no rollout has a reward: the next round would have none either. Counts are over all ranks."""
     if rollouts == 0:
         reasons = ", ".join(f"{reason} {count:g}" for reason, count in dropped.items() if count) or "none was sampled"
         raise InputError(

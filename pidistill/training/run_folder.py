@@ -22,20 +22,14 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 
 from pidistill.errors import InputError
+from pidistill.training.disk import free_name
 
 log = utils.get_logger("INFO")
 
 STATE_FILE = "training_state.pt"
-
-LATEST = "latest"
-
-BEGAN = ".began"
-
-LOCK = ".lock"
-
+LATEST, BEGAN, LOCK = "latest", ".began", ".lock"
 RESUME = "resume_from_checkpoint"
-
-# Files that a run appends to or writes anew.
+# Files that a run appends to or replaces.
 _OWN_FILES = ("metrics.jsonl", "rollouts.jsonl", "training_rollouts.jsonl", "config.yaml")
 
 # What a run writes, and what start_over moves aside. A logger's own files stay.
@@ -47,10 +41,8 @@ _locks: dict[Path, Any] = {}
 
 def step_folders(output_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a folder, the oldest first."""
-    found = [
-        path for path in output_dir.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and (path / STATE_FILE).is_file()
-    ]
-    return sorted(found, key=step_of)
+    named = (path for path in output_dir.glob("step_*") if re.fullmatch(r"step_\d+", path.name))
+    return sorted((path for path in named if (path / STATE_FILE).is_file()), key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -85,11 +77,7 @@ def wants_resume(cfg: DictConfig) -> bool:
 
 
 def claim_run_folder(cfg: DictConfig, output_dir: Path) -> None:
-    """Lock the folder of a training run, and refuse or move aside what a new run would overwrite; rank 0 calls this.
-
-    Raises:
-        InputError: another process runs here; a run is here and the config says nothing of it; the value is unknown.
-    """
+    """Lock the folder of a training run, and refuse or move aside what a new run would overwrite; rank 0 calls this."""
     value = cfg.get(RESUME)
     if value not in (None, False, True, "auto", "start_over"):
         raise InputError(f"{RESUME}={value} is not one of false, true, auto, start_over")
@@ -108,11 +96,7 @@ def claim_run_folder(cfg: DictConfig, output_dir: Path) -> None:
 
 
 def lock_folder(output_dir: Path) -> None:
-    """Take the folder for this process until it ends, by any cause.
-
-    Raises:
-        InputError: another process has it.
-    """
+    """Take the folder for this process until it ends, by any cause; refuse one that another process has."""
     path = (output_dir / LOCK).absolute()
     if path in _locks:
         return
@@ -168,10 +152,7 @@ def _move_aside(cfg: DictConfig, output_dir: Path) -> None:
             raise InputError(
                 f"{key}.checkpoint_dir={source} lies in {inside[0]}, which {RESUME}=start_over moves; set another output_dir"
             )
-    number = 1
-    while os.path.lexists(output_dir / f"previous_{number}"):
-        number += 1
-    aside = output_dir / f"previous_{number}"
+    aside = free_name(output_dir / "previous")
     aside.mkdir()
     for path in files:
         os.replace(path, aside / path.name)

@@ -27,19 +27,17 @@ from pidistill.distributed.machines import check_same_folder, same_refusal_on_al
 from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import check_replicas, check_tensor_parallel, make_mesh, make_replicas
 from pidistill.errors import InputError, escape_logs
+from pidistill.jsonl import replace_file
 from pidistill.models.offloading import check_offloading
 from pidistill.models.peft_format import check_adapter_dir
 from pidistill.training.checkpoint_source import check_checkpoint_fits, check_checkpoint_folder, use_fallback_checkpoint
-from pidistill.training.disk import is_disk_fault, replace_file
+from pidistill.training.disk import is_disk_fault
 from pidistill.training.interrupts import Stopped, handle_signals, training_run
 from pidistill.training.keys import check_values, setting
 from pidistill.training.optimizers import check_mixed_precision
 from pidistill.training.run_folder import RESUME, claim_run_folder, public_config
 
 log = utils.get_logger("INFO")
-
-
-# ---------------------------------------------------------------------------------------------- start and end
 
 
 def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Run:
@@ -77,15 +75,18 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     mesh = make_mesh(device.type, processes, shares, groups) if shares > 1 else None
     replicas = make_replicas(device.type, processes, groups)
     seed = setting(cfg, "seed")
-    # The same on every rank (not torchtune's set_seed), so that a dataset that shuffles itself is the same one on all of them;
-    # rollouts have seeds of their own.
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
+    seed_global_streams(seed)
     run = Run(device, dtype, rank // shares, processes // shares, seed, output_dir, mesh, compute_dtype, replicas)
     check_same_folder(run)
     run.from_main(lambda: _begin_folder(cfg, output_dir, trains=RESUME in known))
     return run
+
+
+def seed_global_streams(seed: int) -> None:
+    """Seed torch, Python and numpy alike on every rank (unlike torchtune's set_seed), for a dataset that shuffles itself."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _begin_folder(cfg: DictConfig, output_dir: Path, *, trains: bool) -> None:
@@ -112,7 +113,7 @@ def check_run(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -
 
 
 def _drop_null_components(cfg: DictConfig) -> None:
-    """`eval_dataset=null` on torchtune's command line nulls the component's name only; the whole node is meant."""
+    """Null the whole node where its name is null: `eval_dataset=null` on torchtune's command line nulls the name alone."""
     for key, node in cfg.items_ex(resolve=False):
         if isinstance(node, DictConfig) and node.get("_component_", "") is None:
             cfg[key] = None
@@ -172,11 +173,7 @@ def _dtype(key: str, name: str, device: torch.device) -> torch.dtype:
 
 
 def _compute_dtype(cfg: DictConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
-    """Return `compute_dtype` in mixed precision and None without it.
-
-    Raises:
-        InputError: it is not bf16 beside fp32, or the optimizer does not work with it.
-    """
+    """Return `compute_dtype` in mixed precision and None without it."""
     name = setting(cfg, "compute_dtype")
     compute_dtype = _dtype("compute_dtype", name, device) if name else dtype
     if compute_dtype == dtype:
@@ -220,14 +217,12 @@ def one_sentence_errors(recipe_main: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except (InputError, InterpolationResolutionError) as error:
             refuse(_one_sentence(error), is_first=_first_to_fail())
-            cleanup()
-            sys.exit(2)
         except OSError as error:
             if not is_disk_fault(error):
                 raise
             print(f"error: {_full_disk(error)}", file=sys.stderr, flush=True)
-            cleanup()
-            sys.exit(2)
+        cleanup()
+        sys.exit(2)
 
     return wrapper
 

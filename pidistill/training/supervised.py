@@ -15,18 +15,13 @@ REQUEST = ScoreRequest(student_grad=True, teacher_grad=False, views=("student",)
 
 
 class SupervisedTerm:
-    """Add `sft_weight` × the mean −log S per token of `sft_batch_size` demonstrations to the gradient of every step.
-
-    Attributes:
-        active: False where `sft_weight` is 0 or absent; :meth:`backward` then does nothing.
-        demonstrations: the completions of the dataset, which the term trains on.
-    """
+    """Add `sft_weight` × the mean −log S per token of `sft_batch_size` demonstrations to the gradient of every step."""
 
     def __init__(self, cfg: DictConfig, run: Run, data: RecipeData, packer: Packer, timer: Timer) -> None:
         self._run, self._packer, self._timer = run, packer, timer
         self._weight, self._batch_size = float(setting(cfg, "sft_weight")), setting(cfg, "sft_batch_size")
         self._chunk_tokens = cfg.get("score_chunk_tokens")
-        self.active = self._weight > 0
+        self.active = self._weight > 0  # False: `backward` does nothing
         self.demonstrations = sft_demonstrations(cfg, data)
 
     def backward(self, model: Decoder, step: int) -> float:

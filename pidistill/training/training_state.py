@@ -28,25 +28,14 @@ DAMAGED = (
     RecursionError, OverflowError, SafetensorError, zipfile.BadZipFile,
 )  # fmt: skip
 
-_KINDS: Mapping[str, tuple[type, ...]] = {
-    "method": (str,),
-    "must_match": (dict,),
-    "step": (int,),
-    "round": (int,),
-    "optimizer": (dict,),
-    "scheduler": (dict, type(None)),
-    "teacher": (dict,),
-    "skipped_steps": (tuple, list),
-    "rng": (list,),
-}
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "method": str, "must_match": dict, "step": int, "round": int, "optimizer": dict, "scheduler": (dict, type(None)),
+    "teacher": dict, "skipped_steps": (tuple, list), "rng": list,
+}  # fmt: skip
 
 
 def check_records(path: Path) -> None:
-    """Compare the file with the checksums of its own records, which torch.load does not do.
-
-    Raises:
-        ValueError: a record was changed after it was written.
-    """
+    """Compare the file with the checksums of its own records, which torch.load does not do."""
     with zipfile.ZipFile(path) as file:
         if (broken := file.testzip()) is not None:
             raise ValueError(f"its record {broken} has another checksum than when it was written")
@@ -55,9 +44,7 @@ def check_records(path: Path) -> None:
 def read_state(folder: Path) -> dict[str, Any]:
     """Return the training state of a checkpoint's folder, on CPU; its tensors stay in the file until they are used.
 
-    Raises:
-        InputError: a later version of this package wrote it.
-        Exception: one of ``DAMAGED``; the file is not what was written.
+    A file that is not what was written raises one of ``DAMAGED``, one of a later version of this package an InputError.
     """
     state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(state, dict):
@@ -86,11 +73,7 @@ def weight_marks(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def check_weights(weights: Mapping[str, torch.Tensor], marks: Mapping[str, int]) -> None:
-    """Compare loaded weights with the checksums of the saved ones.
-
-    Raises:
-        ValueError: a tensor is absent, or has other bytes.
-    """
+    """Compare loaded weights with the checksums of the saved ones."""
     if absent := sorted(marks.keys() - weights.keys()):
         raise ValueError(f"{absent[0]} is absent")
     found = weight_marks({name: weights[name] for name in marks})
@@ -104,10 +87,7 @@ def base_mark(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of torch's, Python's and numpy's streams.
-
-    The recipes draw from streams of their own; an environment or a reward may draw from these.
-    """
+    """Return the state of torch's, Python's and numpy's streams, which an environment or a reward may draw from."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     state = {"torch": torch.get_rng_state(), "python": random.getstate()}
     state["numpy"] = (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached)

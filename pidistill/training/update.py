@@ -30,24 +30,15 @@ from pidistill.training.optimizers import (
 log = utils.get_logger("INFO")
 
 
-# ---------------------------------------------------------------------------------------------- optimiser step
-
-
 @dataclass(frozen=True)
 class StepResult:
-    """Say what became of one optimiser step.
+    """Say what became of one optimiser step."""
 
-    Attributes:
-        grad_norm: before clipping.
-        applied: False where the step was skipped.
-        nonfinite_steps, empty_steps: steps skipped so far, by reason.
-    """
-
-    grad_norm: float
+    grad_norm: float  # before clipping
     lr: float
-    applied: bool
-    nonfinite_steps: int
-    empty_steps: int
+    applied: bool  # False where the step was skipped
+    nonfinite_steps: int  # skipped so far
+    empty_steps: int  # skipped so far
 
 
 class Updates:
@@ -62,9 +53,7 @@ class Updates:
         check_clipping(self.optimizer, self.clip_grad_norm)
         keep_second_moments_above_zero(self.optimizer)
         self.max_nonfinite_steps = setting(cfg, "max_nonfinite_steps")
-        self.nonfinite_steps = 0
-        self.nonfinite_in_a_row = 0
-        self.empty_steps = 0
+        self.nonfinite_steps = self.nonfinite_in_a_row = self.empty_steps = 0
 
     def apply_settings(self, scheduler: dict[str, Any] | None, kind: str | None) -> None:
         """Restore the scheduler's position after a resume, and use the config's lr, weight decay and schedule.
@@ -72,9 +61,6 @@ class Updates:
         Args:
             scheduler: the checkpoint's state of it.
             kind: name of the scheduler class that wrote it, where it is known.
-
-        Raises:
-            InputError: the scheduler's class changed, or the lr did and the scheduler derives each rate from the last.
         """
         changes = use_settings(self.optimizer, self._settings)
         if self.scheduler is not None:

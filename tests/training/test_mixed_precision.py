@@ -1,5 +1,6 @@
 """Test weights in fp32 multiplied in bf16, against fp32 throughout and bf16 throughout, on a small model."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
+from torchtune.modules import RMSNorm
 
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
-from pidistill.models.precision import compute_dtype_of, multiply_head, widen_head
+from pidistill.models.precision import add_up_norms_in_fp32, compute_dtype_of, multiply_head, widen_head
 from pidistill.rollouts import TorchtuneSampler
 from pidistill.rollouts.vllm_sampler import whole_weights
 from pidistill.scoring.score import score, student_nll
@@ -265,6 +267,28 @@ def test_logits_from_bf16_factors_are_not_rounded_to_bf16():
     logits = multiply_head(hidden, widen_head(weight))
     assert logits.dtype == torch.float32
     assert (logits - exact).abs().max() < 1e-5 < 1e-2 < ((hidden @ weight.T) - exact).abs().max()
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_of_bf16_rounds_once_and_adds_up_in_fp32(scale_dtype, recwarn):
+    """Against float64 with the same bf16 inputs: values and gradients are as near as one rounding; bf16 sums are not."""
+    generator = torch.Generator().manual_seed(0)
+    x = (1 + 0.1 * torch.randn(3, 4096, generator=generator)).bfloat16()
+    outer = torch.randn(3, 4096, generator=generator).bfloat16()
+    norm = RMSNorm(4096)
+    norm.scale = torch.nn.Parameter((1 + 0.1 * torch.randn(4096, generator=generator)).to(scale_dtype))
+    add_up_norms_in_fp32(norm)
+    found, exact = [], []
+    for results, dtype, forward in ((found, None, norm), (exact, torch.float64, None)):
+        given, scale = (x, norm.scale) if dtype is None else (x.to(dtype), norm.scale.detach().to(dtype).requires_grad_())
+        given = given.detach().requires_grad_()
+        out = norm(given) if forward else torch.nn.functional.rms_norm(given, (4096,), scale, norm.eps)
+        results += [out, *torch.autograd.grad(out, (given, scale), outer.to(out.dtype))]
+    for ours, theirs in zip(found, exact, strict=True):
+        assert (ours.double() - theirs).abs().max() <= 2**-8 * theirs.abs().max()
+    summed = functools.reduce(torch.add, x.square().unbind(-1)).double()
+    assert (summed / x.double().square().sum(-1) - 1).abs().max() > 0.1, "sums in bf16 would have passed"
+    assert not [w for w in recwarn if "Mismatch dtype" in str(w.message)]
 
 
 # ---------------------------------------------------------------------------------------------- what is refused

@@ -7,14 +7,6 @@
 All rollouts have the same lengths here. Not counted: communication between ranks, the time of environment and reward,
 evaluation, `sft_weight`'s demonstrations, groups that are sampled again, a teacher's memory.
 
-shape.py     a decoder's parameters, widths, and the bytes that autograd keeps of one token
-workload.py  the work of a round on one rank, how it is trained, its micro-batches and their tokens
-memory.py    bytes by phase and part
-devices.py   a device's rates, measured or published
-seconds.py   seconds by phase
-lengths.py   tokens of prompts and completions, from the dataset or as given
-reading.py   from a config to shape, workload and setup
-estimate.py  both estimates of a config
-advice.py    whether a run fits, and what would make it fit
-command.py   the `pidistill plan` command
+Read command.py first, then reading.py (from a config to shape, workload and setup), memory.py and seconds.py, in which every
+term is one line with its reason, and advice.py (what would make a run fit).
 """

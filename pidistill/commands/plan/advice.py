@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
 
+from pidistill.commands.places import learns_demonstrations
 from pidistill.commands.plan.devices import Device
-from pidistill.commands.plan.lengths import Lengths, RowLengths, learns_demonstrations
+from pidistill.commands.plan.lengths import Lengths, RowLengths
 from pidistill.commands.plan.memory import chunk_tokens, memory, peak
 from pidistill.commands.plan.reading import dtype_of, setup_of, shape_of, workload_of
 from pidistill.config import build, resolve
@@ -14,7 +15,7 @@ from pidistill.models.adapters import has_adapters
 from pidistill.models.empty import shared_empty_model
 from pidistill.training.keys import setting
 
-# Ragged lengths, the allocator's gaps and what the estimate misses.
+# For lengths that differ, the allocator's gaps and what the estimate misses.
 HEADROOM_FRAC = 0.1
 _ONE_TOKEN = Lengths(1, 1, 1, 1)
 

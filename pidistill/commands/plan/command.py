@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from pidistill.commands.common import Parser, exit_on_input_error, parse_with_overrides
+from pidistill.commands.common import config_parser, exit_on_input_error, parse_with_overrides
 from pidistill.commands.plan.advice import HEADROOM_FRAC, PlannedRun, advice, fits
 from pidistill.commands.plan.devices import GIB, PRESETS, Device, measured, preset
 from pidistill.commands.plan.estimate import Estimate, estimate
@@ -35,9 +35,7 @@ from pidistill.training.keys import setting
 
 
 def parser() -> argparse.ArgumentParser:
-    made = Parser(prog="pidistill plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("config", help="a bundled config, or a path")
-    made.add_argument("overrides", nargs="*", metavar="key=value")
+    made = config_parser("plan", __doc__)
     made.add_argument("--ranks", type=int, default=1, help="processes of all machines: --nproc_per_node times --nnodes")
     made.add_argument("--device", choices=("here", *PRESETS), default="here", help="default: measured on this machine")
     made.add_argument("--memory-gib", type=float, help="of each rank; default: what the device has")

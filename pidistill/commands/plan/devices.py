@@ -14,23 +14,15 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """Rates of one device.
-
-    Attributes:
-        flops_per_s: of large matrix products in the run's dtype.
-        thin_flops_per_s: of products with few rows, as in decoding.
-        bytes_per_s: of the memory.
-        layer_s: seconds of Python and kernel launches per decoder layer forward, whatever its size.
-        memory_bytes: what there is.
-    """
+    """Hold the rates of one device."""
 
     name: str
     kind: Literal["cpu", "cuda"]
-    flops_per_s: float
-    thin_flops_per_s: float
-    bytes_per_s: float
-    layer_s: float
-    memory_bytes: float
+    flops_per_s: float  # of large matrix products in the run's dtype
+    thin_flops_per_s: float  # of products with few rows, as in decoding
+    bytes_per_s: float  # of the memory
+    layer_s: float  # seconds of Python and kernel launches per decoder layer forward, whatever its size
+    memory_bytes: float  # what there is
 
 
 # Published dense peaks (bf16; fp32 without TF32) and bandwidth of the SXM 80 GB parts, in FLOP/s and bytes/s.
@@ -53,7 +45,7 @@ def preset(name: str, dtype: torch.dtype) -> Device:
 
 @torch.no_grad()
 def measured(device: torch.device, dtype: torch.dtype) -> Device:
-    """Rates of this machine's device, in about a second."""
+    """Measure the rates of this machine's device, in about a second."""
     size = 1024 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     x = torch.empty(2**26 if device.type == "cpu" else 2**30, dtype=torch.uint8, device=device)
@@ -72,7 +64,7 @@ def measured(device: torch.device, dtype: torch.dtype) -> Device:
 
 
 def _fastest(run: Callable[[], object], device: torch.device, seconds: float = 0.3) -> float:
-    """Seconds of the fastest of the calls that fit into ``seconds``, after one that is not counted; at least three."""
+    """Return the seconds of the fastest of the calls that fit into ``seconds``, at least three; one before does not count."""
     taken, end = [], time.perf_counter() + seconds
     while len(taken) < 4 or time.perf_counter() < end:
         begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Both estimates of a config: memory at the longest of its lengths, seconds at their means."""
+"""Make both estimates of a config: memory at the longest of its lengths, seconds at their means."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pidistill.commands.plan.workload import Setup, Workload, count_tokens
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by phase and part, seconds by phase of a round, and what the tree feeds of the padded batch's tokens."""
+    """Hold bytes by phase and part, seconds by phase of a round, and what the tree feeds of the padded batch's tokens."""
 
     memory: dict[str, dict[str, float]]
     seconds: dict[str, float]
@@ -35,5 +35,5 @@ def estimate(cfg: DictConfig, rows: RowLengths, ranks: int, device: Device) -> E
 
 
 def _fed(setup: Setup, work: Workload) -> int:
-    """Tokens that the updates of a round feed to models."""
+    """Return the tokens that the updates of a round feed to models."""
     return work.updates * sum(count_tokens(work, one.views, work.trained_groups).fed for one in setup.update)

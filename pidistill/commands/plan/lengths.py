@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
+from pidistill.commands.places import learns_demonstrations
 from pidistill.config import build
 from pidistill.data import demonstration
 from pidistill.data.load import load_privileged
@@ -32,11 +33,6 @@ class RowLengths:
     mean: Lengths
     longest: Lengths
     source: str
-
-
-def learns_demonstrations(cfg: DictConfig) -> bool:
-    """Return True for a config of a recipe that learns demonstrations; `reading.read` refuses the key for any other."""
-    return "batch_size" in cfg
 
 
 def rows_of(cfg: DictConfig, count: int) -> RowLengths:

@@ -1,7 +1,4 @@
-"""Bytes that each phase of a round needs on each rank, part by part; the phase with the largest sum has to fit.
-
-Every term is one line with its reason.
-"""
+"""Estimate the bytes of each phase of a round on each rank, part by part; the phase with the largest sum has to fit."""
 
 from math import ceil
 
@@ -14,12 +11,12 @@ from pidistill.scoring.head_numbers import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 _LIBRARIES_BYTES = {"cpu": 0.5 * 2**30, "cuda": 0.8 * 2**30}
 # Temporaries of the rows whose numbers the head makes at once; see BLOCK_ELEMENTS there.
 _HEAD_TEMPORARIES = 8
-# Of each row's next-token distribution while it is drawn from: logits, in fp32, and their weights.
+# Bytes per logit of each row's next-token distribution while it is drawn from: logits, in fp32, and their weights.
 _LOGIT_BYTES = 12
 
 
 def memory(setup: Setup, work: Workload) -> dict[str, dict[str, float]]:
-    """Bytes per rank, by phase and part, at the phase's peak."""
+    """Return the bytes per rank, by phase and part, at the phase's peak."""
     parts = {
         "rollout": _rollout_bytes(setup, work),
         "update": _update_bytes(setup, work),
@@ -82,7 +79,7 @@ def _passing_bytes(model: ModelShape) -> float:
 
 
 def _gathered_bytes(setup: Setup, *, whole: bool) -> float:
-    """Full parameters on a rank: of the whole model, or of the root (embedding and head) and two layers, one fetched ahead.
+    """Return a rank's full parameters: of the whole model, or of its root (embedding, head) and two layers, one fetched ahead.
 
     One rank alone has whole weights; but in mixed precision it gathers copies of the trained ones.
     """
@@ -98,7 +95,7 @@ def _gathered_bytes(setup: Setup, *, whole: bool) -> float:
 
 
 def _teacher_bytes(setup: Setup, work: Workload) -> dict[str, float]:
-    """Forwards without gradient; between micro-batches of an update the gradients are there too."""
+    """Return the bytes of forwards without gradient; between an update's micro-batches the gradients are there too."""
     passes = (*setup.constant_passes, *setup.behaviour)
     forwards = [count_tokens(work, one.views, work.trained_groups).fed_at_once * _passing_bytes(one.model) for one in passes]
     return {
@@ -110,7 +107,7 @@ def _teacher_bytes(setup: Setup, work: Workload) -> dict[str, float]:
 
 
 def _update_bytes(setup: Setup, work: Workload) -> dict[str, float]:
-    """Forward, head and backward of a micro-batch, the gradients of those before it being there."""
+    """Return the bytes of forward, head and backward of a micro-batch, beside the gradients of those before it."""
     one, model = setup.trained_pass, setup.model
     tokens = count_tokens(work, one.views, work.trained_groups)
     head_gradient = _head_gradient_bytes(setup)
@@ -155,7 +152,7 @@ def _head_gradient_bytes(setup: Setup) -> float:
 
 
 def _head_matrices_bytes(setup: Setup, work: Workload) -> float:
-    """Logits of a chunk in fp32, all views; temporaries of a block; in bf16 a copy of their gradient or, on CPU, the head."""
+    """Return the bytes of a chunk's fp32 logits, all views, and a block's temporaries; in bf16, also of the copy it needs."""
     model, views = setup.model, len({view for one in setup.update for view in one.views})
     policy = count_tokens(work, ("student",), work.trained_groups).policy_at_once
     logits = views * min(work.chunk_tokens or chunk_tokens(model, views, setup.device), policy) * model.vocabulary

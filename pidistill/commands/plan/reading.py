@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import training
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
-from pidistill.commands.places import keys_of_recipe, load_config, recipe_of
-from pidistill.commands.plan.lengths import Lengths, learns_demonstrations
+from pidistill.commands.places import keys_of_recipe, learns_demonstrations, load_config, recipe_of
+from pidistill.commands.plan.lengths import Lengths
 from pidistill.commands.plan.shape import ModelShape, model_shape
 from pidistill.commands.plan.workload import Pass, Setup, Workload
 from pidistill.config import build, merge, resolve

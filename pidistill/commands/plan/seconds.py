@@ -1,7 +1,4 @@
-"""Seconds of each phase of a round on one rank: FLOPs and bytes of the phase over a device's rates.
-
-Every term is one line with its reason.
-"""
+"""Estimate the seconds of each phase of a round on one rank: FLOPs and bytes of the phase over a device's rates."""
 
 from math import ceil
 
@@ -10,7 +7,7 @@ from pidistill.commands.plan.shape import ModelShape, kv_bytes
 from pidistill.commands.plan.workload import Pass, Setup, Tokens, Workload, count_tokens, path_pairs
 
 PHASES = ("rollout", "teacher", "forward", "head", "backward", "optimizer")
-# Times that an element which autograd keeps crosses the memory in a forward: written, read, and what is not kept beside it.
+# How often an element that autograd keeps crosses the memory in a forward: written, read, and once for what is not kept.
 _CROSSINGS = 3
 # Passes over an fp32 [tokens, vocabulary] matrix per view: softmax and divergences, and their gradient where there is one.
 _HEAD_CROSSINGS = 12
@@ -45,7 +42,7 @@ def _forward_s(model: ModelShape, tokens: Tokens, device: Device) -> float:
 
 
 def _backward_s(model: ModelShape, tokens: Tokens, device: Device) -> float:
-    """Gradients of every input and of the trained weights; attention computes its scores again: five products, not two."""
+    """Count gradients of inputs and trained weights; attention computes its scores again: five products, not two."""
     flops = 2 * (model.maps + model.trained_maps) * tokens.fed + 2.5 * attention_flops(model, tokens)
     crossed = 2 * _CROSSINGS * model.saved_bytes * tokens.fed
     return flops / device.flops_per_s + crossed / device.bytes_per_s + 2 * model.layers * device.layer_s * tokens.micro_batches
@@ -56,7 +53,7 @@ def attention_flops(model: ModelShape, tokens: Tokens) -> float:
 
 
 def _head_s(one: Pass, tokens: Tokens, device: Device) -> float:
-    """Logits of every view; where gradient flows, back to the hidden states, and to the head's weight if it is trained."""
+    """Count logits of every view and, where gradient flows, its way to the hidden states and to a trained head's weight."""
     products = 2 * len(one.views) + 2 * len(one.gradient) * (1 + one.model.head_trained)
     per_view = tokens.policy / len(one.views)
     crossed = _HEAD_CROSSINGS * 4 * one.model.vocabulary * tokens.policy
@@ -64,7 +61,7 @@ def _head_s(one: Pass, tokens: Tokens, device: Device) -> float:
 
 
 def _optimizer_s(setup: Setup, device: Device) -> float:
-    """Reads gradient, weight and states; writes weight and states."""
+    """Count what is read (gradient, weight, states) and written (weight, states)."""
     model = setup.model
     per_element = 3 * setup.trained_item_bytes + 2 * setup.state_bytes
     return model.trained / setup.shards * per_element / device.bytes_per_s
@@ -81,9 +78,9 @@ def _rollout_s(model: ModelShape, work: Workload, device: Device) -> float:
     products = 2 * elements * rows * work.completion + 4 * model.layers * model.heads * model.head_dim * context
     weights = elements * model.item_bytes * steps
     crossed = context * kv_bytes(model) + rows * work.completion * model.vocabulary * _LOGIT_CROSSED_BYTES
-    # Rows share a weight that is read: products hide that, or it hides them.
+    # Rows share each weight that is read, while products are computed: the slower of the two counts.
     work_s = max(products / device.thin_flops_per_s, weights / device.bytes_per_s) + crossed / device.bytes_per_s
     launches = steps * model.layers * device.layer_s
-    # Launches run ahead of a GPU, and take turns with the work on a CPU.
+    # On a GPU launches overlap with the work; on a CPU they alternate with it.
     decode = max(launches, work_s) if device.kind == "cuda" else launches + work_s
     return _forward_s(model, prefill, device) + decode

@@ -16,42 +16,28 @@ from pidistill.models.nf4 import dequantizing_bytes, stored_bytes
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Hold what a decoder costs, in parameters, widths and bytes.
+    """Hold what a decoder costs, in parameters, widths and bytes."""
 
-    Attributes:
-        parameters, trained: numbers of elements; a tied head counts once.
-        weights_bytes: of the parameters as they are stored; less than parameters · item_bytes where some have 4 bits.
-        dequantizing_bytes: while a forward makes its largest 4-bit matrix whole.
-        buffers_bytes: positional caches.
-        maps, trained_maps: elements of the layers' matrices: 2 FLOPs each per token forward.
-        head: elements of the output matrix.
-        head_trained, tied: whether gradient reaches it, and whether it is the embedding.
-        widest: the most features that a layer computes at once, per token.
-        saved_bytes: what autograd keeps of all layers for one token, until its backward.
-        layer_saved_bytes: the same of the layer that keeps most.
-        item_bytes: of one element in the run's dtype.
-    """
-
-    parameters: int
-    trained: int
-    weights_bytes: float
-    dequantizing_bytes: float
-    buffers_bytes: int
-    maps: int
-    trained_maps: int
-    head: int
-    head_trained: bool
-    tied: bool
+    parameters: int  # elements; a tied head counts once
+    trained: int  # elements of those that are trained
+    weights_bytes: float  # of the parameters as they are stored; less than parameters · item_bytes where some have 4 bits
+    dequantizing_bytes: float  # while a forward makes its largest 4-bit matrix whole
+    buffers_bytes: int  # positional caches
+    maps: int  # elements of the layers' matrices: 2 FLOPs each per token forward
+    trained_maps: int  # elements of those that are trained
+    head: int  # elements of the output matrix
+    head_trained: bool  # gradient reaches the head
+    tied: bool  # the head is the embedding
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
     width: int
-    widest: int
+    widest: int  # the most features that a layer computes at once, per token
     vocabulary: int
-    saved_bytes: float
-    layer_saved_bytes: float
-    item_bytes: int
+    saved_bytes: float  # what autograd keeps of all layers for one token, until its backward
+    layer_saved_bytes: float  # the same of the layer that keeps most
+    item_bytes: int  # of one element in the run's dtype
 
 
 def model_shape(model: TransformerDecoder) -> ModelShape:
@@ -92,7 +78,7 @@ def model_shape(model: TransformerDecoder) -> ModelShape:
 
 
 def _shape_positions(model: TransformerDecoder) -> None:
-    """Llama 3's scaled positions make their table of real numbers only; on the meta device they get its shape here."""
+    """Give Llama 3's scaled positions their table's shape: on the meta device they do not make it themselves."""
     for module in model.modules():
         if getattr(module, "is_cache_built", True) is False:
             table = torch.empty(module.max_seq_len, module.dim // 2, 2, dtype=torch.float32, device="meta")
@@ -110,7 +96,7 @@ def _signature(layer: nn.Module) -> tuple:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what flash and flex attention keep: queries, keys, values, the output and one fp32 number per head and query."""
+    """Keep what flash and flex attention keep: queries, keys, values, the output and one fp32 number per head and query."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -124,7 +110,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _saved_bytes(layer: nn.Module, width: int, dtype: torch.dtype, tokens: int = 64) -> float:
-    """Bytes per token that autograd keeps of one layer: its forward is run on the meta device and what it saves is counted.
+    """Return the bytes per token that autograd keeps of one layer, counted in its forward on the meta device.
 
     Parameters and buffers are there anyway; a tensor that several operations keep is one.
     """

@@ -15,32 +15,22 @@ from pidistill.types import ViewName
 
 @dataclass(frozen=True)
 class Workload:
-    """Describe one round on one rank; lengths in tokens.
+    """Describe one round on one rank; lengths in tokens."""
 
-    Attributes:
-        student, teacher: prompts of the two views; ``shared``: what they have in common at the start.
-        completion: of every rollout.
-        groups: sampled in a round; ``trained_groups``: in one of the ``updates`` of it.
-        views: that the update looks at.
-        micro_batch_tokens: of one forward, both packings alike.
-        sampler_rows: sampled at once; None is all.
-        chunk_tokens: whose logits exist at once; None is the scorer's own choice.
-    """
-
-    student: int
-    teacher: int
-    shared: int
-    completion: int
+    student: int  # prompt of the view
+    teacher: int  # prompt of the view
+    shared: int  # what both prompts begin with
+    completion: int  # of every rollout
     group_size: int
-    groups: int
-    trained_groups: int
+    groups: int  # sampled in a round
+    trained_groups: int  # in one of the round's `updates`
     updates: int = 1
-    views: tuple[ViewName, ...] = ("student", "teacher")
+    views: tuple[ViewName, ...] = ("student", "teacher")  # that the update looks at
     sampled_view: ViewName = "student"
     packing: Literal["tree", "padded"] = "tree"
-    micro_batch_tokens: int = 8192
-    sampler_rows: int | None = None
-    chunk_tokens: int | None = None
+    micro_batch_tokens: int = 8192  # of one forward, both packings alike
+    sampler_rows: int | None = None  # sampled at once; None is all
+    chunk_tokens: int | None = None  # whose logits exist at once; None is the scorer's own choice
 
     def prompt(self, view: ViewName) -> int:
         return self.student if view == "student" else self.teacher
@@ -48,47 +38,30 @@ class Workload:
 
 @dataclass(frozen=True)
 class Pass:
-    """Describe one forward over the rollouts of each micro-batch.
+    """Describe one forward over the rollouts of each micro-batch."""
 
-    Attributes:
-        model: whose weights.
-        views: in this forward together.
-        gradient: those of them that gradient flows back from; empty under ``no_grad``.
-    """
-
-    model: ModelShape
-    views: tuple[ViewName, ...]
-    gradient: tuple[ViewName, ...] = ()
+    model: ModelShape  # whose weights
+    views: tuple[ViewName, ...]  # in this forward together
+    gradient: tuple[ViewName, ...] = ()  # those of them that gradient flows back from; empty under `no_grad`
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Describe how a round is trained.
+    """Describe how a round is trained."""
 
-    Attributes:
-        model: the one that is trained.
-        update: passes of every micro-batch of an update; ``behaviour``: passes over the round before its first update.
-        teacher_bytes: weights beside the trained ones; ``average_elements``: of an fp32 moving average.
-        state_bytes: optimizer states per trained element.
-        mixed: trained weights, their gradients and states are in fp32, and FSDP2 makes copies in the model's dtype of them.
-        ranks, reshard, cpu_offload: of FSDP2; one rank shards nothing.
-        replicas: groups of ranks that each hold all shards.
-        checkpointing: activations of a layer are computed again in the backward.
-        device: "cuda" or "cpu".
-    """
-
-    model: ModelShape
-    update: tuple[Pass, ...]
-    behaviour: tuple[Pass, ...] = ()
-    teacher_bytes: float = 0.0
-    average_elements: int = 0
-    state_bytes: float = 8.0
+    model: ModelShape  # the one that is trained
+    update: tuple[Pass, ...]  # of every micro-batch of an update
+    behaviour: tuple[Pass, ...] = ()  # over the round, before its first update
+    teacher_bytes: float = 0.0  # weights beside the trained ones
+    average_elements: int = 0  # of an fp32 moving average
+    state_bytes: float = 8.0  # optimizer states per trained element
+    # Trained weights, their gradients and states are in fp32, and FSDP2 makes copies in the model's dtype of them.
     mixed: bool = False
-    ranks: int = 1
-    replicas: int = 1
-    reshard: bool = True
+    ranks: int = 1  # of FSDP2; one rank shards nothing
+    replicas: int = 1  # groups of ranks that each hold all shards
+    reshard: bool = True  # by FSDP2, after a forward
     cpu_offload: bool = False
-    checkpointing: bool = False
+    checkpointing: bool = False  # activations of a layer are computed again in the backward
     device: Literal["cpu", "cuda"] = "cuda"
 
     @property
@@ -116,17 +89,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Count what a pass over some groups feeds to the model.
+    """Count what a pass over some groups feeds to the model, in all its forwards and in the largest of them (`_at_once`)."""
 
-    Attributes:
-        fed: tokens, padding included. ``pairs``: of a query and a key that it sees.
-        policy: hidden states that reach the head, all views together.
-        micro_batches, fed_at_once, pairs_at_once, policy_at_once: how many forwards, and the largest of them.
-    """
-
-    fed: int
-    pairs: int
-    policy: int
+    fed: int  # tokens, padding included
+    pairs: int  # of a query and a key that it sees
+    policy: int  # hidden states that reach the head, all views together
     micro_batches: int
     fed_at_once: int
     pairs_at_once: int

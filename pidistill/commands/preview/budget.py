@@ -1,4 +1,4 @@
-"""Rollouts and tokens of a round, at the rows' mean lengths: what is sampled, what is trained on, what is fed to the model."""
+"""Count rollouts and tokens of a round, at the rows' mean lengths: what is sampled, trained on, and fed to the model."""
 
 from collections.abc import Mapping
 
@@ -17,12 +17,11 @@ def budget(
 ) -> dict[str, float]:
     """Return numbers by their name, over all ranks.
 
+    A completion counts as long as it may be (`sampler.max_new_tokens`); a demonstration as long as the rows' mean.
+
     Args:
-        supervised: the recipe trains on demonstrations alone.
         kept: rows of the dataset that are trained on or sampled.
         policy_tokens: of a demonstration, on average; None where the recipe reads none.
-
-    A completion counts as long as it may be (`sampler.max_new_tokens`); a demonstration as long as the rows' mean.
     """
     if cfg.get("objective"):
         return _of_a_round(cfg, rows, kept)

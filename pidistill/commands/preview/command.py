@@ -1,4 +1,4 @@
-"""`pidistill preview`: what the model will see of a config's rows, how long it is, and what of it is probably not meant.
+"""`pidistill preview`: show what the model will see of a config's rows, how long it is, and what is probably not meant.
 
 pidistill preview tiny/opsd
 pidistill preview qwen2_5/0.5B_opsd --rows 5 --scan 7473
@@ -28,7 +28,7 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
-from pidistill.commands.common import Parser, exit_on_input_error, parse_with_overrides
+from pidistill.commands.common import config_parser, exit_on_input_error, parse_with_overrides
 from pidistill.commands.places import is_supervised
 from pidistill.commands.plan.lengths import Lengths, RowLengths
 from pidistill.commands.plan.reading import KEYS, merged
@@ -48,14 +48,9 @@ ROUND_NEEDS = ("sampler", "prompts_per_round", "group_size", "max_steps")
 
 
 def parser() -> argparse.ArgumentParser:
-    made = Parser(prog="pidistill preview", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("config", help="a bundled config, or a path")
-    made.add_argument("overrides", nargs="*", metavar="key=value")
+    made = config_parser("preview", __doc__)
     made.add_argument("--rows", type=int, default=2, help="rows of the dataset that are printed")
-    made.add_argument(
-        "--scan", default=1000, metavar="N", help="rows whose lengths and texts are looked at; without a number: every row, "
-        "counted by kind"
-    )  # fmt: skip
+    made.add_argument("--scan", default=1000, metavar="N", help="rows that are looked at; without a number: all, by kind")
     made.add_argument("--json", action="store_true", help="ids, texts, ranges and all numbers")
     return made
 
@@ -76,11 +71,7 @@ def name_all_rows(argv: Sequence[str]) -> list[str]:
 
 
 def preview(arguments: argparse.Namespace) -> None:
-    """Print the preview of a config.
-
-    Raises:
-        InputError: the config is wrong; or, when all is printed, a run would refuse one of the rows.
-    """
+    """Print the preview of a config; then refuse it where a run would refuse one of the rows."""
     every_row = arguments.scan == ALL_ROWS
     count = 1 if every_row else int(arguments.scan)
     if arguments.rows < 0 or count < 1:

@@ -1,4 +1,4 @@
-"""What is probably not meant: privileged information in the student's view, and phrases that count as leaks in the prompts."""
+"""Find what is probably not meant: privileged information in the student's view, and leak phrases in the prompts."""
 
 import re
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Where the privileged information stands in a decoded prompt, and where the ids of the two views differ."""
+"""Find where the privileged information stands in a decoded prompt, and where the ids of the two views differ."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ Span = tuple[int, int]  # [start, end)
 
 @dataclass(frozen=True)
 class Difference:
-    """Holds the items between what both prompts begin with and what both end with, as ranges of each."""
+    """Hold the items between what both prompts begin with and what both end with, as ranges of each."""
 
     student: Span
     teacher: Span

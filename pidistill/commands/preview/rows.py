@@ -1,12 +1,9 @@
-"""Rows of a dataset as the model will see them: one in full, and the lengths of many."""
+"""Build rows of a dataset as the model will see them: one in full, and the lengths of many."""
 
-import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import torch
 from omegaconf import DictConfig
 
 from pidistill.commands.preview.marks import Difference, Span, difference, privileged_spans
@@ -18,35 +15,34 @@ from pidistill.data.prompts import check_no_pi, row_overflow
 from pidistill.errors import InputError
 from pidistill.privileged.prompt import PrivilegedPrompt, PromptViews
 from pidistill.tokenizers import ChatTokenizer, as_chat_tokenizer
+from pidistill.tokenizers.chat_template import TemplateRefusal
+from pidistill.tokenizers.rendering import TextLeftOut
 from pidistill.training.compatibility import build_objective
+from pidistill.training.start import seed_global_streams
 from pidistill.types import Example, Rollout
+
+# Kinds of refused rows.
+LEFT_OUT = "text left out by the chat template"
+REFUSED_BY_TEMPLATE = "refused by the chat template"
+TOO_LONG = "too long"
+NOT_LEARNED = "nothing to learn"
+NO_REFERENCE = "reference that the reward cannot judge"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Holds what a recipe builds its prompts of and with.
+    """Hold what a recipe builds its prompts of and with."""
 
-    Attributes:
-        examples: every row, after the privileged information's control.
-        dataset_dropped: rows that the dataset's builder left out, by reason.
-        max_seq_len: the smaller of the tokenizer's and the model's limit, in tokens.
-        room: tokens that a prompt must leave for a completion; 0 where completions come with the rows.
-        no_pi, on_overflow: what happens to rows without privileged information, and to rows that are too long.
-        demonstration_overflow: what happens to demonstrations that are too long; None where the recipe reads none.
-        supervised: the recipe trains on demonstrations alone.
-        reference_checks: what the rewards of the environment ask of every row that is sampled.
-    """
-
-    examples: Sequence[Example]
-    dataset_dropped: dict[str, int]
+    examples: Sequence[Example]  # every row, after the privileged information's control
+    dataset_dropped: dict[str, int]  # rows that the dataset's builder left out, by reason
     tokenizer: ChatTokenizer
     privileged: PrivilegedPrompt
-    max_seq_len: int
-    room: int
-    no_pi: str
-    on_overflow: str
-    demonstration_overflow: str | None
-    supervised: bool = False
+    max_seq_len: int  # the smaller of the tokenizer's and the model's limit, in tokens
+    room: int  # tokens that a prompt must leave for a completion; 0 where completions come with the rows
+    no_pi: str  # what happens to rows without privileged information
+    on_overflow: str  # what happens to rows that are too long
+    demonstration_overflow: str | None  # what happens to demonstrations that are too long; None where the recipe reads none
+    # What the rewards of the environment ask of every row that is sampled.
     reference_checks: Sequence[Callable[[Example], None]] = ()
 
 
@@ -59,10 +55,7 @@ def source_of(cfg: DictConfig, supervised: bool = False, part: str = "dataset") 
     tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
     max_seq_len = check_models(cfg, tokenizer)
     privileged = load_privileged(cfg, tokenizer)
-    seed = int(cfg.get("seed") or 0)  # as in training.start: a dataset that shuffles itself is the run's
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
+    seed_global_streams(int(cfg.get("seed") or 0))  # a dataset that shuffles itself is the run's
     dataset = build(cfg[part])
     samples = not supervised or part == "eval_dataset"
     learned = part == "dataset" and (supervised or cfg.get("sft_weight"))
@@ -76,7 +69,6 @@ def source_of(cfg: DictConfig, supervised: bool = False, part: str = "dataset") 
         no_pi=_no_pi(cfg) if part == "dataset" else "rl",
         on_overflow=cfg.get("on_overflow") or privileged.on_overflow,
         demonstration_overflow=(cfg.get("on_overflow") or "error") if learned else None,
-        supervised=supervised,
         reference_checks=reference_checks(cfg.get("environment")) if samples and _is_judged(cfg, part) else (),
     )
 
@@ -98,21 +90,15 @@ def _no_pi(cfg: DictConfig) -> str:
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """Holds one row as the model will see it.
-
-    Attributes:
-        privileged_spans: characters of the decoded teacher prompt; None where the template changes the text.
-        demonstration: the dataset's completion as ids; ``no_demonstration`` says why there is none though the row has one.
-        dropped: the reason why the row is not trained on.
-    """
+    """Hold one row as the model will see it."""
 
     example: Example
     views: PromptViews
-    privileged_spans: list[Span] | None
+    privileged_spans: list[Span] | None  # characters of the decoded teacher prompt; None where the template changes the text
     difference: Difference
-    demonstration: Rollout | None
-    no_demonstration: str | None
-    dropped: str | None
+    demonstration: Rollout | None  # the dataset's completion as ids
+    no_demonstration: str | None  # why there is none though the row has a completion
+    dropped: str | None  # the reason why the row is not trained on
 
 
 def row_of(example: Example, source: Source) -> PreviewRow:
@@ -144,21 +130,15 @@ COUNTED = ("student prompt", "privileged", "teacher prompt", "demonstration", "i
 
 @dataclass
 class Scan:
-    """Counts what the first rows of a dataset are like.
+    """Count what the first rows of a dataset are like."""
 
-    Attributes:
-        total: rows of the dataset, of which ``scanned`` are looked at.
-        lengths: tokens by what is counted, one number per row (of ``privileged``: per row that has some).
-        dropped: rows that the recipe leaves out, by reason; ``refused``: the sentence with which it would stop instead.
-        examples, views: the rows, in the order of ``lengths``.
-    """
-
-    total: int
+    total: int  # rows of the dataset, of which `scanned` are looked at
+    # Tokens by what is counted, one number per row (of `privileged`: per row that has some).
     lengths: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in COUNTED})
     without_privileged: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    refused: str | None = None
-    examples: list[Example] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)  # rows that the recipe leaves out, by reason
+    refused: str | None = None  # the sentence with which it would stop instead
+    examples: list[Example] = field(default_factory=list)  # the rows, in the order of `lengths`
     views: list[PromptViews] = field(default_factory=list)
 
     @property
@@ -195,31 +175,61 @@ def _count(result: Scan, example: Example, views: PromptViews, source: Source) -
         if source.no_pi == "drop":
             result.dropped["rows_without_pi"] += 1
             return
+    verdict = judge_row(example, views, source)
+    result.refused = result.refused or verdict.refused
+    if verdict.left_out:
+        result.dropped[verdict.reason] += 1
+    if (made := verdict.demonstration) is not None:
+        result.lengths["demonstration"].append(len(made.completion))
+        result.lengths["its policy tokens"].append(made.policy_tokens)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Say what a run does with a row: it takes it, leaves it out, or stops."""
+
+    reason: str | None = None  # why it does not take the row
+    refused: str | None = None  # the sentence with which it stops
+    demonstration: Rollout | None = None  # what is learned of the row, where the recipe reads it
+
+    @property
+    def left_out(self) -> bool:
+        return self.reason is not None and self.refused is None
+
+
+def judge_row(example: Example, views: PromptViews, source: Source) -> Verdict:
+    """Check lengths, the rewards' reference and the demonstration of a row, in a run's order."""
     too_long = row_overflow(example, views, source.privileged, source.room, source.max_seq_len)
     if too_long is not None:
-        _leave_out(result, *too_long, source.on_overflow)
-    elif source.demonstration_overflow:
-        _count_demonstration(result, example, views, source)
+        return _too_long(*too_long, source.on_overflow)
     for check in source.reference_checks:
-        result.refused = result.refused or _sentence(check, example)
-
-
-def _count_demonstration(result: Scan, example: Example, views: PromptViews, source: Source) -> None:
+        if (sentence := _sentence(check, example)) is not None:
+            return Verdict(NO_REFERENCE, sentence)
+    if source.demonstration_overflow is None:
+        return Verdict()
     try:
-        given = demonstration(example, views.pair, source.tokenizer, max_seq_len=source.max_seq_len)
-        result.lengths["demonstration"].append(len(given.completion))
-        result.lengths["its policy tokens"].append(given.policy_tokens)
+        made = demonstration(example, views.pair, source.tokenizer, max_seq_len=source.max_seq_len)
     except TooLong as error:
-        _leave_out(result, "demonstration_too_long", str(error), source.demonstration_overflow or "error")
+        return _too_long("demonstration_too_long", str(error), source.demonstration_overflow)
     except InputError as error:
-        result.refused = result.refused or str(error)
+        return Verdict(kind_of(error, NOT_LEARNED), str(error))
+    return Verdict(demonstration=made)
 
 
-def _leave_out(result: Scan, reason: str, sentence: str, on_overflow: str) -> None:
-    if on_overflow == "error":
-        result.refused = result.refused or sentence
-    else:
-        result.dropped[reason] += 1
+def _too_long(reason: str, sentence: str, on_overflow: str) -> Verdict:
+    return Verdict(TOO_LONG, sentence) if on_overflow == "error" else Verdict(reason)
+
+
+def kind_of(error: BaseException, otherwise: str) -> str:
+    """Return the kind of a refusal, looking at what it was raised from."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, TextLeftOut):
+            return LEFT_OUT
+        if isinstance(cause, TemplateRefusal):
+            return REFUSED_BY_TEMPLATE
+        cause = cause.__cause__
+    return otherwise
 
 
 def _sentence(check: Callable[..., None], *arguments: object) -> str | None:

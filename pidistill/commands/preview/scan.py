@@ -1,8 +1,7 @@
-"""Every row of a config's datasets, rendered and checked as a run would, and counted by kind."""
+"""Render and check every row of a config's datasets as a run would, and count the rows by kind."""
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from omegaconf import DictConfig
@@ -11,31 +10,22 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from pidistill.commands.preview.rows import Source, source_of
-from pidistill.data import demonstration
+from pidistill.commands.preview.rows import Source, judge_row, kind_of, source_of
 from pidistill.data.dataset import collect_refused_rows
-from pidistill.data.demonstrations import TooLong, earlier_turns_differ
-from pidistill.data.prompts import row_overflow
+from pidistill.data.demonstrations import earlier_turns_differ
 from pidistill.errors import InputError, escape_controls
-from pidistill.tokenizers.chat_template import TemplateRefusal
-from pidistill.tokenizers.rendering import TextLeftOut
 from pidistill.types import Example
 
 PARTS = ("dataset", "eval_dataset")
 
-LEFT_OUT = "text left out by the chat template"
-REFUSED_BY_TEMPLATE = "refused by the chat template"
-TOO_LONG = "too long"
 NO_PI = "without privileged information"
 NOT_READ = "not read as a row"
 NOT_RENDERED = "no prompt"
-NOT_LEARNED = "nothing to learn"
-NO_REFERENCE = "reference that the reward cannot judge"
 
 
 @dataclass
 class Refusals:
-    """Counts the rows of one kind and keeps the first sentence."""
+    """Count the rows of one kind and keep the first sentence."""
 
     rows: int
     first: str
@@ -43,25 +33,16 @@ class Refusals:
 
 @dataclass
 class ScanReport:
-    """Counts the rows of one dataset.
+    """Count the rows of one dataset."""
 
-    Attributes:
-        rows: all of them.
-        right: those that a run takes.
-        refused: those that stop a run, by kind.
-        dropped: those that a run leaves out and counts, by reason; a dataset's own reasons count rows of its source.
-        without_privileged: those without privileged information, taken or not.
-        earlier_turns: those whose earlier turns a server shows in another form.
-        earlier_turns_first: the first of these.
-    """
-
-    rows: int = 0
-    right: int = 0
-    refused: dict[str, Refusals] = field(default_factory=dict)
+    rows: int = 0  # all of them
+    right: int = 0  # those that a run takes
+    refused: dict[str, Refusals] = field(default_factory=dict)  # those that stop a run, by kind
+    # Those that a run leaves out and counts, by reason; a dataset's own reasons count rows of its source.
     dropped: Counter[str] = field(default_factory=Counter)
-    without_privileged: int = 0
-    earlier_turns: int = 0
-    earlier_turns_first: str | None = None
+    without_privileged: int = 0  # those without privileged information, taken or not
+    earlier_turns: int = 0  # those whose earlier turns a server shows in another form
+    earlier_turns_first: str | None = None  # the first of these
 
     def refuse(self, kind: str, sentence: str) -> None:
         known = self.refused.setdefault(kind, Refusals(0, sentence))
@@ -73,11 +54,7 @@ class ScanReport:
 
 
 def scan_all(cfg: DictConfig, supervised: bool, as_json: bool) -> None:
-    """Print the report of each dataset.
-
-    Raises:
-        InputError: when all is printed, a row is refused or no row is left.
-    """
+    """Print the report of each dataset; then refuse the config where a row is refused or no row is left."""
     reports = {part: scan_part(cfg, supervised, part) for part in PARTS if cfg.get(part)}
     if as_json:
         print(json.dumps({part: vars(report) for part, report in reports.items()}, default=vars, ensure_ascii=False))
@@ -100,7 +77,7 @@ def scan_part(cfg: DictConfig, supervised: bool, part: str = "dataset") -> ScanR
         source = source_of(cfg, supervised, part)
     report = ScanReport(rows=len(source.examples) + len(refused), dropped=Counter(source.dataset_dropped))
     for error in refused:
-        report.refuse(_kind_of(error, NOT_READ), str(error))
+        report.refuse(kind_of(error, NOT_READ), str(error))
     console = Console(stderr=True)
     for example in track(source.examples, f"rows of {part}", console=console, transient=True, disable=not console.is_terminal):
         _count(report, example, source)
@@ -112,69 +89,25 @@ def _count(report: ScanReport, example: Example, source: Source) -> None:
     report.without_privileged += not example.privileged
     if not example.privileged and source.no_pi == "drop":
         report.dropped["rows_without_pi"] += 1
-        return
-    try:
-        kind = _check(report, example, source)
-    except InputError as error:
-        report.refuse(_kind_of(error, NOT_RENDERED), str(error))
-        return
-    report.right += kind is None
-
-
-def _check(report: ScanReport, example: Example, source: Source) -> str | None:
-    """Return the reason for which the row is left out, or the kind of its refusal; None where it is right."""
-    if not example.privileged and source.no_pi == "error":
+    elif not example.privileged and source.no_pi == "error":
         report.refuse(NO_PI, f"{example.id} has no privileged information and no_pi is error")
-        return NO_PI
-    views = source.privileged.build(example, source.tokenizer)
-    too_long = row_overflow(example, views, source.privileged, source.room, source.max_seq_len)
-    if too_long is not None:
-        return _leave_out(report, *too_long, source.on_overflow)
-    for check in source.reference_checks:
-        if (sentence := _sentence(check, example)) is not None:
-            report.refuse(NO_REFERENCE, sentence)
-            return NO_REFERENCE
-    if source.demonstration_overflow is None:
-        return None
-    try:
-        made = demonstration(example, views.pair, source.tokenizer, max_seq_len=source.max_seq_len)
-    except TooLong as error:
-        return _leave_out(report, "demonstration_too_long", str(error), source.demonstration_overflow)
-    except InputError as error:
-        report.refuse(_kind_of(error, NOT_LEARNED), str(error))
-        return NOT_LEARNED
-    if earlier_turns_differ(made, source.tokenizer):
+    else:
+        try:
+            _judge(report, example, source)
+        except InputError as error:
+            report.refuse(kind_of(error, NOT_RENDERED), str(error))
+
+
+def _judge(report: ScanReport, example: Example, source: Source) -> None:
+    verdict = judge_row(example, source.privileged.build(example, source.tokenizer), source)
+    if verdict.refused is not None:
+        report.refuse(verdict.reason, verdict.refused)
+    elif verdict.left_out:
+        report.dropped[verdict.reason] += 1
+    elif verdict.demonstration is not None and earlier_turns_differ(verdict.demonstration, source.tokenizer):
         report.earlier_turns += 1
         report.earlier_turns_first = report.earlier_turns_first or example.id
-    return None
-
-
-def _leave_out(report: ScanReport, reason: str, sentence: str, on_overflow: str) -> str:
-    if on_overflow == "error":
-        report.refuse(TOO_LONG, sentence)
-    else:
-        report.dropped[reason] += 1
-    return reason
-
-
-def _sentence(check: Callable[[Example], None], example: Example) -> str | None:
-    try:
-        check(example)
-    except InputError as error:
-        return str(error)
-    return None
-
-
-def _kind_of(error: BaseException, otherwise: str) -> str:
-    """Return the kind of a refusal, looking at what it was raised from."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, TextLeftOut):
-            return LEFT_OUT
-        if isinstance(cause, TemplateRefusal):
-            return REFUSED_BY_TEMPLATE
-        cause = cause.__cause__
-    return otherwise
+    report.right += verdict.reason is None
 
 
 def show_report(console: Console, part: str, report: ScanReport) -> None:

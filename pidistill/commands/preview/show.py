@@ -1,4 +1,4 @@
-"""A preview on a terminal: private text and policy tokens in colour, or between marks where there is no terminal."""
+"""Print a preview: private text and policy tokens in colour, or between marks where there is no terminal."""
 
 import math
 import statistics

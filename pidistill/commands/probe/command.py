@@ -1,4 +1,4 @@
-"""`pidistill probe`: which wording of the privileged information helps this model, measured before any training.
+"""`pidistill probe`: measure, before any training, which wording of the privileged information helps this model.
 
 pidistill probe qwen2_5/0.5B_pi_distill --rows 32
 pidistill probe my_config.yaml --wordings my_wordings.yaml --temperature 1.0
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pidistill.commands.common import Parser, exit_on_input_error, parse_with_overrides
+from pidistill.commands.common import config_parser, exit_on_input_error, parse_with_overrides
 from pidistill.commands.plan.reading import KEYS, merged
 from pidistill.commands.probe.measure import Measured, Probe
 from pidistill.commands.probe.wordings import Wording, builtin_wordings, configured, read_wordings
@@ -45,9 +45,7 @@ TRUNCATED_TOO_OFTEN = 0.2
 
 
 def parser() -> argparse.ArgumentParser:
-    made = Parser(prog="pidistill probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("config", help="a bundled config, or a path")
-    made.add_argument("overrides", nargs="*", metavar="key=value")
+    made = config_parser("probe", __doc__)
     made.add_argument("--rows", type=int, default=32, help="rows with privileged information that are tried")
     made.add_argument("--wordings", help="a YAML file of wordings: name: {template: ..., placement: ...}")
     made.add_argument("--only-own", action="store_true", help="leave out the built-in wordings")
@@ -82,8 +80,8 @@ class Found:
 
     def as_json(self) -> dict:
         return {
-            "student": self.student.as_json(),
-            "wordings": {wording.name: vars(wording) | measured.as_json() for wording, measured in self.wordings},
+            "student": vars(self.student),
+            "wordings": {wording.name: vars(wording) | vars(measured) for wording, measured in self.wordings},
             "recommended": self.wording.name,
             "advice": self.advice(),
             "seconds": self.seconds,
@@ -143,11 +141,7 @@ class Found:
 
 
 def probe(arguments: argparse.Namespace) -> Found:
-    """Sample and score what the command's words ask for.
-
-    Raises:
-        InputError: the config is wrong, or none of its rows has privileged information.
-    """
+    """Sample and score what the command's words ask for."""
     began = time.perf_counter()
     cfg, run = _start(arguments)
     tokenizer = as_chat_tokenizer(build(cfg.tokenizer))

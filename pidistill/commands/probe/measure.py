@@ -1,8 +1,7 @@
 """Sample the teacher under one wording, and score the student's own completions in both views."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,42 +25,32 @@ REQUEST = ScoreRequest(student_grad=False, teacher_grad=False, divergences=KL)
 
 @dataclass(frozen=True)
 class Measured:
-    """Hold the numbers of one view under one wording; shares are between 0 and 1, divergences in nats per policy token.
+    """Hold the numbers of one view under one wording.
 
-    Attributes:
-        success: share of rollouts whose reward reaches the threshold.
-        flexible: the same by the reward's flexible rule (`success_last_number` among its parts); None where it has none.
-        kl_teacher_student, kl_student_teacher: on the student's own completions, full vocabulary, at temperature 1.
-        kl_quarters: kl(teacher||student) by quarter of the completion.
+    Shares are between 0 and 1. Divergences are in nats per policy token of the student's own completions, over the full
+    vocabulary, at temperature 1.
     """
 
     rows: int
-    success: float
+    success: float  # share of rollouts whose reward reaches the threshold
+    # The same by the reward's flexible rule (`success_last_number` among its parts); None where it has none.
     flexible: float | None
     tokens: float
     truncated: float
     leaks: float
     kl_teacher_student: float | None = None
     kl_student_teacher: float | None = None
-    kl_quarters: tuple[float, ...] = ()
+    kl_quarters: tuple[float, ...] = ()  # kl(teacher||student) by quarter of the completion
 
     @property
     def best(self) -> float:
         """Return the flexible success where there is one: a right answer that is written in another way is still known."""
         return self.success if self.flexible is None else self.flexible
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Probe:
-    """Hold what all measurements of one command share.
-
-    Attributes:
-        progress: is called with the number of rollouts that are done.
-        chunk: rows that are sampled at once.
-    """
+    """Hold what all measurements of one command share."""
 
     model: Decoder
     tokenizer: ChatTokenizer
@@ -72,8 +61,8 @@ class Probe:
     max_new_tokens: int
     max_seq_len: int
     micro_batch_rows: int
-    chunk: int
-    progress: Callable[[int], None]
+    chunk: int  # rows that are sampled at once
+    progress: Callable[[int], None]  # is called with the number of rollouts that are done
 
     def prompts(self, examples: Sequence[Example], privileged: PrivilegedPrompt) -> Prompts:
         """Return both prompts of the rows that fit under this wording."""

@@ -1,4 +1,4 @@
-"""Wordings of the privileged block: a text around the information, and where it stands."""
+"""Hold wordings of the privileged block: a text around the information, and where it stands."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -66,11 +66,7 @@ def configured(privileged: PrivilegedPrompt) -> Wording:
 
 
 def read_wordings(path: str) -> list[Wording]:
-    """Read wordings from a YAML file: a mapping from names to ``template`` and ``placement`` (user_end where it is absent).
-
-    Raises:
-        InputError: the file is absent, is no such mapping, or a template or placement is wrong.
-    """
+    """Read wordings from a YAML file: a mapping from names to ``template`` and ``placement`` (user_end where it is absent)."""
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,6 +1,4 @@
-"""List what a sweep runs: arms × swept values × seeds.
-
-A cell is a chain of stages, a stage is one run of a config with overrides.
+"""List what a sweep runs: arms × swept values × seeds. A cell is a chain of stages, a stage one run of a config with overrides.
 
 Nothing here starts anything. A stage's folder name is made of its config and its overrides, so that two arms with the same
 first stage share one run of it.
@@ -287,7 +285,7 @@ def run_command(config: str, overrides: Overrides) -> list[str]:
 
 
 def stage_fingerprint(stage: Stage, inputs: Mapping[str, str]) -> str:
-    """That of its run, for all places of the output folder: an earlier stage stands in it by its name and ``inputs``."""
+    """Return the run's fingerprint, wherever the output folder is: an earlier stage counts by its name and ``inputs``."""
     own = {key: re.sub(r"\{(\w+)\}", r"\1", value) for key, value in stage.overrides.items()}
     return fingerprint(stage.config, own, inputs)
 
@@ -324,7 +322,7 @@ def short_hash(text: str) -> str:
 
 
 def fingerprint(config: str, overrides: Overrides, inputs: Mapping[str, str]) -> str:
-    """Hash of the config's content with its overrides, where it writes left out, and of the runs that it starts from."""
+    """Return a hash of the config's content with its overrides, without its output folder, and of the runs it starts from."""
     try:
         merged = OmegaConf.merge(load_config(config), OmegaConf.from_dotlist([f"{k}={v}" for k, v in overrides.items()]))
     except (ValueError, TypeError, yaml.YAMLError) as error:

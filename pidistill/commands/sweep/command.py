@@ -6,8 +6,8 @@ pidistill sweep configs/sweeps/methods.yaml --arms rl pi_distill
 pidistill sweep --report runs/sweeps/methods
 
 Values: `a,b,c`; `a..b` with whole numbers (both included); for random and tpe also `0.0..1.0` and `log:1e-5..1e-2`. `seed` is
-never searched: every setting runs with all seeds. The folder can be worked on by several of these commands at once, and the
-same command goes on where it was stopped. All cells are checked before the first one starts. Ends with status 0 if every
+never searched: every setting runs with all seeds. Several of these commands can work on the folder at once, and the same
+command continues where it was stopped. All cells are checked before the first one starts. Ends with status 0 if every
 cell ended well, 1 if one failed, 2 if the command or a config is wrong.
 """
 
@@ -16,7 +16,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from pidistill.commands.common import Parser, exit_on_input_error, parse_with_overrides
+from pidistill.commands.common import config_parser, exit_on_input_error, parse_with_overrides
 from pidistill.commands.sweep.cells import Sweep, grid_cells, read_sweep, stage_runs
 from pidistill.commands.sweep.pictures import draw
 from pidistill.commands.sweep.results import read_results, write_report
@@ -25,9 +25,8 @@ from pidistill.errors import InputError
 
 
 def parser() -> argparse.ArgumentParser:
-    made = Parser(prog="pidistill sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("config", nargs="?", help="a bundled config, a path, several with commas between, or a sweep file")
-    made.add_argument("overrides", nargs="*", metavar="key=values")
+    what = "a bundled config, a path, several with commas between, or a sweep file"
+    made = config_parser("sweep", __doc__, what, nargs="?")
     made.add_argument("--search", choices=SEARCHES, default="grid")
     made.add_argument("--trials", type=int, help="of random and tpe search, per arm")
     made.add_argument("--workers", type=int, default=1, help="processes to start")
@@ -54,16 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.config is None or arguments.workers < 1:
         raise InputError("name a config or a sweep file, and at least 1 in --workers; `pidistill sweep --help` shows both")
-    sweep = read_sweep(
-        arguments.config,
-        arguments.overrides,
-        output_dir=arguments.output_dir,
-        arms=arguments.arms,
-        seeds=arguments.seeds,
-        base=arguments.base,
-        evaluate=arguments.evaluate,
-        select=arguments.select,
-    )
+    chosen = {key: getattr(arguments, key) for key in ("output_dir", "arms", "seeds", "base", "evaluate", "select")}
+    sweep = read_sweep(arguments.config, arguments.overrides, **chosen)
     if arguments.dry_run:
         if arguments.search != "grid":
             raise InputError("--dry-run prints a grid's commands; a random or TPE search draws its values as it goes")

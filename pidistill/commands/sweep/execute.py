@@ -32,6 +32,7 @@ from pidistill.commands.sweep.cells import (
 )
 from pidistill.commands.sweep.results import best_step, evaluation_numbers, run_numbers, total
 from pidistill.errors import InputError, escape_controls
+from pidistill.jsonl import replace_file
 
 RECORD = "sweep.json"
 
@@ -127,9 +128,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    temporary = folder / f"{RECORD}.tmp"
-    temporary.write_text(json.dumps(record, indent=2), encoding="utf-8")
-    temporary.replace(folder / RECORD)
+    replace_file(folder / RECORD, json.dumps(record, indent=2).encode())
 
 
 def _make_empty(folder: Path, record: dict[str, Any]) -> None:
@@ -229,11 +228,8 @@ def _evaluate(sweep: Sweep, cell: Cell, row: dict[str, Any]) -> None:
         )
     row["last"] = _evaluate_run(sweep, cell, run, latest)
     best = run.folder / f"step_{step}"
-    row["best"] = None if step is None else row["last"] if _same(best, latest) else _evaluate_run(sweep, cell, run, best)
-
-
-def _same(first: Path, second: Path) -> bool:
-    return first.resolve() == second.resolve()
+    is_last = best.resolve() == latest.resolve()
+    row["best"] = None if step is None else row["last"] if is_last else _evaluate_run(sweep, cell, run, best)
 
 
 def _evaluate_run(sweep: Sweep, cell: Cell, run: StageRun, checkpoint: Path) -> dict[str, Any]:
@@ -253,6 +249,5 @@ def evaluate_checkpoint(sweep: Sweep, cell: Cell, checkpoint: Path, folder: Path
     if record["status"] != "ok":
         _fail(record, folder)
     found = re.fullmatch(r"step_(\d+)", checkpoint.resolve().name)
-    return {"step": int(found[1]) if found else None, "folder": str(folder.relative_to(sweep.output_dir))} | evaluation_numbers(
-        folder
-    )
+    place = {"step": int(found[1]) if found else None, "folder": str(folder.relative_to(sweep.output_dir))}
+    return place | evaluation_numbers(folder)

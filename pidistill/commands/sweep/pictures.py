@@ -1,4 +1,4 @@
-"""Pictures of a sweep, from results.jsonl and the runs' own metrics.jsonl: legible with two arms and with twenty-five."""
+"""Draw the pictures of a sweep from results.jsonl and the runs' metrics.jsonl: legible with two arms and with twenty-five."""
 
 import statistics
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def draw(output_dir: Path, rows: Sequence[Record]) -> list[Path]:
 
 
 def curve(output_dir: Path, row: Record) -> Curve:
-    """Validation success against optimiser step of a cell's last stage."""
+    """Return validation success by optimiser step of a cell's last stage."""
     folder = output_dir / row["stages"][-1]["folder"]
     return {point["step"]: point[row["select"]] for point in read_jsonl(folder / "metrics.jsonl") if row["select"] in point}
 
@@ -86,7 +86,7 @@ def draw_curves(output_dir: Path, groups: Sequence[Group]):
 
 
 def final_values(group: Group) -> list[float]:
-    """Held-out success of the last checkpoints; without an evaluation on a held-out split, the last one on validation."""
+    """Return the held-out success of the last checkpoints; where none was evaluated, the last one on validation."""
     return group.values("last", "student_success") or group.values("validation", "last")
 
 
@@ -98,7 +98,7 @@ def final_label(groups: Sequence[Group]) -> str:
 
 
 def draw_success(output_dir: Path, groups: Sequence[Group]):
-    """Horizontal bars with the 95% interval of the table, a dot per seed."""
+    """Draw horizontal bars with the 95% interval of the table, a dot per seed."""
     found = [group for group in groups if final_values(group)]
     if not found:
         return None
@@ -147,7 +147,7 @@ def draw_kl(groups: Sequence[Group]):
 
 
 def numeric_keys(groups: Sequence[Group]) -> list[str]:
-    """Swept keys that all of these settings have as numbers, with at least two values."""
+    """Return the swept keys that all of these settings have as numbers, with at least two values."""
     keys = [key for key in groups[0].settings if all(is_number(group.settings.get(key, "")) for group in groups)]
     return [key for key in keys if len({float(group.settings[key]) for group in groups}) > 1]
 

@@ -1,4 +1,4 @@
-"""Grid, random and TPE search over cells, with Optuna's SQLite storage `OUTPUT/study.db` as the list of what is taken.
+"""Search cells by grid, at random or by TPE, with Optuna's SQLite storage `OUTPUT/study.db` as the list of what is taken.
 
 A grid's cells are queued once as trials that workers take; a random or TPE trial is asked for when a worker is free. Whoever
 works on a trial holds its lock, so that a trial marked as running whose lock is free is a dead worker's, and is taken over.
@@ -59,10 +59,7 @@ def check_plan(plan: SweepPlan) -> None:
 def run_sweep(plan: SweepPlan, workers: int = 1) -> bool:
     """Run what is not yet done, with this process or with ``workers`` started from here; others may join in the same folder.
 
-    Every cell is checked before the first one starts.
-
-    Returns:
-        True if no cell of this sweep failed and no worker ended early.
+    Every cell is checked before the first one starts. Return True if no cell of this sweep failed and no worker ended early.
     """
     check_plan(plan)
     check_cells(plan.sweep, plan.search)
@@ -107,7 +104,7 @@ def work(plan: SweepPlan) -> None:
 
 
 def open_study(sweep: Sweep, name: str, sampler: optuna.samplers.BaseSampler | None = None) -> optuna.Study:
-    """Call it under the sweep's lock: two processes that make the tables at once trip over each other."""
+    """Open the study, under the sweep's lock: two processes that make the tables at once would disturb each other."""
     engine = {"connect_args": {"timeout": 120}}
     storage = optuna.storages.RDBStorage(f"sqlite:///{sweep.output_dir / 'study.db'}", engine_kwargs=engine)
     return optuna.create_study(storage=storage, study_name=name, sampler=sampler, direction="maximize", load_if_exists=True)
@@ -179,10 +176,8 @@ def work_on_a_cell(sweep: Sweep) -> bool:
         value = (row.get("validation") or {}).get("last")
         if row["status"] != "ok":
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-        elif value is None:
-            study.tell(
-                trial.number, state=TrialState.PRUNED, skip_if_finished=True
-            )  # finished, but Optuna has no "complete without a value"
+        elif value is None:  # finished, but Optuna has no "complete without a value"
+            study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
         else:
             study.tell(trial.number, value, skip_if_finished=True)
     return True
@@ -242,9 +237,8 @@ def next_trial(plan: SweepPlan, arm: Arm) -> tuple[optuna.Study, int, dict[str, 
         if trial.state == TrialState.RUNNING and (lock := claim(plan.sweep, study, trial)) is not None:
             if trial.params.keys() == plan.sweep.axes.keys():
                 return study, trial.number, trial.params, lock
-            study.tell(
-                trial.number, state=TrialState.FAIL, skip_if_finished=True
-            )  # its worker died while the values were drawn
+            # Its worker died while the values were drawn.
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
     if len(trials) >= (plan.trials or 0):
         return None
     study = open_study(plan.sweep, name, sampler(plan, len(trials)))
@@ -256,9 +250,7 @@ def _say_if_changed(plan: SweepPlan, arm: Arm, study: optuna.Study) -> None:
     prefix = study.study_name.rsplit(" ", 1)[0]
     others = [name for name in optuna.get_all_study_names(study._storage) if name.rsplit(" ", 1)[0] == prefix]
     if len(others) > 1:
-        print_line(
-            f"{arm.name}: the config, the space or the seeds have changed since the last search here; this one starts anew"
-        )
+        print_line(f"{arm.name}: config, space or seeds have changed since the last search here; this one starts anew")
 
 
 def setting_text(value: Any) -> str:

@@ -25,8 +25,6 @@ from pidistill.envs.tiny_world.world import (
 from pidistill.errors import InputError
 from pidistill.types import Example, Message
 
-# ------------------------------------------------------------------------------------------------ datasets
-
 
 def tiny_world_dataset(
     split: Split,
@@ -42,7 +40,7 @@ def tiny_world_dataset(
     solution into the prompt, and the episode starts behind them, where a policy that could not find them can earn a reward.
     The paper appends a part of an oracle solution and an instruction to continue from it, and trains on such prompts mixed
     with unguided ones; oracle tokens are never targets. Here the prefix is the expert's calls with the environment's answers,
-    and nothing instructs: the tiny world has no words for it, and a conversation under way asks for its next turn by itself.
+    and there is no instruction: the tiny world has no words for one, and an unfinished conversation asks for its next turn.
 
     Args:
         split: "train" (512 tasks), "validation" (256, to select on) or "test" (256, to report); see :func:`make_split`.

@@ -8,22 +8,17 @@ from pidistill.envs.tiny_world.world import SLOTS, Slot, Task, expert_decisions,
 from pidistill.errors import InputError
 from pidistill.types import Example, Message
 
-# ------------------------------------------------------------------------------------------------ environment
-
 
 @dataclass
 class TinyWorldState:
-    """Hold one episode: how many calls were right (given ones included) and how many were tried again.
-
-    ``failed_slot``: with ``feedback``, the slot that the last call got wrong; None after a right one.
-    """
+    """Hold one episode."""
 
     example_id: str
     task: Task
-    right_calls: int = 0
-    retries: int = 0
+    right_calls: int = 0  # given ones included
+    retries: int = 0  # calls that were tried again
     done: bool = False
-    failed_slot: Slot | None = None
+    failed_slot: Slot | None = None  # with `feedback`, what the last call got wrong; None after a right one
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The tiny world: a three-turn tool task on which every method of the package runs on a CPU in minutes.
+"""Define the tiny world: its tasks, its hidden conventions, and what is said.
 
 A request names an item, a class, a city and three digits. Hidden conventions say which department to ask for the price,
 which formula to apply to it, and which carrier to ship with; the privileged information tells them for this request.
@@ -24,26 +24,16 @@ from pidistill.tokenizers.word import WordTokenizer
 from pidistill.types import Message
 
 Slot = Literal["d", "f", "a", "k"]
-
 Split = Literal["train", "validation", "test"]
-
 Style = Literal["actions", "cot", "short"]
 
 OPTIONS = 6  # departments, formulas and carriers to choose from
-
 FEATURES = 12  # items, classes and cities that a request can name
-
 FORMULAS = ("+*-", "-++", "*-+", "+--", "*+-", "-*+")  # applied left to right, mod 10, to the price and the three digits
-
 SLOTS: tuple[Slot, ...] = ("d", "f", "a", "k")  # department, formula, answer, carrier: the order inside the brackets
-
 LEAK_WORD = "hint"
-
 MAX_COMPLETION_TOKENS = 50
-
-WORLD_SEED = 1234
-
-SPLIT_SEED = 7
+WORLD_SEED, SPLIT_SEED = 1234, 7
 
 _SPECIAL_WORDS = (
     *("<pad>", "<bos>", "[", "]", "?", "req", "go", "think", LEAK_WORD, ".", "act"),
@@ -206,11 +196,7 @@ class Decisions:
     @property
     def calls(self) -> list[list[str]]:
         """Return the words of the three calls, each as it stands after `act`."""
-        return [
-            ["look", f"d{self.department}"],
-            [f"f{self.formula}", str(self.answer)],
-            ["ship", f"k{self.carrier}"],
-        ]
+        return [["look", f"d{self.department}"], [f"f{self.formula}", str(self.answer)], ["ship", f"k{self.carrier}"]]
 
 
 def expert_decisions(task: Task) -> Decisions:
@@ -247,5 +233,4 @@ def trace(task: Task, decisions: Decisions, style: Style = "cot", leak: bool = F
 
 
 def tool_message(content: str) -> Message:
-    """Return what a tool answers, as a message."""
     return {"role": "tool", "content": content}

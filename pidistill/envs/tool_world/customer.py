@@ -39,20 +39,13 @@ _TOPICS = {
 
 @dataclass
 class Customer:
-    """Play one episode's customer.
+    """Play one episode's customer."""
 
-    Attributes:
-        identity: what it says when asked who it is.
-        at: which wish is open.
-        identified: it has said who it is; agents then repeat addresses and names without asking for them.
-        confused: messages in a row that it understood nothing of.
-    """
-
-    identity: str
+    identity: str  # what it says when asked who it is
     wishes: tuple[Wish, ...]
-    at: int = 0
-    identified: bool = False
-    confused: int = 0
+    at: int = 0  # which wish is open
+    identified: bool = False  # it has said who it is; agents then repeat addresses and names without asking for them
+    confused: int = 0  # messages in a row that it understood nothing of
 
     @property
     def wish(self) -> Wish:
@@ -71,13 +64,13 @@ class Customer:
         return f"I give up. {STOP}" if self.confused == PATIENCE else f"I am not sure what you mean. {self.wish.says}"
 
     def _understood(self, text: str) -> str | None:
-        """The order of the questions matters: "is done, anything else?" also asks, "I would cancel, confirm?" also refunds."""
+        """Answer what is understood; the order matters: "is done, anything else?" asks, "I would cancel, confirm?" refunds."""
         if _MORE.search(text):
             return self._next("Thank you.")
         if _IDENTITY.search(text) and not self.identified:
             self.identified = True
             return self.identity
-        if self.wish.denied and _REFUSAL.search(text):  # whatever is offered instead
+        if self.wish.denied and _REFUSAL.search(text):  # also where something is offered instead
             return self._next("I see.")
         if _CONFIRM.search(text):
             return self._next(self.wish.confirms) if self.wish.declined else self.wish.confirms

@@ -110,12 +110,7 @@ def expert_turn(move: Move) -> Message:
 
 
 def play_expert(task: ToolTask) -> list[Message]:
-    """Return the expert's episode: its turns, and what shop and customer answered.
-
-    Raises:
-        RuntimeError: a call was refused, or the episode did not end with reward 1 at the expert's last turn: the world is
-            broken.
-    """
+    """Return the expert's episode: its turns, and what shop and customer answered. A RuntimeError means a broken world."""
     environment = ToolWorldEnvironment()
     state = environment.reset(Example("expert", [], data={"task": task}))
     turns: list[Message] = []

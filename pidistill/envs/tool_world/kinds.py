@@ -5,6 +5,7 @@ nothing of the shop fits. What the policy forbids ends with the expert's refusal
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pidistill.envs.tool_world.shop import RETURN_DAYS, new_address
@@ -83,10 +84,9 @@ def choose_variant(desk: Desk, item: dict[str, Any]) -> tuple[str, dict[str, Any
         ("the cheapest other one that is available", cheapest),
         ("the most expensive other one that is available", dearest),
     ]
-    conditions += [
-        (f"the one that is {_options_text(one)}, or if that is not available the cheapest other one that is", cheapest)
-        for one in gone[:1]
-    ]
+    if gone:
+        condition = f"the one that is {_options_text(gone[0])}, or if that is not available the cheapest other one that is"
+        conditions.append((condition, cheapest))
     return desk.rng.choice(conditions)
 
 
@@ -103,12 +103,8 @@ def _swap(desk: Desk, kind: str, fits: Callable[[dict[str, Any]], bool], verb: s
     text = f"I want to {verb} the {item['name']} of {desk.named(order)} for {condition}."
     difference = new["price"] - item["price"]
     money = f"{difference} dollars are charged" if difference > 0 else f"{-difference} dollars are refunded"
-    arguments = {
-        "order_id": order["order_id"],
-        "variant_ids": [item["variant_id"]],
-        "new_variant_ids": [new["variant_id"]],
-        "payment_id": order["payment_id"],
-    }
+    arguments = {"order_id": order["order_id"], "variant_ids": [item["variant_id"]]}
+    arguments |= {"new_variant_ids": [new["variant_id"]], "payment_id": order["payment_id"]}
     moves = (
         *desk.found(order, text),
         Call("get_product", {"product_id": item["product_id"]}),
@@ -161,9 +157,8 @@ def return_item(desk: Desk) -> Wish | None:
     if order is None:
         return None
     item = order["items"][0]
-    text = (
-        f"I want to return the {item['name']} of {desk.named(order)}. The refund should go to the payment method of the order."
-    )
+    text = f"I want to return the {item['name']} of {desk.named(order)}."
+    text += " The refund should go to the payment method of the order."
     return _return(desk, order, text, order["payment_id"], found=True)
 
 
@@ -184,15 +179,8 @@ def return_item_if_enough(desk: Desk) -> Wish | None:
     item = order["items"][0]
     text = f"I think of returning the {item['name']} of {desk.named(order)}. How much would I get back for it?"
     wish = _return(desk, order, text, order["payment_id"], found=True)
-    return Wish(
-        "return_item_if_enough",
-        text,
-        wish.moves[:-2],
-        wish.facts,
-        confirms="No, that is too little. Leave it as it is.",
-        declined=True,
-        outputs=wish.outputs,
-    )
+    no = "No, that is too little. Leave it as it is."
+    return replace(wish, kind="return_item_if_enough", moves=wish.moves[:-2], confirms=no, declined=True)
 
 
 def return_too_late(desk: Desk) -> Wish | None:

@@ -13,10 +13,8 @@ from collections.abc import Iterator, Sequence
 from datetime import date, timedelta
 from typing import Any
 
-TODAY = date(2025, 6, 30)
-RETURN_DAYS = 30
-N_USERS = 200
-N_ORDERS = 500
+TODAY, RETURN_DAYS = date(2025, 6, 30), 30
+N_USERS, N_ORDERS = 200, 500
 
 _TABLES = {
     "users": "user_id TEXT PRIMARY KEY, first_name TEXT, last_name TEXT, email TEXT, street TEXT, city TEXT, zip TEXT",

@@ -23,22 +23,15 @@ _EMAIL_PROB = 0.5
 
 @dataclass(frozen=True)
 class ToolTask:
-    """Hold one task. The agent sees nothing of it other than what the customer says.
+    """Hold one task. The agent sees nothing of it other than what the customer says."""
 
-    Attributes:
-        world_seed: the shop at the start, :func:`pidistill.envs.tool_world.shop.shop_image`.
-        level: how many wishes the customer has.
-        identity: what the customer says when asked who it is.
-        moves: everything that the expert does, from the first message on.
-    """
-
-    world_seed: int
+    world_seed: int  # the shop at the start, `shop_image`
     split: str
-    level: int
+    level: int  # how many wishes the customer has
     user_id: str
-    identity: str
+    identity: str  # what the customer says when asked who it is
     wishes: tuple[Wish, ...]
-    moves: tuple[Move, ...]
+    moves: tuple[Move, ...]  # everything that the expert does, from the first message on
 
     @property
     def calls(self) -> tuple[Call, ...]:

@@ -88,9 +88,5 @@ def write_tokenizer(folder: Path) -> None:
 def _corpus() -> list[str]:
     texts = [POLICY, DEFAULT_TEMPLATE, *map(json.dumps, SCHEMAS)] * 4
     for task in draw_tasks("train", 60):
-        texts += [
-            messages_text(play_expert(task)),
-            privileged_text(task, "calls") or "",
-            privileged_text(task, "instruction") or "",
-        ]
+        texts += [messages_text(play_expert(task)), *(privileged_text(task, kind) or "" for kind in ("calls", "instruction"))]
     return texts

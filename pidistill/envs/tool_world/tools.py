@@ -1,7 +1,7 @@
 """Carry out the shop's tools: plain functions on one episode's database.
 
 They check what any such service would: that things exist, that an order's status allows it, that a variant is in stock. What
-:data:`pidistill.envs.tool_world.policy.POLICY` says beyond that, the agent must keep to by itself.
+:data:`pidistill.envs.tool_world.policy.POLICY` says beyond that, no tool checks: the agent must obey it.
 """
 
 import ast

@@ -33,48 +33,29 @@ Move = Call | Say
 
 @dataclass(frozen=True)
 class Wish:
-    """Hold one thing that a customer wants.
+    """Hold one thing that a customer wants."""
 
-    Attributes:
-        kind: name of the function of :mod:`pidistill.envs.tool_world.kinds` that drew it.
-        says: how the customer puts it.
-        moves: what the expert does, the customer being identified.
-        facts: what the customer answers when asked, by topic: order, reason, payment, address.
-        confirms: the answer when the agent asks for a confirmation.
-        declined: the customer says no to it, and goes on to the next wish.
-        outputs: what the agent must have told the customer.
-        denied: the policy forbids it.
-        ends: the conversation is over afterwards.
-    """
-
-    kind: str
-    says: str
-    moves: tuple[Move, ...]
-    facts: Mapping[str, str] = field(default_factory=dict)
-    confirms: str = "Yes, please."
-    declined: bool = False
-    outputs: tuple[str, ...] = ()
-    denied: bool = False
-    ends: bool = False
+    kind: str  # name of the function of `kinds` that drew it
+    says: str  # how the customer puts it
+    moves: tuple[Move, ...]  # what the expert does, the customer being identified
+    facts: Mapping[str, str] = field(default_factory=dict)  # answers when asked, by topic: order, reason, payment, address
+    confirms: str = "Yes, please."  # the answer when the agent asks for a confirmation
+    declined: bool = False  # the customer says no to it, and goes on to the next wish
+    outputs: tuple[str, ...] = ()  # what the agent must have told the customer
+    denied: bool = False  # the policy forbids it
+    ends: bool = False  # the conversation is over afterwards
 
 
 @dataclass
 class Desk:
-    """Hold a customer who is being served, from whose orders wishes are drawn.
+    """Hold a customer who is being served, from whose orders wishes are drawn."""
 
-    Attributes:
-        shop: as it is after the wishes so far.
-        used: orders that earlier wishes are about; every wish has an order of its own.
-        knows_orders: the customer names order ids; otherwise an item of the order, by which the agent must find it.
-        others: order ids of other customers.
-    """
-
-    shop: Shop
+    shop: Shop  # as it is after the wishes so far
     rng: random.Random
     user_id: str
-    knows_orders: bool
-    others: Sequence[str]
-    used: set[str] = field(default_factory=set)
+    knows_orders: bool  # the customer names order ids; otherwise an item of the order, by which the agent must find it
+    others: Sequence[str]  # order ids of other customers
+    used: set[str] = field(default_factory=set)  # orders that earlier wishes are about; every wish has an order of its own
 
     def order(self, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
         """Return one of the customer's unused orders that fits, and mark it used."""
