@@ -84,3 +84,9 @@ def test_every_option_that_the_documents_give_exists(name, monkeypatch, capsys):
     for command in commands:
         used = re.findall(r"--[a-z][\w-]*", command.partition(name)[2].partition("  #")[0])
         assert set(used) <= known, command
+
+
+def test_a_point_of_the_growth_of_costs_has_its_seconds_per_token_and_its_memory(monkeypatch, capsys):
+    run_script("cost_growth.py", "--point 1:2:512 --turns 1", monkeypatch)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["ms_per_token"] > 0 and 0 <= found["gib"] < 4
