@@ -162,7 +162,7 @@ def test_a_killed_process_resumes_exactly(method, tiny_base, tmp_path, uninterru
     more = {"eval_every_steps": 1} if method == "sft" else {}
     slow = METHODS[method] | more | {"environment__wait_s": 0.03}
     config = save_config(small_config(method, tiny_base, tmp_path / "run", **slow), tmp_path / "config.yaml")
-    process = Fork(shared_server(), RECIPES[method], config, tmp_path / "log")
+    process = Fork(shared_server(), RECIPES[method], ["--config", str(config)], tmp_path / "log")
     try:
         wait_for_row_after_checkpoint(tmp_path / "run")
     finally:
@@ -182,7 +182,7 @@ def test_a_killed_process_resumes_exactly(method, tiny_base, tmp_path, uninterru
 def test_a_signal_loses_no_step(signum, code, tiny_base, tmp_path, uninterrupted):
     slow = METHODS["opsd"] | {"environment__wait_s": 0.03}
     config = save_config(small_config("opsd", tiny_base, tmp_path / "run", **slow), tmp_path / "config.yaml")
-    process = Fork(shared_server(), RECIPES["opsd"], config, tmp_path / "log")
+    process = Fork(shared_server(), RECIPES["opsd"], ["--config", str(config)], tmp_path / "log")
     try:
         wait_for_row_after_checkpoint(tmp_path / "run")
     finally:

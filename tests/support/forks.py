@@ -1,8 +1,8 @@
 """Run recipes in forks of a process that has imported everything, which saves five seconds of imports for each process.
 
-The program reads one JSON object a line. For {"recipe", "config", "log"} it forks, answers with the child's process id, waits
-for the child, and answers with its exit status (negative after a signal). For {"processes", "runs", "log"} it forks once for
-each rank, lets the ranks run one recipe after another in one process group, and answers with the exit statuses of all ranks.
+The program reads one JSON object a line. For {"recipe", "words", "folder", "log"} it forks, answers with the child's process
+id, waits for the child, and answers with its exit status (negative after a signal). For {"processes", "runs", "log"} it forks
+once for each rank, lets the ranks run one recipe after another in one process group, and answers with all exit statuses.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,11 +28,12 @@ TIMEOUT_S = 900  # a hang, not a slow machine
 
 
 class Fork:
-    """Holds one recipe that runs in a process of its own; its log has what it printed."""
+    """Holds one recipe that runs in a process of its own with the ``words`` of a command line; its log has what it printed."""
 
-    def __init__(self, server: subprocess.Popen, recipe: str, config: Path, log: Path) -> None:
+    def __init__(self, server: subprocess.Popen, recipe: str, words: list[str], log: Path, folder: Path = ROOT) -> None:
         assert server.stdin is not None and server.stdout is not None
-        server.stdin.write(json.dumps({"recipe": recipe, "config": str(config), "log": str(log)}) + "\n")
+        request = {"recipe": recipe, "words": words, "folder": str(folder), "log": str(log)}
+        server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         self._answers, self.log, self._status = server.stdout, log, None
         self.pid: int = json.loads(self._answers.readline())
@@ -50,8 +52,9 @@ class Fork:
 
 def _start_server() -> subprocess.Popen:
     program = [sys.executable, "-m", "tests.support.forks"]
+    variables = environment(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(program, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), start_new_session=True, **pipes)
+    return subprocess.Popen(program, cwd=ROOT, env=variables, start_new_session=True, **pipes)
 
 
 @contextlib.contextmanager
@@ -63,6 +66,18 @@ def forking_server() -> Iterator[subprocess.Popen]:
 
 
 shared_server = functools.cache(_start_server)  # it ends when the tests end and close its standard input
+
+
+def run_recipe(recipe: str, words: list[str], folder: Path = ROOT) -> str:
+    """Run recipes/<recipe>.py in ``folder`` with the ``words`` of a command line; return what it printed.
+
+    Raises AssertionError with the end of the output where it fails.
+    """
+    with tempfile.NamedTemporaryFile() as file:
+        status = Fork(shared_server(), recipe, words, Path(file.name), folder).wait()
+        printed = Path(file.name).read_text()
+    assert status == 0, f"exit status {status}: {printed[-4000:]}"
+    return printed
 
 
 def launch_several(folder: Path, runs: dict[str, tuple[str, DictConfig]], processes: int = 2) -> None:
@@ -106,7 +121,8 @@ def main() -> None:
         if "processes" in request:
             answers.write(json.dumps(_run_ranks(**request)) + "\n")
             continue
-        child = _fork(functools.partial(_run_main, recipes[request["recipe"]], request["config"]), request["log"])
+        run_main = functools.partial(_run_main, recipes[request["recipe"]], request["words"], request["folder"])
+        child = _fork(run_main, request["log"])
         answers.write(f"{child}\n")
         _, status = os.waitpid(child, 0)
         answers.write(f"{os.waitstatus_to_exitcode(status)}\n")
@@ -143,9 +159,10 @@ def _run_all(variables: dict[str, str], runs: list[list[str]]) -> None:
     importlib.import_module("torch.distributed").destroy_process_group()
 
 
-def _run_main(recipe: object, config: str) -> None:
+def _run_main(recipe: object, words: list[str], folder: str) -> None:
     """Run the recipe as its command line does."""
-    sys.argv = ["recipe", "--config", config]
+    os.chdir(folder)
+    sys.argv = ["recipe", *words]
     recipe.recipe_main()
 
 

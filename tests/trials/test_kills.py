@@ -52,7 +52,8 @@ class Trial:
     def start(self, method: str, folder: Path) -> Fork:
         folder.mkdir(parents=True, exist_ok=True)
         cfg = small_config(method, self._base, folder / "run", **METHODS[method], resume_from_checkpoint="auto")
-        return Fork(self._server, RECIPES[method], save_config(cfg, folder / "config.yaml"), folder / "log")
+        words = ["--config", str(save_config(cfg, folder / "config.yaml"))]
+        return Fork(self._server, RECIPES[method], words, folder / "log")
 
     def whole(self, method: str) -> tuple[Path, float]:
         """Return the folder of a run that nothing ended, and the seconds that it took."""
