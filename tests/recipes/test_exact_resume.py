@@ -119,7 +119,7 @@ def test_half_a_line_at_the_end_is_cut_off(tiny_base, tmp_path, uninterrupted):
 @pytest.mark.parametrize("where", ["before its weights", "before its state", "before it is moved", "before latest moves"])
 def test_a_kill_while_saving_leaves_the_previous_checkpoint(where, tiny_base, tmp_path, monkeypatch, uninterrupted):
     """The second save is cut short."""
-    method = "sft" if where == "before its weights" else "opsd"
+    method = "opsd" if where == "before its state" else "sft"  # a teacher is part of the state
     with monkeypatch.context() as patch:
         if where == "before its weights":  # without a teacher, it is called once per save
             patch.setattr(checkpoints.Checkpoints, "_full", stop_at_second(checkpoints.Checkpoints._full))
