@@ -38,7 +38,15 @@ def run_script(name: str, arguments: str, monkeypatch) -> None:
     runpy.run_path(str(ROOT / "benchmarks" / name), run_name="__main__")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "real_step.py" else n for n in SMALL])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow(reason="the default run checks its options, and trains in both precisions"))
+        if n == "real_step.py"
+        else n
+        for n in SMALL
+    ],
+)
 def test_a_small_run_prints_its_table(name, monkeypatch, capsys):
     arguments, said = SMALL[name]
     run_script(name, arguments, monkeypatch)

@@ -109,7 +109,9 @@ def random_move(rng, shop):
     return Call(one.name, arguments)
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(SIZES["test"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count", [20, pytest.param(SIZES["test"], marks=pytest.mark.slow(reason="20 tasks are played in the default run"))]
+)
 def test_random_valid_calls_solve_next_to_nothing(count, tasks):
     rng, shop = random.Random(0), Shop(shop_image(0))
     rewards = [play(task, [random_move(rng, shop) for _ in range(20)])[0] for task in tasks["test"][:count]]

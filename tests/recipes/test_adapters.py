@@ -174,7 +174,7 @@ def test_a_resumed_qlora_run_is_the_whole_run_to_the_bit(wide_base, tmp_path):
     assert_same_tensors(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="test_lora.py trains adapters on two processes")
 def test_two_processes_end_where_one_does(tiny_base, wide_base, tmp_path):
     runs = {}
     for name, method, base, changes in (

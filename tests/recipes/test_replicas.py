@@ -166,19 +166,19 @@ def launch_runs(folder: Path, runs: dict) -> None:
     assert [one.returncode for one in done] == [0, 0], "\n".join(one.stderr[-3000:] for one in done)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two replicas on one machine are in the default run")
 @pytest.mark.parametrize("name", SCENARIOS | SLOW)
 def test_two_machines_of_two_processes_train_as_one_process(name, one, machines):
     assert_same_training(machines / name, one(name), exact="mixed" not in name)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two replicas on one machine are in the default run")
 @pytest.mark.parametrize("name", ["main", "average_mixed"])
 def test_two_machines_resume_to_the_bit(name, machines):
     assert_same_run(machines / f"{name} resumed", machines / name)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two replicas on one machine are in the default run")
 def test_a_checkpoint_of_two_machines_resumes_on_one_process(machines, one, tiny_base, tmp_path):
     back_to_checkpoint(machines / "main", tmp_path / "run", "step_2")
     run(*config("main", tiny_base, tmp_path / "run", resume_from_checkpoint=True))
@@ -201,7 +201,7 @@ def own_folders(tmp_path):
     return tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two replicas on one machine are in the default run")
 def test_machines_with_output_folders_of_their_own_are_refused_in_one_sentence(tiny_base, own_folders):
     """The folder's name is relative, so that each machine has one of that name."""
     said = refused_on_both(config("mixed", tiny_base, Path("run"))[1], own_folders)
@@ -209,7 +209,7 @@ def test_machines_with_output_folders_of_their_own_are_refused_in_one_sentence(t
     assert not list(own_folders.glob("*/run/.start_*")) and not list(own_folders.glob("*/run/metrics.jsonl"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two replicas on one machine are in the default run")
 def test_a_checkpoint_that_one_machine_lacks_is_refused_on_both(tiny_base, own_folders):
     (own_folders / "first" / "base").symlink_to(tiny_base)
     cfg = config("mixed", tiny_base, own_folders / "run", checkpointer__checkpoint_dir="base")[1]

@@ -177,19 +177,19 @@ def test_a_checkpoint_of_two_halves_has_whole_states_and_resumes_on_one_process(
 # ------------------------------------------------------------------------------------------- with data parallelism
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two processes that share matrices are in the default run")
 @pytest.mark.parametrize("name", ["main", *(name for name in SLOW if name not in UNTRAINED)])
 def test_two_groups_of_two_train_as_one_process(name, one, four):
     alone = name == "one_group"  # the second data-parallel rank has no rollout
     assert_same_training(four / name, one(name), ["0.jsonl"] if alone else ["0.jsonl", "2.jsonl"])
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two processes that share matrices are in the default run")
 def test_two_groups_of_two_resume_to_the_bit(four):
     assert_same_run(four / "resumed", four / "main")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two processes that share matrices are in the default run")
 def test_a_checkpoint_of_one_process_resumes_on_two_groups_of_two(one, four):
     """Padded there, trees here: a largest difference of log-probs, itself all rounding, is left out."""
     ours, theirs = (
@@ -199,7 +199,7 @@ def test_a_checkpoint_of_one_process_resumes_on_two_groups_of_two(one, four):
     assert_close_rows(ours, theirs)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two processes that share matrices are in the default run")
 def test_evaluation_and_sampling_of_two_groups_of_two_are_those_of_one(one, four):
     ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (four / "evaluate", one("evaluate")))
     assert ours.keys() == theirs.keys() == {"student greedy", "student", "student + PI"}
@@ -211,7 +211,7 @@ def test_evaluation_and_sampling_of_two_groups_of_two_are_those_of_one(one, four
     assert ours == theirs != ""
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two processes that share matrices are in the default run")
 def test_a_batch_that_is_not_finite_is_written_once_per_group(four):
     assert sorted(path.name for path in (four / "poisoned").glob("nonfinite*")) == [
         "nonfinite_step_2_rank_0.jsonl",
@@ -237,7 +237,7 @@ def test_a_rank_that_follows_samples_along_and_takes_the_result_of_the_first(mon
     assert call["seeds"] == [0] and call["prompts"] == [pair("a").student]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two processes that share matrices are in the default run")
 def test_an_error_of_the_one_that_asks_the_environment_is_said_once_and_ends_both(tiny_base, tmp_path):
     refused = f"tiny_world train row {epoch_order(512, 0, 0, 1)[0]}"
     fail = {"environment__fail": "refuse", "environment__fail_on": [refused], "tensor_parallel_dim": 2}
