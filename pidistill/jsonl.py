@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+TRAINING_ROLLOUTS = "training_rollouts.jsonl"  # written by pidistill.training.rollout_log, read by `pidistill report`
+
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read the whole rows of a file that :func:`write_jsonl` wrote, none where there is no file.

@@ -29,6 +29,12 @@ COMMANDS = {
         "Write a dataset as a parquet file with its privileged information, or a GGUF file as a model folder.",
     ),
     "sweep": ("pidistill.commands.sweep.command", "Run a config over several values and seeds, and compare the results."),
+    "report": (
+        "pidistill.commands.report.command",
+        "Write runs as one HTML page: curves, evaluations, configuration, rollouts token by token.",
+    ),
+    "watch": ("pidistill.commands.watch", "Show the numbers of a run while it is being written, or serve its report."),
+    "export": ("pidistill.commands.export.command", "Make a folder to share of a run: weights, tokenizer, model card."),
     "demo": ("pidistill.commands.demo", "Compare methods on the tiny world."),
 }
 # torchtune's commands, for a help that need not import torch.

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
+from omegaconf.errors import InterpolationResolutionError
 
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
@@ -18,21 +19,24 @@ from pidistill.errors import InputError
 
 @contextmanager
 def same_refusal_on_all_machines() -> Iterator[None]:
-    """Raise the InputError of any process on all of them, where torchrun launched several machines.
+    """End all processes where one of them refuses its input, also where torchrun launched several machines.
 
     The others would wait for the refused process until a timeout: torchrun ends the processes of its own machine alone.
+
+    Raises:
+        InputError: another process was refused, with its sentence.
     """
-    sentence = ""
+    failure: Exception | None = None
     try:
         yield
-    except InputError as error:
-        sentence = str(error)
-        if not _on_several_machines():
-            raise
-    if not _on_several_machines():
-        return
-    if refused := next(filter(None, _of_all_processes(sentence)), ""):
-        raise InputError(refused)
+    except (InputError, InterpolationResolutionError, OSError) as error:
+        failure = error
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        sentences = _of_all_processes("" if failure is None else " ".join(str(failure).split()) or type(failure).__name__)
+        if failure is None and any(sentences):
+            raise InputError(next(filter(None, sentences)))
+    if failure is not None:
+        raise failure
 
 
 def _of_all_processes(sentence: str) -> list[str]:
@@ -45,10 +49,6 @@ def _of_all_processes(sentence: str) -> list[str]:
     store = dist.PrefixStore("pidistill checks", store)
     store.set(str(rank), sentence)
     return [store.get(str(other)).decode() for other in range(processes)]
-
-
-def _on_several_machines() -> bool:
-    return int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
 
 
 def check_same_folder(run: Run) -> None:

@@ -14,8 +14,7 @@ from pidistill.config import build
 from pidistill.data import RecipeData
 from pidistill.distributed.run import Run
 from pidistill.errors import escape_controls
-from pidistill.jsonl import replace_file, write_jsonl
-from pidistill.training import rollout_log
+from pidistill.jsonl import TRAINING_ROLLOUTS, replace_file, write_jsonl
 from pidistill.training.health import Health
 from pidistill.training.rollout_log import RolloutLog
 from pidistill.types import Batch, Scores
@@ -42,7 +41,7 @@ class MetricsLog:
             return
         for row in _keep_rows_until(self.path, first_step):
             self._health.replay(row)  # the start of the run is what later rows are measured from, also after a resume
-        for name in ("rollouts.jsonl", rollout_log.FILE):
+        for name in ("rollouts.jsonl", TRAINING_ROLLOUTS):
             _keep_rows_until(self.path.with_name(name), first_step)
         self._logger = build(cfg.metric_logger) if cfg.get("metric_logger") else None
         self._bar = tqdm(total=last_step, initial=first_step, desc=title, unit="step", mininterval=0.5)

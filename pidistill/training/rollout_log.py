@@ -33,11 +33,9 @@ from pidistill.chat.messages import messages_text, tool_call_text
 from pidistill.chat.phrases import says_leak_phrase
 from pidistill.data import RecipeData
 from pidistill.distributed.run import Run
-from pidistill.jsonl import write_jsonl
+from pidistill.jsonl import TRAINING_ROLLOUTS, write_jsonl
 from pidistill.training.keys import setting
 from pidistill.types import Batch, Message, Rollout, Scores
-
-FILE = "training_rollouts.jsonl"
 
 MOST_PER_STEP = 8  # a step of a short run must not wait for its log
 
@@ -56,7 +54,7 @@ class RolloutLog:
 
     def __init__(self, cfg: DictConfig, run: Run, data: RecipeData, *, last_step: int) -> None:
         total = setting(cfg, "rollout_log_total") if run.is_main else 0
-        self._path, self._seed, self._data = run.output_dir / FILE, run.seed, data
+        self._path, self._seed, self._data = run.output_dir / TRAINING_ROLLOUTS, run.seed, data
         self._per_step = min(MOST_PER_STEP, total / max(1, last_step))
         self._max_tokens = setting(cfg, "rollout_log_max_tokens")
         self._kept: list[tuple[int, Rollout, Values]] = []

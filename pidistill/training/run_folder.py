@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 
 from pidistill.errors import InputError
+from pidistill.jsonl import TRAINING_ROLLOUTS
 from pidistill.training.disk import free_name
 
 log = utils.get_logger("INFO")
@@ -30,7 +31,7 @@ STATE_FILE = "training_state.pt"
 LATEST, BEGAN, LOCK = "latest", ".began", ".lock"
 RESUME = "resume_from_checkpoint"
 # Files that a run appends to or replaces.
-_OWN_FILES = ("metrics.jsonl", "rollouts.jsonl", "training_rollouts.jsonl", "config.yaml")
+_OWN_FILES = ("metrics.jsonl", "rollouts.jsonl", TRAINING_ROLLOUTS, "config.yaml")
 
 # What a run writes, and what start_over moves aside. A logger's own files stay.
 _FILES = ("step_*", LATEST, BEGAN, ".writing", "nonfinite_step_*", *_OWN_FILES)

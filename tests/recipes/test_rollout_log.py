@@ -6,15 +6,16 @@ import json
 import pytest
 import torch
 
+from pidistill.jsonl import TRAINING_ROLLOUTS
 from pidistill.tokenizers.byte import byte_tokenizer
-from pidistill.training.rollout_log import FILE, token_texts
+from pidistill.training.rollout_log import token_texts
 from tests.support.runs import metrics, run, small_config, training_state, weights
 
 SETTINGS = {"group_size": 2, "max_steps": 3}  # four rollouts a step: fewer than the log keeps of a step
 
 
 def rows_of(folder):
-    return [json.loads(line) for line in (folder / FILE).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / TRAINING_ROLLOUTS).read_text(encoding="utf-8").splitlines()]
 
 
 def nats(row, name):
@@ -62,7 +63,7 @@ def test_the_view_that_sampled_gives_the_tokens_the_sampled_log_probs(logged, me
 
 def test_training_without_the_log_is_the_same_bit_for_bit(logged, tiny_base, tmp_path):
     run("opsd", small_config("opsd", tiny_base, tmp_path, **SETTINGS, rollout_log_total=0))
-    assert not (tmp_path / FILE).exists()
+    assert not (tmp_path / TRAINING_ROLLOUTS).exists()
     assert metrics(tmp_path) == metrics(logged["opsd"])
     for ours, theirs in zip(weights(tmp_path).values(), weights(logged["opsd"]).values(), strict=True):
         assert torch.equal(ours, theirs)
@@ -83,10 +84,10 @@ def test_the_total_is_spread_over_the_steps_and_bounded_in_tokens(tiny_base, tmp
 
 def test_a_resumed_run_logs_the_same_rollouts(tiny_base, tmp_path, logged):
     run("opsd", small_config("opsd", tiny_base, tmp_path, **SETTINGS | {"max_steps": 2}, save_every_steps=1))
-    with (tmp_path / FILE).open("a") as file:
+    with (tmp_path / TRAINING_ROLLOUTS).open("a") as file:
         file.write('{"step": 3, "tok')
     run("opsd", small_config("opsd", tiny_base, tmp_path, **SETTINGS, resume_from_checkpoint=True))
-    assert (tmp_path / FILE).read_text() == (logged["opsd"] / FILE).read_text()
+    assert (tmp_path / TRAINING_ROLLOUTS).read_text() == (logged["opsd"] / TRAINING_ROLLOUTS).read_text()
 
 
 @pytest.mark.parametrize("text", ["plain words", "a 🎲 rolls, ünïcödé", "漢字", ""])

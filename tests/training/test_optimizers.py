@@ -1,12 +1,17 @@
 """Test optimizer states in 8 bits: a gradient of 0 after a larger one, which torchao's own rounding turns into a leap."""
 
+import functools
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
 from torchao.optim.subclass_8bit import get_qmap_unsigned
 
 from pidistill.errors import InputError
-from pidistill.training.optimizers import keep_second_moments_above_zero
+from pidistill.training.optimizers import keep_second_moments_above_zero, optimizer_state, restore_optimizer
 
 
 def steps(optimizer_class, guarded: bool) -> torch.Tensor:
@@ -50,3 +55,26 @@ def test_other_optimizers_are_left_alone():
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
     keep_second_moments_above_zero(optimizer)
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_another_share_of_the_weights_than_the_states_are_of_is_refused():
+    """As after a change of data_parallel_replicate_dim, with as many processes as before."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        state = optimizer_state(*sharded_after_a_step(rows=64), is_main=True)
+        with pytest.raises(InputError, match="another share of AdamW8bit.s states .* with the data_parallel_replicate_dim"):
+            restore_optimizer(*sharded_after_a_step(rows=32), state, "AdamW8bit")
+        restore_optimizer(*sharded_after_a_step(rows=64), state, "AdamW8bit")
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded_after_a_step(rows: int) -> tuple[torch.nn.Module, AdamW8bit]:
+    shard = functools.partial(distribute_tensor, device_mesh=init_device_mesh("cpu", (1,)), placements=[Shard(0)])
+    model = torch.nn.Linear(256, rows, bias=False)
+    model.weight = torch.nn.Parameter(shard(model.weight.detach()))
+    optimizer = AdamW8bit(model.parameters(), lr=0.01)
+    model.weight.grad = shard(torch.ones(rows, 256))
+    with torch.compiler.set_stance("force_eager"):
+        optimizer.step()
+    return model, optimizer

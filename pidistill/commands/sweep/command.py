@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from pidistill.commands.common import config_parser, exit_on_input_error, parse_with_overrides
+from pidistill.commands.report.command import write_report as write_page
 from pidistill.commands.sweep.cells import Sweep, grid_cells, read_sweep, stage_runs
 from pidistill.commands.sweep.pictures import draw
 from pidistill.commands.sweep.results import read_results, write_report
@@ -72,8 +73,8 @@ def commands(sweep: Sweep) -> list[str]:
 
 
 def report(output_dir: Path) -> None:
-    """Print the tables, and write them to results.md with pictures beside it."""
+    """Print the tables, and write them to results.md with pictures and a page of the runs beside it."""
     if not read_results(output_dir):
         raise InputError(f"{output_dir} has no results.jsonl ; run the sweep first, or check the name of the folder")
     rows = write_report(output_dir)
-    print(*[output_dir / "results.md", *draw(output_dir, rows)], sep="\n")
+    print(*[output_dir / "results.md", *draw(output_dir, rows), write_page([output_dir])], sep="\n")

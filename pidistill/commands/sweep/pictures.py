@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from pidistill.commands.sweep.results import Group, Record, group_interval, groups_of, is_number
+from pidistill.commands.sweep.results import Group, Record, group_interval, groups_of, is_number, name_differences
 from pidistill.jsonl import read_jsonl
 
 PANELS_FROM = 7  # so many arms no longer fit into one panel: each gets its own
@@ -20,7 +20,7 @@ Curve = dict[int, float]
 
 def draw(output_dir: Path, rows: Sequence[Record]) -> list[Path]:
     """Draw all pictures for which there are numbers; return their paths."""
-    groups = [group for group in groups_of(rows) if group.rows]
+    groups = name_differences([group for group in groups_of(rows) if group.rows])
     figures = {
         "curves.png": draw_curves(output_dir, groups),
         "success.png": draw_success(output_dir, groups),

@@ -9,7 +9,7 @@ import math
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,25 @@ def groups_of(rows: Sequence[Record]) -> list[Group]:
         title = escape_controls(" ".join([first["title"], *(f"{key}={value}" for key, value in first["settings"].items())]))
         groups.append(Group(title, first["arm"], first["settings"], good, len(members) - len(good)))
     return groups
+
+
+def name_differences(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups with short titles, for pictures.
+
+    Settings that all share are left out, keys are their last word where no other key ends with it, and the title of the arm is
+    left out where there is one arm alone.
+    """
+    keys = list(dict.fromkeys(key for group in groups for key in group.settings))
+    shown = [key for key in keys if len({group.settings.get(key) for group in groups}) > 1]
+    ends = [key.rpartition(".")[2] for key in shown]
+    names = {key: end if ends.count(end) == 1 else key for key, end in zip(shown, ends, strict=True)}
+    one_arm = len({group.arm for group in groups}) == 1 and bool(shown)
+    titles = []
+    for group in groups:
+        settings = [f"{names[key]}={group.settings[key]}" for key in shown if key in group.settings]
+        title = group.rows[0]["title"] if group.rows else group.arm
+        titles.append(escape_controls(" ".join(settings if one_arm and settings else [title, *settings])))
+    return [replace(group, title=title) for group, title in zip(groups, titles, strict=True)]
 
 
 def group_interval(output_dir: Path, group: Group) -> tuple[tuple[float, float] | None, str]:

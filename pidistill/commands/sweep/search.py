@@ -7,8 +7,10 @@ works on a trial holds its lock, so that a trial marked as running whose lock is
 import json
 import multiprocessing
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import optuna
@@ -92,8 +94,9 @@ def _failed_cells(plan: SweepPlan) -> list[str]:
 
 def work(plan: SweepPlan) -> None:
     if plan.search == "grid":
+        begin, before = time.perf_counter(), count_finished(plan.sweep)
         while work_on_a_cell(plan.sweep):
-            pass
+            print_line(progress_line(plan.sweep, before, time.perf_counter() - begin))
         return
     for arm in plan.sweep.arms:
         if not arm.stages:
@@ -101,6 +104,24 @@ def work(plan: SweepPlan) -> None:
             continue
         while work_on_a_trial(plan, arm):
             pass
+
+
+def count_finished(sweep: Sweep) -> int:
+    """Count the cells of a grid that ended well, whichever worker ran them."""
+    rows = read_results(sweep.output_dir)
+    return sum(rows.get(cell.id, {}).get("status") == "ok" for cell in grid_cells(sweep))
+
+
+def progress_line(sweep: Sweep, before: int, seconds: float) -> str:
+    """Say how many cells ended well and how long the others will take, where ``before`` had ended well ``seconds`` ago.
+
+    The pace is that of all workers on the folder together.
+    """
+    done, total = count_finished(sweep), len(grid_cells(sweep))
+    if done == total or done <= before:
+        return f"{done} of {total} cells finished"
+    left = timedelta(seconds=round(seconds / (done - before) * (total - done)))
+    return f"{done} of {total} cells finished, about {left} left"
 
 
 def open_study(sweep: Sweep, name: str, sampler: optuna.samplers.BaseSampler | None = None) -> optuna.Study:

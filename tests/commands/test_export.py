@@ -1,0 +1,70 @@
+"""`pidistill export`: what the shared folder holds and what its card says."""
+
+import sys
+
+import pytest
+
+from pidistill.commands.export.command import export, main
+from pidistill.errors import InputError
+from tests.support.reported_runs import write_run
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder, base = write_run(tmp_path / "my_run"), tmp_path / "base"
+    base.mkdir()
+    (base / "tokenizer.json").write_text('{"own": 1}')
+    (base / "model.safetensors").write_text("other weights")
+    step = folder / "step_6"
+    step.mkdir()
+    for name in ("config.json", "model.safetensors", "training_state.pt"):
+        (step / name).write_text(name)
+    (step / "adapter").mkdir()
+    (step / "adapter" / "adapter_model.safetensors").write_text("merged already")
+    (folder / "latest").symlink_to("step_6")
+    config = f"checkpointer:\n  checkpoint_dir: {base}\nobjective:\n  _component_: pidistill.objectives.OPSD\n  beta: 0.5\n"
+    (folder / "config.yaml").write_text(config + "dataset:\n  source: rows_<b>.jsonl\nprivileged:\n  control: null\nseed: 3\n")
+    return folder
+
+
+def test_the_folder_has_weights_and_tokenizer_and_no_training_state(run, tmp_path):
+    out = export(run, tmp_path / "out")
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+    assert (out / "model.safetensors").read_text() == "model.safetensors"
+    assert not (out / "README.md").is_symlink() and (run / "step_6" / "training_state.pt").is_file()
+
+
+def test_the_card_says_method_data_results_and_alarms_of_the_run(run, tmp_path):
+    (run / "sweep.json").write_text('{"commit": "abc123"}')
+    text = (export(run, tmp_path / "out") / "README.md").read_text()
+    for piece in ("**OPSD**", "`step_6` after 6 steps", "| beta | 0.5 |", "success 0.25 [0.1, 0.4]", "Commit abc123", "Seed 3"):
+        assert piece in text
+    assert "step 3: all are cut" in text and r"rows\_\<b\>.jsonl" in text and "<b>" not in text
+
+
+def test_without_an_evaluation_the_card_says_that_its_numbers_are_of_validation_rows(run, tmp_path):
+    (run / "evaluate" / "results.json").unlink()
+    text = (export(run, tmp_path / "out") / "README.md").read_text()
+    assert "Validation rows at the last evaluation" in text and "eval_teacher_success 0.500" in text
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(run, tmp_path):
+    with pytest.raises(InputError, match=r"step_9 holds no config.json .* \(checkpoints there: step_6\)"):
+        export(run, tmp_path / "out", "step_9")
+    with pytest.raises(InputError, match="checkpoints there: none"):
+        export(tmp_path / "absent", tmp_path / "out")
+
+
+def test_a_folder_with_files_is_not_written_into(run, tmp_path):
+    with pytest.raises(InputError, match="is not an empty folder"):
+        export(run, run)
+    (tmp_path / "empty").mkdir()
+    assert export(run, tmp_path / "empty") == tmp_path / "empty"
+
+
+def test_a_push_without_the_library_or_network_is_one_sentence(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(SystemExit):
+        main([str(run), "--output", str(tmp_path / "out"), "--push", "me/model"])
+    captured = capsys.readouterr()
+    assert captured.out.strip() == str(tmp_path / "out") and "--push needs the package huggingface_hub" in captured.err

@@ -1,0 +1,135 @@
+"""The page of `pidistill report` in a browser: it opens without errors, filters and keys work, and a large one is quick."""
+
+import shutil
+import time
+
+import pytest
+
+from pidistill.commands.report.command import write_report
+from tests.support.reported_runs import HOSTILE, write_run
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="there is no Chromium; install Debian's package chromium"),
+]
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install 'pidistill[browser]'")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as player:
+        opened = player.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])  # root needs the flag
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def show(browser):
+    """Open a page file at one of its tabs; an error or a request to elsewhere fails the test."""
+    wrong = []
+
+    def open_page(path, tab):
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on(
+            "request", lambda request: wrong.append(request.url) if not request.url.startswith(("file:", "data:")) else None
+        )
+        page.goto(f"{path.as_uri()}#{tab}")
+        page.wait_for_selector("html[data-ready]")
+        return page
+
+    yield open_page
+    assert wrong == []
+
+
+def listed(page):
+    return page.locator("#list button").count()
+
+
+def test_the_health_panel_draws_its_curves_and_alarms(show, tmp_path):
+    page = show(write_report([write_run(tmp_path / "a"), write_run(tmp_path / "b")], tmp_path / "page.html"), "Health")
+    titles = page.locator(".chart h3").all_inner_texts()
+    assert {"Reward and success", "KL between the views", "Entropy", "Tokens per second", "Time by phase"} <= set(titles)
+    assert page.locator(".chart canvas").count() == len(titles)
+    assert page.locator(".alarm").count() == 2 and "step 3: all are cut" in page.locator(".alarm").first.inner_text()
+    page.locator("#runs input").first.uncheck()
+    assert page.locator(".alarm").count() == 1
+
+
+@pytest.mark.parametrize("tab", ["Evaluations", "Texts", "Configuration"])
+def test_every_other_page_opens(show, tmp_path, tab):
+    page = show(write_report([write_run(tmp_path / "a"), write_run(tmp_path / "b", beta=2)], tmp_path / "page.html"), tab)
+    expected = {"Evaluations": "0.25 [0.1, 0.4]", "Texts": "teacher says word", "Configuration": "objective.beta"}
+    assert expected[tab] in page.inner_text("main")
+
+
+def test_filters_keep_the_rollouts_that_they_name(show, tmp_path):
+    page = show(write_report([write_run(tmp_path / "run", rollouts=24)]), "Rollouts")
+    assert listed(page) == 24
+    page.select_option("#f-leak", "yes")
+    assert listed(page) == 6
+    page.select_option("#f-leak", "")
+    page.select_option("#f-cut", "no")
+    assert listed(page) == 16
+    page.select_option("#f-cut", "")
+    page.fill("#f-low", "0.5")
+    assert listed(page) == 12
+    page.fill("#f-low", "")
+    page.fill("#f-from", "3")
+    page.fill("#f-to", "4")
+    assert listed(page) == 8
+    page.fill("#f-from", "")
+    page.fill("#f-to", "")
+    page.fill("#f-words", "hint 17")
+    assert listed(page) == 1 and "row 17" in page.inner_text("#rollout")
+    page.fill("#f-words", "no such words")
+    assert "No rollout matches" in page.inner_text("#rollout")
+
+
+def test_keys_go_to_the_next_and_the_last_rollout(show, tmp_path):
+    page = show(write_report([write_run(tmp_path / "run")]), "Rollouts")
+    first = page.inner_text("#rollout .chips b")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#rollout .chips b") != first
+    page.keyboard.press("k")
+    assert page.inner_text("#rollout .chips b") == first
+    page.keyboard.press("1")
+    page.wait_for_selector(".chart")
+
+
+def test_a_token_shows_its_numbers_and_its_colour(show, tmp_path):
+    page = show(write_report([write_run(tmp_path / "run")]), "Rollouts")
+    token = page.locator(".tokens span[data-index='1']").first
+    token.hover()
+    tip = page.inner_text("#tip")
+    # Row 0, token 1: the student's log-prob is -0.001 · 2 · 2, the teacher's -0.001 · 2 · 3.
+    assert "word1" in tip and "student's log-prob\t-0.004" in tip and "teacher − student\t-0.002" in tip
+    red = token.evaluate("node => getComputedStyle(node).backgroundColor")
+    page.select_option("#by", "student_entropy")
+    other = page.locator(".tokens span[data-index='1']").first.evaluate("node => getComputedStyle(node).backgroundColor")
+    assert red != other and "0.8" in red  # the diverging scale's red
+    page.check("#pair")
+    assert page.locator("#rollout .pair h3", has_text="thinks").count() == 2
+    assert page.locator("details.turn").count() == 6 and "look({})" in page.locator("details.turn summary").first.inner_text()
+
+
+def test_hostile_text_is_shown_and_runs_nothing(show, tmp_path):
+    page = show(write_report([write_run(tmp_path / "run", text=HOSTILE)]), "Rollouts")
+    assert page.locator("img").count() == 0
+    assert "</script><img src=x onerror=alert(1)> \\x1b[31m" in page.inner_text(".tokens >> nth=0")
+
+
+def test_a_run_of_two_thousand_rollouts_of_five_hundred_tokens_opens_within_two_seconds(show, tmp_path):
+    path = write_report([write_run(tmp_path / "run", rollouts=2000, tokens=500)])
+    assert path.stat().st_size < 30e6
+    seconds = []
+    for _ in range(3):  # the quickest of three: other work on the machine is not the page's
+        begin = time.perf_counter()
+        page = show(path, "Rollouts")
+        assert listed(page) > 100 and page.locator(".tokens span").count() >= 500
+        seconds.append(time.perf_counter() - begin)
+        page.close()
+    print(f"opened in {min(seconds):.2f} s, {path.stat().st_size / 1e6:.1f} MB")
+    assert min(seconds) < 2
