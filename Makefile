@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TUNE := $(BIN)/tune run --nproc_per_node 1
 
-.PHONY: install base base_easy base_world demo real compare sft_rl rft int test test-all test-trials test-peers test-vllm test-envs lint clean
+.PHONY: install base bases base_easy base_world demo real compare sft_rl rft int test test-all test-trials test-peers test-vllm test-envs docs lint clean
 
 install: $(VENV)/.installed  ## create .venv and install the package with its extras test and sweep
 
@@ -25,6 +25,10 @@ base_easy: install  ## a base that is right twice as often, for configs/sweeps/e
 base_world: install  ## the base of another world, for configs/sweeps/other_world.yaml
 	test -f runs/tiny/base_world/latest/config.json || $(TUNE) recipes/sft_distributed.py --config configs/tiny/base.yaml \
 	  output_dir=runs/tiny/base_world dataset.world_seed=4321 resume_from_checkpoint=auto
+
+bases: install base  ## two more bases, with other seeds, for configs/sweeps/bases.yaml
+	for seed in 1 2; do test -f runs/tiny/base_$$seed/latest/config.json || $(TUNE) recipes/sft_distributed.py \
+	  --config configs/tiny/base.yaml seed=$$seed output_dir=runs/tiny/base_$$seed resume_from_checkpoint=auto || exit 1; done
 
 sft_rl: install base  ## SFT on the expert's actions, then RL
 	$(TUNE) recipes/sft_distributed.py --config configs/tiny/sft.yaml resume_from_checkpoint=auto
@@ -47,8 +51,8 @@ real: install  ## a pretrained model learns a text that it cannot see: runs/docu
 	$(BIN)/python examples/document/make_data.py runs/document
 	$(BIN)/pidistill sweep examples/document/methods.yaml --arms base rl opsd_ucla opsd_ucla_shuffled
 
-compare: install base base_easy base_world  ## all methods, controls, questions, second base and world; finished runs are kept
-	for sweep in methods questions easier_base other_world; do \
+compare: install bases base_easy base_world  ## all methods, controls, questions, other bases and worlds; finished runs are kept
+	for sweep in methods bases questions easier_base other_world; do \
 	  $(BIN)/pidistill sweep configs/sweeps/$$sweep.yaml --workers 2; done
 
 # One thread for each of two workers. Processes that tests start read the bytecode that the first of them writes, also where
@@ -89,8 +93,17 @@ test-envs: .venv-envs/.installed  ## GEM and Reasoning Gym (extras `gem`, `reaso
 	.venv-envs/bin/python -m pip install -q -e '.[test,sweep,gem,reasoning-gym]'
 	touch $@
 
+docs: .venv-docs/.installed  ## the pages as a site in site/, strict: a broken link fails
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo site/index.html
+
+.venv-docs/.installed: pyproject.toml
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.27'
+	touch $@
+
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
 clean:
-	rm -rf runs $(VENV) .venv-vllm .venv-envs
+	rm -rf runs site $(VENV) .venv-vllm .venv-envs .venv-docs

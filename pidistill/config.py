@@ -183,7 +183,7 @@ def resolve(path: str) -> Any:
         return _get_component_from_path(path)
     except (KeyboardInterrupt, MemoryError):
         raise
-    except BaseException as error:  # a module of the user's may fail in any way while it is imported, also with SystemExit
+    except BaseException as error:  # a user's module may fail in any way while it is imported, also with SystemExit
         if (new := _moved(path)) is not None:
             raise InputError(f"component {path} has moved; write {new}") from None
         cause = error.__cause__ or error

@@ -41,7 +41,7 @@ def whole_lines(path: Path) -> list[str]:
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Append one line per row."""
-    # Half a surrogate pair, which a model can write, has no UTF-8; its backslash escape is JSON's own.
+    # A model can write half of a surrogate pair, which UTF-8 cannot hold; JSON writes it as an escape with a backslash.
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

@@ -3,10 +3,12 @@
 Each config has one test, which asks all questions and reports every one that fails.
 """
 
+import copy
 import importlib
 import inspect
 import json
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,21 @@ from pidistill.config import COMPONENT, build, check_config, resolve
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs import Environment
 from pidistill.rollouts import Sampler
-from tests.support.configs import CONFIGS, REAL, TINY, assert_no_failures, keys_of, load, name_of, ranks_of, recipe_of, text_of
+from tests.support.configs import (
+    CONFIGS,
+    FROM_FOLDER,
+    REAL,
+    SIZED,
+    TINY,
+    assert_no_failures,
+    keys_of,
+    load,
+    name_of,
+    ranks_of,
+    recipe_of,
+    text_of,
+)
+from tests.support.folder_families import FOLDER_FAMILIES, METHODS, config_folder
 from tests.support.runs import ROOT
 
 # ------------------------------------------------------------------------------------------- questions to every config
@@ -42,8 +58,12 @@ def every_interpolation_has_a_value(path: Path) -> None:
 
 
 def the_model_can_be_built(path: Path) -> None:
-    with torch.device("meta"):
-        model = build(load(path).model)
+    cfg = copy.deepcopy(load(path))
+    OmegaConf.set_readonly(cfg, False)
+    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
+        if path in FROM_FOLDER:
+            cfg.checkpointer.checkpoint_dir = str(config_folder(path.parent.name, None, Path(folder)))
+        model = build(cfg.model)
     assert model.tok_embeddings.num_embeddings > 0
 
 
@@ -177,14 +197,16 @@ def test_every_recipe_has_a_config_and_every_config_a_recipe():
 
 def test_there_are_configs_for_the_models_that_people_train():
     methods: dict[str, set[str]] = {}
-    for path in REAL:
+    for path in SIZED:
         size, _, method = path.stem.partition("_")
         methods.setdefault(f"{path.parent.name}/{size}", set()).add(method)
     assert len(methods) >= 10
     assert all({"pi_distill", "opsd", "rl", "evaluate"} <= own for own in methods.values()), methods
+    assert {name_of(path) for path in FROM_FOLDER} == {f"{name}/{method}" for name in FOLDER_FAMILIES for method in METHODS}
+    assert all(load(path).model._component_ == "pidistill.models.from_folder" for path in FROM_FOLDER)
 
 
-@pytest.mark.parametrize("path", [path for path in REAL if "evaluate" not in path.stem], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in SIZED if "evaluate" not in path.stem], ids=name_of)
 def test_the_memory_that_a_config_states_is_what_plan_says(path, capsys):
     said = re.search(
         r"# Memory per GPU: (\d+) GiB at the peak, in phase (\w+), on (\d+) GPUs? of 80 GB \(H100 or A100\)\. "
@@ -193,10 +215,39 @@ def test_the_memory_that_a_config_states_is_what_plan_says(path, capsys):
     )
     gib, phase, gpus, words = said.groups()
     assert int(gpus) == ranks_of(path) and words.split()[0] == name_of(path)
+    found = planned(words.split(), capsys)
+    assert found["peak_phase"] == phase and round(found["peak_bytes"] / GIB) == int(gib)
+
+
+def planned(words, capsys):
     with pytest.raises(SystemExit) as ended:
-        plan([*words.split(), "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert ended.value.code == 0 and found["peak_phase"] == phase
+        plan([*words, "--json"])
+    assert ended.value.code == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("path", [path for path in FROM_FOLDER if path.stem != "evaluate"], ids=name_of)
+def test_the_memory_that_a_config_states_for_sizes_is_what_plan_says(path, tmp_path, capsys):
+    published = FOLDER_FAMILIES[path.parent.name].published
+    text = text_of(path)
+    if not published:
+        words = re.search(
+            r"\n# pidistill plan (\S+) --device h100(?: --memory-gib 140)?(?: --ranks (\d+))? --prompt-tokens 150", text
+        )
+        assert "Memory per GPU" not in text and words[1] == name_of(path) and int(words[2] or 1) == ranks_of(path)
+        return
+    said = re.search(
+        r"# Memory per GPU at the peak: (.+), on (\d+) GPUs? of 80 GB \(H100 or A100\)\. Predicted,\n# not measured, by "
+        r"pidistill plan (.+)\n",
+        text,
+    )
+    sizes, gpus, words = said.groups()
+    assert int(gpus) == ranks_of(path) and words.split()[0] == name_of(path)
+    stated = re.findall(r"(\d+) GiB \(([^)]+)\)", sizes)
+    assert [size for _, size in stated] == list(published)
+    gib, size = stated[-1]  # the largest; a plan takes a second
+    folder = config_folder(path.parent.name, size, tmp_path)
+    found = planned([*words.split(), f"checkpointer.checkpoint_dir={folder}"], capsys)
     assert round(found["peak_bytes"] / GIB) == int(gib)
 
 

@@ -4,6 +4,7 @@
 
 No model has read about these people, so what a student answers rightly without the paragraph, it has learned in this training.
 Every fact is asked in six ways; four are for training, and two are held out. The last column of a row is the answer.
+text.jsonl has the paragraphs themselves as answers, for supervised training on the text.
 """
 
 import json
@@ -65,6 +66,7 @@ QUESTIONS = {
     ],
 }
 HELD_OUT = 2
+REQUESTS = ["Tell me about {name}.", "Who is {name}?", "What do you know about {name}?", "Describe {name}."]
 
 
 def rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -80,8 +82,19 @@ def rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return train, held_out
 
 
+def texts() -> list[dict[str, str]]:
+    """Return requests for a person's paragraph, each with the paragraph."""
+    columns = ("name", "profession", "town", "pet", "pet_name", "year")
+    people = [dict(zip(columns, person, strict=True)) for person in PEOPLE]
+    return [
+        {"question": request.format(**person), "answer": PARAGRAPH.format(**person)}
+        for person in people
+        for request in REQUESTS
+    ]
+
+
 def main(folder: str) -> None:
-    for name, found in zip(("train", "held_out"), rows(), strict=True):
+    for name, found in zip(("train", "held_out", "text"), (*rows(), texts()), strict=True):
         path = Path(folder, f"{name}.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")

@@ -21,6 +21,7 @@ from pidistill.errors import InputError
 from pidistill.types import Message
 
 ROLES = ("system", "user", "assistant", "tool")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 def message_text(message: Message) -> str:
@@ -29,6 +30,11 @@ def message_text(message: Message) -> str:
     if isinstance(content, list):
         return "".join(part.get("text") or "" for part in content)
     return content or ""
+
+
+def reasoning_of(message: Message) -> str | None:
+    """Return the reasoning that stands in a field of its own; None where there is none."""
+    return next((message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)), None)
 
 
 def with_text(message: Message, text: str) -> Message:
@@ -162,7 +168,7 @@ def _check_content(message: Message, where: str) -> None:
 
 
 def _check_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    if isinstance(calls, str):  # tables of one type for every row hold calls as JSON text
+    if isinstance(calls, str):  # a table, whose columns have one type, holds calls as JSON text
         try:
             calls = json.loads(calls or "[]")
         except ValueError as error:
@@ -213,7 +219,7 @@ def parsed_arguments(arguments: Any) -> Any:
         return {}
     try:
         parsed = json.loads(arguments)
-    except ValueError:  # what a model wrote need not be JSON; the template gets the text as it is
+    except ValueError:  # a model may write arguments that are not JSON; the template gets the text as it is
         return arguments
     return parsed if isinstance(parsed, dict) else arguments
 

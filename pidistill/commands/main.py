@@ -37,7 +37,7 @@ COMMANDS = {
     "export": ("pidistill.commands.export.command", "Make a folder to share of a run: weights, tokenizer, model card."),
     "demo": ("pidistill.commands.demo", "Compare methods on the tiny world."),
 }
-# torchtune's commands, for a help that need not import torch.
+# torchtune's commands: listed here, so that the help need not import torch.
 TORCHTUNES = {
     "ls": "List all recipes and configs.",
     "cp": "Copy a recipe or config to a local path; a file that exists is kept.",
@@ -127,7 +127,7 @@ def run_torchtune() -> None:
             print(sentence, file=sys.stderr, flush=True)
         sys.exit(error.get_first_failure()[1].exitcode or 1)
     except (ValueError, RuntimeError, AssertionError, OSError) as error:
-        # With torchrun's options the recipe runs in processes of its own, and what fails here is their launch.
+        # With torchrun's options the recipe runs in other processes, so that an error here is one of their launch.
         if "recipe_args" not in arguments or len(sys.argv) - 3 <= len(arguments.recipe_args):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__

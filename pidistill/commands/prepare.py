@@ -33,7 +33,7 @@ from pidistill.errors import InputError
 from pidistill.types import Example
 
 _ROLE_AND_TEXT = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
-# Named, so that a file without privileged information has the same columns as one with.
+# The types are named, so that a file without privileged information has the same columns as one with it.
 FEATURES = datasets.Features(
     {
         "data_source": datasets.Value("string"),

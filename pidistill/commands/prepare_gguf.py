@@ -17,7 +17,7 @@ import torch
 from pidistill.commands.common import Parser, exit_on_input_error
 from pidistill.errors import InputError
 
-# Of an embedding and an output head that were one matrix before they were quantised in two ways.
+# The least cosine of an embedding and an output head that were one matrix before they were quantised in two ways.
 _TIED_COSINE = 0.99
 
 

@@ -143,7 +143,7 @@ def make_server(folder: Path, port: int) -> http.server.ThreadingHTTPServer:
     made: dict[str, bytes] = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        """Answers / with the page and /version with the text that the page compares."""
+        """Answer / with the page and /version with the text that the page compares."""
 
         def do_GET(self) -> None:
             # A page of another site whose name leads here would send that name.

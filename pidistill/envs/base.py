@@ -89,9 +89,9 @@ def _part_name(name: Any) -> str:
 
 def _number(name: str, value: Any) -> float:
     try:
-        if not isinstance(value, str | bytes):  # float("1.0") is a number; that a text holds one is chance
+        if not isinstance(value, str | bytes):  # float("1.0") is a number too, but a text is not meant as a reward
             return float(value)
-    except OverflowError:  # a whole number beyond every float
+    except OverflowError:  # a whole number that is larger than every float
         return math.inf
     except (TypeError, ValueError, RuntimeError):
         pass
@@ -102,7 +102,7 @@ def _flag(value: Any) -> bool:
     try:
         if not isinstance(value, str | bytes) and value in (True, False):  # numpy's too
             return bool(value)
-    except (TypeError, ValueError, RuntimeError):  # a vector is neither
+    except (TypeError, ValueError, RuntimeError):  # a vector is neither true nor false
         pass
     raise EnvironmentOutputError(f"done is {_shown(value)}, not True or False")
 

@@ -33,7 +33,7 @@ from pidistill.types import Example, Message
 _log = logging.getLogger(__name__)
 
 STATE = "state"
-MAX_ERROR_CHARS = 1000  # of an exception's text that a model is told
+MAX_ERROR_CHARS = 1000  # of an exception's text, which the model reads
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 _VALUES = {"string": str, "integer": int, "boolean": bool, "array": list, "object": dict, "null": type(None)}
 
@@ -157,7 +157,7 @@ def _carry_out(call: Mapping[str, Any], tools: Mapping[str, Tool], state: Any) -
         return _answer(call, name, tools[name].call(arguments, state))
     except ToolError as error:
         return _answer(call, name, f"Error: {error}")
-    except Exception as error:  # a tool's own fault: the model may try something else, and the log says where it is
+    except Exception as error:  # an error in the tool: the model may try something else, and the log shows where it is
         _warn_once(name, error)
         text, _ = attempt(partial(str, error))
         return _answer(call, name, f"Error: {type(error).__name__}" + (f": {text[:MAX_ERROR_CHARS]}" if text else ""))

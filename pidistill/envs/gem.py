@@ -184,7 +184,7 @@ class _Start:
     def random_actions(self) -> list[Message]:
         """Play an episode of `sample_random_action`, which most games have, and return its messages."""
         episode, environment, turns = pickle.loads(self.pickled), GEMEnvironment(), []
-        streams = RandomStreams(self.seed ^ 1)  # not the episode's: whoever plays these turns gets these answers
+        streams = RandomStreams(self.seed ^ 1)  # not the episode's, whose draws decide what these turns are answered
         while True:
             try:
                 with streams.in_use():

@@ -21,7 +21,7 @@ from pidistill.envs.streams import RandomStreams
 from pidistill.errors import InputError, attempt, bounded_repr, bounded_traceback
 from pidistill.types import Example, Message
 
-_START_S = 300.0  # a process that imports torch on a busy machine
+_START_S = 300.0  # limit for the start of a process, which imports torch on a machine that may be busy
 _MAX_ERROR_BYTES = 100_000
 
 
@@ -62,10 +62,10 @@ class ProcessEnvironment:
                 "ProcessEnvironment, with environment_timeout_s"
             ) from error
         self._free = threading.Semaphore(workers)
-        self._has_started = False  # a worker: the environment can be made in one
+        self._has_started = False  # True once a worker has started, so that the environment can be made in one
         self._idle: list[_Worker] = []
         self._alive: set[_Worker] = set()
-        # multiprocessing's own exit asks workers to end and waits for them; one that hangs in native code does not listen.
+        # At exit multiprocessing asks workers to end and waits for them; one that hangs in native code would never end.
         weakref.finalize(self, _kill_all, self._alive)
 
     def reset(self, example: Example) -> _State:
@@ -101,7 +101,7 @@ class ProcessEnvironment:
         try:
             worker = _Worker(self._pickled, type(self.environment).__module__)
         except InputError as error:
-            if self._has_started:  # it could be made before: what fails now may pass
+            if self._has_started:  # it could be made before, so that the failure may be temporary
                 raise EnvironmentCrash(str(error)) from error
             raise
         self._has_started = True
@@ -171,7 +171,7 @@ def _kill_group(process: multiprocessing.process.BaseProcess) -> None:
     """Kill a worker and the programs that its environment has started; the worker leads a process group of its own."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if not process.is_alive() or os.getpgid(process.pid) == process.pid:  # false until the worker's first line has run
-            os.killpg(process.pid, signal.SIGKILL)  # of a dead worker too: what it started may still run
+            os.killpg(process.pid, signal.SIGKILL)  # also the group of a dead worker: what it started may still run
     process.kill()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_LOCK = threading.RLock()  # the streams are the process's: one episode at a time has them
+_LOCK = threading.RLock()  # a process has one set of streams, which one episode at a time uses
 
 
 class RandomStreams:

@@ -33,15 +33,7 @@ Rotation = Literal["neighbours", "halves"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Describe a dense decoder.
-
-    Attributes:
-        rotation: which entries of a head are rotated together. Llama's checkpoints are stored for "neighbours" once their
-            query and key rows are permuted; Qwen's are stored for "halves".
-        rope_scaling: arguments of torchtune's ``Llama3ScaledRoPE`` (Llama 3.1's scaling), or empty for plain rotations.
-        attention_bias: the projections that have a bias.
-        qk_norm: queries and keys have an RMS norm over the head width (Qwen3).
-    """
+    """Describe a dense decoder."""
 
     vocab_size: int
     num_layers: int
@@ -53,11 +45,14 @@ class Shape:
     max_seq_len: int
     rope_base: float
     norm_eps: float
+    # Which entries of a head are rotated together. Llama's checkpoints are stored for "neighbours" once their query and key
+    # rows are permuted; Qwen's are stored for "halves".
     rotation: Rotation
     tie_word_embeddings: bool = False
+    # Arguments of torchtune's `Llama3ScaledRoPE` (Llama 3.1's scaling), or empty for plain rotations.
     rope_scaling: Mapping[str, float] = field(default_factory=dict)
-    attention_bias: tuple[str, ...] = ()
-    qk_norm: bool = False
+    attention_bias: tuple[str, ...] = ()  # the projections that have a bias
+    qk_norm: bool = False  # queries and keys have an RMS norm over the head width (Qwen3)
     attn_dropout: float = 0.0
 
 

@@ -21,17 +21,11 @@ Rule = Callable[[Any, Any, Tensor, Tensor], Tensor] | None
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """Say how a layer attends beside who sees whom.
+    """Say how a layer attends beside who sees whom."""
 
-    Attributes:
-        scaling: factor of the scores; None is 1/√d.
-        sinks: [heads] a score that takes part in the softmax and has no value (gpt-oss).
-        softcap: c where scores are c·tanh(x / c) (Gemma 2).
-    """
-
-    scaling: float | None = None
-    sinks: Float[Tensor, " heads"] | None = None
-    softcap: float | None = None
+    scaling: float | None = None  # factor of the scores; None is 1/√d
+    sinks: Float[Tensor, " heads"] | None = None  # [heads] a score that takes part in the softmax and has no value (gpt-oss)
+    softcap: float | None = None  # c where scores are c·tanh(x / c) (Gemma 2)
 
     @property
     def is_plain(self) -> bool:
@@ -72,7 +66,7 @@ def attend(
 
 
 class LayerMask:
-    """Be what a layer of transformers gets as ``attention_mask``: one for all layers with the same rule, per forward."""
+    """Stand for a layer's ``attention_mask`` in transformers: one object for all layers with the same rule, per forward."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule

@@ -54,22 +54,18 @@ class Decoder(Protocol):
 
 
 class OwnKind(Protocol):
-    """List what a decoder has that is not built from torchtune's modules.
+    """List what a decoder has that is not built from torchtune's modules."""
 
-    Attributes:
-        takes_layer_masks: True: its layers ask the objects of :mod:`pidistill.models.layer_masks`, which the ``mask`` of a
-            forward makes: that of a packed tree, and that of the sampler's caches.
-        own_names: True: its weights have the names that the folder's library gives them, and are saved under these.
-        logit_cap: c where logits are c·tanh(x / c); None where they are the head's products.
-        carried_state: what goes from token to token beside attention, in words; None where nothing does.
-        attention_sizes: heads, key heads and width of a head, for the planner.
-    """
-
+    # True: its layers ask the objects of `layer_masks`, which the `mask` of a forward makes: that of a packed tree, and that of
+    # the sampler's caches.
     takes_layer_masks: bool
-    own_names: bool
-    logit_cap: float | None
-    carried_state: str | None
-    attention_sizes: tuple[int, int, int]
+    own_names: bool  # True: its weights have the names that the folder's library gives them, and are saved under these
+    logit_cap: float | None  # c where logits are c·tanh(x / c); None where they are the head's products
+    carried_state: str | None  # what goes from token to token beside attention, in words; None where nothing does
+    attention_sizes: tuple[int, int, int]  # heads, key heads and width of a head, for the planner
+    experts: tuple[int, int] | None  # how many experts a token goes through, and how many there are; None without experts
+    # The weighted auxiliary loss of the experts' router over the last forward; None where that had no gradient, or no weight.
+    router_loss: Tensor | None
 
 
 def head_module(model: Decoder) -> nn.Module:
@@ -107,3 +103,8 @@ def takes_layer_masks(model: nn.Module) -> bool:
 def carried_state(model: nn.Module) -> str | None:
     """Return what goes from token to token beside attention, in words, so that the model takes padded rows alone; or None."""
     return getattr(model, "carried_state", None)
+
+
+def router_loss(model: nn.Module) -> Tensor | None:
+    """Return the weighted auxiliary loss over the tokens of the last forward; None where there is none."""
+    return getattr(model, "router_loss", None)

@@ -45,7 +45,7 @@ have done there; if it did nothing wrong, say what made it right. Address the as
 
 MAX_ANSWER_BYTES = 1_000_000
 MAX_REASON_CHARS = 300
-MAX_REASONS = 20  # that are logged: a judge that fails with another sentence each time does not fill the log
+MAX_REASONS = 20  # reasons that are logged, so that a judge with another reason each time does not fill the log
 RETRIED = (408, 429, 500, 502, 503, 504)
 
 

@@ -111,7 +111,7 @@ def _last_number(text: str) -> str | None:
     start = max(0, end - 2 * MAX_DIGITS)
     window = text[start:end].replace("{,}", ",").replace("\\!", "")
     found = re.search(rf"(?:(?<![\w.)}}\]])[-−]\s?)?[$€£]?(?:{_UNSIGNED})\Z", window, re.ASCII)
-    if found is None or (start > 0 and found.start() == 0):  # a number that began before the window
+    if found is None or (start > 0 and found.start() == 0):  # the number begins before the window
         return None
     return found[0]
 

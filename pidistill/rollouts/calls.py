@@ -101,5 +101,5 @@ class DaemonThreads:
 def _settle(answer: Future, call: Callable[[], Any]) -> None:
     try:
         answer.set_result(call())
-    except BaseException as error:  # SystemExit too: it would end this thread and leave the answer open for ever
+    except BaseException as error:  # also SystemExit: it would end this thread, and the answer would never come
         answer.set_exception(error)

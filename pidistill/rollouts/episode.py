@@ -87,7 +87,7 @@ class Episode:
 
     def __post_init__(self) -> None:
         reset = partial(self.rules.environment.reset, self.example)
-        # An InputError here says that environment and dataset do not fit: the user's to mend, and no row would fare better.
+        # An InputError here says that environment and dataset do not fit, which every row would show: the user must mend it.
         self.state = self._ask("reset", partial(ask, reset, self.rules.timeout_s), passes=InputError)
 
     def on_turn_end(self, ids: list[int]) -> list[int] | None:

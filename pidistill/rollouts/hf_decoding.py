@@ -20,7 +20,7 @@ from pidistill.rollouts.decoding import Cache, Context, Step, of_like_length, un
 
 
 class HFContext(Context):
-    """Be the sampler's context; caches are made as attention modules are met."""
+    """Hold what the model has read, as the sampler's context; caches are made as attention modules are met."""
 
     def __init__(self, model: Decoder, max_columns: int, pad_id: int) -> None:
         super().__init__(model, [], pad_id, needs_mask=False)

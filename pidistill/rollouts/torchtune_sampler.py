@@ -216,7 +216,7 @@ def _begin(
 def _draw(logits: Float[Tensor, "B V"], rows: list[_Row], request: Request) -> None:
     """Give each row its next token, and what follows from it. ``logits`` is overwritten."""
     ids, logprobs = _choose(logits, rows, request)
-    # Together: on a GPU each of these is a wait for the device. float64 holds every id.
+    # In one tensor, since each transfer from a GPU waits for the device. float64 holds every id.
     ids, logprobs = torch.stack([ids.double(), logprobs]).tolist()
     _check_finite(logprobs, rows)
     count(tokens=len(rows))

@@ -90,7 +90,7 @@ class Packer:
         if max(loads) <= 1.1 * sum(loads) / len(loads):
             return items
         owner, free = {}, [(0, rank) for rank in range(self._run.world_size)]
-        for tokens, group, _ in sorted(groups, reverse=True):  # the largest first, to whoever has least
+        for tokens, group, _ in sorted(groups, reverse=True):  # the largest first, to the rank that has least
             load, rank = heapq.heappop(free)
             owner[group] = rank
             heapq.heappush(free, (load + tokens, rank))

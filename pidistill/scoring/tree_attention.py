@@ -24,7 +24,7 @@ from pidistill.models.modules import attention_modules
 from pidistill.models.protocol import Decoder, carried_state
 
 FLEX_BLOCK = 128
-# More: fewer, larger kernels; less: fewer keys that only other queries of the block see. 256 measured best on two cores.
+# More gives fewer and larger kernels; less gives fewer keys that only other queries of the block see. 256 is best on two cores.
 _QUERY_BLOCK = 256
 
 

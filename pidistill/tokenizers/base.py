@@ -14,7 +14,7 @@ class ChatTokenizer(Protocol):
     sampled, and only the new messages are encoded.
     """
 
-    vocab_size: int  # number of ids that the tokenizer can produce (a model's output may be padded to more)
+    vocab_size: int  # how many ids the tokenizer can produce (a model's output may be padded to more)
     pad_id: int  # id used to fill batches; never looked at by the model
     stop_ids: frozenset[int]  # ids that end an assistant turn; the sampled one is part of the completion and is trained
     max_seq_len: int | None  # prompt + completion limit in tokens, or None

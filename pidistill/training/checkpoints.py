@@ -299,7 +299,7 @@ class Checkpoints:
         set_usual_modes(new)
         sync_tree(new)
         if os.path.lexists(folder):
-            # A kill before the link moved leaves the same step, which is written again; anything else is somebody's work.
+            # A kill before the link moved leaves the same step, which may be replaced; anything else is kept.
             aside = (
                 self._writing / "replaced" if _has_weights(folder, marks) else free_name(output_dir / f"{folder.name}_replaced")
             )

@@ -23,11 +23,11 @@ ZERO_GRADIENT_STEPS = 5
 LOST_ENTROPY_NATS = 1e-3
 SAME_NATS = 1e-6  # rounding stays below
 CORRUPT_KL_NATS = 6.0
-CORRUPT_ENTROPY_FRAC = 0.9  # of ln V
-CORRUPT_EXCESS_NATS = 3.0  # of the teacher's −log prob of the samples over the student's
+CORRUPT_ENTROPY_FRAC = 0.9  # share of ln V
+CORRUPT_EXCESS_NATS = 3.0  # the teacher's −log prob of the samples minus the student's
 TRUNCATED_FRAC = 0.95
 BAD_ROLLOUT_NATS = 1.0  # mean over a rollout's tokens; rounding stays far below
-FRESH_CLIP_FRAC = 0.02  # of the tokens of a round's first update
+FRESH_CLIP_FRAC = 0.02  # share of the tokens of a round's first update
 RULES = ("entropy_lost", "kl_lost", "entropy_rises_success_falls", "gradient_zero", "teacher_is_student", "teacher_corrupt",
          "truncated", "bad_rollout", "fresh_samples_clipped", "no_spread")  # fmt: skip
 

@@ -67,7 +67,8 @@ TABLE: Mapping[str, Key] = {
         Key("dtype", TEXT, "type of the weights, their gradients and the optimizer's states: fp32 or bf16", EVERY, "fp32"),
         Key("compute_dtype", TEXT, "type that weights are multiplied in; bf16 beside dtype fp32: mixed precision", EVERY,
             null="that of `dtype`"),
-        Key("threads", WHOLE, "CPU threads of each process", EVERY, least=1, most=1024, null="an equal share of the cores"),
+        Key("threads", WHOLE, "CPU threads of each process", EVERY, least=1, most=1024,
+            null="OMP_NUM_THREADS of a single process, else an equal share of the cores"),
         # the model
         Key("model", COMPONENT, "builder of the model that is trained, sampled or evaluated", EVERY),
         Key("tokenizer", COMPONENT, "tokenizer with its chat template and `max_seq_len`", EVERY),

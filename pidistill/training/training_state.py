@@ -22,7 +22,7 @@ from pidistill.training.run_folder import STATE_FILE, step_of
 
 FORMAT = 1
 
-# What reading a file that was cut short or overwritten raises.
+# The exceptions that reading raises where a file was cut short or overwritten.
 DAMAGED = (
     RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError,
     RecursionError, OverflowError, SafetensorError, zipfile.BadZipFile,

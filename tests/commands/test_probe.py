@@ -7,11 +7,13 @@ import pytest
 import yaml
 
 from pidistill.commands.probe.command import main as probe
+from pidistill.commands.probe.measure import Probe
 from pidistill.commands.probe.wordings import builtin_wordings, read_wordings
 from pidistill.errors import InputError
 from pidistill.privileged.prompt import PLACEMENTS, PrivilegedPrompt
 from pidistill.rollouts.base import Sample
 from pidistill.tokenizers import HFChatTokenizer
+from pidistill.training.start import cleanup
 from tests.support.hub_models import hub_folder
 from tests.support.tiny_tokenizers import qwen_folder
 
@@ -101,6 +103,24 @@ def test_the_wording_that_helps_is_recommended_and_measured(words, capsys):
     assert found["recommended"] == closest
     assert "with success 1.00 of 5 rows (student 0.00)" in found["advice"][0]
     assert set(TEMPERATURES) == {0.0}
+
+
+def test_a_probe_that_is_stopped_leaves_the_wordings_that_it_has_measured(words, tmp_path, monkeypatch):
+    measured = []
+
+    def stop_at_the_second(self, *arguments):
+        measured.append(len(measured))
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return arguments[0]
+
+    monkeypatch.setattr(Probe, "with_divergences", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        probe([*words, "--rows", "2", f"output_dir={tmp_path}"])
+    cleanup()
+    left = json.loads((tmp_path / "probe" / "probe.json").read_text())
+    assert list(left["wordings"]) == ["the config's"] and left["recommended"] == "the config's"
+    assert left["student"]["rows"] == left["wordings"]["the config's"]["rows"] == 2
 
 
 def test_a_teacher_that_never_helps_is_said_so(words, capsys):

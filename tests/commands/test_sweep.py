@@ -388,6 +388,48 @@ def test_shared_stages_run_once_and_costs_are_summed(recipes, sweep, stages_file
     assert evaluations[0] == "some/base" and len(evaluations) == 5
 
 
+def test_several_bases_run_every_arm_from_each_and_the_table_says_how_far_they_spread(recipes, sweep, stages_file, tmp_path):
+    success = {"one": 0.2, "two": 0.6}
+
+    def evaluate(folder: Path, overrides: dict[str, str]) -> None:
+        origin = json.loads((Path(overrides["checkpointer.checkpoint_dir"]).parent / "origin.json").read_text())
+        seed = 0.1 * int(origin.get("seed", 0))
+        by_task = {"a": success[origin["checkpointer.checkpoint_dir"]], "b": 1 - seed}
+        (folder / "rows.json").write_text(json.dumps({"student": by_task}))
+        (folder / "results.json").write_text(json.dumps({"student": {"success": statistics.fmean(by_task.values())}}))
+
+    train = recipes.train
+    recipes.train = lambda folder, overrides: [
+        train(folder, overrides),
+        (folder / "origin.json").write_text(json.dumps(overrides)),
+    ]
+    recipes.evaluate = evaluate
+    rows = sweep(stages_file, "--arms", "sft", "opsd", "--base", "one", "two")
+    assert set(rows) == {f"{arm},base={base},seed={seed}" for arm in ("sft", "opsd") for base in success for seed in (0, 1)}
+    started = {(run["config"], run["checkpointer.checkpoint_dir"], run["seed"]) for run in recipes.trained()}
+    assert started == {(f"tiny/{arm}", base, str(seed)) for arm in ("sft", "opsd") for base in success for seed in (0, 1)}
+    first = next(group for group in groups_of(list(rows.values())) if group.arm == "sft")
+    assert len(first.rows) == 4 and [len(part.rows) for part in first.by_base()] == [2, 2]
+    # Per task the mean over the seeds of a base, then bases and tasks are resampled.
+    expected = bootstrap_interval([[0.2, 0.95], [0.6, 0.95]], seed=0, resamples=4000)
+    assert group_interval(tmp_path / "out", first) == (expected, "bases × tasks")
+    table = (tmp_path / "out/results.md").read_text()
+    assert "between bases" in table and f"{statistics.stdev([0.575, 0.775]):.3f} of 2" in table and "Bases: one, two" in table
+
+
+def test_several_bases_are_evaluated_once_each_before_the_arms(recipes, sweep, stages_file):
+    rows = sweep(stages_file, "--arms", "base", "--base", "one", "two")
+    assert set(rows) == {"base,base=one", "base,base=two"} and len({row["last"]["folder"] for row in rows.values()}) == 2
+    assert [run["checkpointer.checkpoint_dir"] for run in recipes.ran] == ["one", "two"]
+
+
+@pytest.mark.parametrize("bases", ["[]", "[a, a]"])
+def test_bases_that_are_none_or_equal_are_refused(bases, tmp_path):
+    (tmp_path / "sweep.yaml").write_text(f"base: {bases}\narms: {{a: {{config: tiny/rl}}}}")
+    with pytest.raises(InputError, match="name one checkpoint, or several that differ"):
+        read_sweep(str(tmp_path / "sweep.yaml"))
+
+
 def test_a_folder_that_no_sweep_wrote_is_not_emptied(recipes, sweep, tmp_path):
     folder = tmp_path / "out/runs/tiny-opsd+seed_0"
     folder.mkdir(parents=True)

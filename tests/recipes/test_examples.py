@@ -1,50 +1,89 @@
-"""Test the folders under examples/: every config takes a step with a tiny model, and the sweep names configs that exist."""
+"""Test the folders under examples/: every config takes a step with a tiny model, and sweeps name configs that exist."""
 
 import importlib
 import json
 import runpy
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from pidistill.commands.places import recipe_of
 from pidistill.commands.sweep.cells import grid_cells, read_sweep
+from pidistill.config import build
+from pidistill.envs.tool_world import tool_world_tokenizer
+from pidistill.rollouts.selections import Selected, Successes
+from pidistill.types import Example, Rollout
 from tests.support.hub_models import hub_folder
-from tests.support.runs import metrics
+from tests.support.runs import ROOT, metrics
 from tests.support.tiny_tokenizers import qwen_folder
 
-DOCUMENT = Path(__file__).parents[2] / "examples" / "document"
-CONFIGS = sorted(path for path in DOCUMENT.glob("*.yaml") if path.stem != "methods")
-SHORT = {"tokenizer.max_seq_len": 512, "sampler.max_new_tokens": 6}
-ROUND = {"max_steps": 1, "prompts_per_round": 2, "batch_size": 2, "rollout_log_steps": 0, "eval_samples": 1}
+EXAMPLES = ROOT / "examples"
+JOBS = sorted(path.name for path in EXAMPLES.iterdir() if path.is_dir())
+CONFIGS = sorted(path for path in EXAMPLES.glob("*/*.yaml") if path.stem != "methods")
+ROUND = {
+    "max_steps": 1, "prompts_per_round": 2, "group_size": 2, "minibatch_rollouts": None, "batch_size": 2,
+    "rollout_log_steps": 0, "eval_samples": 1, "save_every_steps": 1, "eval_every_steps": 1, "samples_per_prompt": 1,
+    "compute_dtype": None,
+}  # fmt: skip
+SMALL = {"document": (512, 6), "system_prompt": (1024, 6), "gsm8k": (1024, 6), "tool_traces": (5120, 40)}
+GSM8K = [{"question": f"What is {n} plus 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(60)]
+
+
+class AllOfThem(Successes):
+    """Keep what the config's selection is given, right or wrong, whole or cut off."""
+
+    def select(self, rollouts: Sequence[Rollout], *settings: Any) -> Selected:
+        return super().select([replace(r, task_reward=self.threshold, stop_reason="eos") for r in rollouts], *settings)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("document")
-    hub_folder("qwen2, tied", folder / "model", vocab_size=640, max_position_embeddings=512)
-    qwen_folder(folder / "model")
-    runpy.run_path(str(DOCUMENT / "make_data.py"))["main"](str(folder))
-    return folder
+    """One folder per job with a tiny model and the job's rows; `runs/JOB/` of its configs stands for it."""
+    root = tmp_path_factory.mktemp("examples")
+    for job in JOBS:
+        folder = root / job
+        if job == "tool_traces":
+            _tool_world_base(folder)
+        else:
+            hub_folder("qwen2, tied", folder / "model", vocab_size=640, max_position_embeddings=1024)
+            qwen_folder(folder / "model")
+        if (EXAMPLES / job / "make_data.py").is_file():
+            runpy.run_path(str(EXAMPLES / job / "make_data.py"))["main"](str(folder))
+    (root / "gsm8k" / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GSM8K))
+    return root
 
 
-def test_the_held_out_questions_ask_for_the_same_facts_in_other_words(files):
-    train, held_out = ([json.loads(line) for line in (files / f"{name}.jsonl").open()] for name in ("train", "held_out"))
-    assert (len(train), len(held_out)) == (192, 96)
-    assert not {row["question"] for row in train} & {row["question"] for row in held_out}
-    facts = {(row["document"], row["answer"]) for row in train}
-    assert facts == {(row["document"], row["answer"]) for row in held_out} and len(facts) == 48
-    assert all(row["answer"] in row["document"] and row["answer"] not in row["question"] for row in train + held_out)
+def _tool_world_base(folder: Path) -> None:
+    tool_world_tokenizer(str(folder / "tokenizer"))
+    cfg = OmegaConf.load(ROOT / "configs" / "tool_world" / "base.yaml")
+    settings = TINY_LLAMA | {"checkpointer.checkpoint_dir": str(folder / "model")}
+    for key, value in settings.items():
+        OmegaConf.update(cfg, key, value)
+    build(cfg.checkpointer, output_dir=str(folder / "unused"))
+
+
+TINY_LLAMA = {"model.num_layers": 1, "model.embed_dim": 32, "model.intermediate_dim": 64}
 
 
 def tiny(path: Path, files: Path, output_dir: Path) -> DictConfig:
-    """The config with a tiny model, few rows and one step."""
-    cfg = OmegaConf.load(path)
-    rows = [key for key in ("dataset", "eval_dataset") if key in cfg]
-    changes = SHORT | {"checkpointer.checkpoint_dir": str(files / "model"), "output_dir": str(output_dir), "threads": 1}
-    changes |= {f"{key}.source": str(files / Path(cfg[key].source).name) for key in rows}
-    changes[f"{rows[-1]}.max_rows"] = 2
+    """Return the config with a tiny model, few rows and one step."""
+    cfg, job = OmegaConf.load(path), path.parent.name
+    max_seq_len, max_new_tokens = SMALL[job]
+    changes: dict[str, Any] = {"output_dir": str(output_dir), "threads": 1, "device": "cpu"}
+    changes |= {"checkpointer.checkpoint_dir": str(files / job / "model"), "tokenizer.max_seq_len": max_seq_len}
+    changes |= {"sampler.max_new_tokens": max_new_tokens}
+    if job == "tool_traces":
+        changes |= TINY_LLAMA | {"tokenizer.path": str(files / job / "tokenizer"), "sampler.max_turn_tokens": 20}
+        changes["checkpointer.checkpoint_files"] = ["model.safetensors"]
+    for key in ("dataset", "eval_dataset"):
+        if key in cfg:
+            changes |= _few_rows(cfg[key], key, files / job)
+    if "selection" in cfg:  # a tiny model is never right, and never ends before the token limit
+        changes["selection._component_"] = f"{__name__}.AllOfThem"
     for key, value in changes.items():
         OmegaConf.update(cfg, key, value, force_add=True)
     for key, value in ROUND.items():
@@ -53,27 +92,112 @@ def tiny(path: Path, files: Path, output_dir: Path) -> DictConfig:
     return cfg
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_config_takes_a_step(path, files, tmp_path):
+def _few_rows(node: DictConfig, key: str, folder: Path) -> dict[str, Any]:
+    if "n" in node:
+        return {f"{key}.n": 2}
+    source = "gsm8k.jsonl" if node.source == "openai/gsm8k" else Path(node.source).name
+    changes = {f"{key}.max_rows": 2}
+    return changes if str(node.source).startswith("${") else changes | {f"{key}.source": str(folder / source)}
+
+
+def step(path: Path, files: Path, output_dir: Path) -> None:
     name = recipe_of(str(path))
     module = importlib.import_module(f"recipes.{name}")
     (made,) = [value for key, value in vars(module).items() if key.endswith("Recipe")]
-    cfg = tiny(path, files, tmp_path)
+    cfg = tiny(path, files, output_dir)
     recipe = made(cfg)
     recipe.setup(cfg)
     if name == "evaluate_distributed":
         recipe.report(recipe.evaluate())
-        assert set(json.loads((tmp_path / "results.json").read_text())) == {"student greedy", "student", "student + PI"}
+    elif name == "sample_distributed":
+        recipe.report(recipe.sample())
     else:
         recipe.train()
         recipe._log.close()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_config_takes_a_step(path, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # rewards of an example are found from the checkout
+    if path.stem == "rft":
+        step(path.with_stem("rft_sample"), files, tmp_path / "rft_sample")
+        (tmp_path / "rft_sample" / "traces.jsonl").rename(files / path.parent.name / "traces.jsonl")
+    step(path, files, tmp_path)
+    if path.stem == "evaluate":
+        assert set(json.loads((tmp_path / "results.json").read_text())) == {"student greedy", "student", "student + PI"}
+    elif path.stem == "rft_sample":
+        rows = [json.loads(line) for line in (tmp_path / "traces.jsonl").open()]
+        assert rows and all(row["completion"] and row["privileged"] for row in rows)
+    else:
         assert [row["step"] for row in metrics(tmp_path) if "loss" in row] == [1]
 
 
-def test_the_sweep_names_configs_that_exist(monkeypatch):
-    monkeypatch.chdir(DOCUMENT.parents[1])
-    sweep = read_sweep("examples/document/methods.yaml")
-    assert next(iter(grid_cells(sweep))).arm.name == "base"
-    assert {stage.config for cell in grid_cells(sweep) for stage in cell.arm.stages} <= {
-        f"examples/document/{path.name}" for path in CONFIGS
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_has_its_arms_and_its_controls(job, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    sweep = read_sweep(f"examples/{job}/methods.yaml")
+    cells = grid_cells(sweep)
+    names = {cell.arm.name for cell in cells}
+    assert names >= {"base", "rl", "rft", "opsd", "pi_distill"} and names & {"sdft", "opsd_ucla"}
+    assert {stage.config for cell in cells for stage in cell.arm.stages} | {f"examples/{job}/evaluate.yaml"} == {
+        f"examples/{job}/{path.name}" for path in CONFIGS if path.parent.name == job
     }
+    controls = {stage.overrides.get("privileged.control") for cell in cells for stage in cell.arm.stages}
+    assert {"none", "shuffled"} <= controls
+    assert (EXAMPLES / job / "README.md").is_file()
+
+
+# ------------------------------------------------------------------------------------------- the data
+
+
+def read(files: Path, job: str, name: str) -> list[dict]:
+    return [json.loads(line) for line in (files / job / f"{name}.jsonl").open()]
+
+
+def test_the_held_out_questions_ask_for_the_same_facts_in_other_words(files):
+    train, held_out = (read(files, "document", name) for name in ("train", "held_out"))
+    assert (len(train), len(held_out)) == (192, 96)
+    assert not {row["question"] for row in train} & {row["question"] for row in held_out}
+    facts = {(row["document"], row["answer"]) for row in train}
+    assert facts == {(row["document"], row["answer"]) for row in held_out} and len(facts) == 48
+    assert all(row["answer"] in row["document"] and row["answer"] not in row["question"] for row in train + held_out)
+    texts = read(files, "document", "text")
+    assert {row["answer"] for row in texts} == {row["document"] for row in train} and len(texts) == 48
+
+
+def test_held_out_questions_to_the_desks_are_about_other_things_in_other_words(files):
+    train, held_out = (read(files, "system_prompt", name) for name in ("train", "held_out"))
+    assert (len(train), len(held_out)) == (84, 48)
+    for rows in (train, held_out):
+        assert {row["reference"] for row in rows[:24]} == {
+            f"{desk}/{kind}" for desk in ("porter", "librarian") for kind in ("neutral", "price")
+        }
+        for row in rows:  # the short prompt says nothing of the rules, and each desk has its own
+            desk = row["reference"].split("/")[0]
+            assert "Every answer" not in json.dumps(row["messages"])
+            assert ("Barnaby" in json.dumps(row["privileged_messages"])) == (desk == "porter")
+    questions = [{row["messages"][-1]["content"] for row in rows} for rows in (train, held_out)]
+    assert not questions[0] & questions[1]
+
+
+@pytest.mark.parametrize(
+    "reference, answer, kept",
+    [
+        ("porter/neutral", "Good evening! It is upstairs. Yours, Barnaby.", 4),
+        ("porter/neutral", " Good evening! It is upstairs. Yours, Barnaby.\n", 4),
+        ("porter/neutral", "Hello, reader! It is upstairs. Keep reading.", 2),
+        ("porter/neutral", "Good evening! I do not speak about prices. Yours, Barnaby.", 3),
+        ("porter/price", "Good evening! I do not speak about prices. Yours, Barnaby.", 4),
+        ("porter/price", "Good evening! It is free. Yours, Barnaby.", 3),
+        ("librarian/price", "I do not speak about prices.", 2),
+        ("librarian/neutral", "Hello, reader! " + "and so on " * 20 + "Keep reading.", 3),
+        ("librarian/neutral", "", 0),
+    ],
+)
+def test_the_rules_of_a_desk_are_counted(reference, answer, kept, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+    follow_rules = importlib.import_module("examples.system_prompt.rules").follow_rules
+    example = Example("row", [{"role": "user", "content": "?"}], reference=reference)
+    judged = follow_rules(example, [{"role": "assistant", "content": answer}])
+    assert float(judged) == kept / 4 and sum(judged.parts.values()) == kept

@@ -23,6 +23,7 @@ from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES
 from pidistill.types import Example, Message
 from tests.support.chat_templates import LLAMA32, QWEN3
 from tests.support.configs import REAL, name_of, recipe_of
+from tests.support.folder_families import FOLDER_FAMILIES, tiny_folder
 from tests.support.hub_models import hub_folder
 from tests.support.runs import metrics, weights
 from tests.support.tiny_tokenizers import llama_folder, qwen_folder, r1_folder
@@ -94,16 +95,17 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp(family)
         hub_folder(name, folder, vocab_size=VOCABULARY, max_position_embeddings=1024)
         made[family] = tokenizer(folder)  # after the model, whose folder brings a generation_config.json of its own
-    return made
+    return made | {family: tiny_folder(family, tmp_path_factory.mktemp(family)) for family in FOLDER_FAMILIES}
 
 
 def twin(path: Path, checkpoint: Path, rows: Path, output_dir: Path) -> DictConfig:
     """The config with a tiny model, tiny rows and one step."""
     cfg = OmegaConf.load(path)
-    _, builder, arguments, _ = FAMILIES[path.parent.name]
-    adapters = {key: value for key, value in cfg.model.items() if key.startswith(("lora_", "apply_lora"))}
-    sizes = TINY_SIZES | {"vocab_size": VOCABULARY, "max_seq_len": 1024} | arguments
-    cfg.model = {"_component_": builder.format("lora_" if adapters else "")} | sizes | adapters
+    if path.parent.name in FAMILIES:  # the others take the model from the folder
+        _, builder, arguments, _ = FAMILIES[path.parent.name]
+        adapters = {key: value for key, value in cfg.model.items() if key.startswith(("lora_", "apply_lora"))}
+        sizes = TINY_SIZES | {"vocab_size": VOCABULARY, "max_seq_len": 1024} | arguments
+        cfg.model = {"_component_": builder.format("lora_" if adapters else "")} | sizes | adapters
     source = "rows.parquet" if cfg.dataset._component_.endswith("qa_dataset") else "rows.jsonl"
     settings = SHORT | SIZES[recipe_of(path)]
     settings |= {
@@ -170,12 +172,17 @@ def test_the_tiny_twin_of_the_config_takes_a_step(path, checkpoints, rows, tmp_p
 
 
 def test_there_is_a_tiny_twin_of_every_family():
-    assert set(FAMILIES) == {path.parent.name for path in REAL} == {path.parent.name for path in DEFAULT}
-    assert len(REAL) >= 50 and 15 <= len(DEFAULT) <= 30
+    families = {path.parent.name for path in REAL}
+    assert {*FAMILIES, *FOLDER_FAMILIES} == families == {path.parent.name for path in DEFAULT} and len(REAL) >= 50
+    assert 15 <= len(DEFAULT) < len(REAL)
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3/8B_pi_distill_lora", "llama3_2/1B_sft", "qwen2_5/1.5B_sdpo", "r1_distill_llama/8B_evaluate"]
+    "name",
+    [
+        *("qwen3/8B_pi_distill_lora", "llama3_2/1B_sft", "qwen2_5/1.5B_sdpo", "r1_distill_llama/8B_evaluate"),
+        *("smollm2/sdft",),
+    ],
 )
 def test_a_config_of_every_family_can_be_previewed(name, checkpoints, rows, tmp_path, capsys):
     (path,) = [path for path in REAL if name_of(path) == name]

@@ -9,11 +9,14 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from pidistill.training.keys import EVALUATION_KEYS
+from tests.support.folder_families import FOLDER_FAMILIES
 from tests.support.runs import ROOT
 
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweeps")
 FAMILIES = ("qwen3", "qwen2_5", "llama3_2", "r1_distill_llama")
-REAL = [path for path in CONFIGS if path.parent.name in FAMILIES]
+SIZED = [path for path in CONFIGS if path.parent.name in FAMILIES]  # with the sizes of the model
+FROM_FOLDER = [path for path in CONFIGS if path.parent.name in FOLDER_FAMILIES]  # with the model that a folder describes
+REAL = SIZED + FROM_FOLDER
 TINY = [path for path in CONFIGS if path.parent.name == "tiny"]
 
 Question = Callable[[Path], None]

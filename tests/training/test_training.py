@@ -23,7 +23,7 @@ from pidistill.training.keys import LEAST
 from pidistill.training.load import load_model
 from pidistill.training.lr_schedules import get_cosine_schedule_with_warmup_and_floor, get_linear_warmup_schedule
 from pidistill.training.rounds import RoundSizes, dump_rollouts
-from pidistill.training.start import cleanup, one_sentence_errors, start
+from pidistill.training.start import _default_threads, cleanup, one_sentence_errors, start
 from pidistill.training.update import Updates, crossed
 from pidistill.types import RolloutAdvantage
 from tests.support.builders import CPU, VOCABULARY, random_rollouts
@@ -274,6 +274,28 @@ def test_start_sets_threads_seeds_and_folder_and_keeps_the_config(tmp_path, no_p
     assert (run.rank, run.world_size, run.seed, run.dtype, run.device) == (0, 1, 5, torch.bfloat16, CPU)
     assert torch.get_num_threads() == 1 and dist.get_world_size() == 1
     assert OmegaConf.load(tmp_path / "a" / "b" / "config.yaml") == cfg
+
+
+@pytest.mark.parametrize(
+    "asked, ranks, threads",
+    [
+        ("1", "1", 1),
+        ("3", "1", 3),
+        ("1", "2", 2),
+        (None, "1", 4),
+        ("", "1", 4),
+        ("0", "1", 4),
+        ("many", "1", 4),
+        (None, "8", 1),
+    ],
+)
+def test_one_process_takes_the_threads_of_the_environment_and_several_share_the_cores(monkeypatch, asked, ranks, threads):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert _default_threads() == threads
 
 
 def test_a_component_that_is_nulled_by_its_name_is_absent(tmp_path, no_process_group):

@@ -18,11 +18,11 @@ class Device:
 
     name: str
     kind: Literal["cpu", "cuda"]
-    flops_per_s: float  # of large matrix products in the run's dtype
-    thin_flops_per_s: float  # of products with few rows, as in decoding
-    bytes_per_s: float  # of the memory
-    layer_s: float  # seconds of Python and kernel launches per decoder layer forward, whatever its size
-    memory_bytes: float  # what there is
+    flops_per_s: float  # in large matrix products of the run's dtype
+    thin_flops_per_s: float  # in products with few rows, as in decoding
+    bytes_per_s: float  # read from or written to memory
+    layer_s: float  # seconds of Python and kernel launches per decoder layer forward, the same for every size
+    memory_bytes: float  # all of the device's memory
 
 
 # Published dense peaks (bf16; fp32 without TF32) and bandwidth of the SXM 80 GB parts, in FLOP/s and bytes/s.
@@ -34,7 +34,7 @@ _PEAKS = {
 # 0.4 ms for the some thirty kernels that an eager decoder layer launches from Python.
 _MATMUL_SHARE, _COPY_SHARE, _EAGER_LAYER_S = 0.5, 0.8, 4e-4
 PRESETS = tuple(_PEAKS)
-_THIN = 32  # rows
+_THIN = 32  # rows of a product that counts as thin
 
 
 def preset(name: str, dtype: torch.dtype) -> Device:

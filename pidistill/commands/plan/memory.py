@@ -9,7 +9,7 @@ from pidistill.scoring.head_numbers import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 
 # Python, torch and the data on a CPU; the context and the libraries' workspaces on CUDA.
 _LIBRARIES_BYTES = {"cpu": 0.5 * 2**30, "cuda": 0.8 * 2**30}
-# Temporaries of the rows whose numbers the head makes at once; see BLOCK_ELEMENTS there.
+# How many temporaries the head has of the rows whose numbers it makes at once; see BLOCK_ELEMENTS in scoring/head_numbers.py.
 _HEAD_TEMPORARIES = 8
 # Bytes per logit of each row's next-token distribution while it is drawn from: logits, in fp32, and their weights.
 _LOGIT_BYTES = 12
@@ -117,7 +117,7 @@ def _update_bytes(setup: Setup, work: Workload) -> dict[str, float]:
     activations = tokens.fed_at_once * _activation_bytes(model, setup.checkpointing)
     if setup.device == "cpu" and work.packing == "tree":
         activations += 4 * tokens.pairs_at_once  # the mask, an fp32 bias for each block of queries
-    if tokens.micro_batches == 1:  # gradients come as activations go; the head's, and the layer at work, stand beside both
+    if tokens.micro_batches == 1:  # each layer's gradients take the place of its activations: the larger of the two counts
         accumulated, activations = (0.0, activations) if activations > accumulated else (accumulated, 0.0)
     return {
         # And their gradients, before these are scattered.

@@ -11,7 +11,7 @@ PHASES = ("rollout", "teacher", "forward", "head", "backward", "optimizer")
 _CROSSINGS = 3
 # Passes over an fp32 [tokens, vocabulary] matrix per view: softmax and divergences, and their gradient where there is one.
 _HEAD_CROSSINGS = 12
-# Read and written per logit of each row's next-token distribution while it is drawn from; memory.py has what is there at once.
+# Bytes read and written per logit of a row's next-token distribution while it is drawn from; memory.py counts those held.
 _LOGIT_CROSSED_BYTES = 32
 
 

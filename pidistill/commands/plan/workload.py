@@ -17,20 +17,20 @@ from pidistill.types import ViewName
 class Workload:
     """Describe one round on one rank; lengths in tokens."""
 
-    student: int  # prompt of the view
-    teacher: int  # prompt of the view
-    shared: int  # what both prompts begin with
-    completion: int  # of every rollout
+    student: int  # the student's prompt
+    teacher: int  # the teacher's prompt
+    shared: int  # the text that both prompts begin with
+    completion: int  # the completion of every rollout
     group_size: int
-    groups: int  # sampled in a round
-    trained_groups: int  # in one of the round's `updates`
+    groups: int  # groups that are sampled in a round
+    trained_groups: int  # groups in one of the round's `updates`
     updates: int = 1
-    views: tuple[ViewName, ...] = ("student", "teacher")  # that the update looks at
+    views: tuple[ViewName, ...] = ("student", "teacher")  # the views that the update looks at
     sampled_view: ViewName = "student"
     packing: Literal["tree", "padded"] = "tree"
-    micro_batch_tokens: int = 8192  # of one forward, both packings alike
-    sampler_rows: int | None = None  # sampled at once; None is all
-    chunk_tokens: int | None = None  # whose logits exist at once; None is the scorer's own choice
+    micro_batch_tokens: int = 8192  # tokens of one forward, in both packings
+    sampler_rows: int | None = None  # rows that are sampled at once; None is all
+    chunk_tokens: int | None = None  # tokens whose logits exist at once; None is the scorer's own choice
 
     def prompt(self, view: ViewName) -> int:
         return self.student if view == "student" else self.teacher
@@ -40,8 +40,8 @@ class Workload:
 class Pass:
     """Describe one forward over the rollouts of each micro-batch."""
 
-    model: ModelShape  # whose weights
-    views: tuple[ViewName, ...]  # in this forward together
+    model: ModelShape  # the model that computes it
+    views: tuple[ViewName, ...]  # the views that it computes together
     gradient: tuple[ViewName, ...] = ()  # those of them that gradient flows back from; empty under `no_grad`
 
 
@@ -49,17 +49,17 @@ class Pass:
 class Setup:
     """Describe how a round is trained."""
 
-    model: ModelShape  # the one that is trained
-    update: tuple[Pass, ...]  # of every micro-batch of an update
-    behaviour: tuple[Pass, ...] = ()  # over the round, before its first update
+    model: ModelShape  # the model that is trained
+    update: tuple[Pass, ...]  # passes of every micro-batch of an update
+    behaviour: tuple[Pass, ...] = ()  # passes over the round, before its first update
     teacher_bytes: float = 0.0  # weights beside the trained ones
-    average_elements: int = 0  # of an fp32 moving average
+    average_elements: int = 0  # elements of an fp32 moving average
     state_bytes: float = 8.0  # optimizer states per trained element
     # Trained weights, their gradients and states are in fp32, and FSDP2 makes copies in the model's dtype of them.
     mixed: bool = False
-    ranks: int = 1  # of FSDP2; one rank shards nothing
+    ranks: int = 1  # processes among which FSDP2 shards; one rank shards nothing
     replicas: int = 1  # groups of ranks that each hold all shards
-    reshard: bool = True  # by FSDP2, after a forward
+    reshard: bool = True  # FSDP2 frees gathered weights after a forward
     cpu_offload: bool = False
     checkpointing: bool = False  # activations of a layer are computed again in the backward
     device: Literal["cpu", "cuda"] = "cuda"
@@ -92,7 +92,7 @@ class Tokens:
     """Count what a pass over some groups feeds to the model, in all its forwards and in the largest of them (`_at_once`)."""
 
     fed: int  # tokens, padding included
-    pairs: int  # of a query and a key that it sees
+    pairs: int  # pairs of a query and a key that it sees
     policy: int  # hidden states that reach the head, all views together
     micro_batches: int
     fed_at_once: int

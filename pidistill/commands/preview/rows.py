@@ -42,7 +42,7 @@ class Source:
     no_pi: str  # what happens to rows without privileged information
     on_overflow: str  # what happens to rows that are too long
     demonstration_overflow: str | None  # what happens to demonstrations that are too long; None where the recipe reads none
-    # What the rewards of the environment ask of every row that is sampled.
+    # Checks of a row's reference by the rewards of the environment.
     reference_checks: Sequence[Callable[[Example], None]] = ()
 
 

@@ -35,8 +35,8 @@ class Refusals:
 class ScanReport:
     """Count the rows of one dataset."""
 
-    rows: int = 0  # all of them
-    right: int = 0  # those that a run takes
+    rows: int = 0  # all rows
+    right: int = 0  # rows that a run takes
     refused: dict[str, Refusals] = field(default_factory=dict)  # those that stop a run, by kind
     # Those that a run leaves out and counts, by reason; a dataset's own reasons count rows of its source.
     dropped: Counter[str] = field(default_factory=Counter)

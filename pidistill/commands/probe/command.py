@@ -7,7 +7,8 @@ The student answers some rows without privileged information, and the teacher wi
 several others. The table says for each: success (by the config's reward, and by the reward's flexible rule where it has one),
 what the privileged information adds to the student's success (gain), length, how many answers were cut off, how many give the
 information away, and how far teacher and student are apart on the student's own answers (KL, in nats per token). The wording
-with the best success is recommended, with the lines to paste.
+with the best success is recommended, with the lines to paste. The file probe/probe.json in output_dir holds the numbers of the
+wordings that are measured so far.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from pidistill.types import Example
 
 REQUIRED = ("output_dir", "model", "tokenizer", "checkpointer", "dataset", "environment", "sampler")
 TRUNCATED_TOO_OFTEN = 0.2
+NUMBERS = "probe.json"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -176,7 +178,10 @@ def probe(arguments: argparse.Namespace) -> Found:
             prompts = shared.prompts(examples, own)
             measured = shared.measure(shared.sample(prompts, "teacher"), own)
             found.append((wording, measured if arguments.no_kl else shared.with_divergences(measured, rollouts, prompts)))
-    return Found(student, found, time.perf_counter() - began)
+            so_far = Found(student, found, time.perf_counter() - began)
+            if run.is_main:  # after every wording: a probe that is stopped leaves what it has measured
+                (run.output_dir / NUMBERS).write_text(json.dumps(so_far.as_json(), ensure_ascii=False), encoding="utf-8")
+    return so_far
 
 
 def _start(arguments: argparse.Namespace) -> tuple[DictConfig, Run]:

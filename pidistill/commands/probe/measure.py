@@ -62,7 +62,7 @@ class Probe:
     max_seq_len: int
     micro_batch_rows: int
     chunk: int  # rows that are sampled at once
-    progress: Callable[[int], None]  # is called with the number of rollouts that are done
+    progress: Callable[[int], None]  # a function that gets the number of rollouts that are done
 
     def prompts(self, examples: Sequence[Example], privileged: PrivilegedPrompt) -> Prompts:
         """Return both prompts of the rows that fit under this wording."""

@@ -1,4 +1,6 @@
-"""List what a sweep runs: arms × swept values × seeds. A cell is a chain of stages, a stage one run of a config with overrides.
+"""List what a sweep runs: arms × bases × swept values × seeds.
+
+A cell is a chain of stages, a stage is one run of a config with overrides.
 
 Nothing here starts anything. A stage's folder name is made of its config and its overrides, so that two arms with the same
 first stage share one run of it.
@@ -40,12 +42,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Arm:
-    """Describe a row of the comparison. Without stages it is the base checkpoint itself, which is only evaluated."""
+    """Describe a row of the comparison. Without stages it is the base checkpoint itself, which is only evaluated.
+
+    A sweep over several bases has the arm once per ``base``; ``base_name`` tells these apart, and is None for one base.
+    """
 
     name: str
     title: str
     stages: tuple[Stage, ...]
     evaluate_overrides: Overrides = field(default_factory=dict)
+    base: str | None = None
+    base_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ class Cell:
     @property
     def id(self) -> str:
         values = [f"{key}={value}" for key, value in sorted(self.settings.items())]
-        return ",".join([self.arm.name, *values, *([] if self.seed is None else [f"seed={self.seed}"])])
+        own = {"base": self.arm.base_name, "seed": self.seed}
+        return ",".join([self.arm.name, *values, *(f"{key}={value}" for key, value in own.items() if value is not None)])
 
 
 @dataclass(frozen=True)
@@ -71,11 +79,10 @@ class Sweep:
     seeds: tuple[int | None, ...]
     axes: Mapping[str, Axis]
     fixed: Overrides
-    base: str | None
     evaluate: str | None
     evaluate_overrides: Overrides
     select: str
-    order: tuple[str, ...] = ()  # of the tables: every arm, chosen or not
+    order: tuple[str, ...] = ()  # order of the tables: every arm, chosen or not
 
 
 # ------------------------------------------------------------------------------------------- from words or a file to a sweep
@@ -98,7 +105,7 @@ def read_sweep(
     output_dir: Path | None = None,
     arms: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
-    base: str | None = None,
+    base: str | Sequence[str] | None = None,
     evaluate: str | None = None,
     select: str | None = None,
 ) -> Sweep:
@@ -112,23 +119,36 @@ def read_sweep(
     _check_keys(content, SWEEP_KEYS, f"sweep file {config}")
     all_seeds = seeds or swept_seeds or content.get("seeds")
     select = select or content.get("select") or SELECT
-    base = base or content.get("base")
     evaluate = evaluate or content.get("evaluate")
-    made = _controls(_arms(content, base), content.get("controls"))
-    if base and evaluate:
-        made = [Arm("base", "base", ()), *made]
+    made = _arms_of_bases(content, _list_bases(base or content.get("base")), bool(evaluate))
     return Sweep(
         output_dir=output_dir or Path(content.get("output_dir") or Path("runs/sweeps") / Path(config).stem),
         arms=tuple(_chosen(made, arms)),
         seeds=tuple(whole_number("seeds", seed) for seed in all_seeds) if all_seeds else (None,),
         axes=axes,
         fixed=fixed,
-        base=base,
         evaluate=evaluate,
         evaluate_overrides=_texts(content.get("evaluate_overrides")),
         select=select,
-        order=tuple(arm.name for arm in made),
+        order=tuple(dict.fromkeys(arm.name for arm in made)),
     )
+
+
+def _list_bases(base: str | Sequence[str] | None) -> list[str | None]:
+    bases = [base] if base is None or isinstance(base, str) else [str(one) for one in base]
+    if not bases or len(set(bases)) < len(bases):
+        raise InputError(f"`base` is {bases}; name one checkpoint, or several that differ")
+    return bases
+
+
+def _arms_of_bases(content: Mapping[str, Any], bases: Sequence[str | None], with_base: bool) -> list[Arm]:
+    """Return the arms with their controls, and before them the base itself where it can be evaluated; each once per base."""
+    found = []
+    for base in bases:
+        own = [Arm("base", "base", ())] if base and with_base else []
+        own += _controls(_arms(content, base), content.get("controls"))
+        found.append([replace(arm, base=base, base_name=base if len(bases) > 1 else None) for arm in own])
+    return [arm for same in zip(*found, strict=True) for arm in same]
 
 
 def _arms(content: Mapping[str, Any], base: str | None) -> list[Arm]:
@@ -198,7 +218,7 @@ def _controls(arms: list[Arm], controls: Mapping[str, Any] | None) -> list[Arm]:
 def _chosen(arms: list[Arm], names: Sequence[str] | None) -> list[Arm]:
     if not names:
         return arms
-    known = [arm.name for arm in arms]
+    known = list(dict.fromkeys(arm.name for arm in arms))
     for name in names:
         if name not in known:
             raise InputError(f"arm {name} is not in the sweep; it has {', '.join(known)}")
@@ -246,7 +266,7 @@ def make_cell(sweep: Sweep, arm: Arm, settings: Overrides, seed: int | None) -> 
 
 
 def grid_cells(sweep: Sweep) -> list[Cell]:
-    """Return arms × the product of all swept values × seeds; seeds are innermost, the base comes once."""
+    """Return arms × bases × the product of all swept values × seeds; seeds are innermost, a base itself comes once."""
     values = [[(key, value) for value in grid_values(key, axis)] for key, axis in sweep.axes.items()]
     cells: dict[str, Cell] = {}
     for arm, settings, seed in itertools.product(sweep.arms, itertools.product(*values), sweep.seeds):

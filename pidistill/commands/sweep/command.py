@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output-dir", type=Path, help="default: runs/sweeps/NAME")
     made.add_argument("--arms", nargs="+", help="of a sweep file")
     made.add_argument("--seeds", nargs="+", type=int)
-    made.add_argument("--base", help="checkpoint that every first stage starts from")
+    made.add_argument("--base", nargs="+", help="checkpoint that first stages start from; several: each arm from each")
     made.add_argument("--evaluate", metavar="CONFIG", help="evaluates each cell on the held-out split, such as tiny/evaluate")
     made.add_argument("--select", metavar="METRIC", help="validation metric (more is better); default eval_student_success")
     made.add_argument("--dry-run", action="store_true", help="print a grid's commands and stop")

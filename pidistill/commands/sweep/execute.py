@@ -164,7 +164,7 @@ def cell_fingerprint(sweep: Sweep, cell: Cell) -> str:
     marks = [run.fingerprint for run in stage_runs(sweep, cell)]
     if sweep.evaluate:
         marks.append(fingerprint(sweep.evaluate, evaluate_overrides(sweep, cell), {}))
-    return short_hash(json.dumps([marks, sweep.select, "" if marks[1:] or cell.arm.stages else sweep.base]))
+    return short_hash(json.dumps([marks, sweep.select, "" if marks[1:] or cell.arm.stages else cell.arm.base]))
 
 
 def evaluate_overrides(sweep: Sweep, cell: Cell) -> dict[str, str]:
@@ -174,7 +174,8 @@ def evaluate_overrides(sweep: Sweep, cell: Cell) -> dict[str, str]:
 def run_cell(sweep: Sweep, cell: Cell) -> dict[str, Any]:
     """Run a cell's stages and evaluations; return its row of results.jsonl, which also says why a cell failed."""
     row = {
-        "cell": cell.id, "arm": cell.arm.name, "title": cell.arm.title, "seed": cell.seed, "settings": dict(cell.settings),
+        "cell": cell.id, "arm": cell.arm.name, "title": cell.arm.title, "base": cell.arm.base_name, "seed": cell.seed,
+        "settings": dict(cell.settings),
         "config": cell.arm.stages[-1].config if cell.arm.stages else None,
         "overrides": dict(cell.arm.stages[-1].overrides) if cell.arm.stages else {},
         "select": sweep.select, "status": "ok", "stages": [], "commit": commit(),
@@ -214,7 +215,9 @@ def _fail(record: dict[str, Any], folder: Path) -> None:
 def _evaluate(sweep: Sweep, cell: Cell, row: dict[str, Any]) -> None:
     """Add `last` and `best` to a row: held-out numbers of the last saved checkpoint, and of the best one on validation."""
     if not cell.arm.stages:
-        row["last"] = evaluate_checkpoint(sweep, cell, Path(str(sweep.base)), sweep.output_dir / "evaluate" / "base", None)
+        name = "base" if cell.arm.base_name is None else safe_name(f"base+{cell.arm.base_name}")
+        folder = sweep.output_dir / "evaluate" / name
+        row["last"] = evaluate_checkpoint(sweep, cell, Path(str(cell.arm.base)), folder, None)
         return
     run = list(stage_runs(sweep, cell))[-1]
     latest = run.folder / "latest"

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from pidistill.commands.sweep.results import Group, Record, group_interval, groups_of, is_number, name_differences
 from pidistill.jsonl import read_jsonl
 
-PANELS_FROM = 7  # so many arms no longer fit into one panel: each gets its own
+PANELS_FROM = 7  # from so many arms on, each gets a panel of its own
 Curve = dict[int, float]
 
 

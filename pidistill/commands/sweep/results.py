@@ -23,7 +23,7 @@ from pidistill.training.evaluation import bootstrap_interval
 RESULTS = "results.jsonl"
 ORDER = "arms.json"
 BOOTSTRAP_SAMPLES = 4000
-KL_ROWS = 5  # a step's KL is noisy; the final one is the mean over so many last steps
+KL_ROWS = 5  # the final KL is the mean over so many last steps, because a single step's is noisy
 VIEWS = {
     "student greedy": "student_greedy_success",
     "student": "student_success",
@@ -123,7 +123,7 @@ def append_result(output_dir: Path, row: Record) -> None:
 
 @dataclass(frozen=True)
 class Group:
-    """Hold one line of the table: the cells of an arm with the same swept values, one per seed."""
+    """Hold one line of the table: the cells of an arm with the same swept values, one per seed and base."""
 
     title: str
     arm: str
@@ -135,6 +135,11 @@ class Group:
         """Return one number per cell that has it; ``part`` is last, best, validation, or "" for the row itself."""
         nodes = [(row.get(part) if part else row) or {} for row in self.rows]
         return [node[name] for node in nodes if node.get(name) is not None]
+
+    def by_base(self) -> list["Group"]:
+        """Return one group per base; this group alone where the sweep has one base."""
+        bases = list(dict.fromkeys(row.get("base") for row in self.rows))
+        return [replace(self, rows=[row for row in self.rows if row.get("base") == base]) for base in bases]
 
 
 def groups_of(rows: Sequence[Record]) -> list[Group]:
@@ -169,17 +174,33 @@ def name_differences(groups: Sequence[Group]) -> list[Group]:
 
 
 def group_interval(output_dir: Path, group: Group) -> tuple[tuple[float, float] | None, str]:
-    """Return the interval of the last checkpoint's held-out success at the sampling temperature, and what was resampled."""
+    """Return the interval of the last checkpoint's held-out success at the sampling temperature, and what was resampled.
+
+    Of several bases their means over seeds are resampled: seeds of one base are more alike than bases are.
+    """
+    bases = [values for part in group.by_base() if (values := _success_values(output_dir, part))]
+    across = len(bases) > 1
+    units = [_column_means(rows) for rows in bases] if across else [row for rows in bases for row in rows]
+    if len({len(unit) for unit in units}) > 1:
+        units = [[statistics.fmean(unit)] for unit in units]
+    has_tasks = bool(units) and len(units[0]) > 1
+    what = [*(["bases" if across else "seeds"] if len(units) > 1 or not has_tasks else []), *(["tasks"] if has_tasks else [])]
+    enough = sum(map(len, units)) > 1  # one number has no spread to resample
+    interval = bootstrap_interval(units, seed=0, resamples=BOOTSTRAP_SAMPLES) if enough else None
+    return interval, " × ".join(what)
+
+
+def _column_means(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.fmean(column) for column in zip(*rows, strict=True)]
+
+
+def _success_values(output_dir: Path, group: Group) -> list[list[float]]:
+    """Return success per task of each evaluated row; one number per row where the evaluations do not have the same tasks."""
     rows = [row for row in group.rows if (row.get("last") or {}).get("student_success") is not None]
     tables = [success_by_task(output_dir, row["last"]) for row in rows]
     if rows and all(table is not None and table.keys() == tables[0].keys() for table in tables):
-        names = list(tables[0])
-        what = "seeds × tasks" if len(rows) > 1 else "tasks"
-        values = [[table[name] for name in names] for table in tables]
-    else:
-        what, values = "seeds", [[row["last"]["student_success"]] for row in rows]
-    enough = sum(map(len, values)) > 1  # one number has no spread to resample
-    return bootstrap_interval(values, seed=0, resamples=BOOTSTRAP_SAMPLES) if enough else None, what
+        return [[table[name] for name in tables[0]] for table in tables]
+    return [[row["last"]["student_success"]] for row in rows]
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -206,12 +227,19 @@ def interval_text(output_dir: Path, group: Group) -> str:
     return "–" if interval is None else f"[{interval[0]:.3f}, {interval[1]:.3f}] {what}"
 
 
-def success_columns(output_dir: Path) -> dict[str, Callable[[Group], str]]:
+def between_bases(group: Group) -> str:
+    """Return the standard deviation between the bases' mean successes; a dash where fewer than two bases have one."""
+    means = [statistics.fmean(values) for part in group.by_base() if (values := part.values("last", "student_success"))]
+    return f"{statistics.stdev(means):.3f} of {len(means)}" if len(means) > 1 else "–"
+
+
+def success_columns(output_dir: Path, several_bases: bool) -> dict[str, Callable[[Group], str]]:
     return {
         "arm": lambda g: g.title,
         "seeds": lambda g: f"{len(g.rows)}" + (f" ({g.failed} failed)" if g.failed else ""),
         "greedy": lambda g: mean_and_sd(g.values("last", "student_greedy_success")),
         "T=1, last": lambda g: mean_and_sd(g.values("last", "student_success")),
+        **({"between bases": between_bases} if several_bases else {}),
         "95% interval over": lambda g: interval_text(output_dir, g),
         "T=1, best on validation": lambda g: mean_and_sd(g.values("best", "student_success")),
         "with PI": lambda g: mean_and_sd(g.values("last", "student_with_pi_success")),
@@ -251,12 +279,15 @@ def notes(rows: Sequence[Record]) -> list[str]:
     seeds = sorted({row["seed"] for row in rows if row["seed"] is not None})
     commits = sorted({str(stage["commit"]) for row in rows for stage in row["stages"]})
     selected = ", ".join(sorted({row["select"] for row in rows}))
+    bases = list(dict.fromkeys(row["base"] for row in rows if row.get("base")))
+    of_bases = [f"Bases: {', '.join(bases)}; `seeds` counts the runs from all of them."] if bases else []
     return [
         "Success without privileged information on the held-out split, greedy and at the sampling temperature (T=1); `with PI` "
         "is the ceiling; mean ± sd over seeds (no sd for one); `last` is the last checkpoint.",
         f"Chosen on validation only: {selected}, among the checkpoints that the run saved. "
         "CPU-s: training, all stages, each with its start-up. An interval over few seeds is too narrow for what seeds do.",
         f"Seeds: {', '.join(map(str, seeds)) or 'as in the configs'}. Commits: {', '.join(commits) or '–'}.",
+        *of_bases,
     ]
 
 
@@ -280,7 +311,7 @@ def write_report(output_dir: Path) -> list[Record]:
     """Print the tables, write them to results.md, and return the rows behind them."""
     rows = list(read_results(output_dir).values())
     groups = groups_of(rows)
-    tables = {"Success": success_columns(output_dir), "Cost": cost_columns()}
+    tables = {"Success": success_columns(output_dir, any(row.get("base") for row in rows)), "Cost": cost_columns()}
     text = [f"# {output_dir.name}", ""]
     for title, columns in tables.items():
         cells = [[column(group) for column in columns.values()] for group in groups]
@@ -301,7 +332,7 @@ def _print(title: str, headers: Sequence[str], cells: Sequence[Sequence[str]]) -
     for row in cells:
         table.add_row(*[text.replace("[", "\\[") for text in row])  # rich takes [shuffled] for markup
     console = Console()
-    # A pipe has no width of its own: 80 would break every cell in two.
+    # A pipe has no width; rich would take 80 columns, which break every cell in two.
     (console if console.is_terminal else Console(width=180)).print(table)
 
 

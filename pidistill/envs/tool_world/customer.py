@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pidistill.envs.tool_world.wishes import Wish
 
 STOP = "###STOP###"
-PATIENCE = 3  # so many messages in a row that it understands nothing of
+PATIENCE = 3  # messages in a row that it does not understand before it leaves
 
 _MORE = re.compile(r"anything else|something else|else (can|may|could) i|further (help|assist|question)", re.I)
 _IDENTITY = re.compile(r"\be-?mail|\bzip\b|\b(your|first|last|full) name\b|identify|verify (you|who)|who am i", re.I)
@@ -43,9 +43,9 @@ class Customer:
 
     identity: str  # what it says when asked who it is
     wishes: tuple[Wish, ...]
-    at: int = 0  # which wish is open
+    at: int = 0  # index of the wish that is open
     identified: bool = False  # it has said who it is; agents then repeat addresses and names without asking for them
-    confused: int = 0  # messages in a row that it understood nothing of
+    confused: int = 0  # messages in a row that it did not understand
 
     @property
     def wish(self) -> Wish:

@@ -14,9 +14,9 @@ from pidistill.errors import InputError
 SHARES = {"train": 0.6, "validation": 0.2, "test": 0.2}
 LEVELS = (1, 2, 3, 4)
 _WRITES = frozenset(function.__name__ for function in CHANGING)
-_HARD_PROB = 0.4  # of a wish of a task with two or more
-_HUMAN_PROB = 0.08  # of the last one
-_ORDER_WEIGHT = 4  # kinds that need a fitting order of the customer, against those that always fit
+_HARD_PROB = 0.4  # that a wish is of a hard kind, in a task with two or more wishes
+_HUMAN_PROB = 0.08  # that the last wish needs a human
+_ORDER_WEIGHT = 4  # of kinds that need a fitting order; kinds that always fit have weight 1
 _KNOWS_ORDERS_PROB = 0.7
 _EMAIL_PROB = 0.5
 

@@ -37,7 +37,7 @@ class Wish:
 
     kind: str  # name of the function of `kinds` that drew it
     says: str  # how the customer puts it
-    moves: tuple[Move, ...]  # what the expert does, the customer being identified
+    moves: tuple[Move, ...]  # what the expert does once the customer is identified
     facts: Mapping[str, str] = field(default_factory=dict)  # answers when asked, by topic: order, reason, payment, address
     confirms: str = "Yes, please."  # the answer when the agent asks for a confirmation
     declined: bool = False  # the customer says no to it, and goes on to the next wish
@@ -50,10 +50,10 @@ class Wish:
 class Desk:
     """Hold a customer who is being served, from whose orders wishes are drawn."""
 
-    shop: Shop  # as it is after the wishes so far
+    shop: Shop  # the shop after the wishes so far
     rng: random.Random
     user_id: str
-    knows_orders: bool  # the customer names order ids; otherwise an item of the order, by which the agent must find it
+    knows_orders: bool  # the customer names order ids; otherwise an item, by which the agent must find the order
     others: Sequence[str]  # order ids of other customers
     used: set[str] = field(default_factory=set)  # orders that earlier wishes are about; every wish has an order of its own
 
