@@ -191,6 +191,9 @@ class Scores:
     divergences: dict[Divergence, Float[Tensor, " N"]]
     student_entropy: Float[Tensor, " N"] | None
     teacher_entropy: Float[Tensor, " N"] | None
+    # A mixture's auxiliary loss over this forward's tokens, weighted: the recipes add it to every policy token's loss, so that
+    # micro-batches count by their policy tokens. 0.0 where `model` gives it no weight.
+    router_loss: Float[Tensor, ""] | float = 0.0
 
 
 @dataclass

@@ -201,7 +201,7 @@ class OPSDRecipe:
                 # the log.
                 scores = self._score(batch, request, self._teacher, loss=self._objective.per_token_loss(self._step))
                 token_loss = self._objective.token_loss(batch, scores, self._step)
-                loss = token_mean(token_loss.loss, tokens)
+                loss = token_mean(token_loss.loss + scores.router_loss, tokens)
             with self._timer.phase("update"):
                 (loss * self._run.world_size).backward()  # FSDP2 averages gradients over ranks; the loss is already global
             self._mismatch.look(batch, scores)

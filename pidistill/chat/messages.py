@@ -21,6 +21,7 @@ from pidistill.errors import InputError
 from pidistill.types import Message
 
 ROLES = ("system", "user", "assistant", "tool")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 def message_text(message: Message) -> str:
@@ -29,6 +30,11 @@ def message_text(message: Message) -> str:
     if isinstance(content, list):
         return "".join(part.get("text") or "" for part in content)
     return content or ""
+
+
+def reasoning_of(message: Message) -> str | None:
+    """Return the reasoning that stands in a field of its own; None where there is none."""
+    return next((message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)), None)
 
 
 def with_text(message: Message, text: str) -> Message:

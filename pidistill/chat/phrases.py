@@ -3,13 +3,18 @@
 import re
 from collections.abc import Sequence
 
-from pidistill.chat.messages import messages_text
+from pidistill.chat.messages import messages_text, reasoning_of
 from pidistill.types import Message, Rollout
 
 
 def assistant_text(turns: Sequence[Message]) -> str:
-    """Return what the policy wrote, tool calls included."""
-    return messages_text([turn for turn in turns if turn["role"] == "assistant"])
+    """Return what the policy wrote, reasoning and tool calls included."""
+    return "\n\n".join(filter(None, [turn_text(turn) for turn in turns if turn["role"] == "assistant"]))
+
+
+def turn_text(turn: Message) -> str:
+    """Return all text of a turn: reasoning that stands in a field of its own, content and tool calls."""
+    return "\n\n".join(filter(None, [reasoning_of(turn), messages_text([turn])]))
 
 
 def says_leak_phrase(rollout: Rollout, phrases: Sequence[str]) -> bool:

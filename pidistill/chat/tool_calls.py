@@ -3,10 +3,14 @@
     hermes   <tool_call>{"name": "f", "arguments": {...}}</tool_call>, any number of them, text around (Hermes, Qwen 2.5 and 3)
     llama3   {"name": "f", "parameters": {...}} as the whole turn, behind <|python_tag|> or not (Llama 3.1 and later);
              without the tag, JSON is a call only if it has both keys
+    xml      <tool_call><function=f><parameter=k>v</parameter></function></tool_call>, any number (Qwen3-Coder, Qwen 3.5); the
+             tool's schema says which values are numbers: :mod:`pidistill.chat.xml_calls`
+    harmony  a message with a recipient, after the reasoning (gpt-oss): :mod:`pidistill.chat.harmony`
     action   <action>{"name": "f", "arguments": {...}}</action>, for models whose chat template knows no tools
     none     the text stays as it is
 
-Reasoning is text: nothing before the first ``</think>`` is a call, and nothing at all where ``<think>`` is never closed.
+Reasoning is text: nothing before the first ``</think>`` is a call, and nothing at all where ``<think>`` is never closed. In
+harmony it has a channel of its own, and becomes ``reasoning_content``.
 
 A turn with a malformed call has no calls: its content is the whole text, as the model wrote it, and ``tool_call_error`` says
 what is wrong, for the environment to answer with. The content of a turn with calls is the text outside them.
@@ -15,15 +19,18 @@ what is wrong, for the environment to answer with. The content of a turn with ca
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pidistill.chat.call_json import MalformedCall, function_call, read_json
+from pidistill.chat.harmony import read_harmony
 from pidistill.chat.messages import message_text
+from pidistill.chat.xml_calls import read_xml_call
 from pidistill.types import Message
 
-FORMATS = ("hermes", "llama3", "action", "none")
+FORMATS = ("hermes", "llama3", "xml", "harmony", "action", "none")
 
-_TAGS = {"hermes": "tool_call", "action": "action"}
+Tools = Sequence[Mapping[str, Any]] | None
 _PYTHON_TAG = "<|python_tag|>"
 _ACTION_INSTRUCTIONS = """\
 You can call these tools:
@@ -32,16 +39,17 @@ You can call these tools:
 To call one, write <action>{{"name": "...", "arguments": {{...}}}}</action>. Its result comes back within <result></result>."""
 
 
-class MalformedCall(Exception):
-    """Say what is wrong with a call, as a sentence for the model that wrote it."""
+def parse_turn_text(text: str, format: str, tools: Tools = None) -> Message:
+    """Return the assistant message that ``text``, a turn without its stop token, says in one of :data:`FORMATS`.
 
-
-def parse_turn_text(text: str, format: str) -> Message:
-    """Return the assistant message that ``text``, a turn without its stop token, says in one of :data:`FORMATS`."""
+    ``tools``: the schemas of the prompt, which give the types of the arguments of XML calls.
+    """
     message: Message = {"role": "assistant", "content": text}
-    head = _reasoning(text)
     try:
-        content, calls = _split_calls(text[len(head) :], format)
+        if format == "harmony":
+            return read_harmony(text)
+        head = _reasoning(text)
+        content, calls = _split_calls(text[len(head) :], format, tools)
     except MalformedCall as error:
         return message | {"tool_call_error": str(error)}
     if calls:
@@ -63,15 +71,18 @@ def _reasoning(text: str) -> str:
     return text if "<think>" in text else ""
 
 
-def _split_calls(text: str, format: str) -> tuple[str, list[dict[str, Any]]]:
-    if format in _TAGS:
-        return _tagged(text, _TAGS[format])
+def _split_calls(text: str, format: str, tools: Tools) -> tuple[str, list[dict[str, Any]]]:
     if format == "llama3":
         return _whole(text)
+    if format == "xml":
+        content, calls = _tagged(text, "tool_call", lambda inside: read_xml_call(inside, tools))
+        return content.rstrip() if calls else content, calls  # templates write one empty line before the calls, or none
+    if format in ("hermes", "action"):
+        return _tagged(text, "tool_call" if format == "hermes" else "action", _arguments_call)
     return text, []
 
 
-def _tagged(text: str, tag: str) -> tuple[str, list[dict[str, Any]]]:
+def _tagged(text: str, tag: str, read: Callable[[str], dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
     """Return the text outside the tags, and the calls inside.
 
     Templates put a line break before each call, which belongs to neither the text nor the call.
@@ -84,7 +95,7 @@ def _tagged(text: str, tag: str) -> tuple[str, list[dict[str, Any]]]:
             raise MalformedCall(f"{closing} without {opening} before it")
         if pieces[at + 2 : at + 3] != [closing]:
             raise MalformedCall(f"{opening} is not closed by {closing}")
-        calls.append(_call(pieces[at + 1], ("arguments",)))
+        calls.append(read(pieces[at + 1]))
         outside[-1] = outside[-1].removesuffix("\n")
         outside.append(pieces[at + 3])
         at += 4
@@ -101,24 +112,19 @@ def _whole(text: str) -> tuple[str, list[dict[str, Any]]]:
     return text, []
 
 
+def _arguments_call(text: str) -> dict[str, Any]:
+    return _call(text, ("arguments",))
+
+
 def _call(text: str, argument_keys: Sequence[str]) -> dict[str, Any]:
-    try:
-        # json.loads takes NaN, which is not JSON. Endless nesting raises RecursionError, an endless number ValueError.
-        call = json.loads(text, parse_constant=_refuse_constant)
-        json.dumps(call, ensure_ascii=False).encode()  # half of a surrogate pair is no text that a tokenizer takes
-    except (ValueError, RecursionError) as error:
-        raise MalformedCall(f"the tool call is not valid JSON ({error}): {text.strip()[:80]}") from error
+    call = read_json(text)
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         keys = f'{{"name": "...", "{argument_keys[0]}": {{...}}}}'
         raise MalformedCall(f"the tool call has no name; it must be like {keys}")
     arguments = next((call[key] for key in argument_keys if key in call), {})
     if not isinstance(arguments, dict):
         raise MalformedCall(f"the {argument_keys[0]} of the call of {call['name']} must be a JSON object")
-    return {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+    return function_call(call["name"], arguments)
 
 
 # ------------------------------------------------------------------------------------------- the action format
@@ -204,4 +210,6 @@ _WRITTEN = {  # keys in either order: reading a call does not depend on it
     "hermes": r"<tool_call>\s*\{[^<]*probe_value[^<]*\}\s*</tool_call>",
     "action": r"<action>\s*\{[^<]*probe_value[^<]*\}\s*</action>",
     "llama3": r'"parameters": \{[^<{]*probe_value',
+    "xml": r"<function=probe_name>\s*<parameter=probe_key>\s*probe_value\s*</parameter>\s*</function>",
+    "harmony": r"to=(functions\.)?probe_name\b[^{]*<\|message\|>\{[^<]*probe_value",
 }

@@ -22,13 +22,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torchtune.models.llama3 import base_llama_tp_plan
-from torchtune.modules import FeedForward, MultiHeadAttention, TransformerDecoder
+from torchtune.modules import FeedForward, MultiHeadAttention
 from torchtune.training import prepare_mha_for_tp
 
 from pidistill.errors import InputError
 from pidistill.models.adapters import has_adapters
 from pidistill.models.empty import shared_empty_model
 from pidistill.models.modules import attention_modules
+from pidistill.models.protocol import Decoder, has_own_names
 from pidistill.training.keys import setting
 
 T = TypeVar("T")
@@ -81,6 +82,11 @@ def _check_model(model: nn.Module, key: str, size: int) -> None:
         raise InputError(
             f"{key} has LoRA adapters, which tensor_parallel_dim={size} does not shard; set tensor_parallel_dim=1, or a model "
             "without them"
+        )
+    if has_own_names(model):
+        raise InputError(
+            f"tensor_parallel_dim={size} shards torchtune's modules, and this {key} has those of transformers; set "
+            "tensor_parallel_dim=1, or model.backend=torchtune where that computes the model"
         )
     for layer in model.layers:
         strange = _unknown_part(layer)
@@ -156,7 +162,7 @@ def make_replicas(device_type: str, processes: int, replicas: int) -> DeviceMesh
     return init_device_mesh(device_type, (replicas, processes // replicas), mesh_dim_names=(_REPLICAS, _SHARDS))
 
 
-def parallelize(model: TransformerDecoder, mesh: DeviceMesh) -> None:
+def parallelize(model: Decoder, mesh: DeviceMesh) -> None:
     """Shard the layers' matrices over the tensor-parallel ranks; ``model`` may be on meta."""
     prepare_mha_for_tp(model, mesh[TENSOR])
     plan = {name: style for name, style in base_llama_tp_plan().items() if name.startswith("layers.")}
@@ -164,7 +170,7 @@ def parallelize(model: TransformerDecoder, mesh: DeviceMesh) -> None:
 
 
 def shard_model(
-    model: TransformerDecoder,
+    model: Decoder,
     conditions: Sequence[Callable[[str, nn.Module], bool]],
     *,
     device_type: str,

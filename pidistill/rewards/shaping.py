@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from pidistill.chat.messages import messages_text
-from pidistill.chat.phrases import count_phrases
+from pidistill.chat.phrases import count_phrases, turn_text
 from pidistill.config import build
 from pidistill.errors import InputError
 from pidistill.types import Rollout
@@ -134,4 +133,4 @@ class LeakPenalty:
 
     def __call__(self, rollout: Rollout) -> list[float]:
         turns = [turn for turn in rollout.turns if turn["role"] == "assistant"]
-        return [0.0 - self.penalty * count_phrases(messages_text([turn]), self.phrases) for turn in turns]
+        return [0.0 - self.penalty * count_phrases(turn_text(turn), self.phrases) for turn in turns]

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from pidistill.errors import InputError
 from pidistill.models.offloading import keep_on_device
 from pidistill.models.precision import compute_dtype_of
-from pidistill.models.protocol import Decoder, head_module, logit_cap
+from pidistill.models.protocol import Decoder, head_module, logit_cap, router_loss
 from pidistill.scoring.equal_views import have_equal_weights, share_equal_views
 from pidistill.scoring.head import ConstantPart, apply_head
 from pidistill.scoring.head_numbers import ScorePlan
@@ -64,7 +64,8 @@ def score(
     of_slice = None if loss is None else lambda part, scores: loss(batch.slice(part), scores)
     plan = ScorePlan(batch.targets, request, temperature, chunk_tokens, of_slice, logit_cap(model))
     with torch.set_grad_enabled(request.student_grad or request.teacher_grad):
-        return plan.as_scores(_score(plan, model, batch, _voices(teacher, model)))
+        scores = plan.as_scores(_score(plan, model, batch, _voices(teacher, model)))
+        return replace(scores, router_loss=router_loss(model)) if router_loss(model) is not None else scores
 
 
 def student_nll(batch: Batch, scores: Scores) -> Float[Tensor, " N"]:

@@ -14,9 +14,8 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 
-from pidistill.chat.messages import message_text
+from pidistill.chat.messages import message_text, reasoning_of
 from pidistill.errors import InputError
-from pidistill.tokenizers.rendering import REASONING_KEYS
 from pidistill.tokenizers.template_limits import LimitedEnvironment, TemplateLimitError
 from pidistill.types import Message
 
@@ -91,7 +90,7 @@ def _as_templates_read(message: Message) -> Message:
     list of text parts is written out as a list by some templates, and left out by others (Qwen3's).
     """
     message = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((message[key] for key in REASONING_KEYS if key in message), None)
+    reasoning = reasoning_of(message)
     if reasoning is not None:
         message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
     if isinstance(message.get("content"), list):

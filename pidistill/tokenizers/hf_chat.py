@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pidistill.chat.messages import message_text
+from pidistill.chat.messages import message_text, reasoning_of
 from pidistill.chat.tool_calls import FORMATS, as_plain_messages, parse_turn_text
 from pidistill.errors import InputError
-from pidistill.tokenizers.chat_template import ChatTemplate, find_templates
+from pidistill.tokenizers.chat_template import ChatTemplate, TemplateRefusal, find_templates
 from pidistill.tokenizers.hf_files import read_tokenizer_files
 from pidistill.tokenizers.markers import Tools, any_of, mark, split_at, unused_marker, unused_word, with_sentinel
 from pidistill.tokenizers.prefix import common_prefix_length
-from pidistill.tokenizers.rendering import REASONING_KEYS
 from pidistill.tokenizers.template_probes import (
     find_default_system,
     find_end_of_turn,
@@ -49,9 +48,9 @@ class HFChatTokenizer:
             that asks for today's changes the prompts from day to day.
         stop_tokens: tokens that end an assistant turn, where the model's files name other ones than its template writes
             (base models do).
-        tool_format: how the model writes tool calls, which :meth:`parse_turn` reads: ``hermes``, ``llama3``, ``action``
-            (schemas, calls and results as plain text, for templates that know no tools), ``none`` (calls stay text), or
-            ``auto``: what the template itself writes; see :mod:`pidistill.chat.tool_calls`.
+        tool_format: how the model writes tool calls, which :meth:`parse_turn` reads: ``hermes``, ``llama3``, ``xml``,
+            ``harmony``, ``action`` (schemas, calls and results as plain text, for templates that know no tools), ``none``
+            (calls stay text), or ``auto``: what the template itself writes; see :mod:`pidistill.chat.tool_calls`.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class HFChatTokenizer:
         self._default_systems: dict[str, str | None] = {}
         self._rewritten: list[str] | None = None
         self.tool_format, self._plain_tools = self._find_tool_format(self._chosen_tool_format)
-        self._reads_tags_without_tools = self._chosen_tool_format in ("hermes", "action")
+        self._reads_tags_without_tools = self._chosen_tool_format in ("hermes", "xml", "action")
 
     # ------------------------------------------------------------------------------------------- the protocol
 
@@ -138,7 +137,10 @@ class HFChatTokenizer:
     def encode_observations(
         self, history: Sequence[Message], observations: Sequence[Message], tools: Tools = None
     ) -> list[int]:
-        """Return the ids of what follows the turn; templates may rewrite the turn itself once it is answered."""
+        """Return the ids of what follows the turn.
+
+        Templates may rewrite the turn itself once it is answered, and end it with another token than a model does (harmony).
+        """
         if not history or history[-1]["role"] != "assistant":
             raise InputError("observations follow an assistant turn, and the history does not end with one")
         sentinel = unused_word([*history, *observations], tools)
@@ -149,6 +151,11 @@ class HFChatTokenizer:
         if turn < 0:
             raise InputError("the chat template leaves out the assistant turn before the observations; it cannot be continued")
         stop = self._stop_pattern.search(text, turn)
+        other = self._control_pattern.match(text, turn + len(sentinel))
+        if other and (stop is None or other.start() < stop.start()):
+            last = self._render(messages[: len(history)], tools, marker, generation_prompt=False)
+            if self._stop_pattern.match(last, last.rfind(sentinel) + len(sentinel)):
+                stop = other  # it stands where the last turn has a stop token
         if stop is None:
             raise self._no_stop_error()
         return self._encode(text[stop.end() :], marker, after=text[: stop.end()])
@@ -234,8 +241,8 @@ class HFChatTokenizer:
         can be called.
         """
         said = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
-        is_read = tools or self._reads_tags_without_tools
-        return parse_turn_text(self.decode(said), self.tool_format if is_read else "none")
+        is_read = tools or self._reads_tags_without_tools or self.tool_format == "harmony"  # whose answers have a channel too
+        return parse_turn_text(self.decode(said), self.tool_format if is_read else "none", tools)
 
     def default_system(self, tools: Tools = None) -> str | None:
         """Return the text s for which [system s, user] and [user] give the same prompt, found by rendering both."""
@@ -266,7 +273,13 @@ class HFChatTokenizer:
         if self._plain_tools:
             messages, tools = as_plain_messages(messages, tools, self.default_system()), None
         messages, tools = mark([list(messages), tools and list(tools)], self._control_pattern, marker)
-        return self._template.render(messages, tools, generation_prompt)
+        try:
+            return self._template.render(messages, tools, generation_prompt)
+        except TemplateRefusal:
+            answered = _answer_malformed_calls_as_user(messages)
+            if answered == messages:
+                raise
+            return self._template.render(answered, tools, generation_prompt)
 
     def _encode(self, text: str, marker: str, after: str = "") -> list[int]:
         """Return the ids of rendered text without its markers: no piece between them holds a control token of a message.
@@ -317,7 +330,7 @@ class HFChatTokenizer:
         if chosen not in ("auto", *FORMATS):
             raise InputError(f"tokenizer.tool_format is {chosen!r}; known are auto, {', '.join(FORMATS)}")
         written = find_tool_format(self._template)
-        if chosen in ("hermes", "llama3") and written != chosen:
+        if chosen not in ("auto", "action", "none", written):
             raise InputError(
                 f"tokenizer.tool_format is {chosen}, but the chat template writes tool calls in another form "
                 f"({written or 'an unknown one'}), so earlier calls would look otherwise than the model wrote them; set auto, "
@@ -354,7 +367,17 @@ class HFChatTokenizer:
 def _shape(turn: Message) -> tuple[bool, ...]:
     """Return what templates look at to choose how they write an assistant turn."""
     text = message_text(turn)
-    return bool(turn.get("tool_calls")), bool(text), "</think>" in text, any(key in turn for key in REASONING_KEYS)
+    return bool(turn.get("tool_calls")), bool(text), "</think>" in text, reasoning_of(turn) is not None
+
+
+def _answer_malformed_calls_as_user(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages with the answers to malformed calls as the user's; some templates take results behind calls only."""
+    answered, malformed = [], False
+    for message in messages:
+        if message["role"] != "tool":
+            malformed = "tool_call_error" in message
+        answered.append({**message, "role": "user"} if malformed and message["role"] == "tool" else message)
+    return answered
 
 
 def _divergence(prompt: str, conversation: str) -> str:

@@ -29,7 +29,9 @@ class TokenizerFiles:
         """Return the ids that end an assistant turn: those of ``stop_tokens``, or those that the files name."""
         if stop_tokens is not None:
             return frozenset(self.id_of(token, "tokenizer.stop_tokens") for token in stop_tokens)
-        stored = _eos_ids(self.generation) or _eos_ids(read_json(self.folder / "config.json"))
+        model = read_json(self.folder / "config.json")
+        nested = model.get("text_config")  # of models that also read images
+        stored = _eos_ids(self.generation) or _eos_ids(model) or _eos_ids(nested if isinstance(nested, dict) else {})
         named = [self.id_of(self.names["eos_token"], "eos_token of tokenizer_config.json")] if "eos_token" in self.names else []
         if not stored and not named:
             raise InputError(f"{self.folder} names no end-of-sequence token; set tokenizer.stop_tokens to what ends a turn")

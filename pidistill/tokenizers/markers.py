@@ -34,12 +34,14 @@ def mark(value: Any, control: re.Pattern[str], marker: str) -> Any:
 
 def split_at(text: str, marker: str) -> list[str]:
     """Return the pieces of rendered text between the markers."""
-    return text.replace(_escaped(marker), marker).split(marker)
+    for written in _written(marker):
+        text = text.replace(written, marker)
+    return text.split(marker)
 
 
 def unused_marker(messages: Sequence[Message], tools: Tools) -> str:
     text = json.dumps([list(messages), tools], ensure_ascii=False, default=str)
-    return next(marker for marker in map(chr, _MARKERS) if marker not in text and _escaped(marker) not in text)
+    return next(m for m in map(chr, _MARKERS) if not any(written in text for written in (m, *_written(m))))
 
 
 def unused_word(messages: Sequence[Message], tools: Tools) -> str:
@@ -58,5 +60,6 @@ def with_sentinel(turn: Message, sentinel: str) -> Message:
     return {**turn, "tool_calls": [*calls[:-1], {**calls[-1], "function": function} if "function" in calls[-1] else function]}
 
 
-def _escaped(marker: str) -> str:
-    return json.dumps(marker)[1:-1]  # how a template that asks for ASCII-only JSON writes it
+def _written(marker: str) -> tuple[str, str]:
+    """Return the marker as a template writes it that asks for ASCII-only JSON, and as one that prints Python's values."""
+    return json.dumps(marker)[1:-1], repr(marker)[1:-1]

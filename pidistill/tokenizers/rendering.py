@@ -12,12 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pidistill.chat.messages import message_text
+from pidistill.chat.messages import REASONING_KEYS, message_text
 from pidistill.errors import InputError
 from pidistill.tokenizers.base import ChatTokenizer
 from pidistill.types import Message
-
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 _ACTION = (
     "set tokenizer.tool_format: action, which writes tools and calls as text, or tokenizer.chat_template to one with tools"

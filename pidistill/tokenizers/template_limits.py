@@ -104,7 +104,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         def limited(*arguments: Any, **named: Any) -> Any:
             self.check_time()
             given = arguments[1:] if passed else arguments
-            self._check_arguments(name, given, named)
+            self._check_arguments(name, given[1:], named)  # the value itself may be any number: an argument of a tool call
             if name in _TO_TEXT and given:
                 _check_nested(given[0])
             if name == "replace" and len(given) > 2:

@@ -14,7 +14,8 @@ QUESTION: Message = {"role": "user", "content": "question"}
 def find_rewritten_turns(template: ChatTemplate) -> list[str]:
     """Return which assistant turns the template shows, once the conversation continues, otherwise than they were sampled.
 
-    A turn with and one without reasoning are rendered, answered by a user and by a tool.
+    A turn with and one without reasoning are rendered, answered by a user and by a tool. Some templates end the last turn with
+    another token than the earlier ones.
     """
     found = []
     for role in ("user", "tool"):
@@ -25,11 +26,14 @@ def find_rewritten_turns(template: ChatTemplate) -> list[str]:
                 said = ("" if opened else "<think>\n") + reasoning + "answer"
                 answered = [QUESTION, {"role": "assistant", "content": said}, {"role": role, "content": "more"}]
                 conversation = template.render(answered, None, True)
+                ended = template.render(answered[:-1], None, False).rstrip()
             except TemplateRefusal:  # a template that knows no tool role, or refuses the order
                 continue
             if not conversation.startswith(prompt + said):
                 found.append(f"turns {kind} that a {role} message follows")
-    return found
+            elif not conversation.startswith(ended):
+                found.append(f"the ends of turns that a {role} message follows")
+    return list(dict.fromkeys(found))
 
 
 def find_default_system(template: ChatTemplate, tools: Tools) -> str | None:
@@ -59,13 +63,19 @@ def find_tool_format(template: ChatTemplate) -> str | None:
 def find_separators(template: ChatTemplate, added: Iterable[str]) -> set[str]:
     """Return the added tokens that the template writes between the messages of a plain conversation.
 
-    Some vocabularies add runs of whitespace or HTML tags; only what looks like a tag and separates turns is control.
+    The conversation has a system message where the template takes one, because default system texts may hold other tags. Some
+    vocabularies add runs of whitespace or HTML tags; only what looks like a tag and separates turns is control. Tags of
+    reasoning, which some templates write around an empty one, are text that models write themselves.
     """
-    try:
-        plain = template.render([QUESTION, {"role": "assistant", "content": "answer"}, QUESTION], None, False)
-    except TemplateRefusal:
-        return set()
-    return {token for token in added if token[0] in "<[" and token in plain}
+    turns = [QUESTION, {"role": "assistant", "content": "answer"}, QUESTION]
+    plain = ""
+    for conversation in ([{"role": "system", "content": "text"}, *turns], turns):
+        try:
+            plain = template.render(conversation, None, False)
+            break
+        except TemplateRefusal:
+            continue
+    return {token for token in added if token[0] in "<[" and token not in ("<think>", "</think>") and token in plain}
 
 
 def find_end_of_turn(template: ChatTemplate, stop: re.Pattern[str], control: re.Pattern[str]) -> tuple[bool, str | None]:

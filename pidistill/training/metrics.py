@@ -88,6 +88,8 @@ def token_sums(batch: Batch, scores: Scores, extra: dict[str, Tensor]) -> dict[s
         columns["entropy_nats"] = scores.student_entropy
     if scores.teacher_entropy is not None:
         columns["teacher_entropy_nats"] = scores.teacher_entropy
+    if isinstance(scores.router_loss, Tensor):
+        columns["router_loss"] = scores.router_loss.detach().expand(len(batch.targets))
     for view in ("student", "teacher"):
         logprobs = getattr(scores, f"{view}_logprobs")
         if logprobs is not None:

@@ -1,19 +1,25 @@
-"""Tool calls in assistant turns: what is read, what is refused with which words, and that reading inverts writing."""
+"""Test tool calls in assistant turns: what is read, what is refused with which words, and that reading inverts writing."""
 
 import json
 import logging
+import re
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pidistill.chat.tool_calls import parse_turn_text, visible_text, written_format
+from pidistill.chat.messages import message_text
+from pidistill.chat.phrases import assistant_text
+from pidistill.chat.tool_calls import FORMATS, parse_turn_text, visible_text, written_format
 from pidistill.envs import SingleTurn
 from pidistill.errors import InputError
 from pidistill.rewards import ExactMatch
 from pidistill.rollouts import episode
 from pidistill.tokenizers import HFChatTokenizer
+from pidistill.tokenizers.chat_template import ChatTemplate
 from pidistill.types import Example
+from tests.support.chat_templates import QWEN3
+from tests.support.newer_templates import HARMONY, OLMO3, QWEN3_CODER, QWEN35, newer_folder
 from tests.support.tiny_tokenizers import llama_folder, qwen_folder, r1_folder
 
 PLAIN = (  # knows no tools
@@ -29,7 +35,20 @@ THINKING = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if quiet is defined and quiet %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
-SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "array"},
+        "count": {"type": "integer"},
+        "share": {"type": "number"},
+        "is_open": {"type": "boolean"},
+        "where": {"anyOf": [{"type": "object"}, {"type": "null"}]},
+        "any": {"type": ["string", "integer"]},
+        "size": {"enum": ["s", "m", 3]},
+    },
+    "required": ["city"],
+}
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Weather now.", "parameters": SCHEMA}}]
 HISTORY = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How is it in Rome?"}]
 
@@ -45,6 +64,12 @@ def turn(content="", *calls):
 def tool(content):
     return {"role": "tool", "content": content}
 
+
+def xml_call(key, value):
+    return f"<tool_call>\n<function=weather>\n<parameter={key}>\n{value}\n</parameter>\n</function>\n</tool_call>"
+
+
+ANALYSIS, NEXT = "<|channel|>analysis<|message|>hm", "<|end|><|start|>assistant"
 
 # ------------------------------------------------------------------------------------------- reading
 
@@ -78,10 +103,44 @@ def tool(content):
         ("llama3", 'I say {"name": "weather", "parameters": {}}', turn('I say {"name": "weather", "parameters": {}}')),
         ("action", 'So <action>{"name": "a", "arguments": {"n": 1.5}}</action>', turn("So ", call("a", n=1.5))),
         ("none", "<tool_call>{</tool_call>", turn("<tool_call>{</tool_call>")),
+        ("xml", xml_call("city", "5"), turn("", call(city="5"))),
+        ("xml", xml_call("count", "5"), turn("", call(count=5))),
+        ("xml", xml_call("share", "5"), turn("", call(share=5))),
+        ("xml", xml_call("is_open", "True"), turn("", call(is_open=True))),
+        ("xml", xml_call("is_open", "true"), turn("", call(is_open=True))),
+        ("xml", xml_call("where", "None"), turn("", call(where=None))),
+        ("xml", xml_call("where", '{"a": [1]}'), turn("", call(where={"a": [1]}))),
+        ("xml", xml_call("any", "5"), turn("", call(any=5))),
+        ("xml", xml_call("any", "5.5"), turn("", call(any="5.5"))),
+        ("xml", xml_call("size", "m"), turn("", call(size="m"))),
+        ("xml", xml_call("size", "3"), turn("", call(size=3))),
+        ("xml", xml_call("unknown", "5"), turn("", call(unknown="5"))),
+        ("xml", xml_call("count", "many"), turn("", call(count="many"))),  # the tool says what it wants
+        ("xml", xml_call("city", "\n two\nlines \n"), turn("", call(city="\n two\nlines \n"))),
+        ("xml", "<tool_call><function=a><parameter=b>c</parameter></function></tool_call>", turn("", call("a", b="c"))),
+        ("xml", "<tool_call>\n<function=a>\n</function>\n</tool_call>", turn("", call("a"))),
+        ("xml", "Look:\n\n" + xml_call("city", "Rome"), turn("Look:", call(city="Rome"))),
+        ("xml", "hm\n</think>\n\n" + xml_call("city", "Rome"), turn("hm\n</think>", call(city="Rome"))),
+        ("xml", "<think>\n" + xml_call("city", "Rome"), turn("<think>\n" + xml_call("city", "Rome"))),
+        ("harmony", "<|channel|>final<|message|>Hello.", turn("Hello.")),
+        ("harmony", "Hello.", turn("Hello.")),
+        ("harmony", ANALYSIS + NEXT + "<|channel|>final<|message|>Hello.", turn("Hello.") | {"reasoning_content": "hm"}),
+        ("harmony", ANALYSIS, turn("") | {"reasoning_content": "hm"}),  # the limit cut it
+        ("harmony", " to=functions.weather<|channel|>commentary json<|message|>{}", turn("", call())),
+        (
+            "harmony",
+            ANALYSIS + NEXT + '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Rome"}',
+            turn("", call(city="Rome")) | {"reasoning_content": "hm"},
+        ),
+        (
+            "harmony",
+            f"{ANALYSIS}{NEXT}<|channel|>commentary<|message|>I look.{NEXT} to=weather<|channel|>commentary<|message|>{{}}",
+            turn("", call()) | {"reasoning_content": "hm\n\nI look."},
+        ),
     ],
 )
-def test_turns_are_read(format, text, expected):
-    assert parse_turn_text(text, format) == expected
+def test_a_turn_of_each_format_is_read_as_its_message(format, text, expected):
+    assert parse_turn_text(text, format, TOOLS) == expected
 
 
 @pytest.mark.parametrize(
@@ -105,6 +164,24 @@ def test_turns_are_read(format, text, expected):
         ("llama3", '<|python_tag|>{"parameters": {}}', 'like {"name": "...", "parameters": {...}}'),
         ("llama3", "<|python_tag|>print(1)", "not valid JSON"),
         ("action", "<action>a(1)</action>", "not valid JSON"),
+        ("xml", '<tool_call>{"name": "a"}</tool_call>', "is not <function=...> ... </function>"),
+        ("xml", "<tool_call><function=a></tool_call>", "is not <function=...> ... </function>"),
+        (
+            "xml",
+            "<tool_call><function=a><parameter=b>c</function></tool_call>",
+            "the call of a is not a row of <parameter=...>",
+        ),
+        ("xml", "<tool_call><function=a>b</function></tool_call>", "the call of a is not a row of <parameter=...>"),
+        ("xml", xml_call("b", "x</parameter>y"), "is not a row of <parameter=...> ... </parameter>: y"),
+        ("xml", "<tool_call><function=a>" + "<parameter=b>c</parameter>" * 2 + "</function></tool_call>", "b twice"),
+        ("xml", "<tool_call><function=a></function>", "is not closed by </tool_call>"),
+        ("harmony", " to=functions.a<|channel|>commentary json<|message|>{", "not valid JSON"),
+        ("harmony", " to=functions.a<|channel|>commentary json<|message|>[1]", "arguments of the call of functions.a must be"),
+        ("harmony", " to=functions.<|channel|>commentary json<|message|>{}", "must be a JSON object"),
+        ("harmony", f"<|channel|>commentary to=a<|message|>{{}}{NEXT}<|channel|>final<|message|>b", "ends with its call"),
+        ("harmony", "<|channel|>thoughts<|message|>hm", "thoughts is none of analysis, commentary and final"),
+        ("harmony", "<|channel|>final", "is not <|channel|>...<|message|>"),
+        ("harmony", "<|channel|>final<|message|>a<|channel|>final<|message|>b", "holds a control token"),
     ],
 )
 def test_a_malformed_call_is_text_with_the_reason(format, text, said):
@@ -124,10 +201,15 @@ def test_the_visible_text_leaves_reasoning_out():
     assert visible_text(turn("<think>never closed")) == "" and visible_text(turn("Hello.")) == "Hello."
 
 
-@given(st.text(alphabet=' {}[]":,abn1\n<>/|', max_size=40), st.sampled_from(["hermes", "llama3", "action"]))
-def test_reading_never_fails(inside, format):
-    for text in (inside, f"<tool_call>{inside}</tool_call>", f"<action>{inside}</action>", f"<|python_tag|>{inside}"):
-        message = parse_turn_text(text, format)
+AROUND = ("{}", "<tool_call>{}</tool_call>", "<action>{}</action>", "<|python_tag|>{}")
+AROUND += ("<tool_call><function={}</function></tool_call>", xml_call("count", "{}"), ANALYSIS + NEXT + "{}<|message|>{{}}{}")
+
+
+@given(st.text(alphabet=' {}[]":,abn1\n<>/|=', max_size=40), st.sampled_from(FORMATS))
+def test_reading_any_text_as_a_turn_never_raises(inside, format):
+    for around in AROUND:
+        text = around.replace("{}", inside)
+        message = parse_turn_text(text, format, TOOLS)
         assert message["role"] == "assistant" and isinstance(message["content"], str)
         assert not ("tool_calls" in message and "tool_call_error" in message)
 
@@ -140,21 +222,73 @@ def tokenizers(tmp_path):
         "hermes": HFChatTokenizer(str(qwen_folder(tmp_path / "qwen"))),
         "llama3": HFChatTokenizer(str(llama_folder(tmp_path / "llama"))),
         "action": HFChatTokenizer(str(qwen_folder(tmp_path / "plain", PLAIN)), tool_format="action"),
+        "xml": HFChatTokenizer(str(newer_folder(tmp_path / "coder", QWEN3_CODER))),
+        "xml, reasoning": HFChatTokenizer(
+            str(newer_folder(tmp_path / "q35", QWEN35)), template_kwargs={"enable_thinking": False}
+        ),
+        "harmony": HFChatTokenizer(str(newer_folder(tmp_path / "harmony", HARMONY))),
     }
 
 
-@pytest.mark.parametrize("format", ["hermes", "llama3", "action"])
+@pytest.mark.parametrize("format", ["hermes", "llama3", "action", "xml", "xml, reasoning", "harmony"])
 def test_reading_a_written_turn_and_writing_it_again_gives_its_ids(tmp_path, format):
     tokenizer = tokenizers(tmp_path)[format]
-    assert tokenizer.tool_format == format
+    assert tokenizer.tool_format == format.partition(",")[0]
     turns = [turn("Sunny."), turn("", call(city="Rome")), turn("", call(city='"Ün{i}" \n', days=[1, 2.5, None, True]))]
-    if format != "llama3":
+    if format == "harmony":
+        reasoning = {"reasoning_content": "It may rain."}
+        turns += [turn("Sunny.") | reasoning, turn("", call(city="Rome")) | reasoning]
+    elif format != "llama3":
         turns += [turn("Let me look.", call(city="Rome")), turn("Both.\n\nNow:", call(city="a"), call("other"))]
     for given_turn in turns:
         ids = tokenizer.encode_turn(HISTORY, given_turn, TOOLS)
         assert tokenizer.parse_turn(ids, TOOLS) == given_turn
         assert tokenizer.encode_turn(HISTORY, tokenizer.parse_turn(ids, TOOLS), TOOLS) == ids
         assert tokenizer.parse_turn(ids[:-1], TOOLS) == given_turn
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+ARGUMENTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "city": st.text(),
+        "days": st.lists(JSON, max_size=3),
+        "count": st.integers(),
+        "share": st.floats(allow_nan=False, allow_infinity=False) | st.integers(),
+        "is_open": st.booleans(),
+        "where": st.none() | st.dictionaries(st.text(), JSON, max_size=3),
+        "size": st.sampled_from(["s", "m", 3]),
+        "note": st.text(),
+    },
+)
+TEMPLATES = {"hermes": QWEN3, "xml": QWEN35, "xml, Python's values": QWEN3_CODER, "harmony": HARMONY}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(deadline=None, max_examples=40)
+@given(arguments=st.lists(ARGUMENTS, min_size=1, max_size=2), content=st.sampled_from(["", "Let me look."]))
+def test_calls_are_read_as_they_were_written(name, arguments, content):
+    """Every value that the format can hold comes back with its type; a tag of the format's own inside a text cannot."""
+    format = name.partition(",")[0]
+    arguments = arguments[:1] if format == "harmony" else arguments
+    said = "".join(text for values in arguments for text in map(str, values.values()))
+    assume(not re.search(r"</?(tool_call|parameter|function|think)|<\|", said))
+    template = ChatTemplate({"default": TEMPLATES[name]}, {"enable_thinking": False})
+    given_turn = turn(content, *(call(**values) for values in arguments))
+    history = HISTORY[1:]
+    prompt, whole = template.render(history, TOOLS, True), template.render([*history, given_turn], TOOLS, False)
+    text = whole[len(prompt.removesuffix("<think>\n\n</think>\n\n")) :].removeprefix("<think>\n\n</think>\n\n")
+    found = parse_turn_text(re.split(r"<\|(?:im_end|call)\|>", text)[0], format, TOOLS)
+    assert found["tool_calls"] == given_turn["tool_calls"]
+    assert [list(map(type, c["function"]["arguments"].values())) for c in found["tool_calls"]] == [
+        list(map(type, values.values())) for values in arguments
+    ]
+    assert found["content"] == ("" if format == "harmony" else content)
+    assert found.get("reasoning_content", "") == (content if format == "harmony" else "")
 
 
 @pytest.mark.parametrize(
@@ -183,6 +317,27 @@ def test_the_action_tags_are_read_without_tools(tmp_path):
     assert tokenizer.parse_turn(ids) == turn("", call(city="Rome"))
 
 
+def test_an_answer_to_a_malformed_call_is_the_users_where_results_need_a_call(tmp_path):
+    """gpt-oss's template names the caller of a result, and refuses one without: the model must not end the run with it."""
+    tokenizer = tokenizers(tmp_path)["harmony"]
+    said = tokenizer.parse_turn(tokenizer._ids(" to=functions.weather<|channel|>commentary json<|message|>{<|call|>"), TOOLS)
+    assert "not valid JSON" in said["tool_call_error"]
+    added = tokenizer.decode(tokenizer.encode_observations([*HISTORY, said], [tool("Error: no")], TOOLS))
+    assert added == "<|start|>user<|message|>Error: no<|end|><|start|>assistant"
+    later = [*HISTORY, said, tool("Error: no"), turn("", call(city="Rome"))]
+    added = tokenizer.decode(tokenizer.encode_observations(later, [tool("Sunny")], TOOLS))
+    assert added.startswith('<|start|>functions.weather to=assistant<|channel|>commentary<|message|>"Sunny"<|end|>')
+    with pytest.raises(InputError, match="A result without a call before it"):  # a row of the dataset that is wrong
+        tokenizer.encode_prompt([*HISTORY, turn("Hello."), tool("Sunny")], TOOLS)
+
+
+def test_reasoning_in_a_channel_is_not_the_answer_and_counts_as_said(tmp_path):
+    tokenizer = tokenizers(tmp_path)["harmony"]
+    said = tokenizer.parse_turn(tokenizer._ids(f"{ANALYSIS} Zebra-4711{NEXT}<|channel|>final<|message|>72<|return|>"))
+    assert message_text(said) == visible_text(said) == "72"
+    assert "Zebra-4711" in assistant_text([said])
+
+
 def test_observations_follow_a_turn_whatever_was_wrong_with_it(tmp_path):
     tokenizer = tokenizers(tmp_path)["hermes"]
     wrong = parse_turn_text("<tool_call>{</tool_call>", "hermes")
@@ -199,6 +354,8 @@ def test_auto_is_what_the_template_writes(tmp_path):
     reversed_keys = '<tool_call>\n{"arguments": {"probe_key": "probe_value"}, "name": "probe_name"}\n</tool_call>'
     assert written_format(reversed_keys) == "hermes"
     assert written_format("[TOOL_CALLS] probe_name(probe_value)") is None
+    assert HFChatTokenizer(str(newer_folder(tmp_path / "b", QWEN35))).tool_format == "xml"
+    assert HFChatTokenizer(str(newer_folder(tmp_path / "c", HARMONY))).tool_format == "harmony"
 
 
 def test_an_unknown_form_is_said_and_stays_text(tmp_path, caplog):
@@ -213,7 +370,7 @@ def test_an_unknown_form_is_said_and_stays_text(tmp_path, caplog):
 def test_a_format_that_the_template_does_not_write_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"tool_format is llama3, but the chat template writes .* \(hermes\)"):
         HFChatTokenizer(str(qwen_folder(tmp_path)), tool_format="llama3")
-    with pytest.raises(InputError, match="known are auto, hermes, llama3, action, none"):
+    with pytest.raises(InputError, match="known are auto, hermes, llama3, xml, harmony, action, none"):
         HFChatTokenizer(str(qwen_folder(tmp_path)), tool_format="json")
 
 
@@ -252,6 +409,10 @@ def test_the_action_format_keeps_a_default_system_text(tmp_path):
 
 def test_rewritten_history_is_found(tmp_path):
     assert HFChatTokenizer(str(qwen_folder(tmp_path / "a"))).history_rewrites() is None
+    said = HFChatTokenizer(str(newer_folder(tmp_path / "f", OLMO3))).history_rewrites()
+    assert said.startswith(
+        "the chat template rewrites the ends of turns that a user message follows, and the ends of turns that"
+    )
     assert HFChatTokenizer(str(llama_folder(tmp_path / "b"))).history_rewrites() is None
     said = HFChatTokenizer(str(qwen_folder(tmp_path / "c", THINKING))).history_rewrites()
     assert "turns with reasoning that a user message follows" in said and "with reasoning that a tool" not in said

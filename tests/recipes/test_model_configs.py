@@ -1,4 +1,4 @@
-"""Every config of a real model runs: one step, in process, with a tiny model of its family in the Hub's own layout.
+"""Test that every config of a real model runs: one step, in process, with a tiny model of its family in the Hub's layout.
 
 Replaced: the model's sizes, the checkpoint, the rows, what decides how long it takes, and the reward, which a random model
 never earns. Objective, teacher, adapters, hindsight, dtype, privileged prompt, optimizer and schedule are the config's own.
@@ -22,10 +22,11 @@ from pidistill.rewards import last_answer
 from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES
 from pidistill.types import Example, Message
 from tests.support.chat_templates import LLAMA32, QWEN3
+from tests.support.configs import REAL, name_of, recipe_of
+from tests.support.folder_families import FOLDER_FAMILIES, tiny_folder
 from tests.support.hub_models import hub_folder
 from tests.support.runs import metrics, weights
 from tests.support.tiny_tokenizers import llama_folder, qwen_folder, r1_folder
-from tests.test_configs import REAL, name_of, recipe_of
 
 VOCABULARY = 640
 # Family → (a model of hub_models.py, its builder with and without adapters, what else the builder takes, its tokenizer).
@@ -94,16 +95,17 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp(family)
         hub_folder(name, folder, vocab_size=VOCABULARY, max_position_embeddings=1024)
         made[family] = tokenizer(folder)  # after the model, whose folder brings a generation_config.json of its own
-    return made
+    return made | {family: tiny_folder(family, tmp_path_factory.mktemp(family)) for family in FOLDER_FAMILIES}
 
 
 def twin(path: Path, checkpoint: Path, rows: Path, output_dir: Path) -> DictConfig:
     """The config with a tiny model, tiny rows and one step."""
     cfg = OmegaConf.load(path)
-    _, builder, arguments, _ = FAMILIES[path.parent.name]
-    adapters = {key: value for key, value in cfg.model.items() if key.startswith(("lora_", "apply_lora"))}
-    sizes = TINY_SIZES | {"vocab_size": VOCABULARY, "max_seq_len": 1024} | arguments
-    cfg.model = {"_component_": builder.format("lora_" if adapters else "")} | sizes | adapters
+    if path.parent.name in FAMILIES:  # the others take the model from the folder
+        _, builder, arguments, _ = FAMILIES[path.parent.name]
+        adapters = {key: value for key, value in cfg.model.items() if key.startswith(("lora_", "apply_lora"))}
+        sizes = TINY_SIZES | {"vocab_size": VOCABULARY, "max_seq_len": 1024} | arguments
+        cfg.model = {"_component_": builder.format("lora_" if adapters else "")} | sizes | adapters
     source = "rows.parquet" if cfg.dataset._component_.endswith("qa_dataset") else "rows.jsonl"
     settings = SHORT | SIZES[recipe_of(path)]
     settings |= {
@@ -131,7 +133,28 @@ def run_in_process(path: Path, cfg: DictConfig) -> None:
         recipe._log.close()
 
 
-@pytest.mark.parametrize("path", REAL, ids=name_of)
+def in_the_default_run() -> set[Path]:
+    """Return configs among which is every method, and in every family every recipe, with adapters and without.
+
+    The others differ from them in the model's size, which the twin replaces, and in single numbers.
+    """
+    chosen, seen = set(), set()
+    for path in REAL:
+        adapters = path.stem.endswith("_lora")
+        shows = {path.stem.partition("_")[2], (path.parent.name, recipe_of(path)), (path.parent.name, adapters)}
+        if not shows <= seen:
+            chosen.add(path)
+            seen |= shows
+    return chosen
+
+
+DEFAULT = in_the_default_run()
+ANOTHER_SIZE = pytest.mark.slow(reason="the default run has a config of its method, and of its family and recipe")
+
+
+@pytest.mark.parametrize(
+    "path", [path if path in DEFAULT else pytest.param(path, marks=ANOTHER_SIZE) for path in REAL], ids=name_of
+)
 def test_the_tiny_twin_of_the_config_takes_a_step(path, checkpoints, rows, tmp_path):
     checkpoint = checkpoints[path.parent.name]
     run_in_process(path, twin(path, checkpoint, rows, tmp_path))
@@ -149,11 +172,17 @@ def test_the_tiny_twin_of_the_config_takes_a_step(path, checkpoints, rows, tmp_p
 
 
 def test_there_is_a_tiny_twin_of_every_family():
-    assert set(FAMILIES) == {path.parent.name for path in REAL} and len(REAL) >= 50
+    families = {path.parent.name for path in REAL}
+    assert {*FAMILIES, *FOLDER_FAMILIES} == families == {path.parent.name for path in DEFAULT} and len(REAL) >= 50
+    assert 15 <= len(DEFAULT) < len(REAL)
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3/8B_pi_distill_lora", "llama3_2/1B_sft", "qwen2_5/1.5B_sdpo", "r1_distill_llama/8B_evaluate"]
+    "name",
+    [
+        *("qwen3/8B_pi_distill_lora", "llama3_2/1B_sft", "qwen2_5/1.5B_sdpo", "r1_distill_llama/8B_evaluate"),
+        *("smollm2/sdft",),
+    ],
 )
 def test_a_config_of_every_family_can_be_previewed(name, checkpoints, rows, tmp_path, capsys):
     (path,) = [path for path in REAL if name_of(path) == name]

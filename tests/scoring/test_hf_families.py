@@ -1,4 +1,4 @@
-"""Decoders of transformers through the scorer: values and gradients equal transformers' own forward over whole logits."""
+"""Test decoders of transformers in the scorer: values and gradients equal transformers' own forward over whole logits."""
 
 import pytest
 import torch
@@ -13,8 +13,7 @@ from pidistill.scoring.score import score
 from pidistill.scoring.tree_attention import TreeMask, flex_tree_attention
 from pidistill.teachers import FrozenTeacher, TrustRegionTeacher
 from pidistill.types import Divergence, ScoreRequest
-from tests.scoring.test_packer import forest
-from tests.support.builders import batch_of, gradients, model, relative_difference
+from tests.support.builders import batch_of, forest, gradients, model, relative_difference
 from tests.support.hf_families import FAMILIES, HYBRIDS, WINDOW, decoder_of, reference_model
 
 torch.set_num_threads(1)
@@ -201,3 +200,30 @@ def test_flex_attention_in_a_tree_equals_the_blocks(form):
         torch.testing.assert_close(
             flex_tree_attention(flex_attention, q, k, v, mask.block_mask, made), by_blocks, atol=2e-6, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_auxiliary_loss_is_that_of_transformers_with_its_gradient(checkpointing):
+    """A row without padding; the gradient reaches the router and, without a weight, there is none."""
+    from torchtune.training import set_activation_checkpointing
+
+    reference, rollout = reference_model("qwen3_moe"), forest(SEED)[0]
+    decoder = decoder_of(reference)
+    if checkpointing:
+        set_activation_checkpointing(decoder, auto_wrap_policy={type(layer) for layer in decoder.layers})
+    request = ScoreRequest(student_grad=True, teacher_grad=False, views=("student",))
+    batch = batch_of([rollout], packing="padded")
+    assert score(decoder, batch, request).router_loss == 0.0
+    decoder.router_loss_weight = 0.3
+    ours = score(decoder, batch, request).router_loss
+    ids = torch.tensor([(rollout.prompts.student + rollout.completion)[:-1]])
+    theirs = 0.3 * reference(ids, use_cache=False, output_router_logits=True).aux_loss
+    torch.testing.assert_close(ours, theirs)
+    ours.backward()
+    theirs.backward()
+    plain = {n.replace("_checkpoint_wrapped_module.", ""): g for n, g in gradients(decoder).items()}
+    expected = {n: g for n, g in gradients(reference).items() if g.abs().max() > 0}
+    assert any("gate.weight" in name for name in expected)
+    assert relative_difference({n: g for n, g in plain.items() if n in expected}, expected) < 1e-5
+    with torch.no_grad():
+        assert score(decoder, batch, request).router_loss == 0.0

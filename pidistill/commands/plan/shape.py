@@ -3,15 +3,17 @@
 Everything is read from the modules themselves, on the meta device.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchtune.modules import TransformerDecoder
 
 from pidistill.models.adapters import train_adapters_only
+from pidistill.models.layer_masks import AttentionForm, LayerMask, Rule
 from pidistill.models.modules import attention_modules
 from pidistill.models.nf4 import dequantizing_bytes, stored_bytes
+from pidistill.models.protocol import Decoder, head_module, takes_layer_masks
 
 
 @dataclass(frozen=True)
@@ -40,44 +42,65 @@ class ModelShape:
     item_bytes: int  # bytes of one element in the run's dtype
 
 
-def model_shape(model: TransformerDecoder) -> ModelShape:
+def model_shape(model: Decoder) -> ModelShape:
     """Read a model that stands on the meta device; of one with LoRA adapters these alone are trained, as in the recipes."""
     train_adapters_only(model)
     _shape_positions(model)
-    attention = attention_modules(model)[0]
+    heads, kv_heads, head_dim = _attention_sizes(model)
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
-    embedding = model.tok_embeddings.weight
-    head = getattr(model.output, "tied_module", model.output).weight
-    alike: dict[tuple, float] = {}  # by the shapes of their weights: most layers are like the first
-    for layer in model.layers:
-        if (key := _signature(layer)) not in alike:
-            alike[key] = _saved_bytes(layer, embedding.shape[1], embedding.dtype)
-    saved = [alike[_signature(layer)] for layer in model.layers]
+    embedding, head = model.tok_embeddings.weight, head_module(model).weight
+    item_bytes = embedding.element_size()
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        weights_bytes=sum(stored_bytes(p, embedding.element_size()) for p in model.parameters()),
-        dequantizing_bytes=max(dequantizing_bytes(p, embedding.element_size()) for p in model.parameters()),
+        weights_bytes=sum(stored_bytes(p, item_bytes) for p in model.parameters()),
+        dequantizing_bytes=max(dequantizing_bytes(p, item_bytes) for p in model.parameters()),
         buffers_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
-        maps=sum(p.numel() for p in matrices),
-        trained_maps=sum(p.numel() for p in matrices if p.requires_grad),
+        maps=_maps(model, model.layers.parameters()),
+        trained_maps=_maps(model, (p for p in model.layers.parameters() if p.requires_grad)),
         head=head.numel(),
         head_trained=head.requires_grad,
         tied=head is embedding,
         layers=len(model.layers),
-        heads=attention.num_heads,
-        kv_heads=attention.num_kv_heads,
-        head_dim=attention.head_dim,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         width=embedding.shape[1],
         widest=max(p.shape[0] for p in matrices),
         vocabulary=embedding.shape[0],
-        saved_bytes=sum(saved),
+        saved_bytes=sum(saved := _saved_by_layer(model)),
         layer_saved_bytes=max(saved),
-        item_bytes=embedding.element_size(),
+        item_bytes=item_bytes,
     )
 
 
-def _shape_positions(model: TransformerDecoder) -> None:
+def _attention_sizes(model: Decoder) -> tuple[int, int, int]:
+    """Return heads, key heads and width of a head."""
+    if hasattr(model, "attention_sizes"):
+        return model.attention_sizes
+    attention = attention_modules(model)[0]
+    return attention.num_heads, attention.num_kv_heads, attention.head_dim
+
+
+def _maps(model: Decoder, parameters: Iterable[Tensor]) -> int:
+    """Return the elements of the matrices that a token goes through: of a mixture's experts the chosen ones."""
+    chosen, experts = getattr(model, "experts", None) or (0, 1)
+    return sum(p.numel() if p.ndim == 2 else p.numel() * chosen // experts for p in parameters if p.ndim in (2, 3))
+
+
+def _saved_by_layer(model: Decoder) -> list[float]:
+    """Return the bytes per token that autograd keeps of each layer."""
+    if takes_layer_masks(model):
+        return _saved_in_forward(model)
+    embedding = model.tok_embeddings.weight
+    alike: dict[tuple, float] = {}  # by the shapes of their weights: most layers are like the first
+    for layer in model.layers:
+        if (key := _signature(layer)) not in alike:
+            alike[key] = _saved_bytes(layer, embedding.shape[1], embedding.dtype)
+    return [alike[_signature(layer)] for layer in model.layers]
+
+
+def _shape_positions(model: Decoder) -> None:
     """Give Llama 3's scaled positions their table's shape: on the meta device they do not make it themselves."""
     for module in model.modules():
         if getattr(module, "is_cache_built", True) is False:
@@ -129,3 +152,40 @@ def _saved_bytes(layer: nn.Module, width: int, dtype: torch.dtype, tokens: int =
         layer(x, input_pos=torch.empty(1, tokens, device="meta", dtype=torch.long))
     attention._attention_call = stock
     return sum(x.untyped_storage().nbytes() for x in kept.values()) / tokens
+
+
+class _CountedMask(LayerMask):
+    """Let layers keep what fused attention keeps."""
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        return _FusedAttention.apply(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
+
+    def layer_mask(self, rule: Rule, positions: Tensor) -> LayerMask:
+        return self
+
+
+def _saved_in_forward(model: Decoder, tokens: int = 64) -> list[float]:
+    """Return the same of a decoder whose layers cannot be called alone: by hooks in a forward of all of it."""
+    # What comes from the config stands on the CPU; and the products of experts are known on the meta device in bf16 alone.
+    size, in_bf16 = model.tok_embeddings.weight.element_size(), getattr(model, "experts", None) is not None
+    model.to("meta", torch.bfloat16 if in_bf16 else None)
+    own = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
+    kept: list[dict[int, int]] = [{} for _ in model.layers]
+    now: list[int] = []
+
+    def keep(x: Tensor) -> Tensor:
+        if now and x.untyped_storage()._cdata not in own:
+            kept[now[-1]][x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+            alive.append(x)
+        return x
+
+    alive: list[Tensor] = []  # a freed storage's number would be given again
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(lambda *_, i=i: now.append(i))
+        layer.register_forward_hook(lambda *_: now.clear())
+    model.tok_embeddings.weight.requires_grad_(True)  # so that gradient goes through every layer
+    ids = torch.zeros(1, tokens, device="meta", dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(ids, mask=_CountedMask(None), input_pos=ids)
+    return [sum(one.values()) * (size / 2 if in_bf16 else 1) / tokens for one in kept]

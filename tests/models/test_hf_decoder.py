@@ -1,0 +1,193 @@
+"""Decoders of transformers from their config.json: what is built, what is planned, and what is refused before weights load."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
+
+import transformers
+
+from pidistill.commands.plan.shape import model_shape
+from pidistill.errors import InputError
+from pidistill.models import HFCheckpointer, from_folder
+from pidistill.models.empty import empty_model
+from pidistill.models.fits import check_fits
+from pidistill.models.protocol import Decoder, carried_state, has_own_names
+from pidistill.testing import tiny_model
+from tests.support.hf_families import FAMILIES, HYBRIDS, make_config, reference_model
+
+SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def folder_of(config, tmp_path, **changes):
+    config.save_pretrained(tmp_path)
+    if changes:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return str(tmp_path)
+
+
+def node(folder, **more):
+    return {"_component_": "pidistill.models.from_folder", "path": folder, **more}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_built_without_weights_and_planned(name, tmp_path):
+    folder = folder_of(make_config(name), tmp_path)
+    model = empty_model(node(folder, backend="transformers"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert isinstance(model, Decoder) and has_own_names(model) and bool(carried_state(model)) == (name in HYBRIDS)
+    shape = model_shape(model)
+    assert shape.layers == 4 and shape.heads == 4 and shape.vocabulary == 50 and min(shape.saved_bytes, shape.maps) > 0
+
+
+def test_the_plan_of_both_backends_is_the_same(tmp_path):
+    folder = folder_of(make_config("llama, tied (SmolLM2)"), tmp_path)
+    ours, theirs = (model_shape(empty_model(node(folder, backend=backend))) for backend in ("torchtune", "transformers"))
+    for key in ("parameters", "maps", "head", "tied", "heads", "kv_heads", "head_dim", "widest", "saved_bytes"):
+        assert getattr(ours, key) == getattr(theirs, key), key
+
+
+@pytest.mark.parametrize("name", ["llama, tied (SmolLM2)", "qwen3", "mistral, window", "gemma3", "qwen3_moe"])
+def test_auto_takes_torchtunes_modules_where_they_compute_the_model(name, tmp_path):
+    model = empty_model(node(folder_of(make_config(name), tmp_path)))
+    assert has_own_names(model) == (name not in ("llama, tied (SmolLM2)", "qwen3"))
+
+
+def test_torchtunes_decoder_satisfies_the_protocol():
+    assert isinstance(tiny_model(50), Decoder) and not has_own_names(tiny_model(50))
+
+
+REFUSED = {
+    "encoder": (lambda: transformers.T5Config(d_model=32, num_layers=1, num_heads=2), {}, "an encoder with a decoder"),
+    "quantised": (
+        lambda: make_config("qwen3"),
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        r"quantised \(gptq.*unquantised model",
+    ),
+    "images": (
+        lambda: transformers.Gemma3Config(
+            text_config={"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 50, "num_attention_heads": 2},
+            vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+        ),
+        {},
+        "takes images or sounds beside text",
+    ),
+    "no interface": (
+        lambda: transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=2),
+        {"max_position_embeddings": 128},
+        "does not take its attention and its masks from transformers' attention interface",
+    ),
+    "unknown": (lambda: make_config("qwen3"), {"model_type": "nobodys"}, "transformers cannot read .*config.json"),
+    "dynamic rotations": (
+        lambda: make_config("qwen3"),
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}},
+        "change with the length of a batch beyond 64 tokens; set model.max_seq_len=64",
+    ),
+    "biased head": (
+        lambda: transformers.PhiConfig(**SMALL, intermediate_size=32, bos_token_id=None, eos_token_id=None),
+        {},
+        "an output head with a bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_trained_is_refused_from_config_json(case, tmp_path):
+    make, changes, sentence = REFUSED[case]
+    folder = folder_of(make(), tmp_path, **changes)
+    with pytest.raises(InputError, match=sentence):
+        empty_model(node(folder))
+
+
+def test_code_in_a_folder_is_not_run(tmp_path):
+    folder = folder_of(make_config("gemma3"), tmp_path, auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    empty_model(node(folder))
+    unknown = folder_of(make_config("gemma3"), tmp_path, model_type="own", auto_map={"AutoConfig": "own.Own"})
+    with pytest.raises(InputError, match="transformers cannot read"):
+        empty_model(node(unknown))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    folder, find = folder_of(make_config("gemma3"), tmp_path), importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "transformers" else find(name, *more))
+    with pytest.raises(
+        InputError, match=r"model_type 'gemma3_text', and transformers.*pip install 'pidistill\[transformers\]'"
+    ):
+        from_folder(folder)
+    with pytest.raises(InputError, match="model.backend=nothing is none of"):
+        from_folder(folder, backend="nothing")
+
+
+def test_logits_that_are_no_function_of_the_head_are_refused(monkeypatch, tmp_path):
+    forward = transformers.Qwen3ForCausalLM.forward
+
+    def squared(self, *arguments, **more):
+        output = forward(self, *arguments, **more)
+        output.logits = output.logits**2
+        return output
+
+    monkeypatch.setattr(transformers.Qwen3ForCausalLM, "forward", squared)
+    with pytest.raises(InputError, match="in another way than by a linear head, a scale and a cap"):
+        empty_model(node(folder_of(make_config("qwen3"), tmp_path), backend="transformers"))
+
+
+def test_adapters_take_the_models_own_names(tmp_path):
+    folder = folder_of(make_config("phi3"), tmp_path)
+    model = empty_model(node(folder, lora_attn_modules=["qkv_proj", "output_proj"], apply_lora_to_mlp=True))
+    adapted = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "adapter_params")}
+    assert adapted == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    with pytest.raises(InputError, match="has q_proj, and the attention of this model has o_proj, qkv_proj"):
+        empty_model(node(folder, lora_attn_modules=["q_proj"]))
+    with pytest.raises(InputError, match="tied"):
+        empty_model(node(folder, lora_attn_modules=["qkv_proj"], apply_lora_to_output=True))
+
+
+@pytest.mark.parametrize("backend", ["torchtune", "transformers"])
+def test_an_auxiliary_loss_of_no_experts_is_refused(backend, tmp_path):
+    with pytest.raises(InputError, match=r"remove model\.router_loss_weight"):
+        empty_model(node(folder_of(make_config("qwen3"), tmp_path), backend=backend, router_loss_weight=0.1))
+
+
+def test_another_folder_than_the_models_is_refused(tmp_path):
+    reference_model("gemma3").save_pretrained(tmp_path / "one")
+    reference_model("gemma3", hidden_size=32).save_pretrained(tmp_path / "other")
+    model = empty_model(node(str(tmp_path / "one")))
+    checkpointer = {"_component_": "pidistill.models.HFCheckpointer", "checkpoint_dir": str(tmp_path / "one")}
+    check_fits(model, checkpointer, "from_folder", "checkpointer")
+    with pytest.raises(InputError, match=r"hidden_size=32.*hidden_size=64; set model.path"):
+        check_fits(model, checkpointer | {"checkpoint_dir": str(tmp_path / "other")}, "from_folder", "checkpointer")
+    torchtunes = checkpointer | {"_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_files": []}
+    with pytest.raises(InputError, match=r"set checkpointer\._component_=pidistill\.models\.HFCheckpointer"):
+        check_fits(model, torchtunes, "from_folder", "checkpointer")
+
+
+def test_a_folder_that_lacks_a_weight_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    reference_model("gemma3").save_pretrained(tmp_path / "one")
+    path = tmp_path / "one" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks model.layers.1.mlp.up_proj.weight"):
+        HFCheckpointer(str(tmp_path / "one"), str(tmp_path / "out")).load_checkpoint()
+    checkpointer = {"_component_": "pidistill.models.HFCheckpointer", "checkpoint_dir": str(tmp_path / "one")}
+    with pytest.raises(InputError, match=r"has no tensor model.layers.1.mlp.up_proj.weight"):
+        check_fits(empty_model(node(str(tmp_path / "one"))), checkpointer, "from_folder", "checkpointer")
+
+
+def test_buffers_from_the_config_are_those_of_transformers(tmp_path):
+    """Frequencies and scales are in no checkpoint; they are made with the model, which has no weights yet."""
+    reference = reference_model("gemma3")
+    model = empty_model(node(folder_of(reference.config, tmp_path)))
+    model.rope_init()
+    ours = dict(model.named_buffers())
+    assert ours and ours.keys() == dict(reference.named_buffers()).keys()
+    for name, buffer in reference.named_buffers():
+        assert torch.equal(ours[name], buffer), name

@@ -1,0 +1,72 @@
+"""List the families whose configs take the model from its folder: a tiny checkpoint of each, and the sizes of headers."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.support.hf_families import make_config, reference_model
+from tests.support.newer_templates import SMOLLM2, newer_folder
+
+METHODS = ("pi_distill", "opsd", "sdft", "evaluate")
+VOCABULARY = 640
+
+
+@dataclass(frozen=True)
+class FolderFamily:
+    """Holds what tests need to run the configs of a family.
+
+    Attributes:
+        model: the name of its tiny model in hf_families.py.
+        template: its chat template, from newer_templates.py.
+        published: size → config.json's values of the published model, for the memory that headers state; empty where they
+            state none.
+    """
+
+    model: str
+    template: str
+    published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def _sizes(
+    layers: int, width: int, feed_forward: int, heads: int, kv_heads: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": feed_forward,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+    }
+
+
+FOLDER_FAMILIES = {
+    "smollm2": FolderFamily(
+        "llama, tied (SmolLM2)",
+        SMOLLM2,
+        {
+            "135M": _sizes(30, 576, 1536, 9, 3, 49_152),
+            "360M": _sizes(32, 960, 2560, 15, 5, 49_152),
+            "1.7B": _sizes(24, 2048, 8192, 32, 32, 49_152),
+        },
+    ),
+}
+
+
+def tiny_folder(family: str, folder: Path) -> Path:
+    """Write a tiny random model of the family as the Hub would hold it, with a tokenizer whose template has its structure."""
+    reference_model(FOLDER_FAMILIES[family].model, vocab_size=VOCABULARY, max_position_embeddings=1024).save_pretrained(folder)
+    return newer_folder(folder, FOLDER_FAMILIES[family].template)
+
+
+def config_folder(family: str, size: str | None, folder: Path) -> Path:
+    """Write the config.json of the published size, or of the tiny model for None, and nothing else."""
+    found = FOLDER_FAMILIES[family]
+    changes = found.published[size] | {"max_position_embeddings": 8192} if size else {}
+    config = make_config(found.model, **changes)
+    config.architectures = ["ForCausalLM"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), default=str))
+    return folder
