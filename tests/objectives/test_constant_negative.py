@@ -9,8 +9,8 @@ import torch
 from pidistill.errors import InputError
 from pidistill.objectives import ConstantNegative
 from pidistill.types import Scores
-from tests.objectives.test_kl_modes import expected_gradient
 from tests.support.builders import batch_of, random_rollouts
+from tests.support.objective_runs import expected_gradient
 from tests.support.oracles import MarkovChain
 
 

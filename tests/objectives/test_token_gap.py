@@ -13,8 +13,8 @@ from pidistill.losses.token_weights import DISAGREEMENT, Chain, DisagreementDamp
 from pidistill.objectives import GRPO, OPD, OPSDUCLA, RLSD, SDAR, SDPO
 from pidistill.objectives.base import student_divergence
 from pidistill.types import Divergence, RolloutAdvantage, Scores
-from tests.objectives.test_kl_modes import expected_gradient
 from tests.support.builders import batch_of, random_rollouts
+from tests.support.objective_runs import expected_gradient
 from tests.support.oracles import MarkovChain
 
 CHAINS = [(seed, end) for seed in range(3) for end in (None, 1)]

@@ -78,7 +78,7 @@ def test_a_run_with_two_teachers_reports_each_and_unknown_keys_are_refused_befor
     assert all(math.isfinite(row["loss"]) for row in rows)
     wrong = changes | {"dataset__prefix_turns": [0, 1, 2]}
     monkeypatch.setattr("recipes.opsd_distributed.load_model", lambda *args, **more: pytest.fail("weights were loaded"))
-    with pytest.raises(InputError, match=r"its given_calls is 2, and teacher\.teachers has 0, 1"):
+    with pytest.raises(InputError, match=r"its given_calls is '2', and teacher\.teachers has 0, 1"):
         run("opsd_ucla", small_config("opsd_ucla", tiny_base, tmp_path / "wrong", **wrong))
 
 

@@ -18,6 +18,7 @@ from pidistill.scoring.score import score
 from pidistill.types import Example, KeptSets, PromptPair, Rollout, ScoreRequest, Scores
 from tests.support.builders import VOCABULARY, batch_of, model, random_rollouts, relative_difference
 from tests.support.oracles import MarkovChain
+from tests.support.siblings import ONE
 
 # ------------------------------------------------------------------------------------------- the chain
 
@@ -240,8 +241,6 @@ def test_masks_equal_their_definition_are_counted_and_take_the_whole_loss(metric
         assert (r.loss_weights or [1.0] * len(kept)) == [float(k) for k in kept]
     flat = [k for kept in expected for k in kept]
     assert 0 < sum(flat) < len(flat)
-    from tests.privileged.test_hindsight import ONE
-
     touched = [r for r, kept in zip(rollouts, expected, strict=True) if not all(kept)]
     successes = [r for r in rollouts if r.reward >= 0.5]
     hit = sum(r.reward >= 0.5 for r in touched)
