@@ -1,4 +1,4 @@
-"""Every command, snippet, name and link of the README and of docs/ leads somewhere; tests/recipes runs the commands."""
+"""Test that every command, snippet, name and link of the README and of docs/ exists; tests/recipes runs the commands."""
 
 import importlib
 import re
@@ -16,7 +16,7 @@ from pidistill.commands.sweep.cells import grid_cells, read_sweep
 from pidistill.commands.sweep.command import parser as sweep_parser
 from pidistill.commands.sweep.search import SweepPlan, check_plan
 from pidistill.config import check_config, resolve
-from tests.commands.test_sweep import check_commands
+from tests.support.sweeps import check_commands
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,7 +44,7 @@ def test_the_readme_has_commands():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_run_command_names_a_recipe_a_config_and_real_keys(command):
     words = shlex.split(command)
-    recipe = next(word for word in words[2:] if not word.startswith("--") and not word.isdigit())
+    recipe = words[words.index("--config") - 1]
     config = words[words.index("--config") + 1]
     if recipe in STOCK:
         return
@@ -133,6 +133,7 @@ def test_files_that_are_named_exist():
 
 def test_the_table_of_methods_names_every_objective_and_every_config_of_the_tiny_world():
     table = README.split("## Methods")[1].split("## Run")[0]
+    assert table.count("| method | who samples |") == 2  # methods; baselines
     objectives = {path.name for path in (ROOT / "pidistill" / "objectives").glob("*.py")} - {
         "__init__.py",
         "base.py",
