@@ -1,4 +1,4 @@
-"""Every command, snippet, name and link of the README and of docs/ leads somewhere; tests/recipes runs the commands."""
+"""Test that every command, snippet, name and link of the README and of docs/ exists; tests/recipes runs the commands."""
 
 import importlib
 import re
@@ -16,7 +16,7 @@ from pidistill.commands.sweep.cells import grid_cells, read_sweep
 from pidistill.commands.sweep.command import parser as sweep_parser
 from pidistill.commands.sweep.search import SweepPlan, check_plan
 from pidistill.config import check_config, resolve
-from tests.commands.test_sweep import check_commands
+from tests.support.sweeps import check_commands
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

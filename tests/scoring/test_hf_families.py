@@ -1,4 +1,4 @@
-"""Decoders of transformers through the scorer: values and gradients equal transformers' own forward over whole logits."""
+"""Test decoders of transformers in the scorer: values and gradients equal transformers' own forward over whole logits."""
 
 import pytest
 import torch
@@ -13,8 +13,7 @@ from pidistill.scoring.score import score
 from pidistill.scoring.tree_attention import TreeMask, flex_tree_attention
 from pidistill.teachers import FrozenTeacher, TrustRegionTeacher
 from pidistill.types import Divergence, ScoreRequest
-from tests.scoring.test_packer import forest
-from tests.support.builders import batch_of, gradients, model, relative_difference
+from tests.support.builders import batch_of, forest, gradients, model, relative_difference
 from tests.support.hf_families import FAMILIES, HYBRIDS, WINDOW, decoder_of, reference_model
 
 torch.set_num_threads(1)
