@@ -18,6 +18,7 @@ from pidistill.commands.sweep.command import parser as sweep_parser
 from pidistill.commands.sweep.search import SweepPlan, check_plan
 from pidistill.commands.watch import parser as watch_parser
 from pidistill.config import check_config, resolve
+from tests.support.reported_runs import write_run
 from tests.support.sweeps import check_commands
 
 ROOT = Path(__file__).parents[1]
