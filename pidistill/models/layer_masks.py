@@ -7,7 +7,6 @@ per row.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -92,11 +91,8 @@ class PaddedMask(LayerMask):
 
     def __init__(self, rule: Rule, length: int, device: torch.device) -> None:
         super().__init__(rule)
-        self._columns = torch.arange(length, device=device)
-
-    @cached_property
-    def _visible(self) -> Bool[Tensor, "L L"]:
-        return self.allowed(self._columns, self._columns)
+        columns = torch.arange(length, device=device)
+        self._visible = None if rule is None else self.allowed(columns, columns)
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
         if self.rule is None:
