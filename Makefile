@@ -49,7 +49,7 @@ demo: install base  ## pi-Distill against RL at equal rollouts: runs/demo/result
 real: install  ## a pretrained model learns a text that it cannot see: runs/document/methods/results.md and its pictures
 	$(BIN)/python examples/document/get_model.py runs/models/SmolLM2-135M-Instruct
 	$(BIN)/python examples/document/make_data.py runs/document
-	$(BIN)/pidistill sweep examples/document/methods.yaml --arms base rl opsd_ucla opsd_ucla_shuffled
+	$(BIN)/pidistill sweep examples/document/methods.yaml --arms base rl rft opsd_ucla opsd_ucla_shuffled
 
 compare: install bases base_easy base_world  ## all methods, controls, questions, other bases and worlds; finished runs are kept
 	for sweep in methods bases questions easier_base other_world; do \
@@ -103,7 +103,7 @@ docs: .venv-docs/.installed  ## the pages as a site in site/, strict: a broken l
 	touch $@
 
 lint: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/mypy
 
 clean:
 	rm -rf runs site $(VENV) .venv-vllm .venv-envs .venv-docs
