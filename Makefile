@@ -49,19 +49,24 @@ demo: install base  ## pi-Distill against RL at equal rollouts: runs/demo/result
 real: install  ## a pretrained model learns a text that it cannot see: runs/document/methods/results.md and its pictures
 	$(BIN)/python examples/document/get_model.py runs/models/SmolLM2-135M-Instruct
 	$(BIN)/python examples/document/make_data.py runs/document
-	$(BIN)/pidistill sweep examples/document/methods.yaml --arms base rl opsd_ucla opsd_ucla_shuffled
+	$(BIN)/pidistill sweep examples/document/methods.yaml --arms base rl rft opsd_ucla opsd_ucla_shuffled
 
 compare: install bases base_easy base_world  ## all methods, controls, questions, other bases and worlds; finished runs are kept
 	for sweep in methods bases questions easier_base other_world; do \
 	  $(BIN)/pidistill sweep configs/sweeps/$$sweep.yaml --workers 2; done
 
+# One thread for each of two workers. Processes that tests start read the bytecode that the first of them writes, also where
+# PYTHONDONTWRITEBYTECODE is set. Files keep the order of tests/conftest.py, with the longest ones first.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
+
 test: install  ## all tests but those marked slow or all_processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(PYTEST)
 
 test-trials: install  ## many wrong inputs and faults; each trial prints its figures
 	$(BIN)/python -m pytest tests/trials -q -s -m trials
+
 test-all: install  ## all tests but the trials: the slow ones, and every config with two processes
-	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n 2 --dist loadfile -q -m 'not trials'
+	HYPOTHESIS_PROFILE=thorough $(PYTEST) -m 'not trials'
 
 test-peers: install  ## TRL and Liger as independent references (extra `peers`)
 	$(BIN)/python -m pip install -q -e '.[test,sweep,peers]'
@@ -98,7 +103,7 @@ docs: .venv-docs/.installed  ## the pages as a site in site/, strict: a broken l
 	touch $@
 
 lint: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/mypy
 
 clean:
 	rm -rf runs site $(VENV) .venv-vllm .venv-envs .venv-docs

@@ -154,7 +154,8 @@ class Batch:
 
     def slice(self, part: slice) -> "Batch":
         """Return the policy tokens of ``part`` as objectives see them; views stay whole, and rollouts keep their numbers."""
-        return replace(self, **{name: value[part] for name, value in vars(self).items() if isinstance(value, Tensor)})
+        parts: dict[str, Any] = {name: value[part] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **parts)
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,22 @@
-"""Privileged information found in the round: which sibling, which text, and what becomes of the two prompts."""
+"""Test privileged information found in the round: which sibling, which text, and what becomes of the two prompts."""
 
 import math
 import threading
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pidistill.data import demonstration
 from pidistill.distributed.run import Run
-from pidistill.envs.tiny_world import SiblingCalls, VerifierFeedback, tiny_world_dataset, tiny_world_tokenizer
+from pidistill.envs.tiny_world import SiblingCalls, VerifierFeedback, tiny_world_dataset
 from pidistill.errors import InputError
 from pidistill.privileged.hindsight import Hindsight, SiblingToolCalls, ToolFeedback, Transcript, add_hindsight
-from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.tokenizers import HFChatTokenizer
 from pidistill.types import Example, Message, Rollout
+from tests.support.siblings import ONE, PRIVILEGED, ROWS, TOKENIZER, rollout
 from tests.support.tiny_tokenizers import qwen_folder
-
-TOKENIZER = tiny_world_tokenizer(max_seq_len=96)
-PRIVILEGED = PrivilegedPrompt(template="{privileged}", leak_phrases=())
-ROWS = list(tiny_world_dataset(split="train", privileged="none", max_rows=8))
-ONE = Run(torch.device("cpu"), torch.float32, rank=0, world_size=1, seed=0, output_dir=Path("unused"))
 
 
 def said(example: Example, turns: list[Message]) -> str | None:
@@ -32,22 +25,6 @@ def said(example: Example, turns: list[Message]) -> str | None:
 
 def answered(example: Example, turns: list[Message]) -> str | None:
     return f"about {turns[0]['content']}" if turns[0]["content"] != "silent" else None
-
-
-def rollout(word: str, group: int, reward: float, example: Example | None = None, tokens: int = 4) -> Rollout:
-    example = example or ROWS[group]
-    return Rollout(
-        example=example,
-        prompts=PRIVILEGED.build(example, TOKENIZER).pair,
-        completion=[5] * tokens,
-        policy_mask=[True] * tokens,
-        sampled_logprobs=[-1.0] * tokens,
-        sampled_by="student",
-        group=group,
-        stop_reason="done",
-        turns=[{"role": "assistant", "content": word}],
-        reward=reward,
-    )
 
 
 # ---------------------------------------------------------------------------------------- which text
@@ -160,9 +137,9 @@ def test_episodes_with_tools_reach_the_teachers_prompt_and_not_the_students(writ
     succeeded, failed = group
     assert 'book({"flight": "F1"})' in tokenizer.decode(failed.prompts.teacher)
     assert "Error: no seat" in succeeded.example.privileged, "no sibling succeeded: what its own tools said"
-    for rollout in group:
-        assert "F1" not in tokenizer.decode(rollout.prompts.student)
-        assert rollout.prompts.student == tokenizer.encode_prompt(row.messages)
+    for one in group:
+        assert "F1" not in tokenizer.decode(one.prompts.student)
+        assert one.prompts.student == tokenizer.encode_prompt(row.messages)
 
 
 def test_feedback_from_several_threads_is_the_same_and_comes_at_once():

@@ -1,4 +1,4 @@
-"""What a run of each recipe reads and leaves: no key unread, no number undocumented, none made up."""
+"""Test what a run of each recipe reads and leaves: no key unread, no number undocumented, none made up."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The table of config keys: it agrees with the recipes, and checks, defaults, page and command follow from it."""
+"""Test the table of config keys: it agrees with the recipes, and checks, defaults, page and command follow from it."""
 
 import importlib
 import math

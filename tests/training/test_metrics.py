@@ -1,4 +1,4 @@
-"""What a run reports: sums that do not depend on how the work was cut, numbers that are absent rather than made up."""
+"""Test what a run reports: sums do not depend on how the work was cut, and a number that was not computed is absent."""
 
 import json
 import math
