@@ -7,9 +7,8 @@ import torch
 from torchtune.models.llama3 import llama3
 
 from pidistill.errors import InputError
-from tests.recipes.test_every_config import shrunk
-from tests.scoring.test_served_teacher import Server, serving
 from tests.support.runs import assert_same_tensors, metrics, run, small_config, stop_after_row, weights
+from tests.support.served import Server, serving
 
 ROUTED = {
     "_component_": "pidistill.teachers.RoutedTeacher",
@@ -107,36 +106,6 @@ def test_a_run_distils_episodes_that_the_curriculum_ends_and_counts_no_success_o
             assert row["success_frac"] == pytest.approx(sum(r.reward >= 1.0 for r in judged) / len(judged))
         assert row["policy_tokens"] == sum(r.policy_tokens for r in rollouts)
     assert not any(r.stop_reason == "curriculum" for r in rounds[2])
-
-
-def test_a_run_starts_at_ratio_1_samples_nothing_and_at_rate_0_its_epochs_are_alike(tiny_base, tmp_path):
-    def stage(name: str):
-        assert name in ("base", "semi_opd_sample")
-        return tiny_base.parent if name == "base" else tmp_path / "sample"
-
-    def config(name: str, folder):
-        cfg = shrunk(name, folder, stage)
-        cfg.checkpointer.checkpoint_dir, cfg.checkpointer.checkpoint_files = str(tiny_base), ["model.safetensors"]
-        return cfg
-
-    run("semi_opd_sample", config("semi_opd_sample", tmp_path / "sample"))
-    cfg = config("semi_opd", tmp_path / "run")
-    cfg.objective.form, cfg.eval_dataset, cfg.optimizer.lr = "importance", None, 0.0
-    cfg.prompts_per_round, cfg.max_steps = 24, 2
-
-    def refuse_to_sample(recipe):
-        sample = recipe._sampler.sample
-
-        def watched(model, prompts, **more):
-            assert not prompts
-            return sample(model, prompts, **more)
-
-        recipe._sampler.sample = watched
-
-    run("semi_opd", cfg, refuse_to_sample)
-    first, second = metrics(tmp_path / "run")
-    assert first["ratio_mean"] == pytest.approx(1.0, abs=1e-5) and first["policy_tokens"] == second["policy_tokens"]
-    assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
 
 
 def test_a_run_learns_from_a_served_teacher(tiny_base, tmp_path):
