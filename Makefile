@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TUNE := $(BIN)/tune run --nproc_per_node 1
 
-.PHONY: install base bases base_easy base_world demo real compare sft_rl rft int test test-all test-trials test-peers test-vllm test-envs lint clean
+.PHONY: install base bases base_easy base_world demo real compare sft_rl rft int test test-all test-trials test-peers test-vllm test-envs docs lint clean
 
 install: $(VENV)/.installed  ## create .venv and install the package with its extras test and sweep
 
@@ -49,19 +49,24 @@ demo: install base  ## pi-Distill against RL at equal rollouts: runs/demo/result
 real: install  ## a pretrained model learns a text that it cannot see: runs/document/methods/results.md and its pictures
 	$(BIN)/python examples/document/get_model.py runs/models/SmolLM2-135M-Instruct
 	$(BIN)/python examples/document/make_data.py runs/document
-	$(BIN)/pidistill sweep examples/document/methods.yaml --arms base rl opsd_ucla opsd_ucla_shuffled
+	$(BIN)/pidistill sweep examples/document/methods.yaml --arms base rl rft opsd_ucla opsd_ucla_shuffled
 
 compare: install bases base_easy base_world  ## all methods, controls, questions, other bases and worlds; finished runs are kept
 	for sweep in methods bases questions easier_base other_world; do \
 	  $(BIN)/pidistill sweep configs/sweeps/$$sweep.yaml --workers 2; done
 
+# One thread for each of two workers. Processes that tests start read the bytecode that the first of them writes, also where
+# PYTHONDONTWRITEBYTECODE is set. Files keep the order of tests/conftest.py, with the longest ones first.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
+
 test: install  ## all tests but those marked slow or all_processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(PYTEST)
 
 test-trials: install  ## many wrong inputs and faults; each trial prints its figures
 	$(BIN)/python -m pytest tests/trials -q -s -m trials
+
 test-all: install  ## all tests but the trials: the slow ones, and every config with two processes
-	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n 2 --dist loadfile -q -m 'not trials'
+	HYPOTHESIS_PROFILE=thorough $(PYTEST) -m 'not trials'
 
 test-peers: install  ## TRL and Liger as independent references (extra `peers`)
 	$(BIN)/python -m pip install -q -e '.[test,sweep,peers]'
@@ -88,8 +93,17 @@ test-envs: .venv-envs/.installed  ## GEM and Reasoning Gym (extras `gem`, `reaso
 	.venv-envs/bin/python -m pip install -q -e '.[test,sweep,gem,reasoning-gym]'
 	touch $@
 
+docs: .venv-docs/.installed  ## the pages as a site in site/, strict: a broken link fails
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo site/index.html
+
+.venv-docs/.installed: pyproject.toml
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.27'
+	touch $@
+
 lint: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/mypy
 
 clean:
-	rm -rf runs $(VENV) .venv-vllm .venv-envs
+	rm -rf runs site $(VENV) .venv-vllm .venv-envs .venv-docs

@@ -1,7 +1,8 @@
 """Evaluate a checkpoint: student (without privileged information), student greedy, and the ceiling with it.
 
 every row of `dataset` × `eval_samples` samples per view → avg@k, pass@k, pass^k with bootstrap intervals, length, leak rate;
-the same for every entry of `domains` → a table each, `results.json`, and `rows.json` with the success of every row
+the same for every entry of `domains` → a table each, `results.json`, `rows.json` with the success of every row,
+`rollouts.jsonl` with every text and the parts of its reward
 
 tune run --nproc_per_node 1 recipes/evaluate_distributed.py --config configs/tiny/evaluate.yaml
 """
@@ -15,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from pidistill.config import build
 from pidistill.data import RecipeData, load_prompts
 from pidistill.errors import InputError
+from pidistill.jsonl import write_jsonl
 from pidistill.training.collector import Collect, build_collector
-from pidistill.training.evaluation import eval_dropped, sample_view, success_numbers
+from pidistill.training.evaluation import eval_dropped, sample_view, success_numbers, text_row
 from pidistill.training.keys import keys_of, setting
 from pidistill.training.load import load_initial
 from pidistill.training.metrics import rollout_means, rollout_sums
@@ -61,7 +63,7 @@ class EvaluateRecipe:
         self._model = load_initial(cfg, self._run)
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
-        results, self._rows = {}, {}
+        results, self._rows, self._texts = {}, {}, []
         for domain in self._domains:
             for name, (view, temperature) in VIEWS.items():
                 if view == "teacher" and domain.data.rows_without_pi == len(domain.data.prompts):
@@ -73,6 +75,7 @@ class EvaluateRecipe:
                 check_rewards(len(rollouts), self._run.sums(collected.dropped), f"of {domain.prefix}{name}")
                 results[domain.prefix + name] = self.summarise(domain, rollouts, samples) | eval_dropped([collected], self._run)
                 self._rows[domain.prefix + name] = self.row_success(domain, rollouts)
+                self._texts += [{"view": domain.prefix + name} | text_row(rollout) for rollout in rollouts]
         return results
 
     def summarise(self, domain: Domain, rollouts: list[Rollout], samples: int) -> dict[str, Any]:
@@ -99,6 +102,8 @@ class EvaluateRecipe:
         path = self._run.output_dir / "results.json"
         path.write_text(json.dumps(results, indent=2))
         path.with_name("rows.json").write_text(json.dumps(self._rows, indent=1))
+        path.with_name("rollouts.jsonl").unlink(missing_ok=True)
+        write_jsonl(path.with_name("rollouts.jsonl"), self._texts)
         for domain in self._domains:
             columns = {name: results[domain.prefix + name] for name in VIEWS if domain.prefix + name in results}
             title = f"{domain.prefix.removesuffix('/')} ".lstrip() + f"{len(domain.data.prompts)} rows, per view"

@@ -102,7 +102,7 @@ class SFTRecipe:
                 # The head forms the gradients of this loss in the forward; the call below is the same loss, for autograd and
                 # the log.
                 scores = score(self._model, batch, REQUEST, chunk_tokens=self._chunk_tokens, loss=student_nll)
-                loss = token_mean(student_nll(batch, scores), tokens)
+                loss = token_mean(student_nll(batch, scores) + scores.router_loss, tokens)
             with self._timer.phase("update"):
                 (loss * self._run.world_size).backward()  # FSDP2 averages gradients over ranks; the loss is already global
             total_loss += loss.item()

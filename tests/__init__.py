@@ -1,4 +1,4 @@
-"""The checker behind jaxtyping under pytest; like Python's own type rules, it takes an int where a float is annotated."""
+"""Name the checker behind jaxtyping under pytest; like Python's own type rules, it takes an int where a float is annotated."""
 
 from beartype import BeartypeConf, beartype
 

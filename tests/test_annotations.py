@@ -1,4 +1,4 @@
-"""Annotations: what plain YAML values an argument of a type accepts."""
+"""Test which plain YAML values an argument of a type accepts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The benchmarks run at sizes that say nothing, and their help names the options that the documents use."""
+"""Test that each benchmark runs at a small size and prints its table, and that its help names the documented options."""
 
 import importlib
 import json
@@ -38,7 +38,15 @@ def run_script(name: str, arguments: str, monkeypatch) -> None:
     runpy.run_path(str(ROOT / "benchmarks" / name), run_name="__main__")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "real_step.py" else n for n in SMALL])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow(reason="the default run checks its options, and trains in both precisions"))
+        if n == "real_step.py"
+        else n
+        for n in SMALL
+    ],
+)
 def test_a_small_run_prints_its_table(name, monkeypatch, capsys):
     arguments, said = SMALL[name]
     run_script(name, arguments, monkeypatch)
@@ -84,3 +92,19 @@ def test_every_option_that_the_documents_give_exists(name, monkeypatch, capsys):
     for command in commands:
         used = re.findall(r"--[a-z][\w-]*", command.partition(name)[2].partition("  #")[0])
         assert set(used) <= known, command
+
+
+def test_both_backends_of_a_small_folder_print_their_tables(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
+    from tests.support.hf_families import reference_model
+
+    reference_model("qwen3", vocab_size=10_000).save_pretrained(tmp_path)
+    run_script("backends.py", f"{tmp_path} --prompt 9 --privileged 5 --completion 4 --turns 1", monkeypatch)
+    printed = capsys.readouterr().out
+    assert "ratio" in printed and "transformers" in printed
+
+
+def test_a_point_of_the_growth_of_costs_has_its_seconds_per_token_and_its_memory(monkeypatch, capsys):
+    run_script("cost_growth.py", "--point 1:2:512 --turns 1", monkeypatch)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["ms_per_token"] > 0 and 0 <= found["gib"] < 4

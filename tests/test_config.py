@@ -1,4 +1,4 @@
-"""Configs: nested components are built; what nothing reads, finds or gives is named before anything runs."""
+"""Test configs: nested components are built; what nothing reads, finds or gives is named before anything runs."""
 
 import math
 import re

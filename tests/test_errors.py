@@ -1,4 +1,4 @@
-"""Control characters of data and model text do not reach a terminal."""
+"""Test that control characters of data and model text do not reach a terminal."""
 
 import logging
 import sys

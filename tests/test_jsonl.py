@@ -1,4 +1,4 @@
-"""Files of one JSON object per line: what is written is read again, and half a line is left out."""
+"""Test files of one JSON object per line: what is written is read again, and half a line is left out."""
 
 from pidistill.jsonl import read_jsonl, write_jsonl
 

@@ -1,4 +1,4 @@
-"""Independent implementations, where they are right: TRL's and Liger's divergences and clipped losses; and where they are not.
+"""Test against TRL's and Liger's divergences and clipped losses where they are right, and show where they are not.
 
 Runs under ``make test-peers`` (the extra ``peers``); otherwise skipped as a whole. torchtune's losses are held to in
 tests/test_published.py, which needs no extra. fp32 throughout: values and gradients agree to 1e-5.
@@ -82,14 +82,14 @@ GENERALISED_JSD = {
 
 
 @pytest.mark.parametrize("peer", GENERALISED_JSD)
-def test_generalised_jsd(peer):
+def test_the_generalised_jsd_is_the_peers_in_value_and_gradient(peer):
     student, teacher = randn(0, 2, 3, 11).requires_grad_(), randn(1, 2, 3, 11).requires_grad_()
     for beta, temperature in itertools.product(BETAS, TEMPERATURES):
         ours = generalised_jsd(*(torch.log_softmax(x / temperature, -1) for x in (teacher, student)), beta)
         assert_same(ours, GENERALISED_JSD[peer](student, teacher, beta, temperature), (student, teacher))
 
 
-def test_the_two_kls():
+def test_the_two_kls_are_those_of_trl_by_the_order_of_their_arguments():
     """Names by argument order: TRL's alpha=0 "forward" is KL(teacher||student), alpha=1 "reverse" KL(student||teacher)."""
     teacher, student = (torch.log_softmax(randn(seed, 5, 13), -1).requires_grad_() for seed in (0, 1))
     assert_same(kl(teacher, student), sdpo.compute_divergence(student, teacher, 0.0), (teacher, student))
@@ -180,7 +180,7 @@ def test_trls_batchmean_without_labels_divides_by_sequences_not_tokens():
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_top_k_with_tail(alpha):
+def test_the_divergence_over_top_k_and_tail_is_trls_in_value_and_gradient(alpha):
     """TRL's SDPO on the student's top-k: the same (K+1)-way divergence, with gradient to both sides."""
     student, teacher = randn(0, 4, 30).requires_grad_(), randn(1, 4, 30).requires_grad_()
     for top_k in (1, 5, 20):

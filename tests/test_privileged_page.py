@@ -1,4 +1,4 @@
-"""docs/privileged.md lists every kind of privileged information, and the files and components that it names exist."""
+"""Test that docs/privileged.md lists every kind of privileged information, and that the files it names exist."""
 
 import re
 from pathlib import Path

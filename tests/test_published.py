@@ -1,4 +1,4 @@
-"""What docs/published-differences.md says of other people's formulas and code, where no other test file shows it.
+"""Test what docs/published-differences.md says of other people's formulas and code, where no other test file shows it.
 
 Only what the test extra installs; TRL and Liger are in tests/test_peers.py.
 """

@@ -1,4 +1,4 @@
-"""Every command, snippet, name and link of the README and of docs/ leads somewhere; tests/recipes runs the commands."""
+"""Test that every command, snippet, name and link of the README and of docs/ exists; tests/recipes runs the commands."""
 
 import importlib
 import re
@@ -10,13 +10,16 @@ import yaml
 from omegaconf import OmegaConf
 
 from pidistill.commands.common import parse_with_overrides
+from pidistill.commands.main import main as pidistill
 from pidistill.commands.plan.command import parser as plan_parser
 from pidistill.commands.plan.reading import read
 from pidistill.commands.sweep.cells import grid_cells, read_sweep
 from pidistill.commands.sweep.command import parser as sweep_parser
 from pidistill.commands.sweep.search import SweepPlan, check_plan
+from pidistill.commands.watch import parser as watch_parser
 from pidistill.config import check_config, resolve
-from tests.commands.test_sweep import check_commands
+from tests.support.reported_runs import write_run
+from tests.support.sweeps import check_commands
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,7 +47,7 @@ def test_the_readme_has_commands():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_run_command_names_a_recipe_a_config_and_real_keys(command):
     words = shlex.split(command)
-    recipe = next(word for word in words[2:] if not word.startswith("--") and not word.isdigit())
+    recipe = words[words.index("--config") - 1]
     config = words[words.index("--config") + 1]
     if recipe in STOCK:
         return
@@ -79,6 +82,30 @@ def test_a_sweep_command_of_the_readme_can_be_planned(command):
 def test_a_plan_command_of_the_readme_names_a_config_and_real_keys(command):
     arguments = parse_with_overrides(plan_parser(), shlex.split(command)[2:])
     assert read(arguments.config, arguments.overrides).model
+
+
+READING = [line for line in code_lines() if re.match(r"pidistill (report|watch|export) ", line)]
+
+
+@pytest.mark.parametrize("command", READING)
+def test_a_command_that_reads_a_run_does_so_as_it_is_written(command, tmp_path, monkeypatch):
+    """In a folder where the runs that the pages name lie; a server is not started."""
+    for name in ("tiny/pi_distill", "tiny/opsd", "demo"):
+        folder = write_run(tmp_path / "runs" / name)
+        (folder / "latest").mkdir()
+        for file in ("config.json", "model.safetensors"):
+            (folder / "latest" / file).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)[1:]
+    if "--serve" in words:
+        assert watch_parser().parse_args(words[1:]).serve == 0
+        return
+    monkeypatch.setattr("sys.argv", ["pidistill", *words])
+    pidistill()
+
+
+def test_the_pages_read_runs():
+    assert {command.split()[1] for command in READING} == {"report", "watch", "export"}
 
 
 def test_make_targets_exist():
@@ -133,6 +160,7 @@ def test_files_that_are_named_exist():
 
 def test_the_table_of_methods_names_every_objective_and_every_config_of_the_tiny_world():
     table = README.split("## Methods")[1].split("## Run")[0]
+    assert table.count("| method | who samples |") == 2  # methods; baselines
     objectives = {path.name for path in (ROOT / "pidistill" / "objectives").glob("*.py")} - {
         "__init__.py",
         "base.py",

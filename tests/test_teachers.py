@@ -1,4 +1,4 @@
-"""Whose weights teach: none of their own, the first ones for ever, or a moving average that is exactly the formula's."""
+"""Test whose weights teach: the live ones, the first ones, or a moving average that is exactly the formula's."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""The small models that tests stand on must be what they claim: true Hugging Face checkpoints, seeded, not degenerate."""
+"""Test the small models that tests use: true Hugging Face checkpoints, seeded, not degenerate."""
 
 import json
 

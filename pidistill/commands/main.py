@@ -52,7 +52,8 @@ def main() -> None:
     words = sys.argv[1:]
     command = next(iter(words), "--help")
     if command in ("--help", "-h", "--version"):
-        print(f"pidistill {version('pidistill')}" if command == "--version" else help_text())
+        with exit_on_input_error():
+            print(f"pidistill {version('pidistill')}" if command == "--version" else help_text(), flush=True)
         return
     if command in COMMANDS:
         with exit_on_input_error():  # a library that an extra would install is missing

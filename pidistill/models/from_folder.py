@@ -39,6 +39,7 @@ def from_folder(
     use_dora: bool = False,
     quantize_base: bool = False,
     max_seq_len: int | None = None,
+    router_loss_weight: float = 0.0,
 ) -> Decoder:
     """Build the model of the folder ``path``, without its weights.
 
@@ -49,6 +50,7 @@ def from_folder(
             ``None`` trains all weights.
         lora_rank: as the arguments after it, the same as in torchtune's ``lora_`` builders.
         max_seq_len: longest position that the model has a rotation for; ``None`` takes config.json's max_position_embeddings.
+        router_loss_weight: of the auxiliary loss that keeps a mixture's experts in use, per policy token; 0 leaves it out.
     """
     if backend not in ("auto", "torchtune", "transformers"):
         raise InputError(f"model.backend={backend} is none of auto, torchtune and transformers")
@@ -69,12 +71,19 @@ def from_folder(
     }
     other = why_not_torchtune(config, path, max_seq_len) if backend == "auto" else None
     if backend == "transformers" or other:
-        return _of_transformers(path, max_seq_len, adapters, options, other)
+        return _of_transformers(path, max_seq_len, router_loss_weight, adapters, options, other)
+    if router_loss_weight:
+        raise InputError(
+            f"model.router_loss_weight={router_loss_weight} weighs the auxiliary loss of a mixture of experts, and the "
+            f"model in {path} has no experts; remove model.router_loss_weight"
+        )
     shape = shape_of(config, path, max_seq_len)
     return decoder(shape, adapters and lora(*adapters, tied=shape.tie_word_embeddings, **options))
 
 
-def _of_transformers(path: str, max_seq_len: int | None, adapters: Any, options: dict[str, Any], why: str | None) -> Decoder:
+def _of_transformers(
+    path: str, max_seq_len: int | None, router_loss_weight: float, adapters: Any, options: dict[str, Any], why: str | None
+) -> Decoder:
     if importlib.util.find_spec("transformers") is None:
         reason = f"the model in {path} has {why}, and" if why else "model.backend=transformers:"
         raise InputError(
@@ -83,7 +92,7 @@ def _of_transformers(path: str, max_seq_len: int | None, adapters: Any, options:
     from pidistill.models.hf_decoder import build
     from pidistill.models.hf_lora import adapt
 
-    model = build(path, max_seq_len)
+    model = build(path, max_seq_len, router_loss_weight)
     if adapters is not None:
         adapt(model, lora(*adapters, tied=True, names=None, **options))
     return model

@@ -91,12 +91,14 @@ class HFDecoder(nn.Module):
     Args:
         lm: a causal language model, on the meta device or not.
         max_seq_len: the longest position; None is the model's own.
+        router_loss_weight: of the auxiliary loss of a mixture's router.
     """
 
     own_names = takes_layer_masks = True
 
-    def __init__(self, lm: PreTrainedModel, max_seq_len: int | None = None) -> None:
+    def __init__(self, lm: PreTrainedModel, max_seq_len: int | None = None, router_loss_weight: float = 0.0) -> None:
         super().__init__()
+        self.router_loss_weight, self.router_loss = router_loss_weight, None
         self.config, self.causal_lm = lm.config, type(lm)
         text = lm.config.get_text_config()
         self.max_seq_len = max_seq_len or text.max_position_embeddings
@@ -150,16 +152,24 @@ class HFDecoder(nn.Module):
         else:
             make = lambda rule: mask.layer_mask(rule, input_pos)  # noqa: E731
         states = getattr(mask, "states", None)
+        balanced = self.router_loss_weight > 0 and torch.is_grad_enabled()
         with _masks_by(make):
-            h = self.body(
+            found = self.body(
                 input_ids=tokens,
                 # All True, not None: else transformers reads packed sequences out of the positions. It looks at the values.
                 attention_mask=torch.ones(tokens.shape, dtype=torch.bool, device="cpu" if tokens.is_meta else tokens.device),
                 position_ids=input_pos,
                 use_cache=states is not None,
                 **({} if states is None else {"cache": states}),
-            ).last_hidden_state
-        return self.unembed(h)
+                **({"output_router_logits": True} if balanced else {}),
+            )
+        self.router_loss = self.router_loss_weight * self._balance(found.router_logits) if balanced else None
+        return self.unembed(found.last_hidden_state)
+
+    def _balance(self, router_logits: tuple[Tensor, ...]) -> Tensor:
+        """Return the auxiliary loss of the model's own code, over all tokens of the forward, padding included."""
+        chosen, experts = self.experts
+        return vars(sys.modules[self.causal_lm.__module__])["load_balancing_loss_func"](router_logits, experts, chosen)
 
     def rope_init(self) -> None:
         """Move what is computed from the config (rotations' frequencies, scales) to the default device."""
@@ -220,7 +230,7 @@ def is_tied(lm: PreTrainedModel) -> bool:
 # ---------------------------------------------------------------------------------------------- building one
 
 
-def build(path: str, max_seq_len: int | None = None) -> HFDecoder:
+def build(path: str, max_seq_len: int | None = None, router_loss_weight: float = 0.0) -> HFDecoder:
     """Build the decoder of the folder ``path`` from its config.json alone; on the meta device where that is the default.
 
     Raises:
@@ -239,7 +249,12 @@ def build(path: str, max_seq_len: int | None = None) -> HFDecoder:
             f"transformers cannot build the model in {path} ({' '.join(str(error).split())[:300]}); choose another model"
         ) from error
     _check_kind(lm, path)
-    return HFDecoder(lm, max_seq_len)
+    if router_loss_weight and "load_balancing_loss_func" not in vars(sys.modules[type(lm).__module__]):
+        raise InputError(
+            f"model.router_loss_weight={router_loss_weight} weighs the auxiliary loss of a mixture of experts, and "
+            f"{type(lm).__name__} of transformers has none; remove model.router_loss_weight"
+        )
+    return HFDecoder(lm, max_seq_len, router_loss_weight)
 
 
 def _read_config(path: str) -> Any:

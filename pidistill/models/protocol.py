@@ -64,6 +64,8 @@ class OwnKind(Protocol):
     carried_state: str | None  # what goes from token to token beside attention, in words; None where nothing does
     attention_sizes: tuple[int, int, int]  # heads, key heads and width of a head, for the planner
     experts: tuple[int, int] | None  # how many experts a token goes through, and how many there are; None without experts
+    # The weighted auxiliary loss of the experts' router over the last forward; None where that had no gradient, or no weight.
+    router_loss: Tensor | None
 
 
 def head_module(model: Decoder) -> nn.Module:
@@ -101,3 +103,8 @@ def takes_layer_masks(model: nn.Module) -> bool:
 def carried_state(model: nn.Module) -> str | None:
     """Return what goes from token to token beside attention, in words, so that the model takes padded rows alone; or None."""
     return getattr(model, "carried_state", None)
+
+
+def router_loss(model: nn.Module) -> Tensor | None:
+    """Return the weighted auxiliary loss over the tokens of the last forward; None where there is none."""
+    return getattr(model, "router_loss", None)

@@ -161,6 +161,13 @@ def success_numbers(rows: Mapping[int, Sequence[bool]], samples: int, seed: int)
     return result
 
 
+def text_row(rollout: Rollout, max_chars: int | None = None) -> dict[str, Any]:
+    """Return what rollouts.jsonl holds of a rollout: its row, its reward with the parts, why it stopped, and its text."""
+    text = "\n".join(f"{turn['role']}: {turn_text(turn)}" for turn in rollout.turns)
+    row = {"row": rollout.group, "example": rollout.example.id, "reward": rollout.reward}
+    return row | {"reward_parts": rollout.reward_parts, "stop_reason": rollout.stop_reason, "text": text[:max_chars]}
+
+
 class TextSamples:
     """Show what student and teacher each write for the same rows, side by side, every `rollout_log_steps` steps."""
 
@@ -180,7 +187,5 @@ class TextSamples:
         settings = {"samples": 1, "max_new_tokens": self._max_new_tokens}
         for view in ("student", "teacher"):
             for rollout in sample_view(model, self._prompts, self._collect, self._run, view=view, **settings).rollouts:
-                text = "\n".join(f"{turn['role']}: {turn_text(turn)}" for turn in rollout.turns)
-                rows.append({"row": rollout.group, "example": rollout.example.id, "view": view, "reward": rollout.reward,
-                             "text": text[: self._max_chars]})  # fmt: skip
+                rows.append({"view": view} | text_row(rollout, self._max_chars))
         return sorted(self._run.gather(rows), key=lambda row: (row["row"], row["view"]))

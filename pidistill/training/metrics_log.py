@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 from tqdm.auto import tqdm
 
@@ -17,6 +17,7 @@ from pidistill.errors import escape_controls
 from pidistill.jsonl import TRAINING_ROLLOUTS, replace_file, write_jsonl
 from pidistill.training.health import Health
 from pidistill.training.rollout_log import RolloutLog
+from pidistill.training.run_folder import public_config
 from pidistill.types import Batch, Scores
 
 log = utils.get_logger("INFO")
@@ -44,6 +45,8 @@ class MetricsLog:
         for name in ("rollouts.jsonl", TRAINING_ROLLOUTS):
             _keep_rows_until(self.path.with_name(name), first_step)
         self._logger = build(cfg.metric_logger) if cfg.get("metric_logger") else None
+        if hasattr(self._logger, "log_config"):
+            self._logger.log_config(shared_config(cfg))
         self._bar = tqdm(total=last_step, initial=first_step, desc=title, unit="step", mininterval=0.5)
 
     def write(self, row: dict[str, Any], shown: Sequence[str] = ()) -> None:
@@ -58,7 +61,7 @@ class MetricsLog:
         if self._rollouts is not None:
             self._rollouts.write(row["step"], row.get("round"))
         if self._logger is not None:
-            numbers = {key: value for key, value in row.items() if key != "step" and isinstance(value, int | float)}
+            numbers = {grouped(key): value for key, value in row.items() if key != "step" and isinstance(value, int | float)}
             self._logger.log_dict(numbers, step=row["step"])
         self._bar.n = row["step"]
         self._bar.set_postfix({key: f"{row[key]:.3g}" for key in shown if key in row}, refresh=False)
@@ -83,6 +86,28 @@ class MetricsLog:
             self._bar.close()
             if self._logger is not None:
                 self._logger.close()
+
+
+GROUPS = ("eval", "kl", "time", "sampler_mismatch")
+
+
+def grouped(name: str) -> str:
+    """Return the name of a metric for a logger, which makes one panel of all names with the same beginning before `/`."""
+    group = next((group for group in GROUPS if name.startswith(f"{group}_")), None)
+    return name if group is None else f"{group}/{name.removeprefix(f'{group}_')}"
+
+
+def shared_config(cfg: DictConfig) -> DictConfig:
+    """Return the config for a logger, which resolves it: what comes from the environment, such as a key, stays as written."""
+
+    def escaped(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: escaped(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [escaped(value) for value in node]
+        return node.replace("${", "\\${") if isinstance(node, str) else node
+
+    return OmegaConf.create(escaped(public_config(cfg)))
 
 
 def _keep_rows_until(path: Path, step: int) -> list[dict[str, Any]]:

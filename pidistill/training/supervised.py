@@ -36,7 +36,7 @@ class SupervisedTerm:
             batch = self._packer.batch(chunk)
             with self._timer.phase("update"):
                 scores = score(model, batch, REQUEST, chunk_tokens=self._chunk_tokens, loss=student_nll)
-                loss = self._weight * token_mean(student_nll(batch, scores), tokens)
+                loss = self._weight * token_mean(student_nll(batch, scores) + scores.router_loss, tokens)
                 (loss * self._run.world_size).backward()  # FSDP2 averages gradients over ranks; the loss is already global
             total_loss += loss.item()
         return total_loss

@@ -1,4 +1,4 @@
-"""Tool calls out of messages, however they are written, and calls as text."""
+"""Test how tool calls are read from messages, however they are written, and written as text."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tool calls in assistant turns: what is read, what is refused with which words, and that reading inverts writing."""
+"""Test tool calls in assistant turns: what is read, what is refused with which words, and that reading inverts writing."""
 
 import json
 import logging
@@ -139,7 +139,7 @@ ANALYSIS, NEXT = "<|channel|>analysis<|message|>hm", "<|end|><|start|>assistant"
         ),
     ],
 )
-def test_turns_are_read(format, text, expected):
+def test_a_turn_of_each_format_is_read_as_its_message(format, text, expected):
     assert parse_turn_text(text, format, TOOLS) == expected
 
 
@@ -206,7 +206,7 @@ AROUND += ("<tool_call><function={}</function></tool_call>", xml_call("count", "
 
 
 @given(st.text(alphabet=' {}[]":,abn1\n<>/|=', max_size=40), st.sampled_from(FORMATS))
-def test_reading_never_fails(inside, format):
+def test_reading_any_text_as_a_turn_never_raises(inside, format):
     for around in AROUND:
         text = around.replace("{}", inside)
         message = parse_turn_text(text, format, TOOLS)

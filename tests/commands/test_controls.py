@@ -1,4 +1,4 @@
-"""Control characters of data, of the model and of logs reach neither a terminal nor a report."""
+"""Test that control characters of data, of the model and of logs reach neither a terminal nor a report."""
 
 import json
 

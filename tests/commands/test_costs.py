@@ -1,4 +1,4 @@
-"""The cost model against what it models: the modules' counts, the packer's rows, what autograd keeps, FLOPs as torch counts."""
+"""Test the cost model against the modules' counts, the packer's rows, what autograd keeps, and the FLOPs that torch counts."""
 
 import dataclasses
 import random

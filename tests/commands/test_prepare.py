@@ -1,4 +1,4 @@
-"""`pidistill prepare gsm8k`: verl's layout, and prompts that equal those of the rows as published, id for id."""
+"""Test `pidistill prepare gsm8k`: verl's layout, and prompts that equal those of the published rows, id for id."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_prompts_are_those_of_the_rows_as_published(tmp_path, source, privileged
         assert completions[0] == completions[1]
 
 
-def test_the_layout_is_verls(tmp_path, source):
+def test_prepared_rows_have_verls_layout(tmp_path, source):
     table = pyarrow.parquet.read_table(prepared(tmp_path, source, "--privileged", "answer", "--split", "test")).to_pylist()
     published = [json.loads(line) for line in source.read_text().splitlines()][:300]
     assert len(table) == len(published)

@@ -1,4 +1,4 @@
-"""`pidistill prepare gguf`: the folder holds the file's model and tokenizer, and wrong files are one sentence."""
+"""Test `pidistill prepare gguf`: the folder holds the file's model and tokenizer, and a wrong file gets one sentence."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`pidistill preview`: what it marks is what the teacher alone sees, its ids are the run's, and what is not meant is said."""
+"""Test `pidistill preview`: it marks what the teacher alone sees, its ids are those of the run, and it reports mistakes."""
 
 import json
 import sys
@@ -20,8 +20,8 @@ from pidistill.data import demonstration, load_prompts
 from pidistill.privileged.prompt import PLACEMENTS
 from pidistill.tokenizers import HFChatTokenizer
 from tests.support.chat_templates import ALTERNATING, QWEN25
+from tests.support.configs import CONFIGS, name_of
 from tests.support.tiny_tokenizers import llama_folder, qwen_folder, r1_folder
-from tests.test_configs import CONFIGS, name_of
 
 FOLDERS = {"qwen": qwen_folder, "llama": llama_folder, "r1": r1_folder}
 SECRET = "The secret:\nuser system 72 <|im_end|> assistant {braces}"  # words of the template, a control token, braces
@@ -132,7 +132,7 @@ def test_controls_are_shown_as_a_run_has_them(capsys, tmp_path):
         ([], [5], ((0, 0), (0, 1))),
     ],
 )
-def test_where_the_views_differ(student, teacher, places):
+def test_the_difference_of_two_views_lies_between_their_common_ends(student, teacher, places):
     found = difference(student, teacher)
     assert (found.student, found.teacher) == places
     (a, b), (c, d) = places

@@ -1,4 +1,4 @@
-"""`pidistill preview --scan`: every row of a dataset is rendered and checked, and counted by kind."""
+"""Test `pidistill preview --scan`: every row of a dataset is rendered, checked, and counted by kind."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`pidistill probe`: the numbers of each wording, the recommendation, and what it refuses."""
+"""Test `pidistill probe`: the numbers of each wording, the recommendation, and what it refuses."""
 
 import json
 from dataclasses import dataclass

@@ -1,29 +1,32 @@
-"""Sweeps: parsing, cells, skipping and resuming, several workers, stages, best on validation, the report's numbers.
+"""Test sweeps: parsing, cells, skipping and resuming, several workers, stages, best on validation, the report's numbers.
 
-Most of it runs with a stand-in for the one function that starts processes, which leaves what a recipe would.
+Most tests replace the one function that starts processes by one that leaves the files of a recipe, and draw no pictures.
 """
 
 import contextlib
-import importlib
 import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import statistics
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
-from omegaconf import DictConfig, OmegaConf
-from torchtune.config._utils import _merge_yaml_and_cli_args
+import torch
+from omegaconf import OmegaConf
+from torchtune import _recipe_registry as recipe_registry
 
+from pidistill import commands
+from pidistill.commands import main as entry
 from pidistill.commands.places import config_path, recipe_of
-from pidistill.commands.sweep import command, execute
-from pidistill.commands.sweep.cells import Cell, Sweep, as_text, grid_cells, read_sweep, stage_runs
+from pidistill.commands.sweep import command, execute, search
+from pidistill.commands.sweep.cells import as_text, grid_cells, read_sweep, stage_runs
 from pidistill.commands.sweep.pictures import heat_table, mean_curve
 from pidistill.commands.sweep.results import (
     best_step,
@@ -35,16 +38,13 @@ from pidistill.commands.sweep.results import (
     total,
 )
 from pidistill.commands.sweep.values import Choices, Range, grid_values, parse_axis, parse_overrides, split_top_level
-from pidistill.config import check_config
 from pidistill.errors import InputError
 from pidistill.jsonl import read_jsonl
 from pidistill.training.evaluation import bootstrap_interval
+from tests.support.runs import quick_setup
+from tests.support.sweeps import check_commands, overrides_of
 
 ROOT = Path(__file__).parents[2]
-
-
-def overrides_of(words: list[str]) -> dict[str, str]:
-    return dict(word.split("=", 1) for word in words[words.index("--config") + 2 :])
 
 
 class Recipes:
@@ -93,6 +93,7 @@ class Recipes:
 def recipes(monkeypatch) -> Recipes:
     made = Recipes()
     monkeypatch.setattr(execute, "execute", made)
+    monkeypatch.setattr(command, "draw", lambda output_dir, rows: [])
     return made
 
 
@@ -133,7 +134,7 @@ def test_values_are_split_outside_of_brackets_only():
         ("runs/../base", Choices(("runs/../base",))),
     ],
 )
-def test_values_of_a_key(text, axis):
+def test_the_values_of_a_key_are_read_as_choices_or_as_a_range(text, axis):
     assert parse_axis(text) == axis
 
 
@@ -276,21 +277,10 @@ def test_bundled_sweeps_name_configs_and_keys_that_exist(path):
     sweep = read_sweep(f"sweeps/{path.stem}")
     cells = grid_cells(sweep)
     assert len(cells) > 2 and len({cell.id for cell in cells}) == len(cells)
-    for cell in cells:
+    first_seeds = {(cell.arm.name, json.dumps(cell.settings)): cell for cell in reversed(cells)}.values()
+    for cell in first_seeds:  # another seed is another number under the same key
         check_commands(sweep, cell)
     assert len(SWEEPS) >= 2
-
-
-def check_commands(sweep: Sweep, cell: Cell) -> None:
-    """What each recipe would say to its config first."""
-    for run in stage_runs(sweep, cell):
-        words = [f"{key}={value}" for key, value in overrides_of(run.command).items()]
-        module = importlib.import_module(f"recipes.{recipe_of(run.stage.config)}")
-        config = _merge_yaml_and_cli_args(Namespace(**OmegaConf.load(config_path(run.stage.config))), words)
-        for key, node in list(config.items()):  # as a recipe's start() does
-            if isinstance(node, DictConfig) and node.get("_component_", "") is None:
-                config[key] = None
-        check_config(config, module.KEYS, module.REQUIRED)
 
 
 # ------------------------------------------------------------------------------------------- running
@@ -321,12 +311,6 @@ def test_cells_run_are_evaluated_and_land_in_the_results(recipes, sweep, tmp_pat
         "Best on validation (eval_student_success at the last evaluation, mean over 2 seeds): tiny/opsd objective.beta=0.4"
         in printed
     )
-    assert {path.name for path in (tmp_path / "out").glob("*.*")} >= {
-        "results.jsonl",
-        "results.md",
-        "curves.png",
-        "success.png",
-    }
     assert "| tiny/opsd objective.beta=0.4 | 2 | 0.350 ± 0.000 | 0.250 ± 0.000 |" in (tmp_path / "out/results.md").read_text()
 
 
@@ -475,12 +459,19 @@ def test_all_cells_are_checked_before_the_first_one_starts(recipes, sweep, tmp_p
 
 
 @pytest.mark.parametrize("command_, library", [("sweep", "optuna"), ("demo", "matplotlib")])
-def test_a_missing_library_is_one_sentence_with_the_extra_that_installs_it(command_, library):
-    code = f"import sys; sys.modules[{library!r}] = None; from pidistill.commands.main import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, command_, "--help"], cwd=ROOT, capture_output=True, text=True)
-    said = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and said[-1].startswith(f"error: the library {library} is not usable here")
-    assert "pip install 'pidistill[sweep]'" in said[-1] and "Traceback" not in done.stderr
+def test_a_missing_library_is_one_sentence_with_the_extra_that_installs_it(command_, library, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, library, None)
+    for name in list(sys.modules):  # so that they are imported again, and put back in the end
+        if name.startswith(("pidistill.commands.sweep", "pidistill.commands.demo")):
+            monkeypatch.delitem(sys.modules, name)
+    for name in ("sweep", "demo"):
+        monkeypatch.setattr(commands, name, None, raising=False)
+    monkeypatch.setattr(sys, "argv", ["pidistill", command_, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and said.startswith(f"error: the library {library} is not usable here")
+    assert "pip install 'pidistill[sweep]'" in said
 
 
 def test_wrong_commands_get_one_sentence(sweep, capsys):
@@ -556,6 +547,7 @@ def work(folder: Path, wait_s: float, words: tuple[str, ...], output: Path) -> N
         return fake(words, log, lock)
 
     execute.execute = slow
+    command.draw = lambda output_dir, rows: []
     with output.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         command.main([*words, "--output-dir", str(folder / "out")])
 
@@ -588,6 +580,17 @@ def test_two_workers_on_one_folder_share_the_cells(tmp_path, search):
     assert all(output.count("$ pidistill run") >= 1 for output in outputs), "both worked"
 
 
+def test_a_command_starts_the_workers_that_it_is_asked_for(tmp_path, monkeypatch):
+    """Fork them here, with the stand-in: they would import everything again."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(search.multiprocessing, "get_context", lambda method: fork)
+    plan = search.SweepPlan(read_sweep("tiny/opsd"), "grid", 0)
+    assert pickle.loads(pickle.dumps(plan)) == plan, "a spawned worker could not be given its plan"
+    Worker(tmp_path, 0.1, "tiny/opsd", "objective.beta=0,0.1,0.2", "--workers", "2").ended()
+    assert len((tmp_path / "started").read_text().split()) == 3
+    assert {row["status"] for row in read_results(tmp_path / "out").values()} == {"ok"}
+
+
 def test_what_a_killed_worker_left_is_taken_over(tmp_path):
     words = ("tiny/opsd", "objective.beta=0.1,0.2")
     killed = Worker(tmp_path, 60, *words)
@@ -617,11 +620,15 @@ def test_a_cell_whose_run_outlives_its_worker_is_left_alone(tmp_path):
     free.close()
 
 
-def test_execute_gives_the_exit_status_the_output_and_the_last_error(tmp_path):
-    with execute.locked(tmp_path, "run") as lock:
-        code = execute.execute(["pidistill", "run", "no_such_recipe", "--config", "tiny/opsd"], tmp_path / "log.txt", lock)
-    assert code != 0
-    assert "no_such_recipe" in (tmp_path / "log.txt").read_text()
+def test_one_run_leaves_the_exit_status_the_output_the_last_error_and_its_cost(tmp_path):
+    record = execute.run_once(tmp_path, tmp_path / "run", ["pidistill", "no_such_command"], "mark")
+    assert record["status"] == "failed" and record["exit_code"] == 2
+    assert record["error"] == (tmp_path / "run" / "log.txt").read_text().strip()
+    assert record["error"].startswith("error: command no_such_command is unknown")
+    assert record["cpu_seconds"] > 0 and 0 < record["wall_seconds"] < 60
+
+
+def test_the_last_error_of_a_log_is_the_recipes_sentence_or_the_last_exception(tmp_path):
     log = tmp_path / "some.txt"
     log.write_text("[rank0]: ValueError: first\n  at line 3\ntorch.X.ChildFailedError: all\nbye\n")
     assert execute.last_error(log) == "[rank0]: ValueError: first"
@@ -732,8 +739,42 @@ def test_the_report_of_twenty_five_arms_and_two_keys_is_drawn(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------- for real
 
 
-@pytest.mark.parametrize("prompts", ["2", pytest.param("1,2", marks=pytest.mark.slow)])
-def test_cells_of_two_steps_from_random_weights_to_the_table(prompts, tmp_path):
+def run_in_this_process(words: list[str], log: Path, lock: int) -> int:
+    """Stand in for execute(): run the same words without a new process."""
+    program, run, option, ranks, *rest = words
+    assert (program, run, option, ranks) == ("pidistill", "run", "--nproc_per_node", "1")
+    with log.open("w") as file, contextlib.redirect_stdout(file), mock.patch.object(sys, "argv", [program, run, *rest]):
+        try:
+            entry.main()
+        except SystemExit as ended:
+            return int(ended.code or 0)
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+    return 0
+
+
+def test_a_real_cell_goes_from_random_weights_to_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(execute, "execute", run_in_this_process)
+    monkeypatch.setattr(recipe_registry, "_ALL_RECIPES", list(recipe_registry._ALL_RECIPES))
+    with quick_setup():
+        command.main(real_sweep(tmp_path, "2"))
+    check_real_results(tmp_path, "2")
+
+
+@pytest.mark.slow(reason="test_a_real_cell_goes_from_random_weights_to_the_table runs the same sweep in one process")
+def test_real_cells_run_in_processes_that_two_workers_start(tmp_path):
+    command_line = [sys.executable, "-m", "pidistill.commands.main", "sweep", *real_sweep(tmp_path, "1,2"), "--workers", "2"]
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command_line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = check_real_results(tmp_path, "1,2")
+    assert all(row["cpu_seconds"] > 1 and row["wall_seconds"] > 1 for row in rows.values())
+    assert done.stdout.count("$ pidistill run --nproc_per_node 1 sft_distributed") == 1
+
+
+def real_sweep(tmp_path: Path, prompts: str) -> list[str]:
+    """Write a sweep of two stages from random weights; return the words of its command."""
     small = {"model.num_layers": 1, "model.embed_dim": 32, "model.intermediate_dim": 64}
     first = small | {"max_steps": 2, "batch_size": 4, "dataset.n": 8, "checkpointer.checkpoint_dir": str(tmp_path / "init")}
     few_rows = {"sampler.max_new_tokens": 8, "eval_dataset.max_rows": 3, "micro_batch_tokens": 400, "rollout_log_steps": 0}
@@ -746,23 +787,23 @@ def test_cells_of_two_steps_from_random_weights_to_the_table(prompts, tmp_path):
     content = {"evaluate": "tiny/evaluate", "arms": {"rl": {"stages": stages}}}
     content["evaluate_overrides"] = small | {"sampler.max_new_tokens": 8, "dataset.max_rows": 3}
     OmegaConf.save(OmegaConf.create(content), tmp_path / "sweep.yaml")
-    words = ["sweep", str(tmp_path / "sweep.yaml"), f"prompts_per_round={prompts}", "--output-dir", str(tmp_path / "out")]
-    command_line = [sys.executable, "-m", "pidistill.commands.main", *words, "--workers", "2"]
-    variables = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command_line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [str(tmp_path / "sweep.yaml"), f"prompts_per_round={prompts}", "--output-dir", str(tmp_path / "out")]
+
+
+def check_real_results(tmp_path: Path, prompts: str) -> dict[str, dict]:
     rows = read_results(tmp_path / "out")
     assert sorted(rows) == [f"rl,prompts_per_round={count}" for count in prompts.split(",")]
     for count, row in zip(prompts.split(","), (rows[name] for name in sorted(rows)), strict=True):
         assert row["status"] == "ok", row
         # Two rounds of 1 or 2 prompts × 2 rollouts; the first stage samples nothing and takes two steps too.
         assert (row["steps"], row["rollouts"]) == (4, 2 * 2 * int(count))
-        assert row["policy_tokens_trained"] > 0 and row["cpu_seconds"] > 1 and row["wall_seconds"] > 1
+        assert row["policy_tokens_trained"] > 0
         assert row["last"]["step"] == 2 and 0 <= row["last"]["student_success"] <= 1
         assert row["best"]["step"] in (1, 2) and row["kl_teacher_student_nats"] > 0
     assert len(list((tmp_path / "out/runs").iterdir())) == 1 + len(rows), "the first stage ran once"
-    assert done.stdout.count("$ pidistill run --nproc_per_node 1 sft_distributed") == 1
     assert "rl prompts_per_round=2" in (tmp_path / "out/results.md").read_text()
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 5000
+    return rows
 
 
 def test_a_run_that_a_signal_stopped_is_not_recorded_as_ended_well_and_runs_again(tmp_path, monkeypatch):

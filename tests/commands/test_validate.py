@@ -1,4 +1,4 @@
-"""`pidistill validate` refuses what `pidistill preview` refuses, and prints one line where both accept."""
+"""Test that `pidistill validate` refuses what `pidistill preview` refuses, and prints one line where both accept."""
 
 import json
 

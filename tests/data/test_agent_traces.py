@@ -1,4 +1,4 @@
-"""Recorded agent episodes as examples: which trace of a task, what the teacher sees of it, and on the real τ-bench traces."""
+"""Test recorded agent episodes as examples: which trace of a task, what the teacher sees of it, and real τ-bench traces."""
 
 import json
 import os
@@ -18,41 +18,17 @@ from pidistill.privileged.trace_kinds import KINDS
 from pidistill.privileged.trace_task import AgentTrace, TraceTask
 from pidistill.tokenizers import HFChatTokenizer
 from tests.support.tiny_tokenizers import qwen_folder
+from tests.support.traces import BOOK, BYE, LOOK, SYSTEM, USER, call, episode, result, trace_writer
 
 DATA = os.environ.get("PIDISTILL_TEST_DATA")
 REAL = Path(DATA or ".") / "tau_bench_airline_gpt4o.jsonl"
 needs_data = pytest.mark.skipif(not REAL.is_file(), reason="PIDISTILL_TEST_DATA names no folder with the τ-bench traces")
 SOLVED = ("calls", "call_names", "solution_prefix", "full")
 
-SYSTEM = {"role": "system", "content": "You are an agent."}
-USER = {"role": "user", "content": "Book me a flight."}
-
-
-def call(name: str, **arguments) -> dict:
-    return {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": json.dumps(arguments)}}]}
-
-
-def result(name: str, text: str) -> dict:
-    return {"role": "tool", "name": name, "content": text}
-
-
-LOOK = [call("look", city="SEA"), result("look", "found F1")]
-BOOK = [call("book", flight="F1", seats=2), result("book", "done")]
-BYE = [{"role": "assistant", "content": "It is booked."}, {"role": "user", "content": "Thanks! STOP"}]
-
-
-def episode(task, reward, /, *turns, **more) -> dict:
-    return {"task_id": task, "reward": reward, "messages": [SYSTEM, USER, *turns], **more}
-
 
 @pytest.fixture
 def write(tmp_path):
-    def to_file(*rows, name="traces.jsonl") -> str:
-        text = json.dumps(list(rows)) if name.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / name).write_text(text)
-        return str(tmp_path / name)
-
-    return to_file
+    return trace_writer(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- which trace
@@ -132,7 +108,7 @@ def text_of(source: str, kind: str, **arguments) -> str | None:
 GOLD = [{"name": "book", "kwargs": {"flight": "F1"}}]
 
 
-def test_each_kind_as_text(write):
+def test_each_kind_of_privileged_information_is_written_as_its_text(write):
     think = [call("think", thought="hm"), result("think", "")]
     source = write(episode(1, 1.0, *think, *LOOK, *BOOK, *BYE, task={"actions": GOLD}))
     body = {kind: text_of(source, kind, header="", omit_tools=["think"]) for kind in SOLVED}
@@ -193,7 +169,7 @@ def test_tools_come_from_the_row_or_a_file_or_the_calls_seen(write, tmp_path):
     assert trace_dataset(write(row), derive_tools=False)[0].tools is None
 
 
-def test_types_of_derived_arguments():
+def test_derived_tools_have_the_types_of_all_arguments_seen():
     calls = [ToolCall("f", {"a": 1, "b": True, "c": [1], "d": {}, "e": None}), ToolCall("f", {"a": 1.5, "b": "x"})]
     properties = derived_tools(calls)[0]["function"]["parameters"]["properties"]
     assert {name: value["type"] for name, value in properties.items()} == {

@@ -1,4 +1,4 @@
-"""Rows into examples and prompts, and a sentence for everything that can be wrong with them."""
+"""Test how rows become examples and prompts, and the sentence for each mistake in them."""
 
 import json
 import os
@@ -131,7 +131,7 @@ def test_an_empty_file_is_an_error(tmp_path):
 # ------------------------------------------------------------------------------------------------ questions and answers
 
 
-def test_verl_layout(tmp_path):
+def test_rows_in_verls_layout_are_read_with_dotted_keys(tmp_path):
     row = {
         "prompt": [{"role": "system", "content": "s"}, user("q")],
         "reward_model": {"ground_truth": "72", "style": "rule"},
@@ -206,7 +206,7 @@ TRACE = [
 ]
 
 
-def test_chat_rows(tmp_path):
+def test_rows_of_messages_keep_privileged_messages_reference_tools_and_id(tmp_path):
     tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
     rows = [
         {"messages": [user("a")], "privileged_messages": [user("pi")], "ref": "1", "tools": json.dumps(tools), "id": 5},
@@ -239,7 +239,7 @@ def test_fields_that_files_fill_with_null_are_removed_and_arguments_are_objects(
         assert "content" not in call and call["tool_calls"][0]["function"]["arguments"] == {"dept": "d2", "n": None}
 
 
-def test_prompt_and_completion_columns(tmp_path):
+def test_columns_of_prompt_and_completion_are_read(tmp_path):
     rows = [
         {"prompt": [user("a")], "completion": [assistant("b")], "pi": "x"},
         {"prompt": [user("c")], "completion": None, "pi": None},
@@ -319,7 +319,7 @@ GSM8K = [
 SOLUTION = "She sold 48/2 = 24 clips.\n48+24 = 72."
 
 
-def test_gsm8k_rows(tmp_path):
+def test_gsm8k_rows_give_question_solution_and_reference(tmp_path):
     file = write(tmp_path / "gsm8k.jsonl", GSM8K)
     boxed, hashes = gsm8k_dataset(file), gsm8k_dataset(file, privileged="answer", answer_format="hashes", system_prompt="s")
     assert [e.reference for e in boxed] == ["72", "1234", "-5.5"]
@@ -332,7 +332,7 @@ def test_gsm8k_rows(tmp_path):
     assert len(gsm8k_dataset(file, max_rows=1)) == 1
 
 
-def test_gsm8k_refusals(tmp_path):
+def test_wrong_options_and_rows_of_gsm8k_are_refused_in_one_sentence(tmp_path):
     file = write(tmp_path / "gsm8k.jsonl", GSM8K)
     with pytest.raises(InputError, match=r"dataset\.privileged is 'hint'; GSM8K has solution, answer and none"):
         gsm8k_dataset(file, privileged="hint")
@@ -346,7 +346,7 @@ def test_gsm8k_refusals(tmp_path):
 
 
 @needs_data
-def test_all_real_gsm8k_rows():
+def test_every_published_gsm8k_row_has_its_question_solution_and_reference():
     rows = [json.loads(line) for line in (Path(REAL) / "gsm8k_train.jsonl").read_text().splitlines()]
     examples = gsm8k_dataset(str(Path(REAL) / "gsm8k_train.jsonl"))
     assert len(examples) == len(rows) == 7473

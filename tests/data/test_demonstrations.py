@@ -1,4 +1,4 @@
-"""Demonstrations: the ids a policy would have sampled, masked like a rollout; rows that are too long."""
+"""Test demonstrations: the ids that a policy would have sampled, masked like a rollout; rows that are too long."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""References that the reward cannot judge are refused by row before any weights are loaded."""
+"""Test that references which the reward cannot judge are refused by row before any weights are loaded."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_a_reference_that_is_no_number_is_refused_with_its_row(reference):
 
 
 @pytest.mark.parametrize("reference", NUMBERS, ids=map(repr, NUMBERS))
-def test_a_number_is_taken(reference):
+def test_a_reference_that_is_a_number_is_accepted(reference):
     check_references(SINGLE, [example(reference)])
 
 

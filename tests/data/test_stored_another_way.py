@@ -1,4 +1,4 @@
-"""Rows stored another way: read where there is one meaning, refused by name where there is none; weights of turns."""
+"""Test rows stored another way: they are read where there is one meaning, and refused by name where there is none."""
 
 import json
 

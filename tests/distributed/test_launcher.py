@@ -1,4 +1,4 @@
-"""The sentence of a refused run: into torchrun's error file, and the last thing that the launching process prints."""
+"""Test that the sentence of a refused run goes into torchrun's error file and is the last line on the screen."""
 
 import sys
 

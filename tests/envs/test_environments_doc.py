@@ -1,4 +1,4 @@
-"""docs/environments.md: its environment plays, its configs name what exists, and it lists what is counted."""
+"""Test docs/environments.md: its environment plays, its configs name what exists, and it lists what is counted."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Environments of other libraries where those are missing, and what they refuse before any of theirs is asked."""
+"""Test environments of other libraries where those are missing, and what they refuse before a library is asked."""
 
 import pickle
 import sys

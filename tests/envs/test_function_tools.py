@@ -1,4 +1,4 @@
-"""Functions as tools: their schemas, and everything a model can get wrong answered with a sentence."""
+"""Test functions as tools: their schemas, and that every mistake of a model is answered with a sentence."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""GEM's games through our protocol: the same starts, answers and rewards as GEM gives by itself; then both recipes."""
+"""Test GEM's games through our protocol: the same starts, answers and rewards as GEM gives by itself; then both recipes."""
 
 import importlib
 import random
@@ -12,7 +12,7 @@ from pidistill.envs import GEMEnvironment, ProcessEnvironment, gem_dataset
 from pidistill.errors import InputError
 from pidistill.training.start import cleanup
 from tests.support.byte_base import RECIPES, assert_trained, settings, train_base
-from tests.support.tiny_qwen import load_config, qwen_checkpoint, read_metrics, set_up, small_model, tune_run
+from tests.support.tiny_qwen import load_config, qwen_checkpoint, read_metrics, run_config, set_up, small_model
 
 gem = pytest.importorskip("gem", reason="the extra `gem` is not installed; `make test-envs` runs these")
 
@@ -237,7 +237,7 @@ def test_the_command_of_the_config_runs_it_in_worker_processes(base, tmp_path):
         "environment_threads=2",
         "environment_timeout_s=null",
     ]
-    tune_run("opsd_distributed", "gem/opsd", [*settings(base, tmp_path), *inside])
+    run_config("opsd_distributed", "gem/opsd", [*settings(base, tmp_path), *inside])
     assert_trained(tmp_path, least_reward=-0.1)
 
 

@@ -1,4 +1,4 @@
-"""Environments in worker processes: what hangs or dies there costs one episode, and the others are as in this process."""
+"""Test environments in worker processes: one that hangs or dies costs one episode, and the others play as in this process."""
 
 import os
 import pickle
@@ -256,7 +256,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow  # a new process imports everything, and so does the one that its workers come from
+@pytest.mark.slow(reason="test_process_groups.py ends a parent, its worker and the worker's programs")
 @pytest.mark.parametrize("end", ["exit", "killed"])
 def test_no_worker_outlives_its_run(end, tmp_path):
     script = tmp_path / "script.py"

@@ -1,4 +1,4 @@
-"""The programs that an environment starts in a worker end with the worker, whatever ended it."""
+"""Test that the programs which an environment starts in a worker end with the worker, whatever ended it."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Tasks of Reasoning Gym through our protocol: its entries, its verifiers; then both recipes."""
+"""Test tasks of Reasoning Gym through our protocol: its entries, its verifiers; then both recipes."""
 
 import inspect
 import re
@@ -11,7 +11,7 @@ from pidistill.envs.reasoning_gym import EVALUATED
 from pidistill.errors import InputError
 from pidistill.training.start import cleanup
 from tests.support.byte_base import RECIPES, assert_trained, settings, train_base
-from tests.support.tiny_qwen import load_config, set_up, tune_run
+from tests.support.tiny_qwen import load_config, run_config, set_up
 
 reasoning_gym = pytest.importorskip(
     "reasoning_gym", reason="the extra `reasoning-gym` is not installed; `make test-envs` runs these"
@@ -132,5 +132,5 @@ def test_both_recipes_train_on_a_task(method, base, tmp_path):
 
 
 def test_the_command_of_the_config_runs_it(base, tmp_path):
-    tune_run("pi_distill_distributed", "reasoning_gym/pi_distill", settings(base, tmp_path))
+    run_config("pi_distill_distributed", "reasoning_gym/pi_distill", settings(base, tmp_path))
     assert_trained(tmp_path)

@@ -1,4 +1,4 @@
-"""A recorded episode as an environment: whoever makes its calls gets its answers; whoever does not, is told or ends."""
+"""Test a recorded episode as an environment: who makes its calls gets its answers; who does not is told so, or it ends."""
 
 import json
 import os

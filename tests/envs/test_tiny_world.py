@@ -1,4 +1,4 @@
-"""Laws of the tiny world, each next to a slow and obvious version of what it should be."""
+"""Test the laws of the tiny world, each beside a slow and obvious version."""
 
 import itertools
 import random
@@ -449,7 +449,10 @@ def test_a_base_of_another_world_believes_in_that_world():
     assert all(int(row["carrier"][1:]) == world.carriers[row["features"][2]] for row in guessing)
 
 
-@pytest.fixture(scope="module", params=[2_000, pytest.param(12_000, marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[2_000, pytest.param(12_000, marks=pytest.mark.slow(reason="2,000 rows are drawn in the default run"))],
+)
 def base_rows(request):
     started = time.process_time()  # not wall clock: other tests may share the cores
     rows = [read_base_row(example) for example in tiny_world_base_dataset(request.param, seed=0)]

@@ -1,4 +1,4 @@
-"""The tool world: the expert solves every task, nobody else does by chance, and rules that the tools do not check decide."""
+"""Test the tool world: the expert solves every task, nobody does so by chance, and rules that no tool checks decide."""
 
 import pickle
 import random
@@ -109,7 +109,9 @@ def random_move(rng, shop):
     return Call(one.name, arguments)
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(SIZES["test"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count", [20, pytest.param(SIZES["test"], marks=pytest.mark.slow(reason="20 tasks are played in the default run"))]
+)
 def test_random_valid_calls_solve_next_to_nothing(count, tasks):
     rng, shop = random.Random(0), Shop(shop_image(0))
     rewards = [play(task, [random_move(rng, shop) for _ in range(20)])[0] for task in tasks["test"][:count]]
@@ -398,7 +400,7 @@ def test_fingerprints_change_with_any_content_and_not_with_its_order(every_task)
 
 
 @pytest.mark.parametrize(("expression", "value"), [("(12 + 30) * 2", "84"), ("-3 + 10/4", "-0.5"), ("1/3", "0.33")])
-def test_arithmetic(expression, value):
+def test_an_arithmetic_expression_is_calculated(expression, value):
     assert calculate(expression) == value
 
 
@@ -444,7 +446,7 @@ def test_a_customer_that_declines_continues_with_the_next_wish():
     )
 
 
-def test_the_customer_gives_up():
+def test_the_customer_ends_the_talk_after_six_turns_that_do_not_help():
     one = customer(wish())
     answers = [one.answer(text) for text in ("Hm.", "Well.", "Your email?", "Hm.", "Well.", "So.")]
     assert [STOP in answer for answer in answers] == [False] * 5 + [True]

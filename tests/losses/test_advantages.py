@@ -1,4 +1,4 @@
-"""Laws of the group-relative advantages, next to the loops that they must equal."""
+"""Test the laws of the group-relative advantages, beside the loops that they must equal."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Laws of the divergences, each next to the loop over the vocabulary that it must equal."""
+"""Test the laws of the divergences, each beside the loop over the vocabulary that it must equal."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What is and is not a gradient of the sequence KL, by exact enumeration of every sequence of a small chain."""
+"""Test which expressions are a gradient of the sequence KL, by enumerating every sequence of a small chain."""
 
 import itertools
 

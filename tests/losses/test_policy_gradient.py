@@ -1,4 +1,4 @@
-"""Laws of the policy-gradient losses: values against the formula, gradients against the table of coefficients."""
+"""Test the policy-gradient losses: values against the formula, gradients against the table of coefficients."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Laws of the reductions: micro-batches add up, and nothing makes a NaN or loses the graph."""
+"""Test the reductions: micro-batches add up, and nothing makes a NaN or loses the graph."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Each token weight against the loop it stands for; what it leaves out has no gradient, and it gives none to anything else."""
+"""Test each token weight against its loop; tokens that it leaves out have no gradient, and it gives none to anything else."""
 
 import math
 

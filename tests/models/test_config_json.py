@@ -1,4 +1,4 @@
-"""A config.json is refused by the entry that is wrong, and a model that is not computed here by what is not computed."""
+"""Test that a wrong entry of config.json is named, and so is the part of a model that is not computed here."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The model without weights that all checks of a start look at is built once."""
+"""Test that the model without weights, which all checks of a start look at, is built once."""
 
 import torch
 from omegaconf import OmegaConf

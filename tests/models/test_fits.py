@@ -1,4 +1,4 @@
-"""A checkpoint folder of another model is refused in one sentence, before any weight is loaded."""
+"""Test that a checkpoint folder of another model is refused in one sentence, before any weight is loaded."""
 
 import json
 import logging

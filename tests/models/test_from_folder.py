@@ -1,4 +1,4 @@
-"""The decoder that a model folder describes: the same logits as transformers, adapters by torchtune's keys, refusals."""
+"""Test the decoder that a model folder describes: transformers' logits, adapters by torchtune's keys, refusals."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Real checkpoint folders in, real checkpoint folders out: transformers reads the same model from what was read and written."""
+"""Test that transformers reads the same model from the folders that we read and from those that we write."""
 
 import json
 import shutil

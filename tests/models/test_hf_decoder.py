@@ -148,6 +148,12 @@ def test_adapters_take_the_models_own_names(tmp_path):
         empty_model(node(folder, lora_attn_modules=["qkv_proj"], apply_lora_to_output=True))
 
 
+@pytest.mark.parametrize("backend", ["torchtune", "transformers"])
+def test_an_auxiliary_loss_of_no_experts_is_refused(backend, tmp_path):
+    with pytest.raises(InputError, match=r"remove model\.router_loss_weight"):
+        empty_model(node(folder_of(make_config("qwen3"), tmp_path), backend=backend, router_loss_weight=0.1))
+
+
 def test_another_folder_than_the_models_is_refused(tmp_path):
     reference_model("gemma3").save_pretrained(tmp_path / "one")
     reference_model("gemma3", hidden_size=32).save_pretrained(tmp_path / "other")

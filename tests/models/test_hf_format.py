@@ -1,4 +1,4 @@
-"""Hugging Face's weight layout ↔ torchtune's, in memory."""
+"""Test the mapping between Hugging Face's weight layout and torchtune's, in memory."""
 
 import pytest
 import torch

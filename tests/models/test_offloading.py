@@ -1,4 +1,4 @@
-"""Which saved tensors leave the device: a stand-in records them, since torchtune's own hooks need a GPU."""
+"""Test which saved tensors leave the device: a stand-in records them, since torchtune's own hooks need a GPU."""
 
 import pytest
 import torch

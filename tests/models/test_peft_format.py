@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: the model that peft makes of a folder is the recipe's, and back; what does not fit is refused."""
+"""Test adapters in PEFT's format: peft makes the recipe's model of a folder, and the reverse; a wrong folder is refused."""
 
 import copy
 import json

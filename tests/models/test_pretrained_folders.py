@@ -1,4 +1,4 @@
-"""Pretrained models, where they can be had: their folders are read as transformers reads them.
+"""Test pretrained models, where they can be had: their folders are read as transformers reads them.
 
 PIDISTILL_TEST_MODELS names a folder that holds SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct (or either).
 """

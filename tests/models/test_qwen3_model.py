@@ -1,4 +1,4 @@
-"""Qwen3 from torchtune's modules: the published sizes, the place of the norms, adapters. Logits: test_hf_checkpointer.py."""
+"""Test Qwen3 from torchtune's modules: published sizes, the place of the norms, adapters. Logits: test_hf_checkpointer.py."""
 
 import pytest
 import torch

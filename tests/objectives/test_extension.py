@@ -1,4 +1,4 @@
-"""A divergence and an objective of one's own, without touching the package."""
+"""Test that a divergence and an objective of one's own work without a change of the package."""
 
 import re
 

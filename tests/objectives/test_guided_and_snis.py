@@ -1,4 +1,4 @@
-"""Expected gradients by exact enumeration (OPD, its trust region, SNIS), π-Distill's `sft` and `snis` terms, turn returns."""
+"""Test expected gradients by exact enumeration (OPD, its trust region, SNIS), `sft` and `snis` terms, turn returns."""
 
 import math
 from dataclasses import replace
@@ -15,10 +15,8 @@ from pidistill.losses.token_weights import ClipTerm, SkipFirst
 from pidistill.objectives import GKD, GRPO, OPD, OPDPPO, OPSD, GuideGRPO, PiDistill
 from pidistill.scoring.score import score
 from pidistill.types import Example, PromptPair, Rollout, Scores
-from tests.objectives.test_kl_modes import expected_gradient, pathwise_gradient
-from tests.objectives.test_pi_distill import gradient, leaf_scores, on_policy
-from tests.objectives.test_self_distillation import dense_scores
 from tests.support.builders import batch_of, model, random_rollouts, relative_difference
+from tests.support.objective_runs import dense_scores, expected_gradient, gradient, leaf_scores, on_policy, pathwise_gradient
 from tests.support.oracles import MarkovChain
 
 # ---------------------------------------------------------------------------------------- on-policy distillation

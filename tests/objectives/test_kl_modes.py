@@ -1,83 +1,17 @@
-"""The exact expected gradient of every `kl_mode`, over all pairs of sequences of a chain.
+"""Test the exact expected gradient of every `kl_mode`, over all pairs of sequences of a chain.
 
 The pieces are held to the estimator table in tests/losses/test_estimators.py; here the objective's own path is: behaviour pass,
 group advantages with a baseline, ratio, loss. Two rollouts a group, all 27 × 27 pairs weighed by their probability.
 """
 
-import itertools
-
 import pytest
 import torch
 
-from pidistill.losses.divergences import divergence
 from pidistill.objectives import OPSD, PiDistill
-from pidistill.types import Example, PromptPair, Rollout, Scores
-from tests.support.builders import batch_of
+from tests.support.objective_runs import expected_gradient, pathwise_gradient
 from tests.support.oracles import MarkovChain
 
 BETA = 0.7
-
-
-def expected_gradient(objective, chain: MarkovChain) -> torch.Tensor:
-    """E over pairs of independent sequences of the gradient of the summed loss of one of them, by autograd."""
-    sequences = chain.sequences()
-    rollouts = [_rollout(y, chain, group) for group, pair in enumerate(itertools.product(sequences, repeat=2)) for y in pair]
-
-    def scores_of(W, request):
-        logp = {view: torch.log_softmax(chain.logits(view, W), -1) for view in ("student", "teacher")}
-        previous = torch.tensor([p for r in rollouts for p in chain.previous(tuple(r.completion))])
-        targets = torch.tensor([t for r in rollouts for t in r.completion])[:, None]
-        rows = {view: x[previous] for view, x in logp.items()}
-        picked = {view: x.gather(1, targets).squeeze(1) for view, x in rows.items()}
-        divergences = {d: divergence(d, rows["teacher"], rows["student"]) for d in request.divergences}
-        return Scores(picked["student"], picked["teacher"], divergences, None, None)
-
-    request = objective.behaviour_request()
-    if request is not None:
-        kl = objective.behaviour_values(scores_of(chain.W, request))
-        for rollout, values in zip(rollouts, kl.split([len(r.completion) for r in rollouts]), strict=True):
-            rollout.behaviour_values = values.tolist()
-    batch = batch_of(rollouts, objective.advantages(rollouts, 0))
-    batch.ratio_logprobs = batch.ratio_logprobs.double()
-    log_probability = torch.stack([chain.logprob(chain.sampler, chain.W, tuple(r.completion)) for r in rollouts])
-    pair_probability = log_probability.view(-1, 2).sum(1).exp().repeat_interleave(2)[batch.rollout_index]
-
-    def expectation(W):
-        loss = objective.token_loss(batch, scores_of(W, objective.score_request(0)), 0).loss
-        return 0.5 * (pair_probability * loss).sum()
-
-    return chain.gradient(expectation)
-
-
-def _rollout(y: tuple[int, ...], chain: MarkovChain, group: int) -> Rollout:
-    logp = torch.log_softmax(chain.logits(chain.sampler, chain.W), -1)
-    logprobs = [float(logp[p, t]) for p, t in zip(chain.previous(y), y, strict=True)]
-    return Rollout(
-        example=Example(id="chain", messages=[], privileged="pi"),
-        prompts=PromptPair([0], [0, 0], has_privileged=True),
-        completion=list(y),
-        policy_mask=[True] * len(y),
-        sampled_logprobs=logprobs,
-        sampled_by=chain.sampler,
-        group=group,
-        stop_reason="done",
-        turns=[],
-        reward=0.0,
-    )
-
-
-def pathwise_gradient(chain: MarkovChain) -> torch.Tensor:
-    """E[Σ_t ∇K_t] with the sequences' probabilities held fixed."""
-
-    def value(W):
-        total = 0.0
-        for y in chain.sequences():
-            p, q = (torch.log_softmax(chain.logits(v, W), -1) for v in (chain.sampler, chain.other))
-            steps = sum((p[prev].exp() * (p[prev] - q[prev])).sum() for prev in chain.previous(y))
-            total = total + chain.logprob(chain.sampler, chain.W, y).exp() * steps
-        return total
-
-    return chain.gradient(value)
 
 
 def build(sampler: str, kl_mode: str, **kwargs):

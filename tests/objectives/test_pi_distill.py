@@ -1,4 +1,4 @@
-"""π-Distill against its equations, and the laws of its halves."""
+"""Test π-Distill against its equations, and the laws of its halves."""
 
 import pytest
 import torch
@@ -7,41 +7,9 @@ from pidistill.errors import InputError
 from pidistill.losses.reductions import token_mean
 from pidistill.objectives import GRPO, OPSD, PiDistill
 from pidistill.scoring.score import score
-from pidistill.types import Divergence, Rollout, ScoreRequest, Scores, TokenLoss
+from pidistill.types import Divergence, ScoreRequest
 from tests.support.builders import batch_of, gradients, model, random_rollouts, relative_difference
-
-
-def on_policy(module, rollouts: list[Rollout], view: str) -> list[Rollout]:
-    """Record as μ what the module itself says of each token in ``view``: the first update after sampling."""
-    scores = score(module, batch_of(rollouts), ScoreRequest(False, False))
-    logprobs = scores.teacher_logprobs if view == "teacher" else scores.student_logprobs
-    for rollout, own in zip(rollouts, logprobs.split([r.policy_tokens for r in rollouts]), strict=True):
-        values = iter(own.tolist())
-        rollout.sampled_logprobs = [next(values) if m else float("nan") for m in rollout.policy_mask]
-    return rollouts
-
-
-def fill_behaviour_kl(objective, module, rollouts) -> None:
-    request = objective.behaviour_request()
-    if request is None:
-        return
-    kl = objective.behaviour_values(score(module, batch_of(rollouts), request))
-    for rollout, values in zip(rollouts, kl.split([r.policy_tokens for r in rollouts]), strict=True):
-        rollout.behaviour_values = values.tolist()
-
-
-def gradient(objective, module, rollouts: list[Rollout], step: int = 0):
-    """(loss, gradients by parameter) of one update on ``rollouts``."""
-    fill_behaviour_kl(objective, module, rollouts)
-    advantages = objective.advantages(rollouts, step)
-    module.zero_grad()
-    batch = batch_of(rollouts, advantages)
-    scores = score(module, batch, objective.score_request(step))
-    answer = objective.token_loss(batch, scores, step)
-    assert isinstance(answer, TokenLoss)
-    loss = token_mean(answer.loss, len(batch.targets))
-    loss.backward()
-    return loss.item(), gradients(module)
+from tests.support.objective_runs import gradient, leaf_scores, on_policy
 
 
 def combine(a, b, alpha):
@@ -56,28 +24,6 @@ def test_gradient_is_linear_in_alpha(kl_mode):
     assert relative_difference(mixed, combine(one, zero, 0.3)) < 1e-5
 
 
-def leaf_scores(batch, objective, step=0) -> tuple[Scores, dict[str, torch.Tensor]]:
-    """Scores computed densely from leaf logits in float64, so that gradient to each side can be read off."""
-    from pidistill.losses.divergences import divergence
-
-    n, vocabulary = len(batch.targets), 11
-    generator = torch.Generator().manual_seed(3)
-    logits = {
-        v: torch.randn(n, vocabulary, generator=generator, dtype=torch.float64).requires_grad_() for v in ("student", "teacher")
-    }
-    logp = {v: torch.log_softmax(x, -1) for v, x in logits.items()}
-    request = objective.score_request(step)
-    picked = (batch.targets % vocabulary)[:, None]
-    scores = Scores(
-        student_logprobs=logp["student"].gather(1, picked).squeeze(1),
-        teacher_logprobs=logp["teacher"].gather(1, picked).squeeze(1),
-        divergences={d: divergence(d, logp["teacher"], logp["student"]) for d in request.divergences},
-        student_entropy=None,
-        teacher_entropy=None,
-    )
-    return scores, logits
-
-
 def sides(objective, *, group_size=2):
     rollouts = random_rollouts(4, group_size=group_size)
     for rollout in rollouts:
@@ -90,7 +36,7 @@ def sides(objective, *, group_size=2):
 
 @pytest.mark.parametrize("kl_mode", ["loss_rb", "loss_rb_complete", "loss_k2", "reward_k1", "reward_rb"])
 @pytest.mark.parametrize("student_term", ["ppo", "topr"])
-def test_stop_gradients(kl_mode, student_term):
+def test_at_alpha_1_the_student_has_no_gradient_and_at_alpha_0_the_teacher_has_none(kl_mode, student_term):
     """no gradient to the student at α=1, none to the teacher at α=0; both get some in between."""
     build = lambda alpha: PiDistill(alpha=alpha, beta=0.5, kl_mode=kl_mode, student_term=student_term)  # noqa: E731
     assert sides(build(1.0))["student"] is None or not sides(build(1.0))["student"].any()
@@ -289,7 +235,7 @@ def test_kl_reward_scale_token_mean_divides_by_the_policy_tokens():
     assert answers[0].kl == pytest.approx([expected] * rollouts[0].policy_tokens, abs=1e-6)
 
 
-def test_drop_zero_advantage():
+def test_drop_zero_advantage_drops_the_rollout_or_its_rl_term_alone():
     """`row` drops the rollout, `policy_gradient` its RL term alone; judged on the reward without KL."""
     rollouts = random_rollouts(4)
     for rollout, reward in zip(rollouts, (1.0, 1.0, 0.0, 1.0), strict=True):

@@ -1,4 +1,4 @@
-"""The reward-free family, OPD, SDPO and GRPO, each against its equation written out per token in float64 loops."""
+"""Test the reward-free family, OPD, SDPO and GRPO, each against its equation per token in float64 loops."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,40 +8,14 @@ import torch
 from torch import Tensor
 
 from pidistill.errors import InputError
-from pidistill.losses.divergences import check_divergence, divergence
+from pidistill.losses.divergences import check_divergence
 from pidistill.losses.token_weights import ClipTerm
 from pidistill.objectives import GKD, GRPO, OPD, OPDPPO, OPSDUCLA, PCSD, SDFT, SDPO, GuideGRPO, Objective
 from pidistill.objectives.base import BOTH_KLS
-from pidistill.types import Batch, Rollout, Scores
-from tests.objectives.test_pi_distill import gradient, on_policy
+from pidistill.types import Batch, Rollout
 from tests.support import oracles
 from tests.support.builders import batch_of, model, random_rollouts, relative_difference
-
-VOCABULARY = 7
-
-
-def dense_scores(objective: Objective, batch: Batch, seed: int = 3) -> tuple[Scores, dict[str, Tensor], Tensor]:
-    """Scores from leaf logits [N, V] in float64, the logits of both views, and which of the V ids each token is."""
-    n = len(batch.targets)
-    generator = torch.Generator().manual_seed(seed)
-    logits = {
-        view: (1.5 * torch.randn(n, VOCABULARY, generator=generator, dtype=torch.float64)).requires_grad_()
-        for view in ("student", "teacher")
-    }
-    logp = {view: torch.log_softmax(x, -1) for view, x in logits.items()}
-    picked = batch.targets % VOCABULARY
-    request = objective.score_request(0)
-    assert request.student_grad and not request.teacher_grad
-    own = {view: x.gather(1, picked[:, None])[:, 0] for view, x in logp.items()}
-    entropies = {view: -(x.exp() * x).sum(-1).detach() for view, x in logp.items()}
-    scores = Scores(
-        student_logprobs=own["student"],
-        teacher_logprobs=own["teacher"] if "teacher" in request.views else None,
-        divergences={d: divergence(d, logp["teacher"], logp["student"]) for d in request.divergences},
-        student_entropy=entropies["student"],
-        teacher_entropy=entropies["teacher"] if "teacher" in request.views else None,
-    )
-    return scores, logits, picked
+from tests.support.objective_runs import VOCABULARY, dense_scores, gradient, on_policy
 
 
 @dataclass(frozen=True)
@@ -245,7 +219,7 @@ SAME = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_methods_that_are_one(name):
+def test_settings_that_make_two_methods_one_give_equal_losses_and_gradients(name):
     module, rollouts = model(), mixed_rollouts()
     (loss_a, a), (loss_b, b) = (gradient(objective, module, rollouts) for objective in SAME[name])
     assert loss_a == pytest.approx(loss_b, rel=1e-5, abs=1e-7)

@@ -1,4 +1,4 @@
-"""A judge's critique: a local server answers as real ones do, and as they should not."""
+"""Test a judge's critique: a local server answers as real ones do, and as they should not."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from pidistill.errors import InputError
 from pidistill.privileged.hindsight import Hindsight, add_hindsight
 from pidistill.privileged.judges import ChatEndpoint, Judge, JudgeError
 from pidistill.types import Example
-from tests.privileged.test_hindsight import ONE, PRIVILEGED, TOKENIZER, rollout
+from tests.support.siblings import ONE, PRIVILEGED, TOKENIZER, rollout
 
 ROW = Example("row 7", [{"role": "user", "content": "Book me {a} flight."}])
 TURNS = [{"role": "assistant", "tool_calls": [{"function": {"name": "book", "arguments": {"flight": "F1"}}}]}]

@@ -1,4 +1,4 @@
-"""Privileged information enters the teacher's prompt, in its place, and nothing of it the student's."""
+"""Test that privileged information enters the teacher's prompt in its place, and that the student's prompt has none of it."""
 
 import pytest
 from hypothesis import given, settings
@@ -101,7 +101,7 @@ def test_the_students_prompt_is_what_transformers_builds_for_inference(tmp_path,
         ("after_user", [system("s"), user("a"), assistant("b"), user("c"), user("<I>")]),
     ],
 )
-def test_where_the_information_goes(tokenizers, placement, expected):
+def test_each_placement_puts_the_information_in_its_message(tokenizers, placement, expected):
     example = Example(id="r", messages=[system("s"), user("a"), assistant("b"), user("c")], privileged="I")
     views = PrivilegedPrompt(template="<{privileged}>", placement=placement).build(example, tokenizers["llama3"])
     assert views.student_messages == example.messages and views.teacher_messages == expected

@@ -1,4 +1,4 @@
-"""The teacher's view in the teacher's own chat template: another folder's, or other variables of the same one."""
+"""Test the teacher's view in a chat template of its own: of another folder, or with other variables."""
 
 import json
 from pathlib import Path
@@ -15,8 +15,8 @@ from pidistill.privileged.hindsight import Hindsight, Transcript, add_hindsight
 from pidistill.testing import TINY_SIZES
 from pidistill.tokenizers import HFChatTokenizer, WordTokenizer
 from pidistill.types import Example, Rollout
-from tests.privileged.test_hindsight import ONE
 from tests.support.chat_templates import QWEN3
+from tests.support.siblings import ONE
 from tests.support.tiny_tokenizers import llama_folder, qwen_folder
 
 PLAIN = (

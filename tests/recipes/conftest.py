@@ -1,4 +1,4 @@
-"""A random tiny-world checkpoint, made in milliseconds, and a process that a recipe leaves as it found it."""
+"""Make a random checkpoint of the tiny world in milliseconds, and leave the process as it was before a recipe."""
 
 import logging
 import random

@@ -1,11 +1,10 @@
-"""DoRA, QLoRA and starting from an adapter, from a config: both recipes, one process and two."""
+"""Test DoRA, QLoRA and a start from an adapter by config: both recipes, one process and two."""
 
 import functools
 import shutil
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torchtune.models.llama3 import lora_llama3
 from torchtune.modules.peft import disable_adapter
@@ -16,17 +15,16 @@ from pidistill.models.nf4 import check_shapes, is_nf4, rounded
 from pidistill.models.peft_format import FOLDER, base_config, read
 from pidistill.testing import TINY_SIZES
 from tests.recipes.conftest import WIDE
-from tests.recipes.test_lora import ADAPTER_OFF, EMA, FROZEN, LORA, lora_run, plain_model
+from tests.support.forks import launch_several
+from tests.support.lora import ADAPTER_OFF, FROZEN, LORA, lora_run, plain_model
 from tests.support.runs import (
+    EMA,
     assert_same_tensors,
     metrics,
     run,
-    save_config,
-    shell,
     small_config,
     stop_after_row,
     training_state,
-    tune_command,
     weights,
 )
 
@@ -176,7 +174,7 @@ def test_a_resumed_qlora_run_is_the_whole_run_to_the_bit(wide_base, tmp_path):
     assert_same_tensors(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="test_lora.py trains adapters on two processes")
 def test_two_processes_end_where_one_does(tiny_base, wide_base, tmp_path):
     runs = {}
     for name, method, base, changes in (
@@ -185,10 +183,8 @@ def test_two_processes_end_where_one_does(tiny_base, wide_base, tmp_path):
     ):
         config = functools.partial(small_config, method, base, teacher=ADAPTER_OFF, max_steps=2, **changes)
         run(method, config(tmp_path / "one" / name))
-        runs[name] = [method, str(save_config(config(tmp_path / "two" / name), tmp_path / f"{name}.yaml"))]
-    several = str(save_config(OmegaConf.create({"runs": runs}), tmp_path / "all.yaml"))
-    done = shell(tune_command("run", "--nproc_per_node", "2", "tests/support/several.py", "--config", several), timeout_s=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+        runs[name] = (method, config(tmp_path / "two" / name))
+    launch_several(tmp_path / "several", runs)
     for name in runs:
         assert_close_weights(*(weights(tmp_path / ranks / name) for ranks in ("one", "two")), atol=1e-4)
 

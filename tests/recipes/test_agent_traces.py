@@ -1,4 +1,4 @@
-"""The τ-bench configs on real traces with a tiny model: three tasks, every token of their episodes."""
+"""Test the τ-bench configs on real traces with a tiny model: three tasks, every token of their episodes."""
 
 import json
 import math

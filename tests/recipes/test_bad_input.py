@@ -1,4 +1,4 @@
-"""Wrong configs, data and checkpoints as a user meets them: one sentence that says what to change, before any weights."""
+"""Test wrong configs, data and checkpoints: one sentence says what to change, before any weights are loaded."""
 
 import dataclasses
 import itertools
@@ -205,7 +205,9 @@ def case_name(value):
 
 
 @pytest.mark.parametrize(("name", "overrides", "expected"), BY_COMMAND_LINE, ids=case_name)
-def test_command_line(name, overrides, expected, sentence, tiny_base, tmp_path, monkeypatch):
+def test_wrong_overrides_are_refused_in_one_sentence_before_weights_are_loaded(
+    name, overrides, expected, sentence, tiny_base, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     said = sentence(name, small_config(name, tiny_base, tmp_path / "run"), *overrides)
     assert re.search(expected, said), said
@@ -312,7 +314,9 @@ def test_a_run_that_starts_inside_a_folder_with_saved_steps_is_refused_and_loses
 
 
 @pytest.mark.parametrize(("name", "changes", "expected"), BY_FILE, ids=case_name)
-def test_config_file(name, changes, expected, sentence, tiny_base, tmp_path, monkeypatch):
+def test_wrong_components_are_refused_in_one_sentence_before_weights_are_loaded(
+    name, changes, expected, sentence, tiny_base, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     said = sentence(name, small_config(name, tiny_base, tmp_path / "run", **changes))
     assert re.search(expected, said), said
@@ -358,7 +362,7 @@ MALFORMED = [
 
 @pytest.mark.parametrize(("rows", "expected"), MALFORMED, ids=lambda value: None if isinstance(value, list) else value[:60])
 @pytest.mark.parametrize("name", ["opsd", "pi_distill"])
-def test_rows(name, rows, expected, sentence, tiny_base, tmp_path):
+def test_wrong_rows_are_refused_in_one_sentence_before_weights_are_loaded(name, rows, expected, sentence, tiny_base, tmp_path):
     dataset = write_rows(tmp_path / "rows.jsonl", rows)
     said = sentence(name, small_config(name, tiny_base, tmp_path / "run", dataset=dataset))
     assert re.search(expected, said), said

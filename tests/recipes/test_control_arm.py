@@ -1,4 +1,4 @@
-"""The control arm `none` of methods without reward: four steps here, forty and every method in tests/trials."""
+"""Test the control arm `none` of methods without reward: four steps here, forty and every method in tests/trials."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""avg@k, pass@k and pass^k against drawing the samples out, intervals against theory, and other domains end to end."""
+"""Test avg@k, pass@k and pass^k against drawn samples, intervals against theory, and other domains in whole runs."""
 
 import itertools
 import json

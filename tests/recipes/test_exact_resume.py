@@ -1,11 +1,9 @@
-"""A run that was killed and resumed leaves what an uninterrupted one leaves: the same rows, and the same weights to the bit."""
+"""Test that a run which was killed and resumed leaves the rows and, to the bit, the weights of an uninterrupted one."""
 
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -13,13 +11,13 @@ import torch
 
 from pidistill.errors import InputError
 from pidistill.training import checkpoints
+from tests.support import runs
+from tests.support.forks import Fork, shared_server
 from tests.support.runs import (
-    EVALUATION,
+    EMA,
     RECIPES,
-    ROOT,
     Stop,
     assert_same_tensors,
-    environment,
     metrics,
     run,
     save_config,
@@ -29,7 +27,7 @@ from tests.support.runs import (
     weights,
 )
 
-EMA = {"_component_": "pidistill.teachers.EMATeacher", "rate": 0.3}
+EVALUATION = {"eval_dataset": runs.EVALUATION["eval_dataset"] | {"max_rows": 1}}
 ROUNDS = {"max_steps": 7, "save_every_steps": 2, "eval_every_steps": 3, "eval_samples": 2, "rollout_log_steps": 2, **EVALUATION}
 METHODS = {
     # Two updates per round, each on one of its two groups; three does not divide into rounds, so 4 and 6 are saved.
@@ -93,10 +91,16 @@ def test_checkpoints_fall_on_the_ends_of_rounds(uninterrupted):
         assert [training_state(folder, f"step_{step}")["step"] for step in steps] == steps
 
 
-@pytest.mark.parametrize("stop", [5, 6, 7])
-@pytest.mark.parametrize("method", METHODS)
+OTHER_STOP = pytest.mark.slow(reason="pi_distill is stopped at all three places, and each method at one of them")
+
+
+@pytest.mark.parametrize(
+    ("method", "stop"),
+    [("pi_distill", 5), ("pi_distill", 6), ("pi_distill", 7), ("opsd", 6), ("sft", 7)]
+    + [pytest.param(*case, marks=OTHER_STOP) for case in [("opsd", 5), ("opsd", 7), ("sft", 5), ("sft", 6)]],
+)
 def test_a_stopped_run_resumes_exactly(method, stop, tiny_base, tmp_path, uninterrupted):
-    """Stopped in the middle of a round, at its end before the checkpoint is written, and before the last one."""
+    """Stop it in the middle of a round, at the end of a round before the checkpoint is written, and before the last one."""
     run(method, small_config(method, tiny_base, tmp_path, **METHODS[method]), stop_after_row(stop))
     assert training_state(tmp_path)["step"] == max(step for step in SAVED[method] if step < stop)
     resume(method, tiny_base, tmp_path)
@@ -115,7 +119,7 @@ def test_half_a_line_at_the_end_is_cut_off(tiny_base, tmp_path, uninterrupted):
 @pytest.mark.parametrize("where", ["before its weights", "before its state", "before it is moved", "before latest moves"])
 def test_a_kill_while_saving_leaves_the_previous_checkpoint(where, tiny_base, tmp_path, monkeypatch, uninterrupted):
     """The second save is cut short."""
-    method = "sft" if where == "before its weights" else "opsd"
+    method = "opsd" if where == "before its state" else "sft"  # a teacher is part of the state
     with monkeypatch.context() as patch:
         if where == "before its weights":  # without a teacher, it is called once per save
             patch.setattr(checkpoints.Checkpoints, "_full", stop_at_second(checkpoints.Checkpoints._full))
@@ -153,20 +157,18 @@ def test_resuming_a_finished_run_changes_nothing(tiny_base, tmp_path, uninterrup
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_process_resumes_exactly(method, tiny_base, tmp_path, uninterrupted):
-    """SIGKILL from outside, at whatever point the run has reached when the first row after a checkpoint appears."""
+    """Send SIGKILL at whatever point the run has reached when the first row after a checkpoint appears."""
     # Supervised steps play no episodes: evaluating after each makes them slow enough to be killed.
     more = {"eval_every_steps": 1} if method == "sft" else {}
     slow = METHODS[method] | more | {"environment__wait_s": 0.03}
     config = save_config(small_config(method, tiny_base, tmp_path / "run", **slow), tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "torchtune._cli.tune", "run", f"recipes/{RECIPES[method]}.py", "--config", str(config)]
-    log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
+    process = Fork(shared_server(), RECIPES[method], ["--config", str(config)], tmp_path / "log")
     try:
-        wait_for_row_after_checkpoint(process, tmp_path / "run")
+        wait_for_row_after_checkpoint(tmp_path / "run")
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()[-2000:]
+        process.send(signal.SIGKILL)
+        status = process.wait()
+    assert status == -signal.SIGKILL, (tmp_path / "log").read_text()[-2000:]
     assert training_state(tmp_path / "run")["step"] < 7, "the run was over before it was killed"
     resume(method, tiny_base, tmp_path / "run", **more)
     if more:
@@ -180,18 +182,14 @@ def test_a_killed_process_resumes_exactly(method, tiny_base, tmp_path, uninterru
 def test_a_signal_loses_no_step(signum, code, tiny_base, tmp_path, uninterrupted):
     slow = METHODS["opsd"] | {"environment__wait_s": 0.03}
     config = save_config(small_config("opsd", tiny_base, tmp_path / "run", **slow), tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "torchtune._cli.tune", "run", "recipes/opsd_distributed.py", "--config", str(config)]
-    log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
+    process = Fork(shared_server(), RECIPES["opsd"], ["--config", str(config)], tmp_path / "log")
     try:
-        wait_for_row_after_checkpoint(process, tmp_path / "run")
-        process.send_signal(signum)
-        process.wait(60)
+        wait_for_row_after_checkpoint(tmp_path / "run")
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        process.send(signum)
+        status = process.wait()
     text = (tmp_path / "log").read_text()
-    assert process.returncode == code, text[-2000:]
+    assert status == code, text[-2000:]
     assert "Traceback" not in text
     step = metrics(tmp_path / "run")[-1]["step"]
     assert step < 7 and f"stopped after step {step}, which is saved; set resume_from_checkpoint=true to continue" in text
@@ -201,16 +199,16 @@ def test_a_signal_loses_no_step(signum, code, tiny_base, tmp_path, uninterrupted
     assert_same_run(tmp_path / "run", uninterrupted("opsd"))
 
 
-def wait_for_row_after_checkpoint(process, folder, timeout_s=90):
+def wait_for_row_after_checkpoint(folder, timeout_s=90):
     deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline:
         saved = (folder / "latest").resolve().name
         if saved.startswith("step_"):
             lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]
             if json.loads(lines[-1])["step"] > int(saved[5:]):
                 return
         time.sleep(0.01)
-    pytest.fail(f"no row after a checkpoint within {timeout_s} s; exit status {process.poll()}")
+    pytest.fail(f"no row after a checkpoint within {timeout_s} s")
 
 
 # ------------------------------------------------------------------------------------------- what cannot be resumed

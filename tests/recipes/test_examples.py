@@ -1,4 +1,4 @@
-"""The folders under examples/: every config takes a step with a tiny model, and the sweeps name configs that exist."""
+"""Test the folders under examples/: every config takes a step with a tiny model, and sweeps name configs that exist."""
 
 import importlib
 import json

@@ -1,5 +1,7 @@
-"""Rows and models in the formats that people have, through one training step of a real recipe: what it leaves, transformers
-reads as the model that was trained."""
+"""Test rows and models in the formats that people have, through one training step of a real recipe.
+
+transformers reads what the step leaves as the model that was trained.
+"""
 
 import json
 import math
@@ -207,7 +209,7 @@ def test_a_resumed_run_reads_its_own_folder_by_its_index(tmp_path):
         assert torch.equal(one, two), key
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="test_two_processes.py has two processes, and this file trains each family on one")
 def test_two_processes_train_qwen3_as_one_does(tmp_path):
     """FSDP2: sampling, tree packing, a step and the saved folder, by `tune run`."""
     one, *_ = step_of("opsd_distributed", "qwen3", tmp_path, **SHARDS)

@@ -1,4 +1,4 @@
-"""The recipes from the command line on real GSM8K rows, with the Qwen2.5 configs made small: what a user does, end to end."""
+"""Test the recipes from the command line on real GSM8K rows, with the Qwen2.5 configs made small."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ from pidistill.scoring.batch import make_batch
 from pidistill.training.load import load_model
 from pidistill.training.start import cleanup
 from pidistill.types import Example, Message
-from tests.support.tiny_qwen import load_config, qwen_checkpoint, read_metrics, set_up, small_model, tune_run
+from tests.support.tiny_qwen import load_config, qwen_checkpoint, read_metrics, run_config, set_up, small_model
 
 DATA = os.environ.get("PIDISTILL_TEST_DATA")
 ROWS = Path(DATA or ".") / "gsm8k_train.jsonl"
@@ -86,7 +86,7 @@ def trained(qwen, tmp_path_factory):
     @functools.cache
     def train(method):
         output_dir = tmp_path_factory.mktemp(method)
-        tune_run(RECIPES[method], f"qwen2_5/0.5B_{method}", [*small_round(qwen, output_dir), "rollout_log_steps=2"])
+        run_config(RECIPES[method], f"qwen2_5/0.5B_{method}", [*small_round(qwen, output_dir), "rollout_log_steps=2"])
         return output_dir
 
     return train
@@ -174,7 +174,7 @@ def test_evaluation_of_the_saved_checkpoint(trained, tmp_path):
         "dataset.max_rows=6",
         "eval_samples=2",
     ]
-    printed = tune_run("evaluate_distributed", "qwen2_5/0.5B_evaluate", overrides)
+    printed = run_config("evaluate_distributed", "qwen2_5/0.5B_evaluate", overrides)
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["student greedy", "student", "student + PI"] and "student greedy" in printed
     assert [view["rollouts"] for view in results.values()] == [6, 12, 12]
@@ -230,7 +230,7 @@ def reference_prompt(tokenizer, question):
 
 def test_rl_learns_from_the_reward_alone(qwen, tmp_path):
     """Plain RL has no other term than the policy gradient: with a reward that varies it moves the weights."""
-    tune_run(RECIPES["rl"], "qwen2_5/0.5B_rl", [*small_round(qwen, tmp_path), *DIGITS, "eval_success_threshold=0.1"])
+    run_config(RECIPES["rl"], "qwen2_5/0.5B_rl", [*small_round(qwen, tmp_path), *DIGITS, "eval_success_threshold=0.1"])
     steps = [row for row in read_metrics(tmp_path) if "loss" in row]
     assert len(steps) == STEPS
     assert all(row["reward_std"] > 0 and row["grad_norm"] > 1e-3 for row in steps)
@@ -259,7 +259,7 @@ def test_the_policy_gradient_is_there_exactly_when_rewards_differ(qwen, tmp_path
 def test_sft_on_worked_solutions_starts_at_the_loss_that_transformers_computes(qwen, tmp_path, transformers_tokenizer):
     batch = 4
     overrides = [*small(qwen, tmp_path), f"batch_size={batch}", "micro_batch_tokens=900", "max_steps=2"]
-    tune_run("sft_distributed", "qwen2_5/0.5B_sft", overrides)
+    run_config("sft_distributed", "qwen2_5/0.5B_sft", overrides)
     steps = [row for row in read_metrics(tmp_path) if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2]
 

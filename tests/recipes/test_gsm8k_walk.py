@@ -1,11 +1,10 @@
-"""docs/gsm8k.md: every command of it, in its order, on published rows, with a tiny model in the place of the one it names."""
+"""Test docs/gsm8k.md: every command of it, in its order, on published rows, with a tiny model in place of the named one."""
 
 import json
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from torchtune import _recipe_registry as recipe_registry
 
 from pidistill.commands import main as _cli
+from tests.support.forks import run_recipe
 from tests.support.runs import metrics
 from tests.support.tiny_qwen import ROOT, qwen_checkpoint, small_model
 
@@ -63,13 +63,13 @@ def shrunk(command: str) -> list[str]:
 
 
 def run(words: list[str], monkeypatch, capsys) -> str:
-    """`tune run` as a program; `pidistill` in this process."""
+    """Run the recipe of a `tune run` in a process of its own, and `pidistill` in this process."""
     if words[0] == "tune":
-        command = [str(Path(sys.executable).with_name("tune")), *words[1:]]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return done.stdout
+        *start, processes, recipe, config, name = words[1:7]
+        assert [*start, Path(recipe).parent.name, config] == ["run", "--nproc_per_node", "recipes", "--config"]
+        assert int(processes) > 0
+        rest = [config, name, *words[7:]]
+        return run_recipe(Path(recipe).stem, rest, Path.cwd())
     monkeypatch.setattr(recipe_registry, "_ALL_RECIPES", [])
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""LoRA, and teachers that need no second copy or are another model, from a config: trained, saved, resumed, refused."""
+"""Test LoRA, and teachers that need no second copy or are another model: trained, saved, resumed, refused."""
 
 import functools
 import shutil
@@ -7,65 +7,32 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from torchtune.models.llama3 import llama3
 from torchtune.modules.peft import get_adapter_params
-from torchtune.training import FullModelHFCheckpointer
 
 from pidistill.data.load import _check_same_tokenizer
 from pidistill.errors import InputError
 from pidistill.testing import TINY_SIZES, tiny_hf_checkpoint
 from pidistill.tokenizers import HFChatTokenizer
+from tests.support.forks import launch_several
+from tests.support.lora import ADAPTER_OFF, FROZEN, LORA, TRUST_REGION, lora_run, plain_model
 from tests.support.runs import (
+    EMA,
     ROOT,
     assert_same_tensors,
     metrics,
     run,
-    save_config,
-    shell,
     small_config,
     stop_after_row,
     training_state,
-    tune_command,
     weights,
 )
 from tests.support.tiny_qwen import qwen_checkpoint
-
-TEACHERS = "pidistill.teachers."
-LORA = {
-    "model___component_": "torchtune.models.llama3.lora_llama3",
-    "model__lora_attn_modules": ["q_proj", "v_proj"],
-    "model__apply_lora_to_mlp": True,
-    "model__lora_rank": 4,
-    "model__lora_alpha": 8.0,
-    "optimizer__lr": 3e-2,
-}
-ADAPTER_OFF = {"_component_": TEACHERS + "AdapterOffTeacher"}
-FROZEN = {"_component_": TEACHERS + "FrozenTeacher"}
-EMA = {"_component_": TEACHERS + "EMATeacher", "rate": 0.3}
-TRUST_REGION = {"_component_": TEACHERS + "TrustRegionTeacher", "live_share": 0.1}
-
-
-def lora_run(tiny_base, folder, method="opsd", teacher=ADAPTER_OFF, prepare=None, **changes):
-    return run(method, small_config(method, tiny_base, folder, teacher=teacher, **(LORA | changes)), prepare)
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     return lora_run(tiny_base, folder, save_every_steps=2), folder
-
-
-def plain_model(cfg_folder, folder="latest"):
-    """The checkpoint's weights in a model without adapters, through torchtune's own checkpointer."""
-    cfg = OmegaConf.load(cfg_folder / "config.yaml")
-    of_adapters = ("_component_", "lora", "use_dora", "quantize_base")
-    sizes = {key: value for key, value in cfg.model.items() if not any(part in key for part in of_adapters)}
-    path = (cfg_folder / folder).resolve()
-    files = [file.name for file in path.glob("*.safetensors")]
-    loader = FullModelHFCheckpointer(str(path), files, model_type="LLAMA3", output_dir=str(cfg_folder / "unused"))
-    model = llama3(**sizes)
-    model.load_state_dict(loader.load_checkpoint()["model"])
-    return model
 
 
 def test_only_adapters_train_and_the_saved_checkpoint_is_the_merged_model(trained, tiny_base):
@@ -147,10 +114,8 @@ def test_two_processes_end_where_one_does(tiny_base, tmp_path):
     ):
         config = functools.partial(small_config, method, tiny_base, teacher=teacher, max_steps=2, **LORA)
         run(method, config(tmp_path / "one" / name))
-        runs[name] = [method, str(save_config(config(tmp_path / "two" / name), tmp_path / f"{name}.yaml"))]
-    several = str(save_config(OmegaConf.create({"runs": runs}), tmp_path / "all.yaml"))
-    done = shell(tune_command("run", "--nproc_per_node", "2", "tests/support/several.py", "--config", several), timeout_s=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+        runs[name] = (method, config(tmp_path / "two" / name))
+    launch_several(tmp_path / "several", runs)
     for name in runs:
         one, two = weights(tmp_path / "one" / name), weights(tmp_path / "two" / name)
         for key in one:

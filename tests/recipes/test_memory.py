@@ -1,4 +1,4 @@
-"""Options that need less memory, from a config: an optimizer in 8 bits, one on the CPU, and offloading, which needs a GPU."""
+"""Test options that need less memory: an optimizer in 8 bits, one on the CPU, and offloading, which needs a GPU."""
 
 import contextlib
 import types
@@ -84,7 +84,7 @@ def test_a_resumed_run_in_8_bits_is_the_whole_run_to_the_bit(eager, wide_base, t
     assert metrics(tmp_path / "whole")[-1] == metrics(tmp_path / "cut")[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="the default run has the same options on one process and without compiling")
 def test_two_processes_in_8_bits_resume_to_the_bit_and_one_cannot(wide_base, tmp_path):
     runs = {}
     for name, folder, changes in (
@@ -105,7 +105,7 @@ def test_two_processes_in_8_bits_resume_to_the_bit_and_one_cannot(wide_base, tmp
         memory_run(wide_base, tmp_path / "cut", max_steps=3, resume_from_checkpoint=True, **EIGHT_BITS)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="the default run has the same options on one process and without compiling")
 def test_the_compiled_step_is_the_eager_one(wide_base, tmp_path):
     memory_run(wide_base, tmp_path / "compiled", max_steps=2, **EIGHT_BITS)
     with torch.compiler.set_stance("force_eager"):

@@ -1,4 +1,4 @@
-"""Each line of a recipe's method part that a small slip could change without stopping the run."""
+"""Test each line of a recipe's method part that a small slip could change without stopping the run."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""What methods do between sampling and update, in whole runs: guided groups, dataset completions, hindsight, the SFT term."""
+"""Test the steps between sampling and update in whole runs: guided groups, dataset completions, hindsight, the SFT term."""
 
 import math
 import os
@@ -18,9 +18,19 @@ from pidistill.envs.base import EnvStep
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.scoring.score import score
 from pidistill.types import Message, Rollout, ScoreRequest
-from tests.recipes.test_two_processes import assert_close_rows, launch_several
 from tests.support.builders import batch_of
-from tests.support.runs import Stop, assert_same_tensors, metrics, run, small_config, stop_after_row, training_state, weights
+from tests.support.forks import launch_several
+from tests.support.runs import (
+    Stop,
+    assert_close_rows,
+    assert_same_tensors,
+    metrics,
+    run,
+    small_config,
+    stop_after_row,
+    training_state,
+    weights,
+)
 from tests.support.worlds import Episode, VariedEnvironment, recorded
 
 
@@ -146,7 +156,7 @@ def test_a_penalty_makes_no_group_a_failed_one(tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
-def test_gkd_at_its_ends(lmbda, tiny_base, tmp_path):
+def test_gkd_samples_everything_at_lmbda_1_and_nothing_at_lmbda_0(lmbda, tiny_base, tmp_path):
     """lmbda 1 needs no completion in the dataset; lmbda 0 samples nothing and trains on the expert's actions."""
     changes = {"objective__lmbda": lmbda, "group_size": 1, "prompts_per_round": 4, "max_steps": 2}
     changes |= EXPERT if lmbda == 0 else {"dataset__completion": None}
@@ -368,8 +378,7 @@ def two(tiny_base, tmp_path_factory) -> Path:
         if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            done = launch_several(folder / "several", {name: scenario(name, tiny_base, folder / name) for name in SCENARIOS})
-            assert done.returncode == 0, done.stderr[-3000:]
+            launch_several(folder / "several", {name: scenario(name, tiny_base, folder / name) for name in SCENARIOS})
             (folder / "done").touch()
     return folder
 

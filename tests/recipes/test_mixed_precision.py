@@ -1,4 +1,4 @@
-"""Whole recipes in mixed precision (`dtype: fp32`, `compute_dtype: bf16`): against fp32, resumed, and on two processes."""
+"""Test whole recipes in mixed precision (`dtype: fp32`, `compute_dtype: bf16`): against fp32, resumed, on two processes."""
 
 import functools
 
@@ -6,13 +6,22 @@ import pytest
 import torch
 
 from tests.recipes.conftest import WIDE
-from tests.recipes.test_lora import LORA
-from tests.recipes.test_two_processes import back_to_checkpoint, launch_several
-from tests.support.runs import assert_same_tensors, metrics, run, small_config, stop_after_row, training_state, weights
+from tests.support.forks import launch_several
+from tests.support.lora import LORA
+from tests.support.runs import (
+    EMA,
+    assert_same_tensors,
+    back_to_checkpoint,
+    metrics,
+    run,
+    small_config,
+    stop_after_row,
+    training_state,
+    weights,
+)
 
 MIXED = {"dtype": "fp32", "compute_dtype": "bf16"}
 TEACHER = "pidistill.teachers."
-EMA = {"_component_": TEACHER + "EMATeacher", "rate": 0.3}
 FROZEN = {"_component_": TEACHER + "FrozenTeacher", "cache_gib": 0.01}
 TRUST_REGION = {"_component_": TEACHER + "TrustRegionTeacher", "live_share": 0.1}
 ADAPTER_OFF = {"_component_": TEACHER + "AdapterOffTeacher", "cache_gib": 0.01}
@@ -108,12 +117,10 @@ def two(tiny_base, wide_base, tmp_path_factory):
     # Sharing matrices rounds otherwise, by which a draw may fall otherwise: trained on the same texts, and sampled.
     runs["shared"] = config("sft", folder=folder / "shared", **SHARED)
     runs["shared_average"] = config("average", folder=folder / "shared_average", **SHARED)
-    done = launch_several(folder / "several", runs)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_several(folder / "several", runs)
     back_to_checkpoint(folder / "average", folder / "resumed", "step_2")
     resumed = config("average", folder=folder / "resumed", save_every_steps=2, resume_from_checkpoint=True)
-    done = launch_several(folder / "again", {"resumed": resumed})
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_several(folder / "again", {"resumed": resumed})
     return folder
 
 

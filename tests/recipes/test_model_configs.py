@@ -1,4 +1,4 @@
-"""Every config of a real model runs: one step, in process, with a tiny model of its family in the Hub's own layout.
+"""Test that every config of a real model runs: one step, in process, with a tiny model of its family in the Hub's layout.
 
 Replaced: the model's sizes, the checkpoint, the rows, what decides how long it takes, and the reward, which a random model
 never earns. Objective, teacher, adapters, hindsight, dtype, privileged prompt, optimizer and schedule are the config's own.
@@ -22,11 +22,11 @@ from pidistill.rewards import last_answer
 from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES
 from pidistill.types import Example, Message
 from tests.support.chat_templates import LLAMA32, QWEN3
+from tests.support.configs import REAL, name_of, recipe_of
 from tests.support.folder_families import FOLDER_FAMILIES, tiny_folder
 from tests.support.hub_models import hub_folder
 from tests.support.runs import metrics, weights
 from tests.support.tiny_tokenizers import llama_folder, qwen_folder, r1_folder
-from tests.test_configs import REAL, name_of, recipe_of
 
 VOCABULARY = 640
 # Family → (a model of hub_models.py, its builder with and without adapters, what else the builder takes, its tokenizer).
@@ -133,7 +133,28 @@ def run_in_process(path: Path, cfg: DictConfig) -> None:
         recipe._log.close()
 
 
-@pytest.mark.parametrize("path", REAL, ids=name_of)
+def in_the_default_run() -> set[Path]:
+    """Return configs among which is every method, and in every family every recipe, with adapters and without.
+
+    The others differ from them in the model's size, which the twin replaces, and in single numbers.
+    """
+    chosen, seen = set(), set()
+    for path in REAL:
+        adapters = path.stem.endswith("_lora")
+        shows = {path.stem.partition("_")[2], (path.parent.name, recipe_of(path)), (path.parent.name, adapters)}
+        if not shows <= seen:
+            chosen.add(path)
+            seen |= shows
+    return chosen
+
+
+DEFAULT = in_the_default_run()
+ANOTHER_SIZE = pytest.mark.slow(reason="the default run has a config of its method, and of its family and recipe")
+
+
+@pytest.mark.parametrize(
+    "path", [path if path in DEFAULT else pytest.param(path, marks=ANOTHER_SIZE) for path in REAL], ids=name_of
+)
 def test_the_tiny_twin_of_the_config_takes_a_step(path, checkpoints, rows, tmp_path):
     checkpoint = checkpoints[path.parent.name]
     run_in_process(path, twin(path, checkpoint, rows, tmp_path))
@@ -151,7 +172,9 @@ def test_the_tiny_twin_of_the_config_takes_a_step(path, checkpoints, rows, tmp_p
 
 
 def test_there_is_a_tiny_twin_of_every_family():
-    assert {*FAMILIES, *FOLDER_FAMILIES} == {path.parent.name for path in REAL} and len(REAL) >= 70
+    families = {path.parent.name for path in REAL}
+    assert {*FAMILIES, *FOLDER_FAMILIES} == families == {path.parent.name for path in DEFAULT} and len(REAL) >= 70
+    assert 15 <= len(DEFAULT) < len(REAL)
 
 
 @pytest.mark.parametrize(

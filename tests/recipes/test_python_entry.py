@@ -1,4 +1,4 @@
-"""The Python entry points that the package documents run as they are written."""
+"""Test that the Python entry points which the package documents run as they are written."""
 
 import textwrap
 

@@ -1,4 +1,4 @@
-"""`diff` of two recipes is the difference between two methods: same methods in the same order, same bodies but where named."""
+"""Test that two recipes have the same methods in the same order, and the same bodies but where a list names them."""
 
 import ast
 

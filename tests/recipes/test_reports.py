@@ -1,4 +1,4 @@
-"""What a run of each recipe reads and leaves: no key unread, no number undocumented, none made up."""
+"""Test what a run of each recipe reads and leaves: no key unread, no number undocumented, none made up."""
 
 import itertools
 import json
@@ -160,6 +160,13 @@ def test_evaluation_counts_every_view(left):
     rows = json.loads((left("evaluate") / "rows.json").read_text())
     for view, row in results.items():
         assert len(rows[view]) == 256 and sum(rows[view].values()) / 256 == pytest.approx(row["success"])
+    texts = [json.loads(line) for line in (left("evaluate") / "rollouts.jsonl").read_text().splitlines()]
+    for view, row in results.items():
+        own = [text for text in texts if text["view"] == view]
+        assert len(own) == row["rollouts"] and all(text["text"].startswith("assistant: ") for text in own)
+        assert sum(text["reward"] for text in own) / len(own) == pytest.approx(row["reward_mean"])
+        for part in own[0]["reward_parts"]:
+            assert sum(text["reward_parts"].get(part, 0.0) for text in own) / len(own) == pytest.approx(row[f"reward/{part}"])
     for row in (results["student"], results["student + PI"]):
         assert row["success"] < row["pass@2"] < row["pass@4"]
 

@@ -1,4 +1,4 @@
-"""Rewards in real runs: plain functions, parts in the log, and what happens when no episode has a reward."""
+"""Test rewards in real runs: plain functions, parts in the log, and a run in which no episode has a reward."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The log of training rollouts: which it holds, that their numbers are those of the step, and that training is untouched."""
+"""Test the log of training rollouts: which it holds, that its numbers are the step's, and that training is untouched."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Sampling demonstrations from a checkpoint, and stages that begin where an earlier one may not have been run."""
+"""Test sampling of demonstrations, and stages whose earlier stage may not have been run."""
 
 import json
 import logging
@@ -12,25 +12,9 @@ from pidistill.data import chat_dataset
 from pidistill.errors import InputError
 from recipes import sample_distributed
 from recipes.sample_distributed import SampleRecipe
-from tests.support.runs import MODEL, ROOT, assert_same_tensors, metrics, run, save_config, shell, small_config, tune_command
+from tests.support.forks import launch_several
+from tests.support.runs import assert_same_tensors, metrics, run, sample_config, small_config
 from tests.support.runs import weights as weights_of
-
-
-def sample_config(name, base, folder, **changes):
-    """configs/tiny/<name>.yaml on the small model; three rows, two per batch."""
-    cfg = OmegaConf.load(ROOT / "configs" / "tiny" / f"{name}.yaml")
-    settings = MODEL | {
-        "output_dir": str(folder),
-        "checkpointer.checkpoint_dir": str(base),
-        "checkpointer.checkpoint_files": ["model.safetensors"],
-        "environment._component_": "tests.support.worlds.VariedEnvironment",
-        "dataset.max_rows": 3,
-        "prompts_per_batch": 2,
-        "selection.threshold": 0.5,
-    }
-    for key, value in (settings | {key.replace("__", "."): value for key, value in changes.items()}).items():
-        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
-    return cfg
 
 
 def sample(name, base, folder, **changes):
@@ -79,11 +63,8 @@ def test_the_same_command_writes_the_same_file_whatever_the_batch(kept, tiny_bas
 
 
 def test_two_processes_write_what_one_does(kept, tiny_base, tmp_path):
-    config = save_config(sample_config("rft_sample", tiny_base, tmp_path / "two"), tmp_path / "config.yaml")
-    done = shell(
-        tune_command("run", "--nproc_per_node", "2", "recipes/sample_distributed.py", "--config", str(config)), timeout_s=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    two = ("rft_sample", sample_config("rft_sample", tiny_base, tmp_path / "two"))
+    launch_several(tmp_path / "several", {"two": two})
     folder, rows = kept
     assert [json.loads(line) for line in (tmp_path / "two" / "traces.jsonl").read_text().splitlines()] == rows
     (one,), (two,) = metrics(folder), metrics(tmp_path / "two")

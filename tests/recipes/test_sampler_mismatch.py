@@ -1,4 +1,4 @@
-"""Whole runs with a sampler that is not the trained policy: measured, stopped, corrected."""
+"""Test whole runs with a sampler that is not the trained policy: measured, stopped, corrected."""
 
 import math
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""torchtune's own recipe on our dataset builders, as the README shows for GPU users; its single-device one runs on CPU."""
+"""Test torchtune's own recipe on our dataset builders, as the README shows for GPU users; its single-device one runs on CPU."""
 
 import subprocess
 import sys

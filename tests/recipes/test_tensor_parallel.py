@@ -1,4 +1,4 @@
-"""Ranks that share a model's matrices: the same rollouts, numbers and weights as one process that has them whole."""
+"""Test ranks that share a model's matrices: rollouts, numbers and weights are those of one process with whole matrices."""
 
 import json
 from pathlib import Path
@@ -19,16 +19,19 @@ from pidistill.rollouts import collect as collect_module
 from pidistill.testing import TINY_SIZES
 from pidistill.training.start import check_run
 from recipes.opsd_distributed import KEYS, REQUIRED
-from tests.recipes.test_sample import sample_config
-from tests.recipes.test_two_processes import EMA, TIMEOUT_S, assert_close_rows, back_to_checkpoint
 from tests.support.episodes import Script, collect, pair
+from tests.support.forks import TIMEOUT_S, launch_several
 from tests.support.hub_models import MODELS, hub_folder
 from tests.support.runs import (
+    EMA,
     EVALUATION,
     RECIPES,
+    assert_close_rows,
     assert_same_tensors,
+    back_to_checkpoint,
     metrics,
     run,
+    sample_config,
     save_config,
     shell,
     small_config,
@@ -90,15 +93,6 @@ def scenario(name: str, base: Path, folder: Path, **more: Any) -> tuple[str, Dic
     return method, cfg
 
 
-def launch(processes: int, folder: Path, runs: dict[str, tuple[str, DictConfig]]) -> None:
-    """All ``runs`` one after another in one launch."""
-    listed = {name: [method, str(save_config(cfg, folder / f"{name}.yaml"))] for name, (method, cfg) in runs.items()}
-    config = save_config(OmegaConf.create({"runs": listed}), folder / "all.yaml")
-    arguments = ("--nproc_per_node", str(processes), "tests/support/several.py", "--config", str(config))
-    done = shell(tune_command("run", *arguments), timeout_s=TIMEOUT_S)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def two(tiny_base, tmp_path_factory) -> Path:
     """What two processes with half of each matrix left; `resumed` is `main` cut in two."""
@@ -106,7 +100,7 @@ def two(tiny_base, tmp_path_factory) -> Path:
     runs = {name: scenario(name, tiny_base, folder / name, tensor_parallel_dim=2) for name in SCENARIOS}
     for name, more in {"begun": {"max_steps": 2}, "resumed": {"resume_from_checkpoint": True}}.items():
         runs[name] = scenario("main", tiny_base, folder / "resumed", tensor_parallel_dim=2, **more)
-    launch(2, folder, runs)
+    launch_several(folder, runs)
     return folder
 
 
@@ -114,11 +108,11 @@ def two(tiny_base, tmp_path_factory) -> Path:
 def four(tiny_base, one, tmp_path_factory) -> Path:
     """What two groups of two processes left; `resumed` continues `main`, and `taken_over` a checkpoint of one process."""
     folder = tmp_path_factory.mktemp("tensor_and_data_parallel")
-    launch(4, folder, {n: scenario(n, tiny_base, folder / n, tensor_parallel_dim=2) for n in ("main", *SLOW)})
+    launch_several(folder, {n: scenario(n, tiny_base, folder / n, tensor_parallel_dim=2) for n in ("main", *SLOW)}, 4)
     back_to_checkpoint(folder / "main", folder / "resumed", "step_2")
     back_to_checkpoint(one("main"), folder / "taken_over", "step_2")
     again = {"tensor_parallel_dim": 2, "resume_from_checkpoint": True}
-    launch(4, folder, {n: scenario("main", tiny_base, folder / n, **again) for n in ("resumed", "taken_over")})
+    launch_several(folder, {n: scenario("main", tiny_base, folder / n, **again) for n in ("resumed", "taken_over")}, 4)
     return folder
 
 
@@ -183,19 +177,19 @@ def test_a_checkpoint_of_two_halves_has_whole_states_and_resumes_on_one_process(
 # ------------------------------------------------------------------------------------------- with data parallelism
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two processes that share matrices are in the default run")
 @pytest.mark.parametrize("name", ["main", *(name for name in SLOW if name not in UNTRAINED)])
 def test_two_groups_of_two_train_as_one_process(name, one, four):
     alone = name == "one_group"  # the second data-parallel rank has no rollout
     assert_same_training(four / name, one(name), ["0.jsonl"] if alone else ["0.jsonl", "2.jsonl"])
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two processes that share matrices are in the default run")
 def test_two_groups_of_two_resume_to_the_bit(four):
     assert_same_run(four / "resumed", four / "main")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two processes that share matrices are in the default run")
 def test_a_checkpoint_of_one_process_resumes_on_two_groups_of_two(one, four):
     """Padded there, trees here: a largest difference of log-probs, itself all rounding, is left out."""
     ours, theirs = (
@@ -205,7 +199,7 @@ def test_a_checkpoint_of_one_process_resumes_on_two_groups_of_two(one, four):
     assert_close_rows(ours, theirs)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two processes that share matrices are in the default run")
 def test_evaluation_and_sampling_of_two_groups_of_two_are_those_of_one(one, four):
     ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (four / "evaluate", one("evaluate")))
     assert ours.keys() == theirs.keys() == {"student greedy", "student", "student + PI"}
@@ -217,7 +211,7 @@ def test_evaluation_and_sampling_of_two_groups_of_two_are_those_of_one(one, four
     assert ours == theirs != ""
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two processes that share matrices are in the default run")
 def test_a_batch_that_is_not_finite_is_written_once_per_group(four):
     assert sorted(path.name for path in (four / "poisoned").glob("nonfinite*")) == [
         "nonfinite_step_2_rank_0.jsonl",
@@ -243,7 +237,7 @@ def test_a_rank_that_follows_samples_along_and_takes_the_result_of_the_first(mon
     assert call["seeds"] == [0] and call["prompts"] == [pair("a").student]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two processes that share matrices are in the default run")
 def test_an_error_of_the_one_that_asks_the_environment_is_said_once_and_ends_both(tiny_base, tmp_path):
     refused = f"tiny_world train row {epoch_order(512, 0, 0, 1)[0]}"
     fail = {"environment__fail": "refuse", "environment__fail_on": [refused], "tensor_parallel_dim": 2}

@@ -1,4 +1,4 @@
-"""The configs of the tool world through the same recipes as the tiny world's: three steps on a CPU.
+"""Test the configs of the tool world in the same recipes as the tiny world's: three steps on a CPU.
 
 A random model solves nothing, so half of the episodes are played by a sampler that says what the expert says: rewards have
 spread, and whole conversations with calls, results and a customer go through packing, scoring and the update.
@@ -128,7 +128,7 @@ def test_the_base_learns_from_the_experts_episodes(tokenizer_folder, tmp_path):
     assert 0 < rows[0]["policy_tokens"] < 2000, "the shop's and the customer's words are not the agent's"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="tests/data/test_demonstrations.py counts rows that are too long")
 def test_an_episode_that_is_too_long_does_not_stop_the_base(tokenizer_folder, tmp_path):
     """Row 195 of the config's own rows is: the base could not be trained at all."""
     settings = {"max_steps": 1, "batch_size": 1, "dataset.n": 196, "checkpointer.checkpoint_dir": str(tmp_path / "init")}
@@ -149,7 +149,10 @@ def only_teachers_see(rollouts: Sequence[Rollout], tokenizer) -> None:
         assert all(call in teacher and call not in student for call in calls)
 
 
-@pytest.mark.parametrize("name", ["pi_distill", pytest.param("opsd", marks=pytest.mark.slow)])
+OTHER_RECIPE = pytest.mark.slow(reason="one recipe plays and one samples in the default run")
+
+
+@pytest.mark.parametrize("name", ["pi_distill", pytest.param("opsd", marks=OTHER_RECIPE)])
 def test_whole_conversations_are_trained_on(name, tokenizer_folder, random_base, tmp_path):
     sampler = {"_component_": "tests.recipes.test_tool_world_runs.ScriptedSampler", "path": tokenizer_folder}
     cfg = small(name, tmp_path, tokenizer_folder, **ROUND, **from_base(random_base), sampler=sampler | {"max_new_tokens": 2560})
@@ -165,7 +168,7 @@ def test_whole_conversations_are_trained_on(name, tokenizer_folder, random_base,
     assert weights(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["opsd", pytest.param("pi_distill", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["opsd", pytest.param("pi_distill", marks=OTHER_RECIPE)])
 def test_a_model_samples_its_own(name, tokenizer_folder, random_base, tmp_path):
     limits = {"sampler.max_new_tokens": 60, "sampler.max_turn_tokens": 20, "environment_threads": 2}
     rows = run(name, small(name, tmp_path, tokenizer_folder, **ROUND, **from_base(random_base), **limits))

@@ -1,4 +1,4 @@
-"""Recipes that sample with vLLM, from the command line: `make test-vllm`."""
+"""Test recipes that sample with vLLM, from the command line: `make test-vllm`."""
 
 import importlib.util
 import math
@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pidistill.rollouts import VLLMSampler
 from tests.recipes.conftest import make_base
-from tests.recipes.test_lora import LORA
+from tests.support.lora import LORA
 from tests.support.runs import EVALUATION, MODEL, metrics, save_config, shell, small_config, tune_command
 
 pytestmark = [

@@ -1,4 +1,4 @@
-"""The reward that looks for the reference in the answer."""
+"""Test the reward that looks for the reference in the answer."""
 
 import pytest
 
@@ -39,7 +39,7 @@ def test_the_reference_counts_as_whole_words_of_the_last_answer(reference, text,
     assert Contains()(example(reference), said(text)) == expected
 
 
-def test_case_can_count():
+def test_the_case_of_letters_counts_where_casefold_is_off():
     assert Contains(casefold=False)(example("Merlin"), said("merlin")) == 0.0
     assert Contains(casefold=False)(example("Merlin"), said("Merlin")) == 1.0
 

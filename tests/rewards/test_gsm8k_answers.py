@@ -1,4 +1,4 @@
-"""Answers of GSM8K: how a number may be written, where it may stand, and how long judging takes."""
+"""Test answers of GSM8K: how a number may be written, where it may stand, and how long judging takes."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""A reward may be a plain function, named in the config by its dotted path."""
+"""Test a plain function as a reward, named in the config by its dotted path."""
 
 import pickle
 

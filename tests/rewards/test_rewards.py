@@ -1,4 +1,4 @@
-"""Rewards: what is right gets 1, what is wrong 0, and nothing hangs."""
+"""Test rewards: a right answer gets 1, a wrong one 0, and nothing hangs."""
 
 import json
 import os
@@ -62,12 +62,12 @@ WRONG = [
 
 
 @pytest.mark.parametrize("reference, text", RIGHT)
-def test_right_numbers(reference, text):
+def test_a_right_number_gets_1_however_it_is_written(reference, text):
     assert GSM8KReward()(example(reference), said(text)) == 1.0
 
 
 @pytest.mark.parametrize("reference, text", WRONG)
-def test_wrong_numbers(reference, text):
+def test_a_wrong_number_gets_0(reference, text):
     assert GSM8KReward()(example(reference), said(text)) == 0.0
 
 
@@ -125,7 +125,7 @@ def test_the_last_assistant_turn_counts():
     assert ExactMatch()(example("a"), []) == 0.0
 
 
-def test_exact_match():
+def test_exact_match_compares_the_whole_answer_without_outer_spaces():
     assert ExactMatch()(example("Yes"), said(" Yes\n")) == 1.0
     assert ExactMatch()(example("Yes"), said("yes")) == 0.0
     assert ExactMatch(casefold=True)(example("Straße"), said("STRASSE")) == 1.0

@@ -1,4 +1,4 @@
-"""Parts that shape a reward, and rewards made of checks: what they add, what they leave alone, what they refuse."""
+"""Test parts that shape a reward, and rewards made of checks: what they add, what they leave alone, what they refuse."""
 
 import math
 

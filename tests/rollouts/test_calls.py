@@ -1,4 +1,4 @@
-"""Environments that raise, hang or answer nonsense among others: they cost their own episodes, and nothing waits for them."""
+"""Test environments that raise, hang or answer nonsense: each costs its own episode, and nothing waits for it."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""Episodes between a scripted sampler and small environments; then once with a model."""
+"""Test episodes between a scripted sampler and small environments; then once with a model."""
 
 import inspect
 import logging

@@ -1,4 +1,4 @@
-"""Sampling from decoders of transformers: log-probs, independence of the batch, greedy decoding, turns with observations."""
+"""Test sampling from decoders of transformers: log-probs, independence of the batch, greedy decoding, several turns."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Hints that the model writes itself: which are kept, what a sentence is, and reading them back."""
+"""Test hints that the model writes itself: which are kept, what a sentence is, and how they are read back."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,12 @@ from pidistill.privileged.hint_file import read_hints
 from pidistill.rollouts.hints import Hints, SentenceCount
 from pidistill.rollouts.selections import Selection, trace_row
 from pidistill.types import Example, PromptPair, Rollout
-from tests.data.test_agent_traces import BOOK, BYE, LOOK, episode, write  # noqa: F401 (write is a fixture)
+from tests.support.traces import BOOK, BYE, LOOK, episode, trace_writer
+
+
+@pytest.fixture
+def write(tmp_path):
+    return trace_writer(tmp_path)
 
 
 def said(text: str) -> list[dict]:
@@ -94,7 +99,7 @@ def test_other_files_are_refused(line, tmp_path):
         read_hints(str(tmp_path / "hints.jsonl"))
 
 
-def test_prompts_hold_the_shortest_successful_trace_of_each_task(write):  # noqa: F811
+def test_prompts_hold_the_shortest_successful_trace_of_each_task(write):
     source = write(episode(1, 1.0, *LOOK, *BOOK, *BYE), episode(1, 1.0, *BOOK, *BYE), episode(2, 0.0, *BOOK, *BYE))
     (row,) = prompts = hint_prompts(source)
     assert prompts.dropped == {"task_without_success": 1} and row.data["task"] == "1" and row.data["trace"].id.endswith("row 1")
@@ -107,7 +112,7 @@ def test_prompts_hold_the_shortest_successful_trace_of_each_task(write):  # noqa
         hint_prompts(source, template="{trace}")
 
 
-def test_hints_of_other_tasks_are_refused(write, tmp_path):  # noqa: F811
+def test_hints_of_other_tasks_are_refused(write, tmp_path):
     source = write(episode(1, 1.0, *BOOK, *BYE))
     (tmp_path / "hints.jsonl").write_text(json.dumps({"provenance": {"task": "7"}, "completion": said("Look.")}) + "\n")
     with pytest.raises(InputError, match="has hints for none of the tasks"):

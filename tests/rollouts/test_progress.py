@@ -1,4 +1,4 @@
-"""The progress of a round: what it counts, where it shows it, and where it shows nothing."""
+"""Test the progress of a round: what it counts, where it shows it, and where it shows nothing."""
 
 import re
 
@@ -72,7 +72,7 @@ def test_a_terminal_gets_one_line_that_goes(at_once, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("why", ["other process", "switched off", "no row", "short"])
-def test_nothing_is_shown(why, lines, monkeypatch, capsys):
+def test_no_progress_is_shown_by_other_processes_where_switched_off_or_for_short_rounds(why, lines, monkeypatch, capsys):
     if why == "other process":
         monkeypatch.setattr(dist, "is_initialized", lambda: True)
         monkeypatch.setattr(dist, "get_rank", lambda: 1)

@@ -1,4 +1,4 @@
-"""The sampler against a plain forward over prompt + completion, one row at a time, without cache, padding or mask."""
+"""Test the sampler against a plain forward over prompt + completion, one row at a time, without cache, padding or mask."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""What is kept of a model's samples, read back as what supervised training sees."""
+"""Test which samples of a model are kept, read back as supervised training sees them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The vLLM sampler held to the trainer's own numbers, with vLLM on CPU: `make test-vllm`."""
+"""Test the vLLM sampler against the trainer's own numbers, with vLLM on CPU: `make test-vllm`."""
 
 import importlib.util
 import json

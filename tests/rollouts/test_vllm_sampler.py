@@ -1,4 +1,4 @@
-"""The vLLM sampler without vLLM: its request loop on a scripted engine, the weights it hands over, and what it refuses.
+"""Test the vLLM sampler without vLLM: its request loop on a scripted engine, the weights it hands over, its refusals.
 
 tests/rollouts/test_vllm_engine.py holds the same sampler to the trainer's own numbers, with vLLM.
 """

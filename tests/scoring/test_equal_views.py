@@ -1,4 +1,4 @@
-"""A teacher with the student's weights says exactly what the student says on rollouts without privileged information."""
+"""Test that a teacher with the student's weights gives the student's numbers on rollouts without privileged information."""
 
 import copy
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The head's one pass: gradients by hand against autograd over whole logits, and formed on the way against the second pass."""
+"""Test the head's one pass: gradients by hand against autograd over whole logits, and against the second pass."""
 
 import json
 import subprocess

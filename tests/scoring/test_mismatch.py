@@ -1,4 +1,4 @@
-"""The sampler against the trainer: what is measured, where a run stops, and the truncated importance weights."""
+"""Test the sampler against the trainer: what is measured, where a run stops, and the truncated importance weights."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A packed tree is the padded rows in another arrangement: same numbers, same gradients, fewer tokens."""
+"""Test that a packed tree is the padded rows in another arrangement: same numbers, same gradients, fewer tokens."""
 
 import dataclasses
 import pickle
@@ -24,51 +24,14 @@ from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score
 from pidistill.scoring.tree_attention import FLEX_BLOCK, TreeMask, read_trees, tree_attention
 from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES, perturb_weights
-from pidistill.types import Divergence, Example, PromptPair, Rollout, RolloutAdvantage, ScoreRequest
-from tests.support.builders import CPU, VOCABULARY, batch_of, gradients, model, random_rollouts, relative_difference
+from pidistill.types import Divergence, RolloutAdvantage, ScoreRequest
+from tests.support.builders import CPU, VOCABULARY, batch_of, forest, gradients, model, random_rollouts, relative_difference
 
 REQUEST = ScoreRequest(
     student_grad=True,
     teacher_grad=True,
     divergences=(Divergence("kl_teacher_student", "both"), Divergence("jsd", "student", beta=0.3)),
 )
-
-
-def forest(seed: int) -> list[Rollout]:
-    """Ragged groups of a few prompts: with and without PI before, inside or after the question, forks after any turn."""
-    draw = random.Random(seed)
-
-    def ids(low: int, high: int) -> list[int]:
-        return [draw.randrange(1, VOCABULARY) for _ in range(draw.randint(low, high))]
-
-    system, rollouts = ids(0, 4), []
-    for group in range(draw.randint(1, 4)):
-        before, after, pi = ids(1, 5), ids(0, 4), ids(0, 9)
-        student = system + before + after
-        teacher = [pi + student, system + before + pi + after, student + pi][draw.randrange(3)]
-        pairs = PromptPair(student, teacher, has_privileged=bool(pi))
-        written: list[list[tuple[int, bool]]] = []
-        for _ in range(draw.randint(1, 5)):
-            # Some completions go on from a point inside an earlier one.
-            base = draw.choice(written)[: draw.randint(0, 12)] if written and draw.random() < 0.5 else []
-            turns = [(token, policy) for policy in (True, False, True) for token in ids(1, 5)]
-            written.append(base + turns)
-            completion, policy = map(list, zip(*written[-1], strict=True))
-            rollouts.append(
-                Rollout(
-                    example=Example(id=f"row {group}", messages=[]),
-                    prompts=pairs,
-                    completion=completion,
-                    policy_mask=policy,
-                    sampled_logprobs=[-1.0] * len(policy),
-                    sampled_by="student",
-                    group=group,
-                    stop_reason="done",
-                    turns=[],
-                    reward=0.0,
-                )
-            )
-    return rollouts
 
 
 def numbers_and_gradients(module, rollouts, packing, request=REQUEST):

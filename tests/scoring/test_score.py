@@ -1,4 +1,4 @@
-"""The scorer against the whole [tokens, vocabulary] computation: values, gradients, and who gets none."""
+"""Test the scorer against the whole [tokens, vocabulary] computation: values, gradients, and where there is no gradient."""
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
-"""Small rollouts, batches and models that several test files use."""
+"""Make small rollouts, batches and models that several test files use."""
 
 import math
+import random
 from collections.abc import Sequence
 
 import torch
@@ -74,3 +75,40 @@ def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
     assert a.keys() == b.keys()
     difference = sum(float((a[k] - b[k]).double().pow(2).sum()) for k in a)
     return math.sqrt(difference / sum(float(b[k].double().pow(2).sum()) for k in b))
+
+
+def forest(seed: int) -> list[Rollout]:
+    """Ragged groups of a few prompts: with and without PI before, inside or after the question, forks after any turn."""
+    draw = random.Random(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [draw.randrange(1, VOCABULARY) for _ in range(draw.randint(low, high))]
+
+    system, rollouts = ids(0, 4), []
+    for group in range(draw.randint(1, 4)):
+        before, after, pi = ids(1, 5), ids(0, 4), ids(0, 9)
+        student = system + before + after
+        teacher = [pi + student, system + before + pi + after, student + pi][draw.randrange(3)]
+        pairs = PromptPair(student, teacher, has_privileged=bool(pi))
+        written: list[list[tuple[int, bool]]] = []
+        for _ in range(draw.randint(1, 5)):
+            # Some completions go on from a point inside an earlier one.
+            base = draw.choice(written)[: draw.randint(0, 12)] if written and draw.random() < 0.5 else []
+            turns = [(token, policy) for policy in (True, False, True) for token in ids(1, 5)]
+            written.append(base + turns)
+            completion, policy = map(list, zip(*written[-1], strict=True))
+            rollouts.append(
+                Rollout(
+                    example=Example(id=f"row {group}", messages=[]),
+                    prompts=pairs,
+                    completion=completion,
+                    policy_mask=policy,
+                    sampled_logprobs=[-1.0] * len(policy),
+                    sampled_by="student",
+                    group=group,
+                    stop_reason="done",
+                    turns=[],
+                    reward=0.0,
+                )
+            )
+    return rollouts

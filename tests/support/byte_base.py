@@ -1,4 +1,4 @@
-"""Recipes on an environment library with a small model that reads bytes: configs/gem and configs/reasoning_gym made smaller."""
+"""Run recipes on an environment library with a small model that reads bytes: configs/gem and configs/reasoning_gym."""
 
 import math
 from pathlib import Path

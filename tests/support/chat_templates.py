@@ -1,4 +1,4 @@
-"""Chat templates with the structure of published ones, in words of our own: who writes which token, and what is left out when.
+"""Hold chat templates with the structure of published ones, in words of our own.
 
 QWEN25      default system text; tools in the system turn; several calls a turn; results share one user turn
 QWEN3       no default; reasoning is kept in turns after the last question only, whatever tools said since; thinking switch

@@ -1,4 +1,4 @@
-"""The control arms `none` of methods without reward: the teacher sees what the student sees, so nothing may be learned."""
+"""Run the control arms `none` of methods without reward: both sides see the same, so that nothing may be learned."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tiny random models of the families that transformers has, with norms, biases and sinks moved away from their start."""
+"""Make tiny random models of transformers' families, with norms, biases and sinks moved away from their start."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Small models as the Hub holds the families that people train, each with the builder that takes its weights."""
+"""Make small models as the Hub holds the families that people train, each with the builder that takes its weights."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Environments that raise, hang or answer nonsense in the episodes that they are told, and 64 episodes with a model."""
+"""Play environments that raise, hang or answer nonsense in the episodes that they are told, and 64 episodes with a model."""
 
 import functools
 import math

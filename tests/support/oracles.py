@@ -1,4 +1,4 @@
-"""Slow and obvious versions of the mathematics, in float64, with Python loops: what the tests hold pidistill to.
+"""Compute the mathematics slowly and obviously, in float64, with Python loops: the tests hold pidistill to these.
 
 Nothing here imports the functions it checks.
 """

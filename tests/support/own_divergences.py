@@ -1,4 +1,4 @@
-"""Divergences as a user would write them, reachable by dotted path from a config."""
+"""Define divergences as a user would write them, reachable by dotted path from a config."""
 
 import math
 

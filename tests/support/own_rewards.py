@@ -1,4 +1,4 @@
-"""Rewards and judges as plain functions, which configs of tests name by their dotted paths."""
+"""Define rewards and judges as plain functions, which configs of tests name by their dotted paths."""
 
 from pidistill.rewards import RewardWithParts, last_answer
 

@@ -1,4 +1,4 @@
-"""How the tests of this folder run recipes: in this process (about a second), or as users do, on the command line."""
+"""Run recipes in tests: in this process (about a second), or as users do, on the command line."""
 
 import contextlib
 import functools
@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
@@ -55,6 +57,8 @@ EVALUATION = {  # what turns the evaluation of a small run on again
     "eval_dataset": {"_component_": "pidistill.envs.tiny_world.tiny_world_dataset", "split": "validation", "max_rows": 3},
 }
 
+EMA = {"_component_": "pidistill.teachers.EMATeacher", "rate": 0.3}
+
 TIMES = ("time_", "tokens_per_s")
 
 
@@ -84,6 +88,23 @@ def small_config(name: str, base: Path, output_dir: Path, **changes: Any) -> Dic
         settings |= {"checkpointer.checkpoint_dir": str(base), "checkpointer.checkpoint_files": ["model.safetensors"]}
     if RECIPES[name] == "evaluate_distributed":
         del settings["eval_dataset"]
+    for key, value in (settings | {key.replace("__", "."): value for key, value in changes.items()}).items():
+        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+    return cfg
+
+
+def sample_config(name: str, base: Path, folder: Path, **changes: Any) -> DictConfig:
+    """Return configs/tiny/<name>.yaml on the small model, with three rows and two per batch."""
+    cfg = OmegaConf.load(TINY / f"{name}.yaml")
+    settings = MODEL | {
+        "output_dir": str(folder),
+        "checkpointer.checkpoint_dir": str(base),
+        "checkpointer.checkpoint_files": ["model.safetensors"],
+        "environment._component_": "tests.support.worlds.VariedEnvironment",
+        "dataset.max_rows": 3,
+        "prompts_per_batch": 2,
+        "selection.threshold": 0.5,
+    }
     for key, value in (settings | {key.replace("__", "."): value for key, value in changes.items()}).items():
         OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     return cfg
@@ -199,3 +220,23 @@ def assert_same_tensors(first: Any, second: Any, where: str = "") -> None:
             assert_same_tensors(a, b, f"{where}[{i}]")
     else:
         assert first == second, where
+
+
+def back_to_checkpoint(source: Path, target: Path, step: str) -> None:
+    """A copy of a run as if it had been killed some time after the checkpoint ``step``."""
+    shutil.copytree(source, target, symlinks=True)
+    shutil.rmtree(target / "episodes", ignore_errors=True)
+    (target / "latest").unlink()
+    (target / "latest").symlink_to(step)
+
+
+def assert_close_rows(first: list[dict], second: list[dict], rel: float = 1e-5) -> None:
+    assert [row.keys() for row in first] == [row.keys() for row in second]
+    for ours, theirs in zip(first, second, strict=True):
+        for key in ours:
+            # Sums in another order; a loss is a difference of terms of size one, and a mismatch is nothing but rounding.
+            least = 1e-5 if key.startswith("sampler_mismatch") else 1e-6
+            if key == "alarms":  # their sentences hold numbers, which may round differently
+                assert ours[key].keys() == theirs[key].keys()
+                continue
+            assert ours[key] == pytest.approx(theirs[key], rel=rel, abs=least), (ours["step"], key)

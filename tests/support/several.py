@@ -1,4 +1,4 @@
-"""A recipe that runs several recipes one after another in one process group: starting two processes takes longer than they do.
+"""Run several recipes one after another in one process group: starting two processes takes longer than they do.
 
     tune run --nproc_per_node 2 tests/support/several.py --config several.yaml
 

@@ -1,10 +1,7 @@
-"""Real configs made small: a random model in the Hub's format; recipes run with it, by `tune run` or in this process."""
+"""Make real configs small: a random model in the Hub's format; recipes run with it, in a fork or in this process."""
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from torchtune.models.qwen2._tokenizer import PRETOKENIZE_REGEX
 
 from pidistill.testing import TINY_SIZES
 from tests.support.chat_templates import QWEN25
+from tests.support.forks import run_recipe
 from tests.support.hub_models import MODELS, hub_folder
 from tests.support.tiny_tokenizers import QWEN_ADDED, QWEN_SPECIAL
 
@@ -80,23 +78,9 @@ def use_model(cfg: DictConfig, name: str, lora: dict[str, Any] | None = None) ->
 # ------------------------------------------------------------------------------------------- running
 
 
-def tune_run(recipe: str, config: str, overrides: list[str]) -> str:
-    """`tune run --nproc_per_node 1 recipes/... --config configs/...` from the project's folder; what it printed."""
-    tune = Path(sys.executable).with_name("tune")
-    command = [
-        str(tune),
-        "run",
-        "--nproc_per_node",
-        "1",
-        f"recipes/{recipe}.py",
-        "--config",
-        f"configs/{config}.yaml",
-        *overrides,
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
+def run_config(recipe: str, config: str, overrides: list[str]) -> str:
+    """Run recipes/<recipe>.py with configs/<config>.yaml and ``overrides`` in a process of its own; return what it printed."""
+    return run_recipe(recipe, ["--config", str(ROOT / "configs" / f"{config}.yaml"), *overrides])
 
 
 def load_config(config: str, overrides: list[str]) -> DictConfig:

@@ -1,4 +1,4 @@
-"""Small tokenizers in the formats of real ones: a model folder for HFChatTokenizer, torchtune's llama3, qwen2 and qwen2_5."""
+"""Make small tokenizers in the formats of real ones: for HFChatTokenizer and torchtune's llama3, qwen2 and qwen2_5."""
 
 import base64
 import functools

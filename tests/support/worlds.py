@@ -1,4 +1,4 @@
-"""What test configs name: an environment that rewards what an untrained model does, and parts that fail on demand."""
+"""Define what test configs name: an environment that rewards an untrained model, and parts that fail on demand."""
 
 import json
 import os

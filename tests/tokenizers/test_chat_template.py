@@ -1,4 +1,4 @@
-"""Templates with the structure of the published ones: prompts are transformers' ids, in both views and every placement."""
+"""Test templates with the structure of published ones: prompts are transformers' ids, in both views and every placement."""
 
 import json
 import os

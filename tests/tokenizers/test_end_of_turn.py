@@ -1,4 +1,4 @@
-"""A model folder whose stop token is not what its chat template writes at the end of a turn (base models) is said once."""
+"""Test that a stop token which the chat template does not write at the end of a turn is reported once."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The longest common prefix, next to the plain loop."""
+"""Test the longest common prefix beside the plain loop."""
 
 import random
 

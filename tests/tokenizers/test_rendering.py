@@ -1,4 +1,4 @@
-"""The check that token ids say what messages say: what is found in a rendered turn, what is refused, and what it costs."""
+"""Test the check that token ids say what messages say: what it finds, what it refuses, and what it costs."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""A chat template that never ends, or makes texts without bound, ends in one sentence, in every thread and within seconds."""
+"""Test that a chat template without an end or a bound ends in one sentence, in every thread and within seconds."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""Chat tokenizers: ids of prompts, turns and observations, next to transformers and torchtune."""
+"""Test chat tokenizers: ids of prompts, turns and observations, beside transformers and torchtune."""
 
 import json
 
@@ -544,7 +544,7 @@ def test_torchtune_prompt_templates_keep_the_laws(tmp_path, family):
     assert "A:" in tokenizer.decode(tokenizer.encode_prompt([user("a")]))  # the template writes it, not the model
 
 
-def test_torchtune_refusals(tmp_path):
+def test_torchtunes_tokenizers_refuse_tools_and_broken_histories(tmp_path):
     tokenizer = TorchtuneChatTokenizer(torchtune_llama3(tmp_path))
     assert tokenizer.default_system() is None
     with pytest.raises(InputError, match="no tool schemas; use HFChatTokenizer"):
@@ -570,7 +570,7 @@ def words():
     return WordTokenizer(["<pad>", "<bos>", "end", "a", "b", "c"], pad="<pad>", bos="<bos>", end="end", max_seq_len=9)
 
 
-def test_word_ids(words):
+def test_the_word_tokenizer_gives_one_id_per_word_and_reads_them_back(words):
     assert words.encode_prompt([system("a"), user("b a")]) == [1, 3, 4, 3]
     assert words.encode_turn([user("a")], assistant("c b")) == [5, 4, 2]
     assert words.encode_observations([user("a"), assistant("c")], [tool("b")]) == [4]
@@ -590,7 +590,7 @@ def test_a_word_context_grown_turn_by_turn_is_the_prompt_of_the_whole(steps):
     assert ids == tokenizer.encode_prompt(history)
 
 
-def test_word_refusals(words):
+def test_the_word_tokenizer_refuses_unknown_words_and_wrong_lists(words):
     with pytest.raises(InputError, match="the word 'd' is not among the 6 words"):
         words.encode_prompt([user("a d")])
     with pytest.raises(InputError, match="not all different"):
@@ -601,7 +601,7 @@ def test_word_refusals(words):
         WordTokenizer(["a", "b"], pad="a", bos="b", end="stop")
 
 
-def test_as_chat_tokenizer(words, tmp_path):
+def test_a_chat_tokenizer_is_kept_torchtunes_is_wrapped_and_a_name_is_refused(words, tmp_path):
     assert as_chat_tokenizer(words) is words
     assert isinstance(as_chat_tokenizer(torchtune_llama3(tmp_path)), TorchtuneChatTokenizer)
     with pytest.raises(InputError, match="tokenizer is a str, which tokenizes no messages"):

@@ -1,4 +1,4 @@
-"""A checkpoint folder that lacks something is refused in one sentence that says what to run or to change."""
+"""Test that an incomplete checkpoint folder is refused in one sentence that says what to run or to change."""
 
 from pathlib import Path
 

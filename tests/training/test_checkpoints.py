@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, loadable by transformers, and enough to go on exactly."""
+"""Test checkpoints: whole or absent, loadable by transformers, and enough to continue exactly."""
 
 import gc
 import io

@@ -1,4 +1,4 @@
-"""Each alarm is given for the run it describes, once, with its numbers, its cause and a key; a healthy run gets none."""
+"""Test that each alarm is given once for its run, with numbers, cause and key; a healthy run gets none."""
 
 import json
 from pathlib import Path

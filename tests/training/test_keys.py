@@ -1,4 +1,4 @@
-"""The table of config keys: it agrees with the recipes, and checks, defaults, page and command follow from it."""
+"""Test the table of config keys: it agrees with the recipes, and checks, defaults, page and command follow from it."""
 
 import importlib
 import math
@@ -35,7 +35,7 @@ def test_a_recipe_takes_the_keys_that_the_table_gives_it_and_requires_some_of_th
 def test_the_sets_of_keys_lie_inside_each_other():
     assert EVALUATION_KEYS < COMMON_KEYS and not COMMON_KEYS & ROUND_KEYS
     assert keys_of("pi_distill") == COMMON_KEYS | ROUND_KEYS
-    assert keys_of("opsd") - keys_of("pi_distill") == {"hindsight"}
+    assert keys_of("opsd") - keys_of("pi_distill") == {"hindsight", "refill"}
 
 
 def test_the_page_is_what_the_table_says(capsys):

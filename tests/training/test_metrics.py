@@ -1,4 +1,4 @@
-"""What a run reports: sums that do not depend on how the work was cut, numbers that are absent rather than made up."""
+"""Test what a run reports: sums do not depend on how the work was cut, and a number that was not computed is absent."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from pidistill.chat.phrases import privileged_overlap, says_leak_phrase
 from pidistill.distributed.run import Run
 from pidistill.objectives.base import BOTH_KLS
 from pidistill.training.metrics import rollout_means, rollout_sums, token_means, token_sums
-from pidistill.training.metrics_log import MetricsLog
+from pidistill.training.metrics_log import MetricsLog, shared_config
 from pidistill.types import Divergence, Example, PromptPair, Rollout, Scores
 from tests.support.builders import CPU, batch_of, random_rollouts
 
@@ -237,6 +237,44 @@ def test_the_configured_logger_gets_every_number_and_is_closed(tmp_path):
     log.write({"step": 2, "loss": 1.5, "policy_tokens": 7, "name": "text"})
     log.close()
     assert Logger.rows == [(2, {"loss": 1.5, "policy_tokens": 7}), "closed"]
+
+
+def test_a_logger_gets_grouped_names_and_metrics_jsonl_keeps_the_old_ones(tmp_path):
+    Logger.rows = []
+    names = {
+        "eval_student_success": "eval/student_success",
+        "eval_reward/right": "eval/reward/right",
+        "time_score_s": "time/score_s",
+        "kl_teacher_student_nats": "kl/teacher_student_nats",
+        "sampler_mismatch_max_nats": "sampler_mismatch/max_nats",
+        "reward/right": "reward/right",
+        "loss": "loss",
+    }
+    log_in(tmp_path, logger=True).write({"step": 1, **dict.fromkeys(names, 0.5)})
+    assert Logger.rows == [(1, dict.fromkeys(names.values(), 0.5))]
+    assert rows_in(tmp_path) == [{"step": 1, **dict.fromkeys(names, 0.5)}]
+
+
+def test_a_logger_gets_the_config_without_what_comes_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    cfg = OmegaConf.create({"seed": 3, "again": "${seed}", "deep": [{"key": "${oc.env:SECRET_TOKEN}"}], "metric_logger": None})
+    resolved = OmegaConf.to_container(shared_config(cfg), resolve=True)
+    assert resolved == {"seed": 3, "again": 3, "deep": [{"key": "${oc.env:SECRET_TOKEN}"}], "metric_logger": None}
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_torchtunes_logger_writes_config_and_numbers(tmp_path, package, monkeypatch):
+    pytest.importorskip(package)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    name, where = {"tensorboard": ("TensorBoardLogger", "log_dir"), "wandb": ("WandBLogger", "log_dir")}[package]
+    logger = {"_component_": f"torchtune.training.metric_logging.{name}", where: str(tmp_path / "log")}
+    cfg = OmegaConf.create({"output_dir": str(tmp_path), "seed": 7, "metric_logger": logger})
+    (tmp_path / "log").mkdir()
+    log = MetricsLog(cfg, Run(CPU, torch.float32, 0, 1, 0, tmp_path), first_step=0, last_step=9, title="test")
+    log.write({"step": 1, "eval_student_success": 0.5})
+    log.close()
+    assert "seed: 7" in (tmp_path / "torchtune_config.yaml").read_text()
+    assert any((tmp_path / "log").rglob("*"))
 
 
 ODD = "line\u2028separator \u0085 next \x0b tab \ud83d half a pair, \U0001f600"

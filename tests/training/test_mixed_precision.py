@@ -1,4 +1,4 @@
-"""Weights in fp32 multiplied in bf16, against fp32 throughout and bf16 throughout, on a small model."""
+"""Test weights in fp32 multiplied in bf16, against fp32 throughout and bf16 throughout, on a small model."""
 
 import functools
 from dataclasses import replace
@@ -121,7 +121,9 @@ def displacement(kind, steps):
     return flat(model.parameters()) - before
 
 
-@pytest.mark.parametrize("steps", [10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "steps", [10, pytest.param(50, marks=pytest.mark.slow(reason="10 steps are compared in the default run"))]
+)
 def test_small_steps_move_the_weights_as_in_fp32_where_bf16_loses_most_of_them(steps):
     moved = {kind: displacement(kind, steps) for kind in DTYPES}
     assert cosine(moved["mixed"], moved["fp32"]) >= 0.99

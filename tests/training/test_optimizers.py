@@ -1,4 +1,4 @@
-"""Optimizer states in 8 bits: a gradient that is 0 after one that was not, which torchao's own rounding turns into a leap."""
+"""Test optimizer states in 8 bits: a gradient of 0 after a larger one, which torchao's own rounding turns into a leap."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The folder of a run: nothing in it is overwritten, two runs do not share it, and no secret is written into it."""
+"""Test the folder of a run: nothing in it is overwritten, two runs do not share it, and no secret is written into it."""
 
 import os
 import signal
@@ -85,7 +85,7 @@ def test_a_resume_leaves_the_files_and_says_what_changed(value, used, monkeypatc
     assert len(said) == 1 and "optimizer.lr: 0.1 -> 0.2" in said[0] and "seed" not in said[0]
 
 
-def test_another_value_is_refused(tmp_path):
+def test_a_value_of_resume_from_checkpoint_that_is_not_one_of_four_is_refused(tmp_path):
     with pytest.raises(InputError, match="resume_from_checkpoint=yes is not one of false, true, auto, start_over"):
         claim(tmp_path, "yes")
 

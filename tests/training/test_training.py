@@ -1,4 +1,4 @@
-"""The boring part of a recipe, held to its words: steps, skips, schedules, shares of the work, one sentence per error."""
+"""Test the common part of all recipes: steps, skips, schedules, shares of the work, one sentence per error."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Every method without reward, 40 steps in its control arm `none`: with every teacher, and with two passes of the head."""
+"""Train every method without reward for 40 steps in its control arm `none`: every teacher, one and two passes of the head."""
 
 import pytest
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.forks import Fork, forking_server
 from tests.support.runs import (
+    EMA,
     EVALUATION,
     MODEL,
     RECIPES,
@@ -24,7 +25,6 @@ from tests.support.runs import (
 )
 from tests.support.tiny_base import make_base
 
-EMA = {"_component_": "pidistill.teachers.EMATeacher", "rate": 0.3}
 ROUNDS = {"max_steps": 8, "save_every_steps": 2, "eval_every_steps": 4, **EVALUATION}
 METHODS = {
     "opsd": ROUNDS | {"teacher": EMA, "environment__noise": 0.5, "rollout_log_steps": 2},
@@ -52,7 +52,8 @@ class Trial:
     def start(self, method: str, folder: Path) -> Fork:
         folder.mkdir(parents=True, exist_ok=True)
         cfg = small_config(method, self._base, folder / "run", **METHODS[method], resume_from_checkpoint="auto")
-        return Fork(self._server, RECIPES[method], save_config(cfg, folder / "config.yaml"), folder / "log")
+        words = ["--config", str(save_config(cfg, folder / "config.yaml"))]
+        return Fork(self._server, RECIPES[method], words, folder / "log")
 
     def whole(self, method: str) -> tuple[Path, float]:
         """Return the folder of a run that nothing ended, and the seconds that it took."""

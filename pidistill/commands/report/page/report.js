@@ -465,11 +465,11 @@ function texts() {
   }
   if (!pairs.size) return make("p", {}, "No texts: set rollout_log_steps, and the run writes what student and teacher say to the same rows.");
   for (const pair of [...pairs.values()].reverse()) {
-    const one = pair.student || pair.teacher;
-    page.append(make("h2", {}, [RUNS.length > 1 ? RUNS[one.run].name : null, `step ${one.step}`, one.example].filter(Boolean).join(" · ")));
-    page.append(make("div", { class: "pair" }, ...["student", "teacher"].map((view) => make("div", { class: "card" },
-      make("h3", {}, pair[view] ? `${view}, reward ${shown(pair[view].reward)}${pair[view].stop_reason ? `, stopped: ${pair[view].stop_reason}` : ""}` : `${view}: nothing`),
-      make("pre", { class: "text" }, pair[view] ? pair[view].text : "")))));
+    const views = Object.keys(pair), one = pair[views[0]];
+    page.append(make("h2", {}, [RUNS.length > 1 ? RUNS[one.run].name : null, one.step === undefined ? null : `step ${one.step}`, one.example].filter(Boolean).join(" · ")));
+    page.append(make("div", { class: "pair" }, ...views.map((view) => make("div", { class: "card" },
+      make("h3", {}, `${view}, reward ${shown(pair[view].reward)}${pair[view].stop_reason ? `, stopped: ${pair[view].stop_reason}` : ""}`),
+      make("pre", { class: "text" }, pair[view].text)))));
   }
   return page;
 }
