@@ -103,7 +103,7 @@ docs: .venv-docs/.installed  ## the pages as a site in site/, strict: a broken l
 	touch $@
 
 lint: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/mypy
 
 clean:
 	rm -rf runs site $(VENV) .venv-vllm .venv-envs .venv-docs

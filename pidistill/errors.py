@@ -61,15 +61,15 @@ def bounded_repr(value: object, limit: int = 80) -> str:
     """Return ``repr(value)``, cut after ``limit`` characters. It does not fail where the value's own ``repr`` raises."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = limit
-    text, error = attempt(lambda: short.repr(value))
-    text = f"<{type(value).__name__} whose repr raises>" if error is not None else text
+    text, _ = attempt(lambda: short.repr(value))
+    text = f"<{type(value).__name__} whose repr raises>" if text is None else text
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def bounded_traceback(error: BaseException, limit: int = 4000) -> str:
     """Return the traceback of an exception; the middle of one of more than ``limit`` characters is left out."""
-    text, failure = attempt(lambda: "".join(traceback.format_exception(error)))
-    text = f"<traceback of {type(error).__name__} that cannot be shown>" if failure is not None else text.rstrip()
+    text, _ = attempt(lambda: "".join(traceback.format_exception(error)))
+    text = f"<traceback of {type(error).__name__} that cannot be shown>" if text is None else text.rstrip()
     if len(text) <= limit:
         return text
     return f"{text[: limit // 4]}\n... {len(text) - limit} characters are left out ...\n{text[-(limit - limit // 4) :]}"

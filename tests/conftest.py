@@ -11,10 +11,12 @@ import pytest
 import torchao.optim  # noqa: F401
 import torchtune.training  # noqa: F401
 import transformers  # noqa: F401
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("default run", max_examples=30)
-settings.register_profile("thorough", max_examples=300)
+# A busy machine is no failure: without a deadline per example, and however long the drawing of examples takes.
+PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default run", max_examples=30, **PATIENT)
+settings.register_profile("thorough", max_examples=300, **PATIENT)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default run"))
 
 

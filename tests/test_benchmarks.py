@@ -94,6 +94,16 @@ def test_every_option_that_the_documents_give_exists(name, monkeypatch, capsys):
         assert set(used) <= known, command
 
 
+def test_both_backends_of_a_small_folder_print_their_tables(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
+    from tests.support.hf_families import reference_model
+
+    reference_model("qwen3", vocab_size=10_000).save_pretrained(tmp_path)
+    run_script("backends.py", f"{tmp_path} --prompt 9 --privileged 5 --completion 4 --turns 1", monkeypatch)
+    printed = capsys.readouterr().out
+    assert "ratio" in printed and "transformers" in printed
+
+
 def test_a_point_of_the_growth_of_costs_has_its_seconds_per_token_and_its_memory(monkeypatch, capsys):
     run_script("cost_growth.py", "--point 1:2:512 --turns 1", monkeypatch)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -10,12 +10,15 @@ import yaml
 from omegaconf import OmegaConf
 
 from pidistill.commands.common import parse_with_overrides
+from pidistill.commands.main import main as pidistill
 from pidistill.commands.plan.command import parser as plan_parser
 from pidistill.commands.plan.reading import read
 from pidistill.commands.sweep.cells import grid_cells, read_sweep
 from pidistill.commands.sweep.command import parser as sweep_parser
 from pidistill.commands.sweep.search import SweepPlan, check_plan
+from pidistill.commands.watch import parser as watch_parser
 from pidistill.config import check_config, resolve
+from tests.support.reported_runs import write_run
 from tests.support.sweeps import check_commands
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +82,30 @@ def test_a_sweep_command_of_the_readme_can_be_planned(command):
 def test_a_plan_command_of_the_readme_names_a_config_and_real_keys(command):
     arguments = parse_with_overrides(plan_parser(), shlex.split(command)[2:])
     assert read(arguments.config, arguments.overrides).model
+
+
+READING = [line for line in code_lines() if re.match(r"pidistill (report|watch|export) ", line)]
+
+
+@pytest.mark.parametrize("command", READING)
+def test_a_command_that_reads_a_run_does_so_as_it_is_written(command, tmp_path, monkeypatch):
+    """In a folder where the runs that the pages name lie; a server is not started."""
+    for name in ("tiny/pi_distill", "tiny/opsd", "demo"):
+        folder = write_run(tmp_path / "runs" / name)
+        (folder / "latest").mkdir()
+        for file in ("config.json", "model.safetensors"):
+            (folder / "latest" / file).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)[1:]
+    if "--serve" in words:
+        assert watch_parser().parse_args(words[1:]).serve == 0
+        return
+    monkeypatch.setattr("sys.argv", ["pidistill", *words])
+    pidistill()
+
+
+def test_the_pages_read_runs():
+    assert {command.split()[1] for command in READING} == {"report", "watch", "export"}
 
 
 def test_make_targets_exist():

@@ -84,7 +84,8 @@ def last_step(run: RunData) -> int | None:
 
 
 def complete(run: RunData) -> bool:
-    return last_step(run) is not None and (run.last("step") or 0) >= last_step(run)
+    end = last_step(run)
+    return end is not None and (run.last("step") or 0) >= end
 
 
 def seconds_left(run: RunData) -> float | None:
@@ -105,8 +106,10 @@ def view(run: RunData) -> RenderableType:
     done = "complete" if complete(run) else f"about {time.strftime('%H:%M:%S', time.gmtime(left))} left" if left else ""
     head = Text(f"{escape_controls(run.name)} · step {now:g}" + (f" of {end}" if end else "") + (f" · {done}" if done else ""))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name, side in (("", "left"), ("now", "right"), ("start", "right"), ("course", "left")):
-        table.add_column(name, justify=side)
+    table.add_column("")
+    table.add_column("now", justify="right")
+    table.add_column("start", justify="right")
+    table.add_column("course")
     for name in SHOWN:
         values = _known(run, name)
         if values:

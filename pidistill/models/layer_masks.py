@@ -7,7 +7,6 @@ per row.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -32,16 +31,14 @@ class AttentionForm:
         return self.sinks is None and self.softcap is None
 
 
-def attend(
-    q: Float[Tensor, "B heads Q d"],
-    k: Float[Tensor, "B kv_heads K d"],
-    v: Float[Tensor, "B kv_heads K dv"],
-    visible: Bool[Tensor, "..."] | None,
-    form: AttentionForm,
-    *,
-    causal: bool = False,
-) -> Float[Tensor, "B heads Q dv"]:
-    """Return softmax(scores of what is visible)·v; ``visible`` is […, Q, K], broadcast, and None where all is visible."""
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, form: AttentionForm, *, causal: bool = False) -> Tensor:
+    """Return softmax(scores of what is visible)·v, [B, heads, Q, dv].
+
+    Args:
+        q: [B, heads, Q, d]; ``k`` and ``v`` [B, key heads, K, …]. Plain annotations: compiled layers trace this function.
+        visible: […, Q, K] bool, broadcast; None where all is visible.
+        causal: token i sees those up to i, without ``visible``.
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     if form.is_plain:
@@ -92,11 +89,8 @@ class PaddedMask(LayerMask):
 
     def __init__(self, rule: Rule, length: int, device: torch.device) -> None:
         super().__init__(rule)
-        self._columns = torch.arange(length, device=device)
-
-    @cached_property
-    def _visible(self) -> Bool[Tensor, "L L"]:
-        return self.allowed(self._columns, self._columns)
+        columns = torch.arange(length, device=device)
+        self._visible = None if rule is None else self.allowed(columns, columns)
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
         if self.rule is None:

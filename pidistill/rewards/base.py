@@ -18,7 +18,7 @@ class RewardWithParts(float):
         made.parts = parts
         return made
 
-    def __getnewargs__(self) -> tuple[float, Mapping[str, float]]:
+    def __getnewargs__(self) -> tuple[float, Mapping[str, float]]:  # type: ignore[override]  # one more than a float's
         return float(self), self.parts
 
     @property

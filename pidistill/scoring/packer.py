@@ -23,7 +23,7 @@ from torchtune import utils
 
 from pidistill.distributed.run import Run
 from pidistill.models.empty import shared_empty_model
-from pidistill.models.protocol import Decoder, carried_state
+from pidistill.models.protocol import carried_state
 from pidistill.scoring.batch import BOTH, make_batch, make_tree
 from pidistill.scoring.tree_attention import check_trees
 from pidistill.training.keys import setting
@@ -32,6 +32,12 @@ from pidistill.types import Batch, Rollout, RolloutAdvantage, ViewName
 log = utils.get_logger("INFO")
 
 Item = TypeVar("Item")
+
+
+def packing_of(cfg: DictConfig) -> str:
+    """Return the `packing` of a run: padded rows, whatever the config says, where a model carries a state along its tokens."""
+    states = [carried_state(shared_empty_model(cfg[key])) for key in ("model", "teacher_model") if cfg.get(key)]
+    return "padded" if any(states) else setting(cfg, "packing")
 
 
 class Packer:
@@ -43,20 +49,15 @@ class Packer:
     """
 
     def __init__(self, cfg: DictConfig, run: Run, pad_id: int) -> None:
-        self.packing: str = setting(cfg, "packing")
+        self.packing: str = packing_of(cfg)
         self.budget: int = setting(cfg, "micro_batch_tokens")
-        for key in ("model", "teacher_model"):
-            if self.packing == "tree" and cfg.get(key):
-                self._check(key, shared_empty_model(cfg[key]), run)  # before weights are loaded
+        models = [(key, shared_empty_model(cfg[key])) for key in ("model", "teacher_model") if cfg.get(key)]
+        for key, model in models:  # before weights are loaded
+            if self.packing == "tree":
+                check_trees(model)
+            elif setting(cfg, "packing") == "tree" and carried_state(model) and run.is_main:
+                log.warning(f"`{key}` has {carried_state(model)}, which packed trees cannot follow; rows are padded instead")
         self._run, self._pad_id = run, pad_id
-
-    def _check(self, key: str, model: Decoder, run: Run) -> None:
-        if state := carried_state(model):
-            self.packing = "padded"
-            if run.is_main:
-                log.warning(f"`{key}` has {state}, which packed trees do not have; its rows are padded (packing: padded)")
-        else:
-            check_trees(model)
 
     def batch(self, items: Sequence[Rollout] | Sequence[tuple[Rollout, RolloutAdvantage]]) -> Batch:
         rollouts = [rollout_of(item) for item in items]

@@ -104,7 +104,7 @@ class RolloutLog:
             "policy": [int(own) for own in policy],
             "values": values,
         }
-        if rollout.reward is not None:
+        if rollout.task_reward is not None:
             row |= {name: getattr(rollout, name) for name in ("reward", "task_reward", "reward_parts", "turn_rewards")}
             row["success"] = rollout.task_reward >= self._data.success_threshold
         return row
@@ -117,9 +117,9 @@ def columns_of(batch: Batch, scores: Scores) -> tuple[list[str], Float[Tensor, "
         columns.setdefault(divergence.name, value)
     columns |= {"student_entropy": scores.student_entropy, "teacher_entropy": scores.teacher_entropy}
     columns["advantage"] = batch.advantages
-    columns = {name: value.detach().float() for name, value in columns.items() if value is not None}
-    table = torch.stack([*columns.values()]) if columns else torch.empty(0, len(batch.targets))
-    return list(columns), table.cpu()
+    known = {name: value.detach().float() for name, value in columns.items() if value is not None}
+    table = torch.stack([*known.values()]) if known else torch.empty(0, len(batch.targets))
+    return list(known), table.cpu()
 
 
 def token_texts(decode: Callable[[tuple[int, ...]], str], ids: Sequence[int]) -> list[str]:

@@ -202,6 +202,9 @@ def test_the_wheel_holds_recipes_and_configs_inside_the_package(tmp_path):
     expected = {f"pidistill/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.py")}
     expected |= {f"pidistill/configs/{path.relative_to(ROOT / 'configs')}" for path in (ROOT / "configs").rglob("*.yaml")}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "pidistill").rglob("*.py")}
+    beside = [path for path in (ROOT / "pidistill").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert {path.name for path in beside} >= {"py.typed", "report.js", "uplot.min.js", "report.html.jinja", "card.md.jinja"}
+    expected |= {str(path.relative_to(ROOT)) for path in beside}
     assert len(expected) > 60
     assert expected <= set(names)
 
@@ -214,9 +217,12 @@ def test_the_wheel_holds_recipes_and_configs_inside_the_package(tmp_path):
         ["cp", "llama3_2/1B_opsd", "mine.yaml"],
         ["preview", "tiny/opsd", "--rows", "1", "--scan", "1"],
         ["run", "sft_distributed", "--config", "tiny/base", *as_overrides(settings)],
+        ["report", str(tmp_path / "out")],
+        ["export", str(tmp_path / "out"), "--output", str(tmp_path / "shared")],
     ]
     done = shell([sys.executable, "-c", ONE_PROCESS, json.dumps(commands)], tmp_path, PYTHONPATH=str(tmp_path / "installed"))
     assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out" / "report.html").is_file() and (tmp_path / "shared" / "README.md").is_file()
     assert str(tmp_path / "installed") in done.stdout.splitlines()[0]
     assert all(name in done.stdout for name in ("pi_distill_distributed", "tiny/pi_distill", "qwen3/8B_pi_distill_paper"))
     assert (tmp_path / "mine.yaml").read_bytes() == (ROOT / "configs" / "llama3_2" / "1B_opsd.yaml").read_bytes()

@@ -116,8 +116,8 @@ def test_a_stopped_run_resumes_to_the_bit(case, folders, tmp_path):
     assert_same_tensors(training_state(tmp_path / "stopped"), training_state(tmp_path / "whole"))
 
 
-def test_a_saved_adapter_on_the_base_is_the_saved_model(folders, tmp_path):
-    """PEFT's names: W + (α/r)·B·A of base_model.model.<layer>; the layers are all that were asked for."""
+def test_a_saved_adapter_on_the_base_is_the_saved_model(folders, tmp_path, monkeypatch):
+    """W + (α/r)·B·A of PEFT's names is the merged weight, for the layers that were asked for; and peft makes the same model."""
     name = "llama, tied (SmolLM2)"
     run("opsd", hf_config("opsd", folders(name), tmp_path, teacher=ADAPTER_OFF, **LORA, **ONE_STEP))
     adapter = load_file(tmp_path / "latest" / "adapter" / "adapter_model.safetensors")
@@ -131,6 +131,12 @@ def test_a_saved_adapter_on_the_base_is_the_saved_model(folders, tmp_path):
             assert b.abs().max() > 0
             weight = weight + (16 / 4) * (b @ a)
         torch.testing.assert_close(merged[key], weight, atol=1e-6, rtol=1e-5)
+    peft = pytest.importorskip("peft", reason="the test extra has peft")
+    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
+    ids = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
+    adapted = peft.PeftModel.from_pretrained(reference(folders(name)), tmp_path / "latest" / "adapter")
+    theirs, saved = (logits_of(lambda x, lm=lm: lm(x).logits, ids) for lm in (adapted, reference(tmp_path / "latest")))
+    torch.testing.assert_close(theirs, saved, atol=2e-5, rtol=1e-5)
     again = hf_config("opsd", folders(name), tmp_path / "again", adapter_dir=str(tmp_path / "latest" / "adapter"), **ONE_STEP)
     plain = run("opsd", again, lambda recipe: assert_same_tensors(dict(recipe._model.state_dict()), dict(merged)))
     assert plain._step == 1

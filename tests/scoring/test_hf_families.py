@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
 
+from pidistill.distributed.run import Run
 from pidistill.errors import InputError
 from pidistill.losses.divergences import divergence
 from pidistill.models.layer_masks import AttentionForm, attend
@@ -13,8 +14,8 @@ from pidistill.scoring.score import score
 from pidistill.scoring.tree_attention import TreeMask, flex_tree_attention
 from pidistill.teachers import FrozenTeacher, TrustRegionTeacher
 from pidistill.types import Divergence, ScoreRequest
-from tests.support.builders import batch_of, forest, gradients, model, relative_difference
-from tests.support.hf_families import FAMILIES, HYBRIDS, WINDOW, decoder_of, reference_model
+from tests.support.builders import CPU, batch_of, forest, gradients, model, relative_difference
+from tests.support.hf_families import FAMILIES, HYBRIDS, WINDOW, decoder_of, make_config, reference_model
 
 torch.set_num_threads(1)
 DIVERGENCES = (Divergence("kl_teacher_student", "both"), Divergence("jsd", "both", beta=0.3))
@@ -71,6 +72,22 @@ def test_a_hybrid_is_refused_in_a_tree():
     decoder = decoder_of(reference_model("qwen3_5, hybrid"))
     with pytest.raises(InputError, match="do not know the branches of packed trees; set packing: padded"):
         our_numbers(decoder, forest(SEED), "tree")
+
+
+@pytest.mark.parametrize("key", ["model", "teacher_model"])
+def test_rows_of_a_hybrid_are_padded_by_themselves_which_is_said_once(key, tmp_path, caplog):
+    from omegaconf import OmegaConf
+
+    from pidistill.scoring.packer import Packer
+
+    nodes = {}
+    for place, name in (("model", "qwen3"), (key, "qwen3_5, hybrid")):
+        make_config(name).save_pretrained(tmp_path / place)
+        nodes[place] = {"_component_": "pidistill.models.from_folder", "path": str(tmp_path / place)}
+    run = Run(CPU, torch.float32, 0, 1, 0, tmp_path)
+    packer = Packer(OmegaConf.create(nodes | {"packing": "tree"}), run, pad_id=0)
+    assert packer.packing == "padded"
+    assert caplog.text.count("rows are padded instead") == 1 and f"`{key}` has layers that carry a state" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["gemma2, caps", "granite, scaled logits"])
@@ -227,3 +244,20 @@ def test_the_auxiliary_loss_is_that_of_transformers_with_its_gradient(checkpoint
     assert relative_difference({n: g for n, g in plain.items() if n in expected}, expected) < 1e-5
     with torch.no_grad():
         assert score(decoder, batch, request).router_loss == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, packing", [("gemma3", "padded"), ("gemma3", "tree"), ("gpt_oss, sinks and window", "tree")])
+def test_compiled_layers_give_the_same_numbers_and_gradients(name, packing):
+    """Traced by the compiler and run without its code generator, which takes minutes on a CPU."""
+    reference, rollouts = reference_model(name), forest(SEED)
+    found = []
+    for compiled in (False, True):
+        decoder = decoder_of(reference)
+        for layer in decoder.layers if compiled else ():
+            layer.compile(backend="eager")
+        numbers = our_numbers(decoder, rollouts, packing)
+        weighted(numbers).backward()
+        found.append((torch.stack(numbers).detach(), gradients(decoder)))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=4e-5, rtol=1e-5)
+    assert relative_difference(found[1][1], found[0][1]) < 1e-5

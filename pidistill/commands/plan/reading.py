@@ -18,6 +18,7 @@ from pidistill.commands.plan.workload import Pass, Setup, Workload
 from pidistill.config import build, merge, resolve
 from pidistill.errors import InputError
 from pidistill.models.empty import empty_model
+from pidistill.scoring.packer import packing_of
 from pidistill.scoring.score import list_forwards
 from pidistill.teachers import EMATeacher, LiveTeacher, Teacher, TrustRegionTeacher
 from pidistill.training.keys import COMMON_KEYS, ROUND_KEYS, setting
@@ -87,7 +88,7 @@ def workload_of(cfg: DictConfig, lengths: Lengths, ranks: int) -> Workload:
     """Return one rank's part of a round, the busiest rank's where prompts do not divide."""
     common = {
         **dataclasses.asdict(lengths),
-        "packing": setting(cfg, "packing"),
+        "packing": packing_of(cfg),
         "micro_batch_tokens": setting(cfg, "micro_batch_tokens"),
         "chunk_tokens": cfg.get("score_chunk_tokens"),
     }
