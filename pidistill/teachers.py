@@ -3,9 +3,11 @@
 A teacher has the weights only; what it *knows* (privileged information) is in its prompt. Its state is part of a checkpoint.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -20,7 +22,7 @@ from torchtune.modules.peft import disable_adapter
 from pidistill.errors import InputError
 from pidistill.models.adapters import has_adapters
 from pidistill.models.protocol import Decoder
-from pidistill.types import Rollout, RolloutKey
+from pidistill.types import Example, Rollout, RolloutKey
 
 LoadCopy = Callable[[], Decoder]
 
@@ -30,12 +32,14 @@ class MixturePart:
     """Hold one summand of a teacher's logits: ``share`` times those of ``module``, its LoRA adapters on or off.
 
     memory: hidden states computed before, where the weights never change.
+    reads: which rollouts the part scores; None is all of them.
     """
 
     share: float
     module: Decoder
     adapters: bool = True
     memory: "HiddenMemory | None" = None
+    reads: Callable[[Rollout], bool] | None = None
 
     @contextmanager
     def weights(self) -> Iterator[Decoder]:
@@ -83,6 +87,14 @@ class Teacher(Protocol):
         """Return the context in which the teacher's weights sample."""
         (part,) = self.mixture(model)
         return part.weights()
+
+    def names(self, rollouts: Sequence[Rollout]) -> list[str] | None:
+        """Return which of several teachers scores each rollout, for metrics under its name; None where there is one."""
+        return None
+
+    def balance(self, rollouts: Sequence[Rollout], sums: Callable[[dict[str, float]], dict[str, float]]) -> None:
+        """Write onto this rank's rollouts of a step what each counts; ``sums`` adds named numbers over all ranks."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold (tensors may be sharded); empty if the teacher can be rebuilt from the config."""
@@ -236,8 +248,7 @@ class EMATeacher(Teacher):
     def update(self, model: nn.Module) -> None:
         _reshard(self.module)
         _reshard(model)
-        # Activation checkpointing wraps layers of the trained model and shows in its parameter names.
-        trained = {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
+        trained = _trained_parameters(model)
         for name, average in self._average.items():
             average.lerp_(trained[name].float(), self.rate)
             self.module.get_parameter(name).copy_(average)
@@ -251,6 +262,140 @@ class EMATeacher(Teacher):
         for name, average in self._average.items():
             average.copy_(_like(state[name], average))
             self.module.get_parameter(name).copy_(average)
+
+
+class SnapshotTeacher(Teacher):
+    """Teach with a copy of the trained weights that is taken every ``sync_steps`` optimiser steps; at first the initial ones.
+
+    A copy, not an average: between two copies nothing moves, and a resumed run takes them at the same steps.
+    """
+
+    own_weights = True
+
+    def __init__(self, sync_steps: int = 20) -> None:
+        if type(sync_steps) is not int or sync_steps < 1:
+            raise InputError(f"teacher.sync_steps={sync_steps} must be a whole number of at least 1: steps between two copies")
+        self.sync_steps, self._steps = sync_steps, 0
+
+    def attach(self, load_copy: LoadCopy) -> None:
+        module = load_copy()
+        self._copied = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        self.module = _frozen(module)
+
+    def mixture(self, model: Decoder) -> list[MixturePart]:
+        return [MixturePart(1.0, self.module)]
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self._steps += 1
+        if self._steps % self.sync_steps:
+            return
+        _reshard(self.module)
+        _reshard(model)
+        trained = _trained_parameters(model)
+        for name in self._copied:
+            self.module.get_parameter(name).copy_(trained[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        weights = {name: self.module.get_parameter(name).detach() for name in self._copied}
+        return weights | {"steps": torch.tensor(self._steps)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        _reshard(self.module)
+        self._steps = int(state["steps"])
+        for name in self._copied:
+            target = self.module.get_parameter(name)
+            target.copy_(_like(state[name], target))
+
+
+class RoutedTeacher(Teacher):
+    """Let a key of each row name the teacher that scores it: one teacher per row, never an average (MOPD, arXiv 2601.02780).
+
+    Teachers may be of any kind and size, with the student's tokenizer. Their weights are named at the top level of the config:
+    `teacher_models` and `teacher_checkpointers`, each a mapping from the name; a name in neither has `model`'s initial weights.
+
+    Args:
+        key: where a row says it, a key of ``Example.data``.
+        teachers: name → teacher.
+        default: the name for rows without the key; None refuses such a row. A row with an unknown name is always refused.
+        balance: "tokens": one mean over all tokens of the step; "teachers": a mean per teacher, and the mean of these, so that
+            a teacher with few tokens counts as much as one with many (Open-MOPD, arXiv 2608.19098).
+    """
+
+    own_weights = True
+    can_sample = False
+
+    def __init__(self, key: str, teachers: Mapping[str, Teacher], default: str | None = None, balance: str = "tokens") -> None:
+        teachers = {str(name): teacher for name, teacher in teachers.items()}
+        default = None if default is None else str(default)
+        if not teachers or (default is not None and default not in teachers):
+            known = ", ".join(teachers) or "none"
+            raise InputError(
+                f"teacher.default={default} must be null or one of teacher.teachers ({known}), which needs entries"
+            )
+        if balance not in ("tokens", "teachers"):
+            raise InputError(f"teacher.balance={balance} is unknown; choose tokens or teachers")
+        if any(isinstance(teacher, RoutedTeacher) for teacher in teachers.values()):
+            raise InputError("teacher.teachers holds a RoutedTeacher; name all teachers in one")
+        self.key, self.teachers, self.default, self._balance = key, teachers, default, balance
+
+    def name_of(self, example: Example) -> str:
+        """Return the name of the example's teacher; InputError where it has none."""
+        given = example.data.get(self.key)
+        name = self.default if given is None else str(given)
+        if name not in self.teachers:
+            raise InputError(
+                f"{example.id}: its {self.key} is {name!r}, and teacher.teachers has {', '.join(self.teachers)}; add that "
+                "teacher, or set teacher.default for rows without the key"
+            )
+        return name
+
+    def attach(self, load_copy: Callable[..., Decoder]) -> None:
+        for name, teacher in self.teachers.items():
+            teacher.attach(partial(load_copy, teacher=teacher, name=name))
+
+    def update(self, model: nn.Module) -> None:
+        for teacher in self.teachers.values():
+            teacher.update(model)
+
+    def mixture(self, model: Decoder) -> list[MixturePart]:
+        return [
+            replace(part, reads=lambda rollout, name=name: self.name_of(rollout.example) == name)
+            for name, teacher in self.teachers.items()
+            for part in teacher.mixture(model)
+        ]
+
+    def sampling_weights(self, model: Decoder) -> AbstractContextManager[Decoder]:
+        raise InputError("a RoutedTeacher is several models and cannot sample; choose another teacher")
+
+    def names(self, rollouts: Sequence[Rollout]) -> list[str]:
+        return [self.name_of(rollout.example) for rollout in rollouts]
+
+    def balance(self, rollouts: Sequence[Rollout], sums: Callable[[dict[str, float]], dict[str, float]]) -> None:
+        if self._balance == "tokens":
+            return
+        tokens: dict[str, float] = {}
+        for rollout, name in zip(rollouts, self.names(rollouts), strict=True):
+            tokens[name] = tokens.get(name, 0.0) + rollout.policy_tokens
+        tokens = {name: count for name, count in sums(tokens).items() if count}
+        for rollout, name in zip(rollouts, self.names(rollouts), strict=True):
+            rollout.balance = math.fsum(tokens.values()) / (len(tokens) * tokens[name]) if name in tokens else 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        states = {name: teacher.state_dict() for name, teacher in self.teachers.items()}
+        return {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        for name, teacher in self.teachers.items():
+            own = {key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")}
+            if own:
+                teacher.load_state_dict(own)
+
+
+def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by name, without what activation checkpointing puts into the names."""
+    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
 
 
 def _frozen(module: Decoder) -> Decoder:

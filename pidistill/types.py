@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -67,7 +68,8 @@ class Rollout:
     sampled_logprobs: list[float] | None
     sampled_by: ViewName  # the view whose prompt the sampler saw
     group: int  # rollouts with the same group number answer the same example in the same round
-    # "done" (the environment ended the episode), "length" (token limit), "turn_length" (a turn's own limit), "max_turns".
+    # "done" (the environment ended the episode), "length" (token limit), "turn_length" (a turn's own limit), "max_turns";
+    # "curriculum" (the turns that `turn_curriculum` allows at this step): no reward.
     stop_reason: str
     turns: list[Message]  # the messages of the episode: assistant turns and observations
     reward: float | None = None  # the environment's rewards and `reward_shaping`; None where that failed: it is then dropped
@@ -78,6 +80,10 @@ class Rollout:
     task_reward: float | None = None  # the environment's alone, on which success is judged; `reward` where it is not given
     trainer_logprobs: list[float] | None = None  # the trainer's own, under the weights that sampled
     importance_weights: list[float] | None = None  # min(π/μ, cap); see `scoring/mismatch.py`
+    kept: list[Sequence[int] | None] | None = None  # ids that top-k and top-p left per policy token, None for all of them
+    loss_weights: list[float] | None = None  # constants that multiply each policy token's whole loss, 0 where a mask stands
+    keep: bool = True  # False: out of every loss term and of the token count; the reward stays in the group's mean
+    balance: float = 1.0  # multiplies the rollout's loss in the present step, beside `loss_weights`
     key: "RolloutKey" = field(default_factory=lambda: RolloutKey(), repr=False, compare=False)  # the same in a changed copy
 
     def __post_init__(self) -> None:
@@ -133,6 +139,31 @@ class BatchInputs(Protocol):
         """Return the views ``names`` as one input: the policy tokens of the first view, then those of the second."""
         ...
 
+    def only(self, chosen: Sequence[int]) -> "BatchInputs":
+        """Return the inputs of some of the rollouts, by their place in ``rollouts``."""
+        ...
+
+
+@dataclass(frozen=True)
+class KeptSets:
+    """Hold the ids that each policy token was drawn from, token after token; none stands for the whole vocabulary.
+
+    Attributes:
+        ids: [M]. starts: [N + 1] the ids of token n are ``ids[starts[n] : starts[n + 1]]``.
+    """
+
+    ids: Int[Tensor, " M"]
+    starts: Int[Tensor, " _"]
+
+    def rows(self, first: int, last: int) -> Int[Tensor, "n K"]:
+        """Return the ids of tokens ``first`` to ``last`` − 1, -1 behind the last one of a row."""
+        counts = self.starts[first + 1 : last + 1] - self.starts[first:last]
+        longest = int(counts.max()) if len(counts) else 0
+        inside = torch.arange(longest, device=counts.device) < counts[:, None]
+        rows = self.ids.new_full(inside.shape, -1)
+        rows[inside] = self.ids[int(self.starts[first]) : int(self.starts[last])]
+        return rows
+
 
 @dataclass
 class Batch:
@@ -151,6 +182,11 @@ class Batch:
     snis_weights: Float[Tensor, " N"] | None  # the rollout's self-normalised importance weight; None where none was asked for
     has_privileged: Bool[Tensor, " N"]  # True where the rollout's example has privileged information
     importance_weights: Float[Tensor, " N"] | None = None  # factors of the policy-gradient loss; None where that is off
+    loss_weights: Float[Tensor, " N"] | None = None  # constants that multiply the token's whole loss; None where that is 1
+    turn_index: Int[Tensor, " N"] | None = None  # which assistant turn of its rollout the token belongs to, from 0
+    # What makes turns count alike: (tokens of the rollout) / (its turns × tokens of the turn).
+    turn_balance: Float[Tensor, " N"] | None = None
+    kept: "KeptSets | None" = None  # the ids that each token was drawn from, where the sampler cut its distribution
 
     def slice(self, part: slice) -> "Batch":
         """Return the policy tokens of ``part`` as objectives see them; views stay whole, and rollouts keep their numbers."""
@@ -185,16 +221,30 @@ class ScoreRequest:
 
 @dataclass
 class Scores:
-    """Hold per-token numbers of one batch, in nats; log-probs are of the sampled token, at the sampling temperature."""
+    """Hold per-token numbers of one batch, in nats.
+
+    Log-probs are of the sampled token, at the sampling temperature, over the whole vocabulary. ``student_kept_mass`` and
+    ``teacher_kept_mass`` are the log of the mass that top-k and top-p left, where the sampler recorded what that was.
+    """
 
     student_logprobs: Float[Tensor, " N"] | None
     teacher_logprobs: Float[Tensor, " N"] | None
     divergences: dict[Divergence, Float[Tensor, " N"]]
     student_entropy: Float[Tensor, " N"] | None
     teacher_entropy: Float[Tensor, " N"] | None
+    student_kept_mass: Float[Tensor, " N"] | None = None
+    teacher_kept_mass: Float[Tensor, " N"] | None = None
     # A mixture's auxiliary loss over this forward's tokens, weighted: the recipes add it to every policy token's loss, so that
     # micro-batches count by their policy tokens. 0.0 where `model` gives it no weight.
     router_loss: Float[Tensor, ""] | float = 0.0
+
+    def policy_logprobs(self, view: ViewName) -> Float[Tensor, " N"]:
+        """Return the log-probs of the distribution that a sampler with these weights draws from: what ratios are made of.
+
+        That is log S(y) − log Σ_{v kept} S(v), with gradient through both; log S(y) where nothing was cut or recorded.
+        """
+        logprobs, mass = getattr(self, f"{view}_logprobs"), getattr(self, f"{view}_kept_mass")
+        return logprobs if mass is None else logprobs - mass
 
 
 @dataclass

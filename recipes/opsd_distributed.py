@@ -27,7 +27,7 @@ from pidistill.distributed.run import Timer
 from pidistill.losses.reductions import token_mean
 from pidistill.privileged.hindsight import add_hindsight
 from pidistill.rollouts import rollout_seed
-from pidistill.scoring.mismatch import MismatchMeter
+from pidistill.scoring.mismatch import load_mismatch
 from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score
 from pidistill.teachers import LiveTeacher, Teacher
@@ -36,7 +36,7 @@ from pidistill.training.collector import build_collector
 from pidistill.training.compatibility import build_objective, check_method
 from pidistill.training.evaluation import Evaluation, TextSamples
 from pidistill.training.keys import keys_of
-from pidistill.training.load import load_model, load_teacher
+from pidistill.training.load import build_teacher, load_model, load_teacher
 from pidistill.training.metrics import step_report, token_means, token_sums
 from pidistill.training.metrics_log import MetricsLog
 from pidistill.training.rounds import RoundSizes, dump_rollouts, round_report
@@ -79,13 +79,12 @@ class OPSDRecipe:
         self._completions = row_completions(self._data) if self._objective.on_policy_frac < 1.0 else []
         must_match = self._round_sizes.must_match | {"rows": len(self._data.prompts)}
         self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_, must_match=must_match)
-        self._teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
-        self._mismatch = MismatchMeter(cfg, self._run, self._sampler, SAMPLING_VIEW)
-        self._importance = build(cfg.get("importance_weights"))
+        self._teacher = build_teacher(cfg, [example for example, _ in self._data.prompts])
+        self._mismatch, self._corrections = load_mismatch(cfg, self._run, self._sampler, SAMPLING_VIEW)
         check_method(cfg, self._objective, self._sampler, self._teacher, SAMPLING_VIEW)
 
         self._model = load_model(cfg, self._run, cfg.model, self._checkpoints.load_weights(), trained=True)
-        self._teacher.attach(functools.partial(load_teacher, cfg, self._run, self._teacher))
+        self._teacher.attach(functools.partial(load_teacher, cfg, self._run, teacher=self._teacher))
         self._updates = Updates(cfg, self._run, self._model)
         progress = self._checkpoints.restore(self._model, self._updates, self._teacher)
         self._step, self._round = progress["step"], progress["round"]
@@ -103,7 +102,7 @@ class OPSDRecipe:
             rollouts = self.sample_round()
             self.score_behaviour(rollouts)
             advantages = self._objective.advantages(rollouts, self._step)
-            report = round_report(self._run, self._data, rollouts, advantages, self._counts, self._importance)
+            report = round_report(self._run, self._data, rollouts, advantages, self._counts, self._corrections)
             for minibatch in self._round_sizes.minibatches(list(zip(rollouts, advantages, strict=True))):
                 self.update(minibatch, report)
                 if self._step == self._max_steps:
@@ -129,6 +128,7 @@ class OPSDRecipe:
             rollouts = self.sample_groups([g for g in groups if g[0] not in answered], SAMPLING_VIEW)
             if self._objective.guides_failed_groups:
                 rollouts = self.guide_failed_groups(groups, rollouts)
+            rollouts = sizes.refill(self._run, self._round, len(self._data.prompts), rollouts, self.sample_groups, self._counts)
         if self._hindsight is not None:
             limits = {"run": self._run, "max_seq_len": self._data.max_seq_len}
             self._counts.update(add_hindsight(self._hindsight, rollouts, self._data.privileged, self._data.tokenizer, **limits))
@@ -145,6 +145,7 @@ class OPSDRecipe:
             view=view,
             group_size=len(members),
             groups=[group for group, _ in groups],
+            turn_limit=self._round_sizes.turn_limit(self._step),
             seeds=[rollout_seed(self._run.seed, self._round, group, member) for group, _ in groups for member in members],
         )
         tokens = sum(rollout.policy_tokens for rollout in collected.rollouts)
@@ -172,16 +173,14 @@ class OPSDRecipe:
         """Write onto each rollout what is asked for under the weights that sampled: a KL estimate, `importance_weights`."""
         self._mismatch.start_round()
         request = self._objective.behaviour_request()
-        if request is None and self._importance is None:
+        if request is None and self._corrections is None:
             return
-        # Guide-GRPO's hinted samples are drawn from the live weights in the other view.
-        views = ("student", "teacher") if self._objective.guides_failed_groups else (SAMPLING_VIEW,)
+        views = ("student", "teacher") if self._objective.guides_failed_groups else (SAMPLING_VIEW,)  # hinted samples
         for chunk in self._packer.micro_batches(rollouts):
             batch = self._packer.batch(chunk)
             with self._timer.phase("score"):
-                if self._importance is not None:
-                    scores = self._score(batch, self._importance.request(*views), LiveTeacher())
-                    self._importance.weigh(chunk, batch, scores)
+                if self._corrections is not None:
+                    self._corrections.weigh(chunk, batch, self._score(batch, self._corrections.request(*views), LiveTeacher()))
                 if request is not None:
                     numbers = self._objective.behaviour_values(self._score(batch, request, self._teacher))
                     for rollout, values in zip(chunk, numbers.split([r.policy_tokens for r in chunk]), strict=True):
@@ -189,8 +188,9 @@ class OPSDRecipe:
 
     def update(self, minibatch: list[tuple[Rollout, RolloutAdvantage]], report: dict[str, float]) -> None:
         """Take one optimiser step."""
-        kept = [(rollout, advantage) for rollout, advantage in minibatch if advantage.keep]
+        kept = [(rollout, advantage) for rollout, advantage in minibatch if advantage.keep and rollout.keep]
         tokens = int(self._run.sum(sum(rollout.policy_tokens for rollout, _ in kept)))
+        self._teacher.balance([rollout for rollout, _ in kept], self._run.sums)
         request = self._objective.score_request(self._step)
         kept = self._packer.balanced(kept, request.views)
         total_loss, sums = 0.0, Counter()
@@ -200,14 +200,14 @@ class OPSDRecipe:
                 # The head forms the gradients of this loss in the forward; the call below is the same loss, for autograd and
                 # the log.
                 scores = self._score(batch, request, self._teacher, loss=self._objective.per_token_loss(self._step))
-                token_loss = self._objective.token_loss(batch, scores, self._step)
+                token_loss = self._objective.weighted_loss(batch, scores, self._step)
                 loss = token_mean(token_loss.loss + scores.router_loss, tokens)
             with self._timer.phase("update"):
                 (loss * self._run.world_size).backward()  # FSDP2 averages gradients over ranks; the loss is already global
             self._mismatch.look(batch, scores)
             self._log.look(batch, scores)
             total_loss += loss.item()
-            sums.update(token_sums(batch, scores, token_loss.metrics))
+            sums.update(token_sums(batch, scores, token_loss.metrics, self._teacher.names(batch.views.rollouts)))
         supervised_loss = self._supervised.backward(self._model, self._step)
         total_loss = self._run.sum(total_loss + supervised_loss)
         mismatch = self._mismatch.report()  # before the step: beyond the limit nothing is learned from these samples

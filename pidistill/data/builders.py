@@ -16,6 +16,7 @@ from pidistill.chat.templates import check_template
 from pidistill.data.dataset import ExampleDataset, convert_rows
 from pidistill.data.sources import get, load_rows, require_value
 from pidistill.errors import InputError
+from pidistill.privileged.controls import WRONG_KEY
 from pidistill.types import Example, Message
 
 # ------------------------------------------------------------------------------------------- conversations
@@ -262,6 +263,7 @@ def _gsm8k_example(
     final = f"\\boxed{{{answer}}}" if answer_format == "boxed" else f"#### {answer}"
     worked = f"{solution}\n{final}" if answer_format == "hashes" else f"{solution}\nThe final answer is {final}."
     given = {"solution": f"{solution}\nThe final answer is {answer}.", "answer": f"The final answer is {answer}."}
+    told = privileged != "none"
     template = "{question}\n\n" + GSM8K_INSTRUCTIONS[answer_format].replace("{", "{{").replace("}", "}}")
     return Example(
         id=where,
@@ -269,8 +271,14 @@ def _gsm8k_example(
         privileged=given.get(privileged),
         completion=[{"role": "assistant", "content": worked}],
         reference=answer,
-        data=row,
+        data={**row, WRONG_KEY: given[privileged].removesuffix(f"{answer}.") + f"{_wrong_number(answer)}."} if told else row,
     )
+
+
+def _wrong_number(answer: str) -> str:
+    """Return another number of as many digits where there is one: the first digit counted up, 9 becoming 1."""
+    at = next(i for i, character in enumerate(answer) if character.isdigit())
+    return f"{answer[:at]}{int(answer[at]) % 9 + 1}{answer[at + 1 :]}"
 
 
 def split_gsm8k_answer(answer: str, where: str) -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """Make rollouts that nobody sampled of a dataset's own completions: what supervised fine-tuning trains on."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from omegaconf import DictConfig
 from torchtune.utils import log_rank_zero
@@ -74,6 +75,8 @@ def sft_demonstrations(cfg: DictConfig, data: RecipeData) -> list[Rollout]:
 def row_completions(data: RecipeData) -> list[Rollout]:
     """Return the completion of every row, in the rows' order, in place of samples; both views must fit the length limit."""
     rollouts = [demonstration(example, pair, data.tokenizer, max_seq_len=data.max_seq_len) for example, pair in data.prompts]
+    if rollouts and all(RECORDED in rollout.example.data for rollout in rollouts):
+        rollouts = [recorded_completion(rollout, data.tokenizer.vocab_size) for rollout in rollouts]
     for rollout in rollouts:
         length = len(rollout.prompts.teacher) + len(rollout.completion)
         if length > data.max_seq_len:
@@ -83,6 +86,38 @@ def row_completions(data: RecipeData) -> list[Rollout]:
             )
     _warn_about_earlier_turns(rollouts, data.tokenizer)
     return rollouts
+
+
+RECORDED = "sampled"
+"""The field of a row that holds the ids and log-probs with which its completion was sampled."""
+
+
+def recorded_completion(rollout: Rollout, vocab_size: int) -> Rollout:
+    """Return the rollout with the ids that were sampled in place of those of its text, and their recorded log-probs.
+
+    The log-probs become ``trainer_logprobs``: those of the weights that sampled, with which ratios are made.
+
+    Raises:
+        InputError: the row's record is not whole, or of another tokenizer.
+    """
+    record, where = rollout.example.data[RECORDED], rollout.example.id
+    if not isinstance(record, Mapping) or not {"ids", "policy", "logprobs"} <= set(record):
+        raise InputError(f"{where}: its `{RECORDED}` must have ids, policy and logprobs; write it with selections.All")
+    ids, policy, logprobs = list(record["ids"]), [bool(own) for own in record["policy"]], list(record["logprobs"])
+    if len(ids) != len(policy) or len(logprobs) != sum(policy) or not logprobs:
+        raise InputError(
+            f"{where}: its `{RECORDED}` has {len(ids)} ids, {len(policy)} marks and {len(logprobs)} log-probs for "
+            f"{sum(policy)} policy tokens; they do not belong together"
+        )
+    if not all(type(token) is int and 0 <= token < vocab_size for token in ids) or not all(x <= 1e-6 for x in logprobs):
+        raise InputError(
+            f"{where}: its `{RECORDED}` has ids outside the tokenizer's {vocab_size:,}, or log-probs above 0; it was "
+            "sampled with another tokenizer"
+        )
+    return replace(
+        rollout, completion=ids, policy_mask=policy, trainer_logprobs=[float(x) for x in logprobs],
+        importance_weights=[1.0] * len(logprobs), turn_policy_tokens=[],
+    )  # fmt: skip
 
 
 def demonstration(

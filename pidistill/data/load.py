@@ -111,15 +111,16 @@ def check_models(cfg: DictConfig, tokenizer: ChatTokenizer) -> int:
             "different families: check `tokenizer` and `model`"
         )
     limit = min(max_seq_len, tokenizer.max_seq_len or max_seq_len)
-    if cfg.get("teacher_model"):
-        _check_teacher(cfg, tokenizer, limit)
+    for teacher in [cfg.get("teacher_model"), *(cfg.get("teacher_models") or {}).values()]:
+        if teacher:
+            _check_teacher(teacher, tokenizer, limit)
     _check_same_tokenizer(cfg, tokenizer)
     return limit
 
 
-def _check_teacher(cfg: DictConfig, tokenizer: ChatTokenizer, limit: int) -> None:
+def _check_teacher(teacher: DictConfig, tokenizer: ChatTokenizer, limit: int) -> None:
     """Refuse a teacher that lacks ids or positions of the student's; outputs that are only padded are cropped by the scorer."""
-    teacher_vocabulary, teacher_max = _inspect(cfg.teacher_model)
+    teacher_vocabulary, teacher_max = _inspect(teacher)
     if tokenizer.vocab_size > teacher_vocabulary:
         raise InputError(
             f"the teacher's vocabulary is {teacher_vocabulary:,} and the student's tokenizer has {tokenizer.vocab_size:,} ids; "

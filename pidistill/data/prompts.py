@@ -45,13 +45,13 @@ def build_prompts(
     if no_pi not in NO_PI or on_overflow not in ("error", "drop"):
         raise InputError(f"no_pi is {no_pi!r} ({', '.join(NO_PI)}) and on_overflow {on_overflow!r} (error, drop)")
     max_seq_len = tokenizer.max_seq_len if max_seq_len is None else max_seq_len
-    examples = privileged.apply_control(list(dataset))
-    rows_without_pi = sum(not example.privileged for example in examples)
+    examples = privileged.apply_control(list(dataset), tokenizer)
+    rows_without_pi = sum(not privileged.teaches(example) for example in examples)
     check_no_pi(examples, no_pi, privileged)
     dropped = Counter(getattr(dataset, "dropped", {}))
     prompts = []
     for example in examples:
-        if no_pi == "drop" and not example.privileged:
+        if no_pi == "drop" and not privileged.teaches(example):
             dropped["rows_without_pi"] += 1
             continue
         views = privileged.build(example, tokenizer)
@@ -70,13 +70,13 @@ def build_prompts(
 
 def check_no_pi(examples: Sequence[Example], no_pi: str, privileged: PrivilegedPrompt) -> None:
     """Refuse rows without privileged information where ``no_pi`` is error, or where drop would leave none."""
-    without = next((example for example in examples if not example.privileged), None)
+    without = next((example for example in examples if not privileged.teaches(example)), None)
     control = " (privileged.control: none takes it from every row)" if privileged.control == "none" else ""
     if no_pi == "error" and without is not None:
         raise InputError(
             f"{without.id} has no privileged information{control} and no_pi is error; fill the row, or set no_pi to drop or rl"
         )
-    if no_pi == "drop" and examples and not any(example.privileged for example in examples):
+    if no_pi == "drop" and examples and not any(map(privileged.teaches, examples)):
         advice = "set objective.no_pi=distill for this control arm" if control else "check the dataset's privileged key"
         raise InputError(
             f"none of the {len(examples)} rows has privileged information{control}, so no_pi: drop leaves nothing; {advice}"

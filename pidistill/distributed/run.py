@@ -127,6 +127,15 @@ class Run:
         return list(items[self.rank :: self.world_size])
 
 
+def gather_of_all(items: list) -> list:
+    """Return the items of all processes, for code without a :class:`Run`; those of a tensor-parallel group come repeated."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return items
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, items)
+    return [item for one in gathered for item in one]
+
+
 # ---------------------------------------------------------------------------------------------- timing
 
 

@@ -10,15 +10,22 @@ tokens out lowers the term and never inflates the others. Weights are constants:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pidistill.errors import InputError
-from pidistill.types import Batch, Scores
+from pidistill.losses.token_gap import token_gap
+from pidistill.types import Batch, Divergence, Scores
 
 TokenWeight = Callable[[Float[Tensor, " N"], Batch, Scores], Float[Tensor, " N"]]
+
+
+def divergences_of(token_weight: TokenWeight | None) -> tuple[Divergence, ...]:
+    """Return the divergences, without gradient, that a token weight reads beside the term of its method."""
+    return tuple(getattr(token_weight, "divergences", ()))
 
 
 def weighted(token_weight: TokenWeight | None, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
@@ -86,8 +93,7 @@ class SignGate:
     def __call__(self, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
         if scores.teacher_logprobs is None or batch.advantages is None:
             raise InputError("token_weight SignGate compares teacher and reward; this method has no teacher view or no reward")
-        log_ratio = (scores.teacher_logprobs - scores.student_logprobs).detach()
-        return term.masked_fill(~(log_ratio * batch.advantages > 0), 0.0)
+        return term.masked_fill(~(token_gap(scores) * batch.advantages > 0), 0.0)
 
 
 @dataclass(frozen=True)
@@ -105,10 +111,67 @@ class PositionDecay:
 
 
 @dataclass(frozen=True)
+class TurnBalance:
+    """Weigh by (1 − share) + share·N/(K·n): turns count alike, not tokens (TurnOPD, arXiv 2607.05804, from its abstract).
+
+    N is the rollout's policy tokens, K its turns, n those of the token's turn, so that the weights of a rollout sum to N. A
+    rollout of one turn has weight 1.
+
+    Attributes:
+        share: 0 leaves every token alike, 1 every turn.
+    """
+
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share <= 1.0:
+            raise InputError(f"token_weight.share={self.share} must lie in [0, 1]: 0 is tokens alike, 1 turns alike")
+
+    def __call__(self, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
+        return term if self.share == 0.0 else term * ((1.0 - self.share) + self.share * batch.turn_balance)
+
+
+DISAGREEMENT = Divergence("jsd", grad="none", beta=0.5)
+
+
+@dataclass(frozen=True)
+class DisagreementDamping:
+    """Weigh by 1 − most·tanh(beta·d/2), d the JSD of teacher and student at the token (DemoPSD, arXiv 2607.02502).
+
+    For kl(S||T) with a live student this is exactly the paper's target ∝ T^(1−α)·S^α: its kl is (1−α)·kl(S||T) plus terms whose
+    gradient is 0 where S^α is the student itself. (The paper's S is an average of earlier weights, which adds one pull.)
+
+    Attributes:
+        most: the largest damping, α_max; the paper's is .15.
+        beta: how fast it is reached, per nat; third parties use 50.
+    """
+
+    most: float = 0.15
+    beta: float = 50.0
+    divergences: ClassVar[tuple[Divergence, ...]] = (DISAGREEMENT,)
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.most <= 1.0 or not self.beta > 0.0:
+            raise InputError(
+                f"token_weight needs 0 <= most <= 1 and beta above 0, not most={self.most}, beta={self.beta}; the weight is "
+                "1 − most·tanh(beta·d/2)"
+            )
+
+    def __call__(self, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
+        if DISAGREEMENT not in scores.divergences:
+            raise InputError("token_weight DisagreementDamping compares teacher and student; this method does not look at both")
+        return term * (1.0 - self.most * torch.tanh(0.5 * self.beta * scores.divergences[DISAGREEMENT].detach()))
+
+
+@dataclass(frozen=True)
 class Chain:
     """Apply several, one after another."""
 
     steps: Sequence[TokenWeight]
+
+    @property
+    def divergences(self) -> tuple[Divergence, ...]:
+        return tuple(dict.fromkeys(d for step in self.steps for d in divergences_of(step)))
 
     def __call__(self, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
         for step in self.steps:

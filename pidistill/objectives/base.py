@@ -14,7 +14,7 @@ from pidistill.losses.divergences import NAMES as DIVERGENCE_NAMES
 from pidistill.losses.divergences import check_divergence, divergence
 from pidistill.losses.rollout_advantages import ADVANTAGES, rollout_advantages
 from pidistill.losses.sampling_kl import SamplingKL
-from pidistill.losses.token_weights import TokenWeight, weighted
+from pidistill.losses.token_weights import TokenWeight, divergences_of, weighted
 from pidistill.types import (
     Batch,
     Divergence,
@@ -98,12 +98,19 @@ class Objective(Protocol):
         """Return the loss per policy token, to be minimised; not masked, not averaged."""
         ...
 
+    def weighted_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
+        """Return :meth:`token_loss` times ``Batch.loss_weights``: masks and weights that act on every term of any method."""
+        answer = self.token_loss(batch, scores, step)
+        if batch.loss_weights is None:
+            return answer
+        return TokenLoss(answer.loss.masked_fill(batch.loss_weights == 0, 0.0) * batch.loss_weights, answer.metrics)
+
     def per_token_loss(self, step: int) -> PerTokenLoss | None:
         """Return the loss as :func:`pidistill.scoring.score.score` takes it, on any slice of a batch.
 
         None where a token's loss depends on the numbers of other tokens; the head then runs a second time in the backward.
         """
-        return lambda batch, scores: self.token_loss(batch, scores, step).loss
+        return lambda batch, scores: self.weighted_loss(batch, scores, step).loss
 
 
 def distill_weight(no_pi: str, batch: Batch) -> Float[Tensor, " N"]:
@@ -161,9 +168,10 @@ def own_divergence(path: str, **options: Any) -> Divergence:
     return request
 
 
-def distill_request(divergence: Divergence) -> ScoreRequest:
-    """Ask for the student with gradient, the teacher without, and both KLs for the log beside ``divergence``."""
-    return ScoreRequest(student_grad=True, teacher_grad=False, divergences=(*BOTH_KLS, divergence))
+def distill_request(divergence: Divergence, token_weight: TokenWeight | None = None) -> ScoreRequest:
+    """Ask for the student with gradient, the teacher without, both KLs for the log, and what ``token_weight`` reads."""
+    divergences = (*BOTH_KLS, divergence, *divergences_of(token_weight))
+    return ScoreRequest(student_grad=True, teacher_grad=False, divergences=divergences)
 
 
 def distill_loss(

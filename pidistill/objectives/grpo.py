@@ -10,6 +10,9 @@ follow it). It is OPSD with β=0.
 
 from collections.abc import Sequence
 
+from jaxtyping import Float
+from torch import Tensor
+
 from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss
 from pidistill.losses.rollout_advantages import rollout_advantages
 from pidistill.losses.token_weights import TokenWeight, weighted
@@ -53,7 +56,12 @@ class GRPO(Objective):
             return ScoreRequest(student_grad=True, teacher_grad=False, divergences=BOTH_KLS)
         return ScoreRequest(student_grad=True, teacher_grad=False, views=("student",))
 
+    def token_advantages(self, batch: Batch, scores: Scores, step: int) -> Float[Tensor, " N"]:
+        """Return the advantage of each token: that of its rollout; methods that change it say how."""
+        return batch.advantages
+
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
-        loss, ratio, clipped = ppo_clip_loss(scores.student_logprobs, batch.ratio_logprobs, batch.advantages, **self.clip)
+        student, advantages = scores.policy_logprobs("student"), self.token_advantages(batch, scores, step)
+        loss, ratio, clipped = ppo_clip_loss(student, batch.ratio_logprobs, advantages, **self.clip)
         loss = importance_weighted(weighted(self.token_weight, loss, batch, scores), batch.importance_weights)
         return TokenLoss(loss, {"ratio_mean": ratio, "clip_frac": clipped})

@@ -10,6 +10,7 @@ What we do differently: rows without privileged information leave the objective 
 """
 
 from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss
+from pidistill.losses.token_gap import token_gap
 from pidistill.losses.token_weights import TokenWeight, weighted
 from pidistill.objectives.base import BOTH_KLS, Number, Objective, check_choice, check_clip, distill_weight
 from pidistill.objectives.schedule import as_schedule
@@ -50,8 +51,8 @@ class OPDPPO(Objective):
         return ScoreRequest(student_grad=True, teacher_grad=False, divergences=BOTH_KLS)
 
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
-        advantages = distill_weight(self.no_pi, batch) * (scores.teacher_logprobs - scores.student_logprobs).detach()
-        loss, ratio, clipped = ppo_clip_loss(scores.student_logprobs, batch.ratio_logprobs, advantages, **self.clip)
+        advantages = distill_weight(self.no_pi, batch) * token_gap(scores)
+        loss, ratio, clipped = ppo_clip_loss(scores.policy_logprobs("student"), batch.ratio_logprobs, advantages, **self.clip)
         loss = importance_weighted(weighted(self.token_weight, loss, batch, scores), batch.importance_weights)
-        loss = loss - self.beta(step) * scores.student_logprobs
+        loss = loss - self.beta(step) * scores.policy_logprobs("student")
         return TokenLoss(loss, {"ratio_mean": ratio, "clip_frac": clipped})

@@ -103,7 +103,7 @@ class OPSD(Objective):
         advantages = self.reward_weight(step) * batch.advantages
         if batch.kl_advantages is not None:
             advantages = advantages + batch.kl_advantages
-        loss, ratio, clipped = ppo_clip_loss(scores.student_logprobs, batch.ratio_logprobs, advantages, **self.clip)
+        loss, ratio, clipped = ppo_clip_loss(scores.policy_logprobs("student"), batch.ratio_logprobs, advantages, **self.clip)
         loss, kl = importance_weighted(loss, batch.importance_weights), self.kl.token_loss(scores)
         if kl is not None:
             loss = loss + self.beta(step) * distill_weight(self.no_pi, batch) * weighted(self.token_weight, kl, batch, scores)

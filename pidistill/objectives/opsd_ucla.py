@@ -42,7 +42,7 @@ class OPSDUCLA(Objective):
         self.token_weight, self.no_pi = token_weight, no_pi
 
     def score_request(self, step: int) -> ScoreRequest:
-        return distill_request(self.divergence)
+        return distill_request(self.divergence, self.token_weight)
 
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
         return TokenLoss(distill_loss(self.divergence, self.no_pi, self.token_weight, batch, scores), {})

@@ -158,7 +158,7 @@ class PiDistill(Objective):
 
     def behaviour_values(self, scores: Scores) -> Float[Tensor, " N"]:
         """Return, with SNIS, log S; else the estimate of kl(T||S)."""
-        return scores.student_logprobs if self.student_term == "snis" else self.kl.behaviour_values(scores)
+        return scores.policy_logprobs("student") if self.student_term == "snis" else self.kl.behaviour_values(scores)
 
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
         kl = self.kl.advantages(rollouts, self.beta(step), self.advantage, self.no_pi)
@@ -198,7 +198,10 @@ class PiDistill(Objective):
         """Return −J per policy token: α·teacher half + (1−α)·student half."""
         alpha = self.alpha(step)
         loss = torch.zeros_like(batch.advantages)
-        metrics = {"ratio_mean": (scores.teacher_logprobs - batch.ratio_logprobs).detach().exp(), "clip_frac": 0.0 * loss}
+        metrics = {
+            "ratio_mean": (scores.policy_logprobs("teacher") - batch.ratio_logprobs).detach().exp(),
+            "clip_frac": 0.0 * loss,
+        }
         if alpha > 0:
             half, clipped = self.teacher_half(batch, scores, step)
             loss = loss + alpha * half
@@ -217,7 +220,7 @@ class PiDistill(Objective):
     def teacher_half(self, batch: Batch, scores: Scores, step: int) -> tuple[Tensor, Tensor]:
         """Return −J_T per token: PPO on T/μ plus, in the loss modes, β·kl(T||sg S). Gradient through T only."""
         advantages = batch.advantages if batch.kl_advantages is None else batch.advantages + batch.kl_advantages
-        loss, _, clipped = ppo_clip_loss(scores.teacher_logprobs, batch.ratio_logprobs, advantages, **self.clip)
+        loss, _, clipped = ppo_clip_loss(scores.policy_logprobs("teacher"), batch.ratio_logprobs, advantages, **self.clip)
         loss, kl = importance_weighted(loss, batch.importance_weights), self.kl.token_loss(scores)
         if kl is not None:
             loss = loss + self.beta(step) * distill_weight(self.no_pi, batch) * weighted(self.token_weight, kl, batch, scores)
@@ -228,25 +231,24 @@ class PiDistill(Objective):
         advantages, denominator = batch.advantages, self._denominator(batch, scores)
         if self.student_kl == "shared_reward" and batch.kl_advantages is not None:
             advantages = advantages + batch.kl_advantages
-        ratio = (scores.student_logprobs - denominator).detach().exp()
+        student = scores.policy_logprobs("student")
+        ratio = (student - denominator).detach().exp()
         clipped = torch.zeros_like(ratio)
         if self.student_term == "ppo":
-            loss, ratio, clipped = ppo_clip_loss(scores.student_logprobs, denominator, advantages, **self.clip)
+            loss, ratio, clipped = ppo_clip_loss(student, denominator, advantages, **self.clip)
         elif self.student_term == "topr":
-            loss, ratio = topr_loss(
-                scores.student_logprobs, denominator, advantages, rollout_index=batch.rollout_index, **self.topr
-            )
+            loss, ratio = topr_loss(student, denominator, advantages, rollout_index=batch.rollout_index, **self.topr)
         elif self.student_term == "sft":
             loss = reinforce_loss(scores.student_logprobs, (batch.rewards > 0).float())
         else:
-            loss = reinforce_loss(scores.student_logprobs, batch.snis_weights)
+            loss = reinforce_loss(student, batch.snis_weights)
         loss = importance_weighted(loss, batch.importance_weights if self._weighs_student else None)
         if self.student_kl == "loss":
             loss = loss + self.beta(step) * distill_loss(STUDENT_KL, self.no_pi, self.token_weight, batch, scores)
         return loss, ratio, clipped
 
     def _denominator(self, batch: Batch, scores: Scores) -> Tensor:
-        return batch.ratio_logprobs if self.ratio_denominator == "behaviour" else scores.teacher_logprobs.detach()
+        return batch.ratio_logprobs if self.ratio_denominator == "behaviour" else scores.policy_logprobs("teacher").detach()
 
 
 def check_snis(student_term: str, beta: float | None, level: str, kl: SamplingKL) -> None:

@@ -40,7 +40,7 @@ class SDFT(Objective):
         self.no_pi = no_pi
 
     def score_request(self, step: int) -> ScoreRequest:
-        return distill_request(self.divergence)
+        return distill_request(self.divergence, self.token_weight)
 
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
         return TokenLoss(distill_loss(self.divergence, self.no_pi, self.token_weight, batch, scores), {})

@@ -75,10 +75,12 @@ class SDPO(Objective):
         return [replace(a, keep=r.prompts.has_privileged) for a, r in zip(result, rollouts, strict=True)]
 
     def score_request(self, step: int) -> ScoreRequest:
-        return distill_request(self.divergence)
+        return distill_request(self.divergence, self.token_weight)
 
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
-        fallback, ratio, clipped = ppo_clip_loss(scores.student_logprobs, batch.ratio_logprobs, batch.advantages, **self.clip)
+        fallback, ratio, clipped = ppo_clip_loss(
+            scores.policy_logprobs("student"), batch.ratio_logprobs, batch.advantages, **self.clip
+        )
         importance = 1.0 if self.importance_clip is None else ratio.clamp(max=self.importance_clip)
         distilled = importance * weighted(self.token_weight, scores.divergences[self.divergence], batch, scores)
         distils = distill_weight(self.no_pi, batch) > 0

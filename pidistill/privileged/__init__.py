@@ -11,7 +11,7 @@ Enters: an :class:`~pidistill.types.Example`, or a sampled rollout. Leaves: the 
     what a world knows about its own tasks                 pidistill.envs.tiny_world, pidistill.envs.tool_world
     a sibling's success, what the environment answered     hindsight.py, after a round is sampled
     the critique of a judge                                judges.py, through ``hindsight.feedback``
-    none, or another row's (controls)                      prompt.py (``privileged.control``)
+    something else in its place (control arms)             controls.py (``privileged.control``)
 """
 
 from pidistill.privileged.hindsight import Hindsight, Transcript

@@ -17,6 +17,7 @@ from pidistill.chat.messages import message_text, tool_call_text, transcript_tex
 from pidistill.chat.tool_calls import visible_text
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError, attempt, bounded_repr
+from pidistill.privileged.controls import problem_and_information
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.tokenizers import ChatTokenizer
 from pidistill.types import Example, Message, Rollout
@@ -119,20 +120,28 @@ class Hindsight:
 
     def texts(self, rollouts: Sequence[Rollout]) -> list[str | None]:
         """Return the privileged text of each rollout of whole groups; None where there is none."""
-        groups: dict[int, list[int]] = {}
-        for i, rollout in enumerate(rollouts):
-            groups.setdefault(rollout.group, []).append(i)
-        siblings = [self._sibling(rollouts, i, groups[rollout.group]) for i, rollout in enumerate(rollouts)]
+        siblings = self._siblings(rollouts, succeeded=True)
         asked = [i for i, text in enumerate(siblings) if self.feedback and (self.feedback_with_sibling or not text)]
         feedback = dict(zip(asked, self._feedback([rollouts[i] for i in asked]), strict=True))
         pairs = [(text, feedback.get(i)) for i, text in enumerate(siblings)]
         return ["\n\n".join(text for text in pair if text) or None for pair in pairs]
 
-    def _sibling(self, rollouts: Sequence[Rollout], i: int, members: list[int]) -> str | None:
+    def wrong_texts(self, rollouts: Sequence[Rollout]) -> list[str | None]:
+        """Return a sibling that failed for each rollout that has one that succeeded; there is no wrong feedback."""
+        pairs = zip(self._siblings(rollouts, succeeded=True), self._siblings(rollouts, succeeded=False), strict=True)
+        return [wrong if right else None for right, wrong in pairs]
+
+    def _siblings(self, rollouts: Sequence[Rollout], succeeded: bool) -> list[str | None]:
+        groups: dict[int, list[int]] = {}
+        for i, rollout in enumerate(rollouts):
+            groups.setdefault(rollout.group, []).append(i)
+        return [self._sibling(rollouts, i, groups[rollout.group], succeeded) for i, rollout in enumerate(rollouts)]
+
+    def _sibling(self, rollouts: Sequence[Rollout], i: int, members: list[int], succeeded: bool) -> str | None:
         place = members.index(i)
         others = [rollouts[j] for j in members[place + 1 :] + members[:place]]
-        succeeded = next((r for r in others if r.task_reward >= self.success_threshold), None)
-        return self._ask("sibling", rollouts[i].example, succeeded.turns) if self.sibling and succeeded else None
+        shown = next((r for r in others if (r.task_reward >= self.success_threshold) == succeeded), None)
+        return self._ask("sibling", rollouts[i].example, shown.turns) if self.sibling and shown else None
 
     def _feedback(self, rollouts: Sequence[Rollout]) -> list[str | None]:
         with ThreadPoolExecutor(self.feedback_threads) if self.feedback_threads else nullcontext() as threads:
@@ -167,15 +176,13 @@ def add_hindsight(
 ) -> dict[str, float]:
     """Write each rollout's teacher prompt again, in place; return counts over this rank's rollouts, to be summed.
 
-    ``privileged`` says where the text goes, and its ``control`` applies: "none" shows nothing, "shuffled" the text of a
-    rollout of another group. A text that does not fit into ``max_seq_len`` is left out and counted.
+    ``privileged`` says where the text goes, and its ``control`` applies: another group's text stands for another row's, and a
+    sibling that failed is the wrong one. A text that does not fit into ``max_seq_len`` is left out and counted.
     """
     failures, errors = getattr(hindsight.feedback, "failures", None), len(hindsight.errors)  # a judge counts its own failures
-    texts = run.once(lambda: hindsight.texts(rollouts))  # a judge may answer twice in two ways
-    if privileged.control == "none":
-        texts = [None] * len(rollouts)
-    elif privileged.control == "shuffled":
-        texts = _from_other_groups(rollouts, texts, run)
+    find = hindsight.wrong_texts if privileged.control == "wrong" else hindsight.texts
+    texts = run.once(lambda: find(rollouts))  # a judge may answer twice in two ways
+    texts = _controlled(privileged, rollouts, texts, tokenizer, run)
     too_long = 0
     for rollout, text in zip(rollouts, texts, strict=True):
         views = privileged.build(replace(rollout.example, privileged=text), tokenizer)
@@ -196,16 +203,34 @@ def add_hindsight(
     return counts
 
 
-def _from_other_groups(rollouts: Sequence[Rollout], texts: Sequence[str | None], run: Run) -> list[str | None]:
-    """Give every rollout that has a text the next other text of another group, in the order of groups over all ranks.
+def _controlled(
+    privileged: PrivilegedPrompt, rollouts: Sequence[Rollout], texts: list[str | None], tokenizer: ChatTokenizer, run: Run
+) -> list[str | None]:
+    """Return what the control shows in place of the texts that were found."""
+    examples = [replace(rollout.example, privileged=text) for rollout, text in zip(rollouts, texts, strict=True)]
+    if privileged.control == "shuffled":
+        return _from_other_groups(rollouts, texts, texts, run)
+    if privileged.control == "other_problem":
+        shown = [problem_and_information(example) if example.privileged else None for example in examples]
+        return _from_other_groups(rollouts, shown, [repr(example.messages) for example in examples], run)
+    if privileged.control in (None, "wrong"):
+        return texts
+    return [privileged.control_row(example, tokenizer).privileged if example.privileged else None for example in examples]
+
+
+def _from_other_groups(
+    rollouts: Sequence[Rollout], texts: Sequence[str | None], keys: Sequence[str | None], run: Run
+) -> list[str | None]:
+    """Give every rollout that has a text the next one of another group and another key, in the order of groups over all ranks.
 
     Feedback has few words, and groups may share a text: a rollout for which no other one exists gets none.
     """
-    mine = [(rollout.group, text) for rollout, text in zip(rollouts, texts, strict=True) if text is not None]
+    mine = [(rollout.group, key, text) for rollout, key, text in zip(rollouts, keys, texts, strict=True) if text is not None]
     everyone = sorted(run.gather(mine), key=lambda item: item[0])
 
-    def other(group: int, own: str) -> str | None:
+    def other(group: int, own: str | None) -> str | None:
         in_turn = [item for item in everyone if item[0] > group] + [item for item in everyone if item[0] < group]
-        return next((text for _, text in in_turn if text != own), None)
+        return next((text for _, key, text in in_turn if key != own), None)
 
-    return [None if text is None else other(rollout.group, text) for rollout, text in zip(rollouts, texts, strict=True)]
+    shown = zip(rollouts, keys, texts, strict=True)
+    return [None if text is None else other(rollout.group, key) for rollout, key, text in shown]

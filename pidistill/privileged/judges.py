@@ -209,7 +209,7 @@ class ChatEndpoint:
         body = self._request_body(prompt)
         request = urllib.request.Request(f"{self.base_url.rstrip('/')}/chat/completions", body, self._headers(), method="POST")
         try:
-            return _content(_Exchange(request, self.timeout_s).answer())
+            return _content(Exchange(request, self.timeout_s).answer())
         except urllib.error.HTTPError as error:
             error.close()
             status = f"the judge answered with status {error.code}"
@@ -241,15 +241,15 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-class _Exchange:
+class Exchange:
     """Make one request and read its answer, in a thread of its own, so that the time limit holds for all of it.
 
     urllib's own limit is for one packet: a server that sends a byte of a header now and then would never reach it. When the
     time is over, the connection is shut down, which ends the thread too.
     """
 
-    def __init__(self, request: urllib.request.Request, timeout_s: float) -> None:
-        self._request, self._timeout_s = request, timeout_s
+    def __init__(self, request: urllib.request.Request, timeout_s: float, most_bytes: int = MAX_ANSWER_BYTES) -> None:
+        self._request, self._timeout_s, self._most_bytes = request, timeout_s, most_bytes
         self._sockets: list[socket.socket] = []
         self._is_over = False
 
@@ -281,8 +281,8 @@ class _Exchange:
             size += len(part)
             if self._is_over:
                 raise TimeoutError
-            if size > MAX_ANSWER_BYTES:
-                raise JudgeError(f"the judge's answer is longer than {MAX_ANSWER_BYTES:,} bytes")
+            if size > self._most_bytes:
+                raise JudgeError(f"the judge's answer is longer than {self._most_bytes:,} bytes")
         return b"".join(parts)
 
     def opened(self, connection: socket.socket) -> None:
@@ -301,7 +301,7 @@ class _Exchange:
 class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     """Open connections that the exchange knows."""
 
-    def __init__(self, exchange: _Exchange) -> None:
+    def __init__(self, exchange: Exchange) -> None:
         urllib.request.HTTPHandler.__init__(self)
         urllib.request.HTTPSHandler.__init__(self)
         self._exchange = exchange

@@ -17,8 +17,6 @@ The teacher's prompt is rendered with the teacher's own template where there is 
 completion are the same in both views.
 """
 
-import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +24,14 @@ from typing import Any
 from pidistill.chat.messages import last_user_index, messages_text, with_text
 from pidistill.chat.templates import check_template
 from pidistill.errors import InputError
+from pidistill.privileged.controls import (
+    CONTROLS,
+    OF_ALL_ROWS,
+    match_length,
+    show_other_problems,
+    show_wrong,
+    shuffle_privileged,
+)
 from pidistill.tokenizers.base import ChatTokenizer
 from pidistill.tokenizers.rendering import check_prompt
 from pidistill.types import Example, Message, PromptPair
@@ -50,7 +56,6 @@ DEFAULT_LEAK_PHRASES = (
 )
 
 PLACEMENTS = ("system_end", "user_end", "before_user", "after_user")
-CONTROLS = (None, "none", "shuffled")
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,10 @@ class PrivilegedPrompt:
         template: the block around it; ``{privileged}`` stands for the information, other braces are doubled (``{{``).
         placement: ``system_end``, ``user_end``, ``before_user`` or ``after_user``; see the table above.
         role: role of the message that ``before_user`` and ``after_user`` make of a text: "user" or "system".
-        control: None for the row's own information; "none" shows the teacher nothing; "shuffled" shows it another row's.
-            Uninformative information is reported to help too, so no result stands without these two.
-        control_seed: which rows "shuffled" pairs.
+        control: None for the row's own information; else what stands in its place, see :mod:`pidistill.privileged.controls`.
+            Uninformative information is reported to help too, so no result stands without a control.
+        control_seed: which rows "shuffled" and "other_problem" pair.
+        filler: the word that "length_matched" repeats; one token, wherever it stands.
         max_privileged_length: more tokens than this (block included) is an overflow; None for no limit.
         on_overflow: "error" refuses a row whose privileged information or prompt is too long, "drop" leaves it out and counts
             it. Nothing is ever cut.
@@ -89,6 +95,7 @@ class PrivilegedPrompt:
     role: str = "user"
     control: str | None = None
     control_seed: int = 0
+    filler: str = "."
     max_privileged_length: int | None = None
     on_overflow: str = "error"
     leak_phrases: Sequence[str] = DEFAULT_LEAK_PHRASES
@@ -101,6 +108,8 @@ class PrivilegedPrompt:
         _check_choice("control", self.control, CONTROLS)
         _check_choice("on_overflow", self.on_overflow, ("error", "drop"))
         check_template(self.template, "privileged.template", ("privileged",))
+        if not self.filler or self.filler.split() != [self.filler]:
+            raise InputError(f"privileged.filler is {self.filler!r}; give one word, without spaces")
         if self.max_privileged_length is not None and self.max_privileged_length < 1:
             raise InputError(
                 f"privileged.max_privileged_length is {self.max_privileged_length}; give at least 1, or null for no limit; "
@@ -111,9 +120,11 @@ class PrivilegedPrompt:
 
     def encode(self, example: Example, tokenizer: ChatTokenizer) -> PromptPair:
         """Return the two prompts of one example, under this control; an overflow is an error."""
-        if self.control == "shuffled":
-            raise InputError("privileged.control: shuffled pairs rows, so it needs them all; use pidistill.data.build_prompts")
-        views = self.build(self.apply_control([example])[0], tokenizer)
+        if self.control in OF_ALL_ROWS:
+            raise InputError(
+                f"privileged.control: {self.control} pairs rows, so it needs them all; use pidistill.data.build_prompts"
+            )
+        views = self.build(self.apply_control([example], tokenizer)[0], tokenizer)
         overflow = self.overflow(example, views)
         if overflow:
             raise InputError(overflow)
@@ -137,7 +148,8 @@ class PrivilegedPrompt:
         teacher = self.teachers_tokenizer(tokenizer)
         plain = ids if teacher is tokenizer else _encode_view(example.messages, example, teacher, "the teacher's view: ")
         if not example.privileged:
-            return PromptViews(example.messages, example.messages, PromptPair(ids, plain, has_privileged=False), 0)
+            pair = PromptPair(ids, plain, has_privileged=self.teaches(example))
+            return PromptViews(example.messages, example.messages, pair, 0)
         messages = with_default_system(example, teacher)
         if messages is not example.messages and teacher.encode_prompt(messages, example.tools) != plain:
             raise InputError(
@@ -220,11 +232,36 @@ class PrivilegedPrompt:
 
     # ------------------------------------------------------------------------------------------- a whole dataset
 
-    def apply_control(self, examples: Sequence[Example]) -> list[Example]:
-        """Return the examples with what the control shows the teacher in place of their own privileged information."""
-        if self.control == "none":
-            return [replace(example, privileged=None) for example in examples]
-        return shuffle_privileged(examples, self.control_seed) if self.control == "shuffled" else list(examples)
+    def apply_control(self, examples: Sequence[Example], tokenizer: ChatTokenizer) -> list[Example]:
+        """Return the examples with what the control shows the teacher in place of their own privileged information.
+
+        Args:
+            tokenizer: counts the tokens that "length_matched" matches; only that and "template" need it.
+        """
+        if self.control is None:
+            return list(examples)
+        if self.control == "shuffled":
+            return shuffle_privileged(examples, self.control_seed)
+        if self.control == "other_problem":
+            return show_other_problems(examples, self.control_seed)
+        if self.control == "template" and self.teachers_tokenizer(tokenizer) is tokenizer:
+            raise InputError(
+                "privileged.control: template leaves the teacher its own chat template alone, and it has none; set "
+                "privileged.teacher_template_kwargs or teacher_tokenizer, or privileged.control: none"
+            )
+        return [self.control_row(example, tokenizer) if example.privileged else example for example in examples]
+
+    def control_row(self, example: Example, tokenizer: ChatTokenizer) -> Example:
+        """Return an example that has privileged information under a control that looks at no other row."""
+        if self.control == "wrong":
+            return show_wrong(example)
+        if self.control == "length_matched":
+            return match_length(example, self.filler, lambda shown: len(self.build(shown, tokenizer).pair.teacher))
+        return replace(example, privileged="" if self.control == "template" else None)
+
+    def teaches(self, example: Example) -> bool:
+        """Return whether the teacher's view differs from the student's by what it is shown, or by its template alone."""
+        return bool(example.privileged) or (self.control == "template" and example.privileged is not None)
 
 
 def _encode_view(messages: list[Message], example: Example, tokenizer: ChatTokenizer, view: str = "") -> list[int]:
@@ -248,33 +285,6 @@ def with_default_system(example: Example, tokenizer: ChatTokenizer) -> list[Mess
         return example.messages
     default = tokenizer.default_system(example.tools)
     return example.messages if default is None else [{"role": "system", "content": default}, *example.messages]
-
-
-def shuffle_privileged(examples: Sequence[Example], seed: int) -> list[Example]:
-    """Return the examples with every privileged information moved to another row, and to none that has the same one.
-
-    Rows are sorted into groups of equal information, groups and members in random order, and everything moves on by the
-    size of the largest group. Rows without information keep none. The result depends on the examples and ``seed`` alone.
-    """
-    rows = [i for i, example in enumerate(examples) if example.privileged]
-    if not rows:
-        return list(examples)
-    rng = random.Random(seed)
-    rng.shuffle(rows)
-    keys = {i: repr(examples[i].privileged) for i in rows}
-    largest = max(Counter(keys.values()).values())
-    if 2 * largest > len(rows):
-        raise InputError(
-            f"privileged.control: shuffled cannot pair the rows: {largest} of the {len(rows)} with privileged information "
-            "have the same one, so some row would keep its own; use more varied rows or privileged.control: none"
-        )
-    first_seen = {key: position for position, key in reversed(list(enumerate(keys.values())))}
-    rows.sort(key=lambda i: first_seen[keys[i]])  # stable: members stay in random order
-    givers = dict(zip(rows, rows[largest:] + rows[:largest], strict=True))
-    return [
-        replace(example, privileged=examples[givers[i]].privileged) if i in givers else example
-        for i, example in enumerate(examples)
-    ]
 
 
 def _check_choice(key: str, value: str | None, known: Sequence[str | None]) -> None:

@@ -13,4 +13,4 @@ from pidistill.rewards.constraints import Constraints
 from pidistill.rewards.contains import Contains
 from pidistill.rewards.exact_match import ExactMatch
 from pidistill.rewards.gsm8k import GSM8KReward, final_answer
-from pidistill.rewards.shaping import LeakPenalty, LengthPenalty, Shaping, add_shaping, build_shaping
+from pidistill.rewards.shaping import LeakPenalty, LengthPenalty, OverlongPenalty, Shaping, add_shaping, build_shaping

@@ -8,6 +8,7 @@ success is judged on R alone (``Rollout.task_reward``), so that a penalty never 
 | part | arXiv 2602.04942 | here |
 | --- | --- | --- |
 | LengthPenalty | where R > 0: 0 to −0.2 per turn, mean over turns, at least −0.3 | the same; the last slope's end is ours |
+| OverlongPenalty | – (verl's DAPO recipe) | 0 to −factor over the last tokens before the limit |
 | LeakPenalty | −0.1 for each leak phrase in an assistant message | the same, a phrase counted as often as it is said |
 """
 
@@ -110,6 +111,36 @@ class LengthPenalty:
             return -self.first * (1.0 - math.cos(math.pi * x)) / 2.0
         x = min(1.0, (n - self.knee_tokens) / (self.end_tokens - self.knee_tokens))
         return -self.first - (self.last - self.first) * x
+
+
+@dataclass(frozen=True)
+class OverlongPenalty:
+    """Lower the reward linearly over the last tokens before a limit: −factor · (tokens − (limit − buffer)) / buffer.
+
+    It is 0 up to limit − buffer and −factor from the limit on; the last turn bears it.
+
+    Attributes:
+        limit: policy tokens of the whole episode, usually `sampler.max_new_tokens`.
+        buffer: tokens before the limit over which the reward falls.
+        factor: the most that is subtracted.
+    """
+
+    limit: int
+    buffer: int
+    factor: float = 1.0
+    name: ClassVar[str] = "overlong"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.buffer <= self.limit or not 0.0 < self.factor < math.inf:
+            raise InputError(
+                f"reward_shaping: OverlongPenalty needs 0 < buffer <= limit and a factor above 0, not buffer {self.buffer}, "
+                f"limit {self.limit}, factor {self.factor}"
+            )
+
+    def __call__(self, rollout: Rollout) -> list[float]:
+        over = sum(rollout.turn_policy_tokens) - (self.limit - self.buffer)
+        share = min(max(over / self.buffer, 0.0), 1.0)
+        return [0.0] * (len(rollout.turn_policy_tokens) - 1) + [-self.factor * share if share else 0.0]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ class Sample:
     # "done" (`on_turn_end` returned None), "length" (token limit reached first) or, from samplers that limit single turns,
     # "turn_length" (the last turn reached that limit; the row ends with it).
     stop_reason: str
+    # One set of ids per sampled token: what top-k and top-p left, None for the whole vocabulary; None where nobody records it.
+    kept: list[Sequence[int] | None] | None = None
 
 
 @runtime_checkable

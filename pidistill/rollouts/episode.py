@@ -127,6 +127,7 @@ class Episode:
             completion=sample.tokens,
             policy_mask=sample.policy_mask,
             sampled_logprobs=sample.logprobs,
+            kept=sample.kept,
             sampled_by=view,
             group=group,
             stop_reason="max_turns" if self.out_of_turns else sample.stop_reason,

@@ -38,6 +38,7 @@ class Trace:
     reward: float  # what the environment gave for it
     group: int  # the prompt's index, which orders the traces
     provenance: dict[str, Any] = field(default_factory=dict)  # where it comes from, for the reader of the file
+    sampled: dict[str, list] | None = None  # ids and log-probs as they were drawn; see `recorded`
 
 
 @dataclass
@@ -103,6 +104,30 @@ class Successes:
         whole = [r for r in rollouts if r.task_reward >= self.threshold and r.stop_reason not in ("length", "turn_length")]
         traces = [Trace(r.example, r.turns, r.reward, r.group, {"sampled_by": r.sampled_by}) for r in whole]
         return Selected(_filtered(traces, leak_phrases if self.drop_leaks else (), self.max_per_prompt))
+
+
+@dataclass(frozen=True)
+class All:
+    """Keep every rollout, whatever its reward, with what the sampler drew: its ids and their log-probs.
+
+    For objectives that learn from fixed samples (:class:`pidistill.objectives.SemiOPD`): the column ``sampled`` holds the ids,
+    which tokens the policy wrote, and log μ of each of these, so that nothing is tokenized again.
+    """
+
+    def select(self, rollouts: Sequence[Rollout], leak_phrases: Sequence[str], rewrite: Rewrite, seed: int) -> Selected:
+        return Selected(
+            [Trace(r.example, r.turns, r.reward, r.group, {"sampled_by": r.sampled_by}, recorded(r)) for r in rollouts]
+        )
+
+
+def recorded(rollout: Rollout) -> dict[str, list]:
+    """Return the ids of a rollout's completion, its policy mask as 0 and 1, and log μ of each policy token."""
+    pairs = zip(rollout.sampled_logprobs, rollout.policy_mask, strict=True)
+    return {
+        "ids": rollout.completion,
+        "policy": [int(own) for own in rollout.policy_mask],
+        "logprobs": [x for x, own in pairs if own],
+    }
 
 
 @dataclass(frozen=True)
@@ -254,6 +279,8 @@ def trace_row(trace: Trace, provenance: Mapping[str, Any]) -> dict[str, Any]:
         "reward": trace.reward,
         "provenance": {"example": trace.example.id, **provenance, **trace.provenance},
     }
+    if trace.sampled is not None:
+        row["sampled"] = trace.sampled
     return row if trace.example.tools is None else row | {"tools": json.dumps(trace.example.tools, ensure_ascii=False)}
 
 

@@ -55,6 +55,9 @@ class TorchtuneSampler:
             ``turn_truncated_frac``. An end that is forced would stand in the context as if the policy had meant it.
         max_batch_size: rows that are sampled at once, the others wait until some have ended; null is all. Less needs less
             memory for keys and values.
+        record_kept: with top_k or top_p, record which ids were left when each token was drawn. The trainer then replays them:
+            its ratios are of the same truncated distribution, 1 at the first update, and its gradient is that policy's own.
+            Costs memory for the ids, so bound them with top_k.
     """
 
     max_new_tokens: int
@@ -63,6 +66,7 @@ class TorchtuneSampler:
     top_k: int | None = None
     max_batch_size: int | None = None
     max_turn_tokens: int | None = None
+    record_kept: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self.temperature, self.max_new_tokens)
@@ -103,6 +107,9 @@ class TorchtuneSampler:
         )
         check_request(model, prompts, group_size, seeds, request)
         rows = [_Row(r, r // group_size, seed) for r, seed in enumerate(seeds)]
+        if self.record_kept and (self.top_k is not None or self.top_p is not None):
+            for row in rows:
+                row.sample.kept = []
         # Not inference_mode: parameters gathered in it could not be trained afterwards.
         with torch.no_grad(), gathered_parameters(model), evaluating(model):
             _sample_rows(model, prompts, rows, request, self.max_batch_size or len(rows))
@@ -215,13 +222,15 @@ def _begin(
 
 def _draw(logits: Float[Tensor, "B V"], rows: list[_Row], request: Request) -> None:
     """Give each row its next token, and what follows from it. ``logits`` is overwritten."""
-    ids, logprobs = _choose(logits, rows, request)
+    ids, logprobs, kept = _choose(logits, rows, request)
     # In one tensor, since each transfer from a GPU waits for the device. float64 holds every id.
     ids, logprobs = torch.stack([ids.double(), logprobs]).tolist()
     _check_finite(logprobs, rows)
     count(tokens=len(rows))
-    for row, token, logprob in zip(rows, map(int, ids), logprobs, strict=True):
+    for n, (row, token, logprob) in enumerate(zip(rows, map(int, ids), logprobs, strict=True)):
         row.append([token], sampled=True, logprobs=[logprob])
+        if row.sample.kept is not None:
+            row.sample.kept.append(None if kept is None else kept[n])
         if token in request.stop_ids:
             end_turn(row, request)
         elif len(row.sample.tokens) == request.max_new_tokens:
@@ -232,18 +241,29 @@ def _draw(logits: Float[Tensor, "B V"], rows: list[_Row], request: Request) -> N
 
 def _choose(
     logits: Float[Tensor, "B V"], rows: list[_Row], request: Request
-) -> tuple[Int[Tensor, " B"], Float64[Tensor, " B"]]:
-    """Draw one token per row, and return its log-prob under the distribution it is drawn from; not finite if a logit is not."""
+) -> tuple[Int[Tensor, " B"], Float64[Tensor, " B"], list[list[int] | None] | None]:
+    """Draw one token per row, and return its log-prob under the distribution it is drawn from; not finite if a logit is not.
+
+    Where rows record them, also the ids that were left to draw from: None in a row from which nothing was cut.
+    """
+    kept = None
     if request.temperature == 0:
         best, ids = logits.max(dim=-1)
-        return ids, (best - best).double()
+        return ids, (best - best).double(), kept
     if request.top_k is None and request.top_p is None:
         scores = logits if request.temperature == 1 else logits.div_(request.temperature)
     else:
         scores = sampling_logprobs(logits, request.temperature, request.top_k, request.top_p)
+        kept = _kept_ids(scores) if rows[0].sample.kept is not None else None
     # numpy: stacking one-element tensors row by row would take longer than a small model's forward.
     uniforms = torch.from_numpy(np.array([row.uniform for row in rows])).to(logits.device)
-    return draw(scores, uniforms)
+    return *draw(scores, uniforms), kept
+
+
+def _kept_ids(scores: Float[Tensor, "B V"]) -> list[list[int] | None]:
+    """Return the ids with a probability, per row; None where those are all."""
+    left = (scores > -torch.inf).cpu().numpy()
+    return [None if row.all() else row.nonzero()[0].tolist() for row in left]
 
 
 def _check_finite(logprobs: list[float], rows: list[_Row]) -> None:

@@ -60,6 +60,7 @@ class VLLMSampler:
         max_turn_tokens: as in :class:`pidistill.rollouts.TorchtuneSampler`.
         enforce_eager: no compilation and no CUDA graphs: starts sooner, samples slower.
         sleep: give the engine's memory back to the trainer between rollouts. GPU only.
+        record_kept: refused: the engine's answers do not say here which ids top_k and top_p left.
     """
 
     max_new_tokens: int
@@ -75,9 +76,15 @@ class VLLMSampler:
     max_turn_tokens: int | None = None
     enforce_eager: bool = False
     sleep: bool = False
+    record_kept: bool = False
     _engine: Engine | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.record_kept:
+            raise InputError(
+                "sampler.record_kept needs the ids that top_k and top_p left of each token's distribution, and VLLMSampler "
+                "does not read them from vLLM; set it to false, or use pidistill.rollouts.TorchtuneSampler"
+            )
         require_vllm()
         check_settings(self.temperature, self.max_new_tokens)
         counts = {"top_k": self.top_k, "max_model_len": self.max_model_len, "max_batch_size": self.max_batch_size}

@@ -1,5 +1,6 @@
 """Arrange sequences as a model reads them: one packed tree, or right-padded rows."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,9 +8,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from pidistill.errors import InputError
 from pidistill.scoring.tree_attention import FLEX_BLOCK, TreeMask
 from pidistill.tokenizers.prefix import common_prefix_length
-from pidistill.types import Batch, ModelInput, Rollout, RolloutAdvantage, ViewName
+from pidistill.types import Batch, KeptSets, ModelInput, Rollout, RolloutAdvantage, ViewName
 
 BOTH: tuple[ViewName, ...] = ("student", "teacher")
 
@@ -76,6 +78,10 @@ class ModelInputs:
             self._made[names] = (self._packed if self._packing == "tree" else self._padded)(sequences, predicted)
         return self._made[names]
 
+    def only(self, chosen: Sequence[int]) -> "ModelInputs":
+        """Return the inputs of some of the rollouts, by their place; of none, one pad token."""
+        return ModelInputs([self.rollouts[i] for i in chosen], self._packing, self._pad_id, self._device)
+
     def _packed(self, sequences: list[list[int]], predicted: list[list[int]]) -> ModelInput:
         tree = make_tree(sequences)
         columns = [path[i] for path, indices in zip(tree.columns, predicted, strict=True) for i in indices]
@@ -128,6 +134,8 @@ def make_batch(
     def ids(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
+    weights = [[1.0] * len(ts) if r.loss_weights is None else r.loss_weights for r, ts in zip(rollouts, positions, strict=True)]
+
     def per_token(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)
 
@@ -141,8 +149,8 @@ def make_batch(
         else per_token([r.sampled_logprobs[t] for r, ts in zip(rollouts, positions, strict=True) for t in ts])
         if sampled
         else None,
-        rewards=per_token([r.task_reward for r, ts in zip(rollouts, positions, strict=True) for _ in ts])
-        if all(r.reward is not None for r in rollouts)
+        rewards=per_token([r.task_reward or 0.0 for r, ts in zip(rollouts, positions, strict=True) for _ in ts])
+        if sampled
         else None,
         advantages=per_token(
             [x for a, ts in zip(advantages, positions, strict=True) for x in a.tokens or [a.advantage] * len(ts)]
@@ -161,4 +169,38 @@ def make_batch(
             device=device,
         ),
         importance_weights=per_token([x for r in rollouts for x in r.importance_weights]) if weighed else None,
+        loss_weights=per_token([x * r.balance for r, row in zip(rollouts, weights, strict=True) for x in row])
+        if any(r.loss_weights or r.balance != 1.0 for r in rollouts)
+        else None,
+        turn_index=ids([k for r in rollouts for k, length in enumerate(turn_lengths(r)) for _ in range(length)]),
+        turn_balance=per_token([w for r in rollouts for w in _turn_balance(r)]),
+        kept=_kept_sets(rollouts, device) if any(r.kept is not None for r in rollouts) else None,
     )
+
+
+def turn_lengths(rollout: Rollout) -> list[int]:
+    """Return the policy tokens of each assistant turn; one turn where the rollout does not say how they are divided."""
+    lengths = rollout.turn_policy_tokens
+    return lengths if sum(lengths) == rollout.policy_tokens else [rollout.policy_tokens]
+
+
+def _turn_balance(rollout: Rollout) -> list[float]:
+    lengths = [length for length in turn_lengths(rollout) if length]
+    return [rollout.policy_tokens / (len(lengths) * length) for length in lengths for _ in range(length)]
+
+
+def _kept_sets(rollouts: Sequence[Rollout], device: torch.device) -> KeptSets:
+    """Return the sets that the rollouts' policy tokens were drawn from; InputError where a token is not in its own."""
+    sets = []
+    for rollout in rollouts:
+        tokens = [rollout.completion[t] for t in policy_positions(rollout)]
+        for n, (token, kept) in enumerate(zip(tokens, rollout.kept or [None] * len(tokens), strict=True)):
+            if kept is not None and token not in kept:
+                raise InputError(
+                    f"{rollout.example.id}: policy token {n}, id {token}, is not among the {len(kept)} ids that the sampler "
+                    "says it was drawn from; the sampler's record is wrong: set sampler.record_kept: false"
+                )
+            sets.append([] if kept is None else list(kept))
+    starts = itertools.accumulate(map(len, sets), initial=0)
+    flat = [i for ids in sets for i in ids]
+    return KeptSets(*(torch.tensor(x, dtype=torch.long, device=device) for x in (flat, list(starts))))

@@ -34,11 +34,12 @@ OTHER_LOSS = (
 class ConstantPart:
     """Hold one summand of a constant side's logits: share · cap(hidden @ weightᵀ).
 
+    share: a number, or one per token where the part scores some rollouts only: 0 on the others.
     hidden: None is that of the teacher view which the trained model computes. weight: None is the trained model's head, and
     its cap; ``cap`` is that of another head.
     """
 
-    share: float
+    share: float | Float[Tensor, " N"]
     hidden: Float[Tensor, "N H"] | None
     weight: Float[Tensor, "V H"] | None
     cap: float | None = None
@@ -50,6 +51,9 @@ class ConstantPart:
         if self.weight is None:
             return cap_logits(multiply_head(hidden[chunk], head), cap)
         return cap_logits(multiply_head(hidden[chunk], self.weight), self.cap)
+
+    def share_of(self, chunk: slice) -> float | Float[Tensor, "C 1"]:
+        return self.share[chunk, None] if isinstance(self.share, Tensor) else self.share
 
     def with_wide_head(self) -> "ConstantPart":
         return self if self.weight is None else replace(self, weight=widen_head(self.weight))
@@ -223,13 +227,16 @@ def _rows_equal_to_student(
         return found
     sides = {side: [ConstantPart(1.0, h, None)] for side, h in own.items() if side != "student"} | others
     for side, terms in sides.items():
-        states = [live_teacher if term.hidden is None else term.hidden for term in terms]
-        heads = [weight if term.weight is None else term.weight for term in terms]
-        if any(h.shape != student.shape or w.shape != weight.shape for h, w in zip(states, heads, strict=True)):
-            continue
-        rows = torch.stack([(h == student).all(-1) for h in states]).all(0)
-        same_head = (w is weight or (w.dtype == weight.dtype and torch.equal(w, weight)) for w in heads)
-        if bool(rows.any()) and all(same_head):
+        rows = torch.ones(len(student), dtype=torch.bool, device=student.device)
+        for term in terms:
+            h, w = live_teacher if term.hidden is None else term.hidden, weight if term.weight is None else term.weight
+            is_equal = torch.zeros_like(rows)
+            if h.shape == student.shape and w.shape == weight.shape:
+                is_equal = (h == student).all(-1)
+                same_head = not bool(is_equal.any()) or w is weight or (w.dtype == weight.dtype and torch.equal(w, weight))
+                is_equal = is_equal & same_head
+            rows = rows & (is_equal | (term.share == 0) if isinstance(term.share, Tensor) else is_equal)
+        if bool(rows.any()):
             found[side] = rows
     return found
 
@@ -242,7 +249,7 @@ def _term_logits(
     if len(parts) == 1:
         return parts[0]
     size = min(part.shape[-1] for part in parts)
-    return sum(term.share * at_least_fp32(part[:, :size]) for term, part in zip(terms, parts, strict=True))
+    return sum(term.share_of(chunk) * at_least_fp32(part[:, :size]) for term, part in zip(terms, parts, strict=True))
 
 
 def _coefficients_of_loss(plan: ScorePlan) -> Coefficients:

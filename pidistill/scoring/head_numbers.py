@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pidistill.losses.divergences import divergence
-from pidistill.types import Divergence, ScoreRequest, Scores
+from pidistill.types import Divergence, KeptSets, ScoreRequest, Scores
 
 # Elements of the logits of a chunk, over all sides that share the head. Larger ones make better use of the products, which read
 # the whole head and its gradient for each chunk: 256 MiB of fp32.
@@ -33,6 +33,7 @@ class ScorePlan:
     """Say what to compute of each token, and in which order the results are stacked.
 
     loss: the loss per token that the caller makes of the scores, for any slice of the tokens; None where it is not known yet.
+    kept: the ids that the tokens were drawn from; None where the sampler recorded none.
     cap: c where the trained model's logits are c·tanh(x / c) of the head's products x; None where they are the products.
     """
 
@@ -42,12 +43,14 @@ class ScorePlan:
     chunk_tokens: int | None
     loss: Callable[[slice, Scores], Float[Tensor, " C"]] | None = None
     cap: float | None = None
+    kept: KeptSets | None = None
 
     @property
     def names(self) -> list[Name]:
         logprobs = [f"{view}_logprobs" for view in self.request.views]
         entropies = [f"{view}_entropy" for view in self.request.views if self.request.entropy]
-        return [*logprobs, *self.request.divergences, *entropies]
+        masses = [f"{view}_kept_mass" for view in self.request.views if self.kept is not None]
+        return [*logprobs, *self.request.divergences, *entropies, *masses]
 
     @property
     def rows_with_gradient(self) -> list[int]:
@@ -56,7 +59,8 @@ class ScorePlan:
     def _has_gradient(self, name: Name) -> bool:
         if isinstance(name, Divergence):
             return name.grad != "none"
-        return name.endswith("_logprobs") and self.side_has_gradient(name.removesuffix("_logprobs"))
+        side, _, number = name.partition("_")
+        return number in ("logprobs", "kept_mass") and self.side_has_gradient(side)
 
     def side_has_gradient(self, side: str) -> bool:
         return {"student": self.request.student_grad, "teacher": self.request.teacher_grad}.get(side, False)
@@ -77,6 +81,8 @@ class ScorePlan:
             divergences={name: value for name, value in named.items() if isinstance(name, Divergence)},
             student_entropy=named.get("student_entropy"),
             teacher_entropy=named.get("teacher_entropy"),
+            student_kept_mass=named.get("student_kept_mass"),
+            teacher_kept_mass=named.get("teacher_kept_mass"),
         )
 
 
@@ -87,6 +93,11 @@ def _blocks(plan: ScorePlan, chunk: slice, vocabulary: int) -> Iterator[tuple[sl
     for start in range(0, len(targets), size):
         block = slice(start, start + size)
         yield block, targets[block]
+
+
+def _kept_of_block(plan: ScorePlan, chunk: slice, block: slice, size: int) -> Int[Tensor, "c K"] | None:
+    first = chunk.start + block.start
+    return None if plan.kept is None else plan.kept.rows(first, first + size)
 
 
 def chunk_numbers(
@@ -101,13 +112,14 @@ def chunk_numbers(
             scaled = _scaled(x[block], plan.temperature)
             normalisers[side][block] = torch.logsumexp(scaled, -1, keepdim=True)
             logp[side] = scaled - normalisers[side][block]
-        for row, value in enumerate(_block_numbers(plan, logp, targets)):
+        kept = _kept_of_block(plan, chunk, block, len(targets))
+        for row, value in enumerate(_block_numbers(plan, logp, targets, kept)):
             out[row, block] = value
     return normalisers
 
 
 def _block_numbers(
-    plan: ScorePlan, logp: dict[str, Float[Tensor, "c _"]], targets: Int[Tensor, " c"]
+    plan: ScorePlan, logp: dict[str, Float[Tensor, "c _"]], targets: Int[Tensor, " c"], kept: Int[Tensor, "c K"] | None
 ) -> list[Float[Tensor, " c"]]:
     p = {side: x.exp() for side, x in logp.items()}
     values: dict = {}
@@ -121,6 +133,8 @@ def _block_numbers(
             values[name] = values[key]
         elif name.endswith("_logprobs"):
             values[name] = _at(logp[name.removesuffix("_logprobs")], targets)
+        elif name.endswith("_kept_mass"):
+            values[name] = _kept_mass(logp[name.removesuffix("_kept_mass")], kept)[0]
         else:
             side = name.removesuffix("_entropy")
             values[name] = -(p[side] * logp[side]).sum(-1)
@@ -135,6 +149,18 @@ def _at(logp: Float[Tensor, "c V"], targets: Int[Tensor, " c"]) -> Float[Tensor,
     """Return the log-prob of each target; −inf for an id beyond this side's vocabulary, which a padded model may sample."""
     last = logp.shape[-1] - 1
     return logp.gather(-1, targets.clamp(max=last)[:, None]).squeeze(-1).masked_fill(targets > last, -torch.inf)
+
+
+def _kept_mass(logp: Float[Tensor, "c V"], kept: Int[Tensor, "c K"]) -> tuple[Float[Tensor, " c"], Float[Tensor, "c V"]]:
+    """Return log Σ p over the kept ids of each row, and its gradient, the distribution on them. No ids stand for all: 0."""
+    last = logp.shape[-1] - 1
+    known = (kept >= 0) & (kept <= last)
+    inside = logp.gather(-1, kept.clamp(0, last)).masked_fill(~known, -torch.inf)
+    whole = ~(kept >= 0).any(-1)
+    mass = torch.logsumexp(inside, -1) if kept.shape[1] else logp.new_zeros(len(logp))
+    mass = mass.masked_fill(whole, 0.0)
+    shares = (inside - mass[:, None]).exp()
+    return mass, torch.zeros_like(logp).scatter_add_(1, kept.clamp(0, last), shares)
 
 
 def _is_plain(name: Divergence, teacher: Tensor, student: Tensor) -> bool:
@@ -192,6 +218,9 @@ def logits_to_gradients(
                 if isinstance(name, Divergence) and _reaches(name, side, logp)
                 for factor, matrix in [_gradient(name, side, logp, p)]
             ]
+            if (mass := of_block.get(f"{side}_kept_mass")) is not None:
+                kept = _kept_of_block(plan, chunk, block, len(targets))
+                terms.append((mass, _kept_mass(logp[side], kept)[1]))
             grad = _through_softmax(terms, of_block.get(f"{side}_logprobs"), targets, p[side])
             if plan.cap is not None:
                 grad.mul_(1 - (logits[side][block] / plan.cap).square())  # the slope of c·tanh(x / c), from its value

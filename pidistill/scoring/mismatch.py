@@ -8,6 +8,7 @@ trainer's policy under the weights that sampled, in the view that sampled:
                   (http://joschu.net/blog/kl-approx.html)
     bounded       a mean |Δ| above `max_sampler_mismatch_nats` ends the run. With top-p, Δ is the log of the mass that was kept,
                   which lies in [log top_p, 0], and with top-k in (−∞, 0]: only what is outside of that counts
+    masked        with `mismatch_mask`, tokens or whole rollouts whose π/μ lies outside its bounds leave every term of the loss
     corrected     with `importance_weights`, w = sg min(π/μ, cap) multiplies the policy-gradient loss of each token, and π takes
                   the place of μ as the denominator of its ratios: E_μ[w·f] = E_π[f] but for what the cap takes away and for
                   the mass of tokens that μ never samples, because top-p or top-k cut them off: no weight brings those back
@@ -23,6 +24,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from omegaconf import DictConfig
 from torch import Tensor
 
+from pidistill.config import build
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
 from pidistill.losses.estimators import k1, k3
@@ -104,7 +106,7 @@ class MismatchMeter:
 
 def _unexplained(gap: Float64[Tensor, " M"], sampler: Sampler) -> Float64[Tensor, " M"]:
     """Return the distance of each Δ from the values that it has where sampler and trainer agree: [log of the kept mass, 0]."""
-    if not truncates(sampler):
+    if not cuts_off(sampler):
         return gap.abs()
     least = -math.inf if sampler.top_k is not None else math.log(sampler.top_p)
     return (gap.clamp(min=0.0) + (least - gap).clamp(min=0.0)).masked_fill(gap.isnan(), math.nan)
@@ -112,7 +114,7 @@ def _unexplained(gap: Float64[Tensor, " M"], sampler: Sampler) -> Float64[Tensor
 
 def _cut_off(sampler: Sampler) -> str:
     """Return what the sampler's truncation adds to the sentence."""
-    if not truncates(sampler):
+    if not cuts_off(sampler):
         return ""
     return f", beyond what {'top_k' if sampler.top_k is not None else 'top_p'} explains"
 
@@ -127,7 +129,7 @@ def logprobs_of_both(
     recorded = torch.tensor(
         [x for r in batch.views.rollouts for x in _recorded(r, view)], dtype=torch.float64, device=batch.targets.device
     )
-    trainer = scores.student_logprobs if view == "student" else scores.teacher_logprobs
+    trainer = scores.policy_logprobs(view)
     counted = ~recorded.isnan()
     return trainer.detach().double()[counted], recorded[counted], batch.rollout_index[counted]
 
@@ -142,6 +144,11 @@ def _recorded(rollout: Rollout, view: ViewName) -> list[float]:
 def truncates(sampler: Sampler) -> bool:
     """Return whether the sampler draws from less than the whole distribution."""
     return sampler.top_k is not None or (sampler.top_p is not None and sampler.top_p < 1.0)
+
+
+def cuts_off(sampler: Sampler) -> bool:
+    """Return whether the sampler draws from less than the whole distribution, and the trainer cannot replay what was left."""
+    return truncates(sampler) and not getattr(sampler, "record_kept", False)
 
 
 def _limit(value: object) -> float:
@@ -177,16 +184,9 @@ class TruncatedImportanceWeights:
         self.level, self.cap = level, float(cap)
         self._sums: dict[str, float] = {}
 
-    def request(self, *views: ViewName) -> ScoreRequest:
-        """Return what :meth:`weigh` needs of a batch: log-probs in the views that sampled."""
-        return ScoreRequest(student_grad=False, teacher_grad=False, views=views, entropy=False)
-
     def weigh(self, rollouts: Sequence[Rollout], batch: Batch, scores: Scores) -> None:
         """Write π's log-probs and the weights onto each of the batch's rollouts, before the first update after sampling."""
-        by_teacher = [r.sampled_by == "teacher" for r in rollouts for _ in range(r.policy_tokens)]
-        teacher = torch.tensor(by_teacher, dtype=torch.bool, device=batch.targets.device)
-        both = [x for x in (scores.student_logprobs, scores.teacher_logprobs) if x is not None]
-        trainer = torch.where(teacher, both[-1], both[0])
+        trainer = logprobs_of_samplers(rollouts, batch, scores)
         weights, cut = truncated_weights(trainer, batch.ratio_logprobs, batch.rollout_index, self.level, self.cap)
         lengths = [rollout.policy_tokens for rollout in rollouts]
         for rollout, logprobs, values in zip(rollouts, trainer.split(lengths), weights.split(lengths), strict=True):
@@ -221,3 +221,134 @@ def truncated_weights(
     if level == "sequence" and len(log_weights):
         log_weights = sum_by_rollout(log_weights, rollout_index, int(rollout_index.max()) + 1)[rollout_index]
     return log_weights.clamp(max=math.log(cap)).exp(), log_weights > math.log(cap)
+
+
+# ------------------------------------------------------------------------------------------------- masked
+
+MASKS = {  # metric → (level, default bounds)
+    "ratio": ("token", 0.5, 5.0),
+    "geometric_mean": ("sequence", 0.99, 1.01),
+    "product": ("sequence", 0.5, 2.0),
+    "mean_error": ("sequence", 0.0, 2.0),
+    "any_ratio": ("sequence", 1e-4, 100.0),
+}
+
+
+class MismatchMask:
+    """Leave out tokens or rollouts that the trainer finds much more or less likely than the sampler did; key `mismatch_mask`.
+
+    Masked tokens stay in the denominator of the mean, their rewards in the group's mean: baselines do not change. It costs one
+    more forward per round, shared with `importance_weights`.
+
+    Args:
+        metric: of r = π/μ: "ratio" masks single tokens (IcePop); "geometric_mean", "product", "mean_error" (the mean of
+            exp|log r|) and "any_ratio" (one token outside) mask whole rollouts.
+        low, high: what is kept; null is the published bound of the metric, see :data:`MASKS`.
+    """
+
+    def __init__(self, metric: str = "ratio", low: float | None = None, high: float | None = None) -> None:
+        if metric not in MASKS:
+            raise InputError(f"mismatch_mask.metric={metric} is unknown; choose {', '.join(MASKS)}")
+        self.metric, (self.level, least, most) = metric, MASKS[metric]
+        self.low, self.high = least if low is None else float(low), most if high is None else float(high)
+        if not 0.0 <= self.low <= 1.0 <= self.high:
+            raise InputError(
+                f"mismatch_mask.low={self.low} and high={self.high} must satisfy 0 <= low <= 1 <= high: where sampler and "
+                f"trainer agree the {metric} is 1"
+            )
+        self._sums: dict[str, float] = {}
+
+    def weigh(self, rollouts: Sequence[Rollout], batch: Batch, trainer: Float[Tensor, " N"], success_threshold: float) -> None:
+        """Write 0 into ``loss_weights`` of what is masked, and count it."""
+        kept = mismatch_kept(trainer, batch.ratio_logprobs, batch.rollout_index, self.metric, self.low, self.high)
+        for rollout, keep in zip(rollouts, kept.split([rollout.policy_tokens for rollout in rollouts]), strict=True):
+            masked, succeeded = int((~keep).sum()), (rollout.task_reward or 0.0) >= success_threshold
+            if masked:
+                weights = rollout.loss_weights or [1.0] * len(keep)
+                rollout.loss_weights = [weight * float(k) for weight, k in zip(weights, keep.tolist(), strict=True)]
+            counts = {"masked_tokens": masked, "masked_rollouts": masked > 0, "masked_successes": masked > 0 and succeeded}
+            for name, value in (counts | {"_successes": succeeded}).items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def report(self, run: Run) -> dict[str, float]:
+        """Return counts since the last report, over all ranks, and the share of the round's successes that they hold."""
+        sums, self._sums = run.sums(self._sums), {}
+        successes = sums.pop("_successes", 0.0)
+        return sums | ({"masked_success_frac": sums["masked_successes"] / successes} if successes else {})
+
+
+def mismatch_kept(
+    trainer_logprobs: Float[Tensor, " N"],
+    sampler_logprobs: Float[Tensor, " N"],
+    rollout_index: Int[Tensor, " N"],
+    metric: str,
+    low: float,
+    high: float,
+) -> Bool[Tensor, " N"]:
+    """Return where the metric of r = π/μ lies in [low, high]; of the token, or of its whole rollout."""
+    gap = (trainer_logprobs - sampler_logprobs).detach().double()
+    if not len(gap):
+        return torch.ones_like(gap, dtype=torch.bool)
+    rollouts = int(rollout_index.max()) + 1
+
+    def summed(values: Tensor) -> Tensor:
+        return sum_by_rollout(values.double(), rollout_index, rollouts)
+
+    lengths = summed(torch.ones_like(gap)).clamp(min=1.0)
+    least, most = math.log(low) if low > 0 else -math.inf, math.log(high)
+    if metric in ("ratio", "any_ratio"):
+        inside = (gap >= least) & (gap <= most)
+        return inside if metric == "ratio" else (summed(~inside) == 0)[rollout_index]
+    if metric == "mean_error":
+        return (summed(gap.abs().exp()) / lengths <= high)[rollout_index]
+    total = summed(gap) / (lengths if metric == "geometric_mean" else 1.0)
+    return ((total >= least) & (total <= most))[rollout_index]
+
+
+# ------------------------------------------------------------------------------------------------- both
+
+
+class Corrections:
+    """Score a round once under the weights that sampled, for `importance_weights` and for `mismatch_mask`."""
+
+    def __init__(
+        self, importance: TruncatedImportanceWeights | None, mask: MismatchMask | None, success_threshold: float = 1.0
+    ) -> None:
+        self.importance, self.mask, self._success_threshold = importance, mask, success_threshold
+
+    def request(self, *views: ViewName) -> ScoreRequest:
+        """Return what :meth:`weigh` needs of a batch: log-probs in the views that sampled."""
+        return ScoreRequest(student_grad=False, teacher_grad=False, views=views, entropy=False)
+
+    def weigh(self, rollouts: Sequence[Rollout], batch: Batch, scores: Scores) -> None:
+        """Write importance weights and masks onto each of the batch's rollouts, before the first update after sampling."""
+        if self.importance is not None:
+            self.importance.weigh(rollouts, batch, scores)
+        if self.mask is not None:
+            self.mask.weigh(rollouts, batch, logprobs_of_samplers(rollouts, batch, scores), self._success_threshold)
+
+    def report(self, run: Run) -> dict[str, float]:
+        """Return metrics since the last report, over all ranks."""
+        return {name: x for part in (self.importance, self.mask) if part is not None for name, x in part.report(run).items()}
+
+
+def load_mismatch(cfg: DictConfig, run: Run, sampler: Sampler, view: ViewName) -> tuple[MismatchMeter, "Corrections | None"]:
+    """Return what measures the sampler against the trainer in ``view``, and what corrects for it, if the config asks for it."""
+    return MismatchMeter(cfg, run, sampler, view), load_corrections(cfg)
+
+
+def load_corrections(cfg: DictConfig) -> Corrections | None:
+    """Return what `importance_weights` and `mismatch_mask` ask for; None where a config has neither."""
+    importance, mask = build(cfg.get("importance_weights")), build(cfg.get("mismatch_mask"))
+    if importance is None and mask is None:
+        return None
+    threshold = cfg.get("eval_success_threshold")
+    return Corrections(importance, mask, 1.0 if threshold is None else float(threshold))
+
+
+def logprobs_of_samplers(rollouts: Sequence[Rollout], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
+    """Return the trainer's log-prob of each token in the view that sampled it."""
+    by_teacher = [r.sampled_by == "teacher" for r in rollouts for _ in range(r.policy_tokens)]
+    views = [view for view in ("student", "teacher") if getattr(scores, f"{view}_logprobs") is not None]
+    first, last = scores.policy_logprobs(views[0]), scores.policy_logprobs(views[-1])
+    return torch.where(torch.tensor(by_teacher, dtype=torch.bool, device=batch.targets.device), last, first)

@@ -22,6 +22,7 @@ from pidistill.models.protocol import Decoder, head_module, logit_cap, router_lo
 from pidistill.scoring.equal_views import have_equal_weights, share_equal_views
 from pidistill.scoring.head import ConstantPart, apply_head
 from pidistill.scoring.head_numbers import ScorePlan
+from pidistill.scoring.served_teacher import ServedTeacher, served_logprobs, with_served, without_served
 from pidistill.scoring.tree_attention import read_trees
 from pidistill.teachers import MixturePart, Teacher
 from pidistill.types import Batch, BatchInputs, ModelInput, PerTokenLoss, ScoreRequest, Scores, ViewName
@@ -61,11 +62,33 @@ def score(
     """
     if not torch.is_grad_enabled():
         request = replace(request, student_grad=False, teacher_grad=False)
+    if isinstance(teacher, ServedTeacher) and "teacher" in request.views:
+        return _score_served(model, batch, request, teacher, temperature, chunk_tokens, loss)
     of_slice = None if loss is None else lambda part, scores: loss(batch.slice(part), scores)
-    plan = ScorePlan(batch.targets, request, temperature, chunk_tokens, of_slice, logit_cap(model))
+    plan = ScorePlan(batch.targets, request, temperature, chunk_tokens, of_slice, logit_cap(model), batch.kept)
     with torch.set_grad_enabled(request.student_grad or request.teacher_grad):
-        scores = plan.as_scores(_score(plan, model, batch, _voices(teacher, model)))
-        return replace(scores, router_loss=router_loss(model)) if router_loss(model) is not None else scores
+        return _with_router(plan.as_scores(_score(plan, model, batch, _voices(teacher, model))), model)
+
+
+def _score_served(
+    model: Decoder,
+    batch: Batch,
+    request: ScoreRequest,
+    teacher: ServedTeacher,
+    temperature: float,
+    chunk_tokens: int | None,
+    loss: PerTokenLoss | None,
+) -> Scores:
+    """Return the student's numbers from the model, and the sampled tokens' log-probs from the teacher's server."""
+    numbers = served_logprobs(teacher, batch.views.rollouts, batch.targets.device)
+    of_slice = None if loss is None else lambda part, scores: loss(batch.slice(part), with_served(scores, numbers[part]))
+    plan = ScorePlan(batch.targets, without_served(request), temperature, chunk_tokens, of_slice, logit_cap(model), batch.kept)
+    with torch.set_grad_enabled(request.student_grad):
+        return with_served(_with_router(plan.as_scores(_score(plan, model, batch, [])), model), numbers)
+
+
+def _with_router(scores: Scores, model: Decoder) -> Scores:
+    return replace(scores, router_loss=router_loss(model)) if router_loss(model) is not None else scores
 
 
 def student_nll(batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
@@ -192,20 +215,40 @@ def _constant(
     Under FSDP2 this is one more gathering of its layers, and of its head, unless that is the head of ``shared``, which is at
     hand in the forward to come. A part of ``ready`` needs no forward.
     """
+    own, share = _rows_read(part, views)
     if part.module is ready and part.adapters:
-        return ConstantPart(part.share, None, None)
+        return ConstantPart(share, None, None)
 
     def read() -> Float[Tensor, "N H"]:
         with part.weights() as module:
-            return _forward(module, views.of(side), lambda h, w: h)
+            return _forward(module, own.of(side), lambda h, w: h)
 
     head, dtype = head_module(part.module).weight, compute_dtype_of(part.module)
     if part.memory is None:
         hidden = read()
     else:
-        hidden = part.memory.of(views.rollouts, torch.empty(0, head.shape[1], dtype=dtype, device=head.device), read)
+        hidden = part.memory.of(own.rollouts, torch.empty(0, head.shape[1], dtype=dtype, device=head.device), read)
+    if isinstance(share, Tensor):
+        everywhere = hidden.new_zeros(len(share), hidden.shape[1])
+        everywhere[share != 0] = hidden
+        hidden = everywhere
     if part.module is shared:
-        return ConstantPart(part.share, hidden, None)
+        return ConstantPart(share, hidden, None)
     weight = head.detach().to(dtype)
     weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-    return ConstantPart(part.share, hidden, weight, logit_cap(part.module))
+    return ConstantPart(share, hidden, weight, logit_cap(part.module))
+
+
+def _rows_read(part: MixturePart, views: BatchInputs) -> tuple[BatchInputs, float | Float[Tensor, " N"]]:
+    """Return what a part reads of a batch, and its share: one number, or one per policy token, 0 where it reads nothing.
+
+    A part that reads no rollout here still runs a forward: under FSDP2 its layers are gathered on all ranks or on none.
+    """
+    if part.reads is None:
+        return views, part.share
+    reads = [part.reads(rollout) for rollout in views.rollouts]
+    shares = [
+        part.share * read for read, rollout in zip(reads, views.rollouts, strict=True) for _ in range(rollout.policy_tokens)
+    ]
+    device = next(part.module.parameters()).device
+    return views.only([i for i, read in enumerate(reads) if read]), torch.tensor(shares, dtype=torch.float32, device=device)

@@ -14,8 +14,9 @@ from pidistill.models.empty import shared_empty_model
 from pidistill.objectives import GRPO, SDPO
 from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
-from pidistill.scoring.mismatch import truncates
-from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, Teacher
+from pidistill.scoring.mismatch import cuts_off
+from pidistill.scoring.served_teacher import check_served
+from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, RoutedTeacher, SnapshotTeacher, Teacher
 from pidistill.training.health import reads_rewards
 from pidistill.types import ViewName
 
@@ -42,8 +43,12 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
         raise InputError(f"{method} never looks at a teacher; remove `teacher`, or set objective.report_teacher_kl=True")
     if cfg.get("teacher_model") and not cfg.get("teacher_checkpointer"):
         raise InputError("teacher_model needs a teacher_checkpointer: the student's weights are not the teacher's")
-    if isinstance(teacher, EMATeacher) and has_own_teacher(cfg):
-        raise InputError("an EMA teacher averages the student's own weights; remove teacher_model and teacher_checkpointer")
+    _check_routed(cfg, teacher)
+    check_served(teacher, objective, sampler.temperature, method)
+    if isinstance(teacher, EMATeacher | SnapshotTeacher) and has_own_teacher(cfg):
+        follows = "averages" if isinstance(teacher, EMATeacher) else "copies"
+        name = "an EMA" if isinstance(teacher, EMATeacher) else "a snapshot"
+        raise InputError(f"{name} teacher {follows} the student's own weights; remove teacher_model and teacher_checkpointer")
     for key in ("teacher_model", "teacher_checkpointer"):
         if not teacher.own_weights and cfg.get(key):
             raise InputError(
@@ -67,6 +72,8 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
             f"{method} as configured has no policy-gradient loss for importance_weights to multiply (a divergence, a "
             "supervised term, or importance weights of its own); remove importance_weights, or set another objective"
         )
+    if cfg.get("mismatch_mask"):
+        _check_mask(cfg, objective, sampler)
     _check_truncation(cfg, objective, sampler)
     _check_group(cfg, objective, method)
     if cfg.get("hindsight"):
@@ -76,12 +83,26 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
     _check_adapters(shared_empty_model(cfg.model), teacher)
 
 
+def _check_routed(cfg: DictConfig, teacher: Teacher) -> None:
+    """Refuse weights for names that no teacher has, and a model without its weights."""
+    names = set(teacher.teachers) if isinstance(teacher, RoutedTeacher) else set()
+    for key in ("teacher_models", "teacher_checkpointers"):
+        for name in cfg.get(key) or {}:
+            if str(name) not in names:
+                raise InputError(
+                    f"{key}.{name} is read by nothing: teacher.teachers has {', '.join(sorted(names)) or 'no entries'}"
+                )
+    for name in cfg.get("teacher_models") or {}:
+        if name not in (cfg.get("teacher_checkpointers") or {}):
+            raise InputError(f"teacher_models.{name} needs teacher_checkpointers.{name}: the student's weights are not its own")
+
+
 def _check_truncation(cfg: DictConfig, objective: Objective, sampler: Sampler) -> None:
     """Refuse a top-p under which PPO's lower bound cuts fresh samples, and say what importance weights leave as it is.
 
     The recorded log-probs are of the truncated distribution, so that the ratio of a fresh sample is the mass that was kept.
     """
-    if not truncates(sampler):
+    if not cuts_off(sampler):
         return
     settings = " and ".join(f"sampler.{key}={getattr(sampler, key)}" for key in ("top_p", "top_k") if getattr(sampler, key))
     if cfg.get("importance_weights"):
@@ -98,6 +119,19 @@ def _check_truncation(cfg: DictConfig, objective: Objective, sampler: Sampler) -
             f"sampler.top_p={sampler.top_p} is below objective.clip_low={clip_low}: the ratio of a fresh sample is the mass "
             "that top_p keeps, so that tokens of negative advantage would lose their gradient in the very first update; "
             f"{correction}raise sampler.top_p, or lower objective.clip_low"
+        )
+
+
+def _check_mask(cfg: DictConfig, objective: Objective, sampler: Sampler) -> None:
+    if cuts_off(sampler):
+        raise InputError(
+            "mismatch_mask compares π/μ with 1, and with sampler.top_p or top_k it is the mass that was kept; set "
+            "sampler.record_kept=True, or remove mismatch_mask"
+        )
+    if objective.on_policy_frac < 1.0:
+        raise InputError(
+            f"mismatch_mask needs the sampler's log-probs, and objective.lmbda={objective.on_policy_frac} takes completions "
+            "from the dataset, which nobody sampled; set lmbda: 1, or remove mismatch_mask"
         )
 
 
@@ -136,7 +170,8 @@ def _check_adapters(model: nn.Module, teacher: Teacher) -> None:
 
 def has_own_teacher(cfg: DictConfig) -> bool:
     """Return whether another model than the trained one teaches."""
-    return bool(cfg.get("teacher_model") or cfg.get("teacher_checkpointer"))
+    keys = ("teacher_model", "teacher_checkpointer", "teacher_models", "teacher_checkpointers")
+    return any(bool(cfg.get(key)) for key in keys)
 
 
 def build_objective(cfg: DictConfig) -> Objective:

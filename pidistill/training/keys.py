@@ -105,6 +105,10 @@ TABLE: Mapping[str, Key] = {
             "on_overflow", TEXT, "what happens to rows that do not fit into `max_seq_len`", EVERY,
             null="`privileged.on_overflow`", choices=("error", "drop"),
         ),
+        Key(
+            "overlong", TEXT, "rollouts that a token limit cut off: train on them; mask: out of the loss; drop: out of the "
+            "token count too. Their rewards stay in the group's mean", ROUNDS, "train", choices=("train", "mask", "drop"),
+        ),
         Key("reward_shaping", COMPONENTS, "parts that are added to an episode's reward", EVALUATING, null="none"),
         # training
         Key("max_steps", WHOLE, "optimizer steps of the whole run", TRAINING, least=1),
@@ -150,9 +154,19 @@ TABLE: Mapping[str, Key] = {
         Key("teacher", COMPONENT, "the weights that score as the teacher", ROUNDS, null="the trained weights"),
         Key("teacher_model", COMPONENT, "builder of a teacher of its own", ROUNDS, null="`model`"),
         Key("teacher_checkpointer", COMPONENT, "reader of the teacher's weights", ROUNDS, null="`checkpointer`"),
+        Key("teacher_models", MAPPING, "name → builder, of the teachers of a RoutedTeacher", ROUNDS, null="`model` for all"),
+        Key("teacher_checkpointers", MAPPING, "name → reader of that teacher's weights", ROUNDS, null="`checkpointer` for all"),
         Key(
             "teacher_tokenizer", COMPONENT, "tokenizer whose chat template renders the teacher's view; its ids must be the "
             "student's", (*ROUNDS, "evaluate", "sample"), null="`tokenizer`",
+        ),
+        Key(
+            "refill", MAPPING, "samples other prompts in place of groups whose rewards are all equal, in at most `max_batches` "
+            "further batches", ("opsd",), null="none",
+        ),
+        Key(
+            "turn_curriculum", MAPPING, "most assistant turns of a training episode: `start`, and one more `every` so many "
+            "steps", ROUNDS, null="`max_turns` from the first step",
         ),
         Key("hindsight", COMPONENT, "privileged information that a round's own rollouts reveal", ("opsd",), null="none"),
         Key("sft_weight", NUMBER, "weight of the mean −log S of the dataset's completions", ROUNDS, 0.0, least=0),
@@ -162,6 +176,7 @@ TABLE: Mapping[str, Key] = {
             above=0, null="0.1, beside what top-p or top-k explains", infinite=True,
         ),
         Key("importance_weights", COMPONENT, "correction for a sampler that is not the trained policy", ROUNDS, null="none"),
+        Key("mismatch_mask", COMPONENT, "tokens or rollouts left out where sampler and trainer differ", ROUNDS, null="none"),
         Key("rollout_log_steps", WHOLE, "steps between two logs of sampled texts; 0: none", ROUNDS, 0, least=0),
         Key("rollout_log_samples", WHOLE, "prompts whose texts are logged", ROUNDS, 2, least=1),
         Key("rollout_log_max_new_tokens", WHOLE, "most tokens of a logged text", ROUNDS, least=1, null="the sampler's"),

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from pidistill.models.offloading import offload_activations
 from pidistill.models.peft_format import with_adapter_dir
 from pidistill.models.precision import add_up_norms_in_fp32, keep_trained_weights_in
 from pidistill.models.protocol import Decoder, has_own_names
-from pidistill.teachers import Teacher
+from pidistill.teachers import LiveTeacher, RoutedTeacher, Teacher
 from pidistill.training.keys import setting
+from pidistill.types import Example
 
 
 def load_model(
@@ -117,12 +119,30 @@ def _whole_shard(tensor: Tensor, like: Tensor | None) -> Tensor:
     return DTensor.from_local(tensor, like.device_mesh, like.placements, run_check=False)
 
 
-def load_teacher(cfg: DictConfig, run: Run, teacher: Teacher) -> Decoder:
-    """Load the initial weights again (with `adapter_dir`'s adapter, if there is one), or those of `teacher_checkpointer`."""
-    node = cfg.get("teacher_model") or cfg.model
+def build_teacher(cfg: DictConfig, examples: Iterable[Example]) -> Teacher:
+    """Build `teacher`, the trained model where there is none; refuse a row that a :class:`RoutedTeacher` has no teacher for."""
+    teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
+    for example in examples if isinstance(teacher, RoutedTeacher) else ():
+        teacher.name_of(example)
+    return teacher
+
+
+def node_of_teacher(nodes: DictConfig | None, name: str | None) -> DictConfig | None:
+    """Return the node of a mapping by a teacher's name, which YAML may have read as a number."""
+    return {str(key): node for key, node in (nodes or {}).items()}.get(str(name))
+
+
+def load_teacher(cfg: DictConfig, run: Run, teacher: Teacher, name: str | None = None) -> Decoder:
+    """Load the initial weights again (with `adapter_dir`'s adapter, if there is one), or those of `teacher_checkpointer`.
+
+    ``name`` is that of one of several teachers, whose nodes are in `teacher_models` and `teacher_checkpointers`.
+    """
+    keys = ("teacher_model", "teacher_checkpointer")
+    own = {key: node_of_teacher(cfg.get(f"{key}s"), name) or cfg.get(key) for key in keys}
+    node = own["teacher_model"] or cfg.model
     folder = str(run.output_dir / ".teacher")
-    checkpointer = build_checkpointer(cfg.get("teacher_checkpointer") or cfg.checkpointer, node, output_dir=folder)
+    checkpointer = build_checkpointer(own["teacher_checkpointer"] or cfg.checkpointer, node, output_dir=folder)
     weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
-    if not cfg.get("teacher_checkpointer"):
+    if not own["teacher_checkpointer"]:
         weights = with_adapter_dir(cfg, node, weights)
     return load_model(cfg, run, node, weights, trained=False, averaged=teacher.averages)

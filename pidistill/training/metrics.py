@@ -11,6 +11,7 @@ that was not computed is absent; nothing stands in for it.
 | success_frac | share of this round's rollouts with reward ≥ `eval_success_threshold`, `reward_shaping` left out |
 | kl_teacher_student_nats | kl(teacher||student) per policy token, full vocabulary, on the sampled traces |
 | kl_student_teacher_nats | kl(student||teacher), likewise |
+| kl_teacher_student_nats/<name> … | the same, and the teacher's entropy and NLL, on the rows of one of several teachers |
 | kl_teacher_student_q1 … q4 | the same by quarter of the completion |
 | entropy_nats, teacher_entropy_nats | entropy per policy token of the student and of the teacher view |
 | student_nll_nats, teacher_nll_nats | −log-prob per sampled token in the student and in the teacher view |
@@ -24,6 +25,8 @@ that was not computed is absent; nothing stands in for it.
 | sampler_mismatch_rollout_max_nats | the largest mean |Δ| of a rollout, without what top-p or top-k explains |
 | importance_weight_mean | mean truncated importance weight of the round's policy tokens, with `importance_weights` |
 | importance_truncated_frac | share of them whose weight the cap cut |
+| masked_tokens, masked_rollouts | policy tokens of this round, and rollouts with any, that `mismatch_mask` leaves out |
+| masked_successes | rollouts with a reward ≥ `eval_success_threshold` among them; masked_success_frac: as a share of all such |
 | ess_frac | effective sample size of the student's token ratios S/μ, as a share of the policy tokens |
 | grad_norm, lr | before clipping; of this step |
 | round | the round that the step's rollouts were sampled in, from 0 |
@@ -32,6 +35,7 @@ that was not computed is absent; nothing stands in for it.
 | rollouts | sampled in this round, all ranks, dropped and replaced ones included |
 | sampled_tokens | policy tokens sampled in this round, all ranks, those of replaced rollouts included |
 | guided_groups | groups sampled again with the hint; the round's reward and leak numbers hold the hinted samples (Guide-GRPO) |
+| refilled_groups | groups of equal rewards that `refill` replaced in this round; uniform_groups: those left at its end |
 | rollouts_with_pi_frac | share of this round's rollouts for which hindsight found privileged information |
 | hindsight_too_long | rollouts of this round whose hindsight did not fit, and was left out |
 | hindsight_failures | calls of `hindsight.sibling` and `hindsight.feedback` in this round that raised or wrote no text |
@@ -78,8 +82,16 @@ from pidistill.types import Batch, Rollout, RolloutAdvantage, Scores
 # ---------------------------------------------------------------------------------------------- numbers of a batch
 
 
-def token_sums(batch: Batch, scores: Scores, extra: dict[str, Tensor]) -> dict[str, float]:
-    """Return sums over the policy tokens of a micro-batch; added over batches and ranks and divided by their number: means."""
+OF_TEACHER = ("kl_teacher_student_nats", "kl_student_teacher_nats", "teacher_entropy_nats", "teacher_nll_nats")
+
+
+def token_sums(
+    batch: Batch, scores: Scores, extra: dict[str, Tensor], teachers: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Return sums over the policy tokens of a micro-batch; added over batches and ranks and divided by their number: means.
+
+    ``teachers``: the name of each rollout's teacher; its numbers are then also summed as ``<metric>/<name>``.
+    """
     columns = dict(extra)
     for divergence, value in scores.divergences.items():
         if divergence.grad == "none" or divergence.fn is not None:
@@ -95,11 +107,17 @@ def token_sums(batch: Batch, scores: Scores, extra: dict[str, Tensor]) -> dict[s
         if logprobs is not None:
             columns[f"{view}_nll_nats"] = -logprobs
     sums = {name: value.detach().double().sum().item() for name, value in columns.items()}
+    for name in sorted(set(teachers or ())):
+        own = torch.tensor([other == name for other in teachers], device=batch.rollout_index.device)[batch.rollout_index]
+        for metric in OF_TEACHER:
+            if metric in columns:
+                key = f"{metric}/{name}"
+                sums |= {key: columns[metric].detach()[own].double().sum().item(), f"_{key}_tokens": float(own.sum())}
     kl = columns.get("kl_teacher_student_nats")
     if kl is not None and kl.numel():
         sums |= _by_quarter("kl_teacher_student_q", kl.detach(), batch)
     if batch.ratio_logprobs is not None and scores.student_logprobs is not None:
-        ratio = (scores.student_logprobs.detach() - batch.ratio_logprobs).double().exp()
+        ratio = (scores.policy_logprobs("student").detach() - batch.ratio_logprobs).double().exp()
         sums |= {"_ratio": ratio.sum().item(), "_ratio_squared": (ratio**2).sum().item()}
     else:
         sums["_without_ratio"] = float(len(batch.targets))

@@ -1,20 +1,22 @@
 """Divide and report a round: prompts sampled together, then one or more optimiser steps on their rollouts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from pidistill.data import RecipeData
+from pidistill.config import resolve
+from pidistill.data import RecipeData, epoch_order
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
 from pidistill.jsonl import write_jsonl
+from pidistill.objectives import GRPO
 from pidistill.rollouts import DROP_REASONS
-from pidistill.scoring.mismatch import TruncatedImportanceWeights
+from pidistill.scoring.mismatch import Corrections
 from pidistill.training.keys import setting
 from pidistill.training.metrics import advantage_sums, rollout_means, rollout_sums
 from pidistill.training.update import crossed
-from pidistill.types import Rollout, RolloutAdvantage
+from pidistill.types import Rollout, RolloutAdvantage, ViewName
 
 
 class RoundSizes:
@@ -41,6 +43,8 @@ class RoundSizes:
             )
         self.score_chunk_tokens = cfg.get("score_chunk_tokens")
         self._eval_every = cfg.get("eval_every_steps")
+        self._refills = _refill_batches(cfg)
+        self._curriculum = _turn_curriculum(cfg)
 
     @property
     def must_match(self) -> dict[str, int]:
@@ -62,8 +66,88 @@ class RoundSizes:
             chosen = {(update * groups + i) % self.prompts for i in range(groups)}
             yield [pair for pair in pairs if pair[0].group in chosen]
 
+    def turn_limit(self, step: int) -> int | None:
+        """Return how many assistant turns an episode may have at this step, start + ⌊step / every⌋; None without a limit."""
+        return None if self._curriculum is None else self._curriculum[0] + step // self._curriculum[1]
+
+    def refill(
+        self,
+        run: Run,
+        round_: int,
+        rows: int,
+        rollouts: list[Rollout],
+        sample: Callable[[list[tuple[int, int]], ViewName, int], list[Rollout]],
+        counts: MutableMapping[str, float],
+    ) -> list[Rollout]:
+        """Sample other rows in place of groups whose rewards are all equal, until none is left or the batches are used up.
+
+        What is replaced stays in the round's reports and gets a group number that no step trains on. Which rows come instead
+        depends on the seed, the round and the group's number alone, so that a resumed run draws the same ones.
+        """
+        if self._refills:
+            counts["refilled_groups"] = 0.0
+        for batch in range(self._refills):
+            uniform = _uniform_groups(rollouts, self.prompts)
+            if not run.sum(len(uniform)):
+                break
+            first = (round_ * self._refills + batch) * self.prompts
+            order = epoch_order(rows, run.seed + REFILL_SEED, first, self.prompts)
+            for rollout in rollouts:
+                if rollout.group in uniform:
+                    rollout.group += self.prompts * (batch + 1)
+            counts["refilled_groups"] += len(uniform)
+            rollouts = rollouts + sample([(g, order[g]) for g in uniform], "student", self.group_size * (batch + 1))
+        if self._refills:
+            counts["uniform_groups"] = float(len(_uniform_groups(rollouts, self.prompts)))
+        return rollouts
+
     def eval_due(self, before: int, now: int) -> bool:
         return crossed(self._eval_every, before, now)
+
+
+REFILL_SEED = 2**31  # another order of the rows than that of the rounds
+
+
+def _refill_batches(cfg: DictConfig) -> int:
+    """Return how many further batches a round may sample in place of groups without a difference; 0 without `refill`."""
+    refill = cfg.get("refill")
+    if refill is None:
+        return 0
+    most = refill.get("max_batches")
+    if set(refill) != {"max_batches"} or type(most) is not int or not 1 <= most <= 100:
+        raise InputError(f"refill={dict(refill)} must be {{max_batches: N}}, N from 1 to 100 batches beside the round's first")
+    if resolve(cfg.objective._component_) is not GRPO:
+        raise InputError(
+            f"refill replaces groups whose rewards are all equal, and {cfg.objective._component_} also learns from them; "
+            "remove refill, or set objective._component_=pidistill.objectives.GRPO"
+        )
+    return most
+
+
+def _turn_curriculum(cfg: DictConfig) -> tuple[int, int] | None:
+    """Return (start, every) of `turn_curriculum`; None where there is none."""
+    node = cfg.get("turn_curriculum")
+    if node is None:
+        return None
+    start, every = node.get("start"), node.get("every")
+    if set(node) != {"start", "every"} or any(type(x) is not int or x < 1 for x in (start, every)):
+        raise InputError(
+            f"turn_curriculum={dict(node)} must be {{start: turns at first, every: steps for one turn more}}, whole numbers of "
+            "at least 1"
+        )
+    if cfg.get("hindsight") or cfg.get("refill") or resolve(cfg.objective._component_).guides_failed_groups:
+        raise InputError(
+            "turn_curriculum ends episodes without a reward, and hindsight, refill and Guide-GRPO choose by rewards; remove one"
+        )
+    return start, every
+
+
+def _uniform_groups(rollouts: Sequence[Rollout], groups: int) -> list[int]:
+    """Return the groups below ``groups`` whose rollouts all have the same reward, in ascending order."""
+    rewards: dict[int, set[float | None]] = {}
+    for rollout in rollouts:
+        rewards.setdefault(rollout.group, set()).add(rollout.reward)
+    return sorted(group for group, found in rewards.items() if len(found) == 1 and group < groups)
 
 
 def round_report(
@@ -72,7 +156,7 @@ def round_report(
     rollouts: Sequence[Rollout],
     advantages: Sequence[RolloutAdvantage],
     counts: Mapping[str, float],
-    importance: TruncatedImportanceWeights | None,
+    corrections: Corrections | None,
 ) -> dict[str, float]:
     """Return the numbers of a round, over all ranks; every step of the round reports them.
 
@@ -90,7 +174,7 @@ def round_report(
     if "_with_pi" in report:
         report["rollouts_with_pi_frac"] = report.pop("_with_pi") / max(1.0, sums["_rollouts"])
     report |= {f"dropped/{reason}": count for reason, count in dropped.items()}
-    report |= importance.report(run) if importance is not None else {}
+    report |= corrections.report(run) if corrections is not None else {}
     return report | rows_report(data)
 
 

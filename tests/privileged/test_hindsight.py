@@ -251,6 +251,38 @@ def test_shuffled_never_hands_back_the_same_words_though_another_group_says_them
     assert [r.example.privileged for r in alike] == [None, None] and counts["_with_pi"] == 0.0
 
 
+def test_the_control_wrong_shows_a_sibling_that_failed_where_one_succeeded():
+    rollouts = round_of({0: [1.0, 0.0, 0.0], 1: [0.0, 0.0], 2: [1.0, 1.0]})
+    right = Hindsight(SlotOf()).texts(rollouts)
+    add_hindsight(Hindsight(SlotOf()), rollouts, replace(PRIVILEGED, control="wrong"), TOKENIZER, ONE, 96)
+    failed = {SlotOf()(r.example, r.turns) for r in rollouts if r.group == 0 and r.reward == 0.0}
+    shown = [r.example.privileged for r in rollouts]
+    assert [text is not None for text in right] == [False, True, True, False, False, True, True]
+    assert shown[0] is None and shown[3:] == [None] * 4  # no success to show, no sibling, or none that failed
+    assert set(shown[1:3]) <= failed and all(r.reward == 0.0 for r in rollouts[1:3])
+
+
+def test_the_control_other_problem_shows_another_groups_problem_with_its_text():
+    rollouts = round_of({0: [1.0, 1.0], 1: [1.0, 1.0]})
+    for r in rollouts:
+        r.example = replace(r.example, messages=[{"role": "user", "content": f"req {words(9)[5 + r.group]} go"}])
+    texts = Hindsight(SlotOf()).texts(rollouts)
+    add_hindsight(Hindsight(SlotOf()), rollouts, replace(PRIVILEGED, control="other_problem"), TOKENIZER, ONE, 96)
+    for r in rollouts:
+        problem, text = r.example.privileged.split("\n\n")
+        assert problem == f"req {words(9)[5 + 1 - r.group]} go"
+        assert text in {t for t, other in zip(texts, rollouts, strict=True) if other.group != r.group}
+
+
+def test_the_control_length_matched_keeps_the_length_of_every_teachers_prompt():
+    own, filled = round_of({0: [1.0, 1.0], 1: [0.0, 1.0]}), round_of({0: [1.0, 1.0], 1: [0.0, 1.0]})
+    add_hindsight(Hindsight(SlotOf()), own, PRIVILEGED, TOKENIZER, ONE, 96)
+    add_hindsight(Hindsight(SlotOf()), filled, replace(PRIVILEGED, control="length_matched"), TOKENIZER, ONE, 96)
+    assert [len(r.prompts.teacher) for r in filled] == [len(r.prompts.teacher) for r in own]
+    assert [r.prompts.has_privileged for r in filled] == [r.prompts.has_privileged for r in own]
+    assert {word for r in filled for word in (r.example.privileged or "").split()} == {"."}
+
+
 def test_shuffled_needs_another_group():
     rollouts = round_of({0: [1.0, 1.0]})
     assert add_hindsight(Hindsight(SlotOf()), rollouts, SHUFFLED, TOKENIZER, ONE, 96)["_with_pi"] == 0.0
@@ -269,7 +301,7 @@ class RankOfTwo(Run):
 def test_shuffled_texts_do_not_depend_on_which_rank_holds_the_group():
     whole = round_of({0: [1.0, 1.0], 1: [0.0, 1.0], 2: [1.0, 1.0], 3: [0.0, 1.0]})
     texts = Hindsight(SlotOf()).texts(whole)
-    items = [(r.group, text) for r, text in zip(whole, texts, strict=True) if text is not None]
+    items = [(r.group, text, text) for r, text in zip(whole, texts, strict=True) if text is not None]
     shares = [[replace(r) for r in whole if r.group % 2 == rank] for rank in (0, 1)]
     for rank, share in enumerate(shares):
         others = tuple(item for item in items if item[0] % 2 != rank)

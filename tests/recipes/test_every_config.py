@@ -179,12 +179,45 @@ def one_that_is_not_needed(name: str) -> Path:
     raise AssertionError(f"the base needs {name}")
 
 
-STAGES = {"sft_rl": "sft", "rft": "rft_sample", "int_sft": "int_sample", "int_rl": "int_sft", "opd": "sft_cot"}
+STAGES = {
+    "sft_rl": "sft", "rft": "rft_sample", "int_sft": "int_sample", "int_rl": "int_sft", "opd": "sft_cot",
+    "semi_opd": "semi_opd_sample",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_later_stage_takes_what_the_one_before_left(name, one):
     assert str(one(STAGES[name])) in (one(name) / "config.yaml").read_text()
+
+
+def test_semi_opd_starts_at_ratio_1_samples_nothing_and_at_rate_0_its_epochs_are_alike(tiny_base, tmp_path):
+    def stage(name: str):
+        assert name in ("base", "semi_opd_sample")
+        return tiny_base.parent if name == "base" else tmp_path / "sample"
+
+    def config(name: str, folder):
+        cfg = shrunk(name, folder, stage)
+        cfg.checkpointer.checkpoint_dir, cfg.checkpointer.checkpoint_files = str(tiny_base), ["model.safetensors"]
+        return cfg
+
+    run("semi_opd_sample", config("semi_opd_sample", tmp_path / "sample"))
+    cfg = config("semi_opd", tmp_path / "run")
+    cfg.objective.form, cfg.eval_dataset, cfg.optimizer.lr = "importance", None, 0.0
+    cfg.prompts_per_round, cfg.max_steps = 24, 2
+
+    def refuse_to_sample(recipe):
+        sample = recipe._sampler.sample
+
+        def watched(model, prompts, **more):
+            assert not prompts
+            return sample(model, prompts, **more)
+
+        recipe._sampler.sample = watched
+
+    run("semi_opd", cfg, refuse_to_sample)
+    first, second = metrics(tmp_path / "run")
+    assert first["ratio_mean"] == pytest.approx(1.0, abs=1e-5) and first["policy_tokens"] == second["policy_tokens"]
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
 
 
 def test_the_small_base_succeeds_now_and_then(one):

@@ -77,8 +77,7 @@ def expected_gradient(objective, chain: MarkovChain) -> torch.Tensor:
         kl = objective.behaviour_values(scores_of(chain.W, request))
         for rollout, values in zip(rollouts, kl.split([len(r.completion) for r in rollouts]), strict=True):
             rollout.behaviour_values = values.tolist()
-    batch = batch_of(rollouts, objective.advantages(rollouts, 0))
-    batch.ratio_logprobs = batch.ratio_logprobs.double()
+    batch = exact_batch(rollouts, objective.advantages(rollouts, 0))
     log_probability = torch.stack([chain.logprob(chain.sampler, chain.W, tuple(r.completion)) for r in rollouts])
     pair_probability = log_probability.view(-1, 2).sum(1).exp().repeat_interleave(2)[batch.rollout_index]
 
@@ -87,6 +86,16 @@ def expected_gradient(objective, chain: MarkovChain) -> torch.Tensor:
         return 0.5 * (pair_probability * loss).sum()
 
     return chain.gradient(expectation)
+
+
+def exact_batch(rollouts, advantages):
+    """Return a batch whose recorded numbers are in float64, not rounded to fp32."""
+    batch = batch_of(rollouts, advantages)
+    pairs = zip(rollouts, advantages, strict=True)
+    given = [x for r, a in pairs for x in a.tokens or [a.advantage] * r.policy_tokens]
+    batch.advantages = torch.tensor(given, dtype=torch.float64)
+    batch.ratio_logprobs = torch.tensor([x for r in rollouts for x in r.sampled_logprobs], dtype=torch.float64)
+    return batch
 
 
 def rollout_of(y: tuple[int, ...], chain: MarkovChain, group: int) -> Rollout:

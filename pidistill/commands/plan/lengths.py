@@ -40,7 +40,7 @@ def rows_of(cfg: DictConfig, count: int) -> RowLengths:
     tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
     privileged = load_privileged(cfg, tokenizer)
     dataset = build(cfg.dataset)
-    examples = privileged.apply_control([dataset[i] for i in range(min(count, len(dataset)))])
+    examples = privileged.apply_control([dataset[i] for i in range(min(count, len(dataset)))], tokenizer)
     views = [privileged.build(example, tokenizer) for example in examples]
     if not views:
         raise InputError("the dataset has no rows; check `dataset`, or give --prompt-tokens and --privileged-tokens")

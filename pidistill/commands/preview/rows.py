@@ -60,7 +60,7 @@ def source_of(cfg: DictConfig, supervised: bool = False, part: str = "dataset") 
     samples = not supervised or part == "eval_dataset"
     learned = part == "dataset" and (supervised or cfg.get("sft_weight"))
     return Source(
-        examples=privileged.apply_control(list(dataset)),
+        examples=privileged.apply_control(list(dataset), tokenizer),
         dataset_dropped=dict(dataset.dropped) if isinstance(dataset, ExampleDataset) else {},
         tokenizer=tokenizer,
         privileged=privileged,
@@ -110,7 +110,7 @@ def row_of(example: Example, source: Source) -> PreviewRow:
         except InputError as error:
             why_not = str(error)
     too_long = row_overflow(example, views, source.privileged, source.room, source.max_seq_len)
-    without = source.no_pi == "drop" and not example.privileged
+    without = source.no_pi == "drop" and not source.privileged.teaches(example)
     return PreviewRow(
         example=example,
         views=views,

@@ -87,9 +87,9 @@ def scan_part(cfg: DictConfig, supervised: bool, part: str = "dataset") -> ScanR
 def _count(report: ScanReport, example: Example, source: Source) -> None:
     """Count one row: the first thing that is wrong with it."""
     report.without_privileged += not example.privileged
-    if not example.privileged and source.no_pi == "drop":
+    if not source.privileged.teaches(example) and source.no_pi == "drop":
         report.dropped["rows_without_pi"] += 1
-    elif not example.privileged and source.no_pi == "error":
+    elif not source.privileged.teaches(example) and source.no_pi == "error":
         report.refuse(NO_PI, f"{example.id} has no privileged information and no_pi is error")
     else:
         try:

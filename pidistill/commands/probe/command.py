@@ -33,7 +33,7 @@ from pidistill.data.load import check_models, load_privileged
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
 from pidistill.privileged.prompt import PrivilegedPrompt
-from pidistill.tokenizers import as_chat_tokenizer
+from pidistill.tokenizers import ChatTokenizer, as_chat_tokenizer
 from pidistill.training.collector import build_collector
 from pidistill.training.keys import EVALUATION_KEYS
 from pidistill.training.load import load_initial
@@ -150,7 +150,7 @@ def probe(arguments: argparse.Namespace) -> Found:
     max_seq_len = check_models(cfg, tokenizer)
     privileged = load_privileged(cfg, tokenizer)
     wordings = _wordings(arguments, cfg, privileged)
-    examples = _rows(cfg, privileged, arguments.rows, run.seed)
+    examples = _rows(cfg, privileged, tokenizer, arguments.rows, run.seed)
     collect = build_collector(cfg, build(cfg.sampler), tokenizer)
     chunk = int(cfg.sampler.get("max_batch_size") or 64)
     with tqdm(total=len(examples) * (1 + len(wordings)), unit="rollout", disable=not run.is_main) as bar:
@@ -202,10 +202,10 @@ def _wordings(arguments: argparse.Namespace, cfg: DictConfig, privileged: Privil
     return [w for w in found if (key := (w.template, w.placement)) not in texts and not texts.add(key)]
 
 
-def _rows(cfg: DictConfig, privileged: PrivilegedPrompt, count: int, seed: int) -> Sequence[Example]:
+def _rows(cfg: DictConfig, privileged: PrivilegedPrompt, tokenizer: ChatTokenizer, count: int, seed: int) -> Sequence[Example]:
     """Return up to ``count`` random rows with privileged information, of `eval_dataset` where there is one."""
     key = "eval_dataset" if cfg.get("eval_dataset") else "dataset"
-    rows = [example for example in privileged.apply_control(list(build(cfg[key]))) if example.privileged]
+    rows = [example for example in privileged.apply_control(list(build(cfg[key])), tokenizer) if example.privileged]
     if not rows:
         raise InputError(f"no row of `{key}` has privileged information; check `{key}` and privileged.control")
     chosen = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))

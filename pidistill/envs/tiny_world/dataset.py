@@ -23,6 +23,7 @@ from pidistill.envs.tiny_world.world import (
     trace,
 )
 from pidistill.errors import InputError
+from pidistill.privileged.controls import WRONG_KEY
 from pidistill.types import Example, Message
 
 
@@ -67,12 +68,13 @@ def tiny_world_dataset(
 
 
 def _example(row_id: str, task: Task, privileged: str, completion: Literal["actions", "cot"] | None) -> Example:
+    shift = 1 + (task.item + sum(task.digits)) % (OPTIONS - 1)  # differs between rows, so that no rule of it can be learned
     return Example(
         id=row_id,
         messages=[request_message(task)],
         privileged=None if privileged == "none" else privileged_text(task, privileged),
         completion=None if completion is None else trace(task, expert_decisions(task), completion),
-        data={"task": task},
+        data={"task": task} if privileged == "none" else {"task": task, WRONG_KEY: privileged_text(task, privileged, shift)},
     )
 
 

@@ -208,9 +208,13 @@ def request_message(task: Task) -> Message:
     return {"role": "user", "content": f"req i{task.item} c{task.class_} g{task.city} {digits} go"}
 
 
-def privileged_text(task: Task, told: str) -> str:
-    """Return the block `[ d2 f0 ? k3 ]`; ``told`` holds the letters of the slots that are told, e.g. ``"dfk"``."""
-    words = {"d": f"d{task.department}", "f": f"f{task.formula}", "a": str(task.answer), "k": f"k{task.carrier}"}
+def privileged_text(task: Task, told: str, shift: int = 0) -> str:
+    """Return the block `[ d2 f0 ? k3 ]`; ``told`` holds the letters of the slots that are told, e.g. ``"dfk"``.
+
+    A ``shift`` from 1 to 5 moves every told value on by so many, so that all of them are wrong.
+    """
+    department, formula, carrier = ((value + shift) % OPTIONS for value in (task.department, task.formula, task.carrier))
+    words = {"d": f"d{department}", "f": f"f{formula}", "a": str((task.answer + shift) % 10), "k": f"k{carrier}"}
     return " ".join(["[", *(words[slot] if slot in told else "?" for slot in SLOTS), "]"])
 
 

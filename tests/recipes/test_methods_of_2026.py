@@ -1,0 +1,118 @@
+"""The methods of 2026 in whole runs: what they need of the recipe beside their objective."""
+
+import math
+
+import pytest
+import torch
+from torchtune.models.llama3 import llama3
+
+from pidistill.errors import InputError
+from tests.support.runs import assert_same_tensors, metrics, run, small_config, stop_after_row, weights
+from tests.support.served import Server, serving
+
+ROUTED = {
+    "_component_": "pidistill.teachers.RoutedTeacher",
+    "key": "given_calls",
+    "default": "0",
+    "balance": "teachers",
+    "teachers": {
+        "0": {"_component_": "pidistill.teachers.FrozenTeacher"},
+        "1": {"_component_": "pidistill.teachers.LiveTeacher"},
+    },
+}
+
+
+def test_with_top_p_and_top_k_a_run_with_replay_has_ratio_1_and_no_mismatch_and_takes_masks(tiny_base, tmp_path):
+    changes = {"sampler__top_p": 0.8, "sampler__top_k": 20, "max_steps": 2}
+    mask = {"_component_": "pidistill.scoring.mismatch.MismatchMask"}
+    run("opsd", small_config("opsd", tiny_base, tmp_path / "on", sampler__record_kept=True, mismatch_mask=mask, **changes))
+    for row in metrics(tmp_path / "on"):
+        assert row["sampler_mismatch_max_nats"] < 1e-4
+        assert row["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+        assert row["masked_tokens"] == row["masked_rollouts"] == 0
+    for refused, match in (
+        ({"mismatch_mask": mask}, r"mismatch_mask compares π/μ with 1, .* set sampler\.record_kept=True"),
+        ({"sampler__top_p": 0.7}, r"sampler\.top_p=0\.7 is below objective\.clip_low=0\.8"),
+    ):
+        with pytest.raises(InputError, match=match):
+            run("opsd", small_config("opsd", tiny_base, tmp_path / "off", **changes | refused))
+
+
+def test_a_run_with_a_snapshot_teacher_copies_at_the_same_steps_after_a_resume(tiny_base, tmp_path):
+    changes = {"max_steps": 5, "teacher__sync_steps": 2, "optimizer__lr": 0.03, "lr_scheduler": None}
+    updates = []
+    run("rlsd", small_config("rlsd", tiny_base, tmp_path / "whole", **changes), lambda recipe: watch_teacher(recipe, updates))
+    assert updates == [False, True, False, True, False]
+    config = small_config("rlsd", tiny_base, tmp_path / "parts", save_every_steps=1, **changes)
+    run("rlsd", config, stop_after_row(3))
+    config.resume_from_checkpoint = True
+    run("rlsd", config)
+    assert_same_tensors(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def watch_teacher(recipe, updates: list[bool]) -> None:
+    """Note after each step whether the teacher's weights have just become the student's."""
+    update = recipe.update
+
+    def watched(*arguments):
+        update(*arguments)
+        updates.append(torch.equal(recipe._teacher.module.output.weight, recipe._model.output.weight))
+
+    recipe.update = watched
+
+
+def test_a_run_with_two_teachers_reports_each_and_unknown_keys_are_refused_before_weights_load(
+    tiny_base, tmp_path, monkeypatch
+):
+    changes = {
+        "teacher": ROUTED,
+        "dataset__prefix_turns": [0, 1],
+        "dataset__max_rows": 4,
+        "max_steps": 2,
+        "prompts_per_round": 4,
+    }
+    run("opsd_ucla", small_config("opsd_ucla", tiny_base, tmp_path / "run", **changes))
+    rows = metrics(tmp_path / "run")
+    assert any(f"kl_teacher_student_nats/{name}" in row for row in rows for name in (0, 1))
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    wrong = changes | {"dataset__prefix_turns": [0, 1, 2]}
+    monkeypatch.setattr("recipes.opsd_distributed.load_model", lambda *args, **more: pytest.fail("weights were loaded"))
+    with pytest.raises(InputError, match=r"its given_calls is '2', and teacher\.teachers has 0, 1"):
+        run("opsd_ucla", small_config("opsd_ucla", tiny_base, tmp_path / "wrong", **wrong))
+
+
+def test_a_run_distils_episodes_that_the_curriculum_ends_and_counts_no_success_or_failure_of_them(tiny_base, tmp_path):
+    """The environment of these runs has two turns; with a limit of one no episode that takes both is judged."""
+    rounds = []
+
+    def watch(recipe):
+        sample_round = recipe.sample_round
+
+        def sampled():
+            rounds.append(sample_round())
+            return rounds[-1]
+
+        recipe.sample_round = sampled
+
+    changes = {"turn_curriculum": {"start": 1, "every": 2}, "max_steps": 3, "sampler__max_new_tokens": 16}
+    run("opsd", small_config("opsd", tiny_base, tmp_path, **changes), watch)
+    rows = metrics(tmp_path)
+    limits = [1, 1, 2]
+    for row, rollouts, limit in zip(rows, rounds, limits, strict=True):
+        assert all(len(r.turn_policy_tokens) <= limit for r in rollouts)
+        judged = [r for r in rollouts if r.stop_reason != "curriculum"]
+        assert all((r.reward is None) == (r.stop_reason == "curriculum") for r in rollouts)
+        if judged:
+            assert row["success_frac"] == pytest.approx(sum(r.reward >= 1.0 for r in judged) / len(judged))
+        assert row["policy_tokens"] == sum(r.policy_tokens for r in rollouts)
+    assert not any(r.stop_reason == "curriculum" for r in rounds[2])
+
+
+def test_a_run_learns_from_a_served_teacher(tiny_base, tmp_path):
+    module = llama3(vocab_size=85, num_layers=1, num_heads=4, num_kv_heads=4, embed_dim=32, max_seq_len=96, intermediate_dim=64)
+    with serving(Server(module)) as url:
+        node = {"_component_": "pidistill.scoring.served_teacher.ServedTeacher", "base_url": url, "model": "big"}
+        changes = {"teacher": node, "teacher_model": None, "teacher_checkpointer": None, "max_steps": 2}
+        run("opd", small_config("opd", tiny_base, tmp_path, **changes))
+    for row in metrics(tmp_path):
+        assert row["teacher_nll_nats"] > 0 and row["grad_norm"] > 0 and "kl_teacher_student_nats" not in row
