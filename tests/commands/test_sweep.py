@@ -521,6 +521,13 @@ def test_the_objective_of_a_trial_is_the_mean_of_the_last_validation_values(reci
     assert len([run for run in recipes.ran if run["objective.beta"] == "0.2"]) == 2, "a setting drawn twice runs once"
 
 
+def test_a_search_from_several_bases_has_its_trials_from_each(recipes, sweep, stages_file, capsys):
+    words = (stages_file, "objective.beta=0.1..1.0", "--search", "random", "--trials", "2", "--arms", "opsd", "--seeds", "0")
+    rows = sweep(*words, "--base", "one", "two")
+    assert [row["base"] for row in rows.values()] == ["one", "one", "two", "two"]
+    assert "this one starts anew" not in capsys.readouterr().out
+
+
 def test_a_changed_config_starts_a_search_anew(recipes, sweep, tmp_path, capsys):
     config = tmp_path / "own.yaml"
     text = (ROOT / "configs/tiny/opsd.yaml").read_text()

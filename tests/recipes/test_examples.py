@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from pidistill.commands.places import recipe_of
+from pidistill.commands.places import keys_of_recipe, recipe_of
 from pidistill.commands.sweep.cells import grid_cells, read_sweep
-from pidistill.config import build
+from pidistill.config import build, check_config
 from pidistill.envs.tool_world import tool_world_tokenizer
 from pidistill.rollouts.selections import Selected, Successes
 from pidistill.types import Example, Rollout
@@ -116,7 +116,32 @@ def step(path: Path, files: Path, output_dir: Path) -> None:
         recipe._log.close()
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_the_recipe_takes_every_key_and_every_component_its_arguments(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    known = keys_of_recipe(recipe_of(str(path)))
+    assert known is not None
+    check_config(OmegaConf.load(path), *known)
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    assert first.endswith(f"--config {path.relative_to(ROOT)}")
+
+
+# By default one config per recipe and job takes its step, and all of the document's; the others are like one of these.
+STEPS = {"system_prompt/opsd_ucla", "system_prompt/rft", "gsm8k/pi_distill", "tool_traces/opsd"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=() if path.parent.name == "document" or name_of(path) in STEPS else pytest.mark.slow)
+        for path in CONFIGS
+    ],
+    ids=name_of,
+)
 def test_the_config_takes_a_step(path, files, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)  # rewards of an example are found from the checkout
     if path.stem == "rft":

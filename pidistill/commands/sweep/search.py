@@ -216,11 +216,12 @@ def distribution(axis: Axis) -> BaseDistribution:
 
 
 def study_name(plan: SweepPlan, arm: Arm) -> str:
-    """Return a study's name, which holds arm, configs, space and seeds: trials that differ in these do not compare."""
+    """Return a study's name, which holds arm, base, configs, space and seeds: trials that differ in these do not compare."""
     sweep = plan.sweep
     marks = [stage_fingerprint(stage, {}) for stage in with_overrides(arm, sweep.fixed).stages]
     space = sorted((key, repr(axis)) for key, axis in sweep.axes.items())
-    return f"{plan.search} {arm.name} {short_hash(json.dumps([marks, space, sweep.seeds, sweep.select, arm.name]))}"
+    name = " ".join(filter(None, [plan.search, arm.name, arm.base_name]))
+    return f"{name} {short_hash(json.dumps([marks, space, sweep.seeds, sweep.select, arm.name]))}"
 
 
 def sampler(plan: SweepPlan, asked: int) -> optuna.samplers.BaseSampler:
