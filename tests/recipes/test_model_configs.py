@@ -173,7 +173,7 @@ def test_the_tiny_twin_of_the_config_takes_a_step(path, checkpoints, rows, tmp_p
 
 def test_there_is_a_tiny_twin_of_every_family():
     families = {path.parent.name for path in REAL}
-    assert {*FAMILIES, *FOLDER_FAMILIES} == families == {path.parent.name for path in DEFAULT} and len(REAL) >= 50
+    assert {*FAMILIES, *FOLDER_FAMILIES} == families == {path.parent.name for path in DEFAULT} and len(REAL) >= 70
     assert 15 <= len(DEFAULT) < len(REAL)
 
 
@@ -181,7 +181,7 @@ def test_there_is_a_tiny_twin_of_every_family():
     "name",
     [
         *("qwen3/8B_pi_distill_lora", "llama3_2/1B_sft", "qwen2_5/1.5B_sdpo", "r1_distill_llama/8B_evaluate"),
-        *("smollm2/sdft",),
+        *("smollm2/sdft", "gemma3/opsd", "qwen3_5/pi_distill"),
     ],
 )
 def test_a_config_of_every_family_can_be_previewed(name, checkpoints, rows, tmp_path, capsys):

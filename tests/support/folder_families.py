@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.hf_families import make_config, reference_model
-from tests.support.newer_templates import SMOLLM2, newer_folder
+from tests.support.newer_templates import GEMMA3, OLMO3, QWEN3_2507, QWEN35, SMOLLM2, newer_folder
 
 METHODS = ("pi_distill", "opsd", "sdft", "evaluate")
 VOCABULARY = 640
@@ -52,6 +52,10 @@ FOLDER_FAMILIES = {
             "1.7B": _sizes(24, 2048, 8192, 32, 32, 49_152),
         },
     ),
+    "qwen3_5": FolderFamily("qwen3_5, hybrid", QWEN35),
+    "qwen3_moe": FolderFamily("qwen3_moe", QWEN3_2507),
+    "gemma3": FolderFamily("gemma3", GEMMA3),
+    "olmo3": FolderFamily("olmo3, window", OLMO3),
 }
 
 
