@@ -8,7 +8,9 @@ The modules and their names are those of transformers, so that weights keep thei
 """
 
 import functools
+import inspect
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
@@ -26,9 +29,9 @@ from pidistill.errors import InputError
 from pidistill.models.layer_masks import AttentionForm, LayerMask, PaddedMask, Rule
 
 NAME = "pidistill"
-# Layers whose tokens meet in the attention alone. Every other kind carries a state from token to token.
-_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-_WITH_STATE = {"linear_attention", "conv"}
+# Layers whose tokens meet in the attention alone, if at all. Every other kind carries a state from token to token.
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
+_WITH_STATE = {"linear_attention", "conv", "hybrid"}
 # What models hand to the attention function beside its own arguments, and changes nothing here: masks and positions in other
 # forms, and settings of kernels. A window is in the rule.
 _WITHOUT_EFFECT = {
@@ -252,12 +255,19 @@ def build(path: str, max_seq_len: int | None = None, router_loss_weight: float =
             f"transformers cannot build the model in {path} ({' '.join(str(error).split())[:300]}); choose another model"
         ) from error
     _check_kind(lm, path)
+    _check_states(lm, path)
     if router_loss_weight and "load_balancing_loss_func" not in vars(sys.modules[type(lm).__module__]):
         raise InputError(
             f"model.router_loss_weight={router_loss_weight} weighs the auxiliary loss of a mixture of experts, and "
             f"{type(lm).__name__} of transformers has none; remove model.router_loss_weight"
         )
-    return HFDecoder(lm, max_seq_len, router_loss_weight)
+    decoder = HFDecoder(lm, max_seq_len, router_loss_weight)
+    if decoder.carried_state and "cache" not in inspect.signature(lm.base_model.forward).parameters:
+        raise InputError(
+            f"the model in {path} has {decoder.carried_state}, which transformers {transformers.__version__} keeps in another "
+            "way than 5.24; run `pip install 'transformers>=5.24,<6'`"
+        )
+    return decoder
 
 
 def _read_config(path: str) -> Any:
@@ -291,6 +301,22 @@ def _check_kind(lm: PreTrainedModel, path: str) -> None:
         )
     if getattr(lm.get_output_embeddings(), "bias", None) is not None:
         raise InputError(f"the model in {path} has an output head with a bias, which is not scored here; choose another model")
+
+
+def _check_states(lm: PreTrainedModel, path: str) -> None:
+    """Refuse layers whose numbers depend on how many tokens they read at once: the sampler reads otherwise than the scorer."""
+    if "mamba_selective_scan" in vars(sys.modules[type(lm).__module__]):
+        raise InputError(
+            f"the layers of the model in {path} ({type(lm).__name__} of transformers) forget their state where they read several "
+            "tokens at once, so that a second turn would be sampled wrongly; choose another model"
+        )
+    limits = {tuple(m.time_step_limit) for m in lm.modules() if getattr(m, "time_step_limit", None) is not None}
+    if limits - {(0.0, math.inf)}:
+        raise InputError(
+            f"the layers of the model in {path} ({type(lm).__name__} of transformers) keep their time steps within "
+            f"{sorted(limits)} where they read a row and not where they read one token, so that it would sample from another "
+            "distribution than it is scored with; choose another model"
+        )
 
 
 def _uses_interface(lm: PreTrainedModel) -> bool:
@@ -334,7 +360,7 @@ def _logit_scale(decoder: HFDecoder, lm: PreTrainedModel) -> float:
     products = h @ weight.T
 
     def logits(h: Tensor) -> Tensor:
-        stub = _Stub(h[None])
+        stub = _Stub(h[None], lm.base_model)
         with _replaced(lm, decoder._body_name, stub), _replaced(lm, decoder._head_name, head):
             return lm(input_ids=torch.zeros(1, len(h), dtype=torch.long, device="cpu"), use_cache=False).logits[0].float()
 
@@ -356,10 +382,11 @@ def _logit_scale(decoder: HFDecoder, lm: PreTrainedModel) -> float:
 
 
 class _Stub(nn.Module):
-    """Return fixed states in place of the layers."""
+    """Return fixed states in place of the layers, with the plain attributes of the model whose place it takes."""
 
-    def __init__(self, states: Tensor) -> None:
+    def __init__(self, states: Tensor, body: nn.Module) -> None:
         super().__init__()
+        self.__dict__.update({name: value for name, value in vars(body).items() if not name.startswith("_")})
         self.states = states
 
     def forward(self, *_: Any, **__: Any) -> Any:

@@ -127,7 +127,7 @@ class States:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, int, int], Float[Tensor, "slots ..."]] = {}
-        self._given: list[tuple[tuple[str, int, int], Tensor]] = []
+        self._given: dict[tuple[str, int, int], Tensor] = {}
         self._room = 0
         self._step: Step | None = None
 
@@ -138,19 +138,25 @@ class States:
     def of(self, step: Step) -> Iterator[None]:
         """Be the states of the rows of a forward; prompts start from nothing.
 
-        In the end, keep what layers have written into the states that they were given (one-token updates of convolutions).
+        In the end, keep what layers have written into the states that they were given (one-token updates).
         """
-        self._step, self._given = step, []
+        self._step, self._given = step, {}
         yield
-        for key, state in self._given:
+        for key, state in self._given.items():
             self._put(key, state)
 
     def rearrange(self, order: Int[Tensor, " m"]) -> None:
         for kept in self._kept.values():
             kept[: len(order)] = kept[order]
 
-    def _get(self, *key: Any) -> Tensor | None:
-        return None if self._step.copies is not None else self._kept[key][self._step.slots]
+    def _get(self, *key: Any) -> Tensor:
+        return self._kept[key][self._step.slots]
+
+    def _give(self, *key: Any) -> Tensor | None:
+        if self._step.copies is not None:
+            return None
+        self._given[key] = self._get(*key)
+        return self._given[key]
 
     def _put(self, key: tuple[str, int, int], new: Tensor) -> None:
         kept = self._kept.get(key)
@@ -168,25 +174,23 @@ class States:
     # ------------------------------------------------------------------------------------------ what layers call
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        state = self._get("conv", layer_idx, state_idx)
-        if state is not None:
-            self._given.append((("conv", layer_idx, state_idx), state))
-        return state
+        return self._give("conv", layer_idx, state_idx)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self._get("recurrent", layer_idx, state_idx)
+        return self._give("recurrent", layer_idx, state_idx)
 
     def update_conv_state(
         self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
     ) -> Tensor:
         key, fresh = ("conv", layer_idx, state_idx), self._step.copies is not None
         whole = conv_states if fresh else torch.cat([self._get(*key), conv_states], -1)
-        self._given = [given for given in self._given if given[0] != key]
+        self._given.pop(key, None)
         padded = F.pad(whole, (max(0, conv_kernel_size - whole.shape[-1]), 0))
         self._put(key, padded[..., -conv_kernel_size:])
         return padded if fresh else whole
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        self._given.pop(("recurrent", layer_idx, state_idx), None)
         self._put(("recurrent", layer_idx, state_idx), recurrent_states)
         return recurrent_states
 

@@ -87,6 +87,16 @@ REFUSED = {
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}},
         "change with the length of a batch beyond 64 tokens; set model.max_seq_len=64",
     ),
+    "state lost between turns": (
+        lambda: transformers.JambaConfig(**SMALL, intermediate_size=32, num_experts=2),
+        {},
+        "forget their state where they read several tokens at once",
+    ),
+    "time steps limited in rows alone": (
+        lambda: make_config("bamba"),
+        {"time_step_limit": [0.001, 10.0]},
+        r"keep their time steps within \[\(0.001, 10.0\)\] where they read a row",
+    ),
     "biased head": (
         lambda: transformers.PhiConfig(**SMALL, intermediate_size=32, bos_token_id=None, eos_token_id=None),
         {},
@@ -135,6 +145,15 @@ def test_logits_that_are_no_function_of_the_head_are_refused(monkeypatch, tmp_pa
     monkeypatch.setattr(transformers.Qwen3ForCausalLM, "forward", squared)
     with pytest.raises(InputError, match="in another way than by a linear head, a scale and a cap"):
         empty_model(node(folder_of(make_config("qwen3"), tmp_path), backend="transformers"))
+
+
+def test_a_transformers_that_hands_states_over_otherwise_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(transformers.Qwen3_5TextModel, "forward", lambda self, input_ids=None, past_key_values=None: None)
+    monkeypatch.setattr("pidistill.models.hf_decoder._logit_scale", lambda *_: 1.0)
+    with pytest.raises(
+        InputError, match=r"carry a state .* in another way than 5.24; run `pip install 'transformers>=5.24,<6'`"
+    ):
+        empty_model(node(folder_of(make_config("qwen3_5, hybrid"), tmp_path)))
 
 
 def test_adapters_take_the_models_own_names(tmp_path):

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
 
 from pidistill.rollouts import TorchtuneSampler
-from tests.support.hf_families import FAMILIES, HYBRIDS, decoder_of, reference_model
+from tests.support.hf_families import FAMILIES, HYBRIDS, STATEFUL, decoder_of, reference_model
 
 torch.set_num_threads(1)
 STOP_IDS = frozenset(range(40, 50))
@@ -45,7 +45,7 @@ def generated(reference, prompt, length):
     )[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *STATEFUL])
 def test_samples_equal_a_plain_forward_of_transformers(name):
     """Rows of several lengths and turns; recorded log-probs, another batch size, and greedy decoding."""
     reference = reference_model(name).eval()

@@ -15,12 +15,17 @@ from pidistill.scoring.tree_attention import TreeMask, flex_tree_attention
 from pidistill.teachers import FrozenTeacher, TrustRegionTeacher
 from pidistill.types import Divergence, ScoreRequest
 from tests.support.builders import CPU, batch_of, forest, gradients, model, relative_difference
-from tests.support.hf_families import FAMILIES, HYBRIDS, WINDOW, decoder_of, make_config, reference_model
+from tests.support.hf_families import FAMILIES, HYBRIDS, STATEFUL, WINDOW, decoder_of, make_config, reference_model
 
 torch.set_num_threads(1)
 DIVERGENCES = (Divergence("kl_teacher_student", "both"), Divergence("jsd", "both", beta=0.3))
 REQUEST = ScoreRequest(student_grad=True, teacher_grad=True, divergences=DIVERGENCES)
-CASES = [(name, packing) for name in FAMILIES for packing in ("padded", "tree") if packing == "padded" or name not in HYBRIDS]
+CASES = [
+    (name, packing)
+    for name in (*FAMILIES, *STATEFUL)
+    for packing in ("padded", "tree")
+    if packing == "padded" or name not in HYBRIDS
+]
 SEED, TEMPERATURE = 1, 0.7
 
 

@@ -115,13 +115,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-HYBRIDS = {"qwen3_5, hybrid"}
+# Others that carry states, for the scorer and the sampler alone.
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+STATEFUL: dict[str, tuple[str, dict[str, Any]]] = {
+    "lfm2, convolutions": ("Lfm2Config", {"layer_types": ["conv", "full_attention"] * 2, "rope_parameters": ROPE}),
+    "bamba": ("BambaConfig", MAMBA | {"attn_layer_indices": [1, 3], "rope_parameters": ROPE, "tie_word_embeddings": False}),
+    "falcon_h1, both in one layer": ("FalconH1Config", MAMBA | {"mamba_d_ssm": 128, "rope_parameters": ROPE, "head_dim": 16}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        FAMILIES["qwen3_moe"][1] | FAMILIES["qwen3_5, hybrid"][1] | {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
+    ),
+}
+HYBRIDS = {"qwen3_5, hybrid", *STATEFUL}
 
 
 def make_config(name: str, **changes: Any) -> Any:
     import transformers
 
-    kind, values = FAMILIES[name]
+    kind, values = (FAMILIES | STATEFUL)[name]
     return getattr(transformers, kind)(**(SIZES | values | changes))
 
 
