@@ -307,8 +307,8 @@ def _check_states(lm: PreTrainedModel, path: str) -> None:
     """Refuse layers whose numbers depend on how many tokens they read at once: the sampler reads otherwise than the scorer."""
     if "mamba_selective_scan" in vars(sys.modules[type(lm).__module__]):
         raise InputError(
-            f"the layers of the model in {path} ({type(lm).__name__} of transformers) forget their state where they read several "
-            "tokens at once, so that a second turn would be sampled wrongly; choose another model"
+            f"the layers of the model in {path} ({type(lm).__name__} of transformers) forget their state where they read "
+            "several tokens at once, so that a second turn would be sampled wrongly; choose another model"
         )
     limits = {tuple(m.time_step_limit) for m in lm.modules() if getattr(m, "time_step_limit", None) is not None}
     if limits - {(0.0, math.inf)}:
