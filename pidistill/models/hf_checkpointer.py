@@ -15,6 +15,7 @@ from pidistill.models import hf_weights
 from pidistill.models.config_json import check_sizes
 from pidistill.models.hf_folder import INDEX, SINGLE, check_plain_name, read_json, stored_tensors, weight_files
 from pidistill.models.hf_format import FAMILIES, family, from_hf, not_loaded, to_hf
+from pidistill.models.progress import show_weights
 
 # What torchtune calls the families, for configs that name one.
 _TORCHTUNE_NAMES = {"LLAMA2": "llama", "LLAMA3": "llama", "LLAMA3_2": "llama", "QWEN2": "qwen2", "QWEN3": "qwen3"}
@@ -70,7 +71,7 @@ class HFCheckpointer:
         if self._own_names:
             return {training.MODEL_KEY: hf_weights.load(self._folder)}
         weights: dict[str, Tensor] = {}
-        for name in self._files:
+        for name in show_weights(self._files, "loading weights", "file"):
             weights |= safe_torch_load(self._folder / name)
         return {training.MODEL_KEY: from_hf(weights, self._config)}
 
@@ -95,7 +96,7 @@ class HFCheckpointer:
             return
         weights = to_hf(state_dict[training.MODEL_KEY], self._config)
         shards = self._shards(weights)
-        for name, shard in shards.items():
+        for name, shard in show_weights(shards.items(), "saving weights", "file"):
             save_file(shard, folder / name, metadata={"format": "pt"})
         if list(shards) != [SINGLE]:
             index = {"metadata": {"total_size": sum(map(_bytes, weights.values()))}}
