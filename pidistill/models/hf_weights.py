@@ -106,6 +106,7 @@ def stored_names_fit(model: Any, folder: Path, builder: str) -> None:
 
 def check_same_model(ours: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path, builder: str) -> None:
     """Refuse a folder whose config.json describes another model than the one that was built, which came from a folder too."""
+    theirs = theirs["text_config"] if isinstance(theirs.get("text_config"), Mapping) else theirs  # of a folder with images too
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
     other = [key for key in keys if key in ours and key in theirs and ours[key] != theirs[key]]
     if other:

@@ -218,6 +218,30 @@ def test_a_folder_that_lacks_a_weight_is_refused(tmp_path):
         check_fits(empty_model(node(str(tmp_path / "one"))), checkpointer, "from_folder", "checkpointer")
 
 
+def test_the_text_model_of_a_folder_with_images_is_taken_and_saved(tmp_path):
+    """Qwen3.5's folders on the Hub are of this kind: the text model's config and weights are one level down."""
+    config = transformers.Qwen3_5Config(
+        text_config=make_config("qwen3_5, hybrid").to_dict(),
+        vision_config={"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64},
+    )
+    both = transformers.Qwen3_5ForConditionalGeneration(config).eval()
+    both.save_pretrained(tmp_path / "both")
+    model = empty_model(node(str(tmp_path / "both")))
+    checkpointer = {"_component_": "pidistill.models.HFCheckpointer", "checkpoint_dir": str(tmp_path / "both")}
+    check_fits(model, checkpointer, "from_folder", "checkpointer")
+    weights = HFCheckpointer(str(tmp_path / "both"), str(tmp_path / "out"))
+    loaded = weights.load_checkpoint()["model"]
+    assert loaded.keys() == model.state_dict().keys()
+    weights.save_checkpoint({"model": loaded}, epoch=0)
+    check_fits(model, checkpointer | {"checkpoint_dir": str(tmp_path / "out" / "epoch_0")}, "from_folder", "checkpointer")
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "epoch_0").eval()
+    ids = torch.randint(50, (1, 12), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(saved(ids).logits, both(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    reference_model("qwen3_5, hybrid", hidden_size=32).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=r"hidden_size=32.*hidden_size=64; set model.path"):
+        check_fits(model, checkpointer | {"checkpoint_dir": str(tmp_path / "other")}, "from_folder", "checkpointer")
+
+
 def test_quantised_weights_of_the_folder_are_refused_whatever_the_models_folder_says(tmp_path):
     from safetensors.torch import load_file, save_file
 
