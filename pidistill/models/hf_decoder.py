@@ -269,7 +269,7 @@ def read_config(path: str | Path) -> Any:
             f"transformers cannot read {Path(path) / 'config.json'} ({' '.join(str(error).split())[:300]}); "
             "copy or download the folder again, upgrade transformers, or choose another model"
         ) from error
-    check_plain_sizes(config.get_text_config(), Path(path))
+    check_plain_sizes(functools.partial(_widest, config.get_text_config()), Path(path))
     return config
 
 
