@@ -1,7 +1,7 @@
 """Check what the config.json of a model folder says: its sizes, and whether the model is one that is computed here."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,16 @@ def check_sizes(config: Mapping[str, Any], folder: Path) -> None:
     _check(config, "rms_norm_eps", folder, _is_number(config.get("rms_norm_eps", 1e-6)), "a number")
 
 
-def check_plain_sizes(read: Callable[[str], Any], folder: Path) -> None:
-    """Refuse what can be no size in a config that ``read`` looks keys up in; a list, where layers differ, is let through."""
-    sizes = {key: read(key) for key in (*_SIZES, "num_key_value_heads", "head_dim")}
-    for key, value in sizes.items():
-        _check(sizes, key, folder, not isinstance(value, int | float) or _is_size(value), "a positive whole number")
-    _check_layers(sizes, folder)
+def check_plain_sizes(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse numbers that can be no size; a list, where layers differ, is let through."""
+    for key in (*_SIZES, "num_key_value_heads", "head_dim"):
+        value = config.get(key)
+        _check(config, key, folder, not isinstance(value, int | float) or _is_size(value), "a positive whole number")
+    _check_layers(config, folder)
 
 
 def _check_layers(config: Mapping[str, Any], folder: Path) -> None:
-    number = config["num_hidden_layers"]
+    number = config.get("num_hidden_layers")
     _check(config, "num_hidden_layers", folder, number is None or number <= _MOST_LAYERS, f"at most {_MOST_LAYERS:,}")
 
 

@@ -269,7 +269,7 @@ def read_config(path: str | Path) -> Any:
             f"transformers cannot read {Path(path) / 'config.json'} ({' '.join(str(error).split())[:300]}); "
             "copy or download the folder again, upgrade transformers, or choose another model"
         ) from error
-    check_plain_sizes(functools.partial(_widest, config.get_text_config()), Path(path))
+    check_plain_sizes(config.get_text_config().to_dict(), Path(path))
     return config
 
 
@@ -286,6 +286,11 @@ def _check_kind(lm: PreTrainedModel, path: str) -> None:
         )
     if not _uses_interface(lm) or not isinstance(getattr(lm.base_model, "layers", None), nn.ModuleList):
         raise InputError(f"the model in {path} cannot be trained here: {_own_masks(type(lm).__name__)}")
+    if any(getattr(module, "is_causal", True) is False for module in lm.modules()):
+        raise InputError(
+            f"the model in {path} lets a token see those after it (use_bidirectional_attention in its config.json), so that it "
+            "cannot be sampled; choose another model"
+        )
     if strange := set(getattr(lm.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION - _WITH_STATE:
         raise InputError(
             f"the model in {path} has layers of the kind {', '.join(sorted(strange))}, which are not sampled here; choose "

@@ -87,6 +87,7 @@ REFUSED = {
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}},
         "change with the length of a batch beyond 64 tokens; set model.max_seq_len=64",
     ),
+    "later tokens": (lambda: make_config("gemma3"), {"use_bidirectional_attention": True}, "lets a token see those after it"),
     "biased head": (
         lambda: transformers.PhiConfig(**SMALL, intermediate_size=32, bos_token_id=None, eos_token_id=None),
         {},
@@ -223,6 +224,7 @@ def test_the_text_model_of_a_folder_with_images_is_taken_and_saved(tmp_path):
     config = transformers.Qwen3_5Config(
         text_config=make_config("qwen3_5, hybrid").to_dict(),
         vision_config={"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64},
+        tie_word_embeddings=True,
     )
     both = transformers.Qwen3_5ForConditionalGeneration(config).eval()
     both.save_pretrained(tmp_path / "both")
