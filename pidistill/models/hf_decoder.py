@@ -141,12 +141,15 @@ class HFDecoder(nn.Module):
         logits = nn.functional.linear(self.norm(h), self.output.weight).float()
         return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
 
-    def forward(self, tokens: Tensor, *, mask: Any = None, input_pos: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, *, mask: Any = None, input_pos: Tensor | None = None, real: Tensor | None = None
+    ) -> Tensor:
         """Return ``unembed`` of the last states.
 
         Args:
             mask: None for right-padded rows, or what makes the masks (:class:`pidistill.models.layer_masks.MakesLayerMasks`).
                 Its ``states``, where it has them, stand for transformers' cache in the layers that carry a state.
+            real: [B, L] bool, False at padding, which the router's auxiliary loss leaves out; None where there is none.
         """
         if mask is None:
             make = lambda rule: PaddedMask(rule, tokens.shape[1], tokens.device)  # noqa: E731
@@ -164,13 +167,13 @@ class HFDecoder(nn.Module):
                 **({} if states is None else {"cache": states}),
                 **({"output_router_logits": True} if balanced else {}),
             )
-        self.router_loss = self.router_loss_weight * self._balance(found.router_logits) if balanced else None
+        self.router_loss = self.router_loss_weight * self._balance(found.router_logits, real) if balanced else None
         return self.unembed(found.last_hidden_state)
 
-    def _balance(self, router_logits: tuple[Tensor, ...]) -> Tensor:
-        """Return the auxiliary loss of the model's own code, over all tokens of the forward, padding included."""
+    def _balance(self, router_logits: tuple[Tensor, ...], real: Tensor | None) -> Tensor:
+        """Return the auxiliary loss of the model's own code over the tokens of the forward; padding does not count."""
         chosen, experts = self.experts
-        return vars(sys.modules[self.causal_lm.__module__])["load_balancing_loss_func"](router_logits, experts, chosen)
+        return vars(sys.modules[self.causal_lm.__module__])["load_balancing_loss_func"](router_logits, experts, chosen, real)
 
     def rope_init(self) -> None:
         """Move what is computed from the config (rotations' frequencies, scales) to the default device."""

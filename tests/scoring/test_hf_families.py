@@ -249,6 +249,58 @@ def test_the_auxiliary_loss_is_that_of_transformers_with_its_gradient(checkpoint
         assert score(decoder, batch, request).router_loss == 0.0
 
 
+def balance_written_out(router_logits, chosen):
+    """Return experts · Σ_e (assignments to e per token) · (mean probability of e), over the tokens of all layers."""
+    logits = torch.cat(router_logits).double()
+    probabilities, experts = logits.softmax(-1), logits.shape[1]
+    assigned = torch.zeros(experts, dtype=torch.float64)
+    for row in probabilities:
+        for expert in row.topk(chosen).indices:
+            assigned[expert] += 1 / len(logits)
+    return experts * sum(assigned[e] * probabilities[:, e].mean() for e in range(experts))
+
+
+@pytest.mark.parametrize("packing", ["padded", "tree", "tree with padding"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss, sinks and window"])
+def test_the_auxiliary_loss_counts_each_real_token_once(name, packing, monkeypatch):
+    """Rows of several lengths, each read alone in float64; in a tree a shared beginning is read, and counted, once."""
+    rollouts = forest(SEED)
+    decoder, reference = decoder_of(reference_model(name)), reference_model(name).double()
+    reference.set_experts_implementation("eager")
+    if packing == "tree with padding":  # as on CUDA, where rows are whole blocks
+        monkeypatch.setattr("pidistill.scoring.batch._row_length", lambda tokens, device: tokens + 50)
+    decoder.router_loss_weight = 0.3
+    batch = batch_of(rollouts, packing=packing.split()[0])
+    request = ScoreRequest(student_grad=True, teacher_grad=True)
+    view = batch.views.of("student", "teacher")
+    assert (view.real is None) == (packing == "tree")
+    ours = score(decoder, batch, request).router_loss
+    sequences = [(r.prompts.of(v) + r.completion)[:-1] for v in ("student", "teacher") for r in rollouts]
+    found, seen = [], set()
+    for ids in sequences:
+        logits = reference(torch.tensor([ids]), use_cache=False, output_router_logits=True).router_logits
+        new = [i for i in range(len(ids)) if packing == "padded" or tuple(ids[: i + 1]) not in seen]
+        seen |= {tuple(ids[: i + 1]) for i in new}
+        found.append([layer[new] for layer in logits])
+    assert view.tokens.numel() > sum(len(layers[0]) for layers in found) or packing == "tree"
+    expected = 0.3 * balance_written_out([layer for layers in found for layer in layers], 2)
+    torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=2e-6)
+    ours.backward()
+    expected.backward()
+    theirs = {n: g.float() for n, g in gradients(reference).items() if g.abs().max() > 0}
+    assert relative_difference({n: g for n, g in gradients(decoder).items() if n in theirs}, theirs) < 1e-5
+    assert all(float(g.abs().max()) == 0.0 for n, g in gradients(decoder).items() if n not in theirs)
+
+
+def test_the_auxiliary_loss_of_an_empty_batch_has_a_gradient_of_zeros():
+    decoder = decoder_of(reference_model("qwen3_moe"))
+    decoder.router_loss_weight = 0.3
+    scores = score(decoder, batch_of([], packing="padded"), ScoreRequest(student_grad=True, teacher_grad=True))
+    (-scores.student_logprobs + scores.router_loss).sum().backward()
+    assert gradients(decoder)
+    assert all(float(g.abs().max()) == 0.0 for g in gradients(decoder).values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, packing", [("gemma3", "padded"), ("gemma3", "tree"), ("gpt_oss, sinks and window", "tree")])
 def test_compiled_layers_give_the_same_numbers_and_gradients(name, packing):
