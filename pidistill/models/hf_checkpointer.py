@@ -63,6 +63,11 @@ class HFCheckpointer:
         for name in checkpoint_files or ():  # weights are saved under the same names
             check_plain_name(name, "checkpointer.checkpoint_files")
         self._files = list(checkpoint_files or weight_files(self._folder))
+        if self._own_names and sorted(self._files) != weight_files(self._folder):
+            raise InputError(
+                f"checkpointer.checkpoint_files lists {', '.join(self._files)}, and transformers reads the files that "
+                f"{self._folder} names ({', '.join(weight_files(self._folder))}); remove checkpointer.checkpoint_files"
+            )
         self._file_of = {name: tensor.file for name, tensor in stored_tensors(self._folder, self._files).items()}
         self._output_dir.mkdir(parents=True, exist_ok=True)
 
