@@ -79,7 +79,7 @@ def test_a_hybrid_is_refused_in_a_tree():
         our_numbers(decoder, forest(SEED), "tree")
 
 
-@pytest.mark.parametrize("key", ["model", "teacher_model"])
+@pytest.mark.parametrize("key", ["model", "teacher_model", "teacher_models.other"])
 def test_rows_of_a_hybrid_are_padded_by_themselves_which_is_said_once(key, tmp_path, caplog):
     from omegaconf import OmegaConf
 
@@ -90,7 +90,10 @@ def test_rows_of_a_hybrid_are_padded_by_themselves_which_is_said_once(key, tmp_p
         make_config(name).save_pretrained(tmp_path / place)
         nodes[place] = {"_component_": "pidistill.models.from_folder", "path": str(tmp_path / place)}
     run = Run(CPU, torch.float32, 0, 1, 0, tmp_path)
-    packer = Packer(OmegaConf.create(nodes | {"packing": "tree"}), run, pad_id=0)
+    cfg = OmegaConf.create({"packing": "tree"})
+    for place, node in nodes.items():
+        OmegaConf.update(cfg, place, node, force_add=True)
+    packer = Packer(cfg, run, pad_id=0)
     assert packer.packing == "padded"
     assert caplog.text.count("rows are padded instead") == 1 and f"`{key}` has layers that carry a state" in caplog.text
 

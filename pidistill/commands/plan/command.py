@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ def plan(arguments: argparse.Namespace) -> bool:
             "tensor_parallel_dim=1"
         )
     check_replicas(cfg, arguments.ranks, shares=1)
+    _check_folder(cfg)
     device = _device(cfg, arguments)
     rows = _lengths(cfg, arguments)
     result = estimate(cfg, rows, arguments.ranks, device)
@@ -78,6 +80,16 @@ def plan(arguments: argparse.Namespace) -> bool:
     else:
         _show(result, rows, device, arguments.ranks, changes)
     return fitting
+
+
+def _check_folder(cfg: DictConfig) -> None:
+    """Refuse a config whose model takes its sizes from a folder that is not there."""
+    folder = cfg.model.get("path")
+    if folder is not None and not (Path(folder) / "config.json").is_file():
+        raise InputError(
+            f"model.path {folder} has no config.json, which says its sizes; download the model (the config's second "
+            "line), or set model.path to where it is (in the configs of this package: checkpointer.checkpoint_dir)"
+        )
 
 
 def _device(cfg: DictConfig, arguments: argparse.Namespace) -> Device:
