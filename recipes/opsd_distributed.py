@@ -27,7 +27,7 @@ from pidistill.distributed.run import Timer
 from pidistill.losses.reductions import token_mean
 from pidistill.privileged.hindsight import add_hindsight
 from pidistill.rollouts import rollout_seed
-from pidistill.scoring.mismatch import load_mismatch
+from pidistill.scoring.mismatch import apply_mask, load_mismatch
 from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score
 from pidistill.teachers import LiveTeacher, Teacher
@@ -43,7 +43,7 @@ from pidistill.training.rounds import RoundSizes, dump_rollouts, round_report
 from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.training.supervised import SupervisedTerm
-from pidistill.training.update import Updates, add_gradients, mark_last
+from pidistill.training.update import Updates
 from pidistill.types import Batch, PerTokenLoss, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
 from torchtune import config
 
@@ -76,7 +76,7 @@ class OPSDRecipe:
         self._supervised = SupervisedTerm(cfg, self._run, self._data, self._packer, self._timer)
         self._evaluation = Evaluation(cfg, self._run, self._data, self._collect)
         self._texts = TextSamples(cfg, self._run, self._data, self._collect)
-        self._completions = row_completions(self._data) if self._objective.on_policy_frac < 1.0 else []
+        self._completions = row_completions(self._data, self._sampler.temperature) if self._objective.on_policy_frac < 1 else []
         must_match = self._round_sizes.must_match | {"rows": len(self._data.prompts)}
         self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_, must_match=must_match)
         self._teacher = build_teacher(cfg, [example for example, _ in self._data.prompts])
@@ -101,7 +101,7 @@ class OPSDRecipe:
             before = self._step
             rollouts = self.sample_round()
             self.score_behaviour(rollouts)
-            advantages = self._objective.advantages(rollouts, self._step)
+            advantages = apply_mask(self._corrections, rollouts, self._objective.advantages(rollouts, self._step))
             report = round_report(self._run, self._data, rollouts, advantages, self._counts, self._corrections)
             for minibatch in self._round_sizes.minibatches(list(zip(rollouts, advantages, strict=True))):
                 self.update(minibatch, report)
@@ -194,7 +194,7 @@ class OPSDRecipe:
         request = self._objective.score_request(self._step)
         kept = self._packer.balanced(kept, request.views)
         total_loss, sums = 0.0, Counter()
-        for chunk, last in mark_last(self._packer.micro_batches(kept, request.views)):
+        for chunk in self._packer.micro_batches(kept, request.views):
             batch = self._packer.batch(chunk)
             with self._timer.phase("score"):
                 # The head forms the gradients of this loss in the forward; the call below is the same loss, for autograd and
@@ -203,8 +203,7 @@ class OPSDRecipe:
                 token_loss = self._objective.weighted_loss(batch, scores, self._step)
                 loss = token_mean(token_loss.loss + scores.router_loss, tokens)
             with self._timer.phase("update"):
-                last = last and not self._supervised.active
-                add_gradients(self._model, loss, self._run.world_size, last=last)
+                (loss * self._run.world_size).backward()  # FSDP2 averages gradients over ranks; the loss is already global
             self._mismatch.look(batch, scores)
             self._log.look(batch, scores)
             total_loss += loss.item()
