@@ -254,7 +254,8 @@ def _check_component(path: str, node: Any, raw: Any) -> None:
     given = {key: value for key, value in node.items() if key != COMPONENT}
     if _may_be_function(path) and _is_used_as_it_is(component, given):
         return _check_function(path, node[COMPONENT], component, given)
-    positional, keywords = ADDED_ARGUMENTS.get(path, (0, ()))
+    singular = re.sub(r"^teacher_checkpointers\..*", "teacher_checkpointer", path)
+    positional, keywords = ADDED_ARGUMENTS.get(singular, (0, ()))
     for parameter in list(parameters.values())[positional:]:
         variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         required = parameter.default is parameter.empty and not variadic

@@ -127,6 +127,7 @@ class ModelInput:
     positions: Int[Tensor, "R L"] | None = None  # distance from the beginning of the sequence; None where that is the column
     mask: AncestorMask | None = None  # which columns each token of a packed row sees; None is causal
     depth: int = 0  # tokens of the longest sequence, which the model must be able to read
+    real: Bool[Tensor, "R L"] | None = None  # False at padding; None where there is none
 
 
 @runtime_checkable

@@ -1,8 +1,11 @@
 """Test that every command, snippet, name and link of the README and of docs/ exists; tests/recipes runs the commands."""
 
 import importlib
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -174,8 +177,62 @@ def test_the_table_of_methods_names_every_objective_and_every_config_of_the_tiny
     assert recipes == {path.stem for path in (ROOT / "recipes").glob("*_distributed.py")} - {"evaluate_distributed"}
 
 
-def test_links_lead_to_files():
-    links = [(page, link) for page in PAGES for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8"))]
-    assert len(links) > 8
-    for page, link in links:
-        assert (page.parent / link).exists(), f"{page.name}: {link}"
+LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*/*.md")), *sorted(ROOT.glob("examples/*/*.md"))]
+
+
+def anchor(heading: str) -> str:
+    """Return the anchor that the forge and mkdocs make of a heading: words in lower case, with hyphens between them."""
+    words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", words).strip().lower())
+
+
+def prose(text: str) -> str:
+    """Return a page without its blocks and spans of code, in which brackets are no links and `#` is no heading."""
+    return re.sub(r"`[^`\n]*`", "code", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def anchors(page: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return {anchor(heading) for heading in re.findall(r"^#+ +(.+)$", text, re.MULTILINE)}
+
+
+def test_an_anchor_is_what_the_forge_makes_of_a_heading():
+    assert anchor("Mixed precision: `dtype` and more") == "mixed-precision-dtype-and-more"
+    assert anchor("See [that page](x.md), too") == "see-that-page-too"
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    """Return the relative links of a page that lead to no file, or to no heading of it."""
+    broken = []
+    for link in re.findall(r"\]\((?![a-z]+:)([^)\s]+)\)", prose(text)):
+        name, _, part = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (part and target.suffix == ".md" and part not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    assert not broken_links(page, page.read_text(encoding="utf-8"))
+
+
+def test_a_link_to_a_file_or_a_heading_that_is_not_there_is_found():
+    text = "[a](docs/running.md) [b](docs/none.md) [c](#results) [d](docs/running.md#none) `[e](none.md)` [f](https://x.org)"
+    assert broken_links(ROOT / "README.md", text) == ["docs/none.md", "docs/running.md#none"]
+    assert sum(len(re.findall(r"\]\(", page.read_text(encoding="utf-8"))) for page in LINKED) > 100
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """With mkdocs of this environment, or of the one that `make docs` makes."""
+    places = [Path(sys.executable).with_name("mkdocs"), ROOT / ".venv-docs" / "bin" / "mkdocs"]
+    mkdocs = next((path for path in places if path.is_file()), None)
+    if mkdocs is None:
+        pytest.skip("mkdocs is not installed: run `make docs` once")
+    command = [str(mkdocs), "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "running" / "index.html").is_file() and "Objective" in (tmp_path / "api" / "index.html").read_text()

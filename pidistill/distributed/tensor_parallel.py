@@ -27,7 +27,7 @@ from torchtune.training import prepare_mha_for_tp
 
 from pidistill.errors import InputError
 from pidistill.models.adapters import has_adapters
-from pidistill.models.empty import shared_empty_model
+from pidistill.models.empty import model_nodes, shared_empty_model
 from pidistill.models.modules import attention_modules
 from pidistill.models.protocol import Decoder, has_own_names
 from pidistill.training.keys import setting
@@ -52,9 +52,8 @@ def check_tensor_parallel(cfg: DictConfig, processes: int) -> int:
             "tensor_parallel_dim or --nproc_per_node so that it does"
         )
     _check_settings(cfg, size)
-    for key in ("model", "teacher_model"):
-        if cfg.get(key):
-            _check_model(shared_empty_model(cfg[key]), key, size)
+    for key, node in model_nodes(cfg).items():
+        _check_model(shared_empty_model(node), key, size)
     return size
 
 
@@ -130,8 +129,8 @@ def check_replicas(cfg: DictConfig, processes: int, shares: int) -> int:
             f"data_parallel_replicate_dim={replicas} does not divide the {processes} processes of this run into {replicas} "
             f"equal groups{groups}; set it to the number of machines, or to 1"
         )
-    for key in ("model", "teacher_model"):
-        if replicas > 1 and (cfg.get(key) or {}).get("quantize_base", False):
+    for key, node in model_nodes(cfg).items():
+        if replicas > 1 and node.get("quantize_base", False):
             raise InputError(
                 f"{key}.quantize_base=True does not work with data_parallel_replicate_dim={replicas}: torchtune loads 4-bit "
                 "weights into one group of shards only; set data_parallel_replicate_dim=1"

@@ -9,12 +9,14 @@ from pidistill.errors import InputError
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 _LARGEST = 10**9  # no size of a model comes near it
+_MOST_LAYERS = 10_000  # more would be built for hours before a weight is missed
 
 
 def check_sizes(config: Mapping[str, Any], folder: Path) -> None:
     """Refuse a config.json whose sizes or rotations are absent, or are no numbers."""
     for key in _SIZES:
         _check(config, key, folder, _is_size(config.get(key)), "a positive whole number")
+    _check_layers(config, folder)
     for key in ("num_key_value_heads", "head_dim"):
         _check(config, key, folder, config.get(key) is None or _is_size(config[key]), "a positive whole number or null")
     if config.get("head_dim") is None and config["hidden_size"] % config["num_attention_heads"]:
@@ -28,6 +30,19 @@ def check_sizes(config: Mapping[str, Any], folder: Path) -> None:
     for key, value in {"rope_theta": rope.get("rope_theta", config.get("rope_theta", 1.0)), **_scaling(rope)}.items():
         _check({key: value}, key, folder, _is_number(value) and value > 0, "a positive number")
     _check(config, "rms_norm_eps", folder, _is_number(config.get("rms_norm_eps", 1e-6)), "a number")
+
+
+def check_plain_sizes(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse numbers that can be no size; a list, where layers differ, is let through."""
+    for key in (*_SIZES, "num_key_value_heads", "head_dim"):
+        value = config.get(key)
+        _check(config, key, folder, not isinstance(value, int | float) or _is_size(value), "a positive whole number")
+    _check_layers(config, folder)
+
+
+def _check_layers(config: Mapping[str, Any], folder: Path) -> None:
+    number = config.get("num_hidden_layers")
+    _check(config, "num_hidden_layers", folder, number is None or number <= _MOST_LAYERS, f"at most {_MOST_LAYERS:,}")
 
 
 def rotations(config: Mapping[str, Any]) -> Mapping[str, Any]:

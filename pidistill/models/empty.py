@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from pidistill.config import build
 from pidistill.errors import InputError
@@ -30,12 +30,18 @@ def empty_model(node: Any) -> Decoder:
         ) from cause
 
 
+def model_nodes(cfg: DictConfig) -> dict[str, Any]:
+    """Return the nodes of the trained model and of the teachers that have one of their own, by their keys."""
+    nodes = {key: cfg[key] for key in ("model", "teacher_model") if cfg.get(key)}
+    return nodes | {f"teacher_models.{name}": node for name, node in (cfg.get("teacher_models") or {}).items()}
+
+
 def shared_empty_model(node: Any) -> Decoder:
     """Return the model of :func:`empty_model`, built once for all checks of a start. Nobody may change it."""
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     return _build_once(json.dumps(plain, sort_keys=True), torch.get_default_dtype())
 
 
-@functools.lru_cache(maxsize=4)  # model and teacher, and those of another config in the same process
+@functools.lru_cache(maxsize=8)  # model and teachers, and those of another config in the same process
 def _build_once(node: str, dtype: torch.dtype) -> Decoder:
     return empty_model(json.loads(node))

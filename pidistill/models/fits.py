@@ -16,8 +16,8 @@ from torchtune.modules import FeedForward, MultiHeadAttention, TiedLinear, Trans
 
 from pidistill.errors import InputError
 from pidistill.models.config_json import check_sizes, not_computed, rotation_kind, rotations
-from pidistill.models.from_folder import LLAMA3_SCALING
-from pidistill.models.hf_folder import Stored, read_json, stored_tensors, weight_files
+from pidistill.models.from_folder import LLAMA3_SCALING, check_folder
+from pidistill.models.hf_folder import QUANTIZED, Stored, read_json, stored_tensors, weight_files
 from pidistill.models.hf_format import FAMILIES, LIKE_LLAMA, family, head_dim, is_tied, not_loaded, to_hf
 from pidistill.models.hf_weights import check_same_model, stored_names_fit
 from pidistill.models.protocol import has_own_names
@@ -41,6 +41,7 @@ def check_fits(model: nn.Module, checkpointer: Mapping[str, Any], builder: str, 
                 f"{key}._component_={checkpointer['_component_']} reads torchtune's families, and `model` is one of "
                 f"transformers; set {key}._component_=pidistill.models.HFCheckpointer"
             )
+        check_folder(config, str(folder))
         check_same_model(model.config.to_dict(), config, folder, builder)
         stored_names_fit(model, folder, builder)
         return
@@ -173,7 +174,7 @@ _SCALES = re.compile(
 
 def _is_quantized(name: str, tensor: Stored) -> bool:
     """Return whether a tensor holds quantised values or their scales, whatever config.json says."""
-    return bool(_SCALES.search(name)) or tensor.dtype.startswith(("I", "U", "F8", "F4", "F6"))
+    return bool(_SCALES.search(name)) or tensor.dtype.startswith(QUANTIZED)
 
 
 def _family_of(attention: nn.Module) -> str:

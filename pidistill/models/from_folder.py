@@ -55,7 +55,7 @@ def from_folder(
     if backend not in ("auto", "torchtune", "transformers"):
         raise InputError(f"model.backend={backend} is none of auto, torchtune and transformers")
     config = read_json(Path(path) / "config.json")
-    _check_folder(config, path)
+    check_folder(config, path)
     if lora_attn_modules is None and (quantize_base or apply_lora_to_mlp or apply_lora_to_output or use_dora):
         raise InputError(
             "model asks for adapters (quantize_base, apply_lora_to_mlp, apply_lora_to_output or use_dora) without "
@@ -98,7 +98,7 @@ def _of_transformers(
     return model
 
 
-def _check_folder(config: Mapping[str, Any], path: str) -> None:
+def check_folder(config: Mapping[str, Any], path: str) -> None:
     """Refuse what no decoder here trains, whoever builds it."""
     if config.get("is_encoder_decoder"):
         raise InputError(

@@ -15,6 +15,7 @@ from pidistill.models import hf_weights
 from pidistill.models.config_json import check_sizes
 from pidistill.models.hf_folder import INDEX, SINGLE, check_plain_name, read_json, stored_tensors, weight_files
 from pidistill.models.hf_format import FAMILIES, family, from_hf, not_loaded, to_hf
+from pidistill.models.progress import show_weights
 
 # What torchtune calls the families, for configs that name one.
 _TORCHTUNE_NAMES = {"LLAMA2": "llama", "LLAMA3": "llama", "LLAMA3_2": "llama", "QWEN2": "qwen2", "QWEN3": "qwen3"}
@@ -62,6 +63,11 @@ class HFCheckpointer:
         for name in checkpoint_files or ():  # weights are saved under the same names
             check_plain_name(name, "checkpointer.checkpoint_files")
         self._files = list(checkpoint_files or weight_files(self._folder))
+        if self._own_names and sorted(self._files) != weight_files(self._folder):
+            raise InputError(
+                f"checkpointer.checkpoint_files lists {', '.join(self._files)}, and transformers reads the files that "
+                f"{self._folder} names ({', '.join(weight_files(self._folder))}); remove checkpointer.checkpoint_files"
+            )
         self._file_of = {name: tensor.file for name, tensor in stored_tensors(self._folder, self._files).items()}
         self._output_dir.mkdir(parents=True, exist_ok=True)
 
@@ -70,7 +76,7 @@ class HFCheckpointer:
         if self._own_names:
             return {training.MODEL_KEY: hf_weights.load(self._folder)}
         weights: dict[str, Tensor] = {}
-        for name in self._files:
+        for name in show_weights(self._files, "loading weights", "file"):
             weights |= safe_torch_load(self._folder / name)
         return {training.MODEL_KEY: from_hf(weights, self._config)}
 
@@ -95,7 +101,7 @@ class HFCheckpointer:
             return
         weights = to_hf(state_dict[training.MODEL_KEY], self._config)
         shards = self._shards(weights)
-        for name, shard in shards.items():
+        for name, shard in show_weights(shards.items(), "saving weights", "file"):
             save_file(shard, folder / name, metadata={"format": "pt"})
         if list(shards) != [SINGLE]:
             index = {"metadata": {"total_size": sum(map(_bytes, weights.values()))}}

@@ -23,6 +23,7 @@ from transformers.masking_utils import causal_mask_function
 from transformers.utils import logging as transformers_logging
 
 from pidistill.errors import InputError
+from pidistill.models.config_json import check_plain_sizes
 from pidistill.models.layer_masks import AttentionForm, LayerMask, PaddedMask, Rule
 
 NAME = "pidistill"
@@ -140,12 +141,15 @@ class HFDecoder(nn.Module):
         logits = nn.functional.linear(self.norm(h), self.output.weight).float()
         return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
 
-    def forward(self, tokens: Tensor, *, mask: Any = None, input_pos: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, *, mask: Any = None, input_pos: Tensor | None = None, real: Tensor | None = None
+    ) -> Tensor:
         """Return ``unembed`` of the last states.
 
         Args:
             mask: None for right-padded rows, or what makes the masks (:class:`pidistill.models.layer_masks.MakesLayerMasks`).
                 Its ``states``, where it has them, stand for transformers' cache in the layers that carry a state.
+            real: [B, L] bool, False at padding, which the router's auxiliary loss leaves out; None where there is none.
         """
         if mask is None:
             make = lambda rule: PaddedMask(rule, tokens.shape[1], tokens.device)  # noqa: E731
@@ -163,13 +167,13 @@ class HFDecoder(nn.Module):
                 **({} if states is None else {"cache": states}),
                 **({"output_router_logits": True} if balanced else {}),
             )
-        self.router_loss = self.router_loss_weight * self._balance(found.router_logits) if balanced else None
+        self.router_loss = self.router_loss_weight * self._balance(found.router_logits, real) if balanced else None
         return self.unembed(found.last_hidden_state)
 
-    def _balance(self, router_logits: tuple[Tensor, ...]) -> Tensor:
-        """Return the auxiliary loss of the model's own code, over all tokens of the forward, padding included."""
+    def _balance(self, router_logits: tuple[Tensor, ...], real: Tensor | None) -> Tensor:
+        """Return the auxiliary loss of the model's own code over the tokens of the forward; padding does not count."""
         chosen, experts = self.experts
-        return vars(sys.modules[self.causal_lm.__module__])["load_balancing_loss_func"](router_logits, experts, chosen)
+        return vars(sys.modules[self.causal_lm.__module__])["load_balancing_loss_func"](router_logits, experts, chosen, real)
 
     def rope_init(self) -> None:
         """Move what is computed from the config (rotations' frequencies, scales) to the default device."""
@@ -236,7 +240,7 @@ def build(path: str, max_seq_len: int | None = None, router_loss_weight: float =
     Raises:
         InputError: transformers does not know the model, or it is none that can be computed here.
     """
-    config = _read_config(path)
+    config = read_config(path)
     _check_rotations(config, path, max_seq_len)
     device = torch.get_default_device()
     try:
@@ -244,7 +248,7 @@ def build(path: str, max_seq_len: int | None = None, router_loss_weight: float =
             lm = AutoModelForCausalLM.from_config(
                 config, attn_implementation=NAME, dtype=torch.get_default_dtype(), trust_remote_code=False
             )
-    except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+    except Exception as error:  # as in `read_config`
         raise InputError(
             f"transformers cannot build the model in {path} ({' '.join(str(error).split())[:300]}); choose another model"
         ) from error
@@ -257,15 +261,19 @@ def build(path: str, max_seq_len: int | None = None, router_loss_weight: float =
     return HFDecoder(lm, max_seq_len, router_loss_weight)
 
 
-def _read_config(path: str) -> Any:
+def read_config(path: str | Path) -> Any:
+    """Read config.json, but not its choice of kernels: a name such as ``org/repository`` there is code to download and run."""
     try:
         with quiet():
-            return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            config._attn_implementation, config._experts_implementation = "eager", None
+    except Exception as error:  # a wrong value may fail anywhere in the code of a family, with any error
         raise InputError(
             f"transformers cannot read {Path(path) / 'config.json'} ({' '.join(str(error).split())[:300]}); "
-            "upgrade transformers, or choose another model"
+            "copy or download the folder again, upgrade transformers, or choose another model"
         ) from error
+    check_plain_sizes(config.get_text_config().to_dict(), Path(path))
+    return config
 
 
 def _check_kind(lm: PreTrainedModel, path: str) -> None:
@@ -281,6 +289,11 @@ def _check_kind(lm: PreTrainedModel, path: str) -> None:
         )
     if not _uses_interface(lm) or not isinstance(getattr(lm.base_model, "layers", None), nn.ModuleList):
         raise InputError(f"the model in {path} cannot be trained here: {_own_masks(type(lm).__name__)}")
+    if any(getattr(module, "is_causal", True) is False for module in lm.modules()):
+        raise InputError(
+            f"the model in {path} lets a token see those after it (use_bidirectional_attention in its config.json), so that it "
+            "cannot be sampled; choose another model"
+        )
     if strange := set(getattr(lm.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION - _WITH_STATE:
         raise InputError(
             f"the model in {path} has layers of the kind {', '.join(sorted(strange))}, which are not sampled here; choose "
@@ -306,9 +319,8 @@ def _check_rotations(config: Any, path: str, max_seq_len: int | None) -> None:
         )
     rope = getattr(text, "rope_parameters", None) or {}
     for one in [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, Mapping)]:
-        first = (
-            one.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None) or longest
-        )
+        first = one.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        first = first if isinstance(first, int) and first > 0 else longest
         if one.get("rope_type") in ("dynamic", "longrope") and longest > first:
             raise InputError(
                 f"the model in {path} has rotations of the kind {one['rope_type']!r}, which change with the length of a batch "

@@ -15,6 +15,7 @@ from pidistill.errors import InputError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+QUANTIZED = ("I", "U", "F8", "F4", "F6")  # how the types of quantised values begin
 
 
 @dataclass(frozen=True)

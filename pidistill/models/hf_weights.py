@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pidistill.errors import InputError
-from pidistill.models.hf_folder import SINGLE, stored_tensors, weight_files
+from pidistill.models.hf_folder import QUANTIZED, SINGLE, stored_tensors, weight_files
 
 State = dict[str, Tensor]
 _SHARD = "5GB"  # of a folder that came in several files
@@ -27,7 +27,7 @@ def load(folder: Path) -> State:
     """
     from transformers import AutoModelForCausalLM
 
-    from pidistill.models.hf_decoder import HFDecoder, quiet
+    from pidistill.models.hf_decoder import HFDecoder, quiet, read_config
 
     files = weight_files(folder)
     dtypes = {stored.dtype for stored in stored_tensors(folder, files).values()}
@@ -35,7 +35,7 @@ def load(folder: Path) -> State:
     try:
         with quiet(), torch.device("cpu"):
             lm, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
+                folder, config=read_config(folder), dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
             )
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise InputError(
@@ -92,6 +92,11 @@ def stored_names_fit(model: Any, folder: Path, builder: str) -> None:
             "another model: check checkpoint_dir and `model`"
         )
     for name in sorted(common):
+        if stored[name].dtype.startswith(QUANTIZED):
+            raise InputError(
+                f"the weights in {folder} are quantised ({name} is of type {stored[name].dtype}), and training needs them in "
+                "bf16 or fp32; set checkpoint_dir to the unquantised model"
+            )
         if stored[name].shape != wanted[name]:
             raise InputError(
                 f"tensor {name} in {folder / stored[name].file} has shape {list(stored[name].shape)}, and {builder} needs "
@@ -101,6 +106,7 @@ def stored_names_fit(model: Any, folder: Path, builder: str) -> None:
 
 def check_same_model(ours: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path, builder: str) -> None:
     """Refuse a folder whose config.json describes another model than the one that was built, which came from a folder too."""
+    theirs = theirs["text_config"] if isinstance(theirs.get("text_config"), Mapping) else theirs  # of a folder with images too
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
     other = [key for key in keys if key in ours and key in theirs and ours[key] != theirs[key]]
     if other:
@@ -112,10 +118,9 @@ def check_same_model(ours: Mapping[str, Any], theirs: Mapping[str, Any], folder:
 
 
 def _empty_lm(folder: Path, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from pidistill.models.hf_decoder import quiet
+    from pidistill.models.hf_decoder import quiet, read_config
 
     with quiet(), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, **_LOCAL)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(read_config(folder), dtype=dtype, trust_remote_code=False)

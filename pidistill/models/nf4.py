@@ -49,7 +49,8 @@ def give_out_whole_weights(model: nn.Module) -> None:
     for key, hook in list(model._state_dict_hooks.items()):
         if getattr(hook, "func", None) is reparametrize_as_dtype_state_dict_post_hook:
             del model._state_dict_hooks[key]
-            model._register_state_dict_hook(_whole_weights)
+    if any(is_nf4(parameter) for parameter in model.parameters()):
+        model._register_state_dict_hook(_whole_weights)
 
 
 def _whole_weights(module: nn.Module, state_dict: dict[str, Tensor], *_: object) -> None:

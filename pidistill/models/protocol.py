@@ -66,6 +66,8 @@ class OwnKind(Protocol):
     experts: tuple[int, int] | None  # how many experts a token goes through, and how many there are; None without experts
     # The weighted auxiliary loss of the experts' router over the last forward; None where that had no gradient, or no weight.
     router_loss: Tensor | None
+    # Its weight. Where it is positive, a forward takes ``real``: True at tokens, False at padding, None without padding.
+    router_loss_weight: float
 
 
 def head_module(model: Decoder) -> nn.Module:
@@ -103,6 +105,11 @@ def takes_layer_masks(model: nn.Module) -> bool:
 def carried_state(model: nn.Module) -> str | None:
     """Return what goes from token to token beside attention, in words, so that the model takes padded rows alone; or None."""
     return getattr(model, "carried_state", None)
+
+
+def balances_router(model: nn.Module) -> bool:
+    """Return whether a forward of the model also computes the auxiliary loss, for which it is told where padding stands."""
+    return getattr(model, "router_loss_weight", 0.0) > 0
 
 
 def router_loss(model: nn.Module) -> Tensor | None:

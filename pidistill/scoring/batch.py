@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from pidistill.errors import InputError
@@ -85,9 +85,8 @@ class ModelInputs:
     def _packed(self, sequences: list[list[int]], predicted: list[list[int]]) -> ModelInput:
         tree = make_tree(sequences)
         columns = [path[i] for path, indices in zip(tree.columns, predicted, strict=True) for i in indices]
-        # A batch without rollouts is one pad token: all ranks run forward. On CUDA rows are whole blocks; a pad sees itself.
-        length = max(1, len(tree.tokens))
-        length = -(-length // FLEX_BLOCK) * FLEX_BLOCK if self._device.type == "cuda" else length
+        # A batch without rollouts is one pad token: all ranks run forward. A pad sees itself.
+        length = _row_length(max(1, len(tree.tokens)), self._device)
         pads = range(len(tree.tokens), length)
         return ModelInput(
             tokens=self._ids([tree.tokens + [self._pad_id] * len(pads)]),
@@ -96,6 +95,7 @@ class ModelInputs:
             positions=self._ids([tree.positions + [0] * len(pads)]),
             mask=TreeMask(self._ids(tree.ends + [column + 1 for column in pads])),
             depth=max(tree.positions, default=0) + 1,
+            real=_real([len(tree.tokens)], length, self._device),
         )
 
     def _padded(self, sequences: list[list[int]], predicted: list[list[int]]) -> ModelInput:
@@ -104,11 +104,27 @@ class ModelInputs:
         tokens = [s + [self._pad_id] * (length - len(s)) for s in sequences] or [[self._pad_id]]
         rows = [row for row, indices in enumerate(predicted) for _ in indices]
         return ModelInput(
-            self._ids(tokens), self._ids(rows), self._ids([i for indices in predicted for i in indices]), depth=length
+            self._ids(tokens),
+            self._ids(rows),
+            self._ids([i for indices in predicted for i in indices]),
+            depth=length,
+            real=_real([len(s) for s in sequences], length, self._device),
         )
 
     def _ids(self, values: list) -> Int[Tensor, "..."]:
         return torch.tensor(values, dtype=torch.long, device=self._device)
+
+
+def _row_length(tokens: int, device: torch.device) -> int:
+    """Return the length of a packed row: on CUDA it is a whole number of blocks."""
+    return -(-tokens // FLEX_BLOCK) * FLEX_BLOCK if device.type == "cuda" else tokens
+
+
+def _real(lengths: list[int], length: int, device: torch.device) -> Bool[Tensor, "R L"] | None:
+    """Return where no padding stands; None where there is none, or nothing else: an average needs one token."""
+    if not any(lengths) or min(lengths) == length:
+        return None
+    return torch.arange(length, device=device) < torch.tensor(lengths, device=device)[:, None]
 
 
 # ------------------------------------------------------------------------------------------------- rollouts → batch

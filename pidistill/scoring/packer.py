@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from torchtune import utils
 
 from pidistill.distributed.run import Run
-from pidistill.models.empty import shared_empty_model
+from pidistill.models.empty import model_nodes, shared_empty_model
 from pidistill.models.protocol import carried_state
 from pidistill.scoring.batch import BOTH, make_batch, make_tree
 from pidistill.scoring.tree_attention import check_trees
@@ -36,7 +36,7 @@ Item = TypeVar("Item")
 
 def packing_of(cfg: DictConfig) -> str:
     """Return the `packing` of a run: padded rows, whatever the config says, where a model carries a state along its tokens."""
-    states = [carried_state(shared_empty_model(cfg[key])) for key in ("model", "teacher_model") if cfg.get(key)]
+    states = (carried_state(shared_empty_model(node)) for node in model_nodes(cfg).values())
     return "padded" if any(states) else setting(cfg, "packing")
 
 
@@ -51,8 +51,8 @@ class Packer:
     def __init__(self, cfg: DictConfig, run: Run, pad_id: int) -> None:
         self.packing: str = packing_of(cfg)
         self.budget: int = setting(cfg, "micro_batch_tokens")
-        models = [(key, shared_empty_model(cfg[key])) for key in ("model", "teacher_model") if cfg.get(key)]
-        for key, model in models:  # before weights are loaded
+        for key, node in model_nodes(cfg).items():  # before weights are loaded
+            model = shared_empty_model(node)
             if self.packing == "tree":
                 check_trees(model)
             elif setting(cfg, "packing") == "tree" and carried_state(model) and run.is_main:

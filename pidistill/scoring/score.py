@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from pidistill.errors import InputError
 from pidistill.models.offloading import keep_on_device
 from pidistill.models.precision import compute_dtype_of
-from pidistill.models.protocol import Decoder, head_module, logit_cap, router_loss
+from pidistill.models.protocol import Decoder, balances_router, head_module, logit_cap, router_loss
 from pidistill.scoring.equal_views import have_equal_weights, share_equal_views
 from pidistill.scoring.head import ConstantPart, apply_head
 from pidistill.scoring.head_numbers import ScorePlan
@@ -168,9 +168,10 @@ def _forward(model: Decoder, view: ModelInput, use: Callable[[Float[Tensor, "N H
         with keep_on_device():
             return use(model.norm(h[view.rows, view.columns]), _local_weight(model))
 
+    real = {"real": view.real} if balances_router(model) else {}
     if view.mask is None:
         with _unembedding(model, unembed, model.max_seq_len):
-            return model(view.tokens)
+            return model(view.tokens, **real)
     read_trees(model)
     if view.depth > model.max_seq_len:
         raise InputError(
@@ -178,7 +179,7 @@ def _forward(model: Decoder, view: ModelInput, use: Callable[[Float[Tensor, "N H
             "model.max_seq_len, or drop long rows"
         )
     with _unembedding(model, unembed, max(model.max_seq_len, view.tokens.shape[1])):
-        return model(view.tokens, mask=view.mask, input_pos=view.positions)
+        return model(view.tokens, mask=view.mask, input_pos=view.positions, **real)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pidistill.models.nf4 import check_shapes, stored_as_in
 from pidistill.models.offloading import offload_activations
 from pidistill.models.peft_format import with_adapter_dir
 from pidistill.models.precision import add_up_norms_in_fp32, keep_trained_weights_in
+from pidistill.models.progress import show_weights
 from pidistill.models.protocol import Decoder, has_own_names
 from pidistill.teachers import LiveTeacher, RoutedTeacher, Teacher
 from pidistill.training.keys import setting
@@ -102,7 +103,8 @@ def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: b
         else:
             wanted = model.state_dict()
             device = torch.device("cpu") if cpu_offload else run.device
-            tensors = {name: t.to(device, wanted[name].dtype if name in wanted else None) for name, t in state_dict.items()}
+            named = show_weights(state_dict.items(), "placing weights", "tensor")
+            tensors = {name: t.to(device, wanted[name].dtype if name in wanted else None) for name, t in named}
             tensors = {name: _whole_shard(t, wanted.get(name)) for name, t in stored_as_in(model, tensors).items()}
             model.load_state_dict(tensors, strict=True, assign=True)
     except (RuntimeError, KeyError, AttributeError) as error:

@@ -1,8 +1,11 @@
 """Write the log of a run: metrics.jsonl, texts and rollouts, the metric logger, the progress bar and the alarms."""
 
 import json
+import logging
 import math
-from collections.abc import Sequence
+import sys
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from pidistill.distributed.run import Run
 from pidistill.errors import escape_controls
 from pidistill.jsonl import TRAINING_ROLLOUTS, replace_file, write_jsonl
 from pidistill.training.health import Health
+from pidistill.training.logger_tables import log_table
 from pidistill.training.rollout_log import RolloutLog
 from pidistill.training.run_folder import public_config
 from pidistill.types import Batch, Scores
@@ -48,6 +52,8 @@ class MetricsLog:
         if hasattr(self._logger, "log_config"):
             self._logger.log_config(shared_config(cfg))
         self._bar = tqdm(total=last_step, initial=first_step, desc=title, unit="step", mininterval=0.5)
+        self._clear = keep_lines_whole(self._bar)
+        log.addFilter(self._clear)
 
     def write(self, row: dict[str, Any], shown: Sequence[str] = ()) -> None:
         """Append one row, without numbers that are not finite; ``shown`` names those that the progress bar carries."""
@@ -63,6 +69,8 @@ class MetricsLog:
         if self._logger is not None:
             numbers = {grouped(key): value for key, value in row.items() if key != "step" and isinstance(value, int | float)}
             self._logger.log_dict(numbers, step=row["step"])
+            evaluated = [{"metric": name, "value": value} for name, value in numbers.items() if name.startswith("eval/")]
+            log_table(self._logger, "evaluation", evaluated, row["step"])
         self._bar.n = row["step"]
         self._bar.set_postfix({key: f"{row[key]:.3g}" for key in shown if key in row}, refresh=False)
         self._bar.refresh()
@@ -77,15 +85,36 @@ class MetricsLog:
         if not self._active:
             return
         write_jsonl(self.path.with_name("rollouts.jsonl"), [{"step": step} | row for row in rows])
+        if self._logger is not None:
+            log_table(self._logger, "rollouts", rows, step)
         for row in rows:
             shown = f"── step {step} · {row['example']} · {row['view']} · reward {row['reward']:g}\n{row['text']}"
             self._bar.write(escape_controls(shown))
 
     def close(self) -> None:
         if self._active:
+            log.removeFilter(self._clear)
             self._bar.close()
             if self._logger is not None:
                 self._logger.close()
+
+
+def keep_lines_whole(bar: tqdm) -> Callable[[logging.LogRecord], bool]:
+    """Return a filter of the log that takes the bar off the line which a record is about to be written on.
+
+    The bar comes back at its next refresh. In a file, which nothing can be taken off, the record starts a line of its own.
+    """
+    weak = weakref.ref(bar)
+
+    def clear(record: logging.LogRecord) -> bool:
+        if (shown := weak()) is not None and not shown.disable:
+            if sys.stderr.isatty():
+                shown.clear()
+            else:
+                shown.fp.write("\n")
+        return True
+
+    return clear
 
 
 GROUPS = ("eval", "kl", "time", "sampler_mismatch")

@@ -27,7 +27,7 @@ from pidistill.scoring.batch import make_tree
 from pidistill.scoring.packer import Packer, rollout_of
 from pidistill.scoring.score import _forward, score
 from pidistill.scoring.tree_attention import FLEX_BLOCK
-from pidistill.teachers import FrozenTeacher, LiveTeacher, TrustRegionTeacher
+from pidistill.teachers import FrozenTeacher, LiveTeacher, RoutedTeacher, TrustRegionTeacher
 from pidistill.types import Divergence, Example, PromptPair, Rollout, ScoreRequest
 from tests.support.builders import CPU, batch_of, random_rollouts
 
@@ -225,8 +225,28 @@ def test_forwards_of_the_plan_are_those_that_the_scorer_runs(request_, teacher):
     score(trained, batch_of(items, packing="padded"), request_, teacher=own)
     shapes = {"trained": model_shape(on_meta("llama")), "teacher": model_shape(on_meta("qwen3"))}
     names = {shape: name for name, shape in shapes.items()}
-    planned = list_passes(request_, own, shapes["trained"], shapes["teacher"] if own.own_weights else None)
+    planned = list_passes(request_, own, shapes["trained"], {"": shapes["teacher"]} if own.own_weights else {})
     assert [(names[one.model], len(one.views)) for one in planned] == read
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=str)
+def test_forwards_of_several_teachers_are_those_that_the_scorer_runs(request_):
+    """Two teachers with weights of their own, one of them mixed with the trained model, and the trained model itself."""
+    modules = {"trained": BUILDERS["llama"](), "a": BUILDERS["llama"](), "b": BUILDERS["llama"]()}
+    own = RoutedTeacher("domain", {"a": FrozenTeacher(), "b": TrustRegionTeacher(), "live": LiveTeacher()})
+    own.attach(lambda teacher, name: modules[name])
+    items, read = random_rollouts(3), []
+    for item, name in zip(items, own.teachers, strict=True):
+        item.example = Example(name, [], data={"domain": name})
+    for name, module in modules.items():
+        module.register_forward_pre_hook(lambda _, args, name=name: read.append(name))
+    score(modules["trained"], batch_of(items, packing="padded"), request_, teacher=own)
+    shapes = {name: dataclasses.replace(model_shape(on_meta("llama")), parameters=n) for n, name in enumerate(modules)}
+    names = {shape: name for name, shape in shapes.items()}
+    planned = list(list_passes(request_, own, shapes["trained"], {name: shapes[name] for name in "ab"}))
+    assert [names[one.model] for one in planned] == read
+    shares = [one.share for one in planned if one.model is not shapes["trained"]]
+    assert shares == [pytest.approx(1 / 3)] * len(shares)
 
 
 def test_tree_tokens_are_distinct_prefixes_and_pairs_their_lengths():

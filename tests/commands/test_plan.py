@@ -115,6 +115,29 @@ def test_a_second_copy_of_the_weights_is_seen_and_an_adapter_off_teacher_offered
     assert any("AdapterOffTeacher" in offered["change"] for offered in copy["changes"])
 
 
+def test_each_of_several_teachers_is_counted_with_its_own_weights(capsys):
+    copy = numbers(capsys, *OPSD, "teacher._component_=pidistill.teachers.FrozenTeacher")
+    routed = ("teacher._component_=pidistill.teachers.RoutedTeacher", "teacher.key=domain")
+    kinds = {"math": "FrozenTeacher", "code": "LiveTeacher", "chat": "EMATeacher"}
+    named = [f"teacher.teachers.{name}._component_=pidistill.teachers.{kind}" for name, kind in kinds.items()]
+    two = numbers(capsys, *OPSD, *routed, *named[:2])
+    assert two["peak_bytes"] == pytest.approx(copy["peak_bytes"], rel=1e-6)
+    assert two["seconds"]["teacher"] == pytest.approx(copy["seconds"]["teacher"], rel=0.01)  # each reads its half of the rows
+    larger = numbers(capsys, *OPSD, *routed, *named[:2], "teacher_models.math._component_=torchtune.models.qwen2_5.qwen2_5_3b")
+    assert larger["peak_bytes"] - two["peak_bytes"] > (3.08e9 - 494e6) * 2 * 0.98  # in bf16
+    assert larger["seconds"]["teacher"] > 2 * two["seconds"]["teacher"]
+    three = numbers(capsys, *OPSD, *routed, *named)
+    assert three["peak_bytes"] - two["peak_bytes"] == pytest.approx(494e6 * (2 + 2), rel=0.02)  # the average is in fp32
+
+
+def test_a_teacher_on_a_server_has_no_weights_and_no_forward_here(capsys):
+    served = ("teacher._component_=pidistill.scoring.served_teacher.ServedTeacher", "teacher.model=big")
+    here = numbers(capsys, *OPSD, "teacher._component_=pidistill.teachers.FrozenTeacher")
+    there = numbers(capsys, *OPSD, *served, "teacher.base_url=http://localhost:1/v1")
+    assert here["seconds"]["teacher"] > 0.0 == there["seconds"]["teacher"]
+    assert here["peak_bytes"] - there["peak_bytes"] >= 494e6 * 2 * 0.98
+
+
 def test_a_model_whose_positions_are_scaled_has_their_table_counted(capsys):
     """Llama 3's table exists on real devices only: 131,072 positions of 32 pairs in fp32."""
     llama = numbers(capsys, "llama3_2/1B_opsd", *GIVEN)

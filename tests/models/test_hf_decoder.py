@@ -87,6 +87,7 @@ REFUSED = {
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}},
         "change with the length of a batch beyond 64 tokens; set model.max_seq_len=64",
     ),
+    "later tokens": (lambda: make_config("gemma3"), {"use_bidirectional_attention": True}, "lets a token see those after it"),
     "biased head": (
         lambda: transformers.PhiConfig(**SMALL, intermediate_size=32, bos_token_id=None, eos_token_id=None),
         {},
@@ -111,6 +112,42 @@ def test_code_in_a_folder_is_not_run(tmp_path):
     with pytest.raises(InputError, match="transformers cannot read"):
         empty_model(node(unknown))
     assert not (tmp_path / "ran").exists()
+
+
+WRONG = {
+    "hidden_size": ["wide", -1, 0],
+    "num_hidden_layers": [0, 10**7],
+    "num_attention_heads": [0, -2],
+    "vocab_size": [0, 10**30],
+    "layer_types": [["full_attention"] * 3],
+    "query_pre_attn_scalar": [0],
+    "rope_parameters": [7],
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_wrong_value_in_config_json_is_refused_in_one_sentence(key, tmp_path):
+    for value in WRONG[key]:
+        folder = folder_of(make_config("gemma3"), tmp_path, **{key: value})
+        with pytest.raises(InputError, match=r"config\.json|cannot build the model in"):
+            empty_model(node(folder))
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention_2", "nobody/code"])
+def test_a_kernel_that_config_json_names_is_not_loaded(kernel, tmp_path, monkeypatch):
+    """transformers downloads and imports a kernel of such a name where the package kernels is installed."""
+    reference = reference_model("gemma3")
+    reference.save_pretrained(tmp_path / "one")
+    folder = folder_of(reference.config, tmp_path / "one", attn_implementation=kernel, experts_implementation=kernel)
+    asked = []
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda *names, **_: asked.append(names))
+    weights = HFCheckpointer(folder, str(tmp_path / "out"))
+    loaded = weights.load_checkpoint()["model"]
+    weights.save_checkpoint({"model": loaded}, epoch=0)
+    empty_model(node(folder))
+    assert not asked
+    saved = json.loads((tmp_path / "out" / "epoch_0" / "config.json").read_text())
+    assert not any("implementation" in name for name in saved)
 
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
@@ -180,6 +217,56 @@ def test_a_folder_that_lacks_a_weight_is_refused(tmp_path):
     checkpointer = {"_component_": "pidistill.models.HFCheckpointer", "checkpoint_dir": str(tmp_path / "one")}
     with pytest.raises(InputError, match=r"has no tensor model.layers.1.mlp.up_proj.weight"):
         check_fits(empty_model(node(str(tmp_path / "one"))), checkpointer, "from_folder", "checkpointer")
+
+
+def test_the_text_model_of_a_folder_with_images_is_taken_and_saved(tmp_path):
+    """Qwen3.5's folders on the Hub are of this kind: the text model's config and weights are one level down."""
+    config = transformers.Qwen3_5Config(
+        text_config=make_config("qwen3_5, hybrid").to_dict(),
+        vision_config={"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64},
+        tie_word_embeddings=True,
+    )
+    both = transformers.Qwen3_5ForConditionalGeneration(config).eval()
+    both.save_pretrained(tmp_path / "both")
+    model = empty_model(node(str(tmp_path / "both")))
+    checkpointer = {"_component_": "pidistill.models.HFCheckpointer", "checkpoint_dir": str(tmp_path / "both")}
+    check_fits(model, checkpointer, "from_folder", "checkpointer")
+    weights = HFCheckpointer(str(tmp_path / "both"), str(tmp_path / "out"))
+    loaded = weights.load_checkpoint()["model"]
+    assert loaded.keys() == model.state_dict().keys()
+    weights.save_checkpoint({"model": loaded}, epoch=0)
+    check_fits(model, checkpointer | {"checkpoint_dir": str(tmp_path / "out" / "epoch_0")}, "from_folder", "checkpointer")
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "epoch_0").eval()
+    ids = torch.randint(50, (1, 12), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(saved(ids).logits, both(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    reference_model("qwen3_5, hybrid", hidden_size=32).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=r"hidden_size=32.*hidden_size=64; set model.path"):
+        check_fits(model, checkpointer | {"checkpoint_dir": str(tmp_path / "other")}, "from_folder", "checkpointer")
+
+
+def test_quantised_weights_of_the_folder_are_refused_whatever_the_models_folder_says(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for name in ("one", "said", "unsaid"):
+        reference_model("gemma3").save_pretrained(tmp_path / name)
+    model = empty_model(node(str(tmp_path / "one")))
+    folder_of(make_config("gemma3"), tmp_path / "said", quantization_config={"quant_method": "gptq", "bits": 4})
+    path = tmp_path / "unsaid" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, path, metadata={"format": "pt"})
+    for name, kind in (("said", "gptq"), ("unsaid", r"up_proj\.weight is of type F8_E4M3")):
+        checkpointer = {"_component_": "pidistill.models.HFCheckpointer", "checkpoint_dir": str(tmp_path / name)}
+        with pytest.raises(InputError, match=rf"quantised \(.*{kind}.* to the unquantised model"):
+            check_fits(model, checkpointer, "from_folder", "checkpointer")
+
+
+def test_files_that_transformers_would_not_read_are_refused(tmp_path):
+    reference_model("gemma3").save_pretrained(tmp_path / "one")
+    (tmp_path / "one" / "other.safetensors").write_bytes((tmp_path / "one" / "model.safetensors").read_bytes())
+    HFCheckpointer(str(tmp_path / "one"), str(tmp_path / "out"), checkpoint_files=["model.safetensors"])
+    with pytest.raises(InputError, match=r"lists other\.safetensors.*remove checkpointer\.checkpoint_files"):
+        HFCheckpointer(str(tmp_path / "one"), str(tmp_path / "out"), checkpoint_files=["other.safetensors"])
 
 
 def test_buffers_from_the_config_are_those_of_transformers(tmp_path):

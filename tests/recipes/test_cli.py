@@ -179,7 +179,7 @@ def test_the_wheel_holds_recipes_and_configs_inside_the_package(tmp_path):
     source.mkdir()
     for name in ("pidistill", "recipes", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     command = [
         sys.executable,

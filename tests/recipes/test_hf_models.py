@@ -46,7 +46,11 @@ def folders(tmp_path_factory):
         if name not in made:
             made[name] = tmp_path_factory.mktemp("family")
             more = {"vocab_size_per_layer_input": VOCABULARY} if name == "gemma4" else {}
-            reference_model(name, vocab_size=VOCABULARY, **more).save_pretrained(made[name])
+            family = name
+            if name == IN_BLOCKS:
+                family = "qwen3"
+                more = {"hidden_size": 128, "num_key_value_heads": 4, "intermediate_size": 128}
+            reference_model(family, vocab_size=VOCABULARY, **more).save_pretrained(made[name])
         return made[name]
 
     return folder
@@ -84,6 +88,7 @@ def test_a_step_of_both_recipes_is_taken_and_saved_for_transformers(name, folder
     assert float((theirs - first).abs().max()) > 0.01  # the step moved it
 
 
+IN_BLOCKS = "qwen3 with matrices of whole blocks of NF4"
 RESUMED = {
     "mixed precision, checkpointing, EMA": (
         "gemma3",
@@ -98,6 +103,8 @@ RESUMED = {
         "opsd",
         {"teacher": ADAPTER_OFF, **LORA, **MIXED, "model__use_dora": True},
     ),
+    "QLoRA": (IN_BLOCKS, "opsd", {"teacher": ADAPTER_OFF, **LORA, "model__quantize_base": True}),
+    "QLoRA in mixed precision": (IN_BLOCKS, "opsd", {"teacher": EMA, **LORA, **MIXED, "model__quantize_base": True}),
     "sft": ("gemma2, caps", "sft", {}),
 }
 

@@ -23,7 +23,7 @@ def sample(model, prompts, group_size=GROUP, observations=True, **settings):
         turns[row] = turns.get(row, 0) + 1
         return [1 + (row + i) % 30 for i in range(2 + (row + turns[row]) % 3)] if observations and turns[row] < 3 else None
 
-    return TorchtuneSampler(**({"max_new_tokens": 20} | settings)).sample(
+    return TorchtuneSampler(**({"max_new_tokens": 32} | settings)).sample(
         model,
         prompts,
         group_size=group_size,

@@ -74,7 +74,7 @@ def test_a_hybrid_is_refused_in_a_tree():
         our_numbers(decoder, forest(SEED), "tree")
 
 
-@pytest.mark.parametrize("key", ["model", "teacher_model"])
+@pytest.mark.parametrize("key", ["model", "teacher_model", "teacher_models.other"])
 def test_rows_of_a_hybrid_are_padded_by_themselves_which_is_said_once(key, tmp_path, caplog):
     from omegaconf import OmegaConf
 
@@ -85,7 +85,10 @@ def test_rows_of_a_hybrid_are_padded_by_themselves_which_is_said_once(key, tmp_p
         make_config(name).save_pretrained(tmp_path / place)
         nodes[place] = {"_component_": "pidistill.models.from_folder", "path": str(tmp_path / place)}
     run = Run(CPU, torch.float32, 0, 1, 0, tmp_path)
-    packer = Packer(OmegaConf.create(nodes | {"packing": "tree"}), run, pad_id=0)
+    cfg = OmegaConf.create({"packing": "tree"})
+    for place, node in nodes.items():
+        OmegaConf.update(cfg, place, node, force_add=True)
+    packer = Packer(cfg, run, pad_id=0)
     assert packer.packing == "padded"
     assert caplog.text.count("rows are padded instead") == 1 and f"`{key}` has layers that carry a state" in caplog.text
 
@@ -244,6 +247,58 @@ def test_the_auxiliary_loss_is_that_of_transformers_with_its_gradient(checkpoint
     assert relative_difference({n: g for n, g in plain.items() if n in expected}, expected) < 1e-5
     with torch.no_grad():
         assert score(decoder, batch, request).router_loss == 0.0
+
+
+def balance_written_out(router_logits, chosen):
+    """Return experts · Σ_e (assignments to e per token) · (mean probability of e), over the tokens of all layers."""
+    logits = torch.cat(router_logits).double()
+    probabilities, experts = logits.softmax(-1), logits.shape[1]
+    assigned = torch.zeros(experts, dtype=torch.float64)
+    for row in probabilities:
+        for expert in row.topk(chosen).indices:
+            assigned[expert] += 1 / len(logits)
+    return experts * sum(assigned[e] * probabilities[:, e].mean() for e in range(experts))
+
+
+@pytest.mark.parametrize("packing", ["padded", "tree", "tree with padding"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss, sinks and window"])
+def test_the_auxiliary_loss_counts_each_real_token_once(name, packing, monkeypatch):
+    """Rows of several lengths, each read alone in float64; in a tree a shared beginning is read, and counted, once."""
+    rollouts = forest(SEED)
+    decoder, reference = decoder_of(reference_model(name)), reference_model(name).double()
+    reference.set_experts_implementation("eager")
+    if packing == "tree with padding":  # as on CUDA, where rows are whole blocks
+        monkeypatch.setattr("pidistill.scoring.batch._row_length", lambda tokens, device: tokens + 50)
+    decoder.router_loss_weight = 0.3
+    batch = batch_of(rollouts, packing=packing.split()[0])
+    request = ScoreRequest(student_grad=True, teacher_grad=True)
+    view = batch.views.of("student", "teacher")
+    assert (view.real is None) == (packing == "tree")
+    ours = score(decoder, batch, request).router_loss
+    sequences = [(r.prompts.of(v) + r.completion)[:-1] for v in ("student", "teacher") for r in rollouts]
+    found, seen = [], set()
+    for ids in sequences:
+        logits = reference(torch.tensor([ids]), use_cache=False, output_router_logits=True).router_logits
+        new = [i for i in range(len(ids)) if packing == "padded" or tuple(ids[: i + 1]) not in seen]
+        seen |= {tuple(ids[: i + 1]) for i in new}
+        found.append([layer[new] for layer in logits])
+    assert view.tokens.numel() > sum(len(layers[0]) for layers in found) or packing == "tree"
+    expected = 0.3 * balance_written_out([layer for layers in found for layer in layers], 2)
+    torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=2e-6)
+    ours.backward()
+    expected.backward()
+    theirs = {n: g.float() for n, g in gradients(reference).items() if g.abs().max() > 0}
+    assert relative_difference({n: g for n, g in gradients(decoder).items() if n in theirs}, theirs) < 1e-5
+    assert all(float(g.abs().max()) == 0.0 for n, g in gradients(decoder).items() if n not in theirs)
+
+
+def test_the_auxiliary_loss_of_an_empty_batch_has_a_gradient_of_zeros():
+    decoder = decoder_of(reference_model("qwen3_moe"))
+    decoder.router_loss_weight = 0.3
+    scores = score(decoder, batch_of([], packing="padded"), ScoreRequest(student_grad=True, teacher_grad=True))
+    (-scores.student_logprobs + scores.router_loss).sum().backward()
+    assert gradients(decoder)
+    assert all(float(g.abs().max()) == 0.0 for g in gradients(decoder).values())
 
 
 @pytest.mark.slow

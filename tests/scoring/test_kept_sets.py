@@ -15,7 +15,7 @@ from pidistill.scoring.head import apply_head
 from pidistill.scoring.head_numbers import ScorePlan
 from pidistill.scoring.mismatch import MismatchMask
 from pidistill.scoring.score import score
-from pidistill.types import Example, KeptSets, PromptPair, Rollout, ScoreRequest, Scores
+from pidistill.types import Example, KeptSets, PromptPair, Rollout, RolloutAdvantage, ScoreRequest, Scores
 from tests.support.builders import VOCABULARY, batch_of, model, random_rollouts, relative_difference
 from tests.support.oracles import MarkovChain
 from tests.support.siblings import ONE
@@ -236,7 +236,8 @@ def test_masks_equal_their_definition_are_counted_and_take_the_whole_loss(metric
     rows = [[math.exp(x) for x in part.tolist()] for part in gaps.split(lengths)]
     expected = ratios_of(rows, metric, mask.low, mask.high)
     batch.ratio_logprobs = batch.ratio_logprobs.double()
-    mask.weigh(rollouts, batch, batch.ratio_logprobs + gaps, success_threshold=0.5)
+    mask.weigh(rollouts, batch, batch.ratio_logprobs + gaps)
+    mask.mask(rollouts, [RolloutAdvantage(0.0)] * len(rollouts), success_threshold=0.5)
     for r, kept in zip(rollouts, expected, strict=True):
         assert (r.loss_weights or [1.0] * len(kept)) == [float(k) for k in kept]
     flat = [k for kept in expected for k in kept]
@@ -267,9 +268,39 @@ def test_an_outlier_is_masked_alone_at_token_level_and_with_its_rollout_at_seque
         batch = batch_of(fresh)
         trainer = batch.ratio_logprobs.clone()
         trainer[sum(r.policy_tokens for r in fresh[:2])] += 7.0
-        MismatchMask(metric).weigh(fresh, batch, trainer, 1.0)
+        mask = MismatchMask(metric)
+        mask.weigh(fresh, batch, trainer)
+        mask.mask(fresh, [RolloutAdvantage(0.0)] * 4, 1.0)
         assert [r.loss_weights is None for r in fresh] == [True, True, False, True]
         assert fresh[2].loss_weights.count(0.0) == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_mask_by_sign_leaves_out_negative_advantages_with_a_large_mean_of_log_mu_over_pi(seed):
+    """The definition of DeepSeek-V3.2's mask, in Python's floats; with "positive" the same rollouts of the other sign."""
+    generator = torch.Generator().manual_seed(seed)
+    plain = [replace(r, sampled_by="student") for r in random_rollouts(16, seed)]
+    advantages = [RolloutAdvantage(x) for x in torch.randn(16, generator=generator).tolist()]
+    advantages[0], advantages[1] = RolloutAdvantage(0.0), RolloutAdvantage(9.0, tokens=[-1.0] * plain[1].policy_tokens)
+    batch = batch_of(plain)
+    batch.ratio_logprobs = batch.ratio_logprobs.double()
+    lengths = [r.policy_tokens for r in plain]
+    shifts = torch.randn(16, generator=generator, dtype=torch.float64)
+    shifts[:2] = -2.0
+    trainer = batch.ratio_logprobs + shifts.repeat_interleave(torch.tensor(lengths))
+    for only, sign in (("negative", -1.0), ("positive", 1.0)):
+        rollouts = [replace(r) for r in plain]
+        mask = MismatchMask("geometric_mean", low=math.exp(-0.5), high=math.inf, only=only)
+        mask.weigh(rollouts, batch, trainer)
+        mask.mask(rollouts, advantages, 1.0)
+        expected = [
+            (-1.0 if n == 1 else advantages[n].advantage) * sign > 0.0 and -float(shift) > 0.5 for n, shift in enumerate(shifts)
+        ]
+        assert [r.loss_weights == [0.0] * r.policy_tokens for r in rollouts] == expected
+        assert [r.loss_weights is None for r in rollouts] == [not masked for masked in expected]
+        assert any(expected) or only == "positive"
+        assert not expected[0]
+        assert mask.report(ONE)["masked_tokens"] == sum(n for n, masked in zip(lengths, expected, strict=True) if masked)
 
 
 def test_all_tokens_masked_give_a_finite_zero_loss_with_a_graph():
@@ -282,7 +313,11 @@ def test_all_tokens_masked_give_a_finite_zero_loss_with_a_graph():
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
-    [({"metric": "mean"}, "mismatch_mask.metric=mean is unknown"), ({"low": 2.0}, "must satisfy 0 <= low <= 1 <= high")],
+    [
+        ({"metric": "mean"}, "mismatch_mask.metric=mean is unknown"),
+        ({"low": 2.0}, "must satisfy 0 <= low <= 1 <= high"),
+        ({"only": "neg"}, "mismatch_mask.only=neg is unknown; choose all, negative or positive"),
+    ],
 )
 def test_masks_that_would_mask_agreement_are_refused(settings, sentence):
     with pytest.raises(InputError, match=sentence):

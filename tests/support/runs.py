@@ -173,7 +173,7 @@ def pidistill_command(*arguments: str) -> list[str]:
     return [str(Path(sys.executable).parent / "pidistill"), *arguments]
 
 
-def shell(command: Sequence[str], cwd: Path = ROOT, timeout_s: float = 120, **variables: str) -> subprocess.CompletedProcess:
+def shell(command: Sequence[str], cwd: Path = ROOT, timeout_s: float = 600, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         command, cwd=cwd, env=environment(**variables), capture_output=True, text=True, timeout=timeout_s, check=False
     )

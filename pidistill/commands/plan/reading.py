@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,7 +20,8 @@ from pidistill.errors import InputError
 from pidistill.models.empty import empty_model
 from pidistill.scoring.packer import packing_of
 from pidistill.scoring.score import list_forwards
-from pidistill.teachers import EMATeacher, LiveTeacher, Teacher, TrustRegionTeacher
+from pidistill.scoring.served_teacher import ServedTeacher, without_served
+from pidistill.teachers import EMATeacher, LiveTeacher, RoutedTeacher, Teacher, TrustRegionTeacher
 from pidistill.training.keys import COMMON_KEYS, ROUND_KEYS, setting
 from pidistill.training.optimizers import cpu_offload
 from pidistill.training.rounds import RoundSizes
@@ -54,13 +55,13 @@ def setup_of(cfg: DictConfig, ranks: int, device: str) -> Setup:
     objective = build(cfg.objective) if cfg.get("objective") else None
     request = objective.score_request(0) if objective else SFT_REQUEST
     behaviour = objective.behaviour_request() if objective else None
-    other = shape_of(cfg.get("teacher_model") or cfg.model, dtype_of(cfg)) if teacher.own_weights else None
+    own = _teacher_shapes(cfg, teacher)
     return Setup(
         model=model,
-        update=tuple(list_passes(request, teacher, model, other)),
-        behaviour=tuple(list_passes(behaviour, teacher, model, other)) if behaviour else (),
-        teacher_bytes=other.weights_bytes if other else 0.0,
-        average_elements=model.trained if isinstance(teacher, EMATeacher) else 0,
+        update=tuple(list_passes(request, teacher, model, own)),
+        behaviour=tuple(list_passes(behaviour, teacher, model, own)) if behaviour else (),
+        teacher_bytes=sum(shape.weights_bytes for shape in own.values()),
+        average_elements=model.trained * sum(isinstance(one, EMATeacher) for one in by_name(teacher).values()),
         state_bytes=_state_bytes(cfg.optimizer, trained.itemsize),
         mixed=mixed,
         ranks=ranks,
@@ -72,14 +73,35 @@ def setup_of(cfg: DictConfig, ranks: int, device: str) -> Setup:
     )
 
 
-def list_passes(request: ScoreRequest, teacher: Teacher, model: ModelShape, other: ModelShape | None) -> Iterator[Pass]:
-    """Yield the scorer's forwards of ``request``, each with the model that computes it."""
-    forwards = list_forwards(request, live_teacher=teacher.live)
+def by_name(teacher: Teacher) -> Mapping[str, Teacher]:
+    """Return the teachers of a RoutedTeacher by name; any other teacher under the name ""."""
+    return teacher.teachers if isinstance(teacher, RoutedTeacher) else {"": teacher}
+
+
+def _teacher_shapes(cfg: DictConfig, teacher: Teacher) -> dict[str, ModelShape]:
+    """Return the sizes of each teacher that has weights beside the trained model's, by name."""
+    nodes = {"": cfg.get("teacher_model")} | {str(name): node for name, node in (cfg.get("teacher_models") or {}).items()}
+    named = by_name(teacher).items()
+    return {name: shape_of(nodes.get(name) or cfg.model, dtype_of(cfg)) for name, one in named if one.own_weights}
+
+
+def list_passes(request: ScoreRequest, teacher: Teacher, model: ModelShape, own: Mapping[str, ModelShape]) -> Iterator[Pass]:
+    """Yield the scorer's forwards of ``request``, each with the model that computes it.
+
+    ``own`` has the teachers with weights beside the trained ones, by name. What a server computes is no forward of this run,
+    and each of several teachers is taken to read the same share of the rows.
+    """
+    if isinstance(teacher, ServedTeacher):
+        request = without_served(request)
+    forwards, teachers = list_forwards(request, live_teacher=teacher.live), by_name(teacher)
     yield from (Pass(model, (view,)) for view in forwards.constant)
     if forwards.given is not None:
-        yield Pass(other or model, ("teacher",))
-        if isinstance(teacher, TrustRegionTeacher) and "teacher" not in forwards.called:  # its other part: the trained model
-            yield Pass(model, ("teacher",))
+        share, needed = 1.0 / len(teachers), "teacher" not in forwards.called  # else the trained model's forward is at hand
+        for name, one in teachers.items():
+            if needed or not one.live:
+                yield Pass(own.get(name, model), ("teacher",), share=share)
+            if isinstance(one, TrustRegionTeacher) and needed:  # its other part: the trained model
+                yield Pass(model, ("teacher",), share=share)
     if forwards.called:
         yield Pass(model, forwards.called, forwards.gradient)
 

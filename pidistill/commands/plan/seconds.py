@@ -24,7 +24,7 @@ def seconds(setup: Setup, work: Workload, device: Device) -> dict[str, float]:
     constants += [(one, work.updates, work.trained_groups) for one in setup.constant_passes]
     for one, times, groups in constants:
         tokens = count_tokens(work, one.views, groups)
-        result["teacher"] += times * _forward_s(one.model, tokens, device)
+        result["teacher"] += times * one.share * _forward_s(one.model, tokens, device)
         result["head"] += times * _head_s(one, tokens, device)
     one = setup.trained_pass
     tokens = count_tokens(work, one.views, work.trained_groups)

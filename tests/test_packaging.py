@@ -1,0 +1,92 @@
+"""Test what a package index and an installer get: the readme's links, the version of the git tags, sdist and wheel."""
+
+import email
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+readme_for_index = runpy.run_path(str(ROOT / "setup.py"))["readme_for_index"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RELATIVE = re.compile(r"\]\((?!https?:)[^)]*\)")
+
+
+def test_relative_links_lead_to_the_source_and_others_stay():
+    text = "[page](docs/a.md#part) ![picture](docs/b.png) [web](https://x.org/y) [here](#top)"
+    assert readme_for_index(text, "https://forge/o/p/") == (
+        "[page](https://forge/o/p/blob/HEAD/docs/a.md#part) ![picture](https://forge/o/p/raw/HEAD/docs/b.png) "
+        "[web](https://x.org/y) [here](#top)"
+    )
+
+
+def test_without_a_source_the_words_of_relative_links_stay_and_pictures_go():
+    text = "[page](docs/a.md) ![picture](docs/b.png) [web](https://x.org/y)"
+    assert readme_for_index(text, None) == "page  [web](https://x.org/y)"
+
+
+@pytest.mark.parametrize("source", ["https://forge/o/p", None])
+def test_no_link_of_the_packaged_readme_is_relative(source):
+    assert len(RELATIVE.findall(README)) > 8
+    assert not RELATIVE.findall(readme_for_index(README, source))
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    # What the machine's git is set to, and a checkout around the folder, change nothing.
+    environment = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1"} | environment
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+BUILD = "import sys, setuptools.build_meta as b; getattr(b, sys.argv[1])(sys.argv[2])"
+
+
+def build_sdist(source: Path, into: Path) -> tuple[email.message.Message, Path, list[str]]:
+    """Return the metadata, the file and the names in it."""
+    run(sys.executable, "-c", BUILD, "build_sdist", str(into), cwd=source)
+    (path,) = into.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+        metadata = archive.extractfile(f"{path.name.removesuffix('.tar.gz')}/PKG-INFO").read().decode()
+    return email.message_from_string(metadata), path, names
+
+
+@pytest.mark.slow
+def test_the_sdist_has_the_version_of_the_tag_and_installs_without_git(tmp_path):
+    pytest.importorskip("setuptools_scm", reason="setuptools-scm, of the extra test, is not installed")
+    source = tmp_path / "source"
+    outside = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "runs", "site", "build", "dist")
+    shutil.copytree(ROOT, source, ignore=outside)
+
+    metadata, _, names = build_sdist(source, tmp_path / "plain")
+    assert metadata["Version"] == "0.1.dev0"  # neither tag nor git
+    assert {"recipes/opsd_distributed.py", "configs/tiny/opsd.yaml", "pidistill/py.typed", "setup.py"} <= set(names)
+
+    shutil.rmtree(source / "pidistill.egg-info")
+    who = ("-c", "user.name=n", "-c", "user.email=e@x")
+    for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "All"]):
+        run("git", *words, cwd=source)
+    metadata, _, _ = build_sdist(source, tmp_path / "untagged")
+    assert re.fullmatch(r"0\.1\.dev1\+g\w+", metadata["Version"])
+    run("git", *who, "tag", "v9.8.7", cwd=source)
+    metadata, path, names = build_sdist(source, tmp_path / "tagged")
+    assert metadata["Version"] == "9.8.7"
+    assert metadata["Description-Content-Type"] == "text/markdown" and "privileged information" in metadata.get_payload()
+    assert not RELATIVE.findall(metadata.get_payload())
+    assert {"recipes/opsd_distributed.py", "configs/tiny/opsd.yaml", "docs/running.md", "tests/test_packaging.py"} <= set(names)
+
+    # The wheel of the sdist, made and installed where no checkout is.
+    installed = tmp_path / "installed"
+    flags = ("--no-deps", "--no-build-isolation", "--no-index", "-q")
+    run(sys.executable, "-m", "pip", "install", *flags, "--target", str(installed), str(path), cwd=tmp_path)
+    program = "import sys, pidistill.commands.main as m; print(m.__file__); m.main()"
+    for words, expected in ((["--version"], "pidistill 9.8.7"), (["ls"], "tiny/pi_distill")):
+        shown = run(sys.executable, "-c", program, *words, cwd=tmp_path, PYTHONPATH=str(installed))
+        assert str(installed) in shown and expected in shown

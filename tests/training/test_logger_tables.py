@@ -1,0 +1,95 @@
+"""Test that rollouts and evaluations reach metric loggers as tables, in the calls of each library's own interface."""
+
+import re
+from html import unescape
+from types import SimpleNamespace
+from unittest.mock import MagicMock, create_autospec
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torchtune.training.metric_logging import CometLogger, MLFlowLogger, TensorBoardLogger, WandBLogger
+
+from pidistill.distributed.run import Run
+from pidistill.training.logger_tables import log_table, markdown_table
+from pidistill.training.metrics_log import MetricsLog
+
+ROWS = [
+    {"example": "row 1", "view": "student", "reward": 0.5, "reward_parts": {"right": 0.5}, "text": "<b>|`x`\nend\x1b[0m"},
+    {"example": "row 2", "view": "teacher", "reward": 1, "text": "fine"},
+]
+COLUMNS = ["example", "view", "reward", "reward_parts", "text"]
+CELLS = [["row 1", "student", 0.5, "{'right': 0.5}", "<b>|`x`\nend\x1b[0m"], ["row 2", "teacher", 1, None, "fine"]]
+
+
+def holding(kind, **held):
+    """Return a logger of torchtune's class, made without its service: what it holds is given."""
+    logger = kind.__new__(kind)
+    logger.__dict__.update(held)
+    return logger
+
+
+def test_a_table_of_wandb_goes_to_its_run_with_the_step_of_its_numbers():
+    wandb = MagicMock()
+    log_table(holding(WandBLogger, _wandb=wandb), "rollouts", ROWS, 7)
+    wandb.Table.assert_called_once_with(columns=COLUMNS, data=CELLS)
+    wandb.log.assert_called_once_with({"rollouts": wandb.Table.return_value, "global_step": 7})
+
+
+def test_a_table_of_mlflow_is_a_file_per_step():
+    mlflow = MagicMock()
+    log_table(holding(MLFlowLogger, _mlflow=mlflow, _run_id="r1", rank=0), "rollouts", ROWS, 7)
+    data = dict(zip(COLUMNS, map(list, zip(*CELLS, strict=True)), strict=True))
+    mlflow.log_table.assert_called_once_with(data, artifact_file="rollouts/step_7.json", run_id="r1")
+
+
+def test_a_table_of_comet_is_a_file_per_step():
+    def log_table_of_comet(filename, tabular_data=None, headers=False, **format_kwargs): ...
+
+    experiment = SimpleNamespace(log_table=create_autospec(log_table_of_comet), end=lambda: None)
+    log_table(holding(CometLogger, experiment=experiment), "rollouts", ROWS, 7)
+    experiment.log_table.assert_called_once_with("rollouts_step_7.csv", tabular_data=CELLS, headers=COLUMNS)
+
+
+@pytest.mark.parametrize("kind, held", [(WandBLogger, {"_wandb": MagicMock(run=None)}), (TensorBoardLogger, {"_writer": None})])
+def test_a_logger_of_another_rank_gets_no_table(kind, held):
+    log_table(holding(kind, **held), "rollouts", ROWS, 7)
+    if "_wandb" in held:
+        assert not held["_wandb"].log.called
+
+
+def test_a_logger_of_ones_own_gets_the_rows_and_one_without_the_method_none():
+    own = MagicMock(spec=["log_table"])
+    log_table(own, "rollouts", ROWS, 7)
+    own.log_table.assert_called_once_with("rollouts", ROWS, 7)
+    log_table(object(), "rollouts", ROWS, 7)
+    log_table(own, "evaluation", [], 7)
+    assert own.log_table.call_count == 1
+
+
+def test_what_a_model_wrote_is_text_in_markdown():
+    lines = markdown_table(COLUMNS, CELLS).split("\n")
+    assert len(lines) == 2 + len(ROWS) and all(line.count("|") == 1 + len(COLUMNS) for line in lines)
+    assert "<b>" not in lines[2] and "\x1b" not in lines[2]
+    assert unescape(lines[2].split(" | ")[-1].removesuffix(" |")) == r"<b>|`x`<br>end\x1b[0m"
+
+
+def test_tensorboard_shows_rollouts_and_evaluation(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger = {"_component_": "torchtune.training.metric_logging.TensorBoardLogger", "log_dir": str(tmp_path / "log")}
+    cfg = OmegaConf.create({"output_dir": str(tmp_path), "metric_logger": logger | {"organize_logs": False}})
+    run = Run(torch.device("cpu"), torch.float32, 0, 1, 0, tmp_path)
+    log = MetricsLog(cfg, run, first_step=0, last_step=9, title="test")
+    log.write({"step": 3, "loss": 1.0, "eval_student_success": 0.25})
+    log.texts(3, ROWS)
+    log.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "log"))
+    events.Reload()
+    assert {"rollouts/text_summary", "evaluation/text_summary"} <= set(events.Tags()["tensors"])
+    shown = {}
+    for name in ("rollouts", "evaluation"):
+        (event,) = events.Tensors(f"{name}/text_summary")
+        assert event.step == 3
+        shown[name] = unescape(event.tensor_proto.string_val[0].decode())
+    assert "fine" in shown["rollouts"] and re.search(r"eval/student_success \| 0\.25", shown["evaluation"])
+    assert "loss" not in shown["evaluation"]
