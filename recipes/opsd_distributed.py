@@ -27,7 +27,7 @@ from pidistill.distributed.run import Timer
 from pidistill.losses.reductions import token_mean
 from pidistill.privileged.hindsight import add_hindsight
 from pidistill.rollouts import rollout_seed
-from pidistill.scoring.mismatch import load_mismatch
+from pidistill.scoring.mismatch import apply_mask, load_mismatch
 from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score
 from pidistill.teachers import LiveTeacher, Teacher
@@ -76,7 +76,7 @@ class OPSDRecipe:
         self._supervised = SupervisedTerm(cfg, self._run, self._data, self._packer, self._timer)
         self._evaluation = Evaluation(cfg, self._run, self._data, self._collect)
         self._texts = TextSamples(cfg, self._run, self._data, self._collect)
-        self._completions = row_completions(self._data) if self._objective.on_policy_frac < 1.0 else []
+        self._completions = row_completions(self._data, self._sampler.temperature) if self._objective.on_policy_frac < 1 else []
         must_match = self._round_sizes.must_match | {"rows": len(self._data.prompts)}
         self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_, must_match=must_match)
         self._teacher = build_teacher(cfg, [example for example, _ in self._data.prompts])
@@ -101,7 +101,7 @@ class OPSDRecipe:
             before = self._step
             rollouts = self.sample_round()
             self.score_behaviour(rollouts)
-            advantages = self._objective.advantages(rollouts, self._step)
+            advantages = apply_mask(self._corrections, rollouts, self._objective.advantages(rollouts, self._step))
             report = round_report(self._run, self._data, rollouts, advantages, self._counts, self._corrections)
             for minibatch in self._round_sizes.minibatches(list(zip(rollouts, advantages, strict=True))):
                 self.update(minibatch, report)

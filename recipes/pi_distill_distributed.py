@@ -21,7 +21,7 @@ from pidistill.data import epoch_order, load_prompts
 from pidistill.distributed.run import Timer
 from pidistill.losses.reductions import token_mean
 from pidistill.rollouts import rollout_seed
-from pidistill.scoring.mismatch import load_mismatch
+from pidistill.scoring.mismatch import apply_mask, load_mismatch
 from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score
 from pidistill.teachers import LiveTeacher, Teacher
@@ -91,7 +91,7 @@ class PiDistillRecipe:
             before = self._step
             rollouts = self.sample_round()
             self.score_behaviour(rollouts)
-            advantages = self._objective.advantages(rollouts, self._step)
+            advantages = apply_mask(self._corrections, rollouts, self._objective.advantages(rollouts, self._step))
             report = round_report(self._run, self._data, rollouts, advantages, self._counts, self._corrections)
             for minibatch in self._round_sizes.minibatches(list(zip(rollouts, advantages, strict=True))):
                 self.update(minibatch, report)

@@ -18,6 +18,7 @@ trainer's policy under the weights that sampled, in the view that sampled:
 
 import math
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -31,7 +32,7 @@ from pidistill.losses.estimators import k1, k3
 from pidistill.losses.reductions import sum_by_rollout
 from pidistill.rollouts import Sampler
 from pidistill.scoring.batch import policy_positions
-from pidistill.types import Batch, Rollout, ScoreRequest, Scores, ViewName
+from pidistill.types import Batch, Rollout, RolloutAdvantage, RolloutKey, ScoreRequest, Scores, ViewName
 
 DEFAULT_LIMIT_NATS = 0.1
 """The default limit of the mean |Δ| per token.
@@ -244,9 +245,12 @@ class MismatchMask:
         metric: of r = π/μ: "ratio" masks single tokens (IcePop); "geometric_mean", "product", "mean_error" (the mean of
             exp|log r|) and "any_ratio" (one token outside) mask whole rollouts.
         low, high: what is kept; null is the published bound of the metric, see :data:`MASKS`.
+        only: "negative" or "positive" masks only tokens whose advantage from the reward has this sign, "all" any token.
+            DeepSeek-V3.2 (arXiv 2512.02556) masks rollouts of negative advantage whose mean log(μ/π) is above a bound of, for
+            example, 0.5: ``metric="geometric_mean", low=exp(-0.5), high=inf, only="negative"``.
     """
 
-    def __init__(self, metric: str = "ratio", low: float | None = None, high: float | None = None) -> None:
+    def __init__(self, metric: str = "ratio", low: float | None = None, high: float | None = None, only: str = "all") -> None:
         if metric not in MASKS:
             raise InputError(f"mismatch_mask.metric={metric} is unknown; choose {', '.join(MASKS)}")
         self.metric, (self.level, least, most) = metric, MASKS[metric]
@@ -256,19 +260,34 @@ class MismatchMask:
                 f"mismatch_mask.low={self.low} and high={self.high} must satisfy 0 <= low <= 1 <= high: where sampler and "
                 f"trainer agree the {metric} is 1"
             )
+        if only not in ("all", "negative", "positive"):
+            raise InputError(f"mismatch_mask.only={only} is unknown; choose all, negative or positive")
+        self.only = only
         self._sums: dict[str, float] = {}
+        self._kept: WeakKeyDictionary[RolloutKey, list[bool]] = WeakKeyDictionary()
 
-    def weigh(self, rollouts: Sequence[Rollout], batch: Batch, trainer: Float[Tensor, " N"], success_threshold: float) -> None:
-        """Write 0 into ``loss_weights`` of what is masked, and count it."""
+    def weigh(self, rollouts: Sequence[Rollout], batch: Batch, trainer: Float[Tensor, " N"]) -> None:
+        """Note what lies inside the bounds, under the weights that sampled."""
         kept = mismatch_kept(trainer, batch.ratio_logprobs, batch.rollout_index, self.metric, self.low, self.high)
         for rollout, keep in zip(rollouts, kept.split([rollout.policy_tokens for rollout in rollouts]), strict=True):
-            masked, succeeded = int((~keep).sum()), (rollout.task_reward or 0.0) >= success_threshold
+            self._kept[rollout.key] = keep.tolist()
+
+    def mask(self, rollouts: Sequence[Rollout], advantages: Sequence[RolloutAdvantage], success_threshold: float) -> None:
+        """Write 0 into ``loss_weights`` of what is masked, and count it; once per round, when its advantages are known."""
+        for rollout, advantage in zip(rollouts, advantages, strict=True):
+            inside = self._kept[rollout.key]
+            values = advantage.tokens or [advantage.advantage] * len(inside)
+            keep = [kept or not self._applies_to(value) for kept, value in zip(inside, values, strict=True)]
+            masked, succeeded = keep.count(False), (rollout.task_reward or 0.0) >= success_threshold
             if masked:
                 weights = rollout.loss_weights or [1.0] * len(keep)
-                rollout.loss_weights = [weight * float(k) for weight, k in zip(weights, keep.tolist(), strict=True)]
+                rollout.loss_weights = [weight * float(k) for weight, k in zip(weights, keep, strict=True)]
             counts = {"masked_tokens": masked, "masked_rollouts": masked > 0, "masked_successes": masked > 0 and succeeded}
             for name, value in (counts | {"_successes": succeeded}).items():
                 self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def _applies_to(self, advantage: float) -> bool:
+        return {"all": True, "negative": advantage < 0.0, "positive": advantage > 0.0}[self.only]
 
     def report(self, run: Run) -> dict[str, float]:
         """Return counts since the last report, over all ranks, and the share of the round's successes that they hold."""
@@ -314,22 +333,31 @@ class Corrections:
     def __init__(
         self, importance: TruncatedImportanceWeights | None, mask: MismatchMask | None, success_threshold: float = 1.0
     ) -> None:
-        self.importance, self.mask, self._success_threshold = importance, mask, success_threshold
+        self.importance, self.mask, self.success_threshold = importance, mask, success_threshold
 
     def request(self, *views: ViewName) -> ScoreRequest:
         """Return what :meth:`weigh` needs of a batch: log-probs in the views that sampled."""
         return ScoreRequest(student_grad=False, teacher_grad=False, views=views, entropy=False)
 
     def weigh(self, rollouts: Sequence[Rollout], batch: Batch, scores: Scores) -> None:
-        """Write importance weights and masks onto each of the batch's rollouts, before the first update after sampling."""
+        """Write importance weights onto each of the batch's rollouts and note its mismatch, before the round's first update."""
         if self.importance is not None:
             self.importance.weigh(rollouts, batch, scores)
         if self.mask is not None:
-            self.mask.weigh(rollouts, batch, logprobs_of_samplers(rollouts, batch, scores), self._success_threshold)
+            self.mask.weigh(rollouts, batch, logprobs_of_samplers(rollouts, batch, scores))
 
     def report(self, run: Run) -> dict[str, float]:
         """Return metrics since the last report, over all ranks."""
         return {name: x for part in (self.importance, self.mask) if part is not None for name, x in part.report(run).items()}
+
+
+def apply_mask(
+    corrections: Corrections | None, rollouts: Sequence[Rollout], advantages: list[RolloutAdvantage]
+) -> list[RolloutAdvantage]:
+    """Write `mismatch_mask` onto the round's rollouts, once the signs of their advantages are known; return the advantages."""
+    if corrections is not None and corrections.mask is not None:
+        corrections.mask.mask(rollouts, advantages, corrections.success_threshold)
+    return advantages
 
 
 def load_mismatch(cfg: DictConfig, run: Run, sampler: Sampler, view: ViewName) -> tuple[MismatchMeter, "Corrections | None"]:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from pidistill.scoring.head import apply_head
 from pidistill.scoring.head_numbers import ScorePlan
 from pidistill.scoring.mismatch import MismatchMask
 from pidistill.scoring.score import score
-from pidistill.types import Example, KeptSets, PromptPair, Rollout, ScoreRequest, Scores
+from pidistill.types import Example, KeptSets, PromptPair, Rollout, RolloutAdvantage, ScoreRequest, Scores
 from tests.support.builders import VOCABULARY, batch_of, model, random_rollouts, relative_difference
 from tests.support.oracles import MarkovChain
 from tests.support.siblings import ONE
@@ -71,11 +72,10 @@ def expected(chain, kept, rewards, objective, replay: bool, step_scores=None) ->
     return chain.gradient(expectation)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_replay_has_the_exact_gradient_of_the_truncated_policy_and_without_it_there_is_another(seed):
+def three_gradients(seed: int, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The exact gradient of the truncated policy's expected reward, and GRPO's with and without replay."""
     chain = MarkovChain.seeded(seed, sampler="student", vocabulary=5)
-    kept = kept_of(chain, 3, 0.8)
-    assert 1 <= int(kept.sum(-1).min()) < 5
+    kept = kept_of(chain, top_k, top_p)
     generator = torch.Generator().manual_seed(seed)
     rewards = {y: float(torch.randn(1, generator=generator, dtype=torch.float64)) for y in chain.sequences()}
 
@@ -86,11 +86,29 @@ def test_replay_has_the_exact_gradient_of_the_truncated_policy_and_without_it_th
             for y in sequences_of(chain, kept)
         )
 
-    truth = chain.gradient(value)
-    ours = expected(chain, kept, rewards, GRPO(clip_low=0.0, clip_high=1e9), replay=True)
+    objective = GRPO(clip_low=0.0, clip_high=1e9)
+    with_replay, without = (expected(chain, kept, rewards, objective, replay=replay) for replay in (True, False))
+    return chain.gradient(value), with_replay, without
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_replay_has_the_exact_gradient_of_the_truncated_policy_and_without_it_there_is_another(seed):
+    kept = kept_of(MarkovChain.seeded(seed, sampler="student", vocabulary=5), 3, 0.8)
+    assert 1 <= int(kept.sum(-1).min()) < 5
+    truth, ours, ignored = three_gradients(seed, 3, 0.8)
     torch.testing.assert_close(ours, truth, atol=1e-10, rtol=1e-9)
-    ignored = expected(chain, kept, rewards, GRPO(clip_low=0.0, clip_high=1e9), replay=False)
     assert (ignored - truth).norm() > 0.05 * truth.norm()
+
+
+@pytest.mark.slow(reason="the test above holds the gradients; this one holds the figures of docs/methods.md")
+@pytest.mark.parametrize(("top_k", "least", "median", "most"), [(5, 0.12, 0.22, 0.47), (3, 0.22, 0.35, 0.60)])
+def test_without_replay_the_gradient_is_off_by_what_the_documentation_says(top_k, least, median, most):
+    errors = []
+    for seed in range(16):
+        truth, _, ignored = three_gradients(seed, top_k, 0.8)
+        errors.append(float((ignored - truth).norm() / truth.norm()))
+    found = [min(errors), statistics.median_low(errors), max(errors)]
+    assert found == pytest.approx([least, median, most], abs=0.005)
 
 
 @pytest.mark.parametrize("objective", [OPD(), OPDPPO(clip_low=0.0, clip_high=1e9, no_pi="distill")], ids=["opd", "opd_ppo"])
@@ -236,7 +254,8 @@ def test_masks_equal_their_definition_are_counted_and_take_the_whole_loss(metric
     rows = [[math.exp(x) for x in part.tolist()] for part in gaps.split(lengths)]
     expected = ratios_of(rows, metric, mask.low, mask.high)
     batch.ratio_logprobs = batch.ratio_logprobs.double()
-    mask.weigh(rollouts, batch, batch.ratio_logprobs + gaps, success_threshold=0.5)
+    mask.weigh(rollouts, batch, batch.ratio_logprobs + gaps)
+    mask.mask(rollouts, [RolloutAdvantage(0.0)] * len(rollouts), success_threshold=0.5)
     for r, kept in zip(rollouts, expected, strict=True):
         assert (r.loss_weights or [1.0] * len(kept)) == [float(k) for k in kept]
     flat = [k for kept in expected for k in kept]
@@ -267,9 +286,39 @@ def test_an_outlier_is_masked_alone_at_token_level_and_with_its_rollout_at_seque
         batch = batch_of(fresh)
         trainer = batch.ratio_logprobs.clone()
         trainer[sum(r.policy_tokens for r in fresh[:2])] += 7.0
-        MismatchMask(metric).weigh(fresh, batch, trainer, 1.0)
+        mask = MismatchMask(metric)
+        mask.weigh(fresh, batch, trainer)
+        mask.mask(fresh, [RolloutAdvantage(0.0)] * 4, 1.0)
         assert [r.loss_weights is None for r in fresh] == [True, True, False, True]
         assert fresh[2].loss_weights.count(0.0) == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_mask_by_sign_leaves_out_negative_advantages_with_a_large_mean_of_log_mu_over_pi(seed):
+    """The definition of DeepSeek-V3.2's mask, in Python's floats; with "positive" the same rollouts of the other sign."""
+    generator = torch.Generator().manual_seed(seed)
+    plain = [replace(r, sampled_by="student") for r in random_rollouts(16, seed)]
+    advantages = [RolloutAdvantage(x) for x in torch.randn(16, generator=generator).tolist()]
+    advantages[0], advantages[1] = RolloutAdvantage(0.0), RolloutAdvantage(9.0, tokens=[-1.0] * plain[1].policy_tokens)
+    batch = batch_of(plain)
+    batch.ratio_logprobs = batch.ratio_logprobs.double()
+    lengths = [r.policy_tokens for r in plain]
+    shifts = torch.randn(16, generator=generator, dtype=torch.float64)
+    shifts[:2] = -2.0
+    trainer = batch.ratio_logprobs + shifts.repeat_interleave(torch.tensor(lengths))
+    for only, sign in (("negative", -1.0), ("positive", 1.0)):
+        rollouts = [replace(r) for r in plain]
+        mask = MismatchMask("geometric_mean", low=math.exp(-0.5), high=math.inf, only=only)
+        mask.weigh(rollouts, batch, trainer)
+        mask.mask(rollouts, advantages, 1.0)
+        expected = [
+            (-1.0 if n == 1 else advantages[n].advantage) * sign > 0.0 and -float(shift) > 0.5 for n, shift in enumerate(shifts)
+        ]
+        assert [r.loss_weights == [0.0] * r.policy_tokens for r in rollouts] == expected
+        assert [r.loss_weights is None for r in rollouts] == [not masked for masked in expected]
+        assert any(expected) or only == "positive"
+        assert not expected[0]
+        assert mask.report(ONE)["masked_tokens"] == sum(n for n, masked in zip(lengths, expected, strict=True) if masked)
 
 
 def test_all_tokens_masked_give_a_finite_zero_loss_with_a_graph():
@@ -282,7 +331,11 @@ def test_all_tokens_masked_give_a_finite_zero_loss_with_a_graph():
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
-    [({"metric": "mean"}, "mismatch_mask.metric=mean is unknown"), ({"low": 2.0}, "must satisfy 0 <= low <= 1 <= high")],
+    [
+        ({"metric": "mean"}, "mismatch_mask.metric=mean is unknown"),
+        ({"low": 2.0}, "must satisfy 0 <= low <= 1 <= high"),
+        ({"only": "neg"}, "mismatch_mask.only=neg is unknown; choose all, negative or positive"),
+    ],
 )
 def test_masks_that_would_mask_agreement_are_refused(settings, sentence):
     with pytest.raises(InputError, match=sentence):
