@@ -16,12 +16,14 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from measure import print_table
 from omegaconf import OmegaConf
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -65,9 +67,12 @@ def main() -> None:
         if arguments.layers:
             arguments.folder = str(first_layers(Path(arguments.folder), Path(folder), arguments.layers))
         batches = [batch_of(text, arguments, device) for text in TEXTS]
-        moved = {precision: displacement(arguments, precision, batches, device) for precision in PRECISIONS}
+        moved = {}
+        for precision in PRECISIONS:
+            moved[precision] = Path(folder) / f"{precision}.safetensors"
+            save_displacement(moved[precision], arguments, precision, batches, device)
+        rows = [row_of(precision, moved[precision], moved["fp32"]) for precision in PRECISIONS]
     dist.destroy_process_group()
-    rows = [row_of(precision, moved[precision], moved["fp32"]) for precision in PRECISIONS]
     title = f"{name}: {arguments.steps} steps of AdamW, lr {arguments.lr:g}"
     print_table(title, ("", "cosine with fp32", "length / fp32's", "unmoved"), rows)
 
@@ -105,19 +110,26 @@ def batch_of(text: str, arguments: argparse.Namespace, device: torch.device) -> 
     return make_batch([rollout], None, pad_id=tokenizer.pad_id, device=device)
 
 
-def displacement(arguments: argparse.Namespace, name: str, batches: list[Batch], device: torch.device) -> dict[str, Tensor]:
-    """Return by how much each weight has moved after the steps, in fp32 on the CPU."""
+def save_displacement(path: Path, arguments: argparse.Namespace, name: str, batches: list[Batch], device: torch.device) -> None:
+    """Write by how much each weight has moved after the steps, in fp32; where it began stands in a file meanwhile."""
     model = load(arguments.folder, name, device)
-    before = weights(model)
+    save_file(weights(model), path)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.0)
+    begin = time.process_time()
     for step in range(arguments.steps):
         batch = batches[step % len(batches)]
         student_nll(batch, score(model, batch, REQUEST, loss=student_nll)).mean().backward()
         norm = clip_gradients(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        print(f"{name}: step {step + 1}, gradient norm {norm:.3f}", file=sys.stderr, flush=True)
-    return {key: after - before[key] for key, after in weights(model).items()}
+        spent = time.process_time() - begin
+        print(f"{name}: step {step + 1}, gradient norm {norm:.3f}, {spent:.0f} CPU seconds", file=sys.stderr, flush=True)
+    after = weights(model)
+    del model, optimizer
+    with safe_open(path, "pt") as before:
+        moved = {key: tensor.sub_(before.get_tensor(key)) for key, tensor in after.items()}
+    save_file(moved, path.with_suffix(".moved"))
+    path.with_suffix(".moved").replace(path)
 
 
 def load(folder: str, name: str, device: torch.device) -> nn.Module:
@@ -136,16 +148,15 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.float().cpu().clone() for name, p in whole.items()}
 
 
-def row_of(name: str, moved: dict[str, Tensor], exact: dict[str, Tensor]) -> list[str]:
+def row_of(name: str, ours: Path, exact: Path) -> list[str]:
     """Return the table's row; sums in float64, matrix by matrix."""
-
-    def product(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-        return sum(float((a[key].double() * b[key].double()).sum()) for key in a)
-
-    ours, theirs = product(moved, moved), product(exact, exact)
-    unmoved = sum(int((tensor == 0).sum()) for tensor in moved.values()) / sum(tensor.numel() for tensor in moved.values())
-    cosine = product(moved, exact) / math.sqrt(ours * theirs)
-    return [name, f"{cosine:.4f}", f"{math.sqrt(ours / theirs):.4f}", f"{unmoved:.1%}"]
+    cross, own, theirs, unmoved, count = 0.0, 0.0, 0.0, 0, 0
+    with safe_open(ours, "pt") as found, safe_open(exact, "pt") as expected:
+        for key in found.keys():  # noqa: SIM118
+            a, b = found.get_tensor(key).double().flatten(), expected.get_tensor(key).double().flatten()
+            cross, own, theirs = cross + float(a @ b), own + float(a @ a), theirs + float(b @ b)
+            unmoved, count = unmoved + int((a == 0).sum()), count + a.numel()
+    return [name, f"{cross / math.sqrt(own * theirs):.4f}", f"{math.sqrt(own / theirs):.4f}", f"{unmoved / count:.1%}"]
 
 
 if __name__ == "__main__":

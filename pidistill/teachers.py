@@ -303,6 +303,8 @@ class SnapshotTeacher(Teacher):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         _reshard(self.module)
+        if "steps" not in state:
+            raise InputError("the checkpoint is of a run with another teacher than SnapshotTeacher; resume with the same one")
         self._steps = int(state["steps"])
         for name in self._copied:
             target = self.module.get_parameter(name)
@@ -389,6 +391,11 @@ class RoutedTeacher(Teacher):
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         for name, teacher in self.teachers.items():
             own = {key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")}
+            if bool(own) != bool(teacher.state_dict()):
+                raise InputError(
+                    f"the checkpoint has {'a' if own else 'no'} state of teacher.teachers.{name}, and {type(teacher).__name__} "
+                    f"{'has none' if own else 'needs it'}; resume with the teachers that the run had"
+                )
             if own:
                 teacher.load_state_dict(own)
 

@@ -76,7 +76,7 @@ class OPSDRecipe:
         self._supervised = SupervisedTerm(cfg, self._run, self._data, self._packer, self._timer)
         self._evaluation = Evaluation(cfg, self._run, self._data, self._collect)
         self._texts = TextSamples(cfg, self._run, self._data, self._collect)
-        self._completions = row_completions(self._data) if self._objective.on_policy_frac < 1.0 else []
+        self._completions = row_completions(self._data, self._sampler.temperature) if self._objective.on_policy_frac < 1 else []
         must_match = self._round_sizes.must_match | {"rows": len(self._data.prompts)}
         self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_, must_match=must_match)
         self._teacher = build_teacher(cfg, [example for example, _ in self._data.prompts])

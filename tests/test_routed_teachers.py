@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from pidistill.errors import InputError
 from pidistill.objectives import OPD, OPSDUCLA
 from pidistill.scoring.score import score
-from pidistill.teachers import EMATeacher, FrozenTeacher, LiveTeacher, RoutedTeacher, TrustRegionTeacher
+from pidistill.teachers import EMATeacher, FrozenTeacher, LiveTeacher, RoutedTeacher, SnapshotTeacher, TrustRegionTeacher
+from pidistill.training.compatibility import check_routed
 from pidistill.training.metrics import token_means, token_sums
 from tests.support.builders import batch_of, gradients, model, random_rollouts, relative_difference
 
@@ -138,6 +140,20 @@ def test_the_state_of_every_teacher_is_kept_under_its_name():
     fresh = routed(math=EMATeacher(0.5), code=FrozenTeacher())
     fresh.load_state_dict(state)
     assert all(torch.equal(fresh.state_dict()[name], value) for name, value in state.items())
+    with pytest.raises(InputError, match=r"has a state of teacher\.teachers\.math, and FrozenTeacher has none"):
+        routed(math=FrozenTeacher(), code=FrozenTeacher()).load_state_dict(state)
+    with pytest.raises(InputError, match=r"has no state of teacher\.teachers\.code, and EMATeacher needs it"):
+        routed(math=EMATeacher(0.5), code=EMATeacher(0.5)).load_state_dict(state)
+    with pytest.raises(InputError, match="another teacher than SnapshotTeacher"):
+        routed(math=SnapshotTeacher(), code=FrozenTeacher()).load_state_dict(state)
+
+
+@pytest.mark.parametrize("part", [LiveTeacher(), EMATeacher(0.5), SnapshotTeacher()], ids=lambda part: type(part).__name__)
+def test_weights_named_for_a_teacher_that_takes_the_trained_models_are_refused(part):
+    teacher = RoutedTeacher("domain", {"1": FrozenTeacher(), "2": part})
+    check_routed(OmegaConf.create({"teacher_models": {1: {}}, "teacher_checkpointers": {1: {}}}), teacher)
+    with pytest.raises(InputError, match=rf"teacher_checkpointers\.2 is read by nothing: {type(part).__name__} teaches with"):
+        check_routed(OmegaConf.create({"teacher_checkpointers": {1: {}, 2: {}}}), teacher)
 
 
 # ------------------------------------------------------------------------------------------- refusals, a run

@@ -1,5 +1,6 @@
 """Make rollouts that nobody sampled of a dataset's own completions: what supervised fine-tuning trains on."""
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -72,11 +73,14 @@ def sft_demonstrations(cfg: DictConfig, data: RecipeData) -> list[Rollout]:
     return build_demonstrations(data.prompts, data.tokenizer, **limits)[0]
 
 
-def row_completions(data: RecipeData) -> list[Rollout]:
-    """Return the completion of every row, in the rows' order, in place of samples; both views must fit the length limit."""
+def row_completions(data: RecipeData, temperature: float = 1.0) -> list[Rollout]:
+    """Return the completion of every row, in the rows' order, in place of samples; both views must fit the length limit.
+
+    ``temperature``: that of the run, which recorded log-probs must have to be comparable.
+    """
     rollouts = [demonstration(example, pair, data.tokenizer, max_seq_len=data.max_seq_len) for example, pair in data.prompts]
     if rollouts and all(RECORDED in rollout.example.data for rollout in rollouts):
-        rollouts = [recorded_completion(rollout, data.tokenizer.vocab_size) for rollout in rollouts]
+        rollouts = [recorded_completion(rollout, data.tokenizer.vocab_size, temperature) for rollout in rollouts]
     for rollout in rollouts:
         length = len(rollout.prompts.teacher) + len(rollout.completion)
         if length > data.max_seq_len:
@@ -92,10 +96,11 @@ RECORDED = "sampled"
 """The field of a row that holds the ids and log-probs with which its completion was sampled."""
 
 
-def recorded_completion(rollout: Rollout, vocab_size: int) -> Rollout:
+def recorded_completion(rollout: Rollout, vocab_size: int, temperature: float = 1.0) -> Rollout:
     """Return the rollout with the ids that were sampled in place of those of its text, and their recorded log-probs.
 
-    The log-probs become ``trainer_logprobs``: those of the weights that sampled, with which ratios are made.
+    The log-probs become ``trainer_logprobs``: those of the weights that sampled, with which ratios are made. Where they are of
+    another temperature, or of what top_p or top_k left, no ratio to them is right, and they are left out.
 
     Raises:
         InputError: the row's record is not whole, or of another tokenizer.
@@ -114,10 +119,13 @@ def recorded_completion(rollout: Rollout, vocab_size: int) -> Rollout:
             f"{where}: its `{RECORDED}` has ids outside the tokenizer's {vocab_size:,}, or log-probs above 0; it was "
             "sampled with another tokenizer"
         )
-    return replace(
-        rollout, completion=ids, policy_mask=policy, trainer_logprobs=[float(x) for x in logprobs],
-        importance_weights=[1.0] * len(logprobs), turn_policy_tokens=[],
-    )  # fmt: skip
+    turns = [len(list(run)) for own, run in itertools.groupby(policy) if own]  # observations stand between turns
+    rollout = replace(rollout, completion=ids, policy_mask=policy, turn_policy_tokens=turns)
+    whole = record.get("top_k") is None and record.get("top_p") in (None, 1.0)
+    if not whole or record.get("temperature", temperature) != temperature:
+        return rollout
+    weights = [1.0] * len(logprobs)
+    return replace(rollout, trainer_logprobs=[float(x) for x in logprobs], importance_weights=weights)
 
 
 def demonstration(

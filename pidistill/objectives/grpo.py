@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss
 from pidistill.losses.rollout_advantages import rollout_advantages
-from pidistill.losses.token_weights import TokenWeight, weighted
+from pidistill.losses.token_weights import TokenWeight, divergences_of, weighted
 from pidistill.objectives.base import BOTH_KLS, Objective, check_advantage, check_clip
 from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss
 
@@ -53,7 +53,8 @@ class GRPO(Objective):
 
     def score_request(self, step: int) -> ScoreRequest:
         if self.uses_teacher:
-            return ScoreRequest(student_grad=True, teacher_grad=False, divergences=BOTH_KLS)
+            divergences = BOTH_KLS + divergences_of(self.token_weight)
+            return ScoreRequest(student_grad=True, teacher_grad=False, divergences=divergences)
         return ScoreRequest(student_grad=True, teacher_grad=False, views=("student",))
 
     def token_advantages(self, batch: Batch, scores: Scores, step: int) -> Float[Tensor, " N"]:

@@ -19,7 +19,7 @@ import math
 from pidistill.errors import InputError
 from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss
 from pidistill.losses.token_gap import proximal_advantage, token_gap
-from pidistill.losses.token_weights import TokenWeight, weighted
+from pidistill.losses.token_weights import TokenWeight, divergences_of, weighted
 from pidistill.objectives.base import BOTH_KLS, Objective, check_choice, distill_loss, distill_request, student_divergence
 from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
 
@@ -63,7 +63,8 @@ class OPD(Objective):
     def score_request(self, step: int) -> ScoreRequest:
         if self.divergence is not None:
             return distill_request(self.divergence, self.token_weight)
-        return ScoreRequest(student_grad=True, teacher_grad=False, divergences=BOTH_KLS)
+        divergences = BOTH_KLS + divergences_of(self.token_weight)
+        return ScoreRequest(student_grad=True, teacher_grad=False, divergences=divergences)
 
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
         if self.divergence is not None:

@@ -11,7 +11,7 @@ What we do differently: rows without privileged information leave the objective 
 
 from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss
 from pidistill.losses.token_gap import token_gap
-from pidistill.losses.token_weights import TokenWeight, weighted
+from pidistill.losses.token_weights import TokenWeight, divergences_of, weighted
 from pidistill.objectives.base import BOTH_KLS, Number, Objective, check_choice, check_clip, distill_weight
 from pidistill.objectives.schedule import as_schedule
 from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
@@ -48,7 +48,8 @@ class OPDPPO(Objective):
         return {"beta": self.beta(step)}
 
     def score_request(self, step: int) -> ScoreRequest:
-        return ScoreRequest(student_grad=True, teacher_grad=False, divergences=BOTH_KLS)
+        divergences = BOTH_KLS + divergences_of(self.token_weight)
+        return ScoreRequest(student_grad=True, teacher_grad=False, divergences=divergences)
 
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
         advantages = distill_weight(self.no_pi, batch) * token_gap(scores)

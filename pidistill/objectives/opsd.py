@@ -18,7 +18,7 @@ from pidistill.errors import InputError
 from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss
 from pidistill.losses.rollout_advantages import rollout_advantages
 from pidistill.losses.sampling_kl import SamplingKL
-from pidistill.losses.token_weights import TokenWeight, weighted
+from pidistill.losses.token_weights import TokenWeight, divergences_of, weighted
 from pidistill.objectives.base import (
     BOTH_KLS,
     Number,
@@ -96,7 +96,8 @@ class OPSD(Objective):
         return {"beta": self.beta(step), "reward_weight": self.reward_weight(step)}
 
     def score_request(self, step: int) -> ScoreRequest:
-        return ScoreRequest(student_grad=True, teacher_grad=False, divergences=BOTH_KLS + self.kl.loss_divergences())
+        divergences = BOTH_KLS + self.kl.loss_divergences() + divergences_of(self.token_weight)
+        return ScoreRequest(student_grad=True, teacher_grad=False, divergences=divergences)
 
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
         """Return −J per policy token; gradient through S only."""

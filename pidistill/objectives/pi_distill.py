@@ -32,7 +32,7 @@ from pidistill.losses.advantages import group_slots
 from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss, reinforce_loss, snis_weights, topr_loss
 from pidistill.losses.rollout_advantages import rollout_advantages
 from pidistill.losses.sampling_kl import SamplingKL
-from pidistill.losses.token_weights import TokenWeight, weighted
+from pidistill.losses.token_weights import TokenWeight, divergences_of, weighted
 from pidistill.objectives.base import (
     BOTH_KLS,
     Number,
@@ -187,7 +187,7 @@ class PiDistill(Objective):
 
     def score_request(self, step: int) -> ScoreRequest:
         alpha = self.alpha(step)
-        divergences = BOTH_KLS
+        divergences = BOTH_KLS + divergences_of(self.token_weight)
         if alpha > 0:
             divergences += self.kl.loss_divergences()
         if alpha < 1 and self.student_kl == "loss":

@@ -66,8 +66,9 @@ class SemiOPD(Objective):
         else:
             if batch.ratio_logprobs is None:
                 raise InputError(
-                    "objective.form=importance needs the log-probs with which the rows were sampled; write them with "
-                    "sample_distributed and selection._component_=pidistill.rollouts.selections.All, or set form: k2"
+                    "objective.form=importance needs the log-probs with which the rows were sampled, at this run's temperature "
+                    "and without top_p and top_k; write them with sample_distributed and "
+                    "selection._component_=pidistill.rollouts.selections.All, or set form: k2"
                 )
             term, ratio, _ = ppo_clip_loss(
                 scores.student_logprobs, batch.ratio_logprobs, token_gap(scores), clip_low=0.0, clip_high=math.inf

@@ -9,6 +9,7 @@ from torchtune import utils
 from pidistill.config import build, resolve
 from pidistill.errors import InputError
 from pidistill.losses.divergences import check_divergence
+from pidistill.losses.token_weights import divergences_of
 from pidistill.models.adapters import has_adapters
 from pidistill.models.empty import shared_empty_model
 from pidistill.objectives import GRPO, SDPO
@@ -43,7 +44,7 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
         raise InputError(f"{method} never looks at a teacher; remove `teacher`, or set objective.report_teacher_kl=True")
     if cfg.get("teacher_model") and not cfg.get("teacher_checkpointer"):
         raise InputError("teacher_model needs a teacher_checkpointer: the student's weights are not the teacher's")
-    _check_routed(cfg, teacher)
+    check_routed(cfg, teacher)
     check_served(teacher, objective, sampler.temperature, method)
     if isinstance(teacher, EMATeacher | SnapshotTeacher) and has_own_teacher(cfg):
         follows = "averages" if isinstance(teacher, EMATeacher) else "copies"
@@ -77,13 +78,19 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
     _check_truncation(cfg, objective, sampler)
     _check_group(cfg, objective, method)
     if cfg.get("hindsight"):
-        _check_hindsight(cfg, objective, method)
-    for request in objective.score_request(0).divergences:
+        check_hindsight(cfg, objective, method)
+    requested = objective.score_request(0).divergences
+    for request in requested:
         check_divergence(request)
+    if not set(divergences_of(getattr(objective, "token_weight", None))) <= set(requested):
+        raise InputError(
+            f"objective.token_weight compares teacher and student, and {method} as configured looks at one view; remove "
+            "it, or set objective.report_teacher_kl=True"
+        )
     _check_adapters(shared_empty_model(cfg.model), teacher)
 
 
-def _check_routed(cfg: DictConfig, teacher: Teacher) -> None:
+def check_routed(cfg: DictConfig, teacher: Teacher) -> None:
     """Refuse weights for names that no teacher has, and a model without its weights."""
     names = set(teacher.teachers) if isinstance(teacher, RoutedTeacher) else set()
     for key in ("teacher_models", "teacher_checkpointers"):
@@ -92,8 +99,16 @@ def _check_routed(cfg: DictConfig, teacher: Teacher) -> None:
                 raise InputError(
                     f"{key}.{name} is read by nothing: teacher.teachers has {', '.join(sorted(names)) or 'no entries'}"
                 )
+    with_weights = {str(name) for name in cfg.get("teacher_checkpointers") or {}}
+    for name in sorted(with_weights):
+        part = teacher.teachers[name]
+        if not part.own_weights or isinstance(part, EMATeacher | SnapshotTeacher):
+            raise InputError(
+                f"teacher_checkpointers.{name} is read by nothing: {type(part).__name__} teaches with the trained model's "
+                f"weights; remove it, or set teacher.teachers.{name}._component_=pidistill.teachers.FrozenTeacher"
+            )
     for name in cfg.get("teacher_models") or {}:
-        if name not in (cfg.get("teacher_checkpointers") or {}):
+        if str(name) not in with_weights:
             raise InputError(f"teacher_models.{name} needs teacher_checkpointers.{name}: the student's weights are not its own")
 
 
@@ -148,9 +163,14 @@ def _check_group(cfg: DictConfig, objective: Objective, method: str) -> None:
     log.warning(text)
 
 
-def _check_hindsight(cfg: DictConfig, objective: Objective, method: str) -> None:
+def check_hindsight(cfg: DictConfig, objective: Objective, method: str) -> None:
     if not objective.uses_teacher:
         raise InputError(f"{method} never looks at a teacher, so nobody would see what hindsight finds; remove `hindsight`")
+    if cfg.privileged.get("control") == "wrong" and not cfg.hindsight.get("sibling"):
+        raise InputError(
+            "privileged.control=wrong shows a sibling that failed, and hindsight.sibling is null; there is no wrong feedback: "
+            "set hindsight.sibling, or another privileged.control"
+        )
     if cfg.privileged.get("control") == "none" and objective.no_pi in ("drop", "error"):
         raise InputError(
             f"privileged.control=none takes hindsight from every rollout, and objective.no_pi={objective.no_pi} leaves nothing "

@@ -139,6 +139,11 @@ def _turn_curriculum(cfg: DictConfig) -> tuple[int, int] | None:
         raise InputError(
             "turn_curriculum ends episodes without a reward, and hindsight, refill and Guide-GRPO choose by rewards; remove one"
         )
+    if cfg.objective.get("student_term") == "snis":
+        raise InputError(
+            "turn_curriculum ends episodes without a reward, and objective.student_term=snis weighs every rollout by its "
+            "reward; remove turn_curriculum, or set objective.student_term=ppo"
+        )
     return start, every
 
 

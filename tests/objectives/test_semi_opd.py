@@ -108,3 +108,23 @@ def test_what_was_sampled_is_written_and_read_again_as_it_was():
         fresh.example = Example("row 0", [], data=row | {"sampled": row["sampled"] | change})
         with pytest.raises(InputError, match=match):
             recorded_completion(fresh, vocab_size=50)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 20}])
+def test_log_probs_of_another_distribution_than_the_runs_make_no_ratio(settings):
+    (rollout,) = random_rollouts(1)
+    (trace,) = All().select([rollout], (), lambda cuts: None, 0).traces
+    for told, usable in (({"temperature": 1.0, "top_p": None, "top_k": None}, True), ({"temperature": 1.0} | settings, False)):
+        row = json.loads(json.dumps(trace_row(trace, told)))
+        fresh = Rollout(Example("row", [], data=row), rollout.prompts, [9], [True], None, "student", 0, "done", [])
+        read = recorded_completion(fresh, vocab_size=50, temperature=1.0)
+        assert read.completion == rollout.completion and (batch_of([read]).ratio_logprobs is not None) == usable
+
+
+def test_turns_of_a_recorded_completion_are_the_stretches_that_the_policy_wrote():
+    record = {"ids": [1, 2, 3, 4, 5, 6], "policy": [1, 1, 0, 0, 1, 0], "logprobs": [-1.0, -1.0, -1.0]}
+    fresh = Rollout(
+        Example("row", [], data={"sampled": record}), PromptPair([0], [0], True), [9], [True], None, "student", 0, "done", []
+    )
+    batch = batch_of([recorded_completion(fresh, vocab_size=50)])
+    assert batch.turn_index.tolist() == [0, 0, 1] and batch.turn_balance.tolist() == [0.75, 0.75, 1.5]

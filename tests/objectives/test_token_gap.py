@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from pidistill.errors import InputError
 from pidistill.losses.divergences import divergence, generalised_jsd, kl
 from pidistill.losses.token_gap import credit_factor, gated_advantage, proximal_advantage
 from pidistill.losses.token_weights import DISAGREEMENT, Chain, DisagreementDamping, SkipFirst
-from pidistill.objectives import GRPO, OPD, OPSDUCLA, RLSD, SDAR, SDPO
+from pidistill.objectives import GRPO, OPD, OPDPPO, OPSD, OPSDUCLA, RLSD, SDAR, SDPO, PiDistill
 from pidistill.objectives.base import student_divergence
 from pidistill.types import Divergence, RolloutAdvantage, Scores
 from tests.support.builders import batch_of, random_rollouts
@@ -154,6 +155,9 @@ def test_what_a_token_weight_reads_is_asked_for_also_inside_a_chain():
     for weight in (damping, Chain([SkipFirst(1), damping, damping])):
         for objective in (SDPO(divergence="kl_student_teacher", token_weight=weight), OPSDUCLA(token_weight=weight)):
             assert objective.score_request(0).divergences.count(DISAGREEMENT) == 1
+        both = OPD, OPDPPO, OPSD, PiDistill, SDAR, RLSD, partial(GRPO, report_teacher_kl=True), partial(OPD, divergence="jsd")
+        assert all(method(token_weight=weight).score_request(0).divergences.count(DISAGREEMENT) == 1 for method in both)
+        assert not GRPO(token_weight=weight).score_request(0).divergences
     assert DISAGREEMENT not in SDPO(token_weight=SkipFirst(1)).score_request(0).divergences
     assert divergence(DISAGREEMENT, torch.zeros(1, 3).log_softmax(-1), torch.zeros(1, 3).log_softmax(-1)).item() == 0.0
     assert student_divergence("jsd", 0.5) != DISAGREEMENT == Divergence("jsd", grad="none", beta=0.5)

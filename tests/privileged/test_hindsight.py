@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from pidistill.data import demonstration
 from pidistill.distributed.run import Run
 from pidistill.envs.tiny_world import SiblingCalls, VerifierFeedback, tiny_world_dataset
 from pidistill.errors import InputError
+from pidistill.objectives import SDPO
 from pidistill.privileged.hindsight import Hindsight, SiblingToolCalls, ToolFeedback, Transcript, add_hindsight
 from pidistill.tokenizers import HFChatTokenizer
+from pidistill.training.compatibility import check_hindsight
 from pidistill.types import Example, Message, Rollout
 from tests.support.siblings import ONE, PRIVILEGED, ROWS, TOKENIZER, rollout
 from tests.support.tiny_tokenizers import qwen_folder
@@ -260,6 +263,11 @@ def test_the_control_wrong_shows_a_sibling_that_failed_where_one_succeeded():
     assert [text is not None for text in right] == [False, True, True, False, False, True, True]
     assert shown[0] is None and shown[3:] == [None] * 4  # no success to show, no sibling, or none that failed
     assert set(shown[1:3]) <= failed and all(r.reward == 0.0 for r in rollouts[1:3])
+    cfg = OmegaConf.create({"privileged": {"control": "wrong"}, "hindsight": {"sibling": {"_component_": "x"}}})
+    check_hindsight(cfg, SDPO(), "SDPO")
+    cfg.hindsight.sibling = None
+    with pytest.raises(InputError, match="hindsight.sibling is null; there is no wrong feedback"):
+        check_hindsight(cfg, SDPO(), "SDPO")
 
 
 def test_the_control_other_problem_shows_another_groups_problem_with_its_text():

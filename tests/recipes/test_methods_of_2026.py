@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torchtune.models.llama3 import llama3
 
 from pidistill.errors import InputError
+from pidistill.training.rounds import RoundSizes
 from tests.support.runs import assert_same_tensors, metrics, run, small_config, stop_after_row, weights
 from tests.support.served import Server, serving
 
@@ -116,3 +118,14 @@ def test_a_run_learns_from_a_served_teacher(tiny_base, tmp_path):
         run("opd", small_config("opd", tiny_base, tmp_path, **changes))
     for row in metrics(tmp_path):
         assert row["teacher_nll_nats"] > 0 and row["grad_norm"] > 0 and "kl_teacher_student_nats" not in row
+
+
+def test_a_turn_curriculum_is_refused_beside_weights_that_need_every_reward():
+    node = {"_component_": "pidistill.objectives.PiDistill", "student_term": "ppo"}
+    cfg = OmegaConf.create(
+        {"prompts_per_round": 2, "group_size": 2, "turn_curriculum": {"start": 1, "every": 2}, "objective": node}
+    )
+    assert RoundSizes(cfg).turn_limit(5) == 3
+    cfg.objective.student_term = "snis"
+    with pytest.raises(InputError, match="student_term=snis weighs every rollout by its reward; remove turn_curriculum"):
+        RoundSizes(cfg)
