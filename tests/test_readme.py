@@ -21,6 +21,7 @@ from pidistill.commands.sweep.command import parser as sweep_parser
 from pidistill.commands.sweep.search import SweepPlan, check_plan
 from pidistill.commands.watch import parser as watch_parser
 from pidistill.config import check_config, resolve
+from tests.support.pages import files_of
 from tests.support.reported_runs import write_run
 from tests.support.sweeps import check_commands
 
@@ -29,6 +30,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 READERS_OWN = ("mine.", "my_rewards.")  # files that a page lets the reader write
+OWN_FILES = {name: text for page in PAGES for name, text in files_of(page).items()}  # that a page tells its reader to save
 STOCK = {"full_finetune_distributed"}  # torchtune's own
 
 
@@ -48,14 +50,20 @@ def test_the_readme_has_commands():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_run_command_names_a_recipe_a_config_and_real_keys(command):
+def test_a_run_command_names_a_recipe_a_config_and_real_keys(command, tmp_path, monkeypatch):
     words = shlex.split(command)
     recipe = words[words.index("--config") - 1]
     config = words[words.index("--config") + 1]
     if recipe in STOCK:
         return
     name = Path(recipe).stem.replace("my_recipe", "pi_distill_distributed")
-    path = ROOT / config if config.endswith(".yaml") else ROOT / "configs" / f"{config}.yaml"
+    if config in OWN_FILES:
+        path = tmp_path / config
+        for file, text in OWN_FILES.items():
+            (tmp_path / file).write_text(text, encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+    else:
+        path = ROOT / config if config.endswith(".yaml") else ROOT / "configs" / f"{config}.yaml"
     assert path.is_file(), config
     overrides = [re.sub(r"\$\{?\w+\}?", "1", word) for word in words if "=" in word]
     cfg = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
@@ -93,7 +101,7 @@ READING = [line for line in code_lines() if re.match(r"pidistill (report|watch|e
 @pytest.mark.parametrize("command", READING)
 def test_a_command_that_reads_a_run_does_so_as_it_is_written(command, tmp_path, monkeypatch):
     """In a folder where the runs that the pages name lie; a server is not started."""
-    for name in ("tiny/pi_distill", "tiny/opsd", "demo"):
+    for name in ("tiny/pi_distill", "tiny/opsd", "demo", "mine"):
         folder = write_run(tmp_path / "runs" / name)
         (folder / "latest").mkdir()
         for file in ("config.json", "model.safetensors"):
@@ -175,6 +183,12 @@ def test_the_table_of_methods_names_every_objective_and_every_config_of_the_tiny
     assert configs == set(re.findall(r"`(tiny/\w+)`", table))
     recipes = set(re.findall(r"`(\w+_distributed)`", table))
     assert recipes == {path.stem for path in (ROOT / "recipes").glob("*_distributed.py")} - {"evaluate_distributed"}
+
+
+def test_the_status_row_counts_the_tables_of_methods():
+    tables = README.split("## Methods")[1].split("## Run")[0].split("| method | who samples |")[1:]
+    rows = [len(re.findall(r"^\| (?!---)", table.partition("\n")[2], re.MULTILINE)) for table in tables]
+    assert re.search(r"^\| status \| (\d+) methods and (\d+) baselines", README, re.MULTILINE).groups() == tuple(map(str, rows))
 
 
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*/*.md")), *sorted(ROOT.glob("examples/*/*.md"))]

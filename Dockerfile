@@ -1,0 +1,28 @@
+# This file has neither been built nor run: the machine that the project was made on has no container engine and no CUDA.
+# tests/test_container.py checks what can be checked without: that what it copies exists, and that the lock fits pyproject.toml.
+#
+# docker build -t pidistill .
+# docker run --gpus all --ipc=host -v "$PWD/runs:/workspace/runs" pidistill pidistill ls
+#
+# torch's wheels for CUDA bring the CUDA libraries with them, so that the base is plain Python; the driver is the host's, through the
+# NVIDIA container toolkit. Another CUDA: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu126
+FROM python:3.11-slim
+
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cu130
+ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
+
+# Triton compiles small C files when it starts.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /workspace
+COPY requirements.lock ./
+RUN pip install --index-url "$TORCH_INDEX" "$(grep '^torch==' requirements.lock)" && pip install -r requirements.lock
+
+COPY pyproject.toml setup.py README.md LICENSE ./
+COPY pidistill pidistill
+COPY recipes recipes
+COPY configs configs
+COPY examples examples
+RUN pip install --no-deps .
+
+CMD ["pidistill", "ls"]
