@@ -163,8 +163,7 @@ class PiDistillRecipe:
                 token_loss = self._objective.weighted_loss(batch, scores, self._step)
                 loss = token_mean(token_loss.loss + scores.router_loss, tokens)
             with self._timer.phase("update"):
-                last = last and not self._supervised.active
-                add_gradients(self._model, loss, self._run.world_size, last=last)
+                add_gradients(self._model, loss, self._run.world_size, last=last and not self._supervised.active)
             self._mismatch.look(batch, scores)
             self._log.look(batch, scores)
             total_loss += loss.item()

@@ -140,12 +140,10 @@ def crossed(every: int | None, before: int, now: int) -> bool:
 
 def mark_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
     """Yield each item, and whether it is the last one."""
-    waiting = iter(items)
-    item = next(waiting)
-    for following in waiting:
-        yield item, False
-        item = following
-    yield item, True
+    marked = [(item, False) for item in items]
+    yield from marked[:-1]
+    if marked:
+        yield marked[-1][0], True
 
 
 def add_gradients(model: nn.Module, loss: Tensor, ranks: int, *, last: bool) -> None:

@@ -134,7 +134,7 @@ def test_every_step_of_a_recipe_ends_with_the_one_exchange(method, changes, tiny
         take = recipe._updates.step
         recipe._updates.step = lambda *args, **kwargs: (order.append("step"), take(*args, **kwargs))[1]
 
-    settings = {"max_steps": 2, "micro_batch_tokens": 150, "compute_dtype": "bf16"} | changes
+    settings = {"max_steps": 2, "micro_batch_tokens": 60, "compute_dtype": "bf16"} | changes
     run(method, small_config(method, tiny_base, tmp_path, **settings), watch)
     assert order.count(False) > 2, "steps of several micro-batches"
     assert order.count(True) == order.count("step") == 2

@@ -18,7 +18,7 @@ def process_group():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
 def test_only_the_last_of_some_items_is_marked_as_last(count):
     assert list(mark_last(iter(range(count)))) == [(item, item == count - 1) for item in range(count)]
 
