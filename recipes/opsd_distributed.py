@@ -43,7 +43,7 @@ from pidistill.training.rounds import RoundSizes, dump_rollouts, round_report
 from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.training.supervised import SupervisedTerm
-from pidistill.training.update import Updates
+from pidistill.training.update import Updates, add_gradients, mark_last
 from pidistill.types import Batch, PerTokenLoss, Rollout, RolloutAdvantage, ScoreRequest, Scores, ViewName
 from torchtune import config
 
@@ -194,7 +194,7 @@ class OPSDRecipe:
         request = self._objective.score_request(self._step)
         kept = self._packer.balanced(kept, request.views)
         total_loss, sums = 0.0, Counter()
-        for chunk in self._packer.micro_batches(kept, request.views):
+        for chunk, last in mark_last(self._packer.micro_batches(kept, request.views)):
             batch = self._packer.batch(chunk)
             with self._timer.phase("score"):
                 # The head forms the gradients of this loss in the forward; the call below is the same loss, for autograd and
@@ -203,7 +203,7 @@ class OPSDRecipe:
                 token_loss = self._objective.weighted_loss(batch, scores, self._step)
                 loss = token_mean(token_loss.loss + scores.router_loss, tokens)
             with self._timer.phase("update"):
-                (loss * self._run.world_size).backward()  # FSDP2 averages gradients over ranks; the loss is already global
+                add_gradients(self._model, loss, self._run.world_size, last=last and not self._supervised.active)
             self._mismatch.look(batch, scores)
             self._log.look(batch, scores)
             total_loss += loss.item()

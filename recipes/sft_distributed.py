@@ -30,7 +30,7 @@ from pidistill.training.metrics_log import MetricsLog
 from pidistill.training.rounds import dump_rollouts
 from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
-from pidistill.training.update import Updates, crossed
+from pidistill.training.update import Updates, add_gradients, crossed, mark_last
 from pidistill.types import Rollout, ScoreRequest
 from torchtune import config
 
@@ -96,7 +96,7 @@ class SFTRecipe:
         """Take one optimiser step."""
         tokens = int(self._run.sum(sum(d.policy_tokens for d in demonstrations)))
         total_loss, sums = 0.0, Counter()
-        for chunk in self._packer.micro_batches(demonstrations, REQUEST.views):
+        for chunk, last in mark_last(self._packer.micro_batches(demonstrations, REQUEST.views)):
             batch = self._packer.batch(chunk)
             with self._timer.phase("score"):
                 # The head forms the gradients of this loss in the forward; the call below is the same loss, for autograd and
@@ -104,7 +104,7 @@ class SFTRecipe:
                 scores = score(self._model, batch, REQUEST, chunk_tokens=self._chunk_tokens, loss=student_nll)
                 loss = token_mean(student_nll(batch, scores) + scores.router_loss, tokens)
             with self._timer.phase("update"):
-                (loss * self._run.world_size).backward()  # FSDP2 averages gradients over ranks; the loss is already global
+                add_gradients(self._model, loss, self._run.world_size, last=last)
             total_loss += loss.item()
             sums.update(token_sums(batch, scores, {}))
         total_loss = self._run.sum(total_loss)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 SHARED = ("measure", "small_qwen")
@@ -33,6 +34,8 @@ SMALL = {  # name → (options, what its table says)
 
 
 def run_script(name: str, arguments: str, monkeypatch) -> None:
+    if dist.is_initialized():  # a run of another test in this process
+        dist.destroy_process_group()
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(sys, "argv", [name, *arguments.split()])
     runpy.run_path(str(ROOT / "benchmarks" / name), run_name="__main__")

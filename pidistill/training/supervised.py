@@ -9,6 +9,7 @@ from pidistill.models.protocol import Decoder
 from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score, student_nll
 from pidistill.training.keys import setting
+from pidistill.training.update import add_gradients, mark_last
 from pidistill.types import ScoreRequest
 
 REQUEST = ScoreRequest(student_grad=True, teacher_grad=False, views=("student",), entropy=False)
@@ -25,19 +26,19 @@ class SupervisedTerm:
         self.demonstrations = sft_demonstrations(cfg, data)
 
     def backward(self, model: Decoder, step: int) -> float:
-        """Add the gradient of the term at ``step`` and return this rank's part of its loss, the weight included."""
+        """Add the gradient of the term, the last one of ``step``; return this rank's part of its loss, the weight included."""
         if not self.active:
             return 0.0
         order = epoch_order(len(self.demonstrations), self._run.seed, step * self._batch_size, self._batch_size)
         demonstrations = [self.demonstrations[row] for row in self._run.share(order)]
         tokens = int(self._run.sum(sum(d.policy_tokens for d in demonstrations)))
         total_loss = 0.0
-        for chunk in self._packer.micro_batches(demonstrations, REQUEST.views):
+        for chunk, last in mark_last(self._packer.micro_batches(demonstrations, REQUEST.views)):
             batch = self._packer.batch(chunk)
             with self._timer.phase("update"):
                 scores = score(model, batch, REQUEST, chunk_tokens=self._chunk_tokens, loss=student_nll)
                 loss = self._weight * token_mean(student_nll(batch, scores) + scores.router_loss, tokens)
-                (loss * self._run.world_size).backward()  # FSDP2 averages gradients over ranks; the loss is already global
+                add_gradients(model, loss, self._run.world_size, last=last)
             total_loss += loss.item()
         return total_loss
 

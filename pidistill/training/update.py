@@ -1,13 +1,14 @@
 """Take optimiser steps: clipped, and skipped and counted where the loss or the gradient is not finite."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchtune import utils
@@ -28,6 +29,8 @@ from pidistill.training.optimizers import (
 )
 
 log = utils.get_logger("INFO")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -133,3 +136,23 @@ class Updates:
 def crossed(every: int | None, before: int, now: int) -> bool:
     """Return True if a multiple of ``every`` lies in (before, now]; never for None or 0."""
     return bool(every) and now // every > before // every
+
+
+def mark_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Yield each item, and whether it is the last one."""
+    marked = [(item, False) for item in items]
+    yield from marked[:-1]
+    if marked:
+        yield marked[-1][0], True
+
+
+def add_gradients(model: nn.Module, loss: Tensor, ranks: int, *, last: bool) -> None:
+    """Add the gradients of a micro-batch to those of the optimiser step.
+
+    FSDP2 takes the mean over ranks, and the loss is a share of the mean over all tokens of the step already. With replicas
+    (`data_parallel_replicate_dim`) every micro-batch is added up over the ranks of a replica, and only the ``last`` one of the
+    step brings the sum of all of them to the other replicas.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
+    (loss * ranks).backward()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
 from pidistill.distributed.tensor_parallel import check_replicas
 from pidistill.errors import InputError
@@ -115,6 +116,29 @@ def test_two_replicas_train_as_one_process(name, one, two):
 
 def test_two_replicas_resume_to_the_bit(two):
     assert_same_run(two / "resumed", two / "average")
+
+
+# ------------------------------------------------------------------------------------------- one exchange per step
+
+EXPERT_TERM = {"sft_weight": 0.5, "sft_batch_size": 4, "dataset__completion": "actions"}
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"), [("sft", {}), ("opsd", {}), ("opsd", EXPERT_TERM), ("pi_distill", {}), ("pi_distill", EXPERT_TERM)]
+)
+def test_every_step_of_a_recipe_ends_with_the_one_exchange(method, changes, tiny_base, tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(FSDPModule, "set_requires_all_reduce", lambda self, exchanged: order.append(exchanged))
+
+    def watch(recipe):
+        take = recipe._updates.step
+        recipe._updates.step = lambda *args, **kwargs: (order.append("step"), take(*args, **kwargs))[1]
+
+    settings = {"max_steps": 2, "micro_batch_tokens": 60, "compute_dtype": "bf16"} | changes
+    run(method, small_config(method, tiny_base, tmp_path, **settings), watch)
+    assert order.count(False) > 2, "steps of several micro-batches"
+    assert order.count(True) == order.count("step") == 2
+    assert all(order[at + 1] == "step" for at, entry in enumerate(order) if entry is True)
 
 
 # ------------------------------------------------------------------------------------------- two launchers
