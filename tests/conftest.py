@@ -8,6 +8,7 @@ import os
 
 import datasets  # noqa: F401
 import pytest
+import torch.distributed as dist
 import torchao.optim  # noqa: F401
 import torchtune.training  # noqa: F401
 import transformers  # noqa: F401
@@ -23,3 +24,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default run"))
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the runs of whole recipes first: with several workers, short files at the end let all of them finish together."""
     items.sort(key=lambda item: not item.nodeid.startswith("tests/recipes/"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def end_the_process_group_of_runs():
+    """End the group of one that a run in the test's own process has joined, so that the next module can have its own."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()

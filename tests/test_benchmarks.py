@@ -34,7 +34,7 @@ SMALL = {  # name → (options, what its table says)
 
 
 def run_script(name: str, arguments: str, monkeypatch) -> None:
-    if dist.is_initialized():  # a run of another test in this process
+    if dist.is_initialized():  # a benchmark of another test in this process
         dist.destroy_process_group()
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(sys, "argv", [name, *arguments.split()])
