@@ -338,6 +338,8 @@ class RoutedTeacher(Teacher):
             )
         if balance not in ("tokens", "teachers"):
             raise InputError(f"teacher.balance={balance} is unknown; choose tokens or teachers")
+        if named := [name for name in teachers if "/" in name]:
+            raise InputError(f"teacher.teachers has the name {named[0]!r}; the / divides names from states: leave it out")
         if any(isinstance(teacher, RoutedTeacher) for teacher in teachers.values()):
             raise InputError("teacher.teachers holds a RoutedTeacher; name all teachers in one")
         self.key, self.teachers, self.default, self._balance = key, teachers, default, balance

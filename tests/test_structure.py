@@ -15,7 +15,7 @@ def test_imports_run_one_way_through_the_folders():
 
 
 def test_no_test_module_imports_another():
-    """What several test modules share lies in tests/support; only a module that a worker process imports names itself."""
+    """Keep in tests/support what several test modules share; only a module that a worker process imports names itself."""
     paths = sorted((ROOT / "tests").rglob("test_*.py"))
     assert len(paths) > 100
     for path in paths:

@@ -1,4 +1,4 @@
-"""What published methods make of the token gap Δ = log T − log S of the sampled token: advantages and factors, per token.
+"""Compute advantages and factors per token from the token gap Δ = log T − log S of the sampled token, as published methods do.
 
 Δ is taken at the weights of the current update, over the whole vocabulary, and is a constant: gradient reaches the policy
 gradient that the number multiplies, and nothing else. Each expected gradient is therefore a function of S and T at fixed

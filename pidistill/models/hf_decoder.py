@@ -10,9 +10,8 @@ The modules and their names are those of transformers, so that weights keep thei
 import functools
 import inspect
 import logging
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -27,12 +26,10 @@ from transformers.utils import logging as transformers_logging
 
 from pidistill.errors import InputError
 from pidistill.models.config_json import check_plain_sizes
+from pidistill.models.hf_checks import ATTENTION, check_kind, check_rotations, check_states, own_masks_sentence
 from pidistill.models.layer_masks import AttentionForm, LayerMask, PaddedMask, Rule
 
 NAME = "pidistill"
-# Layers whose tokens meet in the attention alone, if at all. Every other kind carries a state from token to token.
-_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
-_WITH_STATE = {"linear_attention", "conv", "hybrid"}
 # What models hand to the attention function beside its own arguments, and changes nothing here: masks and positions in other
 # forms, and settings of kernels. A window is in the rule.
 _WITHOUT_EFFECT = {
@@ -64,7 +61,7 @@ def _attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     if not isinstance(attention_mask, LayerMask):
-        raise InputError(_own_masks(type(module).__name__))
+        raise InputError(own_masks_sentence(type(module).__name__))
     for name, given in others.items():
         if given is not None and name not in _WITHOUT_EFFECT:
             raise InputError(
@@ -77,13 +74,6 @@ def _attention(
 
 AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)
-
-
-def _own_masks(kind: str) -> str:
-    return (
-        f"{kind} of transformers does not take its attention and its masks from transformers' attention interface, so that "
-        "packed trees and the sampler's caches cannot reach it; choose another model"
-    )
 
 
 # ---------------------------------------------------------------------------------------------- the decoder
@@ -190,7 +180,7 @@ class HFDecoder(nn.Module):
     @property
     def carried_state(self) -> str | None:
         """Return what goes from token to token beside attention; such a state knows no branches, and no padding in between."""
-        kinds = set(getattr(self.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION
+        kinds = set(getattr(self.config.get_text_config(), "layer_types", None) or ()) - ATTENTION
         if not self.causal_lm._is_stateful and not kinds:
             return None
         return f"layers that carry a state from token to token ({', '.join(sorted(kinds)) or self.causal_lm.__name__})"
@@ -244,7 +234,7 @@ def build(path: str, max_seq_len: int | None = None, router_loss_weight: float =
         InputError: transformers does not know the model, or it is none that can be computed here.
     """
     config = read_config(path)
-    _check_rotations(config, path, max_seq_len)
+    check_rotations(config, path, max_seq_len)
     device = torch.get_default_device()
     try:
         with quiet(), _parameters_on_meta(device.type == "meta"):
@@ -255,8 +245,8 @@ def build(path: str, max_seq_len: int | None = None, router_loss_weight: float =
         raise InputError(
             f"transformers cannot build the model in {path} ({' '.join(str(error).split())[:300]}); choose another model"
         ) from error
-    _check_kind(lm, path)
-    _check_states(lm, path)
+    check_kind(lm, path)
+    check_states(lm, path)
     if router_loss_weight and "load_balancing_loss_func" not in vars(sys.modules[type(lm).__module__]):
         raise InputError(
             f"model.router_loss_weight={router_loss_weight} weighs the auxiliary loss of a mixture of experts, and "
@@ -284,74 +274,6 @@ def read_config(path: str | Path) -> Any:
         ) from error
     check_plain_sizes(config.get_text_config().to_dict(), Path(path))
     return config
-
-
-def _check_kind(lm: PreTrainedModel, path: str) -> None:
-    """Refuse what is no causal language model of text, or computes what its layers cannot be asked for."""
-    if lm.config.is_encoder_decoder:
-        raise InputError(
-            f"the model in {path} is an encoder with a decoder, and decoders alone are trained here; choose another"
-        )
-    if hasattr(lm.config, "vision_config") or hasattr(lm.config, "audio_config"):
-        raise InputError(
-            f"the model in {path} ({type(lm).__name__}) takes images or sounds beside text, which are not trained here; "
-            "choose a folder with the text model alone"
-        )
-    if not _uses_interface(lm) or not isinstance(getattr(lm.base_model, "layers", None), nn.ModuleList):
-        raise InputError(f"the model in {path} cannot be trained here: {_own_masks(type(lm).__name__)}")
-    if any(getattr(module, "is_causal", True) is False for module in lm.modules()):
-        raise InputError(
-            f"the model in {path} lets a token see those after it (use_bidirectional_attention in its config.json), so that it "
-            "cannot be sampled; choose another model"
-        )
-    if strange := set(getattr(lm.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION - _WITH_STATE:
-        raise InputError(
-            f"the model in {path} has layers of the kind {', '.join(sorted(strange))}, which are not sampled here; choose "
-            "another model"
-        )
-    if getattr(lm.get_output_embeddings(), "bias", None) is not None:
-        raise InputError(f"the model in {path} has an output head with a bias, which is not scored here; choose another model")
-
-
-def _check_states(lm: PreTrainedModel, path: str) -> None:
-    """Refuse layers whose numbers depend on how many tokens they read at once: the sampler reads otherwise than the scorer."""
-    if "mamba_selective_scan" in vars(sys.modules[type(lm).__module__]):
-        raise InputError(
-            f"the layers of the model in {path} ({type(lm).__name__} of transformers) forget their state where they read "
-            "several tokens at once, so that a second turn would be sampled wrongly; choose another model"
-        )
-    limits = {tuple(m.time_step_limit) for m in lm.modules() if getattr(m, "time_step_limit", None) is not None}
-    if limits - {(0.0, math.inf)}:
-        raise InputError(
-            f"the layers of the model in {path} ({type(lm).__name__} of transformers) keep their time steps within "
-            f"{sorted(limits)} where they read a row and not where they read one token, so that it would sample from another "
-            "distribution than it is scored with; choose another model"
-        )
-
-
-def _uses_interface(lm: PreTrainedModel) -> bool:
-    """Return whether the model's code asks transformers' registries for its attention and for its masks."""
-    names = vars(sys.modules[type(lm).__module__])
-    return "ALL_ATTENTION_FUNCTIONS" in names and any(n.startswith("create_") and n.endswith("causal_mask") for n in names)
-
-
-def _check_rotations(config: Any, path: str, max_seq_len: int | None) -> None:
-    """Refuse rotations that depend on the longest row of a batch: the scorer would score another policy than the sampler's."""
-    text = config.get_text_config()
-    longest = max_seq_len or getattr(text, "max_position_embeddings", None)
-    if not isinstance(longest, int) or longest < 1:
-        raise InputError(
-            f"{path}/config.json has no max_position_embeddings; set model.max_seq_len to the longest row in tokens"
-        )
-    rope = getattr(text, "rope_parameters", None) or {}
-    for one in [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, Mapping)]:
-        first = one.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
-        first = first if isinstance(first, int) and first > 0 else longest
-        if one.get("rope_type") in ("dynamic", "longrope") and longest > first:
-            raise InputError(
-                f"the model in {path} has rotations of the kind {one['rope_type']!r}, which change with the length of a batch "
-                f"beyond {first:,} tokens; set model.max_seq_len={first}"
-            )
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""`pidistill export`: what the shared folder holds and what its card says."""
+"""Test `pidistill export`: what the shared folder holds and what its card says."""
 
 import sys
 
@@ -32,6 +32,14 @@ def test_the_folder_has_weights_and_tokenizer_and_no_training_state(run, tmp_pat
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
     assert (out / "model.safetensors").read_text() == "model.safetensors"
     assert not (out / "README.md").is_symlink() and (run / "step_6" / "training_state.pt").is_file()
+
+
+def test_the_tokenizer_of_the_config_comes_before_that_of_the_checkpoint_the_run_started_from(run, tmp_path):
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "tokenizer.json").write_text('{"words": 1}')
+    with (run / "config.yaml").open("a") as file:
+        file.write(f"words: {tmp_path}/words\ntokenizer:\n  path: ${{words}}\n")
+    assert (export(run, tmp_path / "out") / "tokenizer.json").read_text() == '{"words": 1}'
 
 
 def test_the_card_says_method_data_results_and_alarms_of_the_run(run, tmp_path):

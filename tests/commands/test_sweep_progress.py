@@ -1,4 +1,4 @@
-"""What a sweep says of its progress, and how its pictures name the settings."""
+"""Test what a sweep says of its progress, and how its pictures name the settings."""
 
 import pytest
 

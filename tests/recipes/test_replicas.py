@@ -77,7 +77,7 @@ def one(tiny_base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tiny_base, tmp_path_factory) -> Path:
-    """What two processes left that each hold a replica; `resumed` is `average` from its first checkpoint."""
+    """Return what two processes left that each hold a replica; `resumed` is `average` from its first checkpoint."""
     folder = tmp_path_factory.mktemp("replicas")
     runs = {name: config(name, tiny_base, folder / name, **TWO_GROUPS) for name in SCENARIOS}
     runs["resumed"] = config("average", tiny_base, folder / "resumed", **TWO_GROUPS, max_steps=2)
@@ -170,7 +170,7 @@ def launch_machines(
 
 @pytest.fixture(scope="module")
 def machines(tiny_base, tmp_path_factory) -> Path:
-    """What two machines of two processes left: each machine has a replica, which its processes share."""
+    """Run two machines of two processes, each machine with a replica that its processes share; return what they left."""
     folder = tmp_path_factory.mktemp("machines")
     runs = {name: config(name, tiny_base, folder / name, **TWO_GROUPS) for name in SCENARIOS | SLOW}
     launch_runs(folder / "first", runs)

@@ -206,7 +206,7 @@ def test_attention_equals_the_softmax_written_out_with_gradients(form):
 
 @pytest.mark.parametrize("form", ["plain", "sinks", "softcap"])
 def test_flex_attention_in_a_tree_equals_the_blocks(form):
-    """What CUDA runs compiled, here without the compiler: windows, grouped queries, sinks and caps."""
+    """Run without the compiler what CUDA runs compiled: windows, grouped queries, sinks and caps."""
     from torch.nn.attention.flex_attention import flex_attention
 
     generator = torch.Generator().manual_seed(0)

@@ -5,7 +5,8 @@ pidistill export runs/tiny/pi_distill --checkpoint step_40 --output shared/tiny
 pidistill export runs/tiny/pi_distill --output shared/tiny --push name/model
 
 The folder has the weights, the tokenizer, the generation config and README.md; no training state. Where the checkpoint lacks
-tokenizer files, those of the config's `checkpointer.checkpoint_dir` are taken. `--push` uploads it with huggingface_hub.
+tokenizer files, those of the config's `tokenizer.path` or `checkpointer.checkpoint_dir` are taken. `--push` uploads it with
+huggingface_hub.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from omegaconf import OmegaConf
 
 from pidistill.commands.common import Parser, exit_on_input_error
 from pidistill.commands.report.read import RunData, read_run
@@ -24,6 +26,7 @@ from pidistill.errors import InputError, escape_controls
 STATE = ("training_state.pt", "adapter")  # the adapter stands merged in the weights
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json",
              "merges.txt", "tokenizer.model", "generation_config.json", "added_tokens.json")  # fmt: skip
+TOKENIZER_FOLDERS = ("tokenizer.path", "checkpointer.checkpoint_dir")
 CARD = Path(__file__).parent / "card.md.jinja"
 
 
@@ -63,11 +66,16 @@ def export(folder: Path, output: Path, checkpoint: str = "latest") -> Path:
 
 
 def _add_tokenizer(run: RunData, output: Path) -> None:
-    """Copy the tokenizer's files that the checkpoint lacks from the folder that the run started from."""
-    start = Path(str(run.config.get("checkpointer.checkpoint_dir") or ""))
+    """Copy the tokenizer's files that the checkpoint lacks from the tokenizer's folder, or that which the run started from."""
+    config = OmegaConf.create()
+    for key, value in run.config.items():
+        OmegaConf.update(config, key, value)
+    named = [OmegaConf.select(config, key, throw_on_resolution_failure=False) for key in TOKENIZER_FOLDERS]
+    folders = [Path(str(folder)) for folder in named if folder]
     for name in TOKENIZER:
-        if not (output / name).exists() and (start / name).is_file():
-            shutil.copy(start / name, output / name)
+        found = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        if found is not None and not (output / name).exists():
+            shutil.copy(found, output / name)
 
 
 def card(run: RunData, checkpoint: str) -> str:
