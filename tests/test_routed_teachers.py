@@ -170,6 +170,7 @@ def test_what_no_teacher_is_named_for_is_refused():
     for settings, match in (
         ({"teachers": {}}, "needs entries"),
         ({"teachers": {"a": FrozenTeacher()}, "default": "b"}, "teacher.default=b must be null or one of"),
+        ({"teachers": {"a/b": FrozenTeacher()}}, "teacher.teachers has the name 'a/b'; the / divides"),
         ({"teachers": {"a": FrozenTeacher()}, "balance": "rows"}, "teacher.balance=rows is unknown"),
     ):
         with pytest.raises(InputError, match=match):

@@ -9,7 +9,7 @@ import torch
 
 from pidistill.errors import InputError
 from pidistill.losses.divergences import divergence, generalised_jsd, kl
-from pidistill.losses.token_gap import credit_factor, gated_advantage, proximal_advantage
+from pidistill.losses.token_gap import credit_factor, gated_advantage, proximal_advantage, token_gap
 from pidistill.losses.token_weights import DISAGREEMENT, Chain, DisagreementDamping, SkipFirst
 from pidistill.objectives import GRPO, OPD, OPDPPO, OPSD, OPSDUCLA, RLSD, SDAR, SDPO, PiDistill
 from pidistill.objectives.base import student_divergence
@@ -38,6 +38,12 @@ def sampled(count: int = 8, seed: int = 0, advantage: float | None = None):
     rollouts = [replace(r, sampled_by="student") for r in random_rollouts(count, seed)]
     values = torch.randn(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return batch_of(rollouts, [RolloutAdvantage(v if advantage is None else advantage) for v in values])
+
+
+def test_the_gap_is_the_teachers_log_prob_less_the_students_and_a_constant():
+    scores, student = random_scores(5)
+    gap = token_gap(replace(scores, teacher_logprobs=scores.teacher_logprobs.requires_grad_()))
+    assert torch.equal(gap, scores.teacher_logprobs.detach() - student.detach()) and not gap.requires_grad
 
 
 # ------------------------------------------------------------------------------------------- SDAR

@@ -36,6 +36,12 @@ def test_a_table_of_wandb_goes_to_its_run_with_the_step_of_its_numbers():
     wandb.log.assert_called_once_with({"rollouts": wandb.Table.return_value, "global_step": 7})
 
 
+def test_a_table_of_tensorboard_is_a_text_of_its_step():
+    writer = MagicMock()
+    log_table(holding(TensorBoardLogger, _writer=writer), "rollouts", ROWS, 7)
+    writer.add_text.assert_called_once_with("rollouts", markdown_table(COLUMNS, CELLS), 7)
+
+
 def test_a_table_of_mlflow_is_a_file_per_step():
     mlflow = MagicMock()
     log_table(holding(MLFlowLogger, _mlflow=mlflow, _run_id="r1", rank=0), "rollouts", ROWS, 7)
