@@ -136,16 +136,24 @@ class HiddenMemory:
         self, rollouts: Sequence[Rollout], none: Float[Tensor, "0 H"], read: Callable[[], Float[Tensor, "N H"]]
     ) -> Float[Tensor, "N H"]:
         """Return those of the policy tokens of ``rollouts``: kept ones if all ranks have all of them, else from ``read``."""
-        kept = [self._kept.get(rollout.key) for rollout in rollouts]
+        kept = [self.kept(rollout) for rollout in rollouts]
         if on_all_ranks(all(hidden is not None for hidden in kept), none.device):
             return torch.cat([none, *(hidden.to(none.device) for hidden in kept)])
         whole = read()
+        self.keep(rollouts, whole.split([r.policy_tokens for r in rollouts]))
+        return whole
+
+    def kept(self, rollout: Rollout) -> Float[Tensor, "n H"] | None:
+        """Return what is kept of a rollout; None where nothing is."""
+        return self._kept.get(rollout.key)
+
+    def keep(self, rollouts: Sequence[Rollout], parts: Sequence[Float[Tensor, "_ H"]]) -> None:
+        """Keep what has been read of each rollout, as far as it fits."""
         used = sum(hidden.nbytes for hidden in self._kept.values())
-        for rollout, hidden in zip(rollouts, whole.split([r.policy_tokens for r in rollouts]), strict=True):
+        for rollout, hidden in zip(rollouts, parts, strict=True):
             if rollout.key not in self._kept and used + hidden.nbytes <= self._bytes:
                 self._kept[rollout.key] = hidden.cpu().clone()
                 used += hidden.nbytes
-        return whole
 
 
 def on_all_ranks(yes: bool, device: torch.device) -> bool:
