@@ -70,11 +70,9 @@ class ModelInputs:
     def of(self, *names: ViewName) -> ModelInput:
         """Return ``names`` as one input: the policy tokens of the first view, then those of the second, each in batch order."""
         if names not in self._made:
-            sequences = [(r.prompts.of(name) + r.completion)[:-1] for name in names for r in self.rollouts]
-            # The token at index t of the completion is predicted by the one before it.
-            predicted = [
-                [len(r.prompts.of(name)) + t - 1 for t in policy_positions(r)] for name in names for r in self.rollouts
-            ]
+            read = [rollout.sequence(name) for name in names for rollout in self.rollouts]
+            sequences = [ids[:-1] for ids, _ in read]
+            predicted = [[place - 1 for place in places] for _, places in read]  # a token is predicted by the one before it
             self._made[names] = (self._packed if self._packing == "tree" else self._padded)(sequences, predicted)
         return self._made[names]
 
@@ -180,7 +178,7 @@ def make_batch(
         if advantages is not None and all(a.snis_weight is not None for a in advantages)
         else None,
         has_privileged=torch.tensor(
-            [r.prompts.has_privileged for r, ts in zip(rollouts, positions, strict=True) for _ in ts],
+            [told for r in rollouts for told in r.tokens_with_privileged()],
             dtype=torch.bool,
             device=device,
         ),

@@ -27,7 +27,6 @@ from pidistill.errors import InputError
 from pidistill.models.protocol import Decoder
 from pidistill.objectives.base import BOTH_KLS, Objective
 from pidistill.privileged.judges import RETRIED, Exchange, JudgeError
-from pidistill.scoring.batch import policy_positions
 from pidistill.teachers import MixturePart, Teacher
 from pidistill.types import Rollout, RolloutKey, ScoreRequest, Scores
 
@@ -92,10 +91,8 @@ class ServedTeacher(Teacher):
         return [self._known[rollout.key] for rollout in rollouts]
 
     def _ask(self, rollout: Rollout) -> list[float]:
-        prompt = rollout.prompts.teacher
-        ids = prompt + rollout.completion
+        ids, places = rollout.sequence("teacher")
         given = self._prompt_logprobs(ids, rollout.example.id)
-        places = [len(prompt) + t for t in policy_positions(rollout)]
         return [_logprob_of(given, place, ids[place], rollout.example.id) for place in places]
 
     def _prompt_logprobs(self, ids: list[int], where: str) -> list[Any]:

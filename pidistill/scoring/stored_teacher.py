@@ -43,8 +43,7 @@ WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 
 def rollout_key(rollout: Rollout) -> str:
     """Return a hash of what the teacher reads of a rollout, and of which tokens it is asked about."""
-    parts = [rollout.prompts.teacher, rollout.completion, [int(own) for own in rollout.policy_mask]]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(rollout.sequence("teacher")).encode(), digest_size=16).hexdigest()
 
 
 class DiskMemory(HiddenMemory):

@@ -211,6 +211,7 @@ def dump_rollouts(rollouts: Sequence[Rollout], path: Path) -> None:
                 "student_prompt": r.prompts.student,
                 "teacher_prompt": r.prompts.teacher,
                 "completion": r.completion,
+                "teacher_reads": r.teacher_reads,
                 "policy_mask": r.policy_mask,
                 "sampled_logprobs": [x if m else None for x, m in zip(r.sampled_logprobs or [], r.policy_mask, strict=False)],
                 "reward": r.reward,

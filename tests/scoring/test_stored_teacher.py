@@ -1,4 +1,4 @@
-"""A teacher's numbers on disk: the same loss and gradient as with the teacher in memory, and never another teacher's numbers."""
+"""A teacher's numbers on disk: the loss and gradient of the teacher in memory, and never another teacher's numbers."""
 
 import json
 from dataclasses import replace
