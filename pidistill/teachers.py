@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtune.modules.peft import disable_adapter
 
+from pidistill.data.routes import route_of
 from pidistill.errors import InputError
 from pidistill.models.adapters import has_adapters
 from pidistill.models.protocol import Decoder
@@ -354,14 +355,7 @@ class RoutedTeacher(Teacher):
 
     def name_of(self, example: Example) -> str:
         """Return the name of the example's teacher; InputError where it has none."""
-        given = example.data.get(self.key)
-        name = self.default if given is None else str(given)
-        if name not in self.teachers:
-            raise InputError(
-                f"{example.id}: its {self.key} is {name!r}, and teacher.teachers has {', '.join(self.teachers)}; add that "
-                "teacher, or set teacher.default for rows without the key"
-            )
-        return name
+        return route_of(example, self.key, self.teachers, self.default, "teacher")
 
     def attach(self, load_copy: Callable[..., Decoder]) -> None:
         for name, teacher in self.teachers.items():

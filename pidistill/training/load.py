@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from pidistill.models.peft_format import with_adapter_dir
 from pidistill.models.precision import add_up_norms_in_fp32, keep_trained_weights_in
 from pidistill.models.progress import show_weights
 from pidistill.models.protocol import Decoder, has_own_names
+from pidistill.objectives import Objective, RoutedObjective
 from pidistill.scoring.stored_teacher import StoredTeacher, identity_of
 from pidistill.teachers import LiveTeacher, RoutedTeacher, Teacher
 from pidistill.training.keys import setting
@@ -122,14 +123,17 @@ def _whole_shard(tensor: Tensor, like: Tensor | None) -> Tensor:
     return DTensor.from_local(tensor, like.device_mesh, like.placements, run_check=False)
 
 
-def build_teacher(cfg: DictConfig, examples: Iterable[Example]) -> Teacher:
+def build_teacher(cfg: DictConfig, examples: Sequence[Example], objective: Objective) -> Teacher:
     """Build `teacher`, the trained model where there is none.
 
-    Refuses a row that a :class:`RoutedTeacher` has no teacher for, and a folder with the numbers of another teacher.
+    Refuses a row for which a :class:`RoutedTeacher` or :class:`RoutedObjective` has nothing, and a folder with the numbers of
+    another teacher.
     """
     teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
-    for example in examples if isinstance(teacher, RoutedTeacher) else ():
-        teacher.name_of(example)
+    routed = [part for part in (teacher, objective) if isinstance(part, RoutedTeacher | RoutedObjective)]
+    for part in routed:
+        for example in examples:
+            part.name_of(example)
     for name, part in (teacher.teachers if isinstance(teacher, RoutedTeacher) else {None: teacher}).items():
         if isinstance(part, StoredTeacher):
             own, dtype = _nodes_of_teacher(cfg, name), setting(cfg, "compute_dtype") or setting(cfg, "dtype")

@@ -139,7 +139,8 @@ def _turn_curriculum(cfg: DictConfig) -> tuple[int, int] | None:
         raise InputError(
             "turn_curriculum ends episodes without a reward, and hindsight, refill and Guide-GRPO choose by rewards; remove one"
         )
-    if cfg.objective.get("student_term") == "snis":
+    parts = [cfg.objective, *(cfg.objective.get("objectives") or {}).values()]
+    if any(part.get("student_term") == "snis" for part in parts):
         raise InputError(
             "turn_curriculum ends episodes without a reward, and objective.student_term=snis weighs every rollout by its "
             "reward; remove turn_curriculum, or set objective.student_term=ppo"

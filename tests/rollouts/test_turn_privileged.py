@@ -49,7 +49,7 @@ def next_to_buy(state: Shop) -> str | None:
     return None if state.bought.endswith("bb") else f"buy {len(state.bought)}x"
 
 
-ENVIRONMENT = StatePrivileged(Till(), "tests.rollouts.test_turn_privileged.next_to_buy")
+ENVIRONMENT = StatePrivileged(Till(), next_to_buy)
 
 
 def play(text="ab.bb.c.q.", view="student", privileged=SHOWN, environment=ENVIRONMENT, **more):
