@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pidistill.data.routes import route_of
 from pidistill.errors import InputError
+from pidistill.losses.token_weights import weight_metrics
 from pidistill.objectives.base import Objective
 from pidistill.types import (
     Batch,
@@ -135,9 +136,11 @@ class RoutedObjective(Objective):
             own = of_rollouts[batch.rollout_index]
             if not bool(own.any()):
                 continue
-            answer = objective.token_loss(*only(own, batch, scores, objective.score_request(step)), step)
+            numbers = only(own, batch, scores, objective.score_request(step))
+            answer = objective.token_loss(*numbers, step)
+            extra = weight_metrics(getattr(objective, "token_weight", None), *numbers)
             loss = loss.masked_fill(own, 0.0).index_add(0, own.nonzero()[:, 0], answer.loss.to(loss.dtype))
-            for metric, values in {"loss": answer.loss.detach(), **answer.metrics}.items():
+            for metric, values in {"loss": answer.loss.detach(), **answer.metrics, **extra}.items():
                 column = torch.zeros_like(loss.detach())
                 metrics[f"{metric}/{name}"] = column.masked_scatter(own, values.detach().to(loss.dtype))
                 metrics[f"_{metric}/{name}_tokens"] = own.to(loss.dtype)  # what the mean is taken over

@@ -27,6 +27,10 @@ that was not computed is absent; nothing stands in for it.
 | importance_truncated_frac | share of them whose weight the cap cut |
 | masked_tokens, masked_rollouts | policy tokens of this round, and rollouts with any, that `mismatch_mask` leaves out |
 | masked_successes | rollouts with a reward ≥ `eval_success_threshold` among them; masked_success_frac: as a share of all such |
+| token_weight_mean | mean of what `objective.token_weight` makes of a term of 1; token_weight_zero_frac: share it leaves out |
+| gap_gate_mean | mean gate of SDAR, ½ taken off; credit_factor_mean: of what RLSD multiplies advantages with |
+| proximal_change_nats | mean difference that TOP-D's `proximal_alpha` makes to an advantage |
+| loss/<name>, <metric>/<name> | loss and metrics of one of several objectives, over its own tokens |
 | ess_frac | effective sample size of the student's token ratios S/μ, as a share of the policy tokens |
 | grad_norm, lr | before clipping; of this step |
 | round | the round that the step's rollouts were sampled in, from 0 |
