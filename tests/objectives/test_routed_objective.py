@@ -61,7 +61,7 @@ PAIRS = {
     "a KL in the reward beside one in the loss": (lambda: OPSD(kl_mode="loss_k2"), lambda: OPSD(beta=0.1)),
     "sampled log-ratios beside gates": (OPD, SDAR),
     "credit beside skipped tokens": (RLSD, SDFT),
-    "clipped importance beside a drop of rows": (SDPO, lambda: GRPO(drop_zero_advantage="row")),
+    "clipped importance beside a drop of rows": (lambda: SDPO(top_k=10), lambda: GRPO(drop_zero_advantage="row")),
     "extremes of a round beside a divergence": (lambda: ConstantNegative(entropy_scaled=False), OPSDUCLA),
 }
 

@@ -124,8 +124,8 @@ def test_what_an_environment_gives_is_a_text_or_nothing():
         step.privileged = wrong
         with pytest.raises(EnvironmentOutputError, match="privileged"):
             check_step(step, max_observation_chars=10)
-    with pytest.raises(InputError, match=r"environment\.text=5 is no function"):
-        StatePrivileged(Till(), 5)
+    with pytest.raises(InputError, match=r"environment\.text=math\.pi is no function"):
+        StatePrivileged(Till(), "math.pi")
 
 
 # ------------------------------------------------------------------------------------------- what is scored
