@@ -114,8 +114,8 @@ class PositionDecay:
 class MeanOverTokens:
     """Divide by the number of policy tokens of the token's rollout, so that `beta` weighs the term's mean, not its sum.
 
-    A divergence summed over a long answer outweighs a reward of 1. The published trainer of π-Distill (arXiv 2602.04942) averages
-    the KL over tokens; its beta of 0.25 is this one. Long and short rollouts then count alike.
+    A divergence summed over a long answer outweighs a reward of 1. The published trainer of π-Distill (arXiv 2602.04942)
+    averages the KL over tokens; its beta of 0.25 is this one. Long and short rollouts then count alike.
     """
 
     def __call__(self, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
