@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torchtune import utils
+from torchtune.utils import get_logger, log_rank_zero
 
 from pidistill.distributed.run import gather_of_all
 from pidistill.errors import InputError
@@ -35,7 +35,7 @@ from pidistill.models.protocol import Decoder, head_module, logit_cap
 from pidistill.teachers import FrozenTeacher, HiddenMemory, LoadCopy, MixturePart
 from pidistill.types import Rollout
 
-log = utils.get_logger("INFO")
+log = get_logger("INFO")
 
 ABOUT, HEAD = "about.json", "head.safetensors"
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
@@ -174,13 +174,13 @@ class StoredTeacher(FrozenTeacher):
         self._load_copy = load_copy
         if not all(gather_of_all([(self.folder / HEAD).is_file()])):
             self._write_head()
-        log.info(f"{self.folder} holds the teacher's numbers of {len(self._memory)} rollouts")
+        log_rank_zero(log, f"{self.folder} holds the teacher's numbers of {len(self._memory)} rollouts")
 
     @property
     def module(self) -> Decoder:
         """Return the whole teacher, loaded at the first use."""
         if self._module is None:
-            log.info(f"loading the teacher: some rollouts are not in {self.folder}")
+            log_rank_zero(log, f"loading the teacher: some rollouts are not in {self.folder}")
             self._module = self._load_copy().requires_grad_(False).eval()
         return self._module
 
