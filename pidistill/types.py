@@ -98,8 +98,8 @@ class Rollout:
 
     def sequence(self, view: ViewName) -> tuple[list[int], list[int]]:
         """Return the ids that a view reads, the prompt first, and where each policy token stands among them."""
-        ids, places, done = list(self.prompts.of(view)), [], 0
-        end = len(self.completion)
+        ids, done, end = list(self.prompts.of(view)), 0, len(self.completion)
+        places: list[int] = []
         for first, last, shown in [*(self.teacher_reads if view == "teacher" else ()), (end, end, [])]:
             places += [len(ids) + t - done for t in range(done, first) if self.policy_mask[t]]
             ids += self.completion[done:first] + shown
@@ -109,7 +109,8 @@ class Rollout:
     def tokens_with_privileged(self) -> list[bool]:
         """Return, per policy token, whether its prompt or the observation right before its turn has privileged information."""
         answers = {last for _, last, _ in self.teacher_reads}
-        found, told = [], self.prompts.has_privileged
+        found: list[bool] = []
+        told = self.prompts.has_privileged
         for t, is_policy in enumerate(self.policy_mask):
             told = self.prompts.has_privileged or t in answers or (told and is_policy)
             found += [told] * is_policy
