@@ -10,7 +10,7 @@ from pidistill.data.demonstrations import recorded_completion
 from pidistill.envs import EnvStep, StatePrivileged
 from pidistill.envs.base import EnvironmentOutputError, check_step
 from pidistill.errors import InputError
-from pidistill.objectives import OPSDUCLA
+from pidistill.objectives import GRPO, OPSD, OPSDUCLA
 from pidistill.privileged import PrivilegedPrompt
 from pidistill.rollouts.selections import recorded
 from pidistill.scoring.packer import _sizes, micro_batch_lengths
@@ -18,7 +18,7 @@ from pidistill.scoring.score import score
 from pidistill.scoring.stored_teacher import rollout_key
 from pidistill.testing import tiny_model
 from pidistill.training.metrics import rollout_means, rollout_sums
-from pidistill.types import PromptPair, ScoreRequest
+from pidistill.types import PromptPair, RolloutAdvantage, ScoreRequest
 from tests.support.builders import batch_of
 from tests.support.episodes import LetterTokenizer, Script, collect, tool
 
@@ -162,6 +162,11 @@ def test_turns_without_information_of_their_own_are_not_distilled_where_the_row_
     objective = OPSDUCLA(no_pi="drop")
     loss = objective.token_loss(batch, score(module, batch, objective.score_request(0)), 0).loss
     assert (loss.detach() != 0).tolist() == told
+    # Beside a reward, such turns keep their policy gradient, and nothing else.
+    batch, objective = batch_of([rollout], [RolloutAdvantage(0.7)]), OPSD(beta=0.3)
+    scores = score(module, batch, objective.score_request(0))
+    both, alone = (o.token_loss(batch, scores, 0).loss for o in (objective, GRPO()))
+    assert (both != alone).tolist() == told
 
 
 def test_packing_counts_the_longer_view_and_a_teachers_number_on_disk_belongs_to_what_it_read():
