@@ -61,10 +61,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def here(folder):
+def here(folder, tmp_path_factory):
     """The same folder as a model of this package."""
     model = from_folder(str(folder))
-    checkpointer = HFCheckpointer(str(folder), model_type="LLAMA3", output_dir=str(folder / "unused"))
+    checkpointer = HFCheckpointer(str(folder), model_type="LLAMA3", output_dir=str(tmp_path_factory.mktemp("unused")))
     model.load_state_dict(checkpointer.load_checkpoint()[MODEL_KEY])
     return model.eval()
 
@@ -117,7 +117,7 @@ def one_step(objective, teacher):
     return scores, gradients(student)
 
 
-def test_the_sampled_tokens_log_probs_are_those_of_the_same_folder_here(url, here):
+def test_the_sampled_tokens_log_probs_are_those_of_the_same_folder_here(here, url):
     objective = OPD()
     local, expected = one_step(objective, here)
     served, found = one_step(objective, ServedTeacher(url, "big"))
@@ -126,7 +126,7 @@ def test_the_sampled_tokens_log_probs_are_those_of_the_same_folder_here(url, her
 
 
 @pytest.mark.parametrize("objective", [OPD("kl_student_teacher"), SDFT(), GKD(beta=0.5)], ids=["kl_st", "kl_ts", "jsd"])
-def test_divergences_with_all_ids_are_those_of_the_same_folder_here_and_with_few_below_them(objective, url, here):
+def test_divergences_with_all_ids_are_those_of_the_same_folder_here_and_with_few_below_them(objective, here, url):
     local, expected = one_step(objective, here)
     served, found = one_step(objective, ServedTeacher(url, "big", top_k=VOCABULARY))
     full = local.divergences[objective.divergence]
