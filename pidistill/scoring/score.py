@@ -80,7 +80,7 @@ def _score_served(
     loss: PerTokenLoss | None,
 ) -> Scores:
     """Return the student's numbers from the model, and the teacher's from what its server lists."""
-    listed = listed_of(teacher, batch.views.rollouts, batch.targets.device)
+    listed = listed_of(teacher, batch.views.rollouts, batch.targets.device, len(head_module(model).weight))
     numbers, request = listed.logprobs[:, 0], without_served(request, teacher)
     of_slice = None if loss is None else lambda part, scores: loss(batch.slice(part), with_served(scores, numbers[part]))
     plan = ScorePlan(batch.targets, request, temperature, chunk_tokens, of_slice, logit_cap(model), batch.kept, listed)

@@ -34,6 +34,7 @@ from pidistill.types import ListedTeacher, Rollout, RolloutKey, ScoreRequest, Sc
 
 MAX_ANSWER_BYTES = 64_000_000
 BYTES_OF_AN_ENTRY = 500  # {"1234": {"logprob": -1.234, "rank": 1, "decoded_token": "word"}}, with room for long tokens
+MOST_BEYOND = 0.5  # rows that pad a vocabulary have hardly any probability; a model with other ids has it anywhere
 
 NOTHING_ELSE = (
     "a ServedTeacher without top_k gives the log-probs of the sampled tokens and nothing else of its distribution; set "
@@ -292,8 +293,14 @@ def with_served(scores: Scores, numbers: Float[Tensor, " N"]) -> Scores:
     return replace(scores, teacher_logprobs=numbers)
 
 
-def listed_of(teacher: ServedTeacher, rollouts: Sequence[Rollout], device: torch.device) -> ListedTeacher:
-    """Return what the teacher says of a batch's policy tokens."""
+def listed_of(teacher: ServedTeacher, rollouts: Sequence[Rollout], device: torch.device, vocabulary: int) -> ListedTeacher:
+    """Return what the teacher says of a batch's policy tokens; ``vocabulary`` is the number of the student's ids."""
     parts = [teacher.as_tensors([]), *teacher.listed(rollouts)]
     ids, logprobs = (torch.cat([getattr(part, name) for part in parts]).to(device) for name in ("ids", "logprobs"))
+    beyond = logprobs.exp().masked_fill(ids < vocabulary, 0.0).sum(-1)
+    if len(beyond) and (most := beyond.max().item()) > MOST_BEYOND:
+        raise InputError(
+            f"the teacher's server gives {most:.3g} of a token's probability to ids that the student's {vocabulary} do not "
+            "have; its model has another tokenizer: set teacher.base_url and teacher.model to one with the student's"
+        )
     return ListedTeacher(ids.long(), logprobs)

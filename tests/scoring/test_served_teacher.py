@@ -130,6 +130,21 @@ def test_with_few_ids_listed_a_steps_divergence_is_below_the_full_one_and_rises_
     assert means[-1] == pytest.approx(mean_of(other), abs=1e-5)
 
 
+def test_ids_that_the_student_lacks_are_taken_out_and_refused_where_they_hold_most_of_a_token():
+    objective, wider = SDFT(), model(3, vocab_size=VOCABULARY + 14)
+    here, expected = one_step(objective, wider)
+    with serving(Server(wider)) as url:
+        there, found = one_step(objective, ServedTeacher(url, "big", top_k=VOCABULARY + 14))
+        torch.testing.assert_close(
+            there.divergences[objective.divergence], here.divergences[objective.divergence], atol=1e-4, rtol=0
+        )
+        assert relative_difference(found, expected) < 1e-4
+        with torch.no_grad():
+            wider.output.weight[VOCABULARY:] *= 100.0
+        with pytest.raises(InputError, match=rf"of a token's probability to ids that the student's {VOCABULARY} do not have"):
+            one_step(objective, ServedTeacher(url, "big", top_k=4))
+
+
 def test_a_rank_without_rollouts_asks_for_nothing_and_has_no_numbers():
     scores = score(
         model(), batch_of([]), OPD("jsd").score_request(0), teacher=ServedTeacher("http://localhost:1/v1", "big", top_k=4)
