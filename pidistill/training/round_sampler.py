@@ -171,26 +171,26 @@ def check_lag(cfg: DictConfig, run: Run, objective: Objective) -> None:
         if cfg.get("rollout_device"):
             raise InputError(f"rollout_device={cfg.rollout_device} is read with rollout_lag=1 only; set that, or remove it")
         return
-    if run.processes > 1:
-        raise InputError(
-            f"rollout_lag=1 samples beside one training process, and this run has {run.processes}; start one process, or set "
-            "rollout_lag=0"
-        )
-    if objective.needs_present_samples:
-        raise InputError(
-            f"objective.{objective.needs_present_samples} is right for samples of the present weights alone, and rollout_lag=1 "
-            "trains on those of one round before; change it, or set rollout_lag=0"
-        )
-    if objective.on_policy_frac == 0.0:
-        raise InputError("rollout_lag=1 samples ahead, and this objective trains on the dataset's completions; remove it")
-    if cfg.model.get("quantize_base"):
-        raise InputError(
-            "rollout_lag=1 hands plain weights over, and model.quantize_base=True stores them in 4 bits; unset one"
-        )
     own = [key for key in ("teacher_model", "teacher_checkpointer") if cfg.get(key)]
-    steps = range(int(cfg.max_steps))
-    if own and any(objective.samples_from_teacher_weights(step) for step in steps):
-        raise InputError(
-            f"rollout_lag=1 samples with the model of `model`, and at objective.alpha=0 a teacher of {own[0]} samples; keep "
-            "alpha above 0, or set rollout_lag=0"
+    denominator = getattr(objective, "ratio_denominator", "behaviour")
+    if run.processes > 1:
+        why = f"samples beside one training process, and this run has {run.processes}; start one process"
+    elif objective.needs_present_samples:
+        why = (
+            f"trains on samples of the weights of one round before, and objective.{objective.needs_present_samples} is right "
+            "for those of the present weights alone; change it"
         )
+    elif denominator != "behaviour" and not cfg.get("importance_weights"):
+        why = (
+            f"is corrected by the log-probs of the weights that sampled, which objective.ratio_denominator={denominator} "
+            "leaves out; set it to behaviour, or add importance_weights"
+        )
+    elif objective.on_policy_frac == 0.0:
+        why = "samples ahead, and this objective samples nothing: it trains on the dataset's completions"
+    elif cfg.model.get("quantize_base"):
+        why = "hands plain weights over, and model.quantize_base=True stores them in 4 bits; set that to False"
+    elif own and any(objective.samples_from_teacher_weights(step) for step in range(int(cfg.max_steps))):
+        why = f"samples with the model of `model`, and at objective.alpha=0 that of {own[0]} samples; keep alpha above 0"
+    else:
+        return
+    raise InputError(f"rollout_lag=1 {why}, or set rollout_lag=0")

@@ -209,12 +209,16 @@ def test_parts_that_the_process_cannot_build_are_refused_before_weights_are_load
 
 
 REFUSED = {
-    "sampled kl": ("pi_distill", {"objective__kl_mode": "loss_k2"}, r"objective.kl_mode=loss_k2 is right for samples of the"),
-    "sampled kl of the student": ("opsd", {"objective__kl_mode": "loss_k2"}, r"objective.kl_mode=loss_k2 is right for samples"),
+    "sampled kl": (
+        "pi_distill",
+        {"objective__kl_mode": "loss_k2"},
+        r"objective.kl_mode=loss_k2 is right for those of the present",
+    ),
+    "sampled kl of the student": ("opsd", {"objective__kl_mode": "loss_k2"}, r"objective.kl_mode=loss_k2 is right for those"),
     "ratio to the teacher": (
         "pi_distill",
         {"objective__student_term": "ppo", "objective__ratio_denominator": "live_teacher"},
-        r"objective.ratio_denominator=live_teacher leaves the log-probs",
+        r"objective.ratio_denominator=live_teacher leaves out; set it to behaviour, or add importance_weights",
     ),
     "4-bit base": ("pi_distill", {"model__quantize_base": True}, r"model.quantize_base=True stores them in 4 bits"),
     "fixed completions": ("semi_opd", {}, r"trains on the dataset's completions"),
