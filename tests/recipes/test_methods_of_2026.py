@@ -168,16 +168,16 @@ def test_information_of_a_turn_reaches_the_teacher_alone(tiny_base, tmp_path, na
         seen = []
 
         def watch(recipe, seen=seen):
-            collect = recipe._collect
+            sample_round = recipe.sample_round
 
-            def watched(*arguments, **more):
-                seen.append(collect(*arguments, **more))
+            def watched():
+                seen.append(sample_round())
                 return seen[-1]
 
-            recipe._collect = watched
+            recipe.sample_round = watched
 
         run(name, small_config(name, tiny_base, tmp_path / control, **changes), watch)
-        rows[control] = metrics(tmp_path / control)[0], seen[0].rollouts
+        rows[control] = metrics(tmp_path / control)[0], seen[0]
     (shown, rollouts), (plain, others) = rows["length_matched"], rows["none"]
     assert shown["turn_privileged_mean"] > 0 and "turn_privileged_mean" not in plain
     assert any(rollout.teacher_reads for rollout in rollouts)
