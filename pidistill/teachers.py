@@ -140,9 +140,11 @@ class HiddenMemory:
         kept = [self.kept(rollout) for rollout in rollouts]
         if on_all_ranks(all(hidden is not None for hidden in kept), none.device):
             return torch.cat([none, *(hidden.to(none.device) for hidden in kept)])
-        whole = read()
-        self.keep(rollouts, whole.split([r.policy_tokens for r in rollouts]))
-        return whole
+        read_now = read().split([rollout.policy_tokens for rollout in rollouts])
+        self.keep(rollouts, read_now)
+        # What is kept stands, since another packing rounds differently.
+        parts = [new if old is None else old.to(none.device) for old, new in zip(kept, read_now, strict=True)]
+        return torch.cat([none, *parts])
 
     def kept(self, rollout: Rollout) -> Float[Tensor, "n H"] | None:
         """Return what is kept of a rollout; None where nothing is."""
