@@ -70,7 +70,7 @@ def check_command_line(words: Sequence[str]) -> None:
         raise InputError("a run needs --config and the name of a config file")
     flags = [word for word in rest if word.startswith("-") and not word.startswith("--config=")]
     if flags:
-        raise InputError(f"{flags[0]} is no option of a recipe; write --config FILE and overrides as key=value")
+        raise InputError(f"{flags[0]} is not an option of a recipe; write --config FILE and overrides as key=value")
     merge(name, read_yaml(Path(name)), [word for word in rest if not word.startswith("-")])
 
 
@@ -83,7 +83,7 @@ def read_yaml(path: Path) -> DictConfig:
     except (yaml.YAMLError, ValueError, OmegaConfBaseException) as error:
         raise InputError(f"config {path} is not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(config, DictConfig) or not all(isinstance(key, str) for key in config):
-        raise InputError(f"config {path} is not a mapping of keys to values")
+        raise InputError(f"config {path} is not a mapping of keys to values; write a line `key: value` for each key")
     if "config" in config:
         raise InputError(f"config {path} has the key config, which the command line's --config would replace; remove it")
     return config
@@ -208,7 +208,7 @@ def check_config(cfg: DictConfig, known: Collection[str], required: Collection[s
     interpolated = set(re.findall(r"\$\{([A-Za-z_]\w*)", str(raw)))
     for key in raw:
         if key not in known and key not in interpolated:
-            raise InputError(f"config key {key} is read by nothing in this recipe{_closest(key, known)}")
+            raise InputError(f"config key {key} is not read by this recipe{_closest(key, known)}")
     for key in required:
         if raw.get(key) is None:
             raise InputError(f"config key {key} is missing; this recipe needs it")

@@ -334,12 +334,12 @@ class RoutedTeacher(Teacher):
         if not teachers or (default is not None and default not in teachers):
             known = ", ".join(teachers) or "none"
             raise InputError(
-                f"teacher.default={default} must be null or one of teacher.teachers ({known}), which needs entries"
+                f"teacher.default={default} must be null or one of teacher.teachers ({known}), which must not be empty"
             )
         if balance not in ("tokens", "teachers"):
             raise InputError(f"teacher.balance={balance} is unknown; choose tokens or teachers")
         if named := [name for name in teachers if "/" in name]:
-            raise InputError(f"teacher.teachers has the name {named[0]!r}; the / divides names from states: leave it out")
+            raise InputError(f"teacher.teachers has the name {named[0]!r}; names of states hold /, so leave it out")
         if any(isinstance(teacher, RoutedTeacher) for teacher in teachers.values()):
             raise InputError("teacher.teachers holds a RoutedTeacher; name all teachers in one")
         self.key, self.teachers, self.default, self._balance = key, teachers, default, balance

@@ -106,7 +106,7 @@ def trace_dataset(
     )
     tasks = _range(rows.tasks, first_task, max_tasks)
     if kind == "gold_actions" and all(task.actions is None for task in tasks):
-        raise InputError(f"dataset.kind is gold_actions, and no row of {source} has any; set dataset.actions_key")
+        raise InputError(f"dataset.kind is gold_actions, and no row of {source} has reference actions; set dataset.actions_key")
     how.check_tasks([task.task for task in rows.tasks])
     common = _tools_of_file(tools_file) if tools_file else rows.tools if derive_tools and tools_key is None else None
     chosen = _choose(tasks, unsolved)

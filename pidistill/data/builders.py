@@ -60,7 +60,9 @@ def chat_dataset(
     if completion not in COMPLETIONS:
         raise InputError(f"dataset.completion is {completion!r}; known are null, {', '.join(filter(None, COMPLETIONS))}")
     if completion and completion_key:
-        raise InputError(f"dataset.completion ({completion}) and dataset.completion_key ({completion_key}) exclude each other")
+        raise InputError(
+            f"dataset.completion ({completion}) and dataset.completion_key ({completion_key}) exclude each other; remove one"
+        )
 
     def convert(where: str, row: Mapping[str, Any]) -> Example:
         conversation = _conversation(require_value(row, messages_key, where, "messages_key"), where, messages_key, "user")
@@ -101,7 +103,9 @@ def _split_conversation(messages: list[Message], how: str | None, where: str) ->
             )
         return messages, None
     if "assistant" not in roles:
-        raise InputError(f"{where} has no assistant message, which dataset.completion: {how} needs")
+        raise InputError(
+            f"{where} has no assistant message, which dataset.completion: {how} needs; leave the row out, or set it to null"
+        )
     last = len(roles) - 1 - roles[::-1].index("assistant")
     if how == "from_first_assistant":
         first = roles.index("assistant")
@@ -109,7 +113,10 @@ def _split_conversation(messages: list[Message], how: str | None, where: str) ->
         user = last_user_index(messages[:last])
         first = 0 if user is None else user + 1
     if first == 0 or roles[first] != "assistant":
-        raise InputError(f"{where}: no assistant message follows the last user message directly (roles: {', '.join(roles)})")
+        raise InputError(
+            f"{where}: no assistant message follows the last user message directly (roles: {', '.join(roles)}); correct the "
+            "order of the messages, or leave the row out"
+        )
     return messages[:first], messages[first : last + 1]
 
 
@@ -124,7 +131,7 @@ def _demonstration(value: Any, where: str, key: str) -> list[Message] | None:
         return None
     messages = _conversation(value, where, key, "assistant")
     if messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
-        raise InputError(f"{where}: {key} must begin and end with an assistant message")
+        raise InputError(f"{where}: {key} must begin and end with an assistant message; move the others into the prompt")
     return messages
 
 
@@ -147,7 +154,7 @@ def check_tools(value: Any, where: str, key: str) -> list[dict[str, Any]] | None
         except json.JSONDecodeError as error:
             raise InputError(f"{where}: {key} is text but not JSON ({error}); give a list of tool schemas") from error
     if value is not None and not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value)):
-        raise InputError(f"{where}: {key} is no list of tool schemas; check dataset.tools_key")
+        raise InputError(f"{where}: {key} is not a list of tool schemas; check dataset.tools_key")
     return value or None
 
 
@@ -286,5 +293,7 @@ def split_gsm8k_answer(answer: str, where: str) -> tuple[str, str]:
     solution, mark, final = answer.rpartition("####")
     final = final.strip().replace(",", "")
     if not mark or not re.fullmatch(r"-?\d+(\.\d+)?", final):
-        raise InputError(f"{where}: answer does not end with '#### N' ({answer[-40:]!r}); it is not a GSM8K row")
+        raise InputError(
+            f"{where}: answer does not end with '#### N' ({answer[-40:]!r}), so it is not a row of GSM8K; use qa_dataset"
+        )
     return re.sub(r"<<[^<>]*>>", "", solution).strip(), final

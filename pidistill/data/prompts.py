@@ -43,7 +43,10 @@ def build_prompts(
     """
     on_overflow = on_overflow or privileged.on_overflow
     if no_pi not in NO_PI or on_overflow not in ("error", "drop"):
-        raise InputError(f"no_pi is {no_pi!r} ({', '.join(NO_PI)}) and on_overflow {on_overflow!r} (error, drop)")
+        raise InputError(
+            f"no_pi={no_pi} must be one of {', '.join(NO_PI)}, and on_overflow={on_overflow} must be error or drop; change "
+            "the one that is not"
+        )
     max_seq_len = tokenizer.max_seq_len if max_seq_len is None else max_seq_len
     examples = privileged.apply_control(list(dataset), tokenizer)
     rows_without_pi = sum(not privileged.teaches(example) for example in examples)

@@ -132,7 +132,7 @@ def _json_rows(file: Path, text: str) -> list[tuple[str, Any]]:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        raise InputError(f"dataset.source {file} is no list of rows, each an object; check the file")
+        raise InputError(f"dataset.source {file} is not a list of objects, one for each row; check the file")
     return [(f"row {i}", row) for i, row in enumerate(value)]
 
 
@@ -167,7 +167,9 @@ def _slice(rows: list[Any], source: str, split: str) -> list[Any]:
     try:
         (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
     except (ValueError, AssertionError) as error:
-        raise InputError(f"dataset.split {split!r} is no part of {source}'s {len(rows)} rows ({error})") from error
+        raise InputError(
+            f"dataset.split {split!r} names no part of the {len(rows)} rows of {source} ({error}); set dataset.split"
+        ) from error
     return rows[part.from_ : part.to]
 
 

@@ -112,7 +112,10 @@ def gem_dataset(
     for row in range(n):
         start = _Start(env_id, _row_seed(env_id, seed, row), options)
         if row < _CHECKED_ROWS and start.message != _Start(env_id, start.seed, start.options).message:
-            raise InputError(f"{env_id} starts differently at the same seed, so that ranks and resumed runs would disagree")
+            raise InputError(
+                f"dataset.env_id={env_id} starts differently at the same seed, so that ranks and resumed runs would disagree; "
+                "choose another environment"
+            )
         told = None if privileged == "none" else start.hidden(privileged_attribute)
         given = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         rows.append(

@@ -53,7 +53,7 @@ class SamplingKL:
         if self.mode not in KL_MODES:
             raise InputError(f"objective.kl_mode={self.mode} is unknown; choose one of {', '.join(KL_MODES)}")
         if not 0.0 <= self.gamma <= 1.0:
-            raise InputError(f"objective.kl_gamma={self.gamma} is outside [0, 1]")
+            raise InputError(f"objective.kl_gamma={self.gamma} is outside [0, 1]; it discounts the KL of later tokens")
         if self.gamma != 1.0 and self.mode != "loss_rb_complete":
             raise InputError(f"objective.kl_gamma={self.gamma} needs kl_mode=loss_rb_complete, not {self.mode}")
         if self.reward_scale not in ("sum", "token_mean"):

@@ -18,7 +18,7 @@ from pidistill.types import Scores
 def token_gap(scores: Scores) -> Float[Tensor, " N"]:
     """Return Δ = sg(log T − log S) of each sampled token."""
     if scores.teacher_logprobs is None:
-        raise InputError("the token gap needs the teacher's log-probs, and this method has no teacher view")
+        raise InputError("the token gap needs the teacher's log-probs, and this `objective` does not score the teacher's view")
     return (scores.teacher_logprobs - scores.student_logprobs).detach()
 
 

@@ -53,7 +53,7 @@ def from_folder(
         router_loss_weight: of the auxiliary loss that keeps a mixture's experts in use, per policy token; 0 leaves it out.
     """
     if backend not in ("auto", "torchtune", "transformers"):
-        raise InputError(f"model.backend={backend} is none of auto, torchtune and transformers")
+        raise InputError(f"model.backend={backend} is unknown; choose auto, torchtune or transformers")
     config = read_json(Path(path) / "config.json")
     check_folder(config, path)
     if lora_attn_modules is None and (quantize_base or apply_lora_to_mlp or apply_lora_to_output or use_dora):
@@ -102,8 +102,8 @@ def check_folder(config: Mapping[str, Any], path: str) -> None:
     """Refuse what no decoder here trains, whoever builds it."""
     if config.get("is_encoder_decoder"):
         raise InputError(
-            f"the model in {path} is an encoder with a decoder ({config.get('model_type')}), and decoders alone are trained "
-            "here; choose another model"
+            f"the model in {path} is an encoder with a decoder ({config.get('model_type')}), and only decoders can "
+            "be trained; choose another model"
         )
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, Mapping) else quantization

@@ -102,7 +102,9 @@ def _converted(convert: Callable[..., State], state: State, config: Config) -> S
     except Exception as error:
         # torchtune raises a bare Exception for an unknown name, and torch a RuntimeError for a shape.
         name, detail = config["model_type"], " ".join(str(error).split())
-        raise InputError(f"these weights are not those of a {name} model of config.json's sizes ({detail})") from error
+        raise InputError(
+            f"these weights do not fit a {name} model of config.json's sizes ({detail}); check checkpoint_dir and `model`"
+        ) from error
 
 
 def _renamed(state: State, names: Mapping[str, str], prefix: str, new_prefix: str) -> State:

@@ -181,8 +181,8 @@ def _read_config(folder: Path, hf_config: Mapping[str, Any], own_names: bool) ->
     if changes:
         found = ", ".join(f"{key}={value}" for key, value in changes.items())
         raise InputError(
-            f"the adapter in {folder} has {found}, and plain LoRA and DoRA are read; merge it into the base with PEFT, and "
-            "name the merged folder in checkpointer.checkpoint_dir"
+            f"the adapter in {folder} has {found}, and only plain LoRA and DoRA can be read; merge it into the base with PEFT, "
+            "and name the merged folder in checkpointer.checkpoint_dir"
         )
     return config
 
@@ -192,11 +192,13 @@ def _check_values(config: Mapping[str, Any], folder: Path) -> None:
     values = {key: config[key] for key in ("r", "lora_alpha") if key in config}
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
-            raise InputError(f"{folder / CONFIG} has {key} {config[key]!r}, which is no object; check adapter_dir")
+            raise InputError(f"{folder / CONFIG} has {key} {config[key]!r}, which is not an object; check adapter_dir")
         values |= {f"{key} {name}": value for name, value in (config.get(key) or {}).items()}
         for pattern in config.get(key) or {}:
             if not _is_pattern(pattern):
-                raise InputError(f"{folder / CONFIG} has {key} {pattern!r}, and patterns of names are read; check adapter_dir")
+                raise InputError(
+                    f"{folder / CONFIG} has {key} {pattern!r}, and only patterns of layer names can be read; check adapter_dir"
+                )
     for key, value in values.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e9:
             raise InputError(f"{folder / CONFIG} has {key} {value!r}, which must be a positive number; check adapter_dir")
@@ -238,7 +240,7 @@ def _check_layer(layer: str, tensors: Mapping[str, Tensor], config: Mapping[str,
             )
     for part in PARTS[:2]:
         if tensors[f"{layer}.{part}"].ndim != 2:
-            raise InputError(f"the adapter in {folder} has a {part} of {_to_hf(layer)} that is no matrix; save it again")
+            raise InputError(f"the adapter in {folder} has a {part} of {_to_hf(layer)} that is not a matrix; save it again")
     rank, found = int(_own(config, "rank_pattern", "r", layer)), tensors[f"{layer}.lora_a.weight"].shape[0]
     if rank != found or tensors[f"{layer}.lora_b.weight"].shape[1] != found:
         raise InputError(

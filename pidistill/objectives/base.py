@@ -145,7 +145,7 @@ def own_divergence(path: str, **options: Any) -> Divergence:
     fn = resolve(path)
     if not callable(fn):
         raise InputError(
-            f"objective.divergence={path} is no function; give one that takes teacher and student log-probs [C, V]"
+            f"objective.divergence={path} is not a function; name one that takes teacher and student log-probs [C, V]"
         )
     request = Divergence(path.rsplit(".", 1)[1], grad="student", fn=fn, **options)
     check_divergence(request)
@@ -211,7 +211,7 @@ def check_topr(low: float, high: float, level: str, used: bool) -> None:
     check_choice("topr_level", level, ("token", "sequence"))
     if not used and (low, high, level) != (0.0, 1.0, "token"):
         raise InputError(
-            "objective.topr_low, topr_high and topr_level are read with student_term=topr only; set it, or leave them"
+            "objective.topr_low, topr_high and topr_level are read only with student_term=topr; set that, or remove them"
         )
     if not 0.0 <= low <= high:
         raise InputError(f"objective.topr_low={low} and objective.topr_high={high} must satisfy 0 <= topr_low <= topr_high")

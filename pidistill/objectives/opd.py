@@ -52,7 +52,7 @@ class OPD(Objective):
             check_choice("top_k", top_k, (None,), because="divergence=sampled looks at the sampled token only")
         elif proximal_alpha != 1.0:
             raise InputError(
-                f"objective.proximal_alpha={proximal_alpha} belongs to divergence=sampled; set that, or proximal_alpha: 1"
+                f"objective.proximal_alpha={proximal_alpha} is read only with divergence=sampled; set that, or leave it at 1"
             )
         if not 0.0 < proximal_alpha <= 1.0:
             raise InputError(f"objective.proximal_alpha={proximal_alpha} must lie in (0, 1]: the teacher's share")

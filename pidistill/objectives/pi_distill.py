@@ -116,7 +116,7 @@ class PiDistill(Objective):
         check_choice("no_pi", no_pi, ("rl", "distill", "drop", "error"))
         if ratio_denominator != "behaviour" and student_term in ("sft", "snis"):
             raise InputError(
-                f"objective.ratio_denominator={ratio_denominator} is read by nothing with student_term={student_term}, which "
+                f"objective.ratio_denominator={ratio_denominator} is not read with student_term={student_term}, which "
                 "has no ratio; leave it at behaviour"
             )
         check_clip(clip_low, clip_high, dual_clip)
@@ -254,7 +254,7 @@ class PiDistill(Objective):
 def check_snis(student_term: str, beta: float | None, level: str, kl: SamplingKL) -> None:
     check_choice("snis_level", level, ("sequence", "token"))
     if student_term != "snis" and (beta, level) != (None, "token"):
-        raise InputError("objective.snis_beta and snis_level are read with student_term=snis only; set it, or leave them")
+        raise InputError("objective.snis_beta and snis_level are read only with student_term=snis; set that, or remove them")
     if beta is not None and not beta > 0.0:
         raise InputError(f"objective.snis_beta={beta} must be above 0 (reward per nat), or null to take beta")
     if student_term == "snis" and kl.needs_behaviour:

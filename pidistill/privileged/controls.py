@@ -81,8 +81,8 @@ def show_wrong(example: Example) -> Example:
     wrong = example.data.get(WRONG_KEY)
     if not wrong:
         raise InputError(
-            f"{example.id} has no {WRONG_KEY}, which privileged.control: wrong shows: information of the same form with a "
-            f"wrong value; give the rows a column {WRONG_KEY}, or choose another privileged.control"
+            f"{example.id} has no {WRONG_KEY}, the information of the same form with a wrong value that privileged.control: "
+            f"wrong shows to the teacher; give the rows a column {WRONG_KEY}, or choose another privileged.control"
         )
     return replace(example, privileged=wrong)
 

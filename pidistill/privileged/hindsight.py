@@ -197,7 +197,11 @@ def add_hindsight(
         "hindsight_failures": float(len(hindsight.errors) - errors),
     }
     if counts["hindsight_failures"]:
-        _log.warning("%d texts of hindsight are missing; %s", len(hindsight.errors) - errors, hindsight.errors[errors])
+        _log.warning(
+            "hindsight could not write the text of %d rollouts; the first: %s",
+            len(hindsight.errors) - errors,
+            hindsight.errors[errors],
+        )
     if failures is not None:
         counts["hindsight_judge_failures"] = float(hindsight.feedback.failures - failures)
     return counts

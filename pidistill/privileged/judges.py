@@ -328,7 +328,7 @@ def _content(body: bytes) -> str:
     try:
         text = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError, RecursionError):
-        raise _Retry("the judge's answer is no chat completion") from None
+        raise _Retry("the judge's answer is not a chat completion") from None
     try:
         return usable_text(text)
     except JudgeError as error:

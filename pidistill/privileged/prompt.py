@@ -246,8 +246,9 @@ class PrivilegedPrompt:
             return show_other_problems(examples, self.control_seed)
         if self.control == "template" and self.teachers_tokenizer(tokenizer) is tokenizer:
             raise InputError(
-                "privileged.control: template leaves the teacher its own chat template alone, and it has none; set "
-                "privileged.teacher_template_kwargs or teacher_tokenizer, or privileged.control: none"
+                "privileged.control: template gives the teacher no information but another chat template than the student's, "
+                "and the config sets none; set privileged.teacher_template_kwargs or teacher_tokenizer, or privileged.control: "
+                "none"
             )
         return [self.control_row(example, tokenizer) if example.privileged else example for example in examples]
 

@@ -64,8 +64,8 @@ class TraceText:
             raise InputError(f"dataset.prefix_frac is {self.prefix_frac}; it is the share of the calls shown, in (0, 1]")
         if (self.kind == "hints") != (self.hints is not None):
             raise InputError(
-                f"dataset.kind is {self.kind} and dataset.hints {self.hints}; `kind: hints` needs the file of hints, and "
-                "nothing else reads one"
+                f"dataset.kind is {self.kind} and dataset.hints {self.hints}; set dataset.hints with kind: hints, and "
+                "remove it with any other kind"
             )
         if self.hints is not None:
             self._hints.update(read_hints(self.hints))

@@ -218,8 +218,8 @@ class AfterTurns:
         for turn in example.data["said"]:
             if turn["role"] == "assistant" and self.environment.step(state, turn, truncated=False).done:
                 raise InputError(
-                    f"{example.id}: the environment ended a replayed episode that it had let go on; rewriting a turn needs an "
-                    "environment that answers the same turns alike: choose another `selection`"
+                    f"{example.id}: the environment ended a replayed episode earlier than the sampled one; rewriting a turn "
+                    "needs an environment that answers the same turns in the same way: choose another `selection`"
                 )
         return state
 

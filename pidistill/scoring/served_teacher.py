@@ -35,7 +35,7 @@ MAX_ANSWER_BYTES = 64_000_000
 
 NOTHING_ELSE = (
     "a ServedTeacher gives the log-probs of the sampled tokens and nothing else of its distribution; set an objective that "
-    "needs no more (OPD with divergence: sampled, OPDPPO, SDAR, RLSD, SemiOPD with form: k2), or a teacher here"
+    "needs no more (OPD with divergence: sampled, OPDPPO, SDAR, RLSD, SemiOPD with form: k2), or another teacher"
 )
 
 
@@ -154,7 +154,7 @@ def check_served(teacher: Teacher, objective: Objective, temperature: float, met
     if temperature != 1.0:
         raise InputError(
             f"a ServedTeacher's log-probs are at temperature 1, and sampler.temperature={temperature} compares the student at "
-            f"another in {method}; set sampler.temperature: 1, or a teacher here"
+            f"another in {method}; set sampler.temperature: 1, or another teacher"
         )
 
 

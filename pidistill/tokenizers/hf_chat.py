@@ -149,7 +149,10 @@ class HFChatTokenizer:
         text = self._render(messages, tools, marker, generation_prompt=True)
         turn = text.rfind(sentinel)
         if turn < 0:
-            raise InputError("the chat template leaves out the assistant turn before the observations; it cannot be continued")
+            raise InputError(
+                "the chat template leaves out the assistant turn before the observations; set tokenizer.chat_template to one "
+                "that writes it"
+            )
         stop = self._stop_pattern.search(text, turn)
         other = self._control_pattern.match(text, turn + len(sentinel))
         if other and (stop is None or other.start() < stop.start()):
@@ -333,7 +336,7 @@ class HFChatTokenizer:
         if chosen not in ("auto", "action", "none", written):
             raise InputError(
                 f"tokenizer.tool_format is {chosen}, but the chat template writes tool calls in another form "
-                f"({written or 'an unknown one'}), so earlier calls would look otherwise than the model wrote them; set auto, "
+                f"({written or 'an unknown one'}), so earlier calls would look different from what the model wrote; set auto, "
                 "or action for a template without tools"
             )
         if chosen == "auto" and written is None:

@@ -118,7 +118,10 @@ class TorchtuneChatTokenizer:
     def _up_to_stop(self, ids: list[int]) -> list[int]:
         end = next((i + 1 for i, token in enumerate(ids) if token in self.stop_ids), None)
         if end is None:
-            raise InputError(f"the torchtune tokenizer ends an assistant turn without a stop token {set(self.stop_ids)}")
+            raise InputError(
+                f"the torchtune tokenizer ends an assistant turn without one of its stop tokens {set(self.stop_ids)}; use "
+                "HFChatTokenizer"
+            )
         return ids[:end]
 
     # ------------------------------------------------------------------------------------------- what the tokenizer is
@@ -136,7 +139,10 @@ class TorchtuneChatTokenizer:
         stops = getattr(self._tokenizer, "stop_tokens", None) or [getattr(self._tokenizer, "eos_id", None)]
         stops = frozenset(i for i in stops if i is not None)
         if not stops:
-            raise InputError(f"{type(self._tokenizer).__name__} has neither stop_tokens nor an eos_id: it cannot end a turn")
+            raise InputError(
+                f"{type(self._tokenizer).__name__} has neither stop_tokens nor an eos_id, so it cannot end a turn; choose "
+                "another `tokenizer`"
+            )
         return stops
 
     def _find_vocab_size(self) -> int:

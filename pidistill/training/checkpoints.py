@@ -104,8 +104,8 @@ class Checkpoints:
         link = self.run.output_dir / LATEST
         if Path(self._node.get("checkpoint_dir") or "").absolute() == link.absolute():
             raise InputError(
-                f"checkpointer.checkpoint_dir={link} is the pointer that this run moves; name the step_N folder behind it, or "
-                "set another output_dir"
+                f"checkpointer.checkpoint_dir={link} is the link that this run moves to each new checkpoint; name the step_N "
+                "folder behind it, or set another output_dir"
             )
         if self.run.is_main:
             (self.run.output_dir / BEGAN).touch()  # until the first checkpoint: a resume before it starts over

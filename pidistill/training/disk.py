@@ -46,7 +46,7 @@ def check_copyable(folder: Path) -> None:
             if path.is_symlink() and not path.exists():
                 raise InputError(f"{path} is a link that leads to nothing; remove it, or copy the folder again")
             if path.is_dir() and path.suffix in (".json", ".safetensors", ".pt", ".bin"):
-                raise InputError(f"{path} is a folder, and a file has this name; remove it, or copy the folder again")
+                raise InputError(f"{path} is a folder with the name of a file; remove it, or copy the model's folder again")
             if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):
                 raise InputError(f"{path} is not a plain file, and could not be copied into a checkpoint; remove it")
 

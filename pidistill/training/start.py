@@ -167,10 +167,10 @@ def _device(name: str) -> torch.device:
         device, asked = utils.get_device(name), torch.device(name)
     except (RuntimeError, ValueError) as error:
         raise InputError(
-            f"device={name} is no device of torch ({' '.join(str(error).split())[:200]}); set cuda or cpu"
+            f"device={name} is not a device of torch ({' '.join(str(error).split())[:200]}); set cuda or cpu"
         ) from error
     if device.type != asked.type:
-        raise InputError(f"device is {name}, which this machine does not show (it has {device.type}); set device={device.type}")
+        raise InputError(f"device is {name}, which this machine does not have (it has {device.type}); set device={device.type}")
     return device
 
 

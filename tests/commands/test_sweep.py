@@ -477,7 +477,7 @@ def test_a_missing_library_is_one_sentence_with_the_extra_that_installs_it(comma
 def test_wrong_commands_get_one_sentence(sweep, capsys):
     for words, sentence in [
         (("tiny/opsd", "objective.beta=0.0..1.0"), "has no grid"),
-        (("tiny/opsd", "objective.beta=0,1", "--trials", "2"), "--trials counts random and tpe trials"),
+        (("tiny/opsd", "objective.beta=0,1", "--trials", "2"), "--trials counts the trials of random and tpe"),
         (("tiny/opsd", "objective.beta=0,1", "--search", "tpe"), "needs --trials of at least 1"),
         (("tiny/opsd", "seed=0,1", "--search", "tpe", "--trials", "2"), "a key to search"),
         (("--report", "nowhere"), "nowhere has no results.jsonl"),

@@ -193,9 +193,9 @@ def test_json_rows_are_read_as_they_were_written(write):
     ("arguments", "said"),
     [
         ({"kind": "call"}, "dataset.kind is 'call'; known are calls, call_names"),
-        ({"kind": "gold_actions"}, "no row of .* has any; set dataset.actions_key"),
-        ({"kind": "hints"}, "`kind: hints` needs the file of hints"),
-        ({"hints": "somewhere"}, "`kind: hints` needs the file of hints"),
+        ({"kind": "gold_actions"}, "no row of .* has reference actions; set dataset.actions_key"),
+        ({"kind": "hints"}, "set dataset.hints with kind: hints"),
+        ({"hints": "somewhere"}, "set dataset.hints with kind: hints"),
         (
             {"kind": "hints", "hints": "gone.jsonl"},
             "gone.jsonl does not exist; it is written by the stage before: run `tune run",

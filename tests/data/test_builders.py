@@ -470,7 +470,7 @@ def test_too_long_information_is_dropped_and_counted_under_its_own_name(words):
 
 def test_unknown_policies_are_refused(words):
     for policy in ({"no_pi": "skip"}, {"on_overflow": "truncate"}):
-        with pytest.raises(InputError, match=r"no_pi is .* \(rl, distill, drop, error\) and on_overflow"):
+        with pytest.raises(InputError, match=r"no_pi=.* must be one of rl, distill, drop, error, and on_overflow"):
             build_prompts([row(0, "a", "b")], words, PLAIN, max_new_tokens=1, **policy)
 
 

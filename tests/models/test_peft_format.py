@@ -267,7 +267,7 @@ def with_config(**changes):
         (without_a_tensor, "lacks base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight; the file is incomplete"),
         (with_a_tensor, "has a tensor .*lora_embedding_A, and adapters are read for"),
         (with_config(r=3), "says rank 3 for .* and its tensors have 4"),
-        (with_config(use_rslora=True), "has use_rslora=True, and plain LoRA and DoRA are read"),
+        (with_config(use_rslora=True), "has use_rslora=True, and only plain LoRA and DoRA can be read"),
         (with_config(peft_type="IA3"), "has peft_type=IA3"),
         (with_config(init_lora_weights="pissa_niter_4"), "has init_lora_weights=pissa_niter_4"),
         (lambda folder: (folder / peft_format.WEIGHTS).unlink(), "has no adapter_model.safetensors"),

@@ -157,5 +157,5 @@ def test_the_teachers_template_alone_is_a_control_that_teaches_the_rows_that_hav
         assert pair.has_privileged
         assert pair.student == tokenizer.encode_prompt(example.messages)
         assert pair.teacher == thinking.encode_prompt(example.messages) != pair.student
-    with pytest.raises(InputError, match=r"template leaves the teacher its own chat template alone, and it has none"):
+    with pytest.raises(InputError, match=r"template gives the teacher no information but another chat template"):
         build_prompts(rows, tokenizer, PrivilegedPrompt(control="template"), max_new_tokens=1)

@@ -212,7 +212,7 @@ def test_an_environment_that_answers_the_same_turns_differently_is_refused():
 
     right = right_turns(EXAMPLES[0])
     rollouts = sampled([[right[0], "act"]], EXAMPLES[:1], view="student")
-    with pytest.raises(InputError, match="ended a replayed episode that it had let go on"):
+    with pytest.raises(InputError, match="ended a replayed episode earlier than the sampled one"):
         Interventions().select(rollouts, [], rewriter(Says([right[1]]), Moody()), 0)
 
 

@@ -137,7 +137,7 @@ def read_sweep(
 def _list_bases(base: str | Sequence[str] | None) -> list[str | None]:
     bases = [base] if base is None or isinstance(base, str) else [str(one) for one in base]
     if not bases or len(set(bases)) < len(bases):
-        raise InputError(f"`base` is {bases}; name one checkpoint, or several that differ")
+        raise InputError(f"base={bases} is empty or names a checkpoint twice; name one checkpoint, or several that differ")
     return bases
 
 

@@ -51,7 +51,9 @@ def check_plan(plan: SweepPlan) -> None:
     if plan.search not in SEARCHES:
         raise InputError(f"--search {plan.search} is not known; use one of {', '.join(SEARCHES)}")
     if plan.search == "grid" and plan.trials is not None:
-        raise InputError("--trials counts random and tpe trials; a grid runs all of its cells (set --search random)")
+        raise InputError(
+            "--trials counts the trials of random and tpe, and a grid runs all of its cells; remove it, or set --search random"
+        )
     if plan.search != "grid" and (not plan.trials or plan.trials < 1 or not plan.sweep.axes):
         raise InputError(
             f"--search {plan.search} needs --trials of at least 1 and a key to search, such as objective.beta=0.0..1.0"
