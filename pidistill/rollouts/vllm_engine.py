@@ -88,7 +88,7 @@ class VLLMEngine:
         for name, value in _ENVIRONMENT_DEFAULTS.items():
             os.environ.setdefault(name, value)
         several = dist.is_initialized() and dist.get_world_size() > 1
-        with _process_kept(device):
+        with _process_kept(device), _own_class(model_dir):
             from vllm import LLM
             from vllm.platforms import current_platform
 
@@ -97,6 +97,7 @@ class VLLMEngine:
                 self._llm = LLM(
                     model=str(model_dir),
                     skip_tokenizer_init=True,
+                    hf_overrides=_text_alone,
                     load_format="dummy",  # the weights that sample come from the live model, before every call
                     logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p
                     generation_config="vllm",  # no defaults from the model's folder
@@ -201,6 +202,40 @@ def _shut_down_quietly(client: Any) -> None:
 def _quietly(shutdown: Callable[[], None]) -> None:
     with suppress(Exception):
         shutdown()
+
+
+def _text_alone(config: Any) -> Any:
+    """Return the config of the text model, which alone is trained, of a folder that also holds a part for images."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text = config.get_text_config()
+    if text is not config:
+        text.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(text)].__name__]
+    return text
+
+
+@contextmanager
+def _own_class(model_dir: Path) -> Iterator[None]:
+    """Let vLLM make the modules of a family that it takes from transformers (OLMo 3, SmolLM3) from a class of its own.
+
+    It changes the constructor and the call of that class for its compiler, and the trained model may be of the same class.
+    """
+    from transformers import AutoConfig, AutoModel
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    config = type(AutoConfig.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True).get_text_config())
+    kind = MODEL_MAPPING.get(config, None)
+    if not isinstance(kind, type):
+        yield
+        return
+    before = MODEL_MAPPING._extra_content.get(config)
+    AutoModel.register(config, type(kind.__name__, (kind,), {"__module__": kind.__module__}), exist_ok=True)
+    try:
+        yield
+    finally:
+        MODEL_MAPPING._extra_content.pop(config)
+        if before is not None:
+            AutoModel.register(config, before)
 
 
 @contextmanager

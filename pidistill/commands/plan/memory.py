@@ -2,7 +2,7 @@
 
 from math import ceil
 
-from pidistill.commands.plan.shape import ModelShape, kv_bytes
+from pidistill.commands.plan.shape import ModelShape
 from pidistill.commands.plan.workload import Setup, Workload, count_tokens
 from pidistill.rollouts.decoding import TOKENS_PER_READ, grown_columns
 from pidistill.scoring.head_numbers import BLOCK_ELEMENTS, CHUNK_ELEMENTS
@@ -55,7 +55,7 @@ def _rollout_bytes(setup: Setup, work: Workload) -> dict[str, float]:
     return {
         # Gathered once per rollout on every rank, beside its shard.
         "gathered weights": _gathered_bytes(setup, whole=True),
-        "keys and values": rows * cache_columns(prompt, work.completion) * kv_bytes(model),
+        "keys and values": rows * (cache_columns(prompt, work.completion) * model.kv_bytes + model.state_bytes),
         "prefill or step": max(read_at_once * _passing_bytes(model), rows * model.vocabulary * _LOGIT_BYTES)
         + _wide_head_bytes(setup),
     }
