@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cli_args
 
 from pidistill.annotations import accepts, demanded
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 
 COMPONENT = "_component_"
 
@@ -81,7 +81,7 @@ def read_yaml(path: Path) -> DictConfig:
     except OSError as error:
         raise InputError(f"config {path} cannot be read ({error.strerror or error}); check the path") from error
     except (yaml.YAMLError, ValueError, OmegaConfBaseException) as error:
-        raise InputError(f"config {path} is not valid YAML ({' '.join(str(error).split())})") from error
+        raise InputError(f"config {path} is not valid YAML ({one_line(error)})") from error
     if not isinstance(config, DictConfig) or not all(isinstance(key, str) for key in config):
         raise InputError(f"config {path} is not a mapping of keys to values; write a line `key: value` for each key")
     if "config" in config:
@@ -96,7 +96,7 @@ def merge(name: str, config: DictConfig, overrides: Sequence[str]) -> DictConfig
         merged = _merge_yaml_and_cli_args(argparse.Namespace(**OmegaConf.to_container(config, resolve=False)), list(overrides))
         OmegaConf.to_container(merged, resolve=True)
     except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise InputError(f"config {name} does not take {said} ({' '.join(str(error).split())})") from error
+        raise InputError(f"config {name} does not take {said} ({one_line(error)})") from error
     except RecursionError as error:
         raise InputError(f"config {name} does not take {said} (an interpolation refers to itself)") from error
     return merged
@@ -187,7 +187,7 @@ def resolve(path: str) -> Any:
         if (new := _moved(path)) is not None:
             raise InputError(f"component {path} has moved; write {new}") from None
         cause = error.__cause__ or error
-        reason = " ".join(str(cause).split()) or type(cause).__name__
+        reason = one_line(cause)
         raise InputError(f"component {path} cannot be found ({reason}); check the dotted path") from error
 
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtune.modules.peft import disable_adapter
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.models.adapters import has_adapters
 from pidistill.models.protocol import Decoder
 from pidistill.types import Example, Rollout, RolloutKey
@@ -336,8 +336,7 @@ class RoutedTeacher(Teacher):
             raise InputError(
                 f"teacher.default={default} must be null or one of teacher.teachers ({known}), which must not be empty"
             )
-        if balance not in ("tokens", "teachers"):
-            raise InputError(f"teacher.balance={balance} is unknown; choose tokens or teachers")
+        check_choice("teacher.balance", balance, ("tokens", "teachers"))
         if named := [name for name in teachers if "/" in name]:
             raise InputError(f"teacher.teachers has the name {named[0]!r}; names of states hold /, so leave it out")
         if any(isinstance(teacher, RoutedTeacher) for teacher in teachers.values()):

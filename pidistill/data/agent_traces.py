@@ -18,7 +18,7 @@ from pidistill.chat.messages import check_messages, with_system
 from pidistill.data.builders import check_tools
 from pidistill.data.dataset import ExampleDataset, convert_rows
 from pidistill.data.sources import get, load_rows, require_value
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.privileged.trace_kinds import TraceText
 from pidistill.privileged.trace_task import AgentTrace, TraceTask
 from pidistill.types import Example, Message
@@ -119,8 +119,7 @@ def trace_dataset(
 
 
 def _choose(tasks: Sequence[TraceTask], unsolved: str) -> list[TraceTask]:
-    if unsolved not in ("keep", "drop"):
-        raise InputError(f"dataset.unsolved is {unsolved!r}; known are keep, drop")
+    check_choice("dataset.unsolved", unsolved, ("keep", "drop"))
     return [task for task in tasks if task.source is not None or unsolved == "keep"]
 
 

@@ -15,7 +15,7 @@ from pidistill.chat.messages import check_messages, last_user_index, messages_fr
 from pidistill.chat.templates import check_template
 from pidistill.data.dataset import ExampleDataset, convert_rows
 from pidistill.data.sources import get, load_rows, require_value
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.privileged.controls import WRONG_KEY
 from pidistill.types import Example, Message
 
@@ -57,8 +57,7 @@ def chat_dataset(
     rows = load_rows(source, split, data_files, max_rows, config_name)
     keys = {"messages_key": messages_key, "privileged_key": privileged_key, "completion_key": completion_key}
     rows.require_all(**keys, reference_key=reference_key, tools_key=tools_key)
-    if completion not in COMPLETIONS:
-        raise InputError(f"dataset.completion is {completion!r}; known are null, {', '.join(filter(None, COMPLETIONS))}")
+    check_choice("dataset.completion", completion, COMPLETIONS)
     if completion and completion_key:
         raise InputError(
             f"dataset.completion ({completion}) and dataset.completion_key ({completion_key}) exclude each other; remove one"
@@ -249,10 +248,8 @@ def gsm8k_dataset(
         privileged: "solution" (the worked solution with its answer), "answer" (the final answer only) or "none".
         answer_format: "boxed" asks for ``\\boxed{N}``, "hashes" for ``#### N``; see :data:`GSM8K_INSTRUCTIONS`.
     """
-    if privileged not in ("solution", "answer", "none"):
-        raise InputError(f"dataset.privileged is {privileged!r}; GSM8K has solution, answer and none")
-    if answer_format not in GSM8K_INSTRUCTIONS:
-        raise InputError(f"dataset.answer_format is {answer_format!r}; known are {', '.join(GSM8K_INSTRUCTIONS)}")
+    check_choice("dataset.privileged", privileged, ("solution", "answer", "none"))
+    check_choice("dataset.answer_format", answer_format, GSM8K_INSTRUCTIONS)
     if source == "openai/gsm8k" and config_name is None:
         config_name = "main"
     rows = load_rows(source, split, data_files, max_rows, config_name)

@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 
 from pidistill.chat.messages import without_nulls
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_count
 from pidistill.jsonl import parse_jsonl
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -85,8 +85,7 @@ def load_rows(
 
     Local sources are read without network access.
     """
-    if max_rows is not None and max_rows < 1:
-        raise InputError(f"dataset.max_rows is {max_rows}; give at least 1, or null for all rows")
+    check_count("dataset.max_rows", max_rows, null="all rows")
     files = _local_files(source)
     if files and files[0].suffix != ".parquet":
         rows = _slice([row for file in files for row in read_rows(file)], source, split)[:max_rows]

@@ -21,7 +21,7 @@ from pidistill.envs.base import EnvStep
 from pidistill.envs.extras import load_extra
 from pidistill.envs.reasoning_gym import check_task
 from pidistill.envs.streams import RandomStreams
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice, check_count
 from pidistill.types import Example, Message
 
 HIDDEN: dict[str, Callable[[Any], str]] = {
@@ -100,12 +100,9 @@ def gem_dataset(
         options: arguments of the environment that replace its own, e.g. {max_turns: 6}.
         allow_evaluated_answers: see :data:`pidistill.envs.reasoning_gym.EVALUATED`.
     """
-    if n < 1:
-        raise InputError(f"dataset.n is {n}; give at least 1 row")
-    if privileged not in ("hidden", "none"):
-        raise InputError(f"dataset.privileged is {privileged!r}; known are hidden and none")
-    if completion not in (None, "random_actions"):
-        raise InputError(f"dataset.completion is {completion!r}; known are null and random_actions")
+    check_count("dataset.n", n)
+    check_choice("dataset.privileged", privileged, ("hidden", "none"))
+    check_choice("dataset.completion", completion, (None, "random_actions"))
     options = dict(options or {})
     _check(env_id, options, allow_evaluated_answers)
     rows = []

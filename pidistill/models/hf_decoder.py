@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.masking_utils import causal_mask_function
 from transformers.utils import logging as transformers_logging
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 from pidistill.models.config_json import check_plain_sizes
 from pidistill.models.hf_checks import ATTENTION, check_kind, check_rotations, check_states, own_masks_sentence
 from pidistill.models.layer_masks import AttentionForm, LayerMask, PaddedMask, Rule
@@ -243,7 +243,7 @@ def build(path: str, max_seq_len: int | None = None, router_loss_weight: float =
             )
     except Exception as error:  # as in `read_config`
         raise InputError(
-            f"transformers cannot build the model in {path} ({' '.join(str(error).split())[:300]}); choose another model"
+            f"transformers cannot build the model in {path} ({one_line(error, 300)}); choose another model"
         ) from error
     check_kind(lm, path)
     check_states(lm, path)
@@ -269,7 +269,7 @@ def read_config(path: str | Path) -> Any:
             config._attn_implementation, config._experts_implementation = "eager", None
     except Exception as error:  # a wrong value may fail anywhere in the code of a family, with any error
         raise InputError(
-            f"transformers cannot read {Path(path) / 'config.json'} ({' '.join(str(error).split())[:300]}); "
+            f"transformers cannot read {Path(path) / 'config.json'} ({one_line(error, 300)}); "
             "copy or download the folder again, upgrade transformers, or choose another model"
         ) from error
     check_plain_sizes(config.get_text_config().to_dict(), Path(path))

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -89,7 +89,7 @@ def stored_tensors(folder: Path, files: Sequence[str]) -> dict[str, Stored]:
         except (SafetensorError, OSError) as error:
             raise InputError(
                 f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file "
-                f"({' '.join(str(error).split())}): a download was cut short, or this is a git-lfs pointer; fetch it again"
+                f"({one_line(error)}): a download was cut short, or this is a git-lfs pointer; fetch it again"
             ) from error
     return found
 

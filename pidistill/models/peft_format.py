@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 from pidistill.models.adapters import PARTS, adapter_modules, has_adapters, is_dora, merge, rank_of, scale_of
 from pidistill.models.empty import shared_empty_model
 from pidistill.models.hf_folder import read_json
@@ -154,7 +154,7 @@ def _load(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise InputError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file ({' '.join(str(error).split())}): a "
+            f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file ({one_line(error)}): a "
             "download was cut short, or this is a git-lfs pointer; fetch it again, or check adapter_dir"
         ) from error
 

@@ -16,11 +16,11 @@ distils, privileged information or not; `privileged.control: none` keeps it from
 
 import math
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss
 from pidistill.losses.token_gap import proximal_advantage, token_gap
 from pidistill.losses.token_weights import TokenWeight, divergences_of, weighted
-from pidistill.objectives.base import BOTH_KLS, Objective, check_choice, distill_loss, distill_request, student_divergence
+from pidistill.objectives.base import BOTH_KLS, Objective, distill_loss, distill_request, student_divergence
 from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
 
 CHOICES = ("sampled", "kl_student_teacher", "kl_teacher_student", "jsd")
@@ -49,7 +49,7 @@ class OPD(Objective):
         token_weight: TokenWeight | None = None,
     ) -> None:
         if divergence == "sampled":
-            check_choice("top_k", top_k, (None,), because="divergence=sampled looks at the sampled token only")
+            check_choice("objective.top_k", top_k, (None,), because="divergence=sampled looks at the sampled token only")
         elif proximal_alpha != 1.0:
             raise InputError(
                 f"objective.proximal_alpha={proximal_alpha} is read only with divergence=sampled; set that, or leave it at 1"

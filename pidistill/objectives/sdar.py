@@ -13,9 +13,9 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.losses.token_gap import gated_advantage, token_gap
-from pidistill.objectives.base import Number, check_choice, distill_weight
+from pidistill.objectives.base import Number, distill_weight
 from pidistill.objectives.grpo import GRPO
 from pidistill.objectives.schedule import as_schedule
 from pidistill.types import Batch, Scores
@@ -42,7 +42,7 @@ class SDAR(GRPO):
         **more: Any,
     ) -> None:
         super().__init__(advantage=advantage, **more | {"report_teacher_kl": True})
-        check_choice("no_pi", no_pi, ("rl", "distill"))
+        check_choice("objective.no_pi", no_pi, ("rl", "distill"))
         if not gate_beta > 0.0:
             raise InputError(
                 f"objective.gate_beta={gate_beta} must be above 0: a constant gate is the log-ratio as a differentiable loss, "

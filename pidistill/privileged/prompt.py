@@ -23,7 +23,7 @@ from typing import Any
 
 from pidistill.chat.messages import last_user_index, messages_text, with_text
 from pidistill.chat.templates import check_template
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.privileged.controls import (
     CONTROLS,
     OF_ALL_ROWS,
@@ -103,10 +103,10 @@ class PrivilegedPrompt:
     teacher_tokenizer: ChatTokenizer | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("placement", self.placement, PLACEMENTS)
-        _check_choice("role", self.role, ("user", "system"))
-        _check_choice("control", self.control, CONTROLS)
-        _check_choice("on_overflow", self.on_overflow, ("error", "drop"))
+        check_choice("privileged.placement", self.placement, PLACEMENTS)
+        check_choice("privileged.role", self.role, ("user", "system"))
+        check_choice("privileged.control", self.control, CONTROLS)
+        check_choice("privileged.on_overflow", self.on_overflow, ("error", "drop"))
         check_template(self.template, "privileged.template", ("privileged",))
         if not self.filler or self.filler.split() != [self.filler]:
             raise InputError(f"privileged.filler is {self.filler!r}; give one word, without spaces")
@@ -286,9 +286,3 @@ def with_default_system(example: Example, tokenizer: ChatTokenizer) -> list[Mess
         return example.messages
     default = tokenizer.default_system(example.tools)
     return example.messages if default is None else [{"role": "system", "content": default}, *example.messages]
-
-
-def _check_choice(key: str, value: str | None, known: Sequence[str | None]) -> None:
-    if value not in known:
-        names = ", ".join("null" if name is None else name for name in known)
-        raise InputError(f"privileged.{key} is {value!r}; known are {names}")

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 
 # Read by vLLM when it is imported. In process: a child would get copies of the weights. It reports usage over the network
 # unless told not to, and warns at every reload of a rotary buffer that no checkpoint holds.
@@ -108,7 +108,7 @@ class VLLMEngine:
                     **settings,
                 )
             except (ValueError, RuntimeError, torch.OutOfMemoryError) as error:
-                detail = " ".join(str(error).split())[:400]
+                detail = one_line(error, 400)
                 raise InputError(
                     f"vLLM did not start on {model_dir} ({detail}); check sampler.model_dir, sampler.gpu_memory_utilization, "
                     "sampler.kv_cache_gib and sampler.max_model_len"

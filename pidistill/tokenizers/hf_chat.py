@@ -14,7 +14,7 @@ from typing import Any
 
 from pidistill.chat.messages import message_text, reasoning_of
 from pidistill.chat.tool_calls import FORMATS, as_plain_messages, parse_turn_text
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.tokenizers.chat_template import ChatTemplate, TemplateRefusal, find_templates
 from pidistill.tokenizers.hf_files import read_tokenizer_files
 from pidistill.tokenizers.markers import Tools, any_of, mark, split_at, unused_marker, unused_word, with_sentinel
@@ -330,8 +330,7 @@ class HFChatTokenizer:
 
     def _find_tool_format(self, chosen: str) -> tuple[str, bool]:
         """Return (format that turns are read in, True where tools are written as plain text instead of by the template)."""
-        if chosen not in ("auto", *FORMATS):
-            raise InputError(f"tokenizer.tool_format is {chosen!r}; known are auto, {', '.join(FORMATS)}")
+        check_choice("tokenizer.tool_format", chosen, ("auto", *FORMATS))
         written = find_tool_format(self._template)
         if chosen not in ("auto", "action", "none", written):
             raise InputError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,7 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
-        raise InputError(
-            f"{file} is not a tokenizer ({' '.join(str(error).split())[:160]}); copy or download it again"
-        ) from error
+        raise InputError(f"{file} is not a tokenizer ({one_line(error, 160)}); copy or download it again") from error
     tokenizer.no_truncation()  # the file may ask for either, and both would change prompts silently
     tokenizer.no_padding()
     return tokenizer

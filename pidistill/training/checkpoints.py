@@ -28,7 +28,7 @@ from torchtune import training, utils
 from torchtune.modules.peft import get_adapter_state_dict
 
 from pidistill.distributed.run import Run
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 from pidistill.models.adapters import has_adapters, merged
 from pidistill.models.hf_format import FAMILIES
 from pidistill.models.nf4 import whole
@@ -158,7 +158,7 @@ class Checkpoints:
             before = [step.name for step in step_folders(self.run.output_dir) if step != folder and step_of(step) < last]
             remedy = f"the run then resumes from {before[-1]}" if before else f"no older one is left: set {RESUME}=start_over"
             raise InputError(
-                f"{what} in {folder} is cut short or damaged ({_detail(error)}); move {folder} away, {remedy}"
+                f"{what} in {folder} is cut short or damaged ({one_line(error, 160)}); move {folder} away, {remedy}"
             ) from error
 
     def _open(self, folder: Path | None) -> Any:
@@ -280,8 +280,8 @@ class Checkpoints:
             before = step_folders(self.run.output_dir)
             kept = f"{before[-1].name} is whole" if before else "no earlier one is there"
             raise InputError(
-                f"the checkpoint of step {step} could not be written into {self.run.output_dir} ({_detail(error)}); {kept}: "
-                f"free space on the disk, then set {RESUME}=true to continue"
+                f"the checkpoint of step {step} could not be written into {self.run.output_dir} ({one_line(error, 160)}); "
+                f"{kept}: free space on the disk, then set {RESUME}=true to continue"
             ) from error
 
     def _write_adapter(self, model: nn.Module, adapters: dict[str, torch.Tensor]) -> None:
@@ -356,7 +356,3 @@ def _has_weights(folder: Path, marks: dict[str, int]) -> bool:
         return read_state(folder).get("weights") == marks
     except (InputError, *DAMAGED):
         return False
-
-
-def _detail(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -14,7 +14,7 @@ from torchtune import training
 from pidistill.config import build
 from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import parallelize, shard_model
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 from pidistill.models.adapters import scale_weights_alone, train_adapters_only, with_initial_adapters
 from pidistill.models.empty import empty_model, shared_empty_model
 from pidistill.models.nf4 import check_shapes, stored_as_in
@@ -108,7 +108,7 @@ def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: b
             tensors = {name: _whole_shard(t, wanted.get(name)) for name, t in stored_as_in(model, tensors).items()}
             model.load_state_dict(tensors, strict=True, assign=True)
     except (RuntimeError, KeyError, AttributeError) as error:
-        detail = " ".join(str(error).split())[:400]
+        detail = one_line(error, 400)
         raise InputError(
             f"the checkpoint does not fit the model built from `model` ({detail}); check model and checkpointer"
         ) from error

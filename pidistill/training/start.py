@@ -26,7 +26,7 @@ from pidistill.distributed.launcher import close_progress_bars, refuse
 from pidistill.distributed.machines import check_same_folder, same_refusal_on_all_machines
 from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import check_replicas, check_tensor_parallel, make_mesh, make_replicas
-from pidistill.errors import InputError, escape_logs
+from pidistill.errors import InputError, escape_logs, one_line
 from pidistill.jsonl import replace_file
 from pidistill.models.offloading import check_offloading
 from pidistill.models.peft_format import check_adapter_dir
@@ -166,9 +166,7 @@ def _device(name: str) -> torch.device:
     try:
         device, asked = utils.get_device(name), torch.device(name)
     except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"device={name} is not a device of torch ({' '.join(str(error).split())[:200]}); set cuda or cpu"
-        ) from error
+        raise InputError(f"device={name} is not a device of torch ({one_line(error, 200)}); set cuda or cpu") from error
     if device.type != asked.type:
         raise InputError(f"device is {name}, which this machine does not have (it has {device.type}); set device={device.type}")
     return device
@@ -247,7 +245,7 @@ def _full_disk(error: OSError) -> str:
 def _one_sentence(error: Exception) -> str:
     if isinstance(error, InputError):
         return str(error)
-    return f"the config cannot be resolved ({' '.join(str(error).split())}); check its ${{...}}"
+    return f"the config cannot be resolved ({one_line(error)}); check its ${{...}}"
 
 
 def _first_to_fail() -> bool:

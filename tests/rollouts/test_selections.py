@@ -144,7 +144,7 @@ def test_a_rollout_that_was_cut_short_is_no_trace():
 @pytest.mark.parametrize("selection", [Successes, Interventions])
 def test_limits_that_keep_nothing_are_refused(selection):
     assert isinstance(selection(), Selection)
-    with pytest.raises(InputError, match=r"selection\.max_per_prompt is 0"):
+    with pytest.raises(InputError, match=r"selection\.max_per_prompt=0 must"):
         selection(max_per_prompt=0)
 
 

@@ -31,7 +31,7 @@ from pidistill.commands.plan.estimate import Estimate, estimate
 from pidistill.commands.plan.lengths import RowLengths, given_rows, rows_of
 from pidistill.commands.plan.reading import dtype_of, read
 from pidistill.distributed.tensor_parallel import check_replicas
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 from pidistill.training.keys import setting
 
 
@@ -115,7 +115,7 @@ def _lengths(cfg: DictConfig, arguments: argparse.Namespace) -> RowLengths:
     try:
         rows = rows_of(cfg, arguments.rows)
     except (InputError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(
             f"the rows' lengths cannot be read ({reason}); give --prompt-tokens and --privileged-tokens"
         ) from error

@@ -31,7 +31,7 @@ from pidistill.commands.sweep.check import check_cells
 from pidistill.commands.sweep.execute import cell_fingerprint, locked, print_line, run_cell, try_lock
 from pidistill.commands.sweep.results import append_result, read_results, write_order
 from pidistill.commands.sweep.values import Axis, Choices
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.training.start import make_output_dir
 
 SEARCHES = ("grid", "random", "tpe")
@@ -48,8 +48,7 @@ class SweepPlan:
 
 
 def check_plan(plan: SweepPlan) -> None:
-    if plan.search not in SEARCHES:
-        raise InputError(f"--search {plan.search} is not known; use one of {', '.join(SEARCHES)}")
+    check_choice("--search", plan.search, SEARCHES)
     if plan.search == "grid" and plan.trials is not None:
         raise InputError(
             "--trials counts the trials of random and tpe, and a grid runs all of its cells; remove it, or set --search random"
