@@ -15,11 +15,11 @@ from pidistill.config import build
 from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import parallelize, shard_model
 from pidistill.errors import InputError, one_line
+from pidistill.models.adapter_dir import with_adapter_dir
 from pidistill.models.adapters import scale_weights_alone, train_adapters_only, with_initial_adapters
 from pidistill.models.empty import empty_model, shared_empty_model
 from pidistill.models.nf4 import check_shapes, stored_as_in
 from pidistill.models.offloading import offload_activations
-from pidistill.models.peft_format import with_adapter_dir
 from pidistill.models.precision import add_up_norms_in_fp32, keep_trained_weights_in
 from pidistill.models.progress import show_weights
 from pidistill.models.protocol import Decoder, has_own_names

@@ -40,6 +40,10 @@ _FILES = ("step_*", LATEST, BEGAN, ".writing", "nonfinite_step_*", *_OWN_FILES)
 _locks: dict[Path, Any] = {}
 
 
+def step_folder(output_dir: Path, step: int) -> Path:
+    return output_dir / f"step_{step}"
+
+
 def step_folders(output_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a folder, the oldest first."""
     named = (path for path in output_dir.glob("step_*") if re.fullmatch(r"step_\d+", path.name))

@@ -28,8 +28,8 @@ from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import check_replicas, check_tensor_parallel, make_mesh, make_replicas
 from pidistill.errors import InputError, escape_logs, one_line
 from pidistill.jsonl import replace_file
+from pidistill.models.adapter_dir import check_adapter_dir
 from pidistill.models.offloading import check_offloading
-from pidistill.models.peft_format import check_adapter_dir
 from pidistill.training.checkpoint_source import check_checkpoint_fits, check_checkpoint_folder, use_fallback_checkpoint
 from pidistill.training.disk import is_disk_fault
 from pidistill.training.interrupts import Stopped, handle_signals, training_run
