@@ -17,6 +17,7 @@ from torch import Tensor
 from pidistill.errors import InputError
 
 Message = dict[str, Any]  # OpenAI chat format: {"role": ..., "content": ..., "tool_calls"?, "tool_call_id"?, "name"?}
+Tools = Sequence[Mapping[str, Any]] | None  # tool schemas, as chat templates take them
 ViewName = Literal["student", "teacher"]
 
 

@@ -17,7 +17,7 @@ from pidistill.chat.tool_calls import FORMATS, as_plain_messages, parse_turn_tex
 from pidistill.errors import InputError, check_choice
 from pidistill.tokenizers.chat_template import ChatTemplate, TemplateRefusal, find_templates
 from pidistill.tokenizers.hf_files import read_tokenizer_files
-from pidistill.tokenizers.markers import Tools, any_of, mark, split_at, unused_marker, unused_word, with_sentinel
+from pidistill.tokenizers.markers import any_of, mark, split_at, unused_marker, unused_word, with_sentinel
 from pidistill.tokenizers.prefix import common_prefix_length
 from pidistill.tokenizers.template_probes import (
     find_default_system,
@@ -26,7 +26,7 @@ from pidistill.tokenizers.template_probes import (
     find_separators,
     find_tool_format,
 )
-from pidistill.types import Message
+from pidistill.types import Message, Tools
 
 _log = logging.getLogger(__name__)
 _WARNED: set[str] = set()

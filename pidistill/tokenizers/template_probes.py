@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 from pidistill.chat.tool_calls import PROBE_CONVERSATION, PROBE_TOOL, written_format
 from pidistill.tokenizers.chat_template import ChatTemplate, TemplateRefusal
-from pidistill.tokenizers.markers import Tools, unused_word
-from pidistill.types import Message
+from pidistill.tokenizers.markers import unused_word
+from pidistill.types import Message, Tools
 
 QUESTION: Message = {"role": "user", "content": "question"}
 

@@ -16,9 +16,7 @@ from torchtune.models.qwen2 import Qwen2Tokenizer
 from pidistill.chat.messages import message_text
 from pidistill.errors import InputError
 from pidistill.tokenizers.prefix import common_prefix_length
-from pidistill.types import Message
-
-Tools = Sequence[dict[str, Any]] | None
+from pidistill.types import Message, Tools
 
 # Answers whose ids share no first token with each other, with a stop token or with the text before them: what a prompt with
 # each of them has in common is the prompt. The empty one rules out a shared leading-space token.
