@@ -126,12 +126,12 @@ class PiDistillRecipe:
         return collected.rollouts
 
     def sampling_teacher(self) -> Teacher:
-        """Return whose weights sample: the live ones; at α=0, where they do not learn to teach, the `teacher`'s."""
+        """Return the teacher that samples: the trained model, or the config's `teacher` at α=0 (it learns no teaching)."""
         return self._teacher if self._objective.samples_from_teacher_weights(self._step) else LiveTeacher()
 
     @torch.no_grad()
     def score_behaviour(self, rollouts: list[Rollout]) -> None:
-        """Write onto each rollout what is asked for under the weights that sampled: a KL estimate, `importance_weights`."""
+        """Score the round with the weights that sampled it: write KL estimates and `importance_weights` onto its rollouts."""
         self._mismatch.start_round()
         request, teacher = self._objective.behaviour_request(), self.sampling_teacher()
         if request is None and self._corrections is None:
@@ -170,7 +170,7 @@ class PiDistillRecipe:
             sums.update(token_sums(batch, scores, token_loss.metrics, self._teacher.names(batch.views.rollouts)))
         supervised_loss = self._supervised.backward(self._model, self._step)
         total_loss = self._run.sum(total_loss + supervised_loss)
-        mismatch = self._mismatch.report()  # before the step: beyond the limit nothing is learned from these samples
+        mismatch = self._mismatch.report()  # before the step: above its limit the run ends and takes no step
         with self._timer.phase("update"):
             dump = functools.partial(dump_rollouts, [rollout for rollout, _ in kept])
             result = self._updates.step(total_loss, tokens, dump, self._step + 1, supervised_term=self._supervised.active)

@@ -65,7 +65,7 @@ def trace_dataset(
     """Make one example per task of recorded agent episodes.
 
     A task without a successful trace has no privileged information: the objective's `no_pi` says what becomes of it (plain RL
-    by default, which needs an environment in which it can be solved: a replay of a failure has nothing to earn). Rows
+    by default, which needs an environment in which it can be solved: a replay of a failure has no reward). Rows
     that no example is made of are counted: ``other_trace_of_task``, ``no_assistant_turn``.
 
     Args:

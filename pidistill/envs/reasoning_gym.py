@@ -69,7 +69,7 @@ def reasoning_gym_dataset(
     system_prompt: str | None = None,
     allow_evaluated_answers: bool = False,
 ) -> ExampleDataset:
-    """Return ``n`` entries of a task, which the arguments alone decide; two seeds share none (probability 1 − n / 2**30).
+    """Return ``n`` entries of a task, which depend only on the arguments; two seeds share none (probability 1 − n / 2**30).
 
     The completion is the answer in the form that is asked for.
 

@@ -5,7 +5,7 @@
 
 A token weight takes the term of a method (its divergence, or its policy gradient where it has no other), one number per policy
 token, and returns it with some tokens changed. The denominator of the mean stays all policy tokens of the step, so that leaving
-tokens out lowers the term and never inflates the others. Weights are constants: gradient reaches the term alone.
+tokens out lowers the term and never inflates the others. Weights are constants: gradient reaches only the term.
 """
 
 from collections.abc import Callable, Sequence

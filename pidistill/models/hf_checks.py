@@ -26,9 +26,7 @@ def own_masks_sentence(kind: str) -> str:
 def check_kind(lm: PreTrainedModel, path: str) -> None:
     """Refuse what is no causal language model of text, or computes what its layers cannot be asked for."""
     if lm.config.is_encoder_decoder:
-        raise InputError(
-            f"the model in {path} is an encoder with a decoder, and decoders alone are trained here; choose another"
-        )
+        raise InputError(f"the model in {path} is an encoder with a decoder, and only decoders can be trained; choose another")
     if hasattr(lm.config, "vision_config") or hasattr(lm.config, "audio_config"):
         raise InputError(
             f"the model in {path} ({type(lm).__name__}) takes images or sounds beside text, which are not trained here; "
@@ -51,7 +49,7 @@ def check_kind(lm: PreTrainedModel, path: str) -> None:
 
 
 def check_states(lm: PreTrainedModel, path: str) -> None:
-    """Refuse layers whose numbers depend on how many tokens they read at once: the sampler reads otherwise than the scorer."""
+    """Refuse layers whose numbers depend on how many tokens they read at once: the sampler and the scorer read different numbers at once."""
     if "mamba_selective_scan" in vars(sys.modules[type(lm).__module__]):
         raise InputError(
             f"the layers of the model in {path} ({type(lm).__name__} of transformers) forget their state where they read "

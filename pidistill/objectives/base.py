@@ -123,7 +123,7 @@ def distill_weight(no_pi: str, batch: Batch) -> Float[Tensor, " N"]:
 
 
 def student_divergence(name: str, jsd_beta: float, choices: tuple[str, ...] = DIVERGENCE_NAMES, **options: Any) -> Divergence:
-    """Return the divergence that an objective's keys `divergence` and `jsd_beta` name, with gradient to the student alone.
+    """Return the divergence that an objective's keys `divergence` and `jsd_beta` name, with gradient only to the student.
 
     A name with a dot is the path of a function of one's own, see :class:`pidistill.types.Divergence`.
     """

@@ -33,7 +33,7 @@ class OPD(Objective):
         divergence: "sampled" (the log-ratio of the sampled token as its advantage), "kl_student_teacher", "kl_teacher_student"
             "jsd", or the dotted path of a function of one's own.
         jsd_beta: weight of the teacher in the mixture of "jsd"; inside (0, 1).
-        proximal_alpha: α of the proximal teacher, with "sampled" alone; 1 is the teacher itself.
+        proximal_alpha: α of the proximal teacher, only with "sampled"; 1 is the teacher itself.
         top_k: the student's K most probable tokens and one tail bucket in place of the full vocabulary.
         token_weight: see :mod:`pidistill.losses.token_weights`.
     """

@@ -83,7 +83,7 @@ class PiDistill(Objective):
         drop_zero_advantage: False, "policy_gradient" (no RL term, and no KL where it is part of the reward) or "row" (the
             rollout leaves every term and the token count).
         token_weight: see :mod:`pidistill.losses.token_weights`; acts on the KLs of both halves.
-        no_pi: "rl" (a row without PI trains by RL alone), "drop", "error"; "distill" only makes sense with other weights.
+        no_pi: "rl" (a row without PI trains only by RL), "drop" or "error"; "distill" makes sense only with other weights.
     """
 
     def __init__(

@@ -159,7 +159,7 @@ class ChatEndpoint:
     Attributes:
         base_url: up to and including the version, e.g. ``http://localhost:8000/v1``.
         model: its name there.
-        key_env: the environment variable that holds the key; null where the server wants none. The key is read when a question
+        key_env: the environment variable that holds the key; null where the server needs none. The key is read when a question
             is asked, and is in no config, log, error or cache file.
         temperature, max_tokens: of the answer.
         timeout_s: for one try, from connecting to the last byte.

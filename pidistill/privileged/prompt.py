@@ -1,7 +1,7 @@
 """Put privileged information into prompts: messages in, messages out.
 
 The student view of a row is the row's own messages. The teacher view is the same messages with the privileged information
-put into them before any template is rendered, so the two differ by it alone:
+put into them before any template is rendered, so that they are the only difference between the two:
 
     placement      where                                          what a text becomes           what messages become
     system_end     end of the system message (made if missing)    the template's block          the block, with their text
@@ -77,7 +77,7 @@ class PrivilegedPrompt:
         placement: ``system_end``, ``user_end``, ``before_user`` or ``after_user``; see the table above.
         role: role of the message that ``before_user`` and ``after_user`` make of a text: "user" or "system".
         control: None for the row's own information; else what stands in its place, see :mod:`pidistill.privileged.controls`.
-            Uninformative information is reported to help too, so no result stands without a control.
+            Published studies find that useless information helps too, so that every result needs a control.
         control_seed: which rows "shuffled" and "other_problem" pair.
         filler: the word that "length_matched" repeats; one token, wherever it stands.
         max_privileged_length: more tokens than this (block included) is an overflow; None for no limit.

@@ -117,7 +117,7 @@ class LengthPenalty:
 class OverlongPenalty:
     """Lower the reward linearly over the last tokens before a limit: −factor · (tokens − (limit − buffer)) / buffer.
 
-    It is 0 up to limit − buffer and −factor from the limit on; the last turn bears it.
+    It is 0 up to limit − buffer and −factor from the limit on, and is added to the reward of the last turn.
 
     Attributes:
         limit: policy tokens of the whole episode, usually `sampler.max_new_tokens`.

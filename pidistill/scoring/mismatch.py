@@ -1,7 +1,7 @@
 """Compare the sampler's distribution with the trainer's: measured, bounded, and corrected by truncated importance weights.
 
 The policy gradient takes every token for a sample of the policy that the trainer sees. A sampler draws from another one, μ,
-where its kernels round otherwise, where its weights are stale, and where top-p or top-k cuts the distribution. With π the
+where its kernels round differently, where its weights are stale, and where top-p or top-k cuts the distribution. With π the
 trainer's policy under the weights that sampled, in the view that sampled:
 
     measured      Δ = log π(y) − log μ(y) of each sampled token; k3 = e^Δ − 1 − Δ ≥ 0 has the mean kl(μ||π) under y ~ μ

@@ -84,7 +84,7 @@ def _refusal(error: Exception, messages: Sequence[Message], tools: Tools) -> Tem
 
 
 def _as_templates_read(message: Message) -> Message:
-    """Return the message in the one form that all templates know; but for the text parts, transformers does the same.
+    """Return the message in the one form that all templates know. Except for the text parts, transformers does the same.
 
     Older templates write a null out as the word None; a missing key is what they expect. Reasoning has had several names. A
     list of text parts is written out as a list by some templates, and left out by others (Qwen3's).
@@ -148,7 +148,7 @@ def _environment() -> LimitedEnvironment:
 
 
 class _Generation(Extension):
-    """Read ``{% generation %}``, which marks assistant text for transformers' loss masks, as its body alone."""
+    """Read ``{% generation %}``, which marks assistant text for transformers' loss masks, as its body."""
 
     tags = {"generation"}  # noqa: RUF012
 

@@ -40,7 +40,7 @@ class TorchtuneChatTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self.max_seq_len: int | None = tokenizer.max_seq_len
         self._tokenizer = copy.copy(tokenizer)
-        self._tokenizer.max_seq_len = None  # torchtune cuts what is longer, without a word
+        self._tokenizer.max_seq_len = None  # torchtune silently cuts what is longer
         self._specials = {text: i for text, i in (getattr(tokenizer, "special_tokens", None) or {}).items() if len(text) > 1}
         self._parsed_tokens = self._find_parsed_tokens()
         self.stop_ids = self._find_stop_ids()

@@ -2,14 +2,14 @@
 
     the weights in their own format, as the configured torchtune checkpointer writes them (transformers loads them); of a
     model with LoRA adapters the merged ones (of 4-bit weights, those that the forward computes with),
-    adapter/ where there are LoRA adapters: these alone in PEFT's format, for the base in transformers,
+    adapter/ where there are LoRA adapters: only the adapters, in PEFT's format, for the base in transformers,
     the files that came with the initial checkpoint (config.json, tokenizer), and
     training_state.pt: optimizer, scheduler, adapters, teacher, step, round, random state of every rank, the objective's name,
     and the version of this format.
 
 `output_dir/latest` points to the newest. Checkpoints fall on round ends, so no half-used rollouts need saving. `keep_last: N`
-removes all but the newest N. Every file is on the disk before the link moves. A checkpoint is replaced by one with the same
-weights alone: anything else that has the name of a new one keeps its files under the name `step_N_replaced_M`.
+removes all but the newest N. Every file is on the disk before the link moves. A new checkpoint
+replaces one of the same name only if both hold the same weights; any other is kept as `step_N_replaced_M`.
 """
 
 import contextlib

@@ -16,7 +16,7 @@ from pidistill.jsonl import umask
 
 log = utils.get_logger("INFO")
 
-# The disk is full, a quota or a limit is reached, it can be read alone, or it fails.
+# The disk is full, a quota or a limit is reached, it is read-only, or it fails.
 _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
@@ -39,7 +39,7 @@ def free_name(path: Path) -> Path:
 
 
 def check_copyable(folder: Path) -> None:
-    """Refuse a model folder that cannot be copied beside the weights of a checkpoint, before hours of training end in it."""
+    """Refuse a model folder that cannot be copied beside the weights of a checkpoint, so that no run ends with this error after hours of training."""
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(root, name) for name in (*folders, *files) if not name.startswith(".")):

@@ -34,7 +34,7 @@ def load_model(
     """Build a model on the meta device, shard it where there is more than one rank, and fill it from a full state dict.
 
     ``trained`` models get activation checkpointing, offloading and compilation as the config says; teachers do not. Of a model
-    with LoRA adapters these alone can be trained, and a state dict without them gives new ones. With `model.quantize_base`
+    with LoRA adapters only the adapters can be trained; a state dict without adapters gets new ones. With `model.quantize_base`
     the state dict's full weights become 4-bit ones.
 
     In mixed precision the weights that are trained, or ``averaged`` (an EMA teacher's), are in `dtype` and FSDP2 hands out

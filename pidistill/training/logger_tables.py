@@ -1,4 +1,4 @@
-"""Give tables to the metric loggers of torchtune, whose own interface knows numbers alone."""
+"""Give tables to the metric loggers of torchtune, whose own interface takes only numbers."""
 
 from collections.abc import Sequence
 from typing import Any

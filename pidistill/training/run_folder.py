@@ -70,7 +70,7 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
 
 
 def holds_run(output_dir: Path) -> bool:
-    """Return whether a run left checkpoints or metrics here. A config.yaml alone is of a run that never began."""
+    """Return whether a run left checkpoints or metrics here. A run that never began leaves only a config.yaml."""
     metrics, latest = output_dir / "metrics.jsonl", output_dir / LATEST
     rows = metrics.is_file() and metrics.stat().st_size > 0
     return rows or os.path.lexists(latest) or bool(step_folders(output_dir))

@@ -1,6 +1,6 @@
 """Start and end a recipe: checks, process group, device, threads, seeds, output folder, clean exit.
 
-The test for what stands here rather than in a recipe: would two papers differ in it?
+What two papers could do differently stands in a recipe; everything else of the start and the end stands here.
 """
 
 import functools
@@ -111,7 +111,7 @@ def check_run(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -
 
 
 def _drop_null_components(cfg: DictConfig) -> None:
-    """Null the whole node where its name is null: `eval_dataset=null` on torchtune's command line nulls the name alone."""
+    """Null the whole node where its name is null: `eval_dataset=null` on torchtune's command line nulls only the name."""
     for key, node in cfg.items_ex(resolve=False):
         if isinstance(node, DictConfig) and node.get("_component_", "") is None:
             cfg[key] = None
@@ -162,7 +162,7 @@ def _default_threads() -> int:
 
 
 def _device(name: str) -> torch.device:
-    """Return torchtune's device; refuse one that is not there, for which it takes the CPU without a word."""
+    """Return torchtune's device; refuse one that the machine lacks, for which torchtune takes the CPU silently."""
     try:
         device, asked = utils.get_device(name), torch.device(name)
     except (RuntimeError, ValueError) as error:
@@ -249,7 +249,7 @@ def _one_sentence(error: Exception) -> str:
 
 
 def _first_to_fail() -> bool:
-    """Return True on exactly one of the ranks that fail: all may have met the same error, or one alone one of its own."""
+    """Return True on exactly one of the ranks that fail: all ranks may have met the same error, or one rank its own."""
     if not dist.is_initialized():  # the config is wrong, which every rank sees
         return os.environ.get("RANK", "0") == "0"
     return dist.distributed_c10d._get_default_store().add("pidistill failed", 1) == 1

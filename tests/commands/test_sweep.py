@@ -525,7 +525,7 @@ def test_a_search_from_several_bases_has_its_trials_from_each(recipes, sweep, st
     words = (stages_file, "objective.beta=0.1..1.0", "--search", "random", "--trials", "2", "--arms", "opsd", "--seeds", "0")
     rows = sweep(*words, "--base", "one", "two")
     assert [row["base"] for row in rows.values()] == ["one", "one", "two", "two"]
-    assert "this one starts anew" not in capsys.readouterr().out
+    assert "this one starts from the beginning" not in capsys.readouterr().out
 
 
 def test_a_changed_config_starts_a_search_anew(recipes, sweep, tmp_path, capsys):
@@ -537,7 +537,7 @@ def test_a_changed_config_starts_a_search_anew(recipes, sweep, tmp_path, capsys)
     config.write_text(text.replace("max_steps: 80", "max_steps: 81"))
     sweep(*words)
     assert len(recipes.ran) == 4
-    assert "this one starts anew" in capsys.readouterr().out
+    assert "this one starts from the beginning" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------- several workers

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     sweep = read_sweep(arguments.config, arguments.overrides, **chosen)
     if arguments.dry_run:
         if arguments.search != "grid":
-            raise InputError("--dry-run prints a grid's commands; a random or TPE search draws its values as it goes")
+            raise InputError("--dry-run prints a grid's commands; a random or TPE search draws its values while it runs")
         print("\n".join(commands(sweep)))
         return
     ended_well = run_sweep(SweepPlan(sweep, arguments.search, arguments.trials), arguments.workers)

@@ -81,7 +81,9 @@ def run_sweep(plan: SweepPlan, workers: int = 1) -> bool:
         process.join()
     ended_badly = [process.exitcode for process in processes if process.exitcode]
     if ended_badly:
-        print_line(f"{len(ended_badly)} of {workers} workers ended early (exit codes {ended_badly}); the same command goes on")
+        print_line(
+            f"{len(ended_badly)} of {workers} workers ended early (exit codes {ended_badly}); run the same command again to continue"
+        )
     return not ended_badly and not _failed_cells(plan)
 
 
@@ -273,7 +275,9 @@ def _say_if_changed(plan: SweepPlan, arm: Arm, study: optuna.Study) -> None:
     prefix = study.study_name.rsplit(" ", 1)[0]
     others = [name for name in optuna.get_all_study_names(study._storage) if name.rsplit(" ", 1)[0] == prefix]
     if len(others) > 1:
-        print_line(f"{arm.name}: config, space or seeds have changed since the last search here; this one starts anew")
+        print_line(
+            f"{arm.name}: config, space or seeds have changed since the last search here; this one starts from the beginning"
+        )
 
 
 def setting_text(value: Any) -> str:

@@ -40,7 +40,7 @@ class Wish:
     moves: tuple[Move, ...]  # what the expert does once the customer is identified
     facts: Mapping[str, str] = field(default_factory=dict)  # answers when asked, by topic: order, reason, payment, address
     confirms: str = "Yes, please."  # the answer when the agent asks for a confirmation
-    declined: bool = False  # the customer says no to it, and goes on to the next wish
+    declined: bool = False  # the customer says no to it, and continues with the next wish
     outputs: tuple[str, ...] = ()  # what the agent must have told the customer
     denied: bool = False  # the policy forbids it
     ends: bool = False  # the conversation is over afterwards
