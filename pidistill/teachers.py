@@ -135,7 +135,7 @@ class HiddenMemory:
     def of(
         self, rollouts: Sequence[Rollout], none: Float[Tensor, "0 H"], read: Callable[[], Float[Tensor, "N H"]]
     ) -> Float[Tensor, "N H"]:
-        """Return the hidden states of the policy tokens: the kept ones if every rank has all of its own, else what ``read`` gives."""
+        """Return hidden states of the policy tokens: the kept ones if every rank has all of its own, else from ``read``."""
         kept = [self._kept.get(rollout.key) for rollout in rollouts]
         if on_all_ranks(all(hidden is not None for hidden in kept), none.device):
             return torch.cat([none, *(hidden.to(none.device) for hidden in kept)])

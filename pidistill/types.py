@@ -236,7 +236,8 @@ class Scores:
     teacher_entropy: Float[Tensor, " N"] | None
     student_kept_mass: Float[Tensor, " N"] | None = None
     teacher_kept_mass: Float[Tensor, " N"] | None = None
-    # The auxiliary loss of a mixture of experts over this forward's tokens, weighted: the recipes add it to every policy token's loss, so that
+    # The weighted auxiliary loss of a mixture of experts over this forward's tokens: the recipes add it to every policy token's
+    # loss, so that
     # micro-batches count by their policy tokens. 0.0 where `model` gives it no weight.
     router_loss: Float[Tensor, ""] | float = 0.0
 

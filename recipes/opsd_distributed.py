@@ -175,7 +175,7 @@ class OPSDRecipe:
         request = self._objective.behaviour_request()
         if request is None and self._corrections is None:
             return
-        views = ("student", "teacher") if self._objective.guides_failed_groups else (SAMPLING_VIEW,)  # of hinted samples
+        views = ("student", "teacher") if self._objective.guides_failed_groups else (SAMPLING_VIEW,)  # hinted samples too
         for chunk in self._packer.micro_batches(rollouts):
             batch = self._packer.batch(chunk)
             with self._timer.phase("score"):
@@ -210,7 +210,7 @@ class OPSDRecipe:
             sums.update(token_sums(batch, scores, token_loss.metrics, self._teacher.names(batch.views.rollouts)))
         supervised_loss = self._supervised.backward(self._model, self._step)
         total_loss = self._run.sum(total_loss + supervised_loss)
-        mismatch = self._mismatch.report()  # before the step: above its limit the run ends and takes no step
+        mismatch = self._mismatch.report()  # before the step: above its limit it ends the run
         with self._timer.phase("update"):
             dump = functools.partial(dump_rollouts, [rollout for rollout, _ in kept])
             result = self._updates.step(total_loss, tokens, dump, self._step + 1, supervised_term=self._supervised.active)

@@ -126,7 +126,7 @@ class PiDistillRecipe:
         return collected.rollouts
 
     def sampling_teacher(self) -> Teacher:
-        """Return the teacher that samples: the trained model, or the config's `teacher` at α=0 (it learns no teaching)."""
+        """Return the teacher whose weights sample: the trained model, or at α=0 the config's `teacher`."""
         return self._teacher if self._objective.samples_from_teacher_weights(self._step) else LiveTeacher()
 
     @torch.no_grad()
@@ -170,7 +170,7 @@ class PiDistillRecipe:
             sums.update(token_sums(batch, scores, token_loss.metrics, self._teacher.names(batch.views.rollouts)))
         supervised_loss = self._supervised.backward(self._model, self._step)
         total_loss = self._run.sum(total_loss + supervised_loss)
-        mismatch = self._mismatch.report()  # before the step: above its limit the run ends and takes no step
+        mismatch = self._mismatch.report()  # before the step: above its limit it ends the run
         with self._timer.phase("update"):
             dump = functools.partial(dump_rollouts, [rollout for rollout, _ in kept])
             result = self._updates.step(total_loss, tokens, dump, self._step + 1, supervised_term=self._supervised.active)

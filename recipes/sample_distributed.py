@@ -1,4 +1,4 @@
-"""Sample a checkpoint and keep some completions as demonstrations, for methods with a later SFT stage.
+"""Sample a checkpoint and keep some completions as demonstrations: the first stage of methods that end in SFT.
 
 every row of `dataset` × `samples_per_prompt` samples of `view` → rewards → `selection` → `traces.jsonl`, which
 pidistill.data.chat_dataset reads (RFT with privileged information, intervention training: see pidistill/rollouts/selections.py)

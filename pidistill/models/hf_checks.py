@@ -49,7 +49,7 @@ def check_kind(lm: PreTrainedModel, path: str) -> None:
 
 
 def check_states(lm: PreTrainedModel, path: str) -> None:
-    """Refuse layers whose numbers depend on how many tokens they read at once: the sampler and the scorer read different numbers at once."""
+    """Refuse layers whose numbers depend on how many tokens they read at once, because sampler and scorer differ in that."""
     if "mamba_selective_scan" in vars(sys.modules[type(lm).__module__]):
         raise InputError(
             f"the layers of the model in {path} ({type(lm).__name__} of transformers) forget their state where they read "

@@ -39,7 +39,7 @@ def free_name(path: Path) -> Path:
 
 
 def check_copyable(folder: Path) -> None:
-    """Refuse a model folder that cannot be copied beside the weights of a checkpoint, so that no run ends with this error after hours of training."""
+    """Refuse a model folder that cannot be copied into a checkpoint: the first save would fail, after hours of training."""
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(root, name) for name in (*folders, *files) if not name.startswith(".")):

@@ -81,9 +81,7 @@ def run_sweep(plan: SweepPlan, workers: int = 1) -> bool:
         process.join()
     ended_badly = [process.exitcode for process in processes if process.exitcode]
     if ended_badly:
-        print_line(
-            f"{len(ended_badly)} of {workers} workers ended early (exit codes {ended_badly}); run the same command again to continue"
-        )
+        print_line(f"{len(ended_badly)} of {workers} workers ended early (exit codes {ended_badly}); run the command again")
     return not ended_badly and not _failed_cells(plan)
 
 
