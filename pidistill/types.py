@@ -188,6 +188,7 @@ class Batch:
     turn_index: Int[Tensor, " N"] | None = None  # which assistant turn of its rollout the token belongs to, from 0
     # Factor with which all turns count alike: (tokens of the rollout) / (its turns × tokens of the turn).
     turn_balance: Float[Tensor, " N"] | None = None
+    rollout_tokens: Float[Tensor, " N"] | None = None  # how many policy tokens the token's rollout has
     kept: "KeptSets | None" = None  # the ids that each token was drawn from, where the sampler cut its distribution
 
     def slice(self, part: slice) -> "Batch":

@@ -173,6 +173,7 @@ def make_batch(
         ),
         turn_index=ids([k for r in rollouts for k, length in enumerate(turn_lengths(r)) for _ in range(length)]),
         turn_balance=per_token(True, lambda: [w for r in rollouts for w in _turn_balance(r)]),
+        rollout_tokens=per_token(True, lambda: [r.policy_tokens for _, r, _ in tokens]),
         kept=_kept_sets(rollouts, device) if any(r.kept is not None for r in rollouts) else None,
     )
 

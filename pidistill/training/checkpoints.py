@@ -35,6 +35,7 @@ from pidistill.models.hf_format import FAMILIES
 from pidistill.models.nf4 import whole
 from pidistill.models.peft_format import FOLDER
 from pidistill.models.peft_format import write as write_adapter
+from pidistill.models.progress import show_weights
 from pidistill.models.protocol import Decoder, has_own_names
 from pidistill.teachers import Teacher
 from pidistill.training.disk import check_copyable, remove_outside_copies, remove_tree
@@ -292,7 +293,7 @@ class Checkpoints:
     def _full(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return whole CPU tensors on rank 0; every rank takes part in gathering them."""
         full = {}
-        for name, tensor in state.items():
+        for name, tensor in show_weights(state.items(), "gathering weights", "tensor"):
             gathered = whole(tensor.detach(), self.run.device)
             if self.run.is_main:
                 full[name] = gathered.cpu().contiguous()
