@@ -21,7 +21,7 @@ from pidistill.errors import InputError, one_line
 def same_refusal_on_all_machines() -> Iterator[None]:
     """End all processes where one of them refuses its input, also where torchrun launched several machines.
 
-    The others would wait for the refused process until a timeout: torchrun ends the processes of its own machine alone.
+    The others would wait for the refused process until a timeout: torchrun ends only the processes of its own machine.
 
     Raises:
         InputError: another process was refused, with its sentence.

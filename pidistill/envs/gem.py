@@ -86,7 +86,7 @@ def gem_dataset(
 ) -> ExampleDataset:
     """Return ``n`` seeded starts of one of GEM's games (`game:...`) or reasoning tasks (`rg:...`).
 
-    The rows depend on the arguments alone. Small games have few different starts (GuessTheNumber-v0-easy has ten), so that two
+    The rows depend only on the arguments. Small games have few different starts (GuessTheNumber-v0-easy has ten), so that two
     seeds share most of them.
 
     Args:

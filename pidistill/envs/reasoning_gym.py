@@ -121,7 +121,7 @@ def _task(task: str, config: str, size: int = 1, seed: int = 0) -> Any:
 
 
 def _base_seed(task: str, seed: int) -> int:
-    """Return what an entry's row is added to for its seed: plain seeds 0 and 1 would share all rows but one.
+    """Return the number that a row's index is added to for its seed: plain seeds 0 and 1 would share all rows but one.
 
     31 bits: some tasks seed numpy, which takes no number of 2**32 or above.
     """

@@ -2,7 +2,7 @@
 
 Δ is taken at the weights of the current update, over the whole vocabulary, and is a constant: gradient reaches the policy
 gradient that the number multiplies, and nothing else. Each expected gradient is therefore a function of S and T at fixed
-prefixes, and is held by enumeration in tests/objectives/test_token_gap.py.
+prefixes, and is checked by enumeration in tests/objectives/test_token_gap.py.
 """
 
 import math

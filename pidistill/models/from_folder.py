@@ -98,7 +98,7 @@ def _of_transformers(
 
 
 def check_folder(config: Mapping[str, Any], path: str) -> None:
-    """Refuse what no decoder here trains, whoever builds it."""
+    """Refuse a folder whose model cannot be trained here."""
     if config.get("is_encoder_decoder"):
         raise InputError(
             f"the model in {path} is an encoder with a decoder ({config.get('model_type')}), and only decoders can "

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from pidistill.errors import InputError
 
-# Layers whose tokens meet in the attention alone, if at all. Every other kind carries a state from token to token.
+# Layers whose tokens meet only in the attention, if at all. Every other kind carries a state from token to token.
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
 _WITH_STATE = {"linear_attention", "conv", "hybrid"}
 
@@ -24,7 +24,7 @@ def own_masks_sentence(kind: str) -> str:
 
 
 def check_kind(lm: PreTrainedModel, path: str) -> None:
-    """Refuse what is no causal language model of text, or computes what its layers cannot be asked for."""
+    """Refuse a model that is not a causal language model of text, or whose layers compute what cannot be reached here."""
     if lm.config.is_encoder_decoder:
         raise InputError(f"the model in {path} is an encoder with a decoder, and only decoders can be trained; choose another")
     if hasattr(lm.config, "vision_config") or hasattr(lm.config, "audio_config"):

@@ -212,7 +212,7 @@ def _masks_by(make: Callable[[Rule], LayerMask]) -> Iterator[None]:
 
 
 def _widest(text: Any, key: str) -> int | None:
-    """Return a setting, of layers that differ in it the largest; None where it is absent."""
+    """Return a setting, the largest where layers differ in it; None where it is absent."""
     layers = getattr(text, "per_layer_config", None)
     if layers:
         return max((value for layer in layers if (value := getattr(layer, key, None))), default=None)
@@ -228,10 +228,10 @@ def is_tied(lm: PreTrainedModel) -> bool:
 
 
 def build(path: str, max_seq_len: int | None = None, router_loss_weight: float = 0.0) -> HFDecoder:
-    """Build the decoder of the folder ``path`` from its config.json alone; on the meta device where that is the default.
+    """Build the decoder of the folder ``path`` from nothing but its config.json; on the meta device where that is the default.
 
     Raises:
-        InputError: transformers does not know the model, or it is none that can be computed here.
+        InputError: transformers does not know the model, or it cannot be computed here.
     """
     config = read_config(path)
     check_rotations(config, path, max_seq_len)

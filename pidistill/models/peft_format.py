@@ -82,7 +82,7 @@ def write(folder: Path, model: nn.Module, weights: Mapping[str, Tensor], hf_conf
 def _config(model: nn.Module, base: str) -> dict[str, Any]:
     layers = {hf_name(name): module for name, module in adapter_modules(model)}
     ranks = {name: rank_of(module) for name, module in layers.items()}
-    # DoRA's layer keeps α/r alone, whose product with r is α but for rounding.
+    # DoRA's layer keeps only α/r, whose product with r is α except for rounding.
     alphas = {name: float(f"{scale_of(module) * ranks[name]:.9g}") for name, module in layers.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return {

@@ -7,7 +7,7 @@ TRL's trainer has `share_student_as_teacher: true`: that is `teacher: pidistill.
 `FrozenTeacher` with `teacher_model` and `teacher_checkpointer`. Its `temperature` divides the logits of both sides: ours is the
 sampler's, one for sampling and loss. `max_privileged_length` is a key of `privileged`.
 
-What we do differently: the coin of `lmbda` is tossed per prompt, not per batch. Near the ends, not at them, the interior's
+What we do differently: `lmbda` is drawn for each prompt, not for each batch. Near the ends, not at them, the interior's
 gradient vanishes: β=.01 has about a hundredth of the gradient of β=0.
 """
 

@@ -1,4 +1,4 @@
-"""Distil on policy as the other first authors of OPSD have it (OPSD-UCLA, arXiv 2601.18734): no reward.
+"""Distil on policy in the form of the UCLA authors of OPSD (OPSD-UCLA, arXiv 2601.18734): no reward.
 
     J = −E_{y~S}[ Σ_t D(T_t, S_t) ],  T = the initial policy with the reference solution, gradient through S only
 

@@ -1,4 +1,4 @@
-"""RLSD: the reward gives the sign of each token's advantage, the token gap its size (arXiv 2604.03128, Algorithm 1).
+"""Train with RLSD: the reward gives the sign of each token's advantage, the token gap its size (arXiv 2604.03128, Algorithm 1).
 
     J = E_{y~S}[ Σ_t clip-min(ρ_t, Â_t) ],  Â_t = A·[(1−λ) + λ·clip(exp(sign(A)·Δ_t), 1−ε, 1+ε)],  Δ_t = log T − log S
 

@@ -1,4 +1,4 @@
-"""SDAR: GRPO with a sigmoid-gated token gap beside the reward's advantage (arXiv 2605.15155).
+"""Train with SDAR: GRPO with a sigmoid-gated token gap beside the reward's advantage (arXiv 2605.15155).
 
     J = E_{y~S}[ Σ_t clip-min(ρ_t, A + λ·(g_t − ½)) ],  g_t = sg σ(β_g·Δ_t),  Δ_t = log T − log S of the token
 
@@ -28,7 +28,7 @@ class SDAR(GRPO):
         gap_weight: λ, or ``{start, end, steps}``. The authors' scripts use 0.01 where rewards are standardised.
         gate_beta: β_g; more is closer to a sign.
         centred: subtract ½; False is the published form.
-        no_pi: rows without privileged information: "rl" (the reward alone) or "distill" (another model teaches them too).
+        no_pi: rows without privileged information: "rl" (only the reward) or "distill" (another model teaches them too).
         more: the arguments of :class:`GRPO`.
     """
 

@@ -56,7 +56,7 @@ def pair_rows(examples: Sequence[Example], keys: Sequence[str], seed: int, contr
     """Return, for each row that has privileged information, the row that gives it another one, of another key.
 
     Rows are sorted into groups of equal keys, groups and members in random order, and everything moves on by the size of the
-    largest group. The result depends on the examples and ``seed`` alone.
+    largest group. The result depends only on the examples and ``seed``.
     """
     rows = [i for i, example in enumerate(examples) if example.privileged]
     if not rows:

@@ -149,7 +149,7 @@ class VLLMEngine:
             stop_token_ids=list(settings.stop_ids),
             ignore_eos=True,  # the model's own end of text, where the tokenizer's stop ids lack it
             seed=None if greedy else seed,
-            logprobs=0,  # of the sampled token alone
+            logprobs=0,  # only of the sampled token
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -205,7 +205,7 @@ def _quietly(shutdown: Callable[[], None]) -> None:
 
 
 def _text_alone(config: Any) -> Any:
-    """Return the config of the text model, which alone is trained, of a folder that also holds a part for images."""
+    """Return the config of the text model of a folder that also holds a part for images; only the text model is trained."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     text = config.get_text_config()

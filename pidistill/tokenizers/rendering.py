@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Piece:
-    """Holds the ids of one assistant turn (``turn`` is its message), or of what stands between two turns (``turn`` is None)."""
+    """Hold the ids of one assistant turn (``turn`` is its message), or of what stands between two turns (``turn`` is None)."""
 
     ids: list[int]
     turn: Message | None
