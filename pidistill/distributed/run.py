@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Run:
-    """Hold where a recipe runs. ``rank`` and ``world_size`` count data-parallel ranks, over which sums are taken and items shared.
+    """Hold where a recipe runs. ``rank`` and ``world_size`` count data-parallel ranks; sums and shares are over these.
 
     The ranks of a tensor-parallel group have the same work, and the same results.
     """

@@ -1,8 +1,8 @@
 """Show how far a round of sampling is: rows that have ended, tokens, tokens per second.
 
 :func:`pidistill.rollouts.collect_rollouts` opens the bar, for a round, an evaluation and a probe alike, and samplers call
-:func:`count`; the bar of a sampler that does not call it does not move. On a terminal it is a line that disappears when the round ends;
-elsewhere a line of the log every half minute. tqdm's own `TQDM_DISABLE=1` switches it off.
+:func:`count`; the bar of a sampler that does not call it does not move. On a terminal it is a line that disappears when the
+round ends, elsewhere a line of the log every half minute. tqdm's own `TQDM_DISABLE=1` switches it off.
 """
 
 import os
