@@ -111,7 +111,9 @@ def test_other_problem_never_pairs_rows_of_one_prompt_and_depends_on_the_seed_an
 
 def test_wrong_needs_the_rows_key(tokenizers):
     rows = [replace(example, data={}) for example in examples()]
-    with pytest.raises(InputError, match=r"row 0 has no privileged_wrong, which privileged\.control: wrong shows"):
+    with pytest.raises(
+        InputError, match=r"row 0 has no privileged_wrong, the information .* that privileged\.control: wrong shows"
+    ):
         build_prompts(rows, tokenizers["llama3"], PrivilegedPrompt(control="wrong"), max_new_tokens=1)
 
 
