@@ -229,8 +229,12 @@ def _check_component(path: str, node: Any, raw: Any) -> None:
         return
     for key, value in node.items():
         _check_component(f"{path}.{key}", value, raw[key] if isinstance(raw, dict) else raw)
-    if COMPONENT not in node:
-        return
+    if COMPONENT in node:
+        _check_arguments(path, node, raw)
+
+
+def _check_arguments(path: str, node: dict[str, Any], raw: Any) -> None:
+    """Refuse a component that cannot be found, and arguments that it does not take or that it lacks."""
     if not isinstance(node[COMPONENT], str):
         raise InputError(
             f"config key {path}._component_ is {node[COMPONENT]}, not a dotted path; on the command line, write "

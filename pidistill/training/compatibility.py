@@ -40,6 +40,30 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
             f"{method} trains on what the {objective.sampling_view()} view samples, and this recipe samples from the "
             f"{sampling_view} view; run {recipe}, or set another objective"
         )
+    _check_teacher(cfg, objective, sampler, teacher, method)
+    if objective.on_policy_frac < 1.0 and cfg.group_size != 1:
+        raise InputError(
+            f"objective.lmbda={objective.on_policy_frac} takes one completion per prompt from the dataset, and group_size="
+            f"{cfg.group_size} samples several for every other prompt, so that lmbda would not be the sampled share of the "
+            "completions; set group_size=1 and raise prompts_per_round"
+        )
+    if cfg.get("importance_weights") and not objective.takes_importance_weights:
+        raise InputError(
+            f"{method} as configured has no policy-gradient loss for importance_weights to multiply (a divergence, a "
+            "supervised term, or importance weights of its own); remove importance_weights, or set another objective"
+        )
+    if cfg.get("mismatch_mask"):
+        _check_mask(cfg, objective, sampler)
+    _check_truncation(cfg, objective, sampler)
+    _check_group(cfg, objective, method)
+    if cfg.get("hindsight"):
+        check_hindsight(cfg, objective, method)
+    _check_divergences(objective, method)
+    _check_adapters(shared_empty_model(cfg.model), teacher)
+
+
+def _check_teacher(cfg: DictConfig, objective: Objective, sampler: Sampler, teacher: Teacher, method: str) -> None:
+    """Refuse a teacher that the method does not use or cannot sample from, and weights that the teacher does not read."""
     if not teacher.live and not objective.uses_teacher:
         raise InputError(f"{method} uses no teacher; remove `teacher`, or set objective.report_teacher_kl=True")
     if cfg.get("teacher_model") and not cfg.get("teacher_checkpointer"):
@@ -62,23 +86,9 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
             f"{type(teacher).__name__} mixes the logits of two models and cannot sample, which {method} asks of the teacher "
             "(at alpha=0); keep objective.alpha above 0, or set another teacher"
         )
-    if objective.on_policy_frac < 1.0 and cfg.group_size != 1:
-        raise InputError(
-            f"objective.lmbda={objective.on_policy_frac} takes one completion per prompt from the dataset, and group_size="
-            f"{cfg.group_size} samples several for every other prompt, so that lmbda would not be the sampled share of the "
-            "completions; set group_size=1 and raise prompts_per_round"
-        )
-    if cfg.get("importance_weights") and not objective.takes_importance_weights:
-        raise InputError(
-            f"{method} as configured has no policy-gradient loss for importance_weights to multiply (a divergence, a "
-            "supervised term, or importance weights of its own); remove importance_weights, or set another objective"
-        )
-    if cfg.get("mismatch_mask"):
-        _check_mask(cfg, objective, sampler)
-    _check_truncation(cfg, objective, sampler)
-    _check_group(cfg, objective, method)
-    if cfg.get("hindsight"):
-        check_hindsight(cfg, objective, method)
+
+
+def _check_divergences(objective: Objective, method: str) -> None:
     requested = objective.score_request(0).divergences
     for request in requested:
         check_divergence(request)
@@ -87,7 +97,6 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
             f"objective.token_weight compares teacher and student, and {method} as configured looks at one view; remove "
             "it, or set objective.report_teacher_kl=True"
         )
-    _check_adapters(shared_empty_model(cfg.model), teacher)
 
 
 def check_routed(cfg: DictConfig, teacher: Teacher) -> None:
