@@ -168,7 +168,7 @@ def test_what_no_teacher_is_named_for_is_refused():
     with pytest.raises(InputError, match=r"its domain is None"):
         RoutedTeacher("domain", {"math": FrozenTeacher()}).name_of(type(row.example)(id="x", messages=[]))
     for settings, match in (
-        ({"teachers": {}}, "needs entries"),
+        ({"teachers": {}}, "must not be empty"),
         ({"teachers": {"a": FrozenTeacher()}, "default": "b"}, "teacher.default=b must be null or one of"),
         ({"teachers": {"a/b": FrozenTeacher()}}, "teacher.teachers has the name 'a/b'; names of states hold /"),
         ({"teachers": {"a": FrozenTeacher()}, "balance": "rows"}, "teacher.balance=rows is unknown"),
