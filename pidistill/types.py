@@ -167,6 +167,18 @@ class KeptSets:
         return rows
 
 
+@dataclass(frozen=True)
+class ListedTeacher:
+    """Hold what is known of a teacher whose distribution is elsewhere: the log-probs of some ids per policy token.
+
+    Attributes:
+        ids: [N, K] the token's own id first; -1 where a row lists fewer. logprobs: [N, K] nats, over its whole vocabulary.
+    """
+
+    ids: Int[Tensor, "N K"]
+    logprobs: Float[Tensor, "N K"]
+
+
 @dataclass
 class Batch:
     """Hold rollouts side by side. Everything the objectives see is flat over the N policy tokens of the batch."""

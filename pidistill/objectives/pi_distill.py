@@ -140,6 +140,7 @@ class PiDistill(Objective):
         # Not on `sft`, which has no ratio, and not on `snis`, which has importance weights of its own.
         self._weighs_student = student_term in ("ppo", "topr")
         self.takes_importance_weights = self._weighs_student or max(self.alpha.start, self.alpha.end) > 0
+        self.needs_present_samples = self.kl.needs_present_samples
         self.clip = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
         self.topr = {"low": topr_low, "high": topr_high, "level": topr_level}
         self.advantage, self.drop_zero_advantage, self.no_pi = advantage, drop_zero_advantage, no_pi

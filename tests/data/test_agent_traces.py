@@ -220,7 +220,7 @@ def test_damaged_files_are_refused(tmp_path):
         "{": "line 1 is not valid JSON",
         "[]": "has no rows",
         '["x"]': "row 0 is a str, not an object",
-        "3": "is no list of rows",
+        "3": "is not a list of objects",
     }
     for text, sentence in said.items():
         (tmp_path / "traces.json").write_text(text)

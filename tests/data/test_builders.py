@@ -299,7 +299,7 @@ def test_chat_options_that_cannot_be(tmp_path):
     refused("row 0: messages has no assistant message, which dataset.completion", completion="after_last_user")
     refused("row 0: pi must begin and end with an assistant message", completion_key="pi")
     refused("row 0: tools is text but not JSON", tools_key="tools")
-    refused("row 0: tools2 is no list of tool schemas", tools_key="tools2")
+    refused("row 0: tools2 is not a list of tool schemas", tools_key="tools2")
     odd = write(tmp_path / "odd.jsonl", [{"messages": [assistant("a"), user("b")]}])
     with pytest.raises(InputError, match=r"row 0: messages: no assistant message follows the last user message directly"):
         chat_dataset(odd, privileged_key=None, completion="from_first_assistant")

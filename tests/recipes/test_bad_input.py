@@ -242,7 +242,11 @@ BY_FILE = [
         {"environment": {"_component_": "pidistill.envs.SingleTurn"}},
         "environment.reward is missing; pidistill.envs.SingleTurn needs it",
     ),
-    ("opsd", {"teacher_model": {"_component_": LLAMA, **SIZES}}, "teacher_model has no weights of its own; set teacher_checkpointer"),
+    (
+        "opsd",
+        {"teacher_model": {"_component_": LLAMA, **SIZES}},
+        "teacher_model has no weights of its own; set teacher_checkpointer",
+    ),
     *(
         (name, {"model__vocab_size": 80, "checkpointer": SCRATCH}, "tokenizer has 85 ids but the model's vocabulary has 80")
         for name in ("opsd", "sft")
