@@ -107,7 +107,7 @@ class VLLMEngine:
                     distributed_executor_backend="external_launcher" if several else "uni",
                     **settings,
                 )
-            except (ValueError, RuntimeError, torch.OutOfMemoryError) as error:
+            except Exception as error:  # what vLLM cannot do is an error of any kind: an assertion, an absent key or package
                 detail = " ".join(str(error).split())[:400]
                 raise InputError(
                     f"vLLM did not start on {model_dir} ({detail}); check sampler.model_dir, sampler.gpu_memory_utilization, "
