@@ -103,15 +103,15 @@ def sample(sampler, model, prompts=PROMPTS, on_turn_end=None, **changes):
 @torch.no_grad()
 def errors(samples, model, temperature=1.0, top_k=None, top_p=None) -> list[float]:
     """Nats between what was recorded and the distribution of a full forward of the trainer's model, token by token."""
-    errors = []
+    found = []
     for row, one in enumerate(samples):
         prompt = PROMPTS[row // 2]
         logits = model(torch.tensor([prompt + one.tokens]))[0].float()
         logprobs = sampling_logprobs(logits, temperature, top_k, top_p)
         for i, (token, policy, logprob) in enumerate(zip(one.tokens, one.policy_mask, one.logprobs, strict=True)):
             if policy:
-                errors.append(abs(logprobs[len(prompt) + i - 1, token].item() - logprob))
-    return errors
+                found.append(abs(logprobs[len(prompt) + i - 1, token].item() - logprob))
+    return found
 
 
 def largest_error(samples, model, *truncation, **settings) -> float:
