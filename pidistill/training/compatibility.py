@@ -18,7 +18,7 @@ from pidistill.objectives import GRPO, SDPO
 from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
 from pidistill.scoring.mismatch import cuts_off
-from pidistill.scoring.served_teacher import check_served
+from pidistill.scoring.served_teacher import ServedTeacher, check_served
 from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, RoutedTeacher, SnapshotTeacher, Teacher
 from pidistill.training.health import reads_rewards
 from pidistill.types import ViewName
@@ -93,6 +93,8 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
     if hasattr(sampler, "check_model"):  # vLLM's own modules compute some models in another way
         dtype = PRECISION_STR_TO_DTYPE[cfg.get("compute_dtype") or cfg.get("dtype") or "fp32"]
         sampler.check_model(shared_empty_model(cfg.model), torch.device(cfg.device), dtype)
+    if isinstance(teacher, ServedTeacher):
+        teacher.check_server()
 
 
 def check_routed(cfg: DictConfig, teacher: Teacher) -> None:

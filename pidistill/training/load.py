@@ -21,7 +21,7 @@ from pidistill.models.nf4 import check_shapes, stored_as_in
 from pidistill.models.offloading import offload_activations
 from pidistill.models.peft_format import with_adapter_dir
 from pidistill.models.precision import add_up_norms_in_fp32, keep_trained_weights_in
-from pidistill.models.progress import show_weights
+from pidistill.models.progress import PlacedWeights
 from pidistill.models.protocol import Decoder, has_own_names
 from pidistill.teachers import LiveTeacher, RoutedTeacher, Teacher
 from pidistill.training.keys import setting
@@ -99,12 +99,13 @@ def load_initial(cfg: DictConfig, run: Run) -> Decoder:
 def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: bool) -> None:
     try:
         if run.processes > 1:
-            training.load_from_full_model_state_dict(model, state_dict, run.device, strict=True, cpu_offload=cpu_offload)
+            weights = PlacedWeights(state_dict)
+            training.load_from_full_model_state_dict(model, weights, run.device, strict=True, cpu_offload=cpu_offload)
         else:
             wanted = model.state_dict()
             device = torch.device("cpu") if cpu_offload else run.device
-            named = show_weights(state_dict.items(), "placing weights", "tensor")
-            tensors = {name: t.to(device, wanted[name].dtype if name in wanted else None) for name, t in named}
+            placed = PlacedWeights(state_dict).items()
+            tensors = {name: t.to(device, wanted[name].dtype if name in wanted else None) for name, t in placed}
             tensors = {name: _whole_shard(t, wanted.get(name)) for name, t in stored_as_in(model, tensors).items()}
             model.load_state_dict(tensors, strict=True, assign=True)
     except (RuntimeError, KeyError, AttributeError) as error:
