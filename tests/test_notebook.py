@@ -104,5 +104,7 @@ def test_the_cells_of_the_notebook_run_one_after_another(tmp_path, monkeypatch):
                 shell(line[1:], tmp_path)
             elif line.startswith("%cd "):
                 os.chdir(eval(line[len("%cd {") : -1], names))
+            elif line.startswith("%env "):
+                monkeypatch.setenv(*line.removeprefix("%env ").split("="))
             elif "IPython" not in line:
                 exec(line, names)
