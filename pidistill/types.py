@@ -166,6 +166,18 @@ class KeptSets:
         return rows
 
 
+@dataclass(frozen=True)
+class ListedTeacher:
+    """Hold what is known of a teacher whose distribution is elsewhere: the log-probs of some ids per policy token.
+
+    Attributes:
+        ids: [N, K] the token's own id first; -1 where a row lists fewer. logprobs: [N, K] nats, over its whole vocabulary.
+    """
+
+    ids: Int[Tensor, "N K"]
+    logprobs: Float[Tensor, "N K"]
+
+
 @dataclass
 class Batch:
     """Hold rollouts side by side. Everything the objectives see is flat over the N policy tokens of the batch."""
@@ -187,6 +199,7 @@ class Batch:
     turn_index: Int[Tensor, " N"] | None = None  # which assistant turn of its rollout the token belongs to, from 0
     # What makes turns count alike: (tokens of the rollout) / (its turns × tokens of the turn).
     turn_balance: Float[Tensor, " N"] | None = None
+    rollout_tokens: Float[Tensor, " N"] | None = None  # how many policy tokens the token's rollout has
     kept: "KeptSets | None" = None  # the ids that each token was drawn from, where the sampler cut its distribution
 
     def slice(self, part: slice) -> "Batch":

@@ -69,6 +69,11 @@ class SamplingKL:
     def needs_behaviour(self) -> bool:
         return self.in_reward or self.mode == "loss_rb_complete"
 
+    @property
+    def needs_present_samples(self) -> str:
+        """Return the setting whose expected gradient is right on samples of P alone, which have no ratio to another policy."""
+        return "kl_mode=loss_k2" if self.mode == "loss_k2" else ""
+
     def divergence(self, grad: ViewName | Literal["none"] = "none") -> Divergence:
         return Divergence("kl_teacher_student" if self.policy == "teacher" else "kl_student_teacher", grad=grad)
 

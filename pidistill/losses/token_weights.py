@@ -111,6 +111,18 @@ class PositionDecay:
 
 
 @dataclass(frozen=True)
+class MeanOverTokens:
+    """Divide by the number of policy tokens of the token's rollout, so that `beta` weighs the term's mean, not its sum.
+
+    A divergence summed over a long answer outweighs a reward of 1. The published trainer of π-Distill (arXiv 2602.04942)
+    averages the KL over tokens; its beta of 0.25 is this one. Long and short rollouts then count alike.
+    """
+
+    def __call__(self, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
+        return term / batch.rollout_tokens
+
+
+@dataclass(frozen=True)
 class TurnBalance:
     """Weigh by (1 − share) + share·N/(K·n): turns count alike, not tokens (TurnOPD, arXiv 2607.05804, from its abstract).
 

@@ -81,6 +81,7 @@ class OPSD(Objective):
             raise InputError("objective.beta=0 and objective.reward_weight=0 leave nothing to train; raise one of them")
         self.advantage, self.drop_zero_advantage = advantage, drop_zero_advantage
         self.no_pi = no_pi or ("drop" if reward_free else "rl")
+        self.needs_present_samples = self.kl.needs_present_samples
 
     def behaviour_request(self) -> ScoreRequest | None:
         return self.kl.behaviour_request()

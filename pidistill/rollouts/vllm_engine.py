@@ -5,6 +5,7 @@ threads, environment variables) is undone.
 """
 
 import importlib.util
+import math
 import os
 import random
 import weakref
@@ -29,6 +30,10 @@ _ENVIRONMENT_DEFAULTS = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERRO
 _KEPT_VARIABLES = ("LOCAL_WORLD_SIZE", "LD_PRELOAD")
 
 
+# Ids that are listed beyond top_k: vLLM on CPU keeps those that tie with the last one, and in bf16 logits tie often.
+TIES = 64
+
+
 @dataclass(frozen=True)
 class Turn:
     """Hold what one request sampled."""
@@ -36,6 +41,8 @@ class Turn:
     row: int  # the number that `begin` was given
     ids: list[int]  # ends with the stop id, unless the limit came first
     logprobs: list[float]  # nats of each id under the distribution it was drawn from
+    # The ids that were left to draw each one from, None for the whole vocabulary; None where nobody asked.
+    kept: list[list[int] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Settings:
     top_k: int | None
     top_p: float | None
     stop_ids: tuple[int, ...]
+    kept: bool = False  # also list the ids that top_k and top_p left; needs a top_k
 
 
 @runtime_checkable
@@ -115,6 +123,7 @@ class VLLMEngine:
                 ) from error
         self._engine = self._llm.llm_engine
         _shut_down_quietly(self._engine.engine_core)
+        self._vocabulary = self._llm.model_config.get_vocab_size()
         self._sleep, self._asleep = sleep, False
         self._rows: dict[str, int] = {}
         self._begun = 0
@@ -149,7 +158,8 @@ class VLLMEngine:
             stop_token_ids=list(settings.stop_ids),
             ignore_eos=True,  # the model's own end of text, where the tokenizer's stop ids lack it
             seed=None if greedy else seed,
-            logprobs=0,  # of the sampled token alone
+            # Of the sampled token alone, or of all that may be left: what is cut off has -inf.
+            logprobs=min((settings.top_k or 0) + TIES, self._vocabulary) if settings.kept and not greedy else 0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -157,6 +167,7 @@ class VLLMEngine:
         self._begun += 1
         self._engine.add_request(name, tokens_input(list(ids)), params)
         self._rows[name] = row
+        self._lists_kept = settings.kept and not greedy
 
     def step(self) -> list[Turn]:
         # vLLM on CPU draws from torch's global stream too, and leaves those draws unused where a request has a seed.
@@ -173,7 +184,27 @@ class VLLMEngine:
         (completion,) = output.outputs
         ids = list(completion.token_ids)
         logprobs = [of_id[token].logprob for of_id, token in zip(completion.logprobs, ids, strict=True)]
-        return Turn(self._rows.pop(output.request_id), ids, logprobs)
+        finite = all(map(math.isfinite, logprobs))  # if not, the sampler refuses the turn
+        listed = completion.logprobs if self._lists_kept and finite else None
+        kept = None if listed is None else [kept_ids(of_id, self._vocabulary) for of_id in listed]
+        return Turn(self._rows.pop(output.request_id), ids, logprobs, kept)
+
+
+def kept_ids(of_id: Mapping[int, Any], vocabulary: int) -> list[int] | None:
+    """Return the ids with a probability among those that were listed for one token; None where nothing was cut off.
+
+    Raises:
+        InputError: those listed are not all that were left.
+    """
+    kept = {token: math.exp(number.logprob) for token, number in of_id.items() if number.logprob > -math.inf}
+    if len(kept) == vocabulary:
+        return None
+    if abs((total := math.fsum(kept.values())) - 1.0) > 1e-3:
+        raise InputError(
+            f"vLLM listed {len(kept)} ids that a token was drawn from, and they hold {total:.4g} of its probability, so that "
+            f"more than {TIES} others tie with the last one of top_k; set sampler.dtype=float32, or sampler.record_kept=False"
+        )
+    return sorted(kept)
 
 
 def _check_device(engine: str, model: torch.device, sleep: bool) -> None:

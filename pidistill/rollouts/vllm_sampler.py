@@ -34,7 +34,7 @@ from pidistill.rollouts.request import (
     end_turn,
     not_finite,
 )
-from pidistill.rollouts.vllm_engine import Engine, Settings, Turn, VLLMEngine, require_vllm
+from pidistill.rollouts.vllm_engine import TIES, Engine, Settings, Turn, VLLMEngine, require_vllm
 
 
 @dataclass(kw_only=True)
@@ -60,7 +60,7 @@ class VLLMSampler:
         max_turn_tokens: as in :class:`pidistill.rollouts.TorchtuneSampler`.
         enforce_eager: no compilation and no CUDA graphs: starts sooner, samples slower.
         sleep: give the engine's memory back to the trainer between rollouts. GPU only.
-        record_kept: refused: the engine's answers do not say here which ids top_k and top_p left.
+        record_kept: as in :class:`pidistill.rollouts.TorchtuneSampler`; needs top_k, which bounds what vLLM lists per token.
     """
 
     max_new_tokens: int
@@ -80,10 +80,10 @@ class VLLMSampler:
     _engine: Engine | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.record_kept:
+        if self.record_kept and self.top_p is not None and self.top_k is None:
             raise InputError(
-                "sampler.record_kept needs the ids that top_k and top_p left of each token's distribution, and VLLMSampler "
-                "does not read them from vLLM; set it to false, or use pidistill.rollouts.TorchtuneSampler"
+                f"sampler.record_kept with sampler.top_p={self.top_p} needs sampler.top_k, which bounds how many ids vLLM "
+                "lists per token; set top_k, or use pidistill.rollouts.TorchtuneSampler"
             )
         require_vllm()
         check_settings(self.temperature, self.max_new_tokens)
@@ -141,12 +141,19 @@ class VLLMSampler:
         # way in which a weight can change.
         self._engine.load(self._stored_weights(model))
         rows = [_Row(r, list(prompts[r // group_size]), seed) for r, seed in enumerate(seeds)]
+        if self._records_kept:
+            for row in rows:
+                row.sample.kept = []
         try:
             sample_rows(self._engine, rows, request)
         finally:
             self._engine.abort()
             self._engine.rest()
         return [row.sample for row in rows]
+
+    @property
+    def _records_kept(self) -> bool:
+        return self.record_kept and self.top_k is not None
 
     def _stored_weights(self, model: Decoder) -> dict[str, Tensor]:
         """Return the weights that ``model`` has now, under the names that its folder's files have."""
@@ -158,6 +165,8 @@ class VLLMSampler:
         settings: dict[str, Any] = {} if self.max_batch_size is None else {"max_num_seqs": self.max_batch_size}
         if self.kv_cache_gib is not None:
             settings["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
+        if self._records_kept:
+            settings["max_logprobs"] = self.top_k + TIES
         return VLLMEngine(
             Path(self.model_dir),
             weight.device,
@@ -233,7 +242,8 @@ class _Row:
 
 def sample_rows(engine: Engine, rows: list[_Row], request: Request) -> None:
     """Sample the rows to their ends."""
-    settings = Settings(request.temperature, request.top_k, request.top_p, tuple(sorted(request.stop_ids)))
+    kept = any(row.sample.kept is not None for row in rows)
+    settings = Settings(request.temperature, request.top_k, request.top_p, tuple(sorted(request.stop_ids)), kept)
     by_index = {row.index: row for row in rows}
     while rows:
         collect_answers(rows, request)
@@ -266,6 +276,8 @@ def _take(turn: Turn, row: _Row, request: Request) -> None:
     # A greedy choice is a point mass, whatever the model's own log-prob.
     logprobs = [0.0] * len(turn.ids) if request.temperature == 0 else turn.logprobs
     row.append(turn.ids, sampled=True, logprobs=logprobs)
+    if row.sample.kept is not None:
+        row.sample.kept += [None] * len(turn.ids) if turn.kept is None else turn.kept
     count(tokens=len(turn.ids))
     if turn.ids and turn.ids[-1] in request.stop_ids:
         end_turn(row, request)

@@ -190,6 +190,7 @@ def make_batch(
         else None,
         turn_index=ids([k for r in rollouts for k, length in enumerate(turn_lengths(r)) for _ in range(length)]),
         turn_balance=per_token([w for r in rollouts for w in _turn_balance(r)]),
+        rollout_tokens=per_token([r.policy_tokens for r in rollouts for _ in range(r.policy_tokens)]),
         kept=_kept_sets(rollouts, device) if any(r.kept is not None for r in rollouts) else None,
     )
 

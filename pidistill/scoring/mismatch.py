@@ -49,6 +49,9 @@ class MismatchMeter:
 
     Config key `max_sampler_mismatch_nats`: the largest mean |Δ| per token that a run accepts, without the part that top-p or
     top-k explains; null is DEFAULT_LIMIT_NATS.
+
+    In a lagged round (`rollout_lag: 1`) other weights sampled, and Δ holds what they have learned since: the numbers are then
+    reported as `rollout_lag_*` and not bounded. The first round of a run, which is not lagged, is.
     """
 
     def __init__(self, cfg: DictConfig, run: Run, sampler: Sampler, view: ViewName) -> None:
@@ -56,8 +59,9 @@ class MismatchMeter:
         self._limit = _limit(cfg.get("max_sampler_mismatch_nats"))
         self.start_round()
 
-    def start_round(self) -> None:
-        """Begin to count, as a round has been sampled."""
+    def start_round(self, lagged: bool = False) -> None:
+        """Begin to count, as a round has been sampled; ``lagged``: by other weights than those that train on it first."""
+        self._lagged = lagged
         self._due, self._sums = True, {"tokens": 0.0, "k3": 0.0, "mean": 0.0, "unexplained": 0.0}
         self._max = self._worst_rollout = 0.0
 
@@ -93,7 +97,7 @@ class MismatchMeter:
             return {}
         k3, mean, unexplained = (sums[name] / sums["tokens"] for name in ("k3", "mean", "unexplained"))
         largest, rollout = (max(values) for values in zip(*self._run.gather([(self._max, self._worst_rollout)]), strict=True))
-        if unexplained > self._limit:
+        if unexplained > self._limit and not self._lagged:
             raise InputError(
                 f"the sampler's log-probs are {unexplained:.3g} nats per token away from the trainer's"
                 f"{_cut_off(self._sampler)} (k3 {k3:.3g}, largest {largest:.3g}, over {sums['tokens']:.0f} tokens), above "
@@ -102,7 +106,9 @@ class MismatchMeter:
                 "max_sampler_mismatch_nats"
             )
         numbers = {"k3": k3, "mean": mean, "max": largest, "rollout_max": rollout}
-        return {f"sampler_mismatch_{name}_nats": value for name, value in numbers.items()}
+        return {
+            f"{'rollout_lag' if self._lagged else 'sampler_mismatch'}_{name}_nats": value for name, value in numbers.items()
+        }
 
 
 def _unexplained(gap: Float64[Tensor, " M"], sampler: Sampler) -> Float64[Tensor, " M"]:

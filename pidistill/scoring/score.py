@@ -22,7 +22,7 @@ from pidistill.models.protocol import Decoder, balances_router, head_module, log
 from pidistill.scoring.equal_views import have_equal_weights, share_equal_views
 from pidistill.scoring.head import ConstantPart, apply_head
 from pidistill.scoring.head_numbers import ScorePlan
-from pidistill.scoring.served_teacher import ServedTeacher, served_logprobs, with_served, without_served
+from pidistill.scoring.served_teacher import ServedTeacher, listed_of, with_served, without_served
 from pidistill.scoring.tree_attention import read_trees
 from pidistill.teachers import MixturePart, Teacher
 from pidistill.types import Batch, BatchInputs, ModelInput, PerTokenLoss, ScoreRequest, Scores, ViewName
@@ -79,10 +79,11 @@ def _score_served(
     chunk_tokens: int | None,
     loss: PerTokenLoss | None,
 ) -> Scores:
-    """Return the student's numbers from the model, and the sampled tokens' log-probs from the teacher's server."""
-    numbers = served_logprobs(teacher, batch.views.rollouts, batch.targets.device)
+    """Return the student's numbers from the model, and the teacher's from what its server lists."""
+    listed = listed_of(teacher, batch.views.rollouts, batch.targets.device, len(head_module(model).weight))
+    numbers, request = listed.logprobs[:, 0], without_served(request, teacher)
     of_slice = None if loss is None else lambda part, scores: loss(batch.slice(part), with_served(scores, numbers[part]))
-    plan = ScorePlan(batch.targets, without_served(request), temperature, chunk_tokens, of_slice, logit_cap(model), batch.kept)
+    plan = ScorePlan(batch.targets, request, temperature, chunk_tokens, of_slice, logit_cap(model), batch.kept, listed)
     with torch.set_grad_enabled(request.student_grad):
         return with_served(_with_router(plan.as_scores(_score(plan, model, batch, [])), model), numbers)
 

@@ -5,7 +5,7 @@
     adapter/ where there are LoRA adapters: these alone in PEFT's format, for the base in transformers,
     the files that came with the initial checkpoint (config.json, tokenizer), and
     training_state.pt: optimizer, scheduler, adapters, teacher, step, round, random state of every rank, the objective's name,
-    and the version of this format.
+    the round that was sampled ahead (`rollout_lag: 1`), and the version of this format.
 
 `output_dir/latest` points to the newest. Checkpoints fall on round ends, so no half-used rollouts need saving. `keep_last: N`
 removes all but the newest N. Every file is on the disk before the link moves. A checkpoint is replaced by one with the same
@@ -49,6 +49,7 @@ from pidistill.training.disk import (
 from pidistill.training.interrupts import Stopped, received_signal, training_begins
 from pidistill.training.load import build_checkpointer
 from pidistill.training.optimizers import optimizer_state, restore_optimizer
+from pidistill.training.round_sampler import RoundSampler
 from pidistill.training.run_folder import (
     BEGAN,
     LATEST,
@@ -193,8 +194,14 @@ class Checkpoints:
             )
         return weights | adapters
 
-    def restore(self, model: Decoder, updates: Updates, teacher: Teacher | None) -> dict[str, Any]:
-        """Put optimizer, scheduler, teacher and random state back; return {"step", "round"} (zeros for a fresh run)."""
+    def restore(
+        self, model: Decoder, updates: Updates, teacher: Teacher | None, rounds: RoundSampler | None = None
+    ) -> dict[str, Any]:
+        """Put optimizer, scheduler, teacher, random state and the round that was sampled ahead back.
+
+        Returns:
+            {"step", "round"}, zeros for a fresh run.
+        """
         training_begins()
         if self.state is None:
             return {"step": 0, "round": 0}
@@ -206,6 +213,8 @@ class Checkpoints:
             )
         with self._reading(step_folder(self.run.output_dir, self.state["step"]), STATE_FILE, refusals=InputError):
             self._restore(model, updates, teacher)
+            if rounds is not None:
+                rounds.load_state_dict(self.state.get("rounds") or {})
         return {"step": self.state["step"], "round": self.state["round"]}
 
     def _restore(self, model: Decoder, updates: Updates, teacher: Teacher | None) -> None:
@@ -234,7 +243,15 @@ class Checkpoints:
         self._stop = self.run.max_of_processes(received_signal())
         return bool(self._stop) or crossed(self._every, before, now)
 
-    def save(self, step: int, round_: int, model: Decoder, updates: Updates, teacher: Teacher | None) -> None:
+    def save(
+        self,
+        step: int,
+        round_: int,
+        model: Decoder,
+        updates: Updates,
+        teacher: Teacher | None,
+        rounds: RoundSampler | None = None,
+    ) -> None:
         """Write `step_N` whole, then move it into place: a kill leaves the previous checkpoint as the newest."""
         weights = self._full(model.state_dict())
         optimizer = optimizer_state(model, updates.optimizer, self.run.is_main)
@@ -255,6 +272,8 @@ class Checkpoints:
             "teacher": teacher_state,
             "rng": rng,
         }
+        if rounds is not None and (ahead := rounds.state_dict()):
+            state["rounds"] = ahead
         self.run.from_main(lambda: self._write(step, model, weights, state))
         if self._stop:
             raise Stopped(f"stopped after step {step}, which is saved; set {RESUME}=true to continue", self._stop)

@@ -16,7 +16,7 @@ from pidistill.objectives import GRPO, SDPO
 from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
 from pidistill.scoring.mismatch import cuts_off
-from pidistill.scoring.served_teacher import check_served
+from pidistill.scoring.served_teacher import ServedTeacher, check_served
 from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, RoutedTeacher, SnapshotTeacher, Teacher
 from pidistill.training.health import reads_rewards
 from pidistill.types import ViewName
@@ -88,6 +88,8 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
             "it, or set objective.report_teacher_kl=True"
         )
     _check_adapters(shared_empty_model(cfg.model), teacher)
+    if isinstance(teacher, ServedTeacher):
+        teacher.check_server()
 
 
 def check_routed(cfg: DictConfig, teacher: Teacher) -> None:

@@ -116,7 +116,7 @@ def keep_lines_whole(bar: tqdm) -> Callable[[logging.LogRecord], bool]:
     return clear
 
 
-GROUPS = ("eval", "kl", "time", "sampler_mismatch")
+GROUPS = ("eval", "kl", "time", "sampler_mismatch", "rollout_lag")
 
 
 def grouped(name: str) -> str:

@@ -61,7 +61,7 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
         groups = check_replicas(cfg, processes, shares)
         output_dir = make_output_dir(cfg.output_dir)
     if device.type == "cpu":
-        torch.set_num_threads(setting(cfg, "threads") or _default_threads())
+        torch.set_num_threads(setting(cfg, "threads") or _default_threads(1 + setting(cfg, "rollout_lag")))
     if not dist.is_initialized():
         offload = setting(cfg, "fsdp_cpu_offload") and device.type != "cpu"
         backend = training.get_distributed_backend(device.type, offload_ops_to_cpu=offload)
@@ -150,15 +150,17 @@ def make_output_dir(path: str) -> Path:
     return folder
 
 
-def _default_threads() -> int:
+def _default_threads(parts: int = 1) -> int:
     """Return the threads of a process: OMP_NUM_THREADS where one process runs alone, else an equal share of the cores.
+
+    ``parts``: processes of each rank; 2 where another one samples beside the training.
 
     Two ranks with all threads each are slower than one. torchrun sets OMP_NUM_THREADS to 1 for several ranks, so that it is not
     the user's there. More threads than free cores are much worse than one: they spin while they wait for each other.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     asked = os.environ.get("OMP_NUM_THREADS", "") if ranks == 1 else ""
-    return int(asked) if asked.isdecimal() and int(asked) > 0 else max(1, (os.cpu_count() or 1) // ranks)
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else max(1, (os.cpu_count() or 1) // (ranks * parts))
 
 
 def _device(name: str) -> torch.device:

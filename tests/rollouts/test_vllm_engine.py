@@ -18,7 +18,11 @@ from pidistill.errors import InputError
 from pidistill.models import qwen3
 from pidistill.rollouts import TorchtuneSampler, VLLMSampler
 from pidistill.rollouts.distribution import sampling_logprobs
+from pidistill.rollouts.vllm_engine import TIES
+from pidistill.scoring.score import score
 from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES, perturb_weights
+from pidistill.types import Example, PromptPair, Rollout, ScoreRequest
+from tests.support.builders import batch_of
 
 pytestmark = [
     pytest.mark.vllm,
@@ -134,6 +138,63 @@ def test_logprobs_are_those_of_the_distribution_that_was_drawn_from(truncation, 
         assert largest_error(samples, model, whole) > 0.05, "the truncation does not show in these log-probs"
     assert sum(map(len, (one.tokens for one in samples))) > 60
     assert any(one.tokens[-1] in STOPS for one in samples), "no row ended by itself, its stop id with a log-prob"
+
+
+@pytest.fixture(scope="module")
+def recording(sampler, model):
+    """The same engine, now with a record of what top-k and top-p left; it takes as many log-probs as are asked of it."""
+    sample(sampler, model)
+    recording = vllm_sampler(Path(sampler.model_dir), top_k=20, top_p=0.8, record_kept=True)
+    recording._engine = sampler._engine
+    sampler._engine._llm.model_config.max_logprobs = 20 + TIES
+    return recording
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_p": None}, {"top_k": 6, "top_p": 0.95}])
+def test_a_fresh_sample_has_ratio_1_under_top_p_and_top_k_where_they_are_recorded(settings, recording, model, monkeypatch):
+    for name, value in settings.items():
+        monkeypatch.setattr(recording, name, value)
+    samples = sample(recording, model)
+    temperature, sizes = recording.temperature, []
+    for row, one in enumerate(samples):
+        prompt = PROMPTS[row // 2]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + one.tokens]))[0].float()
+        left = sampling_logprobs(logits, temperature, recording.top_k, recording.top_p) > -torch.inf
+        places = [len(prompt) + i - 1 for i, policy in enumerate(one.policy_mask) if policy]
+        assert one.kept == [left[place].nonzero()[:, 0].tolist() for place in places]
+        sizes += [len(kept) for kept in one.kept]
+    assert sum(sizes) > 2 * len(sizes) and max(sizes) <= recording.top_k
+    assert (min(sizes) < max(sizes)) == (recording.top_p is not None)
+    rollouts = [
+        Rollout(
+            Example(f"row {n}", []), PromptPair(PROMPTS[n // 2], PROMPTS[n // 2], False), one.tokens, one.policy_mask,
+            one.logprobs, "student", n // 2, one.stop_reason, [], reward=0.0, kept=one.kept,
+        )
+        for n, one in enumerate(samples)
+    ]  # fmt: skip
+    batch = batch_of(rollouts)
+    request = ScoreRequest(False, False, views=("student",), entropy=False)
+    with torch.no_grad():
+        scores = score(model, batch, request, temperature=temperature)
+    assert (scores.policy_logprobs("student") - batch.ratio_logprobs).abs().max() < TOLERANCE_NATS
+    assert (scores.student_logprobs - batch.ratio_logprobs).abs().max() > 0.05  # without replay it is the kept mass
+
+
+def test_ids_that_tie_with_the_last_of_top_k_are_recorded_too(recording, model, monkeypatch):
+    """A head of all zeros: every id is as likely as every other, and each of them may be drawn."""
+    flat = random_model(0)
+    with torch.no_grad():
+        flat.output.weight.zero_()
+    monkeypatch.setattr(recording, "top_p", None)
+    with pytest.raises(InputError, match=rf"vLLM listed {20 + TIES} ids .* more than {TIES} others tie"):
+        sample(recording, flat)
+    with torch.no_grad():
+        flat.output.weight.copy_(model.output.weight)
+        flat.output.weight[-10:] = flat.output.weight[-1]  # ten ids in a tie
+    for one in sample(recording, flat):
+        assert all(not {118, 127} & set(kept) or set(range(118, 128)) <= set(kept) for kept in one.kept)
+    assert largest_error(sample(recording, model), model, top_k=20) < TOLERANCE_NATS
 
 
 def test_tokens_follow_the_distribution(sampler, model):

@@ -9,7 +9,9 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from pidistill.config import build
 from pidistill.errors import InputError
 from pidistill.models.hf_format import from_hf
 from pidistill.rollouts import VLLMSampler, vllm_engine, vllm_sampler
-from pidistill.rollouts.vllm_engine import Settings, Turn
+from pidistill.rollouts.vllm_engine import Settings, Turn, kept_ids
 from pidistill.testing import TINY_SIZES, perturb_weights
 
 VOCABULARY = 50
@@ -257,6 +259,35 @@ def test_the_engine_gets_the_models_dtype_device_and_length(make, model):
 
 
 # ------------------------------------------------------------------------------------------- refusals
+
+
+def test_the_ids_that_were_left_are_recorded_per_sampled_token_and_only_where_asked_for(make, model, monkeypatch):
+    step = ScriptedEngine.step
+
+    def with_kept(engine):
+        return [replace(turn, kept=[[token, 0] for token in turn.ids]) for turn in step(engine)]
+
+    sampler = make(top_k=5, record_kept=True)
+    monkeypatch.setattr(ScriptedEngine, "step", with_kept)
+    for one in sample(sampler, model, Says([[11, 12], [13]])):
+        policy = [token for token, sampled in zip(one.tokens, one.policy_mask, strict=True) if sampled]
+        assert len(policy) < len(one.tokens) and one.kept == [[token, 0] for token in policy]
+    assert all(begun[-1].kept for begun in sampler._engine.begun)
+    assert sampler._engine.settings["max_logprobs"] >= 5
+    assert all(one.kept is None for one in sample(make(top_k=5), model))
+    monkeypatch.setattr(ScriptedEngine, "step", step)  # greedy: a point mass, of which nobody lists ids
+    assert all(set(one.kept) == {None} for one in sample(sampler, model, temperature=0.0))
+
+
+def listed(**probabilities: float) -> dict[int, SimpleNamespace]:
+    return {int(name[1:]): SimpleNamespace(logprob=math.log(p) if p else -math.inf) for name, p in probabilities.items()}
+
+
+def test_kept_ids_are_those_with_a_probability_all_of_them_or_an_error():
+    assert kept_ids(listed(_7=0.5, _3=0.5, _1=0.0), 100) == [3, 7]
+    assert kept_ids(listed(_0=0.5, _1=0.3, _2=0.2), 3) is None
+    with pytest.raises(InputError, match=r"listed 2 ids .* hold 0\.8 of its probability, so that more than 64 others tie"):
+        kept_ids(listed(_7=0.5, _3=0.3), 100)
 
 
 def test_without_vllm_one_sentence_names_the_extra(folder, monkeypatch):

@@ -92,7 +92,7 @@ def list_passes(request: ScoreRequest, teacher: Teacher, model: ModelShape, own:
     and each of several teachers is taken to read the same share of the rows.
     """
     if isinstance(teacher, ServedTeacher):
-        request = without_served(request)
+        request = without_served(request, teacher)
     forwards, teachers = list_forwards(request, live_teacher=teacher.live), by_name(teacher)
     yield from (Pass(model, (view,)) for view in forwards.constant)
     if forwards.given is not None:
