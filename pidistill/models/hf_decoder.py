@@ -234,7 +234,6 @@ def build(path: str, max_seq_len: int | None = None, router_loss_weight: float =
         InputError: transformers does not know the model, or it cannot be computed here.
     """
     config = read_config(path)
-    check_rotations(config, path, max_seq_len)
     device = torch.get_default_device()
     try:
         with quiet(), _parameters_on_meta(device.type == "meta"):
@@ -247,6 +246,7 @@ def build(path: str, max_seq_len: int | None = None, router_loss_weight: float =
         ) from error
     check_kind(lm, path)
     check_states(lm, path)
+    check_rotations(config, path, max_seq_len)
     if router_loss_weight and "load_balancing_loss_func" not in vars(sys.modules[type(lm).__module__]):
         raise InputError(
             f"model.router_loss_weight={router_loss_weight} weighs the auxiliary loss of a mixture of experts, and "

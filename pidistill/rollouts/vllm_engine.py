@@ -115,7 +115,7 @@ class VLLMEngine:
                     distributed_executor_backend="external_launcher" if several else "uni",
                     **settings,
                 )
-            except (ValueError, RuntimeError, torch.OutOfMemoryError) as error:
+            except Exception as error:  # what vLLM cannot do is an error of any kind: an assertion, an absent key or package
                 detail = one_line(error, 400)
                 raise InputError(
                     f"vLLM did not start on {model_dir} ({detail}); check sampler.model_dir, sampler.gpu_memory_utilization, "
@@ -132,7 +132,7 @@ class VLLMEngine:
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
-        self._llm.apply_model(_repack_head)
+        self._llm.apply_model(_repack)
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
@@ -217,11 +217,15 @@ def _check_device(engine: str, model: torch.device, sleep: bool) -> None:
         raise InputError("sampler.sleep=True gives GPU memory back between rollouts, and vLLM on CPU cannot; set it to False")
 
 
-def _repack_head(model: torch.nn.Module) -> None:
-    """Pack the head again: vLLM on CPU multiplies with a copy, which its reload forgets where the embedding is the head."""
+def _repack(model: torch.nn.Module) -> None:
+    """Pack again what vLLM on CPU multiplies with a packed copy of, which its reload forgets: a tied head, and experts."""
     head = getattr(model, "lm_head", None)
     if head is not None and head.weight.device.type == "cpu":
         head.quant_method.process_weights_after_loading(head)
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None and layer.w2_weight.device.type == "cpu":
+            kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def _shut_down_quietly(client: Any) -> None:

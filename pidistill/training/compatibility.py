@@ -2,9 +2,11 @@
 
 import inspect
 
+import torch
 from omegaconf import DictConfig
 from torch import nn
 from torchtune import utils
+from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
 from pidistill.config import build, resolve
 from pidistill.errors import InputError
@@ -60,6 +62,9 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
         check_hindsight(cfg, objective, method)
     _check_divergences(objective, method)
     _check_adapters(shared_empty_model(cfg.model), teacher)
+    if hasattr(sampler, "check_model"):  # vLLM's own modules compute some models in another way
+        dtype = PRECISION_STR_TO_DTYPE[cfg.get("compute_dtype") or cfg.get("dtype") or "fp32"]
+        sampler.check_model(shared_empty_model(cfg.model), torch.device(cfg.device), dtype)
     if isinstance(teacher, ServedTeacher):
         teacher.check_server()
 

@@ -4,7 +4,10 @@ Enters: configs or a sweep file, and values of keys. Leaves: results.jsonl, resu
 cells.py (what is run), search.py (who runs it) and execute.py (how).
 """
 
+import os
+
 from pidistill.envs.extras import load_extra
 
+os.environ["MPLBACKEND"] = "agg"  # pictures go to files; a notebook's kernel names a backend that its own environment alone has
 for library in ("optuna", "matplotlib"):
     load_extra(library, "sweep")
