@@ -66,7 +66,7 @@ def export(folder: Path, output: Path, checkpoint: str = "latest") -> Path:
 
 
 def _add_tokenizer(run: RunData, output: Path) -> None:
-    """Copy the tokenizer's files that the checkpoint lacks from the tokenizer's folder, or from the folder that the run started from."""
+    """Copy the tokenizer's files that the checkpoint lacks, from the tokenizer's folder or from that of the initial weights."""
     config = OmegaConf.create()
     for key, value in run.config.items():
         OmegaConf.update(config, key, value)

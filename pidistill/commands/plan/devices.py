@@ -64,7 +64,7 @@ def measured(device: torch.device, dtype: torch.dtype) -> Device:
 
 
 def _fastest(run: Callable[[], object], device: torch.device, seconds: float = 0.3) -> float:
-    """Return the seconds of the fastest call: of as many as fit into ``seconds``, at least three, after one that is not timed."""
+    """Return the seconds of the fastest of as many calls as fit into ``seconds``, at least three, after one untimed call."""
     taken, end = [], time.perf_counter() + seconds
     while len(taken) < 4 or time.perf_counter() < end:
         begin = time.perf_counter()
