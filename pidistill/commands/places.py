@@ -77,7 +77,7 @@ def is_supervised(name: str, config: DictConfig) -> bool:
 
 
 def learns_demonstrations(config: DictConfig) -> bool:
-    """Return whether a config has the key `batch_size`, which of the bundled recipes the supervised one alone takes."""
+    """Return whether a config has the key `batch_size`, which only the supervised one of the bundled recipes takes."""
     return "batch_size" in config
 
 

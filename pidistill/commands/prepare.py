@@ -80,7 +80,7 @@ def prepare_gsm8k(arguments: argparse.Namespace) -> str:
     """Write the file; returns the line that says so."""
     output = Path(arguments.output)
     if output.suffix != ".parquet":
-        raise InputError(f"--output {output} is no .parquet file; qa_dataset tells the format by its name")
+        raise InputError(f"--output {output} must end in .parquet, because qa_dataset recognises a format by the file's name")
     examples = gsm8k_dataset(
         arguments.source,
         privileged=arguments.privileged,

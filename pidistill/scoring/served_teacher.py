@@ -39,7 +39,7 @@ MOST_BEYOND = 0.5  # rows that pad a vocabulary have hardly any probability; a m
 NOTHING_ELSE = (
     "a ServedTeacher without top_k gives the log-probs of the sampled tokens and nothing else of its distribution; set "
     "teacher.top_k for divergences over its likeliest ids and a tail, an objective that needs no more (OPD with divergence: "
-    "sampled, OPDPPO, SDAR, RLSD, SemiOPD with form: k2), or a teacher here"
+    "sampled, OPDPPO, SDAR, RLSD, SemiOPD with form: k2), or another teacher"
 )
 
 NO_WEIGHTS = (
@@ -277,12 +277,12 @@ def check_served(teacher: Teacher, objective: Objective, temperature: float, met
     if _reads_teacher_entropy(getattr(objective, "token_weight", None)):
         raise InputError(
             "objective.token_weight reads the teacher's entropy, which a ServedTeacher does not give: its tail may hold any; "
-            "set token_weight.view: student, or a teacher here"
+            "set token_weight.view: student, or another teacher"
         )
     if temperature != 1.0:
         raise InputError(
             f"a ServedTeacher's log-probs are at temperature 1, and sampler.temperature={temperature} compares the student at "
-            f"another in {method}; set sampler.temperature: 1, or a teacher here"
+            f"another in {method}; set sampler.temperature: 1, or another teacher"
         )
 
 
