@@ -1,4 +1,4 @@
-"""Hold the one exception for wrong input, whose message is a sentence that says what to change, and how text is shown."""
+"""Hold the exception for wrong input, whose message is a sentence that says what to change, checks, and how text is shown."""
 
 import logging
 import re

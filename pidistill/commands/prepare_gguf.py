@@ -1,4 +1,4 @@
-"""`pidistill prepare gguf FILE --output FOLDER`: make a model folder in Hugging Face's format of a GGUF file.
+"""`pidistill prepare gguf FILE --output FOLDER`: make a model folder in Hugging Face's format from a GGUF file.
 
 transformers reads and dequantises the file, so its families and quantisations are those of transformers. The folder holds bf16
 weights, config.json, the tokenizer and the chat template of the file. The weights are what the quantisation left of the model:

@@ -33,7 +33,7 @@ from pidistill.privileged.controls import (
     shuffle_privileged,
 )
 from pidistill.tokenizers.base import ChatTokenizer
-from pidistill.tokenizers.rendering import check_prompt
+from pidistill.tokenizers.rendering import check_written
 from pidistill.types import Example, Message, PromptPair
 
 DEFAULT_TEMPLATE = """\
@@ -276,7 +276,7 @@ def _encode_view(messages: list[Message], example: Example, tokenizer: ChatToken
 def _encode_whole(messages: list[Message], example: Example, tokenizer: ChatTokenizer) -> list[int]:
     """Return the ids of a prompt; raises InputError where the template leaves out a message or a tool."""
     ids = tokenizer.encode_prompt(messages, example.tools)
-    check_prompt(tokenizer, ids, messages, example.tools)
+    check_written(tokenizer.decode(ids), messages, None, tools=example.tools)
     return ids
 
 

@@ -98,7 +98,7 @@ class Successes:
     max_per_prompt: int | None = None
 
     def __post_init__(self) -> None:
-        _check_limit(self.max_per_prompt)
+        check_count("selection.max_per_prompt", self.max_per_prompt, null="all")
 
     def select(self, rollouts: Sequence[Rollout], leak_phrases: Sequence[str], rewrite: Rewrite, seed: int) -> Selected:
         whole = [r for r in rollouts if r.task_reward >= self.threshold and r.stop_reason not in ("length", "turn_length")]
@@ -154,7 +154,7 @@ class Interventions:
     max_per_prompt: int | None = None
 
     def __post_init__(self) -> None:
-        _check_limit(self.max_per_prompt)
+        check_count("selection.max_per_prompt", self.max_per_prompt, null="all")
 
     def select(self, rollouts: Sequence[Rollout], leak_phrases: Sequence[str], rewrite: Rewrite, seed: int) -> Selected:
         cuts = self._cuts(rollouts, seed)
@@ -194,10 +194,6 @@ def _filtered(traces: Sequence[Trace], leak_phrases: Sequence[str], max_per_prom
             kept.append(trace)
             count[trace.group] += 1
     return kept
-
-
-def _check_limit(max_per_prompt: int | None) -> None:
-    check_count("selection.max_per_prompt", max_per_prompt, null="all")
 
 
 # ---------------------------------------------------------------------------------------------- one turn again

@@ -111,17 +111,6 @@ def _encode_one_by_one(
     return encoded
 
 
-def check_prompt(
-    tokenizer: ChatTokenizer,
-    ids: Sequence[int],
-    messages: Sequence[Message],
-    tools: Tools,
-    where: str | None = None,
-) -> None:
-    """Refuse a prompt whose ids lack a part of its messages or the name of a tool."""
-    check_written(tokenizer.decode(ids), messages, where, tools=tools)
-
-
 def check_written(
     text: str,
     messages: Sequence[Message],

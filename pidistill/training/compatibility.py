@@ -21,6 +21,7 @@ from pidistill.scoring.mismatch import cuts_off
 from pidistill.scoring.served_teacher import ServedTeacher, check_served
 from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, RoutedTeacher, SnapshotTeacher, Teacher
 from pidistill.training.health import reads_rewards
+from pidistill.training.keys import setting
 from pidistill.types import ViewName
 
 log = utils.get_logger("INFO")
@@ -63,8 +64,9 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
     _check_divergences(objective, method)
     _check_adapters(shared_empty_model(cfg.model), teacher)
     if hasattr(sampler, "check_model"):  # vLLM's own modules compute some models in another way
-        dtype = PRECISION_STR_TO_DTYPE[cfg.get("compute_dtype") or cfg.get("dtype") or "fp32"]
-        sampler.check_model(shared_empty_model(cfg.model), torch.device(cfg.device), dtype)
+        dtype = PRECISION_STR_TO_DTYPE[setting(cfg, "compute_dtype") or setting(cfg, "dtype")]
+        device = torch.device(setting(cfg, "device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+        sampler.check_model(shared_empty_model(cfg.model), device, dtype)
     if isinstance(teacher, ServedTeacher):
         teacher.check_server()
 

@@ -281,7 +281,7 @@ def test_there_are_configs_of_every_kind():
         (("tiny/nothing",), "config tiny/nothing is neither a file nor a bundled config"),
         (("tiny/opsd", "--scan", "0"), "--scan 0"),
         (("tiny/opsd", "group_size=1=2"), "key=value"),
-        (("tiny/opsd", "privileged.placement=end"), "privileged.placement is 'end'"),
+        (("tiny/opsd", "privileged.placement=end"), "privileged.placement=end is unknown"),
         (("tiny/opsd", "model.vocab_size=8"), "the model's vocabulary has 8"),
         (("tiny/opsd", "dataset.split=${nothing}"), "nothing"),
         (("tiny/rft",), "is written by the stage before"),

@@ -1,4 +1,4 @@
-"""`pidistill export`: make a folder to share of a run's checkpoint, with a model card written from the run.
+"""`pidistill export`: make a folder to share from a run's checkpoint, with a model card written from the run.
 
 pidistill export runs/tiny/pi_distill --output shared/tiny
 pidistill export runs/tiny/pi_distill --checkpoint step_40 --output shared/tiny
@@ -66,7 +66,7 @@ def export(folder: Path, output: Path, checkpoint: str = "latest") -> Path:
 
 
 def _add_tokenizer(run: RunData, output: Path) -> None:
-    """Copy the tokenizer's files that the checkpoint lacks from the tokenizer's folder, or that which the run started from."""
+    """Copy the tokenizer's files that the checkpoint lacks, from the tokenizer's folder or from that of the initial weights."""
     config = OmegaConf.create()
     for key, value in run.config.items():
         OmegaConf.update(config, key, value)

@@ -15,7 +15,7 @@ Span = tuple[int, int]  # [start, end)
 
 @dataclass(frozen=True)
 class Difference:
-    """Hold the items between what both prompts begin with and what both end with, as ranges of each."""
+    """Hold where two prompts differ: the range of each between their common beginning and their common end."""
 
     student: Span
     teacher: Span
