@@ -96,6 +96,18 @@ def test_a_run_that_overlaps_equals_one_that_samples_when_it_needs_to(case, tiny
         assert overlapped != metrics(tmp_path / "without")
 
 
+def test_in_mixed_precision_weights_arrive_as_the_sampler_has_them_without_a_lag(tiny_base, tmp_path):
+    """With a rate of 0 the weights never change, and a lag changes nothing."""
+    settings = LAG | {"max_steps": 3, "optimizer__lr": 0.0, "compute_dtype": "bf16", "enable_activation_checkpointing": True}
+    for lag in (0, 1):
+        run("opsd", small_config("opsd", tiny_base, tmp_path / str(lag), **settings | {"rollout_lag": lag}))
+    lagging = [
+        {name.replace("rollout_lag", "sampler_mismatch"): x for name, x in row.items()} for row in metrics(tmp_path / "1")
+    ]
+    assert lagging == metrics(tmp_path / "0")
+    assert 0.0 < lagging[-1]["sampler_mismatch_mean_nats"] < 0.05  # bf16 rounds, so that the comparison says something
+
+
 # ------------------------------------------------------------------------------------------- resume
 
 # Rewards with noise from a random stream of the process that plays the episodes, which a checkpoint therefore holds.
