@@ -74,6 +74,16 @@ def test_the_engine_has_the_trainers_weights_in_every_round(name, wide_base, tmp
         assert len(evaluations) == 4 and all(math.isfinite(row["eval_student_success"]) for row in evaluations)
 
 
+def test_rounds_that_are_sampled_ahead_have_the_weights_that_were_handed_over(wide_base, tmp_path):
+    """With a rate of 0 they stay the trainer's, so that the difference is the engine's rounding alone."""
+    cfg = config("pi_distill", wide_base, tmp_path, rollout_lag=1, optimizer__lr=0.0)
+    done = tune("pi_distill_distributed", cfg, tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
+    assert rows[0]["sampler_mismatch_max_nats"] < 1e-3
+    assert [row["rollout_lag_max_nats"] < 1e-3 for row in rows[1:]] == [True, True]
+
+
 @pytest.mark.parametrize("method", ["opsd", "pi_distill"])
 def test_without_the_weight_update_the_run_stops_on_the_limit(method, wide_base, tmp_path):
     cfg = config(method, wide_base, tmp_path, "tests.recipes.test_vllm_runs.NeverUpdated")
