@@ -69,14 +69,12 @@ def simulate(recipe) -> None:
     recipe._rounds.next = take
 
 
-SLOW = pytest.mark.slow(
-    reason="two cases guard the order of rounds; these add weights that the trained model does not have alone"
-)
+SLOW = pytest.mark.slow(reason="two other cases guard the order of rounds, one in each recipe")
 
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=SLOW if case in ("weighed, EMA teacher", "hints for failed groups") else ()) for case in CASES],
+    [pytest.param(case, marks=SLOW if case[:3] in ("wei", "ada") else ()) for case in CASES],
 )
 def test_a_run_that_overlaps_equals_one_that_samples_when_it_needs_to(case, tiny_base, tmp_path):
     method, changes = CASES[case]
