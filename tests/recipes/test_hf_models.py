@@ -17,10 +17,10 @@ from tests.support.runs import (
     EVALUATION,
     assert_close_rows,
     assert_same_tensors,
+    back_to_checkpoint,
     metrics,
     run,
     small_config,
-    stop_after_row,
     training_state,
     weights,
 )
@@ -114,7 +114,7 @@ def test_a_stopped_run_resumes_to_the_bit(case, folders, tmp_path):
     name, method, changes = RESUMED[case]
     config = functools.partial(hf_config, method, folders(name), save_every_steps=2, **changes)
     run(method, config(tmp_path / "whole"))
-    run(method, config(tmp_path / "stopped"), stop_after_row(3))
+    back_to_checkpoint(tmp_path / "whole", tmp_path / "stopped")
     run(method, config(tmp_path / "stopped", resume_from_checkpoint=True))
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
     logged = [row.get("router_loss", 0.0) for row in metrics(tmp_path / "whole") if "loss" in row]

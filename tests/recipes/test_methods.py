@@ -24,10 +24,10 @@ from tests.support.runs import (
     Stop,
     assert_close_rows,
     assert_same_tensors,
+    back_to_checkpoint,
     metrics,
     run,
     small_config,
-    stop_after_row,
     training_state,
     weights,
 )
@@ -361,7 +361,7 @@ def test_a_killed_run_resumes_to_the_bit(name, tiny_base, tmp_path):
     """Guided groups, hindsight with an SFT term, and GKD's coin depend on round and step alone."""
     changes = {"max_steps": 4, "save_every_steps": 2}
     run(*scenario(name, tiny_base, tmp_path / "whole", **changes))
-    run(*scenario(name, tiny_base, tmp_path / "killed", **changes), stop_after_row(3))
+    back_to_checkpoint(tmp_path / "whole", tmp_path / "killed")
     run(*scenario(name, tiny_base, tmp_path / "killed", **changes, resume_from_checkpoint=True))
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     assert_same_tensors(weights(tmp_path / "killed"), weights(tmp_path / "whole"))

@@ -13,7 +13,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from pidistill.data import epoch_order
-from tests.support.forks import TIMEOUT_S, launch_several
+from tests.support.forks import TIMEOUT_S, launch_several, run_tune
 from tests.support.runs import (
     EMA,
     EVALUATION,
@@ -205,6 +205,6 @@ def test_an_error_that_one_rank_meets_is_said_and_ends_both(tiny_base, tmp_path)
     refused = f"tiny_world train row {epoch_order(512, 0, 0, 2)[1]}"
     fail = {"environment__fail": "refuse", "environment__fail_on": [refused]}
     config = save_config(small_config("opsd", tiny_base, tmp_path / "run", **fail), tmp_path / "config.yaml")
-    done = launch(f"recipes/{RECIPES['opsd']}.py", "--config", str(config))
-    assert done.returncode != 0
-    assert done.stderr.count(f"error: {refused} is refused by the environment") == 1, done.stderr[-2000:]
+    status, printed = run_tune(["run", "--nproc_per_node", "2", f"recipes/{RECIPES['opsd']}.py", "--config", str(config)])
+    assert status != 0
+    assert printed.count(f"error: {refused} is refused by the environment") == 1, printed[-2000:]

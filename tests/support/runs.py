@@ -222,9 +222,12 @@ def assert_same_tensors(first: Any, second: Any, where: str = "") -> None:
         assert first == second, where
 
 
-def back_to_checkpoint(source: Path, target: Path, step: str) -> None:
-    """A copy of a run as if it had been killed some time after the checkpoint ``step``."""
+def back_to_checkpoint(source: Path, target: Path, step: str = "step_2") -> None:
+    """Copy a run as if it had been killed some time after the checkpoint ``step``, before the next one was written."""
     shutil.copytree(source, target, symlinks=True)
+    for later in target.glob("step_*"):
+        if int(later.name[5:]) > int(step[5:]):
+            shutil.rmtree(later)
     shutil.rmtree(target / "episodes", ignore_errors=True)
     (target / "latest").unlink()
     (target / "latest").symlink_to(step)
