@@ -1,8 +1,9 @@
 """Run recipes in forks of a process that has imported everything, which saves five seconds of imports for each process.
 
-The program reads one JSON object a line. For {"recipe", "words", "folder", "log"} (a recipe, or "tune") it forks, answers with the child's process
-id, waits for the child, and answers with its exit status (negative after a signal). For {"processes", "runs", "log"} it forks
-once for each rank, lets the ranks run one recipe after another in one process group, and answers with all exit statuses.
+The program reads one JSON object a line. For {"recipe", "words", "folder", "log"}, where the recipe may be "tune", it forks,
+answers with the child's process id, waits for the child, and answers with its exit status (negative after a signal). For
+{"processes", "runs", "log"} it forks once for each rank, lets the ranks run one recipe after another in one process group, and
+answers with all exit statuses.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ TIMEOUT_S = 900  # a hang, not a slow machine
 
 
 class Fork:
-    """Holds one recipe, or `tune`, that runs in a process of its own with the ``words`` of a command line; its log has what it printed."""
+    """Holds one program that runs in a process of its own with the ``words`` of a command line; its log has what it printed."""
 
     def __init__(self, server: subprocess.Popen, recipe: str, words: list[str], log: Path, folder: Path = ROOT) -> None:
         assert server.stdin is not None and server.stdout is not None

@@ -33,7 +33,9 @@ RECIPES = {
 
 # One layer of width 32; `tiny_base` in conftest.py makes the weights.
 MODEL = {"model.num_layers": 1, "model.embed_dim": 32, "model.intermediate_dim": 64}
+ROWS = 64  # of the 512 training tasks; building the prompts of all would take a third of a small run's time
 SMALL = MODEL | {
+    "dataset.max_rows": ROWS,
     "sampler.max_new_tokens": 16,
     "environment._component_": "tests.support.worlds.VariedEnvironment",
     "eval_dataset": None,
