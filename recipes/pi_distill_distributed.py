@@ -13,26 +13,26 @@
 import functools
 import sys
 from collections import Counter
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from pidistill.config import build
-from pidistill.data import epoch_order, load_prompts
+from pidistill.data import load_prompts
 from pidistill.distributed.run import Timer
 from pidistill.losses.reductions import token_mean
-from pidistill.rollouts import rollout_seed
 from pidistill.scoring.mismatch import apply_mask, load_mismatch
 from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score
 from pidistill.teachers import LiveTeacher, Teacher
 from pidistill.training.checkpoints import Checkpoints
-from pidistill.training.collector import build_collector
 from pidistill.training.compatibility import build_objective, check_method
 from pidistill.training.evaluation import Evaluation, TextSamples
 from pidistill.training.keys import keys_of
 from pidistill.training.load import build_teacher, load_model, load_teacher
 from pidistill.training.metrics import step_report, token_means, token_sums
 from pidistill.training.metrics_log import MetricsLog
+from pidistill.training.round_sampler import RoundSampler
 from pidistill.training.rounds import RoundSizes, dump_rollouts, round_report
 from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
@@ -62,11 +62,11 @@ class PiDistillRecipe:
         self._objective = build_objective(cfg)
         self._sampler = build(cfg.sampler)
         self._data = load_prompts(cfg, no_pi=self._objective.no_pi)
-        self._collect = build_collector(cfg, self._sampler, self._data.tokenizer)
+        self._rounds = RoundSampler(cfg, self._run, self._data, self._sampler, self._round_sizes, self._objective)
         self._packer = Packer(cfg, self._run, self._data.tokenizer.pad_id)
         self._supervised = SupervisedTerm(cfg, self._run, self._data, self._packer, self._timer)
-        self._evaluation = Evaluation(cfg, self._run, self._data, self._collect)
-        self._texts = TextSamples(cfg, self._run, self._data, self._collect)
+        self._evaluation = Evaluation(cfg, self._run, self._data, self._rounds.collect)
+        self._texts = TextSamples(cfg, self._run, self._data, self._rounds.collect)
         must_match = self._round_sizes.must_match | {"rows": len(self._data.prompts)}
         self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_, must_match=must_match)
         self._teacher = build_teacher(cfg, [example for example, _ in self._data.prompts])
@@ -76,7 +76,7 @@ class PiDistillRecipe:
         self._model = load_model(cfg, self._run, cfg.model, self._checkpoints.load_weights(), trained=True)
         self._teacher.attach(functools.partial(load_teacher, cfg, self._run, teacher=self._teacher))
         self._updates = Updates(cfg, self._run, self._model)
-        progress = self._checkpoints.restore(self._model, self._updates, self._teacher)
+        progress = self._checkpoints.restore(self._model, self._updates, self._teacher, self._rounds)
         self._step, self._round = progress["step"], progress["round"]
         self._round_sizes.check_progress(self._step, self._round, self._max_steps)
         steps = {"first_step": self._step, "last_step": self._max_steps}
@@ -107,33 +107,27 @@ class PiDistillRecipe:
                 self.save_checkpoint()
 
     def sample_round(self) -> list[Rollout]:
-        """Sample this rank's groups of the round, with rewards and μ's log-probs. A group is never split between ranks."""
-        sizes = self._round_sizes
-        order = epoch_order(len(self._data.prompts), self._run.seed, self._round * sizes.prompts, sizes.prompts)
-        groups, members = self._run.share(list(enumerate(order))), range(sizes.group_size)
-        with self._timer.phase("rollout"), self.sampling_teacher().sampling_weights(self._model) as weights:
-            collected = self._collect(
-                weights,
-                examples=[self._data.prompts[row][0] for _, row in groups],
-                prompts=[self._data.prompts[row][1] for _, row in groups],
-                view=SAMPLING_VIEW,
-                group_size=sizes.group_size,
-                groups=[group for group, _ in groups],
-                turn_limit=sizes.turn_limit(self._step),
-                seeds=[rollout_seed(self._run.seed, self._round, group, member) for group, _ in groups for member in members],
-            )
-        self._counts = self._run.sums({"rollouts": float(len(groups) * sizes.group_size)} | collected.dropped)
-        return collected.rollouts
+        """Return this rank's rollouts of the round: sampled now or, with `rollout_lag: 1`, while the last round was trained."""
+        with self._timer.phase("rollout"):
+            rollouts, counts = self._rounds.next(self._round, self._model, self.sample_from, self.sampling_teacher)
+        self._counts = self._run.sums(counts)
+        return rollouts
 
-    def sampling_teacher(self) -> Teacher:
-        """Return whose weights sample: the live ones; at α=0, where they do not learn to teach, the `teacher`'s."""
-        return self._teacher if self._objective.samples_from_teacher_weights(self._step) else LiveTeacher()
+    def sample_from(self, weights: Any, round_: int) -> tuple[list[Rollout], dict[str, float]]:
+        """Sample this rank's groups of a round, with rewards and μ's log-probs."""
+        groups = self._rounds.groups(round_)
+        collected = self._rounds.collect_groups(weights, round_, groups, SAMPLING_VIEW)
+        return collected.rollouts, {"rollouts": float(len(groups) * self._round_sizes.group_size)} | collected.dropped
+
+    def sampling_teacher(self, step: int) -> Teacher:
+        """Return the teacher whose weights sample: the trained model, or at α=0 the config's `teacher`."""
+        return self._teacher if self._objective.samples_from_teacher_weights(step) else LiveTeacher()
 
     @torch.no_grad()
     def score_behaviour(self, rollouts: list[Rollout]) -> None:
-        """Write onto each rollout what is asked for under the weights that sampled: a KL estimate, `importance_weights`."""
-        self._mismatch.start_round()
-        request, teacher = self._objective.behaviour_request(), self.sampling_teacher()
+        """Score the round before its first update: write KL estimates and `importance_weights` onto its rollouts."""
+        self._mismatch.start_round(lagged=self._rounds.lagged)
+        request, teacher = self._objective.behaviour_request(), self.sampling_teacher(self._step)
         if request is None and self._corrections is None:
             return
         for chunk in self._packer.micro_batches(rollouts):
@@ -170,7 +164,7 @@ class PiDistillRecipe:
             sums.update(token_sums(batch, scores, token_loss.metrics, self._teacher.names(batch.views.rollouts)))
         supervised_loss = self._supervised.backward(self._model, self._step)
         total_loss = self._run.sum(total_loss + supervised_loss)
-        mismatch = self._mismatch.report()  # before the step: beyond the limit nothing is learned from these samples
+        mismatch = self._mismatch.report()  # before the step: above its limit it ends the run
         with self._timer.phase("update"):
             dump = functools.partial(dump_rollouts, [rollout for rollout, _ in kept])
             result = self._updates.step(total_loss, tokens, dump, self._step + 1, supervised_term=self._supervised.active)
@@ -199,7 +193,7 @@ class PiDistillRecipe:
             self._log.write({"step": self._step} | numbers, shown=SHOWN)
 
     def save_checkpoint(self) -> None:
-        self._checkpoints.save(self._step, self._round, self._model, self._updates, self._teacher)
+        self._checkpoints.save(self._step, self._round, self._model, self._updates, self._teacher, self._rounds)
 
     def cleanup(self) -> None:
         self._log.close()

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.types import Divergence
 
 
@@ -102,14 +102,42 @@ def with_tail(logp: Float[Tensor, "*tokens V"], ids: Int[Tensor, "*tokens K"]) -
     """Return the log-probs of ``ids`` [.., K], then the log of all remaining mass: a (K+1)-way distribution.
 
     The tail is summed over the other V − K entries rather than taken as 1 − (the K), so that a tail of 1e-30 is still exact.
-    Gradient reaches all V entries. ``ids`` must be distinct per row; a repeated id would count twice.
+    Gradient reaches all V entries. ``ids`` must be distinct per row; a repeated id would count twice. An id outside the
+    vocabulary, such as the -1 of a row that lists fewer, has no mass.
     """
     _require_fp32(logp)
-    rest = logp.scatter(-1, ids, -math.inf)
+    size = logp.shape[-1]
+    known = (ids >= 0) & (ids < size)
+    # One column more takes the ids that are no entry.
+    merged = torch.ones(*logp.shape[:-1], size + 1, dtype=torch.bool, device=logp.device)
+    merged = merged.scatter_(-1, ids.where(known, size), False)[..., :size]
     # logsumexp has a NaN gradient where nothing is left: K = V, or all V − K others have probability 0.
+    rest = logp.masked_fill(~merged, -math.inf)
     empty = rest.detach().amax(-1, keepdim=True).isneginf()
     tail = rest.masked_fill(empty, 0.0).logsumexp(-1, keepdim=True).masked_fill(empty, -math.inf)
-    return torch.cat([logp.gather(-1, ids), tail], dim=-1)
+    listed = logp.gather(-1, ids.clamp(0, size - 1)).masked_fill(~known, -math.inf)
+    return torch.cat([listed, tail], dim=-1)
+
+
+# What rounding leaves of a tail that is 1 − (the listed mass), where the log-probs were rounded to fp32.
+LEAST_TAIL = 1e-6
+
+
+def listed_with_tail(
+    listed_logp: Float[Tensor, "*tokens K"], ids: Int[Tensor, "*tokens K"], vocabulary: int
+) -> Float[Tensor, "*tokens K+1"]:
+    """Return the distribution of :func:`with_tail` from the log-probs of ``ids`` alone: the tail is what they leave of 1.
+
+    A tail below 1e-6 counts as 1e-6, since rounding leaves no more of it; it is 0 where all ids are listed. Mass on listed ids
+    beyond ``vocabulary`` is taken out and the rest renormalised, as divergences of two vocabularies are. Computed in float64;
+    without gradient.
+    """
+    known, p = (ids >= 0) & (ids < vocabulary), listed_logp.detach().double().exp()
+    beyond = p.masked_fill(ids < vocabulary, 0.0).sum(-1, keepdim=True)
+    p = p.masked_fill(~known, 0.0)
+    tail = (1.0 - beyond - p.sum(-1, keepdim=True)).clamp(min=LEAST_TAIL)
+    p = torch.cat([p, tail.masked_fill(known.sum(-1, keepdim=True) == vocabulary, 0.0)], dim=-1)
+    return (p / p.sum(-1, keepdim=True)).log().to(listed_logp.dtype)
 
 
 NAMES = ("kl_teacher_student", "kl_student_teacher", "jsd")
@@ -135,6 +163,30 @@ def divergence(
             )
         ids = student.detach().topk(request.top_k, dim=-1).indices
         teacher, student = with_tail(teacher, ids), with_tail(student, ids)
+    return _value(request, teacher, student)
+
+
+def listed_divergence(
+    request: Divergence,
+    ids: Int[Tensor, "*tokens K"],
+    teacher_logp: Float[Tensor, "*tokens K"],
+    student_logp: Float[Tensor, "*tokens V"],
+) -> Float[Tensor, "*tokens"]:
+    """Return the divergence that ``request`` names from a teacher of whom the log-probs of ``ids`` [.., K] alone are known.
+
+    It is that of two (K+1)-way distributions, all other ids merged into one tail; -1 stands behind the last id of a row. Both
+    KLs and the JSD are at most those over the full vocabulary (merging loses information), and equal to them where all ids
+    are listed. Gradient reaches the student alone, tail included.
+    """
+    check_divergence(request)
+    student = student_logp if request.grad == "student" else student_logp.detach()
+    teacher = listed_with_tail(teacher_logp, ids, student.shape[-1]).to(student.dtype)
+    return _value(request, teacher, with_tail(student, ids))
+
+
+def _value(
+    request: Divergence, teacher: Float[Tensor, "*tokens V"], student: Float[Tensor, "*tokens V"]
+) -> Float[Tensor, "*tokens"]:
     if request.fn is not None:
         return _own_value(request, teacher, student)
     if request.name == "jsd":
@@ -155,8 +207,7 @@ def check_divergence(request: Divergence) -> None:
             f"divergence {request.name}: a function of one's own needs a name of its own, and no "
             f"entry_clip={request.entry_clip}, which bounds the terms of a KL"
         )
-    if request.grad not in ("student", "teacher", "both", "none"):
-        raise InputError(f"divergence {request.name}: grad={request.grad!r} is not one of student, teacher, both, none")
+    check_choice(f"divergence {request.name}: grad", request.grad, ("student", "teacher", "both", "none"))
     if (request.beta is not None) != (request.name == "jsd"):
         raise InputError(
             f"divergence {request.name}: beta={request.beta}, but jsd needs a beta and no other divergence takes one"

@@ -25,7 +25,7 @@ def ask(call: Callable[[], T], timeout_s: float | None) -> T:
     if timeout_s is None:
         return call()
     answer: Future[T] = Future()
-    threading.Thread(target=_settle, args=(answer, call), daemon=True, name=CALL_THREAD).start()
+    threading.Thread(target=settle, args=(answer, call), daemon=True, name=CALL_THREAD).start()
     wait([answer], timeout_s)
     if not answer.done():
         raise EnvironmentTimeout(f"no answer within {timeout_s:g} s")
@@ -66,7 +66,7 @@ class DaemonThreads:
     """Serve calls in the order of their arrival, in ``count`` threads.
 
     The threads of ThreadPoolExecutor are joined when the interpreter ends and when its `with` block ends, so one that hangs
-    would keep the process for ever. These threads are daemons, and leaving the block waits for none of them.
+    would keep the process alive forever. These threads are daemons, and leaving the block waits for none of them.
     """
 
     def __init__(self, count: int) -> None:
@@ -95,10 +95,11 @@ class DaemonThreads:
 
     def _serve(self) -> None:
         while (item := self._calls.get()) is not None:
-            _settle(*item)
+            settle(*item)
 
 
-def _settle(answer: Future, call: Callable[[], Any]) -> None:
+def settle(answer: Future, call: Callable[[], Any]) -> None:
+    """Make the call, and put its answer or its exception where it is waited for."""
     try:
         answer.set_result(call())
     except BaseException as error:  # also SystemExit: it would end this thread, and the answer would never come

@@ -5,6 +5,7 @@ threads, environment variables) is undone.
 """
 
 import importlib.util
+import math
 import os
 import random
 import weakref
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 
 # Read by vLLM when it is imported. In process: a child would get copies of the weights. It reports usage over the network
 # unless told not to, and warns at every reload of a rotary buffer that no checkpoint holds.
@@ -29,6 +30,10 @@ _ENVIRONMENT_DEFAULTS = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERRO
 _KEPT_VARIABLES = ("LOCAL_WORLD_SIZE", "LD_PRELOAD")
 
 
+# Ids that are listed beyond top_k: vLLM on CPU keeps those that tie with the last one, and in bf16 logits tie often.
+TIES = 64
+
+
 @dataclass(frozen=True)
 class Turn:
     """Hold what one request sampled."""
@@ -36,6 +41,8 @@ class Turn:
     row: int  # the number that `begin` was given
     ids: list[int]  # ends with the stop id, unless the limit came first
     logprobs: list[float]  # nats of each id under the distribution it was drawn from
+    # The ids that were left to draw each one from, None for the whole vocabulary; None where nobody asked.
+    kept: list[list[int] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Settings:
     top_k: int | None
     top_p: float | None
     stop_ids: tuple[int, ...]
+    kept: bool = False  # also list the ids that top_k and top_p left; needs a top_k
 
 
 @runtime_checkable
@@ -88,7 +96,7 @@ class VLLMEngine:
         for name, value in _ENVIRONMENT_DEFAULTS.items():
             os.environ.setdefault(name, value)
         several = dist.is_initialized() and dist.get_world_size() > 1
-        with _process_kept(device):
+        with _process_kept(device), _own_class(model_dir):
             from vllm import LLM
             from vllm.platforms import current_platform
 
@@ -97,6 +105,7 @@ class VLLMEngine:
                 self._llm = LLM(
                     model=str(model_dir),
                     skip_tokenizer_init=True,
+                    hf_overrides=_text_alone,
                     load_format="dummy",  # the weights that sample come from the live model, before every call
                     logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p
                     generation_config="vllm",  # no defaults from the model's folder
@@ -106,14 +115,15 @@ class VLLMEngine:
                     distributed_executor_backend="external_launcher" if several else "uni",
                     **settings,
                 )
-            except (ValueError, RuntimeError, torch.OutOfMemoryError) as error:
-                detail = " ".join(str(error).split())[:400]
+            except Exception as error:  # what vLLM cannot do is an error of any kind: an assertion, an absent key or package
+                detail = one_line(error, 400)
                 raise InputError(
                     f"vLLM did not start on {model_dir} ({detail}); check sampler.model_dir, sampler.gpu_memory_utilization, "
                     "sampler.kv_cache_gib and sampler.max_model_len"
                 ) from error
         self._engine = self._llm.llm_engine
         _shut_down_quietly(self._engine.engine_core)
+        self._vocabulary = self._llm.model_config.get_vocab_size()
         self._sleep, self._asleep = sleep, False
         self._rows: dict[str, int] = {}
         self._begun = 0
@@ -122,7 +132,7 @@ class VLLMEngine:
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
-        self._llm.apply_model(_repack_head)
+        self._llm.apply_model(_repack)
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
@@ -148,7 +158,8 @@ class VLLMEngine:
             stop_token_ids=list(settings.stop_ids),
             ignore_eos=True,  # the model's own end of text, where the tokenizer's stop ids lack it
             seed=None if greedy else seed,
-            logprobs=0,  # of the sampled token alone
+            # Only of the sampled token, or of all that may be left: what is cut off has -inf.
+            logprobs=min((settings.top_k or 0) + TIES, self._vocabulary) if settings.kept and not greedy else 0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -156,6 +167,7 @@ class VLLMEngine:
         self._begun += 1
         self._engine.add_request(name, tokens_input(list(ids)), params)
         self._rows[name] = row
+        self._lists_kept = settings.kept and not greedy
 
     def step(self) -> list[Turn]:
         # vLLM on CPU draws from torch's global stream too, and leaves those draws unused where a request has a seed.
@@ -172,7 +184,27 @@ class VLLMEngine:
         (completion,) = output.outputs
         ids = list(completion.token_ids)
         logprobs = [of_id[token].logprob for of_id, token in zip(completion.logprobs, ids, strict=True)]
-        return Turn(self._rows.pop(output.request_id), ids, logprobs)
+        finite = all(map(math.isfinite, logprobs))  # if not, the sampler refuses the turn
+        listed = completion.logprobs if self._lists_kept and finite else None
+        kept = None if listed is None else [kept_ids(of_id, self._vocabulary) for of_id in listed]
+        return Turn(self._rows.pop(output.request_id), ids, logprobs, kept)
+
+
+def kept_ids(of_id: Mapping[int, Any], vocabulary: int) -> list[int] | None:
+    """Return the ids with a probability among those that were listed for one token; None where nothing was cut off.
+
+    Raises:
+        InputError: those listed are not all that were left.
+    """
+    kept = {token: math.exp(number.logprob) for token, number in of_id.items() if number.logprob > -math.inf}
+    if len(kept) == vocabulary:
+        return None
+    if abs((total := math.fsum(kept.values())) - 1.0) > 1e-3:
+        raise InputError(
+            f"vLLM listed {len(kept)} ids that a token was drawn from, and they hold {total:.4g} of its probability, so that "
+            f"more than {TIES} others tie with the last one of top_k; set sampler.dtype=float32, or sampler.record_kept=False"
+        )
+    return sorted(kept)
 
 
 def _check_device(engine: str, model: torch.device, sleep: bool) -> None:
@@ -185,11 +217,15 @@ def _check_device(engine: str, model: torch.device, sleep: bool) -> None:
         raise InputError("sampler.sleep=True gives GPU memory back between rollouts, and vLLM on CPU cannot; set it to False")
 
 
-def _repack_head(model: torch.nn.Module) -> None:
-    """Pack the head again: vLLM on CPU multiplies with a copy, which its reload forgets where the embedding is the head."""
+def _repack(model: torch.nn.Module) -> None:
+    """Pack again what vLLM on CPU multiplies with a packed copy of, which its reload forgets: a tied head, and experts."""
     head = getattr(model, "lm_head", None)
     if head is not None and head.weight.device.type == "cpu":
         head.quant_method.process_weights_after_loading(head)
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None and layer.w2_weight.device.type == "cpu":
+            kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def _shut_down_quietly(client: Any) -> None:
@@ -201,6 +237,40 @@ def _shut_down_quietly(client: Any) -> None:
 def _quietly(shutdown: Callable[[], None]) -> None:
     with suppress(Exception):
         shutdown()
+
+
+def _text_alone(config: Any) -> Any:
+    """Return the config of the text model of a folder that also holds a part for images; only the text model is trained."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text = config.get_text_config()
+    if text is not config:
+        text.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(text)].__name__]
+    return text
+
+
+@contextmanager
+def _own_class(model_dir: Path) -> Iterator[None]:
+    """Let vLLM make the modules of a family that it takes from transformers (OLMo 3, SmolLM3) from a class of its own.
+
+    It changes the constructor and the call of that class for its compiler, and the trained model may be of the same class.
+    """
+    from transformers import AutoConfig, AutoModel
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    config = type(AutoConfig.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True).get_text_config())
+    kind = MODEL_MAPPING.get(config, None)
+    if not isinstance(kind, type):
+        yield
+        return
+    before = MODEL_MAPPING._extra_content.get(config)
+    AutoModel.register(config, type(kind.__name__, (kind,), {"__module__": kind.__module__}), exist_ok=True)
+    try:
+        yield
+    finally:
+        MODEL_MAPPING._extra_content.pop(config)
+        if before is not None:
+            AutoModel.register(config, before)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Sample with vLLM: its engine runs in the training process and samples with the trained weights as they are now.
 
 Token ids go in and token ids come out. A turn is a request; the next turn of a row is a request whose prompt is everything so
-far, of which the prefix cache holds the keys and values. Rows whose turn ended go on while others still sample.
+far, of which the prefix cache holds the keys and values. Rows whose turn ended continue while others still sample.
 """
 
 import json
@@ -21,7 +21,7 @@ from pidistill.models.adapters import adapter_modules, merged
 from pidistill.models.hf_format import family, to_hf
 from pidistill.models.hf_weights import to_stored
 from pidistill.models.precision import compute_dtype_of
-from pidistill.models.protocol import Decoder, has_own_names
+from pidistill.models.protocol import Decoder, carried_state, has_own_names
 from pidistill.rollouts.base import OnTurnEnd, Sample
 from pidistill.rollouts.collect import rollout_seed
 from pidistill.rollouts.progress import count
@@ -34,7 +34,7 @@ from pidistill.rollouts.request import (
     end_turn,
     not_finite,
 )
-from pidistill.rollouts.vllm_engine import Engine, Settings, Turn, VLLMEngine, require_vllm
+from pidistill.rollouts.vllm_engine import TIES, Engine, Settings, Turn, VLLMEngine, require_vllm
 
 
 @dataclass(kw_only=True)
@@ -60,7 +60,7 @@ class VLLMSampler:
         max_turn_tokens: as in :class:`pidistill.rollouts.TorchtuneSampler`.
         enforce_eager: no compilation and no CUDA graphs: starts sooner, samples slower.
         sleep: give the engine's memory back to the trainer between rollouts. GPU only.
-        record_kept: refused: the engine's answers do not say here which ids top_k and top_p left.
+        record_kept: as in :class:`pidistill.rollouts.TorchtuneSampler`; needs top_k, which bounds what vLLM lists per token.
     """
 
     max_new_tokens: int
@@ -80,10 +80,10 @@ class VLLMSampler:
     _engine: Engine | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.record_kept:
+        if self.record_kept and self.top_p is not None and self.top_k is None:
             raise InputError(
-                "sampler.record_kept needs the ids that top_k and top_p left of each token's distribution, and VLLMSampler "
-                "does not read them from vLLM; set it to false, or use pidistill.rollouts.TorchtuneSampler"
+                f"sampler.record_kept with sampler.top_p={self.top_p} needs sampler.top_k, which bounds how many ids vLLM "
+                "lists per token; set top_k, or use pidistill.rollouts.TorchtuneSampler"
             )
         require_vllm()
         check_settings(self.temperature, self.max_new_tokens)
@@ -118,7 +118,7 @@ class VLLMSampler:
         the start, after which each rank samples as long as it needs.
 
         The numbers a row draws depend on its seed and on where its turns begin, not on its batch. How vLLM rounds does depend
-        on the batch: a draw within rounding error of the border between two tokens can fall otherwise.
+        on the batch: a draw within rounding error of the border between two tokens can give another token.
         """
         request = Request(
             temperature=self.temperature if temperature is None else temperature,
@@ -134,19 +134,47 @@ class VLLMSampler:
         check_request(model, prompts, group_size, seeds, request)
         self._check_length(max(map(len, prompts), default=0) + request.max_new_tokens)
         if self._engine is None:
-            if not has_own_names(model):
-                family(self._config)  # refuses what weights cannot be converted for
+            self.check_model(model, next(model.parameters()).device, compute_dtype_of(model))
             self._engine = self._start(model)
         # At every call: a stale copy would train silently on another policy's samples, and no counter of torch's sees every
         # way in which a weight can change.
         self._engine.load(self._stored_weights(model))
         rows = [_Row(r, list(prompts[r // group_size]), seed) for r, seed in enumerate(seeds)]
+        if self._records_kept:
+            for row in rows:
+                row.sample.kept = []
         try:
             sample_rows(self._engine, rows, request)
         finally:
             self._engine.abort()
             self._engine.rest()
         return [row.sample for row in rows]
+
+    def check_model(self, model: Decoder, device: torch.device, compute_dtype: torch.dtype) -> None:
+        """Refuse what vLLM 0.32 would compute in another way than ``model``, or not at all; the weights may be missing yet."""
+        if not has_own_names(model):
+            family(self._config)  # refuses what weights cannot be converted for
+            return
+        dtype = self._dtype(compute_dtype)
+        if carried_state(model) and device.type == "cpu" and dtype != "bfloat16":
+            raise InputError(
+                f"vLLM on CPU computes {carried_state(model)} in bf16 alone, and sampler.dtype is {dtype}; set "
+                "sampler.dtype=bfloat16, or sampler._component_=pidistill.rollouts.TorchtuneSampler"
+            )
+        rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+        first, longest = rope.get("original_max_position_embeddings"), self.max_model_len or model.max_seq_len
+        if rope.get("llama_4_scaling_beta") and first and longest > first:
+            raise InputError(
+                f"the model in {self.model_dir} scales its queries beyond {first:,} tokens (llama_4_scaling_beta), which vLLM "
+                f"does not; set sampler.max_model_len={first}, or sampler._component_=pidistill.rollouts.TorchtuneSampler"
+            )
+
+    def _dtype(self, compute_dtype: torch.dtype) -> str:
+        return self.dtype or str(compute_dtype).removeprefix("torch.")
+
+    @property
+    def _records_kept(self) -> bool:
+        return self.record_kept and self.top_k is not None
 
     def _stored_weights(self, model: Decoder) -> dict[str, Tensor]:
         """Return the weights that ``model`` has now, under the names that its folder's files have."""
@@ -158,11 +186,13 @@ class VLLMSampler:
         settings: dict[str, Any] = {} if self.max_batch_size is None else {"max_num_seqs": self.max_batch_size}
         if self.kv_cache_gib is not None:
             settings["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
+        if self._records_kept:
+            settings["max_logprobs"] = self.top_k + TIES
         return VLLMEngine(
             Path(self.model_dir),
             weight.device,
             sleep=self.sleep,
-            dtype=self.dtype or str(compute_dtype_of(model)).removeprefix("torch."),
+            dtype=self._dtype(compute_dtype_of(model)),
             gpu_memory_utilization=self.gpu_memory_utilization,
             max_model_len=self.max_model_len or model.max_seq_len,
             enforce_eager=self.enforce_eager,
@@ -233,7 +263,8 @@ class _Row:
 
 def sample_rows(engine: Engine, rows: list[_Row], request: Request) -> None:
     """Sample the rows to their ends."""
-    settings = Settings(request.temperature, request.top_k, request.top_p, tuple(sorted(request.stop_ids)))
+    kept = any(row.sample.kept is not None for row in rows)
+    settings = Settings(request.temperature, request.top_k, request.top_p, tuple(sorted(request.stop_ids)), kept)
     by_index = {row.index: row for row in rows}
     while rows:
         collect_answers(rows, request)
@@ -266,6 +297,8 @@ def _take(turn: Turn, row: _Row, request: Request) -> None:
     # A greedy choice is a point mass, whatever the model's own log-prob.
     logprobs = [0.0] * len(turn.ids) if request.temperature == 0 else turn.logprobs
     row.append(turn.ids, sampled=True, logprobs=logprobs)
+    if row.sample.kept is not None:
+        row.sample.kept += [None] * len(turn.ids) if turn.kept is None else turn.kept
     count(tokens=len(turn.ids))
     if turn.ids and turn.ids[-1] in request.stop_ids:
         end_turn(row, request)

@@ -12,13 +12,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pidistill.losses.divergences import divergence
-from pidistill.types import Divergence, KeptSets, ScoreRequest, Scores
+from pidistill.losses.divergences import divergence, listed_divergence
+from pidistill.types import Divergence, KeptSets, ListedTeacher, ScoreRequest, Scores
 
 # Elements of the logits of a chunk, over all sides that share the head. Larger ones make better use of the products, which read
 # the whole head and its gradient for each chunk: 256 MiB of fp32.
 CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**26}
-# Of the rows whose numbers are made at once; about eight temporaries of that size live. On CPU they stay in the cache, and are
+# Elements of the rows whose numbers are computed at once, with about eight temporaries of that size. On CPU they stay in the
+# cache, and are
 # small enough that glibc does not return them to the system each time, which costs several times the arithmetic.
 BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
 
@@ -34,6 +35,7 @@ class ScorePlan:
 
     loss: the loss per token that the caller makes of the scores, for any slice of the tokens; None where it is not known yet.
     kept: the ids that the tokens were drawn from; None where the sampler recorded none.
+    listed: what a teacher elsewhere says of the tokens; divergences are then to that, and no side here is the teacher's.
     cap: c where the trained model's logits are c·tanh(x / c) of the head's products x; None where they are the products.
     """
 
@@ -44,6 +46,7 @@ class ScorePlan:
     loss: Callable[[slice, Scores], Float[Tensor, " C"]] | None = None
     cap: float | None = None
     kept: KeptSets | None = None
+    listed: ListedTeacher | None = None
 
     @property
     def names(self) -> list[Name]:
@@ -100,6 +103,13 @@ def _kept_of_block(plan: ScorePlan, chunk: slice, block: slice, size: int) -> In
     return None if plan.kept is None else plan.kept.rows(first, first + size)
 
 
+def _listed_of_block(plan: ScorePlan, chunk: slice, block: slice, size: int) -> ListedTeacher | None:
+    if plan.listed is None:
+        return None
+    rows = slice(chunk.start + block.start, chunk.start + block.start + size)
+    return ListedTeacher(plan.listed.ids[rows], plan.listed.logprobs[rows])
+
+
 def chunk_numbers(
     plan: ScorePlan, chunk: slice, logits: dict[str, Float[Tensor, "C _"]], numbers: Float[Tensor, "K N"]
 ) -> dict[str, Float[Tensor, "C 1"]]:
@@ -113,13 +123,18 @@ def chunk_numbers(
             normalisers[side][block] = torch.logsumexp(scaled, -1, keepdim=True)
             logp[side] = scaled - normalisers[side][block]
         kept = _kept_of_block(plan, chunk, block, len(targets))
-        for row, value in enumerate(_block_numbers(plan, logp, targets, kept)):
+        listed = _listed_of_block(plan, chunk, block, len(targets))
+        for row, value in enumerate(_block_numbers(plan, logp, targets, kept, listed)):
             out[row, block] = value
     return normalisers
 
 
 def _block_numbers(
-    plan: ScorePlan, logp: dict[str, Float[Tensor, "c _"]], targets: Int[Tensor, " c"], kept: Int[Tensor, "c K"] | None
+    plan: ScorePlan,
+    logp: dict[str, Float[Tensor, "c _"]],
+    targets: Int[Tensor, " c"],
+    kept: Int[Tensor, "c K"] | None,
+    listed: ListedTeacher | None,
 ) -> list[Float[Tensor, " c"]]:
     p = {side: x.exp() for side, x in logp.items()}
     values: dict = {}
@@ -129,7 +144,7 @@ def _block_numbers(
             teacher = _teacher_of(name, logp)
             key = (replace(name, grad="none"), teacher)
             if key not in values:
-                values[key] = _divergence(key[0], teacher, logp, p)
+                values[key] = _divergence(key[0], teacher, logp, p) if listed is None else _to_listed(key[0], listed, logp)
             values[name] = values[key]
         elif name.endswith("_logprobs"):
             values[name] = _at(logp[name.removesuffix("_logprobs")], targets)
@@ -182,6 +197,10 @@ def _divergence(name: Divergence, teacher: str, logp: dict[str, Tensor], p: dict
     return beta * to_teacher + (1 - beta) * to_student
 
 
+def _to_listed(name: Divergence, listed: ListedTeacher, logp: dict[str, Tensor]) -> Float[Tensor, " c"]:
+    return listed_divergence(name, listed.ids, listed.logprobs, logp["student"])
+
+
 def _beta(name: Divergence) -> float:
     """Return the β of the three divergences as one family, the generalised JSD, whose ends are the two KLs."""
     return {"kl_teacher_student": 0.0, "kl_student_teacher": 1.0}.get(name.name, name.beta)
@@ -211,12 +230,13 @@ def logits_to_gradients(
         logp = {side: _scaled(x[block], plan.temperature) - normalisers[side][block] for side, x in logits.items()}
         p = {side: x.exp() for side, x in logp.items()}
         of_block = dict(zip(names, coefficients[:, block, None], strict=True))
+        listed = _listed_of_block(plan, chunk, block, len(targets))
         for side in live:
             terms = [
                 (factor * coefficient, matrix)
                 for name, coefficient in of_block.items()
                 if isinstance(name, Divergence) and _reaches(name, side, logp)
-                for factor, matrix in [_gradient(name, side, logp, p)]
+                for factor, matrix in [_gradient(name, side, logp, p, listed)]
             ]
             if (mass := of_block.get(f"{side}_kept_mass")) is not None:
                 kept = _kept_of_block(plan, chunk, block, len(targets))
@@ -231,8 +251,12 @@ def _reaches(name: Divergence, side: str, sides: dict) -> bool:
     return name.grad in (side, "both") and side in ("student", _teacher_of(name, sides))
 
 
-def _gradient(name: Divergence, side: str, logp: dict[str, Tensor], p: dict[str, Tensor]) -> tuple[float, Float[Tensor, "c V"]]:
+def _gradient(
+    name: Divergence, side: str, logp: dict[str, Tensor], p: dict[str, Tensor], listed: ListedTeacher | None
+) -> tuple[float, Float[Tensor, "c V"]]:
     """Return (factor, matrix): the product is ∂divergence/∂log-probs of ``side`` but for a multiple of p."""
+    if listed is not None:
+        return 1.0, _gradient_to_listed(name, listed, logp["student"])
     teacher = _teacher_of(name, logp)
     logp_t, logp_s = logp[teacher], logp["student"]
     if not _is_plain(name, logp_t, logp_s):
@@ -256,6 +280,13 @@ def _gradient_by_autograd(name: Divergence, side: str, logp_t: Tensor, logp_s: T
         total = divergence(name, *_cropped(*sides)).sum()
     (grad,) = torch.autograd.grad(total, leaf)
     return grad if name.fn is None or logp_t.shape != logp_s.shape else _without_noise(grad, logp_t, logp_s)
+
+
+def _gradient_to_listed(name: Divergence, listed: ListedTeacher, logp_s: Float[Tensor, "c V"]) -> Float[Tensor, "c V"]:
+    with torch.enable_grad():
+        leaf = logp_s.clone().requires_grad_()
+        total = _to_listed(name, listed, {"student": leaf}).sum()
+    return torch.autograd.grad(total, leaf)[0]
 
 
 def _without_noise(

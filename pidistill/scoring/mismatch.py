@@ -1,7 +1,7 @@
 """Compare the sampler's distribution with the trainer's: measured, bounded, and corrected by truncated importance weights.
 
 The policy gradient takes every token for a sample of the policy that the trainer sees. A sampler draws from another one, μ,
-where its kernels round otherwise, where its weights are stale, and where top-p or top-k cuts the distribution. With π the
+where its kernels round differently, where its weights are stale, and where top-p or top-k cuts the distribution. With π the
 trainer's policy under the weights that sampled, in the view that sampled:
 
     measured      Δ = log π(y) − log μ(y) of each sampled token; k3 = e^Δ − 1 − Δ ≥ 0 has the mean kl(μ||π) under y ~ μ
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pidistill.config import build
 from pidistill.distributed.run import Run
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.losses.estimators import k1, k3
 from pidistill.losses.reductions import sum_by_rollout
 from pidistill.rollouts import Sampler
@@ -49,6 +49,9 @@ class MismatchMeter:
 
     Config key `max_sampler_mismatch_nats`: the largest mean |Δ| per token that a run accepts, without the part that top-p or
     top-k explains; null is DEFAULT_LIMIT_NATS.
+
+    In a lagged round (`rollout_lag: 1`) other weights sampled, and Δ holds what they have learned since: the numbers are then
+    reported as `rollout_lag_*` and not bounded. The first round of a run, which is not lagged, is.
     """
 
     def __init__(self, cfg: DictConfig, run: Run, sampler: Sampler, view: ViewName) -> None:
@@ -56,8 +59,9 @@ class MismatchMeter:
         self._limit = _limit(cfg.get("max_sampler_mismatch_nats"))
         self.start_round()
 
-    def start_round(self) -> None:
-        """Begin to count, as a round has been sampled."""
+    def start_round(self, lagged: bool = False) -> None:
+        """Begin to count, as a round has been sampled; ``lagged``: by other weights than those that train on it first."""
+        self._lagged = lagged
         self._due, self._sums = True, {"tokens": 0.0, "k3": 0.0, "mean": 0.0, "unexplained": 0.0}
         self._max = self._worst_rollout = 0.0
 
@@ -93,7 +97,7 @@ class MismatchMeter:
             return {}
         k3, mean, unexplained = (sums[name] / sums["tokens"] for name in ("k3", "mean", "unexplained"))
         largest, rollout = (max(values) for values in zip(*self._run.gather([(self._max, self._worst_rollout)]), strict=True))
-        if unexplained > self._limit:
+        if unexplained > self._limit and not self._lagged:
             raise InputError(
                 f"the sampler's log-probs are {unexplained:.3g} nats per token away from the trainer's"
                 f"{_cut_off(self._sampler)} (k3 {k3:.3g}, largest {largest:.3g}, over {sums['tokens']:.0f} tokens), above "
@@ -102,7 +106,9 @@ class MismatchMeter:
                 "max_sampler_mismatch_nats"
             )
         numbers = {"k3": k3, "mean": mean, "max": largest, "rollout_max": rollout}
-        return {f"sampler_mismatch_{name}_nats": value for name, value in numbers.items()}
+        return {
+            f"{'rollout_lag' if self._lagged else 'sampler_mismatch'}_{name}_nats": value for name, value in numbers.items()
+        }
 
 
 def _unexplained(gap: Float64[Tensor, " M"], sampler: Sampler) -> Float64[Tensor, " M"]:
@@ -178,8 +184,7 @@ class TruncatedImportanceWeights:
     """
 
     def __init__(self, level: str = "token", cap: float = 2.0) -> None:
-        if level not in ("token", "sequence"):
-            raise InputError(f"importance_weights.level={level} is unknown; choose token or sequence")
+        check_choice("importance_weights.level", level, ("token", "sequence"))
         if not 1.0 <= cap < math.inf:
             raise InputError(f"importance_weights.cap={cap} must be at least 1: a weight is 1 where sampler and trainer agree")
         self.level, self.cap = level, float(cap)
@@ -251,8 +256,7 @@ class MismatchMask:
     """
 
     def __init__(self, metric: str = "ratio", low: float | None = None, high: float | None = None, only: str = "all") -> None:
-        if metric not in MASKS:
-            raise InputError(f"mismatch_mask.metric={metric} is unknown; choose {', '.join(MASKS)}")
+        check_choice("mismatch_mask.metric", metric, MASKS)
         self.metric, (self.level, least, most) = metric, MASKS[metric]
         self.low, self.high = least if low is None else float(low), most if high is None else float(high)
         if not 0.0 <= self.low <= 1.0 <= self.high:
@@ -260,8 +264,7 @@ class MismatchMask:
                 f"mismatch_mask.low={self.low} and high={self.high} must satisfy 0 <= low <= 1 <= high: where sampler and "
                 f"trainer agree the {metric} is 1"
             )
-        if only not in ("all", "negative", "positive"):
-            raise InputError(f"mismatch_mask.only={only} is unknown; choose all, negative or positive")
+        check_choice("mismatch_mask.only", only, ("all", "negative", "positive"))
         self.only = only
         self._sums: dict[str, float] = {}
         self._kept: WeakKeyDictionary[RolloutKey, list[bool]] = WeakKeyDictionary()

@@ -22,7 +22,7 @@ from pidistill.models.protocol import Decoder, balances_router, head_module, log
 from pidistill.scoring.equal_views import have_equal_weights, share_equal_views
 from pidistill.scoring.head import ConstantPart, apply_head
 from pidistill.scoring.head_numbers import ScorePlan
-from pidistill.scoring.served_teacher import ServedTeacher, served_logprobs, with_served, without_served
+from pidistill.scoring.served_teacher import ServedTeacher, listed_of, with_served, without_served
 from pidistill.scoring.tree_attention import read_trees
 from pidistill.teachers import MixturePart, Teacher
 from pidistill.types import Batch, BatchInputs, ModelInput, PerTokenLoss, ScoreRequest, Scores, ViewName
@@ -67,7 +67,7 @@ def score(
     of_slice = None if loss is None else lambda part, scores: loss(batch.slice(part), scores)
     plan = ScorePlan(batch.targets, request, temperature, chunk_tokens, of_slice, logit_cap(model), batch.kept)
     with torch.set_grad_enabled(request.student_grad or request.teacher_grad):
-        return _with_router(plan.as_scores(_score(plan, model, batch, _voices(teacher, model))), model)
+        return _with_router(plan.as_scores(_score(plan, model, batch, _given_parts(teacher, model))), model)
 
 
 def _score_served(
@@ -79,10 +79,11 @@ def _score_served(
     chunk_tokens: int | None,
     loss: PerTokenLoss | None,
 ) -> Scores:
-    """Return the student's numbers from the model, and the sampled tokens' log-probs from the teacher's server."""
-    numbers = served_logprobs(teacher, batch.views.rollouts, batch.targets.device)
+    """Return the student's numbers from the model, and the teacher's from what its server lists."""
+    listed = listed_of(teacher, batch.views.rollouts, batch.targets.device, len(head_module(model).weight))
+    numbers, request = listed.logprobs[:, 0], without_served(request, teacher)
     of_slice = None if loss is None else lambda part, scores: loss(batch.slice(part), with_served(scores, numbers[part]))
-    plan = ScorePlan(batch.targets, without_served(request), temperature, chunk_tokens, of_slice, logit_cap(model), batch.kept)
+    plan = ScorePlan(batch.targets, request, temperature, chunk_tokens, of_slice, logit_cap(model), batch.kept, listed)
     with torch.set_grad_enabled(request.student_grad):
         return with_served(_with_router(plan.as_scores(_score(plan, model, batch, [])), model), numbers)
 
@@ -96,7 +97,7 @@ def student_nll(batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
     return -scores.student_logprobs
 
 
-def _voices(teacher: Teacher | Decoder | None, model: Decoder) -> list[MixturePart]:
+def _given_parts(teacher: Teacher | Decoder | None, model: Decoder) -> list[MixturePart]:
     """Return the parts of the given teacher; none where the trained model is the teacher."""
     if isinstance(teacher, nn.Module):
         return [MixturePart(1.0, teacher)]
@@ -126,7 +127,7 @@ def list_forwards(request: ScoreRequest, *, live_teacher: bool) -> Forwards:
         if "teacher" not in live:
             given = "teacher"
         elif any(divergence.grad == "student" for divergence in request.divergences):
-            given = "given_teacher"  # beside the trained teacher view, it serves only what reaches the student alone
+            given = "given_teacher"  # beside the trained teacher view, only for terms with gradient to the student only
     return Forwards(called, gradient, tuple(view for view in live if view not in called), given)
 
 

@@ -1,9 +1,9 @@
-"""A teacher on a server: token ids go out, the log-probs of the completion's tokens come back.
+"""A teacher on a server: token ids go out, log-probs of the completion's tokens and of the likeliest ids come back.
 
-The server is OpenAI-compatible and gives prompt log-probs, as vLLM's `/v1/completions` does with `prompt_logprobs`. Only the
-sampled tokens' log-probs come back, so that the objectives are those that need no more of a teacher: OPD and Semi-OPD in their
-sampled forms, OPD as PPO, SDAR, RLSD. Each rank asks for its own rollouts, several at once, and asks for a rollout once: its
-numbers are kept as long as it lives.
+The server gives prompt log-probs, as vLLM's `/v1/completions` does with `prompt_logprobs`. Sampled tokens' log-probs serve OPD
+and Semi-OPD in their sampled forms, OPD as PPO, SDAR, RLSD. With ``top_k`` the server also lists the k likeliest ids of each
+place, for divergences between those ids and one tail. Each rank asks for its own rollouts, several at once, and asks for a
+rollout once: its numbers are kept as long as it lives.
 """
 
 import http.client
@@ -23,19 +23,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, bounded_repr
+from pidistill.losses.token_weights import Chain, EntropyMask, TokenWeight
 from pidistill.models.protocol import Decoder
 from pidistill.objectives.base import BOTH_KLS, Objective
 from pidistill.privileged.judges import RETRIED, Exchange, JudgeError
 from pidistill.scoring.batch import policy_positions
-from pidistill.teachers import MixturePart, Teacher
-from pidistill.types import Rollout, RolloutKey, ScoreRequest, Scores
+from pidistill.teachers import MixturePart, RoutedTeacher, Teacher
+from pidistill.types import ListedTeacher, Rollout, RolloutKey, ScoreRequest, Scores
 
 MAX_ANSWER_BYTES = 64_000_000
+BYTES_OF_AN_ENTRY = 500  # {"1234": {"logprob": -1.234, "rank": 1, "decoded_token": "word"}}, with room for long tokens
+MOST_BEYOND = 0.5  # rows that pad a vocabulary have hardly any probability; a model with other ids has it anywhere
 
 NOTHING_ELSE = (
-    "a ServedTeacher gives the log-probs of the sampled tokens and nothing else of its distribution; set an objective that "
-    "needs no more (OPD with divergence: sampled, OPDPPO, SDAR, RLSD, SemiOPD with form: k2), or a teacher here"
+    "a ServedTeacher without top_k gives the log-probs of the sampled tokens and nothing else of its distribution; set "
+    "teacher.top_k for divergences over its likeliest ids and a tail, an objective that needs no more (OPD with divergence: "
+    "sampled, OPDPPO, SDAR, RLSD, SemiOPD with form: k2), or another teacher"
+)
+
+NO_WEIGHTS = (
+    "a ServedTeacher's weights are on a server: they are not trained, do not sample and are no part of a RoutedTeacher; set "
+    "another teacher, or an objective that takes its numbers alone"
 )
 
 
@@ -45,6 +54,10 @@ class ServedTeacher(Teacher):
     Args:
         base_url: of the server, e.g. ``http://localhost:8000/v1``.
         model: the name under which the server knows the model.
+        top_k: how many of its likeliest ids the server lists per token, beside the sampled one; null asks for no more than that
+            one. Divergences are then between those ids and one tail bucket: at most the full ones, and nearer to them with
+            more ids. vLLM lists up to `--max-logprobs`, 20 unless it is told otherwise.
+        server: "vllm", or "sglang" for SGLang's `/generate` (written from its documentation, never run against one).
         key_env: the environment variable that holds the server's key; None for none.
         threads: requests that are under way at once.
         timeout_s: seconds for one request, all of it.
@@ -58,6 +71,8 @@ class ServedTeacher(Teacher):
         self,
         base_url: str,
         model: str,
+        top_k: int | None = None,
+        server: str = "vllm",
         key_env: str | None = None,
         threads: int = 8,
         timeout_s: float = 120.0,
@@ -71,19 +86,24 @@ class ServedTeacher(Teacher):
                 f"teacher.threads={threads} must be at least 1, teacher.timeout_s={timeout_s} above 0, teacher.retries="
                 f"{retries} and teacher.backoff_s={backoff_s} at least 0"
             )
+        if top_k is not None and (type(top_k) is not int or top_k < 1):
+            raise InputError(f"teacher.top_k={top_k} must be a whole number of at least 1, or null for sampled tokens alone")
+        if server not in _SERVERS:
+            raise InputError(f"teacher.server={server} is unknown; choose {' or '.join(_SERVERS)}")
         if key_env is not None and not os.environ.get(key_env):
             raise InputError(
                 f"the environment variable {key_env} (teacher.key_env) is not set; set it, or teacher.key_env: null"
             )
-        self.base_url, self.model, self.key_env = base_url.rstrip("/"), model, key_env
+        self.base_url, self.model, self.top_k, self.key_env = base_url.rstrip("/"), model, top_k, key_env
+        self._server = _SERVERS[server]
         self.threads, self.timeout_s, self.retries, self.backoff_s = threads, timeout_s, retries, backoff_s
-        self._known: WeakKeyDictionary[RolloutKey, list[float]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[RolloutKey, ListedTeacher] = WeakKeyDictionary()
 
     def mixture(self, model: Decoder) -> list[MixturePart]:
-        raise InputError(NOTHING_ELSE)
+        raise InputError(NO_WEIGHTS)
 
-    def logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
-        """Return the log-prob of each policy token of each rollout in the teacher's view, in nats."""
+    def listed(self, rollouts: Sequence[Rollout]) -> list[ListedTeacher]:
+        """Return what the teacher's view says of each policy token of each rollout; the first id is the token's own."""
         asked = [rollout for rollout in rollouts if rollout.key not in self._known]
         if asked:
             with ThreadPoolExecutor(self.threads) as threads:
@@ -91,24 +111,38 @@ class ServedTeacher(Teacher):
                     self._known[rollout.key] = numbers
         return [self._known[rollout.key] for rollout in rollouts]
 
-    def _ask(self, rollout: Rollout) -> list[float]:
-        prompt = rollout.prompts.teacher
+    def check_server(self) -> None:
+        """Ask for the log-probs of two ids, so that what is wrong with the server shows before any model is loaded."""
+        _read_place(self._prompt_logprobs([1, 1], "a first question")[1], 1, self.top_k, "a first question, place 1")
+
+    def _ask(self, rollout: Rollout) -> ListedTeacher:
+        prompt, where = rollout.prompts.teacher, rollout.example.id
         ids = prompt + rollout.completion
-        given = self._prompt_logprobs(ids, rollout.example.id)
+        given = self._prompt_logprobs(ids, where)
         places = [len(prompt) + t for t in policy_positions(rollout)]
-        return [_logprob_of(given, place, ids[place], rollout.example.id) for place in places]
+        rows = [_read_place(given[place], ids[place], self.top_k, f"{where}, place {place}") for place in places]
+        return self.as_tensors(rows)
+
+    def as_tensors(self, rows: list[dict[int, float]]) -> ListedTeacher:
+        """Return one row of ids and log-probs per token, as wide as the longest that the server may list."""
+        ids = torch.full((len(rows), 1 + (self.top_k or 0)), -1, dtype=torch.int32)
+        logprobs = torch.full(ids.shape, -math.inf)
+        for n, row in enumerate(rows):
+            ids[n, : len(row)], logprobs[n, : len(row)] = torch.tensor(list(row)), torch.tensor(list(row.values()))
+        return ListedTeacher(ids, logprobs)
 
     def _prompt_logprobs(self, ids: list[int], where: str) -> list[Any]:
-        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        path, body = self._server.question(self.model, ids, self.top_k or 0)
         headers = {"Content-Type": "application/json"}
         if self.key_env is not None:
             headers["Authorization"] = f"Bearer {os.environ[self.key_env]}"
-        url = f"{self.base_url}/completions"
+        most = MAX_ANSWER_BYTES + BYTES_OF_AN_ENTRY * len(ids) * (1 + (self.top_k or 0))
+        reasons: list[str] = []
         for attempt in range(self.retries + 1):
+            url = self._server.root(self.base_url) + path
             request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")
             try:
-                answer = json.loads(Exchange(request, self.timeout_s, MAX_ANSWER_BYTES).answer())
-                given = answer["choices"][0].get("prompt_logprobs")
+                given = self._server.entries(json.loads(Exchange(request, self.timeout_s, most).answer()))
             except urllib.error.HTTPError as error:
                 error.close()
                 reason, again = f"status {error.code}", error.code in RETRIED
@@ -120,53 +154,162 @@ class ServedTeacher(Teacher):
                 if isinstance(given, list) and len(given) == len(ids):
                     return given
                 reason, again = f"no prompt_logprobs for its {len(ids)} tokens", False
+            reasons += [reason] if reason not in reasons else []
             if not again or attempt == self.retries:
                 break
             time.sleep(self.backoff_s * 2**attempt)
         raise InputError(
-            f"the teacher's server at {self.base_url} gave {reason} for {where} ({attempt + 1} tries); check teacher.base_url, "
-            "teacher.model and that the server gives prompt log-probs, or raise teacher.timeout_s and teacher.retries"
+            f"the teacher's server at {self.base_url} gave {', then '.join(reasons)} for {where} ({attempt + 1} tries); "
+            f"{self._hint(reasons, len(ids))}check teacher.base_url, teacher.model and that the server gives prompt log-probs, "
+            "or raise teacher.timeout_s and teacher.retries"
         )
 
+    def _hint(self, reasons: list[str], tokens: int) -> str:
+        """Return what a status means here; vLLM without a tokenizer does not survive an id that it does not have."""
+        if "status 401" in reasons or "status 403" in reasons:
+            return "teacher.key_env names no key that it takes; "
+        if "status 400" not in reasons and "status 500" not in reasons:
+            return ""
+        lists = "" if self.top_k is None else f" and list teacher.top_k={self.top_k} ids (vLLM: --max-logprobs, 20 by default)"
+        return f"it must have the student's ids, read {tokens} tokens{lists}; "
 
-def _logprob_of(given: list[Any], place: int, token: int, where: str) -> float:
-    """Return the log-prob of ``token`` from the server's entry {id: {"logprob": …}} of its place."""
-    entry = given[place]
-    number = (entry or {}).get(str(token)) if isinstance(entry, dict) or entry is None else None
+
+class _Vllm:
+    """Ask vLLM's OpenAI-compatible server."""
+
+    @staticmethod
+    def root(base_url: str) -> str:
+        return base_url
+
+    @staticmethod
+    def question(model: str, ids: list[int], top_k: int) -> tuple[str, dict[str, Any]]:
+        body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top_k}
+        return "/completions", body
+
+    @staticmethod
+    def entries(answer: Any) -> Any:
+        """Return, per place, {id: {"logprob": …}}; None at the first."""
+        return answer["choices"][0].get("prompt_logprobs")
+
+
+class _SGLang:
+    """Ask SGLang's own `/generate`: its OpenAI-compatible answers name tokens by their texts, which are not unique."""
+
+    @staticmethod
+    def root(base_url: str) -> str:
+        return base_url.removesuffix("/v1")
+
+    @staticmethod
+    def question(model: str, ids: list[int], top_k: int) -> tuple[str, dict[str, Any]]:
+        sampling = {"max_new_tokens": 1, "temperature": 0.0}
+        logprobs = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": top_k}
+        return "/generate", {"input_ids": ids, "sampling_params": sampling, **logprobs}
+
+    @staticmethod
+    def entries(answer: Any) -> Any:
+        """Return, per place, {id: log-prob}, from its triples (log-prob, id, text)."""
+        own = answer["meta_info"]["input_token_logprobs"]
+        top = answer["meta_info"].get("input_top_logprobs") or [None] * len(own)
+        return [
+            {str(id_): logprob for logprob, id_, _ in [*(listed or []), token]} for token, listed in zip(own, top, strict=True)
+        ]
+
+
+_SERVERS = {"vllm": _Vllm, "sglang": _SGLang}
+
+
+def _read_place(entry: Any, token: int, top_k: int | None, where: str) -> dict[int, float]:
+    """Return the log-probs that the server lists at a place, at most ``top_k`` beside the token's own, which comes first."""
+    listed = entry if isinstance(entry, dict) else {}
+    row = {token: _logprob_of(listed, str(token), where)}
+    for key in listed if top_k is not None else ():
+        row[_id_of(key, where)] = _logprob_of(listed, key, where)
+    if top_k is not None and not top_k <= len(row) <= top_k + 1:
+        raise InputError(
+            f"{where}: the teacher's server lists {len(row)} ids with the token's own where teacher.top_k={top_k} were asked "
+            "for; lower it to what its vocabulary has, or check teacher.server"
+        )
+    if (total := math.fsum(map(math.exp, row.values()))) > 1.001:
+        raise InputError(
+            f"{where}: the probabilities that the teacher's server lists add up to {total:.4g}, which no distribution does; "
+            "its log-probs must be of the whole vocabulary, at temperature 1: check how it was started"
+        )
+    return row
+
+
+def _id_of(key: Any, where: str) -> int:
+    if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10):
+        raise InputError(
+            f"{where}: the teacher's server lists {bounded_repr(key, 40)} where an id belongs; check teacher.server"
+        )
+    return int(key)
+
+
+def _logprob_of(listed: dict[str, Any], key: str, where: str) -> float:
+    number = listed.get(key)
     value = number.get("logprob") if isinstance(number, dict) else number
     if type(value) not in (int, float) or math.isnan(value) or value > 1e-3:
         raise InputError(
-            f"{where}: the teacher's server has no log-prob for id {token} at place {place}; its model has another tokenizer "
-            "than the student, or it does not list the prompt's own tokens"
+            f"{where}: the teacher's server has no log-prob for id {key}; its model has another tokenizer than the student, or "
+            "it does not list the prompt's own tokens"
         )
     return float(value)
 
 
 def check_served(teacher: Teacher, objective: Objective, temperature: float, method: str) -> None:
-    """Refuse a served teacher where more than the sampled tokens' log-probs, or another temperature, is asked of it."""
+    """Refuse a served teacher where more than it gives, or another temperature, is asked of it."""
+    if isinstance(teacher, RoutedTeacher) and any(isinstance(one, ServedTeacher) for one in teacher.teachers.values()):
+        raise InputError(NO_WEIGHTS)
     if not isinstance(teacher, ServedTeacher):
         return
     request, behaviour = objective.score_request(0), objective.behaviour_request()
-    if behaviour is not None and behaviour.divergences:
+    before = () if behaviour is None else behaviour.divergences
+    other = before or any(divergence not in BOTH_KLS for divergence in request.divergences)
+    if request.teacher_grad:
+        raise InputError(NO_WEIGHTS)
+    if teacher.top_k is None and other:
         raise InputError(NOTHING_ELSE)
-    if request.teacher_grad or any(divergence not in BOTH_KLS for divergence in request.divergences):
-        raise InputError(NOTHING_ELSE)
+    if own := next((d for d in (*request.divergences, *before) if d.top_k is not None), None):
+        raise InputError(
+            f"objective.top_k={own.top_k} is over the ids that the student finds likeliest, and a server lists its own; set "
+            f"objective.top_k: null, teacher.top_k={teacher.top_k} says how many"
+        )
+    if _reads_teacher_entropy(getattr(objective, "token_weight", None)):
+        raise InputError(
+            "objective.token_weight reads the teacher's entropy, which a ServedTeacher does not give: its tail may hold any; "
+            "set token_weight.view: student, or another teacher"
+        )
     if temperature != 1.0:
         raise InputError(
             f"a ServedTeacher's log-probs are at temperature 1, and sampler.temperature={temperature} compares the student at "
-            f"another in {method}; set sampler.temperature: 1, or a teacher here"
+            f"another in {method}; set sampler.temperature: 1, or another teacher"
         )
 
 
-def without_served(request: ScoreRequest) -> ScoreRequest:
-    """Return what is still computed here: the student's numbers; divergences for the log need the teacher's distribution."""
-    return replace(request, views=("student",), divergences=())
+def _reads_teacher_entropy(weight: TokenWeight | None) -> bool:
+    if isinstance(weight, Chain):
+        return any(map(_reads_teacher_entropy, weight.steps))
+    return isinstance(weight, EntropyMask) and weight.view == "teacher"
+
+
+def without_served(request: ScoreRequest, teacher: ServedTeacher) -> ScoreRequest:
+    """Return what is still computed here: the student's numbers, and divergences to what the teacher lists, if it does."""
+    divergences = () if teacher.top_k is None else request.divergences
+    return replace(request, views=("student",), divergences=divergences)
 
 
 def with_served(scores: Scores, numbers: Float[Tensor, " N"]) -> Scores:
     return replace(scores, teacher_logprobs=numbers)
 
 
-def served_logprobs(teacher: ServedTeacher, rollouts: Sequence[Rollout], device: torch.device) -> Float[Tensor, " N"]:
-    flat = [x for numbers in teacher.logprobs(rollouts) for x in numbers]
-    return torch.tensor(flat, dtype=torch.float32, device=device)
+def listed_of(teacher: ServedTeacher, rollouts: Sequence[Rollout], device: torch.device, vocabulary: int) -> ListedTeacher:
+    """Return what the teacher says of a batch's policy tokens; ``vocabulary`` is the number of the student's ids."""
+    parts = [teacher.as_tensors([]), *teacher.listed(rollouts)]
+    ids, logprobs = (torch.cat([getattr(part, name) for part in parts]).to(device) for name in ("ids", "logprobs"))
+    beyond = logprobs.exp().masked_fill(ids < vocabulary, 0.0).sum(-1)
+    if len(beyond) and (most := beyond.max().item()) > MOST_BEYOND:
+        raise InputError(
+            f"the teacher's server gives {most:.3g} of a token's probability to ids that the student's {vocabulary} do not "
+            "have; its model has another tokenizer: set teacher.base_url and teacher.model to one with the student's"
+        )
+    return ListedTeacher(ids.long(), logprobs)

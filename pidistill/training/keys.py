@@ -151,6 +151,11 @@ TABLE: Mapping[str, Key] = {
         Key("group_size", WHOLE, "rollouts of each prompt", ROUNDS, least=1, most=_ROWS),
         Key("updates_per_round", WHOLE, "optimizer steps of each round; more are further from on-policy", ROUNDS, 1, least=1),
         Key("minibatch_rollouts", WHOLE, "rollouts of one optimizer step", ROUNDS, least=1, null="the whole round"),
+        Key(
+            "rollout_lag", WHOLE, "1: each round is sampled in a second process while the one before it trains, with the "
+            "weights before that one's updates", ROUNDS, 0, least=0, most=1,
+        ),
+        Key("rollout_device", TEXT, "device of that process, such as cuda:1", ROUNDS, null="`device`"),
         Key("teacher", COMPONENT, "the weights that score as the teacher", ROUNDS, null="the trained weights"),
         Key("teacher_model", COMPONENT, "builder of a teacher of its own", ROUNDS, null="`model`"),
         Key("teacher_checkpointer", COMPONENT, "reader of the teacher's weights", ROUNDS, null="`checkpointer`"),

@@ -1,11 +1,22 @@
-"""Give tables to the metric loggers of torchtune, whose own interface knows numbers alone."""
+"""Give the config and tables to the metric loggers of torchtune, whose own interface takes only numbers."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from pidistill.errors import escape_controls
 
 Row = dict[str, Any]
+
+
+def log_config(logger: Any, cfg: DictConfig) -> None:
+    """Give the config to the logger; TensorBoard gets it as a text, because torchtune's class writes it to a file alone."""
+    if hasattr(logger, "log_config"):
+        logger.log_config(cfg)
+    if (writer := getattr(logger, "_writer", None)) is not None:
+        lines = OmegaConf.to_yaml(cfg).splitlines()
+        writer.add_text("config", "\n".join(f"    {escape_controls(line)}" for line in lines), 0)  # a block of code
 
 
 def log_table(logger: Any, name: str, rows: Sequence[Row], step: int) -> None:

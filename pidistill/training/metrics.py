@@ -1,7 +1,7 @@
 """Compute what a run reports; the list says what each number means.
 
 `metrics.jsonl` holds one JSON object per optimiser step, and one per evaluation (keys `eval_*`), each with `step`. A number
-that was not computed is absent; nothing stands in for it.
+that was not computed is absent; no placeholder is used.
 
 | key | meaning |
 | --- | --- |
@@ -23,6 +23,7 @@ that was not computed is absent; nothing stands in for it.
 | sampler_mismatch_mean_nats | mean |Δ| over those tokens, Δ = log-prob of the trainer − the sampler, in the view that sampled |
 | sampler_mismatch_max_nats | the largest |Δ| of them |
 | sampler_mismatch_rollout_max_nats | the largest mean |Δ| of a rollout, without what top-p or top-k explains |
+| rollout_lag_k3_nats, rollout_lag_mean_nats, … | the same four in a lagged round (`rollout_lag: 1`): Δ holds the lag, too |
 | importance_weight_mean | mean truncated importance weight of the round's policy tokens, with `importance_weights` |
 | importance_truncated_frac | share of them whose weight the cap cut |
 | masked_tokens, masked_rollouts | policy tokens of this round, and rollouts with any, that `mismatch_mask` leaves out |
@@ -54,6 +55,7 @@ that was not computed is absent; nothing stands in for it.
 | empty_steps | steps skipped so far because no policy token was left |
 | tokens_per_s | policy tokens sampled and trained per second of the step, all ranks |
 | time_rollout_s, time_score_s, time_update_s | sampling and rewards; forward and the head's gradient; backward, optimiser |
+| time_ahead_s | with `rollout_lag: 1` what the round took to sample; time_rollout_s is then what the training waited for it |
 | alpha, beta | the objective's weights at this step |
 | eval_student_success_greedy | mean success at temperature 0, without privileged information |
 | eval_student_success | the same at the sampling temperature |

@@ -19,7 +19,7 @@ from pidistill.distributed.run import Run
 from pidistill.errors import escape_controls
 from pidistill.jsonl import TRAINING_ROLLOUTS, replace_file, write_jsonl
 from pidistill.training.health import Health
-from pidistill.training.logger_tables import log_table
+from pidistill.training.logger_tables import log_config, log_table
 from pidistill.training.rollout_log import RolloutLog
 from pidistill.training.run_folder import public_config
 from pidistill.types import Batch, Scores
@@ -49,8 +49,7 @@ class MetricsLog:
         for name in ("rollouts.jsonl", TRAINING_ROLLOUTS):
             _keep_rows_until(self.path.with_name(name), first_step)
         self._logger = build(cfg.metric_logger) if cfg.get("metric_logger") else None
-        if hasattr(self._logger, "log_config"):
-            self._logger.log_config(shared_config(cfg))
+        log_config(self._logger, shared_config(cfg))
         self._bar = tqdm(total=last_step, initial=first_step, desc=title, unit="step", mininterval=0.5)
         self._clear = keep_lines_whole(self._bar)
         log.addFilter(self._clear)
@@ -117,7 +116,7 @@ def keep_lines_whole(bar: tqdm) -> Callable[[logging.LogRecord], bool]:
     return clear
 
 
-GROUPS = ("eval", "kl", "time", "sampler_mismatch")
+GROUPS = ("eval", "kl", "time", "sampler_mismatch", "rollout_lag")
 
 
 def grouped(name: str) -> str:

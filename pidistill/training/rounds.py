@@ -51,6 +51,10 @@ class RoundSizes:
         """Return what the position in the data depends on; a resumed run must have the same."""
         return {"prompts_per_round": self.prompts, "group_size": self.group_size, "updates_per_round": self.updates}
 
+    def first_step(self, round_: int) -> int:
+        """Return the number of optimiser steps before a round."""
+        return round_ * self.updates
+
     def check_progress(self, step: int, round_: int, max_steps: int) -> None:
         """Refuse to extend a run that `max_steps` ended inside a round: that round's rollouts are gone."""
         if step < max_steps and step != round_ * self.updates:

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from pidistill.commands.report.command import write_report
-from tests.support.reported_runs import HOSTILE, write_rows, write_run
+from tests.support.reported_runs import HOSTILE, metrics_rows, rollout_row, write_rows, write_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -121,6 +121,68 @@ def test_a_token_shows_its_numbers_and_its_colour(show, tmp_path):
     page.check("#pair")
     assert page.locator("#rollout .pair h3", has_text="thinks").count() == 2
     assert page.locator("details.turn").count() == 6 and "look({})" in page.locator("details.turn summary").first.inner_text()
+
+
+def write_one(folder, tokens, **changes):
+    """Write a run of one rollout whose completion has these pieces."""
+    row = rollout_row(1, 0, len(tokens))
+    values = {name: column[: len(tokens)] for name, column in row["values"].items()}
+    row |= {"tokens": tokens, "policy": [1] * len(tokens), "values": values, "turns": [{"role": "assistant"}]}
+    write_run(folder)
+    write_rows(folder / "training_rollouts.jsonl", [row | changes])
+    return folder
+
+
+def test_a_token_that_cannot_be_seen_has_a_place_of_its_own(show, tmp_path):
+    # The pieces of "漢", an end of line, a joiner without width and a mark of the chat template, as byte-level BPE gives them.
+    pieces = ["", "", "漢", ".\n\n", "\u200d", "<|im_end|>"]
+    page = show(write_report([write_one(tmp_path / "run", pieces)]), "Rollouts")
+    for index, shown in enumerate(["part of a character", "part of a character", "漢", ".\\n\\n", "\u200d", "<|im_end|>"]):
+        token = page.locator(f".tokens span[data-index='{index}']")
+        assert token.bounding_box()["width"] > 3
+        token.hover()
+        assert page.inner_text("#tip code") == shown and f"token {index + 1}" in page.inner_text("#tip")
+    copied = page.evaluate("getSelection().selectAllChildren(document.querySelector('.tokens')) || getSelection().toString()")
+    assert copied == "漢.\n\n\u200d<|im_end|>"  # what is copied is the text, without the signs
+
+
+def test_a_long_prompt_is_folded_and_its_template_can_be_told_from_its_words(show, tmp_path):
+    question = "<|im_start|>user\n" + "many words " * 300 + "why?"
+    changes = {
+        "student_prompt": f"{question}<|im_end|>\n",
+        "teacher_prompt": f"{question} THE HINT<|im_end|>\n",
+        "privileged": "THE HINT",
+    }
+    page = show(write_report([write_one(tmp_path / "run", ["so"], **changes)]), "Rollouts")
+    student = page.locator("#rollout .pair .text").first
+    assert len(student.inner_text()) < 900 and "why?" in student.inner_text()
+    assert page.locator("#rollout .pair mark").inner_text() == "THE HINT"
+    student.locator("button.more").click()
+    assert student.inner_text().strip() == changes["student_prompt"].strip()
+    assert student.locator(".control").all_inner_texts() == ["<|im_start|>", "<|im_end|>"]
+    assert student.locator(".role").inner_text() == "user"
+
+
+def test_rollouts_of_the_same_group_are_a_click_away(show, tmp_path):
+    write_run(tmp_path)
+    rows = [rollout_row(1, 0) | {"reward": float(i), "success": i == 1} for i in range(3)]
+    write_rows(tmp_path / "training_rollouts.jsonl", [*rows, rollout_row(1, 5)])
+    page = show(write_report([tmp_path]), "Rollouts")
+    assert page.locator(".siblings button").count() == 2
+    page.locator(".siblings button").last.click()
+    assert "3 / 4" in page.inner_text(".step") and "reward 2" in page.inner_text(".chips")
+
+
+def test_two_runs_have_a_colour_each_and_equal_curves_are_one(show, tmp_path):
+    folders = [write_run(tmp_path / name) for name in ("a", "b")]
+    for folder in folders:
+        rows = [row | ({"success_frac": row["reward_mean"]} if "reward_mean" in row else {}) for row in metrics_rows()]
+        write_rows(folder / "metrics.jsonl", rows)
+    page = show(write_report(folders, tmp_path / "page.html"), "Health")
+    legend = page.locator(".chart", has_text="Reward and success").locator(".legend").inner_text()
+    assert "success_frac: the same as reward_mean" in legend and legend.count("0.6") == 2
+    colours = page.locator(".alarm .dot").evaluate_all("nodes => nodes.map((node) => getComputedStyle(node).backgroundColor)")
+    assert len(set(colours)) == 2
 
 
 def test_hostile_text_is_shown_and_runs_nothing(show, tmp_path):

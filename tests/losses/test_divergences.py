@@ -1,6 +1,7 @@
 """Test the laws of the divergences, each beside the loop over the vocabulary that it must equal."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pidistill.errors import InputError
-from pidistill.losses.divergences import divergence, entropy, generalised_jsd, kl, kl_topk_with_tail, with_tail
+from pidistill.losses.divergences import (
+    LEAST_TAIL,
+    divergence,
+    entropy,
+    generalised_jsd,
+    kl,
+    kl_topk_with_tail,
+    listed_divergence,
+    listed_with_tail,
+    with_tail,
+)
 from pidistill.types import Divergence
 from tests.support import oracles
 
@@ -383,3 +394,80 @@ def test_equal_sides_have_value_0_and_a_gradient_of_exactly_0(request_, scale):
     value = divergence(request_, *(torch.log_softmax(x, -1) for x in sides))
     assert value.tolist() == [0.0] * 20
     assert not any(gradient.any() for gradient in torch.autograd.grad(value.sum(), sides))
+
+
+# ------------------------------------------------------------------------------------------------ a teacher's listed ids
+
+THREE = [Divergence("kl_teacher_student"), Divergence("kl_student_teacher"), Divergence("jsd", beta=0.3)]
+
+
+def merged_oracle(request: Divergence, t: torch.Tensor, s: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    """The divergence of one token, bucket by bucket, from probabilities [V]; the ids that are not listed are one bucket."""
+    buckets = [[i] for i in ids] + [[v for v in range(len(s)) if v not in ids]]
+    total = s.new_zeros(())
+    for bucket in buckets:
+        if not bucket:
+            continue
+        a, b = sum(t[v] for v in bucket), sum(s[v] for v in bucket)
+        if request.name == "jsd":
+            m = request.beta * a + (1 - request.beta) * b
+            total = total + request.beta * a * (a / m).log() + (1 - request.beta) * b * (b / m).log()
+        else:
+            first, last = (a, b) if request.name == "kl_teacher_student" else (b, a)
+            total = total + first * (first / last).log()
+    return total
+
+
+@pytest.mark.parametrize("request_", THREE, ids=lambda request: request.name)
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_a_divergence_to_listed_ids_is_the_merged_one_and_with_all_ids_the_full_one(request_, k):
+    x, t = logits(1, 4, 6).requires_grad_(), torch.log_softmax(logits(2, 4, 6), -1)
+    ids = torch.stack([torch.randperm(6, generator=torch.Generator().manual_seed(row))[:k] for row in range(4)])
+    value = listed_divergence(request_, ids, t.gather(-1, ids), torch.log_softmax(x, -1))
+    rows = zip(t.exp(), torch.softmax(x, -1), ids.tolist(), strict=True)
+    expected = torch.stack([merged_oracle(request_, *row) for row in rows])
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+    gradient, wanted = (torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for y in (value, expected))
+    torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-12)
+    full = divergence(request_, t, torch.log_softmax(x, -1))
+    if k == 6:
+        torch.testing.assert_close(value, full, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(torch.autograd.grad(full.sum(), x)[0], gradient, rtol=1e-10, atol=1e-12)
+    else:
+        assert (value < full - 1e-5).all()
+    constant = listed_divergence(replace(request_, grad="none"), ids, t.gather(-1, ids), torch.log_softmax(x, -1))
+    assert torch.equal(constant, value) and not constant.requires_grad
+
+
+@settings(deadline=None)
+@given(pairs, st.integers(1, 60), st.sampled_from(THREE))
+def test_a_divergence_to_listed_ids_is_at_most_the_full_one_and_grows_with_them(case, k, request_):
+    t, s = pair(case)
+    k, full = min(k, t.shape[-1]), divergence(request_, t, s)
+    listed = [t.topk(n) for n in (k, max(1, k - 1))]
+    more, fewer = (listed_divergence(request_, x.indices, x.values, s) for x in listed)
+    known = 1.0 - listed[1].values.exp().sum(-1) > 2 * LEAST_TAIL  # below that rounding, if there were any, would hide the tail
+    assert (more <= full + 1e-3).all() and (more <= full + 1e-9)[known].all() and (fewer <= more + 1e-9)[known].all()
+
+
+def test_rows_that_list_fewer_ids_and_ids_that_the_student_lacks_are_merged_or_taken_out():
+    t, s = torch.log_softmax(logits(1, 2, 8), -1), torch.log_softmax(logits(2, 2, 6), -1)
+    ids = torch.tensor([[2, 0, -1, -1], [5, 1, 7, 6]])
+    value = listed_divergence(THREE[0], ids, t.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf), s)
+    first = merged_oracle(THREE[0], torch.cat([t[0, :5].exp(), t[0, 5:].exp().sum(0, keepdim=True)]), s[0].exp(), [2, 0])
+    kept = t[1, :6].exp()
+    last = merged_oracle(THREE[0], kept / kept.sum(), s[1].exp(), [5, 1])
+    torch.testing.assert_close(value, torch.stack([first, last]), rtol=1e-10, atol=1e-12)
+
+
+def test_a_tail_that_rounding_hides_is_small_and_no_tail_is_left_where_all_ids_are_listed():
+    logp = torch.log_softmax(torch.tensor([[30.0, 0.0, 0.0, 0.0]], dtype=torch.float64), -1).float()
+    ids = torch.tensor([[0, 1]])
+    tail = listed_with_tail(logp.gather(-1, ids), ids, 4)[0, -1].exp()
+    assert tail == pytest.approx(LEAST_TAIL, rel=1e-3)
+    all_ids = torch.tensor([[0, 1, 2, 3]])
+    assert listed_with_tail(logp, all_ids, 4)[0, -1] == -torch.inf
+    student = torch.zeros(1, 4).log_softmax(-1).requires_grad_()
+    for request in THREE:
+        value = listed_divergence(request, ids, logp.gather(-1, ids), student)
+        assert value.isfinite() and torch.autograd.grad(value, student)[0].isfinite().all()

@@ -14,6 +14,7 @@ from pidistill.losses.token_weights import (
     Chain,
     ClipTerm,
     EntropyMask,
+    MeanOverTokens,
     PositionDecay,
     SignGate,
     SkipFirst,
@@ -69,6 +70,10 @@ def decay(n: int, x: float, batch: Batch, scores: Scores) -> float:
     return x * 0.5 ** (batch.token_index[n].item() / 1.5)
 
 
+def mean_over_tokens(n: int, x: float, batch: Batch, scores: Scores) -> float:
+    return x / sum(1 for rollout in batch.rollout_index.tolist() if rollout == batch.rollout_index[n].item())
+
+
 def chain(n: int, x: float, batch: Batch, scores: Scores) -> float:
     return min(decay(n, skip_first(n, x, batch, scores), batch, scores), 0.1)
 
@@ -80,6 +85,7 @@ WEIGHTS: dict[str, tuple[TokenWeight, object]] = {
     "entropy_teacher": (EntropyMask(min_nats=0.7, view="teacher"), entropy_of_teacher),
     "sign": (SignGate(), sign_gate),
     "decay": (PositionDecay(1.5), decay),
+    "mean": (MeanOverTokens(), mean_over_tokens),
     "chain": (Chain([SkipFirst(2), PositionDecay(1.5), ClipTerm(0.1)]), chain),
 }
 
@@ -120,6 +126,13 @@ def test_a_masked_token_is_exactly_0_with_exactly_0_gradient_whatever_its_term(n
     result.sum().backward()
     assert torch.equal(result[masked], torch.zeros(int(masked.sum())))
     assert torch.equal(poisoned.grad, (~masked).float())
+
+
+def test_the_mean_over_tokens_is_the_same_on_any_slice_of_a_batch():
+    batch, scores, term = case(4, n_rollouts=4)
+    whole = MeanOverTokens()(term, batch, scores)
+    pieces = [MeanOverTokens()(term[part], batch.slice(part), scores) for part in (slice(0, 5), slice(5, None))]
+    assert torch.equal(whole, torch.cat(pieces))
 
 
 def test_a_clipped_token_has_no_gradient_and_the_others_all_of_theirs():
@@ -196,10 +209,10 @@ def test_wrong_settings_are_refused_in_one_sentence(build, sentence):
 def test_what_a_method_does_not_compute_is_refused_in_one_sentence():
     batch, scores, term = case(4)
     without = Scores(scores.student_logprobs, None, {}, scores.student_entropy, None)
-    with pytest.raises(InputError, match="token_weight.view=teacher: this method does not look at that view"):
+    with pytest.raises(InputError, match="token_weight.view=teacher is not scored by this `objective`"):
         EntropyMask(view="teacher")(term, batch, without)
-    with pytest.raises(InputError, match="no teacher view or no reward"):
+    with pytest.raises(InputError, match="SignGate needs a teacher and a reward"):
         SignGate()(term, batch, without)
     batch.advantages = None
-    with pytest.raises(InputError, match="no teacher view or no reward"):
+    with pytest.raises(InputError, match="SignGate needs a teacher and a reward"):
         SignGate()(term, batch, scores)

@@ -1,13 +1,20 @@
 """Test the line of progress while weights are loaded and saved, and that the log's lines stay whole beside a bar."""
 
+import functools
 import io
 import logging
 import sys
 
+import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 from tqdm.auto import tqdm
 
+from pidistill.distributed.run import Run
 from pidistill.models import progress
+from pidistill.training.load import _fill
 from pidistill.training.metrics_log import keep_lines_whole
 
 
@@ -40,6 +47,27 @@ def test_loads_that_end_at_once_show_nothing(monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream)
     list(progress.show_weights(["a"], "loading weights", "file"))
     assert stream.getvalue() == ""
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_first_of_several_processes_sees_how_many_weights_are_placed(monkeypatch, tmp_path, one_process):
+    """Filled as several processes fill a model, from the first one's weights, though the others are not there."""
+    given = {f"{i}.{name}": torch.randn(shape) for i in range(3) for name, shape in (("weight", (4, 4)), ("bias", (4,)))}
+    with torch.device("meta"):
+        model = fully_shard(nn.Sequential(*(nn.Linear(4, 4, dtype=torch.bfloat16) for _ in range(3))))
+    monkeypatch.setattr(progress, "_FIRST_AFTER_S", 0.0)
+    monkeypatch.setattr(progress, "tqdm", functools.partial(tqdm, mininterval=0))
+    monkeypatch.setattr(sys, "stderr", stream := Terminal())
+    _fill(model, Run(torch.device("cpu"), torch.float32, 0, 2, 0, tmp_path), given, cpu_offload=False)
+    assert all(f"{placed}/6" in stream.getvalue() for placed in range(7)) and "placing weights" in stream.getvalue()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight.full_tensor(), given[name].bfloat16())
 
 
 def written_beside_a_bar(monkeypatch, stream) -> str:

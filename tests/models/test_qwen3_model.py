@@ -1,12 +1,15 @@
 """Test Qwen3 from torchtune's modules: published sizes, the place of the norms, adapters. Logits: test_hf_checkpointer.py."""
 
+import warnings
+
 import pytest
 import torch
+from torchtune import training
 from torchtune.modules import MultiHeadAttention
 from torchtune.modules.peft import get_adapter_params
 
 import pidistill.models as models
-from pidistill.commands.plan.shape import kv_bytes, model_shape
+from pidistill.commands.plan.shape import model_shape
 from pidistill.errors import InputError
 from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES, perturb_weights
 
@@ -95,5 +98,17 @@ def test_adapters_that_cannot_be_are_refused(changes, message):
 def test_the_plan_reads_the_head_width_of_the_model_not_of_the_quotient():
     shape = model_shape(on_meta("qwen3_0_6b"))
     assert (shape.heads, shape.kv_heads, shape.head_dim, shape.width) == (16, 8, 128, 1024)
-    assert kv_bytes(shape) == 2 * 28 * 8 * 128 * 4
+    assert shape.kv_bytes == 2 * 28 * 8 * 128 * 4
     assert shape.tied and shape.parameters == 596_049_920
+
+
+def test_the_plan_of_a_bf16_model_gives_no_warning():
+    """torch gives a warning of its C++ code once per process, unless it is asked for all of them."""
+    always = torch.is_warn_always_enabled()
+    try:
+        torch.set_warn_always(True)
+        with warnings.catch_warnings(), training.set_default_dtype(torch.bfloat16):
+            warnings.simplefilter("error")
+            model_shape(on_meta("qwen3", **SIZES))
+    finally:
+        torch.set_warn_always(always)

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import time
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from tests.support.runs import (
     small_config,
     stop_after_row,
     training_state,
+    wait_for_row_after_checkpoint,
     weights,
 )
 
@@ -197,18 +197,6 @@ def test_a_signal_loses_no_step(signum, code, tiny_base, tmp_path, uninterrupted
     resume("opsd", tiny_base, tmp_path / "run")
     # The step at which the signal came is saved besides; all else is equal.
     assert_same_run(tmp_path / "run", uninterrupted("opsd"))
-
-
-def wait_for_row_after_checkpoint(folder, timeout_s=90):
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        saved = (folder / "latest").resolve().name
-        if saved.startswith("step_"):
-            lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]
-            if json.loads(lines[-1])["step"] > int(saved[5:]):
-                return
-        time.sleep(0.01)
-    pytest.fail(f"no row after a checkpoint within {timeout_s} s")
 
 
 # ------------------------------------------------------------------------------------------- what cannot be resumed

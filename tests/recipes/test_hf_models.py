@@ -179,10 +179,17 @@ def test_both_backends_train_alike(folders, tmp_path):
 
 
 @pytest.mark.slow(reason="test_two_processes.py trains on two processes, and this file each family on one")
-@pytest.mark.parametrize("name", ["gemma2, caps", "qwen3_moe", "qwen3_5, hybrid", "gpt_oss, sinks and window"])
-def test_two_processes_equal_one(name, folders, tmp_path):
-    changes = {"max_steps": 2, "prompts_per_round": 3, "micro_batch_tokens": 200, "teacher": EMA}
-    config = functools.partial(hf_config, "opsd", folders(name), **changes)
-    run("opsd", config(tmp_path / "one"))
-    launch_several(tmp_path / "several", {"two": ("opsd", config(tmp_path / "two"))})
-    assert_close_rows(metrics(tmp_path / "one"), metrics(tmp_path / "two"), rel=1e-3)
+@pytest.mark.parametrize("method", ["pi_distill", "opsd"])
+def test_two_processes_equal_one_for_every_family(method, folders, tmp_path):
+    def config(name, folder):
+        changes = {"max_steps": 2, "prompts_per_round": 3, "micro_batch_tokens": 200}
+        changes |= {"teacher": EMA} if method == "opsd" else {}
+        return hf_config(method, folders(name), folder / str(list(FAMILIES).index(name)), **changes)
+
+    launch_several(tmp_path / "several", {name: (method, config(name, tmp_path / "two")) for name in FAMILIES})
+    for name in FAMILIES:
+        one = config(name, tmp_path / "one")
+        run(method, one)
+        two = metrics(tmp_path / "two" / Path(one.output_dir).name)
+        assert_close_rows(metrics(Path(one.output_dir)), two, rel=1e-3)
+        assert any(row.get("grad_norm", 0.0) > 0 for row in two), name

@@ -28,13 +28,13 @@ def samples_of(name: str, base: Path, folder: Path, **changes: Any) -> list[dict
     asked = []
 
     def watch(recipe: Any) -> None:
-        collect = recipe._collect
+        collect = recipe._rounds._play
 
         def watched(model: Any, **arguments: Any) -> Any:
             asked.append(arguments)
             return collect(model, **arguments)
 
-        recipe._collect = watched
+        recipe._rounds._play = watched
 
     run(name, small_config(name, base, folder, **changes), watch)
     return asked

@@ -97,7 +97,7 @@ def rounds_with_refill(base, folder, **changes) -> tuple[list, list]:
     rounds, asked = [], []
 
     def watch(recipe):
-        collect, sample_round = recipe._collect, recipe.sample_round
+        collect, sample_round = recipe._rounds._play, recipe.sample_round
 
         def watched(model, **arguments):
             asked.append(arguments)
@@ -107,7 +107,7 @@ def rounds_with_refill(base, folder, **changes) -> tuple[list, list]:
             rounds.append(sample_round())
             return rounds[-1]
 
-        recipe._collect, recipe.sample_round = watched, sampled
+        recipe._rounds._play, recipe.sample_round = watched, sampled
 
     run("rl", small_config("rl", base, folder, **REFILL | changes), watch)
     return rounds, asked

@@ -8,7 +8,7 @@ from tests.support.runs import ROOT
 PI_DISTILL_ALONE = {"sampling_teacher"}  # at α=0 the teacher's weights sample
 OPSD_ALONE = {"sample_groups", "guide_failed_groups", "dataset_completions"}  # Guide-GRPO; GKD
 # Methods of both whose bodies differ: which parts there are, who samples, and whose weights did.
-DIFFERENT = {"setup", "sample_round", "score_behaviour"}
+DIFFERENT = {"setup", "sample_round", "sample_from", "score_behaviour"}
 # Names that differ wherever they stand.
 CLASSES = {"PiDistillRecipe", "OPSDRecipe"}
 

@@ -74,6 +74,19 @@ def test_the_engine_has_the_trainers_weights_in_every_round(name, wide_base, tmp
         assert len(evaluations) == 4 and all(math.isfinite(row["eval_student_success"]) for row in evaluations)
 
 
+def test_with_the_kept_sets_recorded_the_ratio_is_1_at_the_first_update_under_top_p_and_top_k(wide_base, tmp_path):
+    """Without the record the ratio is the mass that was kept, and the mask is refused."""
+    changes = {"sampler__top_p": 0.8, "sampler__top_k": 20, "sampler__record_kept": True, "max_sampler_mismatch_nats": 1e-4}
+    mask = {"_component_": "pidistill.scoring.mismatch.MismatchMask", "low": 0.999, "high": 1.001}
+    done = tune("opsd_distributed", config("opsd", wide_base, tmp_path, mismatch_mask=mask, **changes), tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row["sampler_mismatch_max_nats"] < 1e-4 and row["ratio_mean"] == pytest.approx(1.0, abs=1e-4)
+        assert row["masked_tokens"] == 0 and row["grad_norm"] > 0
+
+
 @pytest.mark.parametrize("method", ["opsd", "pi_distill"])
 def test_without_the_weight_update_the_run_stops_on_the_limit(method, wide_base, tmp_path):
     cfg = config(method, wide_base, tmp_path, "tests.recipes.test_vllm_runs.NeverUpdated")

@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
 
-from pidistill.rollouts import TorchtuneSampler
+from pidistill.commands.plan.shape import model_shape
+from pidistill.rollouts import TorchtuneSampler, hf_decoding
 from tests.support.hf_families import FAMILIES, HYBRIDS, STATEFUL, decoder_of, reference_model
 
 torch.set_num_threads(1)
@@ -71,3 +72,24 @@ def test_samples_equal_a_plain_forward_of_transformers(name):
     greedy = sample(model, PROMPTS[:2], group_size=1, observations=False, temperature=0.0, max_new_tokens=8)
     assert [s.tokens for s in greedy] == [generated(reference, prompt, 8) for prompt in PROMPTS[:2]]
     assert "unembed" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma4", "qwen3_moe", "qwen3_5, hybrid", "falcon_h1, both in one layer", "lfm2, convolutions"]
+)
+def test_the_plan_counts_what_the_sampler_keeps(name, monkeypatch):
+    contexts = []
+
+    class Recorded(hf_decoding.HFContext):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            contexts.append(self)
+
+    monkeypatch.setattr(hf_decoding, "HFContext", Recorded)
+    sample(decoder_of(reference_model(name)), PROMPTS[:1], max_new_tokens=3)
+    (context,) = contexts
+    per_token = sum(part[0, :, 0].numel() for cache in context._cache_of.values() for part in (cache._k, cache._v))
+    per_row = sum(kept[0].numel() for kept in (context.states._kept if context.states else {}).values())
+    shape = model_shape(decoder_of(reference_model(name)))
+    assert (shape.kv_bytes, shape.state_bytes) == (4 * per_token, 4 * per_row)
+    assert bool(per_row) == (name in HYBRIDS)

@@ -6,10 +6,13 @@ tests/rollouts/test_vllm_engine.py holds the same sampler to the trainer's own n
 import json
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from pidistill.config import build
 from pidistill.errors import InputError
 from pidistill.models.hf_format import from_hf
 from pidistill.rollouts import VLLMSampler, vllm_engine, vllm_sampler
-from pidistill.rollouts.vllm_engine import Settings, Turn
+from pidistill.rollouts.vllm_engine import Settings, Turn, kept_ids
 from pidistill.testing import TINY_SIZES, perturb_weights
 
 VOCABULARY = 50
@@ -259,6 +262,35 @@ def test_the_engine_gets_the_models_dtype_device_and_length(make, model):
 # ------------------------------------------------------------------------------------------- refusals
 
 
+def test_the_ids_that_were_left_are_recorded_per_sampled_token_and_only_where_asked_for(make, model, monkeypatch):
+    step = ScriptedEngine.step
+
+    def with_kept(engine):
+        return [replace(turn, kept=[[token, 0] for token in turn.ids]) for turn in step(engine)]
+
+    sampler = make(top_k=5, record_kept=True)
+    monkeypatch.setattr(ScriptedEngine, "step", with_kept)
+    for one in sample(sampler, model, Says([[11, 12], [13]])):
+        policy = [token for token, sampled in zip(one.tokens, one.policy_mask, strict=True) if sampled]
+        assert len(policy) < len(one.tokens) and one.kept == [[token, 0] for token in policy]
+    assert all(begun[-1].kept for begun in sampler._engine.begun)
+    assert sampler._engine.settings["max_logprobs"] >= 5
+    assert all(one.kept is None for one in sample(make(top_k=5), model))
+    monkeypatch.setattr(ScriptedEngine, "step", step)  # greedy: a point mass, of which nobody lists ids
+    assert all(set(one.kept) == {None} for one in sample(sampler, model, temperature=0.0))
+
+
+def listed(**probabilities: float) -> dict[int, SimpleNamespace]:
+    return {int(name[1:]): SimpleNamespace(logprob=math.log(p) if p else -math.inf) for name, p in probabilities.items()}
+
+
+def test_kept_ids_are_those_with_a_probability_all_of_them_or_an_error():
+    assert kept_ids(listed(_7=0.5, _3=0.5, _1=0.0), 100) == [3, 7]
+    assert kept_ids(listed(_0=0.5, _1=0.3, _2=0.2), 3) is None
+    with pytest.raises(InputError, match=r"listed 2 ids .* hold 0\.8 of its probability, so that more than 64 others tie"):
+        kept_ids(listed(_7=0.5, _3=0.3), 100)
+
+
 def test_without_vllm_one_sentence_names_the_extra(folder, monkeypatch):
     monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
     node = {"_component_": "pidistill.rollouts.VLLMSampler", "max_new_tokens": 3, "model_dir": str(folder)}
@@ -271,7 +303,7 @@ def test_without_vllm_one_sentence_names_the_extra(folder, monkeypatch):
     [
         ({"temperature": -1.0}, "sampler.temperature is -1.0"),
         ({"top_p": 0.0}, "sampler.top_p is 0.0"),
-        ({"max_model_len": 0}, "sampler.max_model_len is 0"),
+        ({"max_model_len": 0}, "sampler.max_model_len=0 must"),
         ({"gpu_memory_utilization": 1.5}, "sampler.gpu_memory_utilization is 1.5"),
         ({"kv_cache_gib": 0.0}, "sampler.kv_cache_gib is 0.0"),
         ({"model_dir": "nowhere"}, r"sampler.model_dir=nowhere has no config.json.*\{checkpointer.checkpoint_dir\}"),
@@ -301,3 +333,24 @@ def test_wrong_requests_are_refused_before_the_engine_starts(settings, changes, 
     with pytest.raises(InputError, match=message):
         sample(sampler, model, **changes)
     assert sampler._engine is None
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("qwen3_5, hybrid", {}, r"linear_attention.* in bf16 alone, and sampler.dtype is float32; set sampler.dtype=bfloat16"),
+        ("ministral3", {"max_model_len": 17}, "scales its queries beyond 16 tokens .*; set sampler.max_model_len=16"),
+    ],
+)
+def test_what_vllm_computes_otherwise_is_refused_before_weights_are_loaded(name, settings, message, make, tmp_path):
+    """The model stands on the meta device, as in the checks of a recipe's start; and the setting of the sentence helps."""
+    from pidistill.models.empty import empty_model
+    from tests.support.hf_families import make_config
+
+    make_config(name).save_pretrained(tmp_path)
+    node = {"_component_": "pidistill.models.from_folder", "path": str(tmp_path), "backend": "transformers"}
+    model, cpu = empty_model(node), torch.device("cpu")
+    with pytest.raises(InputError, match=message):
+        make(**settings).check_model(model, cpu, torch.float32)
+    key, _, value = re.search(r"set sampler\.(\w+)(=)(\w+)", message).groups()
+    make(**settings | {key: int(value) if value.isdigit() else value}).check_model(model, cpu, torch.float32)

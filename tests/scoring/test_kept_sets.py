@@ -211,15 +211,15 @@ def test_top_k_of_the_whole_vocabulary_changes_no_bit():
     assert torch.equal(*losses) and relative_difference(*gradients) == 0.0
 
 
-def test_a_token_outside_its_recorded_set_is_refused_and_vllm_says_that_it_records_none():
+def test_a_token_outside_its_recorded_set_is_refused_and_vllm_records_none_without_a_top_k():
     rollouts = random_rollouts(2)
     for r in rollouts:
         r.kept = [[token] for token, policy in zip(r.completion, r.policy_mask, strict=True) if policy]
     rollouts[1].kept[0] = [VOCABULARY - 1 if rollouts[1].completion[0] != VOCABULARY - 1 else 1, 2]
     with pytest.raises(InputError, match=r"row 1: policy token 0, id \d+, is not among the 2 ids that the sampler says"):
         batch_of(rollouts)
-    with pytest.raises(InputError, match=r"sampler\.record_kept needs the ids .* VLLMSampler does not read them from vLLM"):
-        VLLMSampler(max_new_tokens=4, model_dir="unused", record_kept=True)
+    with pytest.raises(InputError, match=r"record_kept with sampler\.top_p=0\.9 needs sampler\.top_k, which bounds"):
+        VLLMSampler(max_new_tokens=4, model_dir="unused", top_p=0.9, record_kept=True)
 
 
 # ------------------------------------------------------------------------------------------- masks
@@ -334,7 +334,7 @@ def test_all_tokens_masked_give_a_finite_zero_loss_with_a_graph():
     [
         ({"metric": "mean"}, "mismatch_mask.metric=mean is unknown"),
         ({"low": 2.0}, "must satisfy 0 <= low <= 1 <= high"),
-        ({"only": "neg"}, "mismatch_mask.only=neg is unknown; choose all, negative or positive"),
+        ({"only": "neg"}, "mismatch_mask.only=neg is unknown; choose one of all, negative, positive"),
     ],
 )
 def test_masks_that_would_mask_agreement_are_refused(settings, sentence):

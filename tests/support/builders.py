@@ -63,7 +63,7 @@ def batch_of(rollouts: Sequence[Rollout], advantages: Sequence[RolloutAdvantage]
 
 
 def model(seed: int = 0, **overrides):
-    return tiny_model(VOCABULARY, seed=seed, **overrides)
+    return tiny_model(overrides.pop("vocab_size", VOCABULARY), seed=seed, **overrides)
 
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,19 @@ def stop_after_row(step: int) -> Callable[[Any], None]:
         recipe._log.write = write_and_stop
 
     return prepare
+
+
+def wait_for_row_after_checkpoint(folder: Path, timeout_s: float = 90) -> None:
+    """Wait until a run in another process has written a row after its newest checkpoint."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        saved = (folder / "latest").resolve().name
+        if saved.startswith("step_"):
+            lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]
+            if json.loads(lines[-1])["step"] > int(saved[5:]):
+                return
+        time.sleep(0.01)
+    pytest.fail(f"no row after a checkpoint within {timeout_s} s")
 
 
 # ------------------------------------------------------------------------------------------- command line

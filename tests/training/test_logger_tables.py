@@ -1,7 +1,9 @@
 """Test that rollouts and evaluations reach metric loggers as tables, in the calls of each library's own interface."""
 
+import json
 import re
 from html import unescape
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock, create_autospec
 
@@ -80,22 +82,56 @@ def test_what_a_model_wrote_is_text_in_markdown():
     assert unescape(lines[2].split(" | ")[-1].removesuffix(" |")) == r"<b>|`x`<br>end\x1b[0m"
 
 
-def test_tensorboard_shows_rollouts_and_evaluation(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    logger = {"_component_": "torchtune.training.metric_logging.TensorBoardLogger", "log_dir": str(tmp_path / "log")}
-    cfg = OmegaConf.create({"output_dir": str(tmp_path), "metric_logger": logger | {"organize_logs": False}})
+def written(tmp_path, component, **settings):
+    """Write two rows and the texts of a step to a real logger."""
+    logger = {"_component_": f"torchtune.training.metric_logging.{component}", **settings}
+    cfg = OmegaConf.create({"output_dir": str(tmp_path), "objective": {"beta": 0.25, "note": "<b>|"}, "metric_logger": logger})
     run = Run(torch.device("cpu"), torch.float32, 0, 1, 0, tmp_path)
     log = MetricsLog(cfg, run, first_step=0, last_step=9, title="test")
-    log.write({"step": 3, "loss": 1.0, "eval_student_success": 0.25})
+    log.write({"step": 3, "loss": 1.0, "kl_teacher_student_nats": 0.5, "eval_student_success": 0.25})
     log.texts(3, ROWS)
     log.close()
+
+
+def test_tensorboard_has_config_numbers_rollouts_and_evaluation(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    written(tmp_path, "TensorBoardLogger", log_dir=str(tmp_path / "log"), organize_logs=False)
     events = accumulator.EventAccumulator(str(tmp_path / "log"))
     events.Reload()
-    assert {"rollouts/text_summary", "evaluation/text_summary"} <= set(events.Tags()["tensors"])
+    assert {"loss", "kl/teacher_student_nats", "eval/student_success"} <= set(events.Tags()["tensors"])
     shown = {}
-    for name in ("rollouts", "evaluation"):
+    for name, step in (("config", 0), ("rollouts", 3), ("evaluation", 3)):
         (event,) = events.Tensors(f"{name}/text_summary")
-        assert event.step == 3
+        assert event.step == step
         shown[name] = unescape(event.tensor_proto.string_val[0].decode())
+    assert "    objective:\n      beta: 0.25\n" in shown["config"] and all(
+        line.startswith("    ") for line in shown["config"].splitlines()
+    )
     assert "fine" in shown["rollouts"] and re.search(r"eval/student_success \| 0\.25", shown["evaluation"])
     assert "loss" not in shown["evaluation"]
+
+
+def test_mlflow_has_config_numbers_and_tables(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed; pip install mlflow")
+    monkeypatch.chdir(tmp_path)
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    written(tmp_path, "MLFlowLogger", experiment_name="test", tracking_uri=store)
+    client = mlflow.MlflowClient(tracking_uri=store)
+    (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    assert run.info.status == "FINISHED" and run.data.params["objective.beta"] == "0.25"
+    assert run.data.metrics["kl/teacher_student_nats"] == 0.5 and run.data.metrics["eval/student_success"] == 0.25
+    table = Path(mlflow.artifacts.download_artifacts(f"{run.info.artifact_uri}/rollouts/step_3.json", tracking_uri=store))
+    assert json.loads(table.read_text()) == {"columns": COLUMNS, "data": CELLS}
+
+
+def test_wandb_offline_has_config_numbers_and_tables(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed; pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, "WandBLogger", project="test", log_dir=str(tmp_path))
+    (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content = record.read_bytes()
+    wanted = (b"objective", b'"beta"', b"kl/teacher_student_nats", b"eval/student_success")
+    assert [name for name in wanted if name not in content] == []
+    (table,) = (json.loads(path.read_text()) for path in record.parent.glob("files/media/table/rollouts_*.table.json"))
+    assert table["columns"] == COLUMNS and table["data"] == CELLS

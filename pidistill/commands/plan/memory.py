@@ -2,7 +2,7 @@
 
 from math import ceil
 
-from pidistill.commands.plan.shape import ModelShape, kv_bytes
+from pidistill.commands.plan.shape import ModelShape
 from pidistill.commands.plan.workload import Setup, Workload, count_tokens
 from pidistill.rollouts.decoding import TOKENS_PER_READ, grown_columns
 from pidistill.scoring.head_numbers import BLOCK_ELEMENTS, CHUNK_ELEMENTS
@@ -55,7 +55,7 @@ def _rollout_bytes(setup: Setup, work: Workload) -> dict[str, float]:
     return {
         # Gathered once per rollout on every rank, beside its shard.
         "gathered weights": _gathered_bytes(setup, whole=True),
-        "keys and values": rows * cache_columns(prompt, work.completion) * kv_bytes(model),
+        "keys and values": rows * (cache_columns(prompt, work.completion) * model.kv_bytes + model.state_bytes),
         "prefill or step": max(read_at_once * _passing_bytes(model), rows * model.vocabulary * _LOGIT_BYTES)
         + _wide_head_bytes(setup),
     }
@@ -134,7 +134,7 @@ def _gradient_bytes(setup: Setup) -> float:
 
 
 def _activation_bytes(model: ModelShape, checkpointing: bool) -> float:
-    """Return the bytes that autograd keeps of one token: all of every layer, or each layer's input alone."""
+    """Return the bytes that autograd keeps of one token: all of every layer, or only each layer's input."""
     return model.layers * model.width * model.item_bytes if checkpointing else model.saved_bytes
 
 

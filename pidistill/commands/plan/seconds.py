@@ -3,7 +3,7 @@
 from math import ceil
 
 from pidistill.commands.plan.devices import Device
-from pidistill.commands.plan.shape import ModelShape, kv_bytes
+from pidistill.commands.plan.shape import ModelShape
 from pidistill.commands.plan.workload import Pass, Setup, Tokens, Workload, count_tokens, path_pairs
 
 PHASES = ("rollout", "teacher", "forward", "head", "backward", "optimizer")
@@ -53,7 +53,7 @@ def attention_flops(model: ModelShape, tokens: Tokens) -> float:
 
 
 def _head_s(one: Pass, tokens: Tokens, device: Device) -> float:
-    """Count logits of every view and, where gradient flows, its way to the hidden states and to a trained head's weight."""
+    """Count the logits of every view and, where gradient flows, the products for hidden states and for a trained head."""
     products = 2 * len(one.views) + 2 * len(one.gradient) * (1 + one.model.head_trained)
     per_view = tokens.policy / len(one.views)
     crossed = _HEAD_CROSSINGS * 4 * one.model.vocabulary * tokens.policy
@@ -77,7 +77,8 @@ def _rollout_s(model: ModelShape, work: Workload, device: Device) -> float:
     elements = model.maps + model.head
     products = 2 * elements * rows * work.completion + 4 * model.layers * model.heads * model.head_dim * context
     weights = elements * model.item_bytes * steps
-    crossed = context * kv_bytes(model) + rows * work.completion * model.vocabulary * _LOGIT_CROSSED_BYTES
+    crossed = context * model.kv_bytes + rows * work.completion * 2 * model.state_bytes  # a state is read and written
+    crossed += rows * work.completion * model.vocabulary * _LOGIT_CROSSED_BYTES
     # Rows share each weight that is read, while products are computed: the slower of the two counts.
     work_s = max(products / device.thin_flops_per_s, weights / device.bytes_per_s) + crossed / device.bytes_per_s
     launches = steps * model.layers * device.layer_s

@@ -5,6 +5,7 @@ Everything is read from the modules themselves, on the meta device.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ from pidistill.models.adapters import train_adapters_only
 from pidistill.models.layer_masks import AttentionForm, LayerMask, Rule
 from pidistill.models.modules import attention_modules
 from pidistill.models.nf4 import dequantizing_bytes, stored_bytes
-from pidistill.models.protocol import Decoder, head_module, takes_layer_masks
+from pidistill.models.precision import add_up_norms_in_fp32
+from pidistill.models.protocol import Decoder, carried_state, head_module, takes_layer_masks
+from pidistill.rollouts.hf_decoding import States
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,20 @@ class ModelShape:
     vocabulary: int
     saved_bytes: float  # what autograd keeps of all layers for one token, until its backward
     layer_saved_bytes: float  # what it keeps of the layer that keeps most
+    kv_bytes: int  # keys and values of one token, of all layers that keep them while sampling
+    state_bytes: int  # what layers keep of one row while sampling, whatever its length
     item_bytes: int  # bytes of one element in the run's dtype
 
 
 def model_shape(model: Decoder) -> ModelShape:
-    """Read a model that stands on the meta device; of one with LoRA adapters these alone are trained, as in the recipes."""
+    """Read a model that stands on the meta device; of one with LoRA adapters only these are trained, as in the recipes."""
     train_adapters_only(model)
     _shape_positions(model)
     heads, kv_heads, head_dim = _attention_sizes(model)
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     embedding, head = model.tok_embeddings.weight, head_module(model).weight
     item_bytes = embedding.element_size()
+    counted = _counted_in_forward(model) if takes_layer_masks(model) else _counted_by_layer(model)
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -68,8 +74,10 @@ def model_shape(model: Decoder) -> ModelShape:
         width=embedding.shape[1],
         widest=max(p.shape[0] for p in matrices),
         vocabulary=embedding.shape[0],
-        saved_bytes=sum(saved := _saved_by_layer(model)),
-        layer_saved_bytes=max(saved),
+        saved_bytes=sum(counted.saved),
+        layer_saved_bytes=max(counted.saved),
+        kv_bytes=counted.kv_elements * item_bytes,
+        state_bytes=counted.state_bytes,
         item_bytes=item_bytes,
     )
 
@@ -88,16 +96,25 @@ def _maps(model: Decoder, parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() if p.ndim == 2 else p.numel() * chosen // experts for p in parameters if p.ndim in (2, 3))
 
 
-def _saved_by_layer(model: Decoder) -> list[float]:
-    """Return the bytes per token that autograd keeps of each layer."""
-    if takes_layer_masks(model):
-        return _saved_in_forward(model)
+@dataclass(frozen=True)
+class _Counted:
+    """Hold what was counted in forwards on the meta device."""
+
+    saved: list[float]  # what autograd keeps of each layer, in bytes per token
+    kv_elements: int  # of one token's keys and values, all layers
+    state_bytes: int = 0  # of one row
+
+
+def _counted_by_layer(model: Decoder) -> _Counted:
+    """Count a decoder of torchtune's modules layer by layer."""
+    add_up_norms_in_fp32(model)  # as a run's models do
     embedding = model.tok_embeddings.weight
     alike: dict[tuple, float] = {}  # by the shapes of their weights: most layers are like the first
     for layer in model.layers:
         if (key := _signature(layer)) not in alike:
             alike[key] = _saved_bytes(layer, embedding.shape[1], embedding.dtype)
-    return [alike[_signature(layer)] for layer in model.layers]
+    _, kv_heads, head_dim = _attention_sizes(model)
+    return _Counted([alike[_signature(layer)] for layer in model.layers], 2 * len(model.layers) * kv_heads * head_dim)
 
 
 def _shape_positions(model: Decoder) -> None:
@@ -107,11 +124,6 @@ def _shape_positions(model: Decoder) -> None:
             table = torch.empty(module.max_seq_len, module.dim // 2, 2, dtype=torch.float32, device="meta")
             module.register_buffer("cache", table, persistent=False)
             module.is_cache_built = True
-
-
-def kv_bytes(model: ModelShape) -> int:
-    """Return the bytes of one token's keys and values, summed over layers."""
-    return 2 * model.layers * model.kv_heads * model.head_dim * model.item_bytes
 
 
 def _signature(layer: nn.Module) -> tuple:
@@ -155,9 +167,14 @@ def _saved_bytes(layer: nn.Module, width: int, dtype: torch.dtype, tokens: int =
 
 
 class _CountedMask(LayerMask):
-    """Let layers keep what fused attention keeps."""
+    """Let layers keep what fused attention keeps, and count the keys and values of each."""
+
+    def __init__(self, states: "_CountedStates | None" = None) -> None:
+        super().__init__(None)
+        self.states, self.kv_elements = states, 0
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
+        self.kv_elements += (k.numel() + v.numel()) // (k.shape[0] * k.shape[2])
         groups = q.shape[1] // k.shape[1]
         return _FusedAttention.apply(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
 
@@ -165,11 +182,32 @@ class _CountedMask(LayerMask):
         return self
 
 
-def _saved_in_forward(model: Decoder, tokens: int = 64) -> list[float]:
-    """Return the same of a decoder whose layers cannot be called alone: by hooks in a forward of all of it."""
-    # What comes from the config stands on the CPU; and the products of experts are known on the meta device in bf16 alone.
+class _CountedStates(States):
+    """Count the states that layers hand over after a prompt; none is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._step = SimpleNamespace(copies=())  # of a forward over prompts
+        self._bytes: dict[tuple[str, int, int], int] = {}
+
+    @property
+    def bytes_per_row(self) -> int:
+        return sum(self._bytes.values())
+
+    def _put(self, key: tuple[str, int, int], new: Tensor) -> None:
+        self._bytes[key] = new[0].numel() * new.element_size()
+
+
+def _counted_in_forward(model: Decoder, tokens: int = 64) -> _Counted:
+    """Count a decoder whose layers cannot be called alone: by hooks in a forward of all of it."""
+    # Tensors from the config are on the CPU; and the meta device knows the products of experts only in bf16.
     size, in_bf16 = model.tok_embeddings.weight.element_size(), getattr(model, "experts", None) is not None
     model.to("meta", torch.bfloat16 if in_bf16 else None)
+    ids = torch.zeros(1, tokens, device="meta", dtype=torch.long)
+    states = _CountedStates() if carried_state(model) else None
+    if states is not None:
+        with torch.no_grad():
+            model(ids, mask=_CountedMask(states), input_pos=ids)
     own = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
     kept: list[dict[int, int]] = [{} for _ in model.layers]
     now: list[int] = []
@@ -185,7 +223,8 @@ def _saved_in_forward(model: Decoder, tokens: int = 64) -> list[float]:
         layer.register_forward_pre_hook(lambda *_, i=i: now.append(i))
         layer.register_forward_hook(lambda *_: now.clear())
     model.tok_embeddings.weight.requires_grad_(True)  # so that gradient goes through every layer
-    ids = torch.zeros(1, tokens, device="meta", dtype=torch.long)
+    mask = _CountedMask()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        model(ids, mask=_CountedMask(None), input_pos=ids)
-    return [sum(one.values()) * (size / 2 if in_bf16 else 1) / tokens for one in kept]
+        model(ids, mask=mask, input_pos=ids)
+    saved = [sum(one.values()) * (size / 2 if in_bf16 else 1) / tokens for one in kept]
+    return _Counted(saved, mask.kv_elements, states.bytes_per_row if states else 0)

@@ -72,6 +72,7 @@ function chart(title, about, wanted) {
     (run.metrics[name] || []).forEach((value, row) => value !== null && points.push([run.metrics.step[row], value]));
     if (points.length) series.push({ i, j, name, points });
   }));
+  const twins = dropTwins(series, names);
   if (!series.length) return null;
   const alone = visible.filter(Boolean).length === 1;
   const stroke = (one) => (alone ? color(one.j) : color(one.i)), dash = (one) => (alone ? DASHES[0] : DASHES[one.j % DASHES.length]);
@@ -82,16 +83,13 @@ function chart(title, about, wanted) {
     for (const [step, value] of one.points) column[at.get(step)] = value;
     return column;
   });
-  const legend = make("div", { class: "legend" });
   const values = series.map((one) => make("b", {}, shown(last(one.points.map((point) => point[1])))));
-  const many = series.length > 12;
-  series.forEach((one, k) => !many && legend.append(make("span", {}, swatch(stroke(one), dash(one)), label(one, names, alone), " ", values[k])));
-  if (many) names.forEach((name, j) => legend.append(make("span", {}, swatch("currentColor", DASHES[j % DASHES.length]), name)));
+  const legend = make("div", { class: "legend" }, ...entries(series, values, names, alone), ...twins.map((text) => make("span", { class: "twin" }, text)));
   const card = make("div", { class: "card chart" }, make("h3", {}, title), make("p", {}, about), make("div"), legend);
   const place = card.children[2];
   const ink = getComputedStyle(document.documentElement).getPropertyValue("--soft"), line = getComputedStyle(document.documentElement).getPropertyValue("--line");
   const axis = { stroke: ink, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 }, font: "11px system-ui, sans-serif" };
-  const alarms = RUNS.flatMap((run, i) => (visible[i] ? run.alarms.map((alarm) => alarm[0]) : []));
+  const alarms = RUNS.flatMap((run, i) => (visible[i] ? run.alarms.map((alarm) => [alarm[0], alone ? "#d99a1c" : color(i)]) : []));
   const options = {
     width: 330, height: 170, legend: { show: false }, cursor: { sync: { key: "step" }, points: { size: 6 }, y: false },
     scales: { x: { time: false } }, axes: [{ ...axis, size: 26 }, { ...axis, size: 52, values: (_, ticks) => ticks.map((tick) => shown(tick)) }],
@@ -101,10 +99,12 @@ function chart(title, about, wanted) {
     hooks: {
       draw: [(plot) => {
         plot.ctx.save();
-        plot.ctx.strokeStyle = "#d99a1c"; plot.ctx.setLineDash([3, 3]);
-        for (const step of new Set(alarms)) {
-          const x = plot.valToPos(step, "x", true);
-          plot.ctx.beginPath(); plot.ctx.moveTo(x, plot.bbox.top); plot.ctx.lineTo(x, plot.bbox.top + plot.bbox.height); plot.ctx.stroke();
+        for (const [step, stroke] of alarms) {
+          const x = plot.valToPos(step, "x", true), { top, height } = plot.bbox, size = 5 * (devicePixelRatio || 1);
+          plot.ctx.strokeStyle = plot.ctx.fillStyle = stroke; plot.ctx.setLineDash([3, 3]); plot.ctx.globalAlpha = 0.6;
+          plot.ctx.beginPath(); plot.ctx.moveTo(x, top); plot.ctx.lineTo(x, top + height); plot.ctx.stroke();
+          plot.ctx.globalAlpha = 1;
+          plot.ctx.beginPath(); plot.ctx.moveTo(x - size, top - size); plot.ctx.lineTo(x + size, top - size); plot.ctx.lineTo(x, top + size); plot.ctx.fill();
         }
         plot.ctx.restore();
       }],
@@ -121,26 +121,58 @@ function chart(title, about, wanted) {
   plots.push({ place, build: () => new uPlot({ ...options, width: Math.max(240, place.clientWidth) }, [steps, ...columns], place) });
   return card;
 }
-const swatch = (stroke, dash) => make("i", { class: "swatch", style: `border-color:${stroke};border-top-style:${["solid", "dashed", "dotted"][Math.min(2, DASHES.indexOf(dash))] || "solid"}` });
-const label = (one, names, alone) => (alone ? one.name : names.length > 1 ? `${RUNS[one.i].name}: ${one.name}` : RUNS[one.i].name);
+// Two names that have the same numbers in every run are one line: the second would hide the first.
+function dropTwins(series, names) {
+  const numbers = (name) => JSON.stringify(series.filter((one) => one.name === name).map((one) => [one.i, one.points]));
+  const said = [];
+  for (const name of [...names]) {
+    const twin = names.slice(0, names.indexOf(name)).find((other) => numbers(other) === numbers(name) && numbers(name) !== "[]");
+    if (!twin) continue;
+    said.push(`${name}: the same as ${twin}`);
+    names.splice(names.indexOf(name), 1);
+    for (let k = series.length - 1; k >= 0; k--) if (series[k].name === name) series.splice(k, 1);
+  }
+  return said;
+}
+// One run: a colour for each name. Several: a colour for each run, a dash for each name.
+function entries(series, values, names, alone) {
+  if (alone) return series.map((one, k) => make("span", {}, swatch(color(one.j), []), one.name, " ", values[k]));
+  if (names.length === 1 && series.length <= 12) return series.map((one, k) => make("span", {}, swatch(color(one.i), []), RUNS[one.i].name, " ", values[k]));
+  return names.map((name) => {
+    const own = series.map((one, k) => [one, k]).filter(([one]) => one.name === name);
+    const shades = series.length > 12 ? [] : own.flatMap(([one, k]) => [" ", make("span", { class: "dot", style: `background:${color(one.i)}` }), " ", values[k]]);
+    return make("span", { class: "row" }, swatch("currentColor", own.length ? DASHES[own[0][0].j % DASHES.length] : []), name, ...shades);
+  });
+}
+function swatch(stroke, dash) {
+  const ends = [];
+  let at = 0;
+  dash.forEach((length, k) => { ends.push(`${k % 2 ? "transparent" : stroke} ${at}px ${at + length}px`); at += length; });
+  return make("i", { class: "swatch", style: `background:${dash.length ? `repeating-linear-gradient(90deg,${ends.join(",")})` : stroke}` });
+}
 
+const meanOfLast = (values, count) => {
+  const known = (values || []).filter((value) => value !== null).slice(-count);
+  return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
+};
 function health() {
   const page = make("div");
   const rows = RUNS.map((run, i) => [run, i]).filter(([, i]) => visible[i]);
   const columns = [
-    ["steps", (m) => last(m.step)], ["reward", (m) => last(m.reward_mean)], ["success without PI", (m) => last(m.eval_student_success)],
+    ["steps", (m) => last(m.step)], ["reward, last 5 steps", (m) => meanOfLast(m.reward_mean, 5)], ["success without PI", (m) => last(m.eval_student_success)],
     ["greedy", (m) => last(m.eval_student_success_greedy)], ["with PI", (m) => last(m.eval_teacher_success)], ["gap", (m) => last(m.eval_privileged_gain)],
     ["KL at the start", (m) => first(m.kl_teacher_student_nats)], ["KL now", (m) => last(m.kl_teacher_student_nats)], ["entropy", (m) => last(m.entropy_nats)],
     ["leak", (m) => last(m.leak_frac)], ["tokens/s", (m) => last(m.tokens_per_s)],
   ].filter(([, get]) => rows.some(([run]) => get(run.metrics) !== null));
-  const table = make("table", {}, make("thead", {}, make("tr", {}, ...["run", ...columns.map(([name]) => name), "alarms"].map((name) => make("th", {}, name)))));
+  const table = make("table", {}, make("thead", {}, make("tr", {}, ...["run", "alarms", ...columns.map(([name]) => name)].map((name) => make("th", {}, name)))));
   table.append(make("tbody", {}, ...rows.map(([run, i]) => make("tr", {},
     make("td", {}, make("span", { class: "dot", style: `background:${color(i)}` }), " ", run.name),
-    ...columns.map(([, get]) => make("td", {}, shown(get(run.metrics)))), make("td", { class: run.alarms.length ? "" : "calm" }, run.alarms.length ? String(run.alarms.length) : "none")))));
+    make("td", { class: run.alarms.length ? "loud" : "calm" }, run.alarms.length ? String(run.alarms.length) : last(run.metrics.step) === null ? "–" : "none"),
+    ...columns.map(([, get]) => make("td", {}, shown(get(run.metrics))))))));
   page.append(make("h2", {}, "Now"), make("div", { class: "card scroll" }, table));
-  for (const [run] of rows) for (const [, name, text] of run.alarms) {
-    page.append(make("div", { class: "alarm" }, make("b", {}, name), rows.length > 1 ? ` (${run.name}) ` : " ", text));
-  }
+  const alarms = rows.flatMap(([run, i]) => run.alarms.map(([, name, text]) => make("div", { class: "alarm" },
+    ...(rows.length > 1 ? [make("span", { class: "dot", style: `background:${color(i)}` }), " ", run.name, " · "] : []), make("b", {}, name), " · ", text)));
+  if (alarms.length) page.append(make("details", { class: "alarms", open: alarms.length <= 6 }, make("summary", {}, `${alarms.length} ${alarms.length > 1 ? "alarms" : "alarm"}`), ...alarms));
   plots = [];
   const cards = CHARTS.map((entry) => chart(...entry)).filter(Boolean);
   if (cards.length) page.append(make("h2", {}, "Curves over optimiser steps"), make("div", { class: "charts" }, ...cards));
@@ -168,9 +200,9 @@ function evaluations() {
   const during = RUNS.map((run, i) => [run, i]).filter(([run, i]) => visible[i] && Object.keys(run.metrics).some((name) => name.startsWith("eval_")));
   if (during.length) {
     const names = [...new Set(during.flatMap(([run]) => Object.keys(run.metrics).filter((name) => name.startsWith("eval_"))))];
-    page.append(make("h2", {}, "The last evaluation during training (validation rows)"), make("div", { class: "card scroll" }, make("table", {},
+    page.append(make("h2", {}, "During training, on validation rows: first → last evaluation"), make("div", { class: "card scroll" }, make("table", {},
       make("thead", {}, make("tr", {}, make("th", {}, ""), ...during.map(([run]) => make("th", {}, run.name)))),
-      make("tbody", {}, ...names.map((name) => make("tr", {}, make("td", {}, name), ...during.map(([run]) => make("td", {}, shown(last(run.metrics[name]))))))))));
+      make("tbody", {}, ...names.map((name) => make("tr", {}, make("td", {}, name), ...during.map(([run]) => make("td", {}, `${shown(first(run.metrics[name]))} → ${shown(last(run.metrics[name]))}`))))))));
   }
   if (!page.children.length) page.append(make("p", {}, "No evaluation: run evaluate_distributed on the checkpoint, or set eval_dataset."));
   return page;
@@ -189,7 +221,7 @@ function configuration() {
   const page = make("div"), difference = Object.entries(DATA.difference);
   const value = (text) => (text === null ? "–" : text);
   if (difference.length) {
-    page.append(make("h2", {}, `Keys that differ (${difference.length})`), make("div", { class: "card scroll" }, make("table", {},
+    page.append(make("h2", {}, `Keys that differ (${difference.length})`), make("div", { class: "card scroll" }, make("table", { class: "keys" },
       make("thead", {}, make("tr", {}, make("th", {}, "key"), ...RUNS.map((run, i) => visible[i] ? make("th", {}, run.name) : null))),
       make("tbody", {}, ...difference.map(([key, values]) => make("tr", {}, make("td", {}, key), ...values.map((text, i) => visible[i] ? make("td", { class: "wrap" }, value(text)) : null)))))));
   } else if (RUNS.length > 1) page.append(make("p", {}, "The configurations are the same."));
@@ -197,7 +229,7 @@ function configuration() {
     const keys = Object.keys(run.config).sort();
     if (!visible[i] || !keys.length) return;
     page.append(make("h2", {}, make("span", { class: "dot", style: `background:${color(i)}` }), " ", run.name), make("details", { class: "card", open: RUNS.length === 1 },
-      make("summary", {}, `${run.folder}/config.yaml, ${keys.length} keys`), make("table", {}, make("tbody", {}, ...keys.map((key) => make("tr", {}, make("td", {}, key), make("td", { class: "wrap" }, value(run.config[key]))))))));
+      make("summary", {}, `${run.folder}/config.yaml, ${keys.length} keys`), make("table", { class: "keys" }, make("tbody", {}, ...keys.map((key) => make("tr", {}, make("td", {}, key), make("td", { class: "wrap" }, value(run.config[key]))))))));
   });
   return page;
 }
@@ -280,7 +312,8 @@ function reader() {
   if (RUNS.length > 1) filters.append(make("div", { class: "wide" }, choose("run", "run", [["", "all"], ...RUNS.map((run, i) => [String(i), run.name])])));
   filters.append(make("div", { class: "wide" }, choose("sort", "order", Object.entries(SORTS).map(([key, [text]]) => [key, text]))));
   const page = make("div", { class: "reader" },
-    make("aside", { class: "card side" }, filters, make("div", { class: "count", id: "count" }), make("div", { class: "list", id: "list" })),
+    make("aside", { class: "card side" }, filters, make("div", { class: "count", id: "count" }),
+      make("div", { class: "columns" }, make("span", {}, "step"), make("span", {}, "row"), make("span", {}, "reward")), make("div", { class: "list", id: "list" })),
     make("section", { id: "rollout" }));
   queueMicrotask(refilter);
   return page;
@@ -304,9 +337,12 @@ function list() {
     listed = [from, Math.min(state.found.length, from + WINDOW)];
     const more = (text, to) => make("button", { onclick: () => { state.at = to; show(); } }, "", make("span", { class: "what" }, text), "");
     place.replaceChildren(...(from > 0 ? [more(`… ${from} before`, from - 1)] : []), ...state.found.slice(...listed).map((i, k) => {
-      const row = ROLLOUTS[i], mood = row.success === undefined ? "" : row.success ? "✓" : "·";
-      const marks = `${row.leak ? " leak" : ""}${row.cut ? " cut" : ""}`;
-      return make("button", { "data-at": listed[0] + k, onclick: () => { state.at = listed[0] + k; show(); } }, `${row.step}`, make("span", { class: "what" }, row.example), `${shown(row.reward ?? null)} ${mood}${marks}`);
+      const row = ROLLOUTS[i], at = listed[0] + k;
+      return make("button", { "data-at": at, onclick: () => { state.at = at; show(); } },
+        make("span", {}, RUNS.length > 1 ? make("span", { class: "dot", style: `background:${color(row.run)}`, title: RUNS[row.run].name }) : null, ` ${row.step}`),
+        make("span", { class: "what", title: row.example }, row.example),
+        make("span", {}, row.leak ? make("span", { class: "flag bad" }, "leak") : null, row.cut ? make("span", { class: "flag warn" }, "cut") : null,
+          make("span", { class: `reward ${row.success === undefined ? "" : row.success ? "good" : "bad"}` }, shown(row.reward ?? null))));
     }), ...(listed[1] < state.found.length ? [more(`… ${state.found.length - listed[1]} more`, listed[1])] : []));
   }
   for (const node of place.querySelectorAll("[aria-current]")) node.removeAttribute("aria-current");
@@ -323,37 +359,69 @@ function show() {
   list();
   const row = ROLLOUTS[state.found[state.at]], columns = columnsOf(row), names = Object.keys(columns);
   if (!names.includes(state.by)) state.by = names.includes("log_ratio") ? "log_ratio" : names[0];
-  place.replaceChildren(chips(row), prompts(row), completion(row, columns));
+  place.replaceChildren(...[chips(row), prompts(row), completion(row, columns), siblings(row)].filter(Boolean));
 }
 
 function chips(row) {
   const chip = (text, kind = "") => make("span", { class: `chip ${kind}` }, text);
   const parts = Object.entries(row.reward_parts || {}).map(([name, value]) => chip(`${name} ${shown(value)}`));
-  return make("div", { class: "chips" },
-    RUNS.length > 1 ? chip(RUNS[row.run].name) : null, make("b", {}, row.example), chip(`step ${row.step}`), chip(`sampled by the ${row.sampled_by}`),
+  return make("div", { class: "head" }, make("div", { class: "chips" },
+    RUNS.length > 1 ? make("span", { class: "chip" }, make("span", { class: "dot", style: `background:${color(row.run)}` }), ` ${RUNS[row.run].name}`) : null, make("b", {}, row.example), chip(`step ${row.step}`), chip(`sampled by the ${row.sampled_by}`),
     row.reward === undefined ? chip("demonstration") : chip(`reward ${shown(row.reward)}`, row.success ? "good" : "bad"), ...parts,
     row.advantage === null ? null : chip(`advantage ${shown(row.advantage)}`),
     chip(`stopped: ${row.stop_reason}`, row.cut ? "warn" : ""), row.leak ? chip("leak", "bad") : null, chip(`${shown(row.policy_tokens)} tokens`),
-    row.kl === null ? null : chip(`KL ${shown(row.kl)} per token`),
+    row.kl === null ? null : chip(`KL ${shown(row.kl)} per token`)),
     make("span", { class: "step" }, make("button", { title: "previous (←)", onclick: () => move(-1) }, "←"), make("span", {}, `${state.at + 1} / ${state.found.length}`), make("button", { title: "next (→)", onclick: () => move(1) }, "→")));
 }
 
 function prompts(row) {
   const texts = DATA.rollouts.texts, student = texts[row.student], teacher = texts[row.teacher], pi = row.pi === null ? null : texts[row.pi];
   return make("div", { class: "pair" },
-    make("div", { class: "card" }, make("h3", {}, "The student's prompt"), make("pre", { class: "text" }, student)),
+    make("div", { class: "card" }, make("h3", {}, "The student's prompt"), make("pre", { class: "text" }, ...folded(student))),
     make("div", { class: "card" }, make("h3", {}, pi === null ? "The teacher's prompt (this row has no PI)" : "The teacher's prompt, PI marked"), make("pre", { class: "text" }, ...marked(student, teacher, pi))));
 }
 function marked(student, teacher, pi) {
   let from = pi ? teacher.indexOf(pi) : -1, to = from + (pi || "").length;
   if (from < 0) {
-    if (student === teacher) return [teacher];
+    if (student === teacher) return folded(teacher);
     for (from = 0; from < student.length && student[from] === teacher[from];) from++;
     let tail = 0;
     while (tail < student.length - from && tail < teacher.length - from && student[student.length - 1 - tail] === teacher[teacher.length - 1 - tail]) tail++;
     to = teacher.length - tail;
   }
-  return [teacher.slice(0, from), make("mark", {}, teacher.slice(from, to)), teacher.slice(to)];
+  return [...folded(teacher.slice(0, from)), make("mark", {}, ...folded(teacher.slice(from, to))), ...folded(teacher.slice(to))];
+}
+
+// A long stretch shows its two ends; a click shows the rest.
+const LONG = 900, HEAD = 420, TAIL = 280;
+function folded(text) {
+  if (text.length <= LONG) return speech(text);
+  const space = (at) => { const found = text.slice(at, at + 60).search(/\s/); return found < 0 ? at : at + found; };
+  const from = space(HEAD), to = Math.max(from, space(text.length - TAIL)), middle = text.slice(from, to);
+  const more = make("button", { class: "more", onclick: () => more.replaceWith(...speech(middle)) }, `… ${middle.length.toLocaleString("en")} more characters …`);
+  return [...speech(text.slice(0, from)), more, ...speech(text.slice(to))];
+}
+// Marks of a chat template are soft, and the role after one is bold, so that what was said stands out.
+const CONTROL = "<\\|[^|<>\\s]{1,60}\\|>|</?(?:s|bos|eos|pad|unk|think|tool_call|tool_response|start_of_turn|end_of_turn)>|\\[/?INST\\]";
+const ROLE_MARK = new RegExp(`(${CONTROL})((?<=<\\|im_start\\|>|<\\|start_header_id\\|>|<start_of_turn>|<\\|start\\|>)\\w+)?`, "g");
+const IS_CONTROL = new RegExp(`^(?:${CONTROL})$`);
+function speech(text) {
+  const nodes = [];
+  let at = 0;
+  for (const found of text.matchAll(ROLE_MARK)) {
+    nodes.push(text.slice(at, found.index), make("span", { class: "control" }, found[1]));
+    if (found[2]) nodes.push(make("b", { class: "role" }, found[2]));
+    at = found.index + found[0].length;
+  }
+  return [...nodes, text.slice(at)].filter((node) => node !== "");
+}
+
+// The other rollouts of the row at this step are what the reward of this one was compared with.
+function siblings(row) {
+  const at = state.found.map((i, place) => [ROLLOUTS[i], place]).filter(([other]) => other !== row && other.run === row.run && other.step === row.step && other.group === row.group && other.example === row.example);
+  if (!at.length) return null;
+  return make("div", { class: "card siblings" }, make("h3", {}, "The same row at this step"), ...at.map(([other, place]) => make("button", { onclick: () => { state.at = place; show(); } },
+    make("span", { class: `reward ${other.success ? "good" : "bad"}` }, shown(other.reward ?? null)), make("span", { class: "what" }, decode(other).tokens.slice(0, 80).join("").replace(/\s+/g, " ")))));
 }
 
 // A sequential scale for one sign, a diverging one for both: blue is "the teacher likes it more", red is "less".
@@ -377,7 +445,7 @@ function completion(row, columns) {
     : ["0", make("i", { style: `background:linear-gradient(90deg,transparent,${tint(by, most, most)})` }), `${by.endsWith("logprobs") ? "−" : ""}${shown(most)}`];
   box.append(make("div", { class: "controls" }, make("h3", {}, "Completion"),
     make("label", {}, "colour: ", make("select", { id: "by", disabled: pair, onchange: (e) => { state.by = e.target.value; show(); } }, ...Object.keys(columns).map((name) => make("option", { value: name, selected: name === state.by }, NAMES[name] || name)))),
-    make("span", { class: "scale" }, ...scale, by === "advantage" ? "" : "nats"),
+    make("span", { class: "scale" }, ...scale, by === "advantage" ? "" : " nats"),
     both ? make("label", {}, make("input", { type: "checkbox", id: "pair", checked: state.pair, style: "width:auto", onchange: (e) => { state.pair = e.target.checked; show(); } }), " student and teacher side by side") : null));
   if (ABOUT[by]) box.append(make("p", { class: "about" }, ABOUT[by]));
   const spans = [];
@@ -392,6 +460,19 @@ function completion(row, columns) {
   return box;
 }
 
+// What a reader cannot see gets a sign, so that its colour and its numbers have a place.
+const UNSEEN = /^[\p{Cf}\p{Mn}\p{Me}\ufe0e\ufe0f]+$/u;
+function piece(text) {
+  const sign = (shape, title) => make("i", { class: "sign", title }, shape);
+  let parts = [text];
+  if (text === "") parts = [sign("◦", "part of a character that the next token ends")];
+  else if (UNSEEN.test(text)) parts = [sign("▯", [...text].map((letter) => `U+${letter.codePointAt(0).toString(16).toUpperCase()}`).join(" ")), text];
+  else if (text.includes("\n")) parts = text.split("\n").flatMap((line, k) => (k ? [sign("↵"), "\n", line] : [line]));
+  const span = make("span", { class: IS_CONTROL.test(text) ? "control" : "" }, ...parts);
+  span.piece = text;
+  return span;
+}
+
 function turns(row, columns, by, most, spans) {
   const { tokens } = decode(row), values = columns[by] || [], out = [];
   let at = 0, policy = 0, turn = 0, said = 0;
@@ -399,7 +480,7 @@ function turns(row, columns, by, most, spans) {
     if (!length) return;
     const own = k % 2 === 0, box = make("div", { class: "tokens" });
     for (let t = at; t < at + length; t++) {
-      const span = make("span", {}, tokens[t]);
+      const span = piece(tokens[t]);
       if (own) {
         const index = policy++;
         span.style.background = tint(by, values[index] ?? null, most);
@@ -442,14 +523,17 @@ function strip(values, by, most, spans) {
   return canvas;
 }
 
+const percent = (share) => (share >= 0.9995 ? "100 %" : share >= 0.001 ? `${+(100 * share).toPrecision(3)} %` : "< 0.1 %");
 const tip = make("div", { id: "tip" });
 document.body.append(tip);
 document.addEventListener("mousemove", (event) => {
-  const index = event.target.dataset ? event.target.dataset.index : undefined;
-  if (index === undefined) { tip.style.display = "none"; return; }
+  const span = event.target.closest ? event.target.closest("[data-index]") : null;
+  if (!span) { tip.style.display = "none"; return; }
   const columns = (show.columns && show.columns.at === state.found[state.at] ? show.columns : (show.columns = { at: state.found[state.at], all: columnsOf(ROLLOUTS[state.found[state.at]]) })).all;
-  tip.replaceChildren(make("code", {}, JSON.stringify(event.target.textContent).slice(1, -1)), ` token ${+index + 1}`, make("table", {}, make("tbody", {}, ...Object.entries(columns).map(([name, values]) =>
-    make("tr", {}, make("td", {}, NAMES[name] || name), make("td", {}, values[index] === null || values[index] === undefined ? "–" : values[index].toFixed(3)))))));
+  const index = +span.dataset.index, chance = (name, value) => (name.endsWith("logprobs") && value !== null ? percent(Math.exp(value)) : "");
+  const text = span.piece === "" ? "part of a character" : JSON.stringify(span.piece).slice(1, -1);
+  tip.replaceChildren(make("code", {}, text), ` token ${index + 1}`, make("table", {}, make("tbody", {}, ...Object.entries(columns).map(([name, values]) =>
+    make("tr", {}, make("td", {}, NAMES[name] || name), make("td", {}, values[index] === null || values[index] === undefined ? "–" : values[index].toFixed(3)), make("td", {}, chance(name, values[index] ?? null)))))));
   tip.style.display = "block";
   tip.style.left = `${Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8)}px`;
   tip.style.top = `${event.clientY + 20 + tip.offsetHeight > innerHeight ? event.clientY - tip.offsetHeight - 12 : event.clientY + 20}px`;

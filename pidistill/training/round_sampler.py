@@ -1,0 +1,196 @@
+"""Sample the rounds of a run: each before its updates or, with `rollout_lag: 1`, one round ahead beside the training.
+
+    lag 0    round n is sampled with the weights after round n − 1; the training waits for it
+    lag 1    round n + 1 is sampled with the weights *before* round n's updates, in a second process, while round n trains
+
+The first round of a run is sampled with the present weights in either case, and with lag 1 the second one is sampled with the
+same weights. Which weights sample a round depends on the rounds' numbers alone: how fast either process is changes no number.
+What is sampled depends on seeds as without a lag.
+
+Recorded log-probs are of the weights that sampled, so that the ratios of a policy gradient, its clipping, `importance_weights`
+and `mismatch_mask` see the lag and correct it. Everything else (teacher, KL estimates, advantages from them) is computed with
+the weights at the time of the update. A checkpoint holds the round that was sampled ahead.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import fields
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from pidistill.data import RecipeData, epoch_order
+from pidistill.distributed.run import Run
+from pidistill.errors import InputError
+from pidistill.objectives.base import Objective
+from pidistill.rollouts import CollectResult, Sampler, rollout_seed
+from pidistill.rollouts.calls import settle
+from pidistill.teachers import LiveTeacher, Teacher
+from pidistill.training.collector import build_collector
+from pidistill.training.keys import setting
+from pidistill.training.rounds import RoundSizes
+from pidistill.training.side_process import SideProcess
+from pidistill.types import Rollout, ViewName
+
+Counts = dict[str, float]
+SampleRound = Callable[[Any, int], tuple[list[Rollout], Counts]]
+
+
+class RoundSampler:
+    """Sample whole rounds, now or ahead, and what evaluations ask for.
+
+    Attributes:
+        lagged: whether other weights sampled the round that :meth:`next` returned than those that train on it first.
+    """
+
+    def __init__(
+        self, cfg: DictConfig, run: Run, data: RecipeData, sampler: Sampler, sizes: RoundSizes, objective: Objective
+    ) -> None:
+        self._run, self._data, self._sizes, self._max_steps = run, data, sizes, int(cfg.max_steps)
+        self.lagged, self._ahead, self._side = False, None, None
+        check_lag(cfg, run, objective)
+        if setting(cfg, "rollout_lag"):
+            self._side = SideProcess(cfg, run, torch.device(cfg.get("rollout_device") or run.device))
+            self._play = self._side.collect
+        else:
+            self._play = build_collector(cfg, sampler, data.tokenizer)
+
+    def next(
+        self, round_: int, model: Any, sample: SampleRound, teacher: Callable[[int], Teacher] = lambda step: LiveTeacher()
+    ) -> tuple[list[Rollout], Counts]:
+        """Return this rank's rollouts of a round and its counts; with a lag, begin the next round with the present weights.
+
+        Args:
+            sample: samples the round of a number with the weights it is given, by way of :meth:`collect_groups`. With a lag it
+                is called in a thread, while ``model`` trains: it may look at no other weights.
+            teacher: whose weights sample at a step.
+        """
+        if self._side is None:
+            with teacher(self._sizes.first_step(round_)).sampling_weights(model) as weights:
+                return sample(weights, round_)
+        self.lagged = self._ahead is not None
+        if self._ahead is None:
+            self._begin(round_, model, sample, teacher)
+        rollouts, counts = self._ahead.result()
+        self._ahead = None
+        if self._sizes.first_step(round_ + 1) < self._max_steps:
+            self._begin(round_ + 1, model, sample, teacher)
+        return rollouts, counts
+
+    def _begin(self, round_: int, model: Any, sample: SampleRound, teacher: Callable[[int], Teacher]) -> None:
+        """Hand over the weights, and sample a round with them in the other process."""
+        with teacher(self._sizes.first_step(round_)).sampling_weights(model) as weights:
+            self._side.load(weights)
+        self._ahead = Future()
+
+        def timed() -> tuple[list[Rollout], Counts]:
+            began = time.perf_counter()
+            rollouts, counts = sample(None, round_)
+            return rollouts, dict(counts) | {"time_ahead_s": time.perf_counter() - began}
+
+        threading.Thread(target=settle, args=(self._ahead, timed), daemon=True, name="pidistill round ahead").start()
+
+    def collect_groups(
+        self, weights: Any, round_: int, groups: Sequence[tuple[int, int]], view: ViewName, first_member: int = 0
+    ) -> CollectResult:
+        """Sample `group_size` rollouts of each (group, row) of a round, in ``view``; for the function given to :meth:`next`."""
+        members = range(first_member, first_member + self._sizes.group_size)
+        arguments = {
+            "examples": [self._data.prompts[row][0] for _, row in groups],
+            "prompts": [self._data.prompts[row][1] for _, row in groups],
+            "view": view,
+            "group_size": len(members),
+            "groups": [group for group, _ in groups],
+            "turn_limit": self._sizes.turn_limit(self._sizes.first_step(round_)),
+            "seeds": [rollout_seed(self._run.seed, round_, group, member) for group, _ in groups for member in members],
+        }
+        return self._play(**arguments) if self._side is not None else self._play(weights, **arguments)
+
+    def groups(self, round_: int) -> list[tuple[int, int]]:
+        """Return this rank's (group, row) of a round. A group is never split between ranks."""
+        rows, prompts = len(self._data.prompts), self._sizes.prompts
+        return self._run.share(list(enumerate(epoch_order(rows, self._run.seed, round_ * prompts, prompts))))
+
+    def collect(self, model: Any, **arguments: Any) -> CollectResult:
+        """Play other episodes with the weights that ``model`` has now, such as an evaluation's, after the round under way."""
+        if self._side is None:
+            return self._play(model, **arguments)
+        if self._ahead is not None:
+            wait([self._ahead])
+        self._side.load(model)
+        return self._play(**arguments)
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the round that was sampled ahead, once it is whole, and the random streams of the process that samples."""
+        if self._side is None:
+            return {}
+        ahead = None
+        if self._ahead is not None:
+            rollouts, counts = self._ahead.result()
+            ahead = json.dumps({"rollouts": _as_rows(rollouts, self._data), "counts": counts})
+        return {"ahead": ahead, "rng": self._side.random_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned; a run without a lag samples the round again, with its own weights."""
+        if self._side is None or not state:
+            return
+        self._side.set_random_state(state["rng"])
+        if state["ahead"] is not None:
+            ahead = json.loads(state["ahead"])
+            self._ahead = Future()
+            self._ahead.set_result((_as_rollouts(ahead["rollouts"], self._data), ahead["counts"]))
+
+
+_FROM_DATA = {"example", "prompts", "key"}
+
+
+def _as_rows(rollouts: Sequence[Rollout], data: RecipeData) -> list[dict[str, Any]]:
+    """Return rollouts in plain values; the number of a row stands for its example and prompts."""
+    numbers = {id(example): number for number, (example, _) in enumerate(data.prompts)}
+    names = [field.name for field in fields(Rollout) if field.name not in _FROM_DATA]
+    return [{"row": numbers[id(r.example)]} | {name: getattr(r, name) for name in names} for r in rollouts]
+
+
+def _as_rollouts(rows: Sequence[dict[str, Any]], data: RecipeData) -> list[Rollout]:
+    pairs = [(data.prompts[row.pop("row")], row) for row in rows]
+    return [Rollout(example=example, prompts=prompts, **row) for (example, prompts), row in pairs]
+
+
+# ---------------------------------------------------------------------------------------------------- what cannot lag
+
+
+def check_lag(cfg: DictConfig, run: Run, objective: Objective) -> None:
+    """Refuse what needs samples of the present weights, and what a second process cannot do."""
+    if not setting(cfg, "rollout_lag"):
+        if cfg.get("rollout_device"):
+            raise InputError(f"rollout_device={cfg.rollout_device} is read with rollout_lag=1 only; set that, or remove it")
+        return
+    own = [key for key in ("teacher_model", "teacher_checkpointer") if cfg.get(key)]
+    denominator = getattr(objective, "ratio_denominator", "behaviour")
+    if run.processes > 1:
+        why = f"samples beside one training process, and this run has {run.processes}; start one process"
+    elif objective.needs_present_samples:
+        why = (
+            f"trains on samples of the weights of one round before, and objective.{objective.needs_present_samples} is right "
+            "for those of the present weights alone; change it"
+        )
+    elif denominator != "behaviour" and not cfg.get("importance_weights"):
+        why = (
+            f"is corrected by the log-probs of the weights that sampled, which objective.ratio_denominator={denominator} "
+            "leaves out; set it to behaviour, or add importance_weights"
+        )
+    elif objective.on_policy_frac == 0.0:
+        why = "samples ahead, and this objective samples nothing: it trains on the dataset's completions"
+    elif cfg.model.get("quantize_base"):
+        why = "hands plain weights over, and model.quantize_base=True stores them in 4 bits; set that to False"
+    elif own and any(objective.samples_from_teacher_weights(step) for step in range(int(cfg.max_steps))):
+        why = f"samples with the model of `model`, and at objective.alpha=0 that of {own[0]} samples; keep alpha above 0"
+    else:
+        return
+    raise InputError(f"rollout_lag=1 {why}, or set rollout_lag=0")
