@@ -1,4 +1,4 @@
-"""Make rollouts that nobody sampled of a dataset's own completions: what supervised fine-tuning trains on."""
+"""Make rollouts of a dataset's own completions, without sampling: supervised fine-tuning trains on them."""
 
 import itertools
 import logging

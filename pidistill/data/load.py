@@ -107,7 +107,7 @@ def check_models(cfg: DictConfig, tokenizer: ChatTokenizer) -> int:
     vocabulary, max_seq_len = _inspect(cfg.model)
     if tokenizer.vocab_size > vocabulary:
         raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size:,} ids but the model's vocabulary is {vocabulary:,}; they are of "
+            f"the tokenizer has {tokenizer.vocab_size:,} ids but the model's vocabulary has {vocabulary:,}; they belong to "
             "different families: check `tokenizer` and `model`"
         )
     limit = min(max_seq_len, tokenizer.max_seq_len or max_seq_len)

@@ -7,7 +7,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.losses.estimators import complete_kl_advantages, k1, k2
 from pidistill.losses.rollout_advantages import as_fp32, group_advantages
 from pidistill.types import Divergence, Rollout, ScoreRequest, Scores, ViewName
@@ -50,14 +50,12 @@ class SamplingKL:
             raise InputError(
                 f"objective.kl_mode={self.mode} is refused: {REFUSED_KL_MODES[self.mode]}; use loss_rb or reward_k1"
             )
-        if self.mode not in KL_MODES:
-            raise InputError(f"objective.kl_mode={self.mode} is unknown; choose one of {', '.join(KL_MODES)}")
+        check_choice("objective.kl_mode", self.mode, KL_MODES)
         if not 0.0 <= self.gamma <= 1.0:
-            raise InputError(f"objective.kl_gamma={self.gamma} is outside [0, 1]")
+            raise InputError(f"objective.kl_gamma={self.gamma} is outside [0, 1]; it discounts the KL of later tokens")
         if self.gamma != 1.0 and self.mode != "loss_rb_complete":
             raise InputError(f"objective.kl_gamma={self.gamma} needs kl_mode=loss_rb_complete, not {self.mode}")
-        if self.reward_scale not in ("sum", "token_mean"):
-            raise InputError(f"objective.kl_reward_scale={self.reward_scale} is unknown; choose sum or token_mean")
+        check_choice("objective.kl_reward_scale", self.reward_scale, ("sum", "token_mean"))
         if self.reward_scale == "token_mean" and self.mode != "reward_rb":
             raise InputError(f"objective.kl_reward_scale=token_mean needs kl_mode=reward_rb, not {self.mode}")
 

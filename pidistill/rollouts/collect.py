@@ -11,7 +11,7 @@ from typing import Any
 
 from pidistill.distributed.tensor_parallel import follows, from_first, tensor_parallel_group
 from pidistill.envs.base import MAX_OBSERVATION_CHARS, Environment
-from pidistill.errors import InputError, bounded_repr, escape_controls
+from pidistill.errors import InputError, bounded_repr, check_count, escape_controls
 from pidistill.rewards.shaping import Shaping
 from pidistill.rollouts.base import OnTurnEnd, Sample, Sampler
 from pidistill.rollouts.calls import DaemonThreads, abandoned_calls, marked_interrupts
@@ -111,8 +111,7 @@ def collect_rollouts(
 def _check_arguments(examples: int, prompts: int, groups: int, max_turns: int | None) -> None:
     if not examples == prompts == groups:
         raise InputError(f"{examples} examples, {prompts} prompts and {groups} group numbers do not match")
-    if max_turns is not None and max_turns < 1:
-        raise InputError(f"max_turns is {max_turns}; give at least 1, or null for no limit")
+    check_count("max_turns", max_turns, null="no limit")
 
 
 def _play(

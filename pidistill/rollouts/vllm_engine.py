@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 
 # Read by vLLM when it is imported. In process: a child would get copies of the weights. It reports usage over the network
 # unless told not to, and warns at every reload of a rotary buffer that no checkpoint holds.
@@ -116,7 +116,7 @@ class VLLMEngine:
                     **settings,
                 )
             except Exception as error:  # what vLLM cannot do is an error of any kind: an assertion, an absent key or package
-                detail = " ".join(str(error).split())[:400]
+                detail = one_line(error, 400)
                 raise InputError(
                     f"vLLM did not start on {model_dir} ({detail}); check sampler.model_dir, sampler.gpu_memory_utilization, "
                     "sampler.kv_cache_gib and sampler.max_model_len"
@@ -158,7 +158,7 @@ class VLLMEngine:
             stop_token_ids=list(settings.stop_ids),
             ignore_eos=True,  # the model's own end of text, where the tokenizer's stop ids lack it
             seed=None if greedy else seed,
-            # Of the sampled token alone, or of all that may be left: what is cut off has -inf.
+            # Only of the sampled token, or of all that may be left: what is cut off has -inf.
             logprobs=min((settings.top_k or 0) + TIES, self._vocabulary) if settings.kept and not greedy else 0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -240,7 +240,7 @@ def _quietly(shutdown: Callable[[], None]) -> None:
 
 
 def _text_alone(config: Any) -> Any:
-    """Return the config of the text model, which alone is trained, of a folder that also holds a part for images."""
+    """Return the config of the text model of a folder that also holds a part for images; only the text model is trained."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     text = config.get_text_config()

@@ -1,7 +1,7 @@
 """Sample with vLLM: its engine runs in the training process and samples with the trained weights as they are now.
 
 Token ids go in and token ids come out. A turn is a request; the next turn of a row is a request whose prompt is everything so
-far, of which the prefix cache holds the keys and values. Rows whose turn ended go on while others still sample.
+far, of which the prefix cache holds the keys and values. Rows whose turn ended continue while others still sample.
 """
 
 import json
@@ -118,7 +118,7 @@ class VLLMSampler:
         the start, after which each rank samples as long as it needs.
 
         The numbers a row draws depend on its seed and on where its turns begin, not on its batch. How vLLM rounds does depend
-        on the batch: a draw within rounding error of the border between two tokens can fall otherwise.
+        on the batch: a draw within rounding error of the border between two tokens can give another token.
         """
         request = Request(
             temperature=self.temperature if temperature is None else temperature,

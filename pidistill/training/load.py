@@ -14,12 +14,12 @@ from torchtune import training
 from pidistill.config import build
 from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import parallelize, shard_model
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
+from pidistill.models.adapter_dir import with_adapter_dir
 from pidistill.models.adapters import scale_weights_alone, train_adapters_only, with_initial_adapters
 from pidistill.models.empty import empty_model, shared_empty_model
 from pidistill.models.nf4 import check_shapes, stored_as_in
 from pidistill.models.offloading import offload_activations
-from pidistill.models.peft_format import with_adapter_dir
 from pidistill.models.precision import add_up_norms_in_fp32, keep_trained_weights_in
 from pidistill.models.progress import PlacedWeights
 from pidistill.models.protocol import Decoder, has_own_names
@@ -34,7 +34,7 @@ def load_model(
     """Build a model on the meta device, shard it where there is more than one rank, and fill it from a full state dict.
 
     ``trained`` models get activation checkpointing, offloading and compilation as the config says; teachers do not. Of a model
-    with LoRA adapters these alone can be trained, and a state dict without them gives new ones. With `model.quantize_base`
+    with LoRA adapters only the adapters can be trained; a state dict without adapters gets new ones. With `model.quantize_base`
     the state dict's full weights become 4-bit ones.
 
     In mixed precision the weights that are trained, or ``averaged`` (an EMA teacher's), are in `dtype` and FSDP2 hands out
@@ -120,7 +120,7 @@ def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: b
             tensors = {name: _whole_shard(t, wanted.get(name)) for name, t in stored_as_in(model, tensors).items()}
             model.load_state_dict(tensors, strict=True, assign=True)
     except (RuntimeError, KeyError, AttributeError) as error:
-        detail = " ".join(str(error).split())[:400]
+        detail = one_line(error, 400)
         raise InputError(
             f"the checkpoint does not fit the model built from `model` ({detail}); check model and checkpointer"
         ) from error

@@ -1,7 +1,7 @@
 """Compute what a run reports; the list says what each number means.
 
 `metrics.jsonl` holds one JSON object per optimiser step, and one per evaluation (keys `eval_*`), each with `step`. A number
-that was not computed is absent; nothing stands in for it.
+that was not computed is absent; no placeholder is used.
 
 | key | meaning |
 | --- | --- |

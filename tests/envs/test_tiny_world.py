@@ -383,9 +383,9 @@ def test_dataset_defaults_rows_and_refusals():
     for wrong in ("dd", "x", "shuffled"):
         with pytest.raises(InputError, match=r"dataset\.privileged"):
             tiny_world_dataset("test", wrong)
-    with pytest.raises(InputError, match=r"dataset\.max_rows is 0"):
+    with pytest.raises(InputError, match=r"dataset\.max_rows=0 must"):
         tiny_world_dataset("test", max_rows=0)
-    with pytest.raises(InputError, match=r"dataset\.n is 0"):
+    with pytest.raises(InputError, match=r"dataset\.n=0 must"):
         tiny_world_base_dataset(0, seed=0)
 
 

@@ -271,10 +271,10 @@ def test_the_episode_of_the_docs_is_the_one_that_its_code_prints(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"split": "dev"}, "dataset.split is 'dev'"),
-        ({"privileged": "all"}, "dataset.privileged is 'all'"),
+        ({"split": "dev"}, "dataset.split=dev is unknown"),
+        ({"privileged": "all"}, "dataset.privileged=all is unknown"),
         ({"levels": (5,)}, "dataset.levels is"),
-        ({"n": 0}, "dataset.n is 0"),
+        ({"n": 0}, "dataset.n=0 must"),
     ],
 )
 def test_rows_that_cannot_be_made_are_refused(arguments, said):

@@ -209,10 +209,10 @@ def test_wrong_settings_are_refused_in_one_sentence(build, sentence):
 def test_what_a_method_does_not_compute_is_refused_in_one_sentence():
     batch, scores, term = case(4)
     without = Scores(scores.student_logprobs, None, {}, scores.student_entropy, None)
-    with pytest.raises(InputError, match="token_weight.view=teacher: this method does not look at that view"):
+    with pytest.raises(InputError, match="token_weight.view=teacher is not scored by this `objective`"):
         EntropyMask(view="teacher")(term, batch, without)
-    with pytest.raises(InputError, match="no teacher view or no reward"):
+    with pytest.raises(InputError, match="SignGate needs a teacher and a reward"):
         SignGate()(term, batch, without)
     batch.advantages = None
-    with pytest.raises(InputError, match="no teacher view or no reward"):
+    with pytest.raises(InputError, match="SignGate needs a teacher and a reward"):
         SignGate()(term, batch, scores)

@@ -199,9 +199,9 @@ def test_snis_gives_the_weights_no_gradient_and_the_teacher_none():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"snis_beta": 0.5}, "read with student_term=snis only"),
-        ({"snis_level": "sequence"}, "read with student_term=snis only"),
-        ({"student_term": "snis", "snis_level": "word"}, "objective.snis_level=word is not one of"),
+        ({"snis_beta": 0.5}, "read only with student_term=snis"),
+        ({"snis_level": "sequence"}, "read only with student_term=snis"),
+        ({"student_term": "snis", "snis_level": "word"}, "objective.snis_level=word is unknown"),
         ({"student_term": "snis", "snis_beta": 0.0}, "objective.snis_beta=0.0 must be above 0"),
         ({"student_term": "snis", "beta": 0.0}, "divides the reward by objective.beta"),
         ({"student_term": "snis", "beta": {"start": 0.5, "end": 0.0, "steps": 10}}, "divides the reward by objective.beta"),

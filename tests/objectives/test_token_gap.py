@@ -150,7 +150,7 @@ def test_damping_lies_within_its_bounds_and_is_1_where_both_agree():
         scores = Scores(None, None, {DISAGREEMENT: generalised_jsd(teacher, student.detach(), 0.5)}, None, None)
         weight = DisagreementDamping()(ones, batch, scores)
         assert (weight >= 0.85).all() and (weight <= 1.0).all() and bool((weight == 1.0).all()) == agree
-    with pytest.raises(InputError, match="this method does not look at both"):
+    with pytest.raises(InputError, match="needs both views, and this `objective` scores one"):
         DisagreementDamping()(ones, batch, Scores(None, None, {}, None, None))
     with pytest.raises(InputError, match="0 <= most <= 1"):
         DisagreementDamping(most=1.2)

@@ -154,7 +154,7 @@ def test_feedback_from_several_threads_is_the_same_and_comes_at_once():
 
     rollouts = [rollout(f"w{i}", i, 0.0) for i in range(6)]
     assert Hindsight(None, slow, feedback_threads=3).texts(rollouts) == Hindsight(None, answered).texts(rollouts)
-    with pytest.raises(InputError, match="feedback_threads is 0"):
+    with pytest.raises(InputError, match="feedback_threads=0 must"):
         Hindsight(None, slow, feedback_threads=0)
 
 

@@ -259,7 +259,7 @@ def test_braces_in_template_and_information_are_kept():
     "key, value", [("placement", "middle"), ("role", "tool"), ("control", "random"), ("on_overflow", "truncate")]
 )
 def test_unknown_choices_are_named_with_the_known_ones(key, value):
-    with pytest.raises(InputError, match=rf"privileged\.{key} is '{value}'; known are "):
+    with pytest.raises(InputError, match=rf"privileged\.{key}={value} is unknown; choose one of "):
         PrivilegedPrompt(**{key: value})
 
 

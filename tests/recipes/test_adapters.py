@@ -10,9 +10,10 @@ from torchtune.models.llama3 import lora_llama3
 from torchtune.modules.peft import disable_adapter
 
 from pidistill.errors import InputError
+from pidistill.models.adapter_dir import base_config
 from pidistill.models.adapters import adapter_modules, has_adapters
 from pidistill.models.nf4 import check_shapes, is_nf4, rounded
-from pidistill.models.peft_format import FOLDER, base_config, read
+from pidistill.models.peft_format import FOLDER, read
 from pidistill.testing import TINY_SIZES
 from tests.recipes.conftest import WIDE
 from tests.support.forks import launch_several

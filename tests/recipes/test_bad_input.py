@@ -70,10 +70,10 @@ def sentence(monkeypatch, capsys, tmp_path):
 
 BY_COMMAND_LINE = [
     # a key that nothing reads, a component's argument that it does not have, or lacks
-    ("opsd", ["groupsize=4"], "config key groupsize is read by nothing in this recipe; did you mean group_size?"),
-    ("sft", ["batchsize=4"], "config key batchsize is read by nothing in this recipe; did you mean batch_size?"),
-    ("evaluate", ["max_steps=4"], "config key max_steps is read by nothing in this recipe"),
-    ("sft", ["prompts_per_round=4"], "config key prompts_per_round is read by nothing in this recipe"),
+    ("opsd", ["groupsize=4"], "config key groupsize is not read by this recipe; did you mean group_size?"),
+    ("sft", ["batchsize=4"], "config key batchsize is not read by this recipe; did you mean batch_size?"),
+    ("evaluate", ["max_steps=4"], "config key max_steps is not read by this recipe"),
+    ("sft", ["prompts_per_round=4"], "config key prompts_per_round is not read by this recipe"),
     ("opsd", ["sampler.temprature=0.7"], "sampler.temprature is not an argument of .*; did you mean temperature?"),
     ("pi_distill", ["objective.betta=1"], "objective.betta is not an argument of .*PiDistill; did you mean beta?"),
     ("opsd", ["optimizer.learning_rate=1"], "optimizer.learning_rate is not an argument of torch.optim.AdamW"),
@@ -96,7 +96,7 @@ BY_COMMAND_LINE = [
     (
         "pi_distill",
         ["micro_batch_rollouts=4"],
-        "micro_batch_rollouts is read by nothing in this recipe; did you mean minibatch_rollouts?",
+        "micro_batch_rollouts is not read by this recipe; did you mean minibatch_rollouts?",
     ),
     ("opsd", ["group_size=2.5"], "group_size=2.5 must be a whole number of at least 1"),
     ("opsd", ["minibatch_rollouts=4"], "minibatch_rollouts=4 must be a multiple of group_size=3"),
@@ -197,7 +197,7 @@ BY_COMMAND_LINE = [
     ),
 ]
 if not torch.cuda.is_available():
-    BY_COMMAND_LINE.append(("opsd", ["device=cuda"], "device is cuda, which this machine does not show"))
+    BY_COMMAND_LINE.append(("opsd", ["device=cuda"], "device is cuda, which this machine does not have"))
 
 
 def case_name(value):
@@ -242,15 +242,19 @@ BY_FILE = [
         {"environment": {"_component_": "pidistill.envs.SingleTurn"}},
         "environment.reward is missing; pidistill.envs.SingleTurn needs it",
     ),
-    ("opsd", {"teacher_model": {"_component_": LLAMA, **SIZES}}, "teacher_model needs a teacher_checkpointer"),
+    (
+        "opsd",
+        {"teacher_model": {"_component_": LLAMA, **SIZES}},
+        "teacher_model has no weights of its own; set teacher_checkpointer",
+    ),
     *(
-        (name, {"model__vocab_size": 80, "checkpointer": SCRATCH}, "tokenizer has 85 ids but the model's vocabulary is 80")
+        (name, {"model__vocab_size": 80, "checkpointer": SCRATCH}, "tokenizer has 85 ids but the model's vocabulary has 80")
         for name in ("opsd", "sft")
     ),
     (
         "opsd",
         {"teacher": {"_component_": "pidistill.teachers.LiveTeacher"}, "teacher_checkpointer": SCRATCH},
-        "teacher_checkpointer is read by nothing while the trained model is the teacher",
+        "teacher_checkpointer is not read while the trained model is the teacher",
     ),
     (
         "opsd",

@@ -150,7 +150,7 @@ def test_another_model_with_more_padded_rows_teaches(tiny_base, tmp_path):
         (
             "opsd",
             LORA | {"teacher": ADAPTER_OFF, "teacher_checkpointer": {"_component_": "builtins.dict"}},
-            "teacher_checkpointer is read by nothing",
+            "teacher_checkpointer is not read",
         ),
         (
             "pi_distill",

@@ -138,7 +138,7 @@ def test_a_selection_that_keeps_nothing_says_so_and_leaves_no_traces(tiny_base, 
         ({"samples_per_prompt": 0}, "samples_per_prompt=0 must be a whole number of at least 1"),
         ({"prompts_per_batch": 0}, "prompts_per_batch=0 must be a whole number of at least 1"),
         ({"selection": None}, "config key selection is missing"),
-        ({"max_steps": 3}, "config key max_steps is read by nothing"),
+        ({"max_steps": 3}, "config key max_steps is not read"),
     ],
 )
 def test_keys_that_cannot_be_meant_are_refused(change, said, tiny_base, tmp_path):

@@ -222,7 +222,7 @@ def test_weights_and_the_environment_that_logs_the_parts():
         ({"checks": {}}, "checks of Constraints is empty"),
         ({"checks": CHECKS, "weights": {"d": 1.0}}, "names 'd'"),
         ({"checks": CHECKS, "weights": {"a": 0.0}}, "must be above 0"),
-        ({"checks": CHECKS, "weights": {"a": 1.0}, "coupled": True}, "read by nothing"),
+        ({"checks": CHECKS, "weights": {"a": 1.0}, "coupled": True}, "is not read"),
     ],
 )
 def test_wrong_constraints_are_refused(arguments, message):

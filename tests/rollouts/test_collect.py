@@ -218,7 +218,7 @@ def test_a_rank_without_examples_still_calls_the_sampler():
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"), [({"groups": [0]}, "1 group numbers"), ({"max_turns": 0}, "max_turns is 0; give at least 1")]
+    ("kwargs", "message"), [({"groups": [0]}, "1 group numbers"), ({"max_turns": 0}, "max_turns=0 must be at least 1")]
 )
 def test_wrong_arguments_are_refused(kwargs, message):
     with pytest.raises(InputError, match=message):

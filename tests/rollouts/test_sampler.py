@@ -586,7 +586,7 @@ def test_settings_out_of_range_are_refused(settings, key):
         ([[1]], {"pad_id": VOCAB}, "padding holds id 40"),
         ([[1]], {"seeds": [1, 2]}, "need as many seeds, not 2"),
         ([[1]], {"temperature": -1.0}, "sampler.temperature is -1.0"),
-        ([[1]], {"max_new_tokens": 0}, "sampler.max_new_tokens is 0"),
+        ([[1]], {"max_new_tokens": 0}, "sampler.max_new_tokens=0 must"),
         ([[1]], {"on_turn_end": lambda row, turn: [VOCAB]}, "observation after a turn of row 0 holds id 40"),
     ],
 )

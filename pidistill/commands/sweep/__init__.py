@@ -1,4 +1,4 @@
-"""Run sweeps by config alone: every cell is a plain `pidistill run` with overrides, several workers may share a folder.
+"""Run sweeps from configs only: every cell is a plain `pidistill run` with overrides, several workers may share a folder.
 
 Enters: configs or a sweep file, and values of keys. Leaves: results.jsonl, results.md and pictures. Read command.py first, then
 cells.py (what is run), search.py (who runs it) and execute.py (how).
