@@ -1,8 +1,8 @@
 # This file has neither been built nor run: the machine that the project was made on has no container engine and no CUDA.
 # tests/test_container.py checks what can be checked without: that what it copies exists, and that the lock fits pyproject.toml.
-# Run by hand, with Python 3.11 on Debian 12: `pip install --dry-run -r requirements.lock` resolves against PyPI, and in a folder
-# that holds only what is copied `pip install --no-deps .` gives a command `pidistill` that lists recipes and configs. Not
-# tried: the base image, and torch from TORCH_INDEX.
+# Run by hand, with Python 3.11 on Debian 12, in an environment that holds the lock alone (torch from the wheel for CPU) and a folder
+# that holds what is copied alone: `pip install --no-deps .`, `pidistill ls`, `preview`, two steps of `tiny/base`, `report`.
+# Not tried: the base image, and torch from TORCH_INDEX.
 #
 # docker build -t pidistill --build-arg SETUPTOOLS_SCM_PRETEND_VERSION=1.2.3 .     (the version; git's tags are not copied)
 # docker run --gpus all --ipc=host -v "$PWD/runs:/workspace/runs" pidistill pidistill ls

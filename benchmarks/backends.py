@@ -5,7 +5,7 @@
 Logits are of two rows of random ids, in fp32. Work: a group of four completions with a prompt for each view, scored as a packed
 tree, forward and backward, with a divergence each way; and sampling. Contenders take turns in one process, and time
 is this process's own on one thread. Both hold the same tensors where their layouts are the same, and transformers' own model is
-gone before the work: fp32 weights and gradients of 0.5B parameters need about 5 GiB.
+gone before the work: 0.5B parameters in fp32 need 6.5 GiB, 1 of it the mapped file.
 """
 
 import argparse

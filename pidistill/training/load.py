@@ -98,11 +98,22 @@ def load_initial(cfg: DictConfig, run: Run) -> Decoder:
     return load_model(cfg, run, cfg.model, with_adapter_dir(cfg, cfg.model, weights), trained=False)
 
 
+def _keep_buffers(model: nn.Module, names: list[str]) -> None:
+    """Make buffers again what torchtune's loader has made trained parameters (Gemma 4's scale of each layer)."""
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if (parameter := module._parameters.pop(key, None)) is not None:
+            module.register_buffer(key, parameter.detach())
+
+
 def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: bool) -> None:
     try:
         if run.processes > 1:
             weights = PlacedWeights(state_dict)
+            buffers = [name for name, _ in model.named_buffers() if name in weights]
             training.load_from_full_model_state_dict(model, weights, run.device, strict=True, cpu_offload=cpu_offload)
+            _keep_buffers(model, buffers)
         else:
             wanted = model.state_dict()
             device = torch.device("cpu") if cpu_offload else run.device

@@ -108,7 +108,7 @@ def able_base(tiny_base, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("able_base")
     cfg = OmegaConf.load(TINY / "sft.yaml")
     settings = MODEL | SFT | {
-        "output_dir": str(folder), "max_steps": 150, "batch_size": 4 * ROWS, "eval_dataset": None,
+        "output_dir": str(folder), "max_steps": 150, "batch_size": 4 * ROWS, "micro_batch_tokens": 2000, "eval_dataset": None,
         "checkpointer.checkpoint_dir": str(tiny_base), "checkpointer.checkpoint_files": ["model.safetensors"],
         "dataset": {"_component_": "tests.recipes.test_every_config.both_views"}, "optimizer.lr": 1e-2,
     }  # fmt: skip

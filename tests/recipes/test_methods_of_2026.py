@@ -9,7 +9,7 @@ from torchtune.models.llama3 import llama3
 
 from pidistill.errors import InputError
 from pidistill.training.rounds import RoundSizes
-from tests.support.runs import assert_same_tensors, metrics, run, small_config, stop_after_row, weights
+from tests.support.runs import assert_same_tensors, back_to_checkpoint, metrics, run, small_config, weights
 from tests.support.served import Server, serving
 
 ROUTED = {
@@ -41,14 +41,13 @@ def test_with_top_p_and_top_k_a_run_with_replay_has_ratio_1_and_no_mismatch_and_
 
 
 def test_a_run_with_a_snapshot_teacher_copies_at_the_same_steps_after_a_resume(tiny_base, tmp_path):
-    changes = {"max_steps": 5, "teacher__sync_steps": 2, "optimizer__lr": 0.03, "lr_scheduler": None}
+    changes = {"max_steps": 5, "save_every_steps": 1, "teacher__sync_steps": 2, "optimizer__lr": 0.03, "lr_scheduler": None}
     updates = []
-    run("rlsd", small_config("rlsd", tiny_base, tmp_path / "whole", **changes), lambda recipe: watch_teacher(recipe, updates))
+    whole = small_config("rlsd", tiny_base, tmp_path / "whole", **changes)
+    run("rlsd", whole, lambda recipe: watch_teacher(recipe, updates))
     assert updates == [False, True, False, True, False]
-    config = small_config("rlsd", tiny_base, tmp_path / "parts", save_every_steps=1, **changes)
-    run("rlsd", config, stop_after_row(3))
-    config.resume_from_checkpoint = True
-    run("rlsd", config)
+    back_to_checkpoint(tmp_path / "whole", tmp_path / "parts")
+    run("rlsd", small_config("rlsd", tiny_base, tmp_path / "parts", resume_from_checkpoint=True, **changes))
     assert_same_tensors(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
