@@ -76,7 +76,8 @@ def test_the_engine_has_the_trainers_weights_in_every_round(name, wide_base, tmp
 
 def test_rounds_that_are_sampled_ahead_have_the_weights_that_were_handed_over(wide_base, tmp_path):
     """Only the first step moves the weights: round 1 is sampled before it, round 2 with what trains on it."""
-    one_step = {"_component_": "torchtune.training.get_cosine_schedule_with_warmup", "num_warmup_steps": 0, "num_training_steps": 1}
+    one_step = {"_component_": "torchtune.training.get_cosine_schedule_with_warmup", "num_warmup_steps": 0}
+    one_step["num_training_steps"] = 1
     cfg = config("pi_distill", wide_base, tmp_path, rollout_lag=1, lr_scheduler=one_step)
     done = tune("pi_distill_distributed", cfg, tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
