@@ -54,7 +54,7 @@ class RoundSampler:
         self.lagged, self._ahead, self._side = False, None, None
         check_lag(cfg, run, objective)
         if setting(cfg, "rollout_lag"):
-            self._side = SideProcess(cfg, run, torch.device(cfg.get("rollout_device") or run.device))
+            self._side = SideProcess(cfg, run, rollout_device(cfg, run))
             self._play = self._side.collect
         else:
             self._play = build_collector(cfg, sampler, data.tokenizer)
@@ -166,6 +166,23 @@ def _as_rollouts(rows: Sequence[dict[str, Any]], data: RecipeData) -> list[Rollo
 
 
 # ---------------------------------------------------------------------------------------------------- what cannot lag
+
+
+def rollout_device(cfg: DictConfig, run: Run) -> torch.device:
+    """Return the device of the second process: `rollout_device`, by default that of the training."""
+    name = cfg.get("rollout_device")
+    if not name:
+        return run.device
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (number or "0").isdecimal():
+        raise InputError(f"rollout_device={name} must be cpu, cuda or cuda:N; correct it, or remove the key to take `device`")
+    found = torch.cuda.device_count()
+    if kind == "cuda" and int(number or 0) >= found:
+        raise InputError(
+            f"rollout_device={name} is not on this machine, where torch sees {found} CUDA devices; choose another one, or "
+            "remove the key to take `device`"
+        )
+    return torch.device(name)
 
 
 def check_lag(cfg: DictConfig, run: Run, objective: Objective) -> None:

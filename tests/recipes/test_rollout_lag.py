@@ -21,7 +21,7 @@ from pidistill.teachers import LiveTeacher
 from pidistill.training import side_process
 from pidistill.training.checkpoints import STATE_FILE
 from pidistill.training.compatibility import build_objective
-from pidistill.training.round_sampler import check_lag
+from pidistill.training.round_sampler import check_lag, rollout_device
 from tests.support import runs
 from tests.support.forks import Fork, shared_server
 from tests.support.lora import LORA
@@ -295,6 +295,17 @@ def test_what_cannot_lag_is_refused_with_the_key_to_change(case, tiny_base, tmp_
     cfg = small_config(method, tiny_base, tmp_path, **LAG | changes)
     with pytest.raises(InputError, match=sentence):
         check_lag(cfg, one_process(tmp_path), build_objective(cfg))
+
+
+@pytest.mark.parametrize("name, sentence", [("gpu", "must be cpu, cuda or cuda:N"), ("cuda:x", "must be"), ("cuda:99", "sees")])
+def test_a_device_that_is_not_there_is_refused(name, sentence, tmp_path):
+    with pytest.raises(InputError, match=rf"rollout_device={name} .*{sentence}"):
+        rollout_device(OmegaConf.create({"rollout_device": name}), one_process(tmp_path))
+
+
+def test_the_device_of_the_second_process_is_by_default_that_of_the_training(tmp_path):
+    assert rollout_device(OmegaConf.create({}), one_process(tmp_path)) == torch.device("cpu")
+    assert rollout_device(OmegaConf.create({"rollout_device": "cpu"}), one_process(tmp_path)) == torch.device("cpu")
 
 
 def one_process(folder: Path, processes: int = 1) -> Run:
