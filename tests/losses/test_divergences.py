@@ -73,7 +73,7 @@ def test_value_and_gradient_equal_the_loop_and_stop_where_the_request_says(name,
             assert own is None
 
 
-def test_gradients_with_respect_to_raw_log_probs():
+def test_gradients_with_respect_to_raw_log_probs_equal_finite_differences():
     inputs = (logits(1, 3, 4).requires_grad_(), logits(2, 3, 4).requires_grad_())
     ids = torch.tensor([[0, 3], [1, 2], [2, 0]])
     for function in (
@@ -138,7 +138,7 @@ def test_a_token_impossible_under_p_adds_nothing_and_one_impossible_under_q_alon
     assert kl(torch.log_softmax(p, -1), torch.log_softmax(forbid(q, [1]), -1)).item() == INF
 
 
-def test_a_probability_that_underflows_does_not_meet_infinity():
+def test_a_probability_that_underflows_times_an_infinite_log_ratio_is_0():
     p = torch.tensor([[0.0, -200.0]]).requires_grad_()  # fp32: exp(−200) is 0
     q = torch.tensor([[0.0, -INF]])
     value = kl(p, q)

@@ -141,7 +141,7 @@ def test_every_recipe_and_every_config_is_covered():
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "base"])
-def test_runs_three_steps(name, one, able_base):
+def test_every_tiny_config_runs_three_steps(name, one, able_base):
     folder = one(name)
     if RECIPES[name] == "evaluate_distributed":
         assert json.loads((folder / "results.json").read_text())["student"]
@@ -220,7 +220,7 @@ def test_semi_opd_starts_at_ratio_1_samples_nothing_and_at_rate_0_its_epochs_are
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
 
 
-def test_the_small_base_succeeds_now_and_then(one):
+def test_the_small_base_earns_some_rewards_in_either_view(one):
     """What makes the runs above say something: rewards with spread, in either view."""
     for name in ("pi_distill", "rl", "sdpo", "guide_grpo"):
         successes = [row["reward_mean"] for row in metrics(one(name)) if "loss" in row]
