@@ -291,7 +291,7 @@ def test_refusals_say_what_is_wrong():
         divergence(Divergence("jsd", grad="student"), p, p)
     with pytest.raises(ValueError, match=r"no other divergence takes one"):
         divergence(Divergence("kl_teacher_student", grad="student", beta=0.5), p, p)
-    with pytest.raises(ValueError, match=r"grad='left'"):
+    with pytest.raises(ValueError, match=r"grad=left"):
         object.__setattr__(request := Divergence("jsd", grad="both", beta=0.5), "grad", "left")
         divergence(request, p, p)
 
