@@ -108,7 +108,7 @@ class SideProcess:
         return value
 
 
-def _end(process: multiprocessing.Process, connection: Connection) -> None:
+def _end(process: multiprocessing.process.BaseProcess, connection: Connection) -> None:
     """Close the connection, on which an idle process ends by itself; kill one that is in the middle of a round."""
     connection.close()
     process.join(_SECONDS_TO_END)

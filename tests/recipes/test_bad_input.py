@@ -18,6 +18,7 @@ from pidistill.rollouts import DROP_REASONS
 from tests.support.runs import (
     MODEL,
     RECIPES,
+    ROWS,
     assert_same_tensors,
     metrics,
     recipe_module,
@@ -292,7 +293,7 @@ BY_FILE = [
     (
         "pi_distill",
         {"objective__no_pi": "drop", "privileged__control": "none"},
-        "none of the 512 rows has privileged information",
+        f"none of the {ROWS} rows has privileged information",
     ),
 ]
 
@@ -412,7 +413,7 @@ def test_a_rollout_whose_reward_fails_is_dropped_and_counted(name, fail, reason,
 
 
 def test_a_round_in_which_every_reward_fails_ends_the_run_with_a_sentence(tiny_base, tmp_path):
-    rows = epoch_order(512, 0, 2, 2)  # the second round's
+    rows = epoch_order(ROWS, 0, 2, 2)  # the second round's
     changes = {"environment__fail": "nan", "environment__fail_on": [f"tiny_world train row {row}" for row in rows]}
     with pytest.raises(InputError, match=r"no rollout of the round has a reward \(reward_not_finite 6\)"):
         run("opsd", small_config("opsd", tiny_base, tmp_path, **changes))

@@ -17,10 +17,10 @@ from tests.support.runs import (
     EVALUATION,
     assert_close_rows,
     assert_same_tensors,
+    back_to_checkpoint,
     metrics,
     run,
     small_config,
-    stop_after_row,
     training_state,
     weights,
 )
@@ -73,12 +73,18 @@ def logits_of(model, ids):
         return model(ids)
 
 
+# One without and one with experts, and one that carries a state; tests/scoring has frozen teachers of other families.
+BOTH_RECIPES = ("gemma4", "gpt_oss, sinks and window", "qwen3_5, hybrid")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_of_both_recipes_is_taken_and_saved_for_transformers(name, folders, tmp_path):
     recipe = run("pi_distill", hf_config("pi_distill", folders(name), tmp_path / "pi", **ONE_STEP))
-    run("opsd", hf_config("opsd", folders(name), tmp_path / "opsd", teacher=FROZEN, **ONE_STEP))
-    for folder in ("pi", "opsd"):
-        row = next(row for row in metrics(tmp_path / folder) if "loss" in row)
+    rows = metrics(tmp_path / "pi")
+    if name in BOTH_RECIPES:
+        run("opsd", hf_config("opsd", folders(name), tmp_path / "opsd", teacher=FROZEN, **ONE_STEP))
+        rows += metrics(tmp_path / "opsd")
+    for row in rows:
         assert row["grad_norm"] > 0 and row["sampler_mismatch_max_nats"] < 2e-3
     ids = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
     saved, before = reference(tmp_path / "pi" / "latest"), reference(folders(name))
@@ -114,7 +120,7 @@ def test_a_stopped_run_resumes_to_the_bit(case, folders, tmp_path):
     name, method, changes = RESUMED[case]
     config = functools.partial(hf_config, method, folders(name), save_every_steps=2, **changes)
     run(method, config(tmp_path / "whole"))
-    run(method, config(tmp_path / "stopped"), stop_after_row(3))
+    back_to_checkpoint(tmp_path / "whole", tmp_path / "stopped")
     run(method, config(tmp_path / "stopped", resume_from_checkpoint=True))
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
     logged = [row.get("router_loss", 0.0) for row in metrics(tmp_path / "whole") if "loss" in row]
