@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtune.modules.peft import disable_adapter
 
+from pidistill.data.routes import route_of
 from pidistill.errors import InputError, check_choice
 from pidistill.models.adapters import has_adapters
 from pidistill.models.protocol import Decoder
@@ -136,16 +137,26 @@ class HiddenMemory:
         self, rollouts: Sequence[Rollout], none: Float[Tensor, "0 H"], read: Callable[[], Float[Tensor, "N H"]]
     ) -> Float[Tensor, "N H"]:
         """Return hidden states of the policy tokens: the kept ones if every rank has all of its own, else from ``read``."""
-        kept = [self._kept.get(rollout.key) for rollout in rollouts]
+        kept = [self.kept(rollout) for rollout in rollouts]
         if on_all_ranks(all(hidden is not None for hidden in kept), none.device):
             return torch.cat([none, *(hidden.to(none.device) for hidden in kept)])
-        whole = read()
+        read_now = read().split([rollout.policy_tokens for rollout in rollouts])
+        self.keep(rollouts, read_now)
+        # What is kept stands, since another packing rounds differently.
+        parts = [new if old is None else old.to(none.device) for old, new in zip(kept, read_now, strict=True)]
+        return torch.cat([none, *parts])
+
+    def kept(self, rollout: Rollout) -> Float[Tensor, "n H"] | None:
+        """Return what is kept of a rollout; None where nothing is."""
+        return self._kept.get(rollout.key)
+
+    def keep(self, rollouts: Sequence[Rollout], parts: Sequence[Float[Tensor, "_ H"]]) -> None:
+        """Keep what has been read of each rollout, as far as it fits."""
         used = sum(hidden.nbytes for hidden in self._kept.values())
-        for rollout, hidden in zip(rollouts, whole.split([r.policy_tokens for r in rollouts]), strict=True):
+        for rollout, hidden in zip(rollouts, parts, strict=True):
             if rollout.key not in self._kept and used + hidden.nbytes <= self._bytes:
                 self._kept[rollout.key] = hidden.cpu().clone()
                 used += hidden.nbytes
-        return whole
 
 
 def on_all_ranks(yes: bool, device: torch.device) -> bool:
@@ -345,14 +356,7 @@ class RoutedTeacher(Teacher):
 
     def name_of(self, example: Example) -> str:
         """Return the name of the example's teacher; InputError where it has none."""
-        given = example.data.get(self.key)
-        name = self.default if given is None else str(given)
-        if name not in self.teachers:
-            raise InputError(
-                f"{example.id}: its {self.key} is {name!r}, and teacher.teachers has {', '.join(self.teachers)}; add that "
-                "teacher, or set teacher.default for rows without the key"
-            )
-        return name
+        return route_of(example, self.key, self.teachers, self.default, "teacher")
 
     def attach(self, load_copy: Callable[..., Decoder]) -> None:
         for name, teacher in self.teachers.items():

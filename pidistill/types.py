@@ -85,6 +85,9 @@ class Rollout:
     loss_weights: list[float] | None = None  # constants that multiply each policy token's whole loss, 0 where a mask stands
     keep: bool = True  # False: out of every loss term and of the token count; the reward stays in the group's mean
     balance: float = 1.0  # multiplies the rollout's loss in the present step, beside `loss_weights`
+    # Where the teacher reads privileged information with an observation: `completion[first:last]` reads as `ids` to it.
+    teacher_reads: list[tuple[int, int, list[int]]] = field(default_factory=list)
+    teacher_reads_left_out: int = 0  # such texts for which the teacher's view had no room
     key: "RolloutKey" = field(default_factory=lambda: RolloutKey(), repr=False, compare=False)  # the same in a changed copy
 
     def __post_init__(self) -> None:
@@ -93,6 +96,26 @@ class Rollout:
     @property
     def policy_tokens(self) -> int:
         return sum(self.policy_mask)
+
+    def sequence(self, view: ViewName) -> tuple[list[int], list[int]]:
+        """Return the ids that a view reads, the prompt first, and where each policy token stands among them."""
+        ids, done, end = list(self.prompts.of(view)), 0, len(self.completion)
+        places: list[int] = []
+        for first, last, shown in [*(self.teacher_reads if view == "teacher" else ()), (end, end, [])]:
+            places += [len(ids) + t - done for t in range(done, first) if self.policy_mask[t]]
+            ids += self.completion[done:first] + shown
+            done = last
+        return ids, places
+
+    def tokens_with_privileged(self) -> list[bool]:
+        """Return, per policy token, whether its prompt or the observation right before its turn has privileged information."""
+        answers = {last for _, last, _ in self.teacher_reads}
+        found: list[bool] = []
+        told = self.prompts.has_privileged
+        for t, is_policy in enumerate(self.policy_mask):
+            told = self.prompts.has_privileged or t in answers or (told and is_policy)
+            found += [told] * is_policy
+        return found
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,12 @@ def check_references(environment: Any, examples: Iterable[Example]) -> None:
 
     Only the rewards of the config node ``environment`` are built, not the environment, which may start processes.
     """
-    checks = reference_checks(environment)
+    node = environment if isinstance(environment, Mapping | DictConfig) else {}
+    parts = node.get("environments") or {None: environment}  # of a RoutedEnvironment, each for its own rows
+    checks = {None if name is None else str(name): reference_checks(part) for name, part in parts.items()}
     for example in examples:
-        for check in checks:
+        name = example.data.get(node.get("key"), node.get("default")) if None not in checks else None
+        for check in checks.get(name if name is None else str(name), ()):
             check(example)
 
 

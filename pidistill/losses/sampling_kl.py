@@ -110,7 +110,7 @@ class SamplingKL:
             to_go = complete_kl_advantages(kls, groups, self.gamma)
             return [(-beta * x).tolist() for x in to_go]
         penalties = [float(k.sum() if self.reward_scale == "sum" else k.mean()) if len(k) else 0.0 for k in kls]
-        rewards = [r.reward for r in rollouts]
+        rewards = _known_rewards(rollouts)
         with_kl = group_advantages(advantage, [x - beta * p for x, p in zip(rewards, penalties, strict=True)], groups)
         without = group_advantages(advantage, rewards, groups)
         return [[a - b] * r.policy_tokens for a, b, r in zip(with_kl, without, rollouts, strict=True)]
@@ -120,3 +120,13 @@ class SamplingKL:
         if self.policy == "teacher":
             return scores.teacher_logprobs, scores.student_logprobs.detach()
         return scores.student_logprobs, scores.teacher_logprobs.detach()
+
+
+def _known_rewards(rollouts: Sequence[Rollout]) -> list[float]:
+    """Return each rollout's reward; the mean of its group's for an episode that `turn_curriculum` ended without one."""
+    known: dict[int, list[float]] = {}
+    for rollout in rollouts:
+        if rollout.reward is not None:
+            known.setdefault(rollout.group, []).append(rollout.reward)
+    means = {group: sum(values) / len(values) for group, values in known.items()}
+    return [means.get(r.group, 0.0) if r.reward is None else r.reward for r in rollouts]

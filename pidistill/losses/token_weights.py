@@ -32,6 +32,14 @@ def weighted(token_weight: TokenWeight | None, term: Float[Tensor, " N"], batch:
     return term if token_weight is None else token_weight(term, batch, scores)
 
 
+def weight_metrics(token_weight: TokenWeight | None, batch: Batch, scores: Scores) -> dict[str, Float[Tensor, " N"]]:
+    """Return what a token weight multiplies with, per token, and where that is 0, for the log."""
+    if token_weight is None:
+        return {}
+    weights = weighted(token_weight, torch.ones(len(batch.targets), device=batch.targets.device), batch, scores).detach()
+    return {"token_weight_mean": weights, "token_weight_zero_frac": weights == 0}
+
+
 @dataclass(frozen=True)
 class SkipFirst:
     """Give 0 to the first ``tokens`` policy tokens of every completion (SDFT, arXiv 2601.19897, skips 3)."""

@@ -14,7 +14,7 @@ from pidistill.losses.divergences import NAMES as DIVERGENCE_NAMES
 from pidistill.losses.divergences import check_divergence, divergence
 from pidistill.losses.rollout_advantages import ADVANTAGES, rollout_advantages
 from pidistill.losses.sampling_kl import SamplingKL
-from pidistill.losses.token_weights import TokenWeight, divergences_of, weighted
+from pidistill.losses.token_weights import TokenWeight, divergences_of, weight_metrics, weighted
 from pidistill.types import (
     Batch,
     Divergence,
@@ -104,9 +104,10 @@ class Objective(Protocol):
     def weighted_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
         """Return :meth:`token_loss` times ``Batch.loss_weights``: masks and weights that act on every term of any method."""
         answer = self.token_loss(batch, scores, step)
+        metrics = answer.metrics | weight_metrics(getattr(self, "token_weight", None), batch, scores)
         if batch.loss_weights is None:
-            return answer
-        return TokenLoss(answer.loss.masked_fill(batch.loss_weights == 0, 0.0) * batch.loss_weights, answer.metrics)
+            return TokenLoss(answer.loss, metrics)
+        return TokenLoss(answer.loss.masked_fill(batch.loss_weights == 0, 0.0) * batch.loss_weights, metrics)
 
     def per_token_loss(self, step: int) -> PerTokenLoss | None:
         """Return the loss as :func:`pidistill.scoring.score.score` takes it, on any slice of a batch.

@@ -69,9 +69,11 @@ class OPD(Objective):
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
         if self.divergence is not None:
             return TokenLoss(distill_loss(self.divergence, self.no_pi, self.token_weight, batch, scores), {})
-        advantages = proximal_advantage(token_gap(scores), self.proximal_alpha)
+        gap = token_gap(scores)
+        advantages = proximal_advantage(gap, self.proximal_alpha)
         loss, ratio, _ = ppo_clip_loss(
             scores.policy_logprobs("student"), batch.ratio_logprobs, advantages, clip_low=0.0, clip_high=math.inf
         )
         loss = importance_weighted(weighted(self.token_weight, loss, batch, scores), batch.importance_weights)
-        return TokenLoss(loss, {"ratio_mean": ratio})
+        changed = {} if self.proximal_alpha == 1.0 else {"proximal_change_nats": (advantages - gap).abs()}
+        return TokenLoss(loss, {"ratio_mean": ratio} | changed)

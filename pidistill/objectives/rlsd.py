@@ -18,7 +18,7 @@ from torch import Tensor
 from pidistill.errors import InputError, check_choice
 from pidistill.losses.token_gap import credit_factor, token_gap
 from pidistill.objectives.base import Number, distill_weight
-from pidistill.objectives.grpo import GRPO
+from pidistill.objectives.grpo import GRPO, with_teacher
 from pidistill.objectives.schedule import as_schedule
 from pidistill.types import Batch, Scores, TokenLoss
 
@@ -45,7 +45,7 @@ class RLSD(GRPO):
         advantage: str = "standardised",
         **more: Any,
     ) -> None:
-        super().__init__(clip_high=clip_high, advantage=advantage, **more | {"report_teacher_kl": True})
+        super().__init__(clip_high=clip_high, advantage=advantage, **with_teacher("RLSD", more))
         check_choice("objective.only", only, ("all", "negative", "positive"))
         check_choice("objective.no_pi", no_pi, ("rl", "distill"))
         if not 0.0 < gap_clip < 1.0:

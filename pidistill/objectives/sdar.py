@@ -16,9 +16,9 @@ from torch import Tensor
 from pidistill.errors import InputError, check_choice
 from pidistill.losses.token_gap import gated_advantage, token_gap
 from pidistill.objectives.base import Number, distill_weight
-from pidistill.objectives.grpo import GRPO
+from pidistill.objectives.grpo import GRPO, with_teacher
 from pidistill.objectives.schedule import as_schedule
-from pidistill.types import Batch, Scores
+from pidistill.types import Batch, Scores, TokenLoss
 
 
 class SDAR(GRPO):
@@ -41,7 +41,7 @@ class SDAR(GRPO):
         advantage: str = "group_mean",
         **more: Any,
     ) -> None:
-        super().__init__(advantage=advantage, **more | {"report_teacher_kl": True})
+        super().__init__(advantage=advantage, **with_teacher("SDAR", more))
         check_choice("objective.no_pi", no_pi, ("rl", "distill"))
         if not gate_beta > 0.0:
             raise InputError(
@@ -55,5 +55,13 @@ class SDAR(GRPO):
         return {"gap_weight": self.gap_weight(step)}
 
     def token_advantages(self, batch: Batch, scores: Scores, step: int) -> Float[Tensor, " N"]:
+        return batch.advantages + self.gap_weight(step) * self.gated(batch, scores)
+
+    def gated(self, batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
+        """Return the gate of each token, ½ taken off where it is centred; 0 on rows that are not distilled."""
         gated = gated_advantage(token_gap(scores), self.gate_beta, centred=self.centred)
-        return batch.advantages + self.gap_weight(step) * (distill_weight(self.no_pi, batch) * gated)
+        return distill_weight(self.no_pi, batch) * gated
+
+    def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
+        answer = super().token_loss(batch, scores, step)
+        return TokenLoss(answer.loss, answer.metrics | {"gap_gate_mean": self.gated(batch, scores)})

@@ -186,7 +186,7 @@ def add_hindsight(
     for rollout, text in zip(rollouts, texts, strict=True):
         views = privileged.build(replace(rollout.example, privileged=text), tokenizer)
         fits = privileged.overflow(rollout.example, views) is None
-        if not fits or len(views.pair.teacher) + len(rollout.completion) > max_seq_len:
+        if not fits or len(replace(rollout, prompts=views.pair).sequence("teacher")[0]) > max_seq_len:
             too_long += 1
             text, views = None, privileged.build(replace(rollout.example, privileged=None), tokenizer)
         rollout.example, rollout.prompts = replace(rollout.example, privileged=text), views.pair

@@ -17,7 +17,7 @@ The teacher's prompt is rendered with the teacher's own template where there is 
 completion are the same in both views.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -229,6 +229,24 @@ class PrivilegedPrompt:
                 "set privileged.placement: before_user, or system_end or user_end to give them as text"
             )
         return extra
+
+    def show_at_turn(self, example: Example, encode: Callable[[str], list[int]]) -> list[int] | None:
+        """Return the ids of an observation with the information of its turn at the end; None where the control shows nothing.
+
+        Args:
+            example: the row with the turn's information as its own.
+            encode: returns the ids of the observation with a text at its end.
+        """
+        if self.control in ("none", "template"):
+            return None
+        if self.control in ("wrong", *OF_ALL_ROWS):
+            raise InputError(
+                f"{example.id}: the environment gave privileged information with an answer, and privileged.control="
+                f"{self.control} pairs rows, not turns; set privileged.control to none or length_matched"
+            )
+        if self.control == "length_matched":
+            example = match_length(example, self.filler, lambda shown: len(encode(self.block(shown))))
+        return encode(self.block(example))
 
     # ------------------------------------------------------------------------------------------- a whole dataset
 

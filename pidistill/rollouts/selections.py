@@ -123,11 +123,12 @@ class All:
 def recorded(rollout: Rollout) -> dict[str, list]:
     """Return the ids of a rollout's completion, its policy mask as 0 and 1, and log μ of each policy token."""
     pairs = zip(rollout.sampled_logprobs, rollout.policy_mask, strict=True)
+    reads = {"teacher_reads": [list(read) for read in rollout.teacher_reads]} if rollout.teacher_reads else {}
     return {
         "ids": rollout.completion,
         "policy": [int(own) for own in rollout.policy_mask],
         "logprobs": [x for x, own in pairs if own],
-    }
+    } | reads
 
 
 @dataclass(frozen=True)

@@ -70,11 +70,9 @@ class ModelInputs:
     def of(self, *names: ViewName) -> ModelInput:
         """Return ``names`` as one input: the policy tokens of the first view, then those of the second, each in batch order."""
         if names not in self._made:
-            sequences = [(r.prompts.of(name) + r.completion)[:-1] for name in names for r in self.rollouts]
-            # The token at index t of the completion is predicted by the one before it.
-            predicted = [
-                [len(r.prompts.of(name)) + t - 1 for t in policy_positions(r)] for name in names for r in self.rollouts
-            ]
+            read = [rollout.sequence(name) for name in names for rollout in self.rollouts]
+            sequences = [ids[:-1] for ids, _ in read]
+            predicted = [[place - 1 for place in places] for _, places in read]  # a token is predicted by the one before it
             self._made[names] = (self._packed if self._packing == "tree" else self._padded)(sequences, predicted)
         return self._made[names]
 
@@ -165,7 +163,7 @@ def make_batch(
         advantages=per_token(advantages is not None, lambda: _advantages(rollouts, given)),
         kl_advantages=per_token(_all_have(advantages, "kl"), lambda: [x for a in given for x in a.kl]),
         snis_weights=per_token(_all_have(advantages, "snis_weight"), lambda: [given[row].snis_weight for row, _, _ in tokens]),
-        has_privileged=torch.tensor([r.prompts.has_privileged for _, r, _ in tokens], dtype=torch.bool, device=device),
+        has_privileged=torch.tensor([x for r in rollouts for x in r.tokens_with_privileged()], dtype=torch.bool, device=device),
         importance_weights=per_token(weighed, lambda: [x for r in rollouts for x in r.importance_weights]),
         loss_weights=per_token(
             any(r.loss_weights or r.balance != 1.0 for r in rollouts),

@@ -28,7 +28,6 @@ from pidistill.losses.token_weights import Chain, EntropyMask, TokenWeight
 from pidistill.models.protocol import Decoder
 from pidistill.objectives.base import BOTH_KLS, Objective
 from pidistill.privileged.judges import RETRIED, Exchange, JudgeError
-from pidistill.scoring.batch import policy_positions
 from pidistill.teachers import MixturePart, RoutedTeacher, Teacher
 from pidistill.types import ListedTeacher, Rollout, RolloutKey, ScoreRequest, Scores
 
@@ -116,10 +115,8 @@ class ServedTeacher(Teacher):
         _read_place(self._prompt_logprobs([1, 1], "a first question")[1], 1, self.top_k, "a first question, place 1")
 
     def _ask(self, rollout: Rollout) -> ListedTeacher:
-        prompt, where = rollout.prompts.teacher, rollout.example.id
-        ids = prompt + rollout.completion
+        where, (ids, places) = rollout.example.id, rollout.sequence("teacher")
         given = self._prompt_logprobs(ids, where)
-        places = [len(prompt) + t for t in policy_positions(rollout)]
         rows = [_read_place(given[place], ids[place], self.top_k, f"{where}, place {place}") for place in places]
         return self.as_tensors(rows)
 

@@ -1,9 +1,10 @@
 """Refuse parts that are right by themselves and train the wrong thing together."""
 
 import inspect
+from collections.abc import Sequence
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchtune import utils
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
@@ -14,7 +15,7 @@ from pidistill.losses.divergences import check_divergence
 from pidistill.losses.token_weights import divergences_of
 from pidistill.models.adapters import has_adapters
 from pidistill.models.empty import shared_empty_model
-from pidistill.objectives import GRPO, SDPO
+from pidistill.objectives import GRPO, SDPO, RoutedObjective
 from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
 from pidistill.scoring.mismatch import cuts_off
@@ -57,11 +58,13 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
         )
     if cfg.get("mismatch_mask"):
         _check_mask(cfg, objective, sampler)
-    _check_truncation(cfg, objective, sampler)
+    parts = list(objective.objectives.values()) if isinstance(objective, RoutedObjective) else [objective]
+    for part in parts:
+        _check_truncation(cfg, part, sampler)
     _check_group(cfg, objective, method)
     if cfg.get("hindsight"):
         check_hindsight(cfg, objective, method)
-    _check_divergences(objective, method)
+    _check_divergences(objective, parts, method)
     _check_adapters(shared_empty_model(cfg.model), teacher)
     if hasattr(sampler, "check_model"):  # vLLM's own modules compute some models in another way
         dtype = PRECISION_STR_TO_DTYPE[setting(cfg, "compute_dtype") or setting(cfg, "dtype")]
@@ -97,11 +100,11 @@ def _check_teacher(cfg: DictConfig, objective: Objective, sampler: Sampler, teac
         )
 
 
-def _check_divergences(objective: Objective, method: str) -> None:
+def _check_divergences(objective: Objective, parts: Sequence[Objective], method: str) -> None:
     requested = objective.score_request(0).divergences
     for request in requested:
         check_divergence(request)
-    if not set(divergences_of(getattr(objective, "token_weight", None))) <= set(requested):
+    if any(not set(divergences_of(getattr(part, "token_weight", None))) <= set(requested) for part in parts):
         raise InputError(
             f"objective.token_weight compares teacher and student, and {method} as configured looks at one view; remove "
             "it, or set objective.report_teacher_kl=True"
@@ -220,6 +223,9 @@ def build_objective(cfg: DictConfig) -> Objective:
 
     Such a teacher needs no privileged information, so that every row can distil. What the config sets is kept.
     """
-    node = cfg.objective
-    decided = node.get("no_pi") is not None or "no_pi" not in inspect.signature(resolve(node._component_)).parameters
-    return build(node) if decided or not has_own_teacher(cfg) else build(node, no_pi="distill")
+    node = OmegaConf.to_container(cfg.objective, resolve=True)
+    if has_own_teacher(cfg):
+        for part in [node, *(node.get("objectives") or {}).values()]:
+            if part.get("no_pi") is None and "no_pi" in inspect.signature(resolve(part["_component_"])).parameters:
+                part["no_pi"] = "distill"
+    return build(node)

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from pidistill.models.offloading import offload_activations
 from pidistill.models.precision import add_up_norms_in_fp32, keep_trained_weights_in
 from pidistill.models.progress import PlacedWeights
 from pidistill.models.protocol import Decoder, has_own_names
+from pidistill.objectives import Objective, RoutedObjective
+from pidistill.scoring.stored_teacher import StoredTeacher, identity_of
 from pidistill.teachers import LiveTeacher, RoutedTeacher, Teacher
 from pidistill.training.keys import setting
 from pidistill.types import Example
@@ -133,11 +135,23 @@ def _whole_shard(tensor: Tensor, like: Tensor | None) -> Tensor:
     return DTensor.from_local(tensor, like.device_mesh, like.placements, run_check=False)
 
 
-def build_teacher(cfg: DictConfig, examples: Iterable[Example]) -> Teacher:
-    """Build `teacher`, the trained model where there is none; refuse a row that a :class:`RoutedTeacher` has no teacher for."""
+def build_teacher(cfg: DictConfig, examples: Sequence[Example], objective: Objective) -> Teacher:
+    """Build `teacher`, the trained model where there is none.
+
+    Refuses a row for which a :class:`RoutedTeacher` or :class:`RoutedObjective` has nothing, and a folder with the numbers of
+    another teacher.
+    """
     teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
-    for example in examples if isinstance(teacher, RoutedTeacher) else ():
-        teacher.name_of(example)
+    routed = [part for part in (teacher, objective) if isinstance(part, RoutedTeacher | RoutedObjective)]
+    for part in routed:
+        for example in examples:
+            part.name_of(example)
+    for name, part in (teacher.teachers if isinstance(teacher, RoutedTeacher) else {None: teacher}).items():
+        if isinstance(part, StoredTeacher):
+            own, dtype = _nodes_of_teacher(cfg, name), setting(cfg, "compute_dtype") or setting(cfg, "dtype")
+            adapter = None if own["teacher_checkpointer"] else cfg.get("adapter_dir")
+            nodes = own["teacher_model"] or cfg.model, own["teacher_checkpointer"] or cfg.checkpointer
+            part.identify(identity_of(*nodes, dtype, adapter))
     return teacher
 
 
@@ -146,13 +160,18 @@ def node_of_teacher(nodes: DictConfig | None, name: str | None) -> DictConfig | 
     return {str(key): node for key, node in (nodes or {}).items()}.get(str(name))
 
 
+def _nodes_of_teacher(cfg: DictConfig, name: str | None) -> dict[str, Any]:
+    """Return the model and the checkpointer that the config gives a teacher; None where it takes the student's."""
+    keys = ("teacher_model", "teacher_checkpointer")
+    return {key: node_of_teacher(cfg.get(f"{key}s"), name) or cfg.get(key) for key in keys}
+
+
 def load_teacher(cfg: DictConfig, run: Run, teacher: Teacher, name: str | None = None) -> Decoder:
     """Load the initial weights again (with `adapter_dir`'s adapter, if there is one), or those of `teacher_checkpointer`.
 
     ``name`` is that of one of several teachers, whose nodes are in `teacher_models` and `teacher_checkpointers`.
     """
-    keys = ("teacher_model", "teacher_checkpointer")
-    own = {key: node_of_teacher(cfg.get(f"{key}s"), name) or cfg.get(key) for key in keys}
+    own = _nodes_of_teacher(cfg, name)
     node = own["teacher_model"] or cfg.model
     folder = str(run.output_dir / ".teacher")
     checkpointer = build_checkpointer(own["teacher_checkpointer"] or cfg.checkpointer, node, output_dir=folder)

@@ -19,6 +19,7 @@ from pidistill.losses.token_weights import (
     SignGate,
     SkipFirst,
     TokenWeight,
+    weight_metrics,
     weighted,
 )
 from pidistill.objectives import GKD, SDFT
@@ -216,3 +217,18 @@ def test_what_a_method_does_not_compute_is_refused_in_one_sentence():
     batch.advantages = None
     with pytest.raises(InputError, match="SignGate needs a teacher and a reward"):
         SignGate()(term, batch, scores)
+
+
+CHAIN = Chain([SkipFirst(1), EntropyMask(0.5)])
+
+
+@pytest.mark.parametrize("weight", [SkipFirst(2), SignGate(), PositionDecay(3.0), CHAIN], ids=str)
+def test_the_log_has_the_mean_weight_and_the_share_that_is_left_out(weight):
+    batch, scores, term = case(0)
+    metrics = weight_metrics(weight, batch, scores)
+    torch.testing.assert_close(weight(term, batch, scores).detach(), term.detach() * metrics["token_weight_mean"])
+    assert torch.equal(metrics["token_weight_zero_frac"], metrics["token_weight_mean"] == 0)
+    assert weight_metrics(None, batch, scores) == {} and not metrics["token_weight_mean"].requires_grad
+    scores.divergences = {GKD().divergence: torch.rand(len(batch.targets))}
+    answer = GKD(token_weight=weight, no_pi="distill").weighted_loss(batch, scores, 0)
+    assert torch.equal(answer.metrics["token_weight_mean"], metrics["token_weight_mean"])

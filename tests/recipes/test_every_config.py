@@ -18,10 +18,11 @@ import pytest
 import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs.tiny_world import tiny_world_dataset, tiny_world_tokenizer
+from pidistill.errors import InputError
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.types import Example
 from tests.support.forks import launch_several
@@ -218,6 +219,27 @@ def test_semi_opd_starts_at_ratio_1_samples_nothing_and_at_rate_0_its_epochs_are
     first, second = metrics(tmp_path / "run")
     assert first["ratio_mean"] == pytest.approx(1.0, abs=1e-5) and first["policy_tokens"] == second["policy_tokens"]
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+
+
+def test_a_teachers_numbers_on_disk_are_written_by_one_run_and_read_by_the_next_which_loads_no_teacher(one, tmp_path):
+    cfg = shrunk("semi_opd", tmp_path, one)
+    cfg.objective.form, cfg.eval_dataset = "kl_teacher_student", None
+    cfg.teacher = {"_component_": "pidistill.scoring.stored_teacher.StoredTeacher", "folder": str(tmp_path / "numbers")}
+    for folder in ("writes", "reads"):
+        cfg.output_dir, recipes = str(tmp_path / folder), []
+        run("semi_opd", cfg, recipes.append)
+        assert (recipes[0]._teacher._module is None) == (folder == "reads")
+    for wrote, read in zip(metrics(tmp_path / "writes"), metrics(tmp_path / "reads"), strict=True):
+        assert (wrote["loss"], wrote["grad_norm"]) == (read["loss"], read["grad_norm"])
+    cfg.output_dir, cfg.teacher.add, cfg.privileged.template = str(tmp_path / "other"), False, "hint {privileged}"
+    with pytest.raises(InputError, match=r"numbers has no numbers of the teacher for these ids; the completion, the chat"):
+        run("semi_opd", cfg)
+    changed = shutil.copytree(one("base") / "latest", tmp_path / "changed")
+    for path in changed.glob("*.safetensors"):
+        save_file({name: 1.001 * weight for name, weight in load_file(path).items()}, path)
+    cfg.teacher_checkpointer = OmegaConf.merge(cfg.checkpointer, {"checkpoint_dir": str(changed)})
+    with pytest.raises(InputError, match=r"numbers holds the numbers of another teacher: its weights differ"):
+        run("semi_opd", cfg)
 
 
 def test_the_small_base_earns_some_rewards_in_either_view(one):
