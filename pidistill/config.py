@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cli_args
 
 from pidistill.annotations import accepts, demanded
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 
 COMPONENT = "_component_"
 
@@ -70,7 +70,7 @@ def check_command_line(words: Sequence[str]) -> None:
         raise InputError("a run needs --config and the name of a config file")
     flags = [word for word in rest if word.startswith("-") and not word.startswith("--config=")]
     if flags:
-        raise InputError(f"{flags[0]} is no option of a recipe; write --config FILE and overrides as key=value")
+        raise InputError(f"{flags[0]} is not an option of a recipe; write --config FILE and overrides as key=value")
     merge(name, read_yaml(Path(name)), [word for word in rest if not word.startswith("-")])
 
 
@@ -81,9 +81,9 @@ def read_yaml(path: Path) -> DictConfig:
     except OSError as error:
         raise InputError(f"config {path} cannot be read ({error.strerror or error}); check the path") from error
     except (yaml.YAMLError, ValueError, OmegaConfBaseException) as error:
-        raise InputError(f"config {path} is not valid YAML ({' '.join(str(error).split())})") from error
+        raise InputError(f"config {path} is not valid YAML ({one_line(error)})") from error
     if not isinstance(config, DictConfig) or not all(isinstance(key, str) for key in config):
-        raise InputError(f"config {path} is not a mapping of keys to values")
+        raise InputError(f"config {path} is not a mapping of keys to values; write a line `key: value` for each key")
     if "config" in config:
         raise InputError(f"config {path} has the key config, which the command line's --config would replace; remove it")
     return config
@@ -96,7 +96,7 @@ def merge(name: str, config: DictConfig, overrides: Sequence[str]) -> DictConfig
         merged = _merge_yaml_and_cli_args(argparse.Namespace(**OmegaConf.to_container(config, resolve=False)), list(overrides))
         OmegaConf.to_container(merged, resolve=True)
     except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise InputError(f"config {name} does not take {said} ({' '.join(str(error).split())})") from error
+        raise InputError(f"config {name} does not take {said} ({one_line(error)})") from error
     except RecursionError as error:
         raise InputError(f"config {name} does not take {said} (an interpolation refers to itself)") from error
     return merged
@@ -187,7 +187,7 @@ def resolve(path: str) -> Any:
         if (new := _moved(path)) is not None:
             raise InputError(f"component {path} has moved; write {new}") from None
         cause = error.__cause__ or error
-        reason = " ".join(str(cause).split()) or type(cause).__name__
+        reason = one_line(cause)
         raise InputError(f"component {path} cannot be found ({reason}); check the dotted path") from error
 
 
@@ -208,7 +208,7 @@ def check_config(cfg: DictConfig, known: Collection[str], required: Collection[s
     interpolated = set(re.findall(r"\$\{([A-Za-z_]\w*)", str(raw)))
     for key in raw:
         if key not in known and key not in interpolated:
-            raise InputError(f"config key {key} is read by nothing in this recipe{_closest(key, known)}")
+            raise InputError(f"config key {key} is not read by this recipe{_closest(key, known)}")
     for key in required:
         if raw.get(key) is None:
             raise InputError(f"config key {key} is missing; this recipe needs it")
@@ -229,8 +229,12 @@ def _check_component(path: str, node: Any, raw: Any) -> None:
         return
     for key, value in node.items():
         _check_component(f"{path}.{key}", value, raw[key] if isinstance(raw, dict) else raw)
-    if COMPONENT not in node:
-        return
+    if COMPONENT in node:
+        _check_arguments(path, node, raw)
+
+
+def _check_arguments(path: str, node: dict[str, Any], raw: Any) -> None:
+    """Refuse a component that cannot be found, and arguments that it does not take or that it lacks."""
     if not isinstance(node[COMPONENT], str):
         raise InputError(
             f"config key {path}._component_ is {node[COMPONENT]}, not a dotted path; on the command line, write "

@@ -1,10 +1,10 @@
-"""Hold the one exception for wrong input, whose message is a sentence that says what to change, and how text is shown."""
+"""Hold the exception for wrong input, whose message is a sentence that says what to change, checks, and how text is shown."""
 
 import logging
 import re
 import reprlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -16,6 +16,25 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 
 class InputError(ValueError):
     """Refuse a wrong config, data or checkpoint. Recipes print the message alone, without a traceback, and exit with 2."""
+
+
+def check_choice(key: str, value: object, choices: Iterable[object], because: str = "") -> None:
+    """Refuse a value of the config key ``key`` that is none of ``choices``; ``because`` says why there are no others."""
+    # `in` alone would take 0 for False.
+    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
+        names = ", ".join("null" if choice is None else str(choice) for choice in choices)
+        raise InputError(f"{key}={value} is unknown{f' ({because})' if because else ''}; choose one of {names}")
+
+
+def check_count(key: str, value: int | None, null: str = "") -> None:
+    """Refuse a value of the config key ``key`` that is below 1; ``null`` says what null stands for, where it is a value."""
+    if value is not None and value < 1:
+        raise InputError(f"{key}={value} must be at least 1{f', or null for {null}' if null else ''}")
+
+
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """Return what an exception says, in one line of at most ``limit`` characters; its class where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def escape_controls(text: str) -> str:

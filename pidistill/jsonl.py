@@ -1,4 +1,4 @@
-"""Read and write files of one JSON object per line, and replace a file whole."""
+"""Read JSON objects, read and write files of one object per line, and replace a file whole."""
 
 import json
 import os
@@ -7,7 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pidistill.errors import InputError
+
 TRAINING_ROLLOUTS = "training_rollouts.jsonl"  # written by pidistill.training.rollout_log, read by `pidistill report`
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """Return the object in a JSON file; the error says what is wrong with the file, and then the ``advice``."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}); {advice}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds a {type(found).__name__}, not a JSON object; {advice}")
+    return found
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

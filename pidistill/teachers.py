@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtune.modules.peft import disable_adapter
 
-from pidistill.errors import InputError
+from pidistill.data.routes import route_of
+from pidistill.errors import InputError, check_choice
 from pidistill.models.adapters import has_adapters
 from pidistill.models.protocol import Decoder
 from pidistill.types import Example, Rollout, RolloutKey
@@ -63,7 +64,7 @@ NO_ADAPTERS = (
 class Teacher(Protocol):
     """Say whose weights score the teacher view. A teacher subclasses this and says what differs.
 
-    As written here it holds no weights and no state, and it can sample.
+    The defaults are those of a teacher that holds no weights and no state, and can sample.
     """
 
     live: bool = False  # True where the trained model itself is the teacher; only then can the teacher view be trained
@@ -93,7 +94,7 @@ class Teacher(Protocol):
         return None
 
     def balance(self, rollouts: Sequence[Rollout], sums: Callable[[dict[str, float]], dict[str, float]]) -> None:
-        """Write onto this rank's rollouts of a step what each counts; ``sums`` adds named numbers over all ranks."""
+        """Write onto each of this rank's rollouts of a step how much it counts; ``sums`` adds named numbers over all ranks."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,10 +118,10 @@ class LiveTeacher(Teacher):
 class HiddenMemory:
     """Keep hidden states [policy tokens, H] of rollouts that a teacher has read before, for weights that never change.
 
-    For rollouts that are scored several times: by the behaviour's KL and the update, by several updates of a round, or, a
-    dataset's completions, in every epoch. A micro-batch is read again where one of its rollouts is not kept, on any rank. What
-    is kept goes with the rollout; what does not fit is not kept. Another packing rounds differently, so that a resumed run,
-    which has forgotten, may differ in the last digits.
+    It saves forwards where rollouts are scored several times: for the behaviour's KL and for the update, in several updates of
+    a round, or in every epoch (completions of a dataset). A micro-batch is read again if any rank lacks one of its rollouts.
+    Hidden states are removed with their rollout, and those that do not fit are not kept. A resumed run starts with an empty
+    memory and may pack differently, so that the last digits may differ.
 
     Args:
         gib: host memory per rank for it.
@@ -135,21 +136,31 @@ class HiddenMemory:
     def of(
         self, rollouts: Sequence[Rollout], none: Float[Tensor, "0 H"], read: Callable[[], Float[Tensor, "N H"]]
     ) -> Float[Tensor, "N H"]:
-        """Return those of the policy tokens of ``rollouts``: kept ones if all ranks have all of them, else from ``read``."""
-        kept = [self._kept.get(rollout.key) for rollout in rollouts]
+        """Return hidden states of the policy tokens: the kept ones if every rank has all of its own, else from ``read``."""
+        kept = [self.kept(rollout) for rollout in rollouts]
         if on_all_ranks(all(hidden is not None for hidden in kept), none.device):
             return torch.cat([none, *(hidden.to(none.device) for hidden in kept)])
-        whole = read()
+        read_now = read().split([rollout.policy_tokens for rollout in rollouts])
+        self.keep(rollouts, read_now)
+        # What is kept stands, since another packing rounds differently.
+        parts = [new if old is None else old.to(none.device) for old, new in zip(kept, read_now, strict=True)]
+        return torch.cat([none, *parts])
+
+    def kept(self, rollout: Rollout) -> Float[Tensor, "n H"] | None:
+        """Return what is kept of a rollout; None where nothing is."""
+        return self._kept.get(rollout.key)
+
+    def keep(self, rollouts: Sequence[Rollout], parts: Sequence[Float[Tensor, "_ H"]]) -> None:
+        """Keep what has been read of each rollout, as far as it fits."""
         used = sum(hidden.nbytes for hidden in self._kept.values())
-        for rollout, hidden in zip(rollouts, whole.split([r.policy_tokens for r in rollouts]), strict=True):
+        for rollout, hidden in zip(rollouts, parts, strict=True):
             if rollout.key not in self._kept and used + hidden.nbytes <= self._bytes:
                 self._kept[rollout.key] = hidden.cpu().clone()
                 used += hidden.nbytes
-        return whole
 
 
 def on_all_ranks(yes: bool, device: torch.device) -> bool:
-    """Return whether ``yes`` holds on every rank: what calls a collective, such as a sharded forward, all ranks do or none."""
+    """Return whether ``yes`` holds on every rank: all ranks or none must call a collective, such as a sharded forward."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return yes
     answer = torch.tensor(int(yes), device=device)
@@ -222,8 +233,8 @@ class EMATeacher(Teacher):
     """Teach with an average, φ ← (1−rate)·φ + rate·θ after every optimiser step, starting from the initial weights.
 
     The average is kept in fp32 with any dtype of the model: in bf16 a small rate would round every step away. Where the weights
-    are in fp32, as in mixed precision, they are the average themselves, without a copy. Of a model with LoRA adapters these
-    alone are averaged; the rest never moves.
+    are in fp32, as in mixed precision, they are the average themselves, without a copy. Of a model with LoRA adapters only the
+    adapters are averaged, because the other weights never change.
     """
 
     own_weights = True
@@ -334,26 +345,18 @@ class RoutedTeacher(Teacher):
         if not teachers or (default is not None and default not in teachers):
             known = ", ".join(teachers) or "none"
             raise InputError(
-                f"teacher.default={default} must be null or one of teacher.teachers ({known}), which needs entries"
+                f"teacher.default={default} must be null or one of teacher.teachers ({known}), which must not be empty"
             )
-        if balance not in ("tokens", "teachers"):
-            raise InputError(f"teacher.balance={balance} is unknown; choose tokens or teachers")
+        check_choice("teacher.balance", balance, ("tokens", "teachers"))
         if named := [name for name in teachers if "/" in name]:
-            raise InputError(f"teacher.teachers has the name {named[0]!r}; the / divides names from states: leave it out")
+            raise InputError(f"teacher.teachers has the name {named[0]!r}; names of states hold /, so leave it out")
         if any(isinstance(teacher, RoutedTeacher) for teacher in teachers.values()):
             raise InputError("teacher.teachers holds a RoutedTeacher; name all teachers in one")
         self.key, self.teachers, self.default, self._balance = key, teachers, default, balance
 
     def name_of(self, example: Example) -> str:
         """Return the name of the example's teacher; InputError where it has none."""
-        given = example.data.get(self.key)
-        name = self.default if given is None else str(given)
-        if name not in self.teachers:
-            raise InputError(
-                f"{example.id}: its {self.key} is {name!r}, and teacher.teachers has {', '.join(self.teachers)}; add that "
-                "teacher, or set teacher.default for rows without the key"
-            )
-        return name
+        return route_of(example, self.key, self.teachers, self.default, "teacher")
 
     def attach(self, load_copy: Callable[..., Decoder]) -> None:
         for name, teacher in self.teachers.items():

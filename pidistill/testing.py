@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchtune.models.llama3 import llama3
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -94,8 +94,7 @@ def tiny_hf_checkpoint(
     """
     from transformers import AutoModelForCausalLM  # a test extra: the rest of this module works without it
 
-    if family not in ("qwen2", "qwen3", "llama"):
-        raise InputError(f"family is {family!r}; tiny_hf_checkpoint writes 'qwen2', 'qwen3' and 'llama'")
+    check_choice("family", family, ("qwen2", "qwen3", "llama"))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from pidistill.errors import InputError
 
 Message = dict[str, Any]  # OpenAI chat format: {"role": ..., "content": ..., "tool_calls"?, "tool_call_id"?, "name"?}
+Tools = Sequence[Mapping[str, Any]] | None  # tool schemas, as chat templates take them
 ViewName = Literal["student", "teacher"]
 
 
@@ -49,7 +50,7 @@ class PromptPair:
 
 
 class RolloutKey:
-    """Identify a rollout weakly: what is kept under the key goes when the last copy of the rollout does."""
+    """Be the weak key of what is kept about a rollout: it is removed when the last copy of the rollout is gone."""
 
 
 @dataclass
@@ -76,14 +77,17 @@ class Rollout:
     reward_parts: dict[str, float] = field(default_factory=dict)  # each part of the reward under its own name, for the log
     turn_rewards: list[float] = field(default_factory=list)  # the reward of each assistant turn; sums to `reward`
     turn_policy_tokens: list[int] = field(default_factory=list)  # policy tokens of each assistant turn
-    behaviour_values: list[float] | None = None  # what the objective's `behaviour_values` made, under the weights that sampled
-    task_reward: float | None = None  # the environment's alone, on which success is judged; `reward` where it is not given
+    behaviour_values: list[float] | None = None  # from the objective's `behaviour_values`, with the weights that sampled
+    task_reward: float | None = None  # the environment's reward only, by which success is judged; `reward` if not given
     trainer_logprobs: list[float] | None = None  # the trainer's own, under the weights that sampled
     importance_weights: list[float] | None = None  # min(π/μ, cap); see `scoring/mismatch.py`
     kept: list[Sequence[int] | None] | None = None  # ids that top-k and top-p left per policy token, None for all of them
     loss_weights: list[float] | None = None  # constants that multiply each policy token's whole loss, 0 where a mask stands
     keep: bool = True  # False: out of every loss term and of the token count; the reward stays in the group's mean
     balance: float = 1.0  # multiplies the rollout's loss in the present step, beside `loss_weights`
+    # Where the teacher reads privileged information with an observation: `completion[first:last]` reads as `ids` to it.
+    teacher_reads: list[tuple[int, int, list[int]]] = field(default_factory=list)
+    teacher_reads_left_out: int = 0  # such texts for which the teacher's view had no room
     key: "RolloutKey" = field(default_factory=lambda: RolloutKey(), repr=False, compare=False)  # the same in a changed copy
 
     def __post_init__(self) -> None:
@@ -93,15 +97,35 @@ class Rollout:
     def policy_tokens(self) -> int:
         return sum(self.policy_mask)
 
+    def sequence(self, view: ViewName) -> tuple[list[int], list[int]]:
+        """Return the ids that a view reads, the prompt first, and where each policy token stands among them."""
+        ids, done, end = list(self.prompts.of(view)), 0, len(self.completion)
+        places: list[int] = []
+        for first, last, shown in [*(self.teacher_reads if view == "teacher" else ()), (end, end, [])]:
+            places += [len(ids) + t - done for t in range(done, first) if self.policy_mask[t]]
+            ids += self.completion[done:first] + shown
+            done = last
+        return ids, places
+
+    def tokens_with_privileged(self) -> list[bool]:
+        """Return, per policy token, whether its prompt or the observation right before its turn has privileged information."""
+        answers = {last for _, last, _ in self.teacher_reads}
+        found: list[bool] = []
+        told = self.prompts.has_privileged
+        for t, is_policy in enumerate(self.policy_mask):
+            told = self.prompts.has_privileged or t in answers or (told and is_policy)
+            found += [told] * is_policy
+        return found
+
 
 @dataclass(frozen=True)
 class RolloutAdvantage:
-    """Hold what a round says of one rollout before any gradient step."""
+    """Hold the advantage of one rollout, computed once per round before its first gradient step."""
 
-    advantage: float  # the advantage from the reward alone, the same for every policy token
+    advantage: float  # the advantage from the reward only, the same for every policy token
     kl: list[float] | None = None  # [policy tokens] what `kl_mode` adds for the view that sampled; None where it adds nothing
     keep: bool = True  # False drops the rollout from every loss term and from the token count
-    tokens: list[float] | None = None  # [policy tokens] in its place, where turns have advantages of their own; None elsewhere
+    tokens: list[float] | None = None  # [policy tokens] used instead of `advantage` where each turn has its own; else None
     snis_weight: float | None = None  # self-normalised importance weight × the group's size; None where none was asked for
 
 
@@ -147,7 +171,7 @@ class BatchInputs(Protocol):
 
 @dataclass(frozen=True)
 class KeptSets:
-    """Hold the ids that each policy token was drawn from, token after token; none stands for the whole vocabulary.
+    """Hold the ids that each policy token was drawn from, token after token; a token without ids had the whole vocabulary.
 
     Attributes:
         ids: [M]. starts: [N + 1] the ids of token n are ``ids[starts[n] : starts[n + 1]]``.
@@ -197,7 +221,7 @@ class Batch:
     importance_weights: Float[Tensor, " N"] | None = None  # factors of the policy-gradient loss; None where that is off
     loss_weights: Float[Tensor, " N"] | None = None  # constants that multiply the token's whole loss; None where that is 1
     turn_index: Int[Tensor, " N"] | None = None  # which assistant turn of its rollout the token belongs to, from 0
-    # What makes turns count alike: (tokens of the rollout) / (its turns × tokens of the turn).
+    # Factor with which all turns count alike: (tokens of the rollout) / (its turns × tokens of the turn).
     turn_balance: Float[Tensor, " N"] | None = None
     rollout_tokens: Float[Tensor, " N"] | None = None  # how many policy tokens the token's rollout has
     kept: "KeptSets | None" = None  # the ids that each token was drawn from, where the sampler cut its distribution
@@ -248,7 +272,8 @@ class Scores:
     teacher_entropy: Float[Tensor, " N"] | None
     student_kept_mass: Float[Tensor, " N"] | None = None
     teacher_kept_mass: Float[Tensor, " N"] | None = None
-    # A mixture's auxiliary loss over this forward's tokens, weighted: the recipes add it to every policy token's loss, so that
+    # The weighted auxiliary loss of a mixture of experts over this forward's tokens: the recipes add it to every policy token's
+    # loss, so that
     # micro-batches count by their policy tokens. 0.0 where `model` gives it no weight.
     router_loss: Float[Tensor, ""] | float = 0.0
 

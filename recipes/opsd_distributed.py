@@ -80,7 +80,7 @@ class OPSDRecipe:
         self._completions = row_completions(self._data, self._sampler.temperature) if self._objective.on_policy_frac < 1 else []
         must_match = self._round_sizes.must_match | {"rows": len(self._data.prompts)}
         self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_, must_match=must_match)
-        self._teacher = build_teacher(cfg, [example for example, _ in self._data.prompts])
+        self._teacher = build_teacher(cfg, [example for example, _ in self._data.prompts], self._objective)
         self._mismatch, self._corrections = load_mismatch(cfg, self._run, self._sampler, SAMPLING_VIEW)
         check_method(cfg, self._objective, self._sampler, self._teacher, SAMPLING_VIEW)
 
@@ -160,19 +160,19 @@ class OPSDRecipe:
         return [rollout for rollout in rollouts if rollout.group not in replaced] + guided
 
     def dataset_completions(self, groups: list[tuple[int, int]], round_: int) -> list[Rollout]:
-        """Take the dataset's own completion where the coin of `objective.lmbda` says so (GKD); those groups are not sampled."""
+        """Return the dataset's completions for the share of groups that `objective.lmbda` does not sample (GKD)."""
         frac, seed = self._objective.on_policy_frac, self._run.seed
         chosen = [(g, row) for g, row in groups if random.Random(f"{seed} {round_} {g} off-policy").random() >= frac]
         return [replace(self._completions[row], group=group) for group, row in chosen]
 
     @torch.no_grad()
     def score_behaviour(self, rollouts: list[Rollout]) -> None:
-        """Write onto each rollout what is asked for under the weights that sampled: a KL estimate, `importance_weights`."""
+        """Score the round before its first update: write KL estimates and `importance_weights` onto its rollouts."""
         self._mismatch.start_round(lagged=self._rounds.lagged)
         request = self._objective.behaviour_request()
         if request is None and self._corrections is None:
             return
-        views = ("student", "teacher") if self._objective.guides_failed_groups else (SAMPLING_VIEW,)  # hinted samples
+        views = ("student", "teacher") if self._objective.guides_failed_groups else (SAMPLING_VIEW,)  # hinted samples too
         for chunk in self._packer.micro_batches(rollouts):
             batch = self._packer.batch(chunk)
             with self._timer.phase("score"):
@@ -207,7 +207,7 @@ class OPSDRecipe:
             sums.update(token_sums(batch, scores, token_loss.metrics, self._teacher.names(batch.views.rollouts)))
         supervised_loss = self._supervised.backward(self._model, self._step)
         total_loss = self._run.sum(total_loss + supervised_loss)
-        mismatch = self._mismatch.report()  # before the step: beyond the limit nothing is learned from these samples
+        mismatch = self._mismatch.report()  # before the step: above its limit it ends the run
         with self._timer.phase("update"):
             dump = functools.partial(dump_rollouts, [rollout for rollout, _ in kept])
             result = self._updates.step(total_loss, tokens, dump, self._step + 1, supervised_term=self._supervised.active)

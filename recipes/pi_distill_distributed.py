@@ -69,7 +69,7 @@ class PiDistillRecipe:
         self._texts = TextSamples(cfg, self._run, self._data, self._rounds.collect)
         must_match = self._round_sizes.must_match | {"rows": len(self._data.prompts)}
         self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_, must_match=must_match)
-        self._teacher = build_teacher(cfg, [example for example, _ in self._data.prompts])
+        self._teacher = build_teacher(cfg, [example for example, _ in self._data.prompts], self._objective)
         self._mismatch, self._corrections = load_mismatch(cfg, self._run, self._sampler, SAMPLING_VIEW)
         check_method(cfg, self._objective, self._sampler, self._teacher, SAMPLING_VIEW)
 
@@ -120,12 +120,12 @@ class PiDistillRecipe:
         return collected.rollouts, {"rollouts": float(len(groups) * self._round_sizes.group_size)} | collected.dropped
 
     def sampling_teacher(self, step: int) -> Teacher:
-        """Return whose weights sample: the live ones; at α=0, where they do not learn to teach, the `teacher`'s."""
+        """Return the teacher whose weights sample: the trained model, or at α=0 the config's `teacher`."""
         return self._teacher if self._objective.samples_from_teacher_weights(step) else LiveTeacher()
 
     @torch.no_grad()
     def score_behaviour(self, rollouts: list[Rollout]) -> None:
-        """Write onto each rollout what is asked for under the weights that sampled: a KL estimate, `importance_weights`."""
+        """Score the round before its first update: write KL estimates and `importance_weights` onto its rollouts."""
         self._mismatch.start_round(lagged=self._rounds.lagged)
         request, teacher = self._objective.behaviour_request(), self.sampling_teacher(self._step)
         if request is None and self._corrections is None:
@@ -164,7 +164,7 @@ class PiDistillRecipe:
             sums.update(token_sums(batch, scores, token_loss.metrics, self._teacher.names(batch.views.rollouts)))
         supervised_loss = self._supervised.backward(self._model, self._step)
         total_loss = self._run.sum(total_loss + supervised_loss)
-        mismatch = self._mismatch.report()  # before the step: beyond the limit nothing is learned from these samples
+        mismatch = self._mismatch.report()  # before the step: above its limit it ends the run
         with self._timer.phase("update"):
             dump = functools.partial(dump_rollouts, [rollout for rollout, _ in kept])
             result = self._updates.step(total_loss, tokens, dump, self._step + 1, supervised_term=self._supervised.active)

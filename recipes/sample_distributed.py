@@ -1,4 +1,4 @@
-"""Sample a checkpoint and keep some of what it says as demonstrations, for the stages of a method that end in SFT.
+"""Sample a checkpoint and keep some completions as demonstrations: the first stage of methods that end in SFT.
 
 every row of `dataset` × `samples_per_prompt` samples of `view` → rewards → `selection` → `traces.jsonl`, which
 pidistill.data.chat_dataset reads (RFT with privileged information, intervention training: see pidistill/rollouts/selections.py)
@@ -72,7 +72,7 @@ class SampleRecipe:
 
     def sample(self) -> dict[str, float]:
         """Sample, select and write batch after batch; returns what :meth:`report` writes."""
-        if self._run.is_main:  # what an earlier run left must not pass for this one's
+        if self._run.is_main:  # files of an earlier run must not be taken for this run's
             for path in self._aside.values():
                 path.unlink(missing_ok=True)
                 path.with_name(path.name[1:]).unlink(missing_ok=True)

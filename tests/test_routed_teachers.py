@@ -152,7 +152,7 @@ def test_the_state_of_every_teacher_is_kept_under_its_name():
 def test_weights_named_for_a_teacher_that_takes_the_trained_models_are_refused(part):
     teacher = RoutedTeacher("domain", {"1": FrozenTeacher(), "2": part})
     check_routed(OmegaConf.create({"teacher_models": {1: {}}, "teacher_checkpointers": {1: {}}}), teacher)
-    with pytest.raises(InputError, match=rf"teacher_checkpointers\.2 is read by nothing: {type(part).__name__} teaches with"):
+    with pytest.raises(InputError, match=rf"teacher_checkpointers\.2 is not read, because {type(part).__name__} teaches with"):
         check_routed(OmegaConf.create({"teacher_checkpointers": {1: {}, 2: {}}}), teacher)
 
 
@@ -168,9 +168,9 @@ def test_what_no_teacher_is_named_for_is_refused():
     with pytest.raises(InputError, match=r"its domain is None"):
         RoutedTeacher("domain", {"math": FrozenTeacher()}).name_of(type(row.example)(id="x", messages=[]))
     for settings, match in (
-        ({"teachers": {}}, "needs entries"),
+        ({"teachers": {}}, "must not be empty"),
         ({"teachers": {"a": FrozenTeacher()}, "default": "b"}, "teacher.default=b must be null or one of"),
-        ({"teachers": {"a/b": FrozenTeacher()}}, "teacher.teachers has the name 'a/b'; the / divides"),
+        ({"teachers": {"a/b": FrozenTeacher()}}, "teacher.teachers has the name 'a/b'; names of states hold /"),
         ({"teachers": {"a": FrozenTeacher()}, "balance": "rows"}, "teacher.balance=rows is unknown"),
     ):
         with pytest.raises(InputError, match=match):

@@ -23,7 +23,7 @@ CALL_TEMPLATE = "{number}. {name}({arguments})"
 
 @dataclass(frozen=True)
 class ToolCall:
-    """Holds the name and the arguments of one call: an object, or the text that a model wrote instead of one."""
+    """Hold the name and the arguments of one call: an object, or the text that a model wrote instead of one."""
 
     name: str
     arguments: Any

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, bounded_repr
 from pidistill.types import Message
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -118,7 +118,9 @@ def _check_message(message: Any, where: str) -> Message:
     if "role" not in message and "from" in message:
         message = _from_sharegpt(message, where)
     if "role" not in message:
-        raise InputError(f"{where} has no 'role' (it has: {', '.join(message) or 'nothing'})")
+        raise InputError(
+            f"{where} has no 'role' (it has: {', '.join(message) or 'nothing'}); give it one of {', '.join(ROLES)}"
+        )
     message["role"] = _OTHER_ROLES.get(message["role"], message["role"])
     if message["role"] not in ROLES:
         raise InputError(f"{where} has the unknown role {message['role']!r}; known roles are {', '.join(ROLES)}")
@@ -134,7 +136,7 @@ def _from_sharegpt(message: Message, where: str) -> Message:
     """Return a message of ``from`` and ``value`` with ``role`` and ``content``."""
     speaker = message.pop("from")
     if speaker not in _SHAREGPT_ROLES:
-        raise InputError(f"{where} is from {speaker!r}; known are {', '.join(_SHAREGPT_ROLES)}")
+        raise InputError(f"{where} is from {speaker!r}, which is unknown; write one of {', '.join(_SHAREGPT_ROLES)}")
     message = {"role": _SHAREGPT_ROLES[speaker], **message}
     if "value" in message:
         message["function_call" if speaker == "function_call" else "content"] = message.pop("value")
@@ -161,7 +163,7 @@ def _check_content(message: Message, where: str) -> None:
             raise InputError(f"{where} has no 'content'; only an assistant message with 'tool_calls' may lack it")
     elif isinstance(content, list):
         if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
-            raise InputError(f"{where} has a content part that is not text; only text is supported")
+            raise InputError(f"{where} has a content part that is not text; only text is supported, so leave the row out")
         message["content"] = [_without_null_fields(part) for part in content]
     elif not isinstance(content, str):
         raise InputError(f"{where} has a 'content' of type {type(content).__name__}; it must be text")
@@ -181,7 +183,9 @@ def _check_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
 def _check_tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise InputError(f"{where} has a tool call without a function name: {call!r}")
+        raise InputError(
+            f"{where} has a tool call without a function name ({bounded_repr(call)}); give it a name, or leave the row out"
+        )
     function = {**_without_null_fields(function), "arguments": parsed_arguments(function.get("arguments"))}
     return {**_without_null_fields(call), "function": function} if "function" in call else function
 
@@ -197,7 +201,7 @@ def _read_weight(message: Message, where: str) -> None:
                 "(0: the turn is not learned), or remove it"
             )
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise InputError(f"{where}: {key} is {value!r}; a turn is learned (1) or not (0), and nothing between is supported")
+            raise InputError(f"{where}: {key} is {value!r}; write 1 for a turn that is learned, or 0 for one that is not")
         if value and message["role"] != "assistant":
             raise InputError(
                 f"{where}: {key} is {value!r} on a {message['role']} message; only assistant messages are learned: set it to 0 "

@@ -26,11 +26,10 @@ from pidistill.chat.call_json import MalformedCall, function_call, read_json
 from pidistill.chat.harmony import read_harmony
 from pidistill.chat.messages import message_text
 from pidistill.chat.xml_calls import read_xml_call
-from pidistill.types import Message
+from pidistill.types import Message, Tools
 
 FORMATS = ("hermes", "llama3", "xml", "harmony", "action", "none")
 
-Tools = Sequence[Mapping[str, Any]] | None
 _PYTHON_TAG = "<|python_tag|>"
 _ACTION_INSTRUCTIONS = """\
 You can call these tools:
@@ -130,9 +129,7 @@ def _call(text: str, argument_keys: Sequence[str]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- the action format
 
 
-def as_plain_messages(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, default_system: str | None
-) -> list[Message]:
+def as_plain_messages(messages: Sequence[Message], tools: Tools, default_system: str | None) -> list[Message]:
     """Return a conversation with tools as one without: schemas in the system message, calls and results in text.
 
     For the action format, whose templates have no place for tools. The results of one turn share a user message: some of these

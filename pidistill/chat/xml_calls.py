@@ -12,17 +12,18 @@ What is of no permitted type stays text, and the tool answers that. A value ends
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pidistill.chat.call_json import MalformedCall, function_call, read_json
+from pidistill.types import Tools
 
 _FUNCTION = re.compile(r"\s*<function=([^<>\s]+)>(.*)</function>\s*", re.DOTALL)
 _PARAMETER = re.compile(r"\s*<parameter=([^<>\n]+)>(.*?)</parameter>", re.DOTALL)
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
 
 
-def read_xml_call(text: str, tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
+def read_xml_call(text: str, tools: Tools) -> dict[str, Any]:
     """Return the call that stands between ``<tool_call>`` tags; ``tools`` give the types of its arguments."""
     function = _FUNCTION.fullmatch(text)
     if function is None:
@@ -49,7 +50,7 @@ def _parameters(name: str, inside: str) -> Iterator[tuple[str, str]]:
         at = parameter.end()
 
 
-def _parameter_schemas(name: str, tools: Sequence[Mapping[str, Any]] | None) -> Mapping[str, Any]:
+def _parameter_schemas(name: str, tools: Tools) -> Mapping[str, Any]:
     functions = [tool.get("function", tool) for tool in tools or []]
     schema = next((function.get("parameters") for function in functions if function.get("name") == name), None)
     found = schema.get("properties") if isinstance(schema, Mapping) else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pidistill.commands.common import exit_on_input_error, refuse
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 
 # Our own commands: the module whose `main` gets the words behind the command, and what the help says.
 COMMANDS = {
@@ -131,7 +131,7 @@ def run_torchtune() -> None:
         # With torchrun's options the recipe runs in other processes, so that an error here is one of their launch.
         if "recipe_args" not in arguments or len(sys.argv) - 3 <= len(arguments.recipe_args):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         refuse(f"the processes cannot be launched ({reason}); check the options in front of {arguments.recipe}")
 
 

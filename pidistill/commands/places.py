@@ -67,7 +67,7 @@ def keys_of_recipe(recipe: str) -> tuple[frozenset[str], tuple[str, ...]] | None
 
 
 def is_supervised(name: str, config: DictConfig) -> bool:
-    """Return whether a config's recipe (by its first line, else by its keys) trains on the dataset's completions alone."""
+    """Return whether a config's recipe (by its first line, else by its keys) trains only on the dataset's completions."""
     try:
         recipe = recipe_of(name)
     except InputError:
@@ -77,7 +77,7 @@ def is_supervised(name: str, config: DictConfig) -> bool:
 
 
 def learns_demonstrations(config: DictConfig) -> bool:
-    """Return whether a config has the key `batch_size`, which of the bundled recipes the supervised one alone takes."""
+    """Return whether a config has the key `batch_size`, which only the supervised one of the bundled recipes takes."""
     return "batch_size" in config
 
 

@@ -3,7 +3,7 @@
 pidistill prepare gsm8k --source gsm8k_train.jsonl --output data/gsm8k_train.parquet
 pidistill prepare gsm8k --source openai/gsm8k --split test --output data/gsm8k_test.parquet --privileged answer
 
-`pidistill prepare gguf FILE --output FOLDER` makes a model folder of a GGUF file.
+`pidistill prepare gguf FILE --output FOLDER` makes a model folder from a GGUF file.
 
 A row of the file: `data_source`, `prompt` (messages), `ability`, `reward_model` (`style`, `ground_truth`), and `extra_info`
 with `split`, `index`, `question`, `answer` (both as published), `privileged_context` (what the teacher sees; null with
@@ -80,7 +80,7 @@ def prepare_gsm8k(arguments: argparse.Namespace) -> str:
     """Write the file; returns the line that says so."""
     output = Path(arguments.output)
     if output.suffix != ".parquet":
-        raise InputError(f"--output {output} is no .parquet file; qa_dataset tells the format by its name")
+        raise InputError(f"--output {output} must end in .parquet, because qa_dataset recognises a format by the file's name")
     examples = gsm8k_dataset(
         arguments.source,
         privileged=arguments.privileged,

@@ -1,4 +1,4 @@
-"""`pidistill prepare gguf FILE --output FOLDER`: make a model folder in Hugging Face's format of a GGUF file.
+"""`pidistill prepare gguf FILE --output FOLDER`: make a model folder in Hugging Face's format from a GGUF file.
 
 transformers reads and dequantises the file, so its families and quantisations are those of transformers. The folder holds bf16
 weights, config.json, the tokenizer and the chat template of the file. The weights are what the quantisation left of the model:
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pidistill.commands.common import Parser, exit_on_input_error
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 
 # The least cosine of an embedding and an output head that were one matrix before they were quantised in two ways.
 _TIED_COSINE = 0.99
@@ -44,7 +44,7 @@ def convert(file: Path, output: Path) -> str:
         loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:  # the reader raises whatever a broken file leads it to
-        raise InputError(f"transformers cannot read {file} ({' '.join(str(error).split())[:300]})") from error
+        raise InputError(f"transformers cannot read {file} ({one_line(error, 300)})") from error
     model, tied = _clean(loaded)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output)

@@ -143,7 +143,7 @@ def _report(options: argparse.Namespace) -> None:
 def _argument(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise InputError(f"{text!r} is no argument=value")
+        raise InputError(f"{text!r} must be written as argument=value")
     return key, yaml.safe_load(value)
 
 

@@ -5,7 +5,7 @@ pidistill watch runs/tiny/pi_distill --once
 pidistill watch runs/tiny/pi_distill --serve
 
 Without `--serve` the terminal shows the progress with the time left, the last numbers with their course, and the alarms, until
-the run is complete or Ctrl-C. With it the page of `pidistill report` is on this machine's own address alone and loads itself
+the run is complete or Ctrl-C. With it the page of `pidistill report` is served on this machine only and loads itself
 again when the run has written more.
 """
 
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     made.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks")
     made.add_argument("--once", action="store_true", help="show the present state and end")
-    made.add_argument("--serve", type=int, nargs="?", const=0, metavar="PORT", help="serve the report on this machine alone")
+    made.add_argument("--serve", type=int, nargs="?", const=0, metavar="PORT", help="serve the report on this machine only")
     return made
 
 

@@ -12,5 +12,6 @@ from pidistill.data.hint_prompts import hint_prompts
 from pidistill.data.load import RecipeData, load_prompts
 from pidistill.data.order import epoch_order
 from pidistill.data.prompts import Prompts, build_prompts
+from pidistill.data.routes import joined_dataset
 from pidistill.data.stock import stock_sft_dataset
 from pidistill.privileged.trace_kinds import trace_leak_phrases

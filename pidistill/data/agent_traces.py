@@ -18,7 +18,7 @@ from pidistill.chat.messages import check_messages, with_system
 from pidistill.data.builders import check_tools
 from pidistill.data.dataset import ExampleDataset, convert_rows
 from pidistill.data.sources import get, load_rows, require_value
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.privileged.trace_kinds import TraceText
 from pidistill.privileged.trace_task import AgentTrace, TraceTask
 from pidistill.types import Example, Message
@@ -65,7 +65,7 @@ def trace_dataset(
     """Make one example per task of recorded agent episodes.
 
     A task without a successful trace has no privileged information: the objective's `no_pi` says what becomes of it (plain RL
-    by default, which needs an environment in which it can be solved: a replay of a failure has nothing to earn). Rows
+    by default, which needs an environment in which it can be solved: a replay of a failure has no reward). Rows
     that no example is made of are counted: ``other_trace_of_task``, ``no_assistant_turn``.
 
     Args:
@@ -106,7 +106,7 @@ def trace_dataset(
     )
     tasks = _range(rows.tasks, first_task, max_tasks)
     if kind == "gold_actions" and all(task.actions is None for task in tasks):
-        raise InputError(f"dataset.kind is gold_actions, and no row of {source} has any; set dataset.actions_key")
+        raise InputError(f"dataset.kind is gold_actions, and no row of {source} has reference actions; set dataset.actions_key")
     how.check_tasks([task.task for task in rows.tasks])
     common = _tools_of_file(tools_file) if tools_file else rows.tools if derive_tools and tools_key is None else None
     chosen = _choose(tasks, unsolved)
@@ -119,8 +119,7 @@ def trace_dataset(
 
 
 def _choose(tasks: Sequence[TraceTask], unsolved: str) -> list[TraceTask]:
-    if unsolved not in ("keep", "drop"):
-        raise InputError(f"dataset.unsolved is {unsolved!r}; known are keep, drop")
+    check_choice("dataset.unsolved", unsolved, ("keep", "drop"))
     return [task for task in tasks if task.source is not None or unsolved == "keep"]
 
 

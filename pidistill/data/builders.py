@@ -15,7 +15,7 @@ from pidistill.chat.messages import check_messages, last_user_index, messages_fr
 from pidistill.chat.templates import check_template
 from pidistill.data.dataset import ExampleDataset, convert_rows
 from pidistill.data.sources import get, load_rows, require_value
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.privileged.controls import WRONG_KEY
 from pidistill.types import Example, Message
 
@@ -57,10 +57,11 @@ def chat_dataset(
     rows = load_rows(source, split, data_files, max_rows, config_name)
     keys = {"messages_key": messages_key, "privileged_key": privileged_key, "completion_key": completion_key}
     rows.require_all(**keys, reference_key=reference_key, tools_key=tools_key)
-    if completion not in COMPLETIONS:
-        raise InputError(f"dataset.completion is {completion!r}; known are null, {', '.join(filter(None, COMPLETIONS))}")
+    check_choice("dataset.completion", completion, COMPLETIONS)
     if completion and completion_key:
-        raise InputError(f"dataset.completion ({completion}) and dataset.completion_key ({completion_key}) exclude each other")
+        raise InputError(
+            f"dataset.completion ({completion}) and dataset.completion_key ({completion_key}) exclude each other; remove one"
+        )
 
     def convert(where: str, row: Mapping[str, Any]) -> Example:
         conversation = _conversation(require_value(row, messages_key, where, "messages_key"), where, messages_key, "user")
@@ -101,7 +102,9 @@ def _split_conversation(messages: list[Message], how: str | None, where: str) ->
             )
         return messages, None
     if "assistant" not in roles:
-        raise InputError(f"{where} has no assistant message, which dataset.completion: {how} needs")
+        raise InputError(
+            f"{where} has no assistant message, which dataset.completion: {how} needs; leave the row out, or set it to null"
+        )
     last = len(roles) - 1 - roles[::-1].index("assistant")
     if how == "from_first_assistant":
         first = roles.index("assistant")
@@ -109,7 +112,10 @@ def _split_conversation(messages: list[Message], how: str | None, where: str) ->
         user = last_user_index(messages[:last])
         first = 0 if user is None else user + 1
     if first == 0 or roles[first] != "assistant":
-        raise InputError(f"{where}: no assistant message follows the last user message directly (roles: {', '.join(roles)})")
+        raise InputError(
+            f"{where}: no assistant message follows the last user message directly (roles: {', '.join(roles)}); correct the "
+            "order of the messages, or leave the row out"
+        )
     return messages[:first], messages[first : last + 1]
 
 
@@ -124,7 +130,7 @@ def _demonstration(value: Any, where: str, key: str) -> list[Message] | None:
         return None
     messages = _conversation(value, where, key, "assistant")
     if messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
-        raise InputError(f"{where}: {key} must begin and end with an assistant message")
+        raise InputError(f"{where}: {key} must begin and end with an assistant message; move the others into the prompt")
     return messages
 
 
@@ -147,7 +153,7 @@ def check_tools(value: Any, where: str, key: str) -> list[dict[str, Any]] | None
         except json.JSONDecodeError as error:
             raise InputError(f"{where}: {key} is text but not JSON ({error}); give a list of tool schemas") from error
     if value is not None and not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value)):
-        raise InputError(f"{where}: {key} is no list of tool schemas; check dataset.tools_key")
+        raise InputError(f"{where}: {key} is not a list of tool schemas; check dataset.tools_key")
     return value or None
 
 
@@ -242,10 +248,8 @@ def gsm8k_dataset(
         privileged: "solution" (the worked solution with its answer), "answer" (the final answer only) or "none".
         answer_format: "boxed" asks for ``\\boxed{N}``, "hashes" for ``#### N``; see :data:`GSM8K_INSTRUCTIONS`.
     """
-    if privileged not in ("solution", "answer", "none"):
-        raise InputError(f"dataset.privileged is {privileged!r}; GSM8K has solution, answer and none")
-    if answer_format not in GSM8K_INSTRUCTIONS:
-        raise InputError(f"dataset.answer_format is {answer_format!r}; known are {', '.join(GSM8K_INSTRUCTIONS)}")
+    check_choice("dataset.privileged", privileged, ("solution", "answer", "none"))
+    check_choice("dataset.answer_format", answer_format, GSM8K_INSTRUCTIONS)
     if source == "openai/gsm8k" and config_name is None:
         config_name = "main"
     rows = load_rows(source, split, data_files, max_rows, config_name)
@@ -286,5 +290,7 @@ def split_gsm8k_answer(answer: str, where: str) -> tuple[str, str]:
     solution, mark, final = answer.rpartition("####")
     final = final.strip().replace(",", "")
     if not mark or not re.fullmatch(r"-?\d+(\.\d+)?", final):
-        raise InputError(f"{where}: answer does not end with '#### N' ({answer[-40:]!r}); it is not a GSM8K row")
+        raise InputError(
+            f"{where}: answer does not end with '#### N' ({answer[-40:]!r}), so it is not a row of GSM8K; use qa_dataset"
+        )
     return re.sub(r"<<[^<>]*>>", "", solution).strip(), final

@@ -17,7 +17,7 @@ _REFUSED: ContextVar[list[InputError] | None] = ContextVar("refused", default=No
 
 @contextmanager
 def collect_refused_rows() -> Iterator[list[InputError]]:
-    """Collect the refusals of rows, within the block, in the list that is given; the rows are left out of the dataset."""
+    """Collect the errors of refused rows inside the block, in the list that it yields; the rows are left out of the dataset."""
     refused: list[InputError] = []
     token = _REFUSED.set(refused)
     try:

@@ -1,4 +1,4 @@
-"""Make rollouts that nobody sampled of a dataset's own completions: what supervised fine-tuning trains on."""
+"""Make rollouts of a dataset's own completions, without sampling: supervised fine-tuning trains on them."""
 
 import itertools
 import logging
@@ -120,12 +120,23 @@ def recorded_completion(rollout: Rollout, vocab_size: int, temperature: float = 
             "sampled with another tokenizer"
         )
     turns = [len(list(run)) for own, run in itertools.groupby(policy) if own]  # observations stand between turns
-    rollout = replace(rollout, completion=ids, policy_mask=policy, turn_policy_tokens=turns)
+    reads = _recorded_reads(record.get("teacher_reads") or [], policy, vocab_size, where)
+    rollout = replace(rollout, completion=ids, policy_mask=policy, turn_policy_tokens=turns, teacher_reads=reads)
     whole = record.get("top_k") is None and record.get("top_p") in (None, 1.0)
     if not whole or record.get("temperature", temperature) != temperature:
         return rollout
     weights = [1.0] * len(logprobs)
     return replace(rollout, trainer_logprobs=[float(x) for x in logprobs], importance_weights=weights)
+
+
+def _recorded_reads(given: list, policy: list[bool], vocab_size: int, where: str) -> list[tuple[int, int, list[int]]]:
+    """Return what the teacher read with the observations, after a check that these are observations, in order."""
+    reads = [(first, last, list(ids)) for first, last, ids in given]
+    places = [place for first, last, _ in reads for place in (first, last)]
+    whole = all(type(place) is int and 0 <= place <= len(policy) for place in places) and places == sorted(places)
+    if not whole or any(any(policy[first:last]) or not all(0 <= i < vocab_size for i in ids) for first, last, ids in reads):
+        raise InputError(f"{where}: its `{RECORDED}` has teacher_reads that are not observations of it; sample it again")
+    return reads
 
 
 def demonstration(

@@ -73,9 +73,12 @@ def check_references(environment: Any, examples: Iterable[Example]) -> None:
 
     Only the rewards of the config node ``environment`` are built, not the environment, which may start processes.
     """
-    checks = reference_checks(environment)
+    node = environment if isinstance(environment, Mapping | DictConfig) else {}
+    parts = node.get("environments") or {None: environment}  # of a RoutedEnvironment, each for its own rows
+    checks = {None if name is None else str(name): reference_checks(part) for name, part in parts.items()}
     for example in examples:
-        for check in checks:
+        name = example.data.get(node.get("key"), node.get("default")) if None not in checks else None
+        for check in checks.get(name if name is None else str(name), ()):
             check(example)
 
 
@@ -107,7 +110,7 @@ def check_models(cfg: DictConfig, tokenizer: ChatTokenizer) -> int:
     vocabulary, max_seq_len = _inspect(cfg.model)
     if tokenizer.vocab_size > vocabulary:
         raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size:,} ids but the model's vocabulary is {vocabulary:,}; they are of "
+            f"the tokenizer has {tokenizer.vocab_size:,} ids but the model's vocabulary has {vocabulary:,}; they belong to "
             "different families: check `tokenizer` and `model`"
         )
     limit = min(max_seq_len, tokenizer.max_seq_len or max_seq_len)

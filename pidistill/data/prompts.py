@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pidistill.data.dataset import ExampleDataset
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.privileged.prompt import PrivilegedPrompt, PromptViews
 from pidistill.tokenizers.base import ChatTokenizer
 from pidistill.types import Example, PromptPair
@@ -42,8 +42,8 @@ def build_prompts(
         on_overflow: "error" or "drop" for rows that are too long; None takes ``privileged.on_overflow``.
     """
     on_overflow = on_overflow or privileged.on_overflow
-    if no_pi not in NO_PI or on_overflow not in ("error", "drop"):
-        raise InputError(f"no_pi is {no_pi!r} ({', '.join(NO_PI)}) and on_overflow {on_overflow!r} (error, drop)")
+    check_choice("no_pi", no_pi, NO_PI)
+    check_choice("on_overflow", on_overflow, ("error", "drop"))
     max_seq_len = tokenizer.max_seq_len if max_seq_len is None else max_seq_len
     examples = privileged.apply_control(list(dataset), tokenizer)
     rows_without_pi = sum(not privileged.teaches(example) for example in examples)

@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 
 from pidistill.chat.messages import without_nulls
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_count
 from pidistill.jsonl import parse_jsonl
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -85,8 +85,7 @@ def load_rows(
 
     Local sources are read without network access.
     """
-    if max_rows is not None and max_rows < 1:
-        raise InputError(f"dataset.max_rows is {max_rows}; give at least 1, or null for all rows")
+    check_count("dataset.max_rows", max_rows, null="all rows")
     files = _local_files(source)
     if files and files[0].suffix != ".parquet":
         rows = _slice([row for file in files for row in read_rows(file)], source, split)[:max_rows]
@@ -132,7 +131,7 @@ def _json_rows(file: Path, text: str) -> list[tuple[str, Any]]:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        raise InputError(f"dataset.source {file} is no list of rows, each an object; check the file")
+        raise InputError(f"dataset.source {file} is not a list of objects, one for each row; check the file")
     return [(f"row {i}", row) for i, row in enumerate(value)]
 
 
@@ -167,7 +166,9 @@ def _slice(rows: list[Any], source: str, split: str) -> list[Any]:
     try:
         (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
     except (ValueError, AssertionError) as error:
-        raise InputError(f"dataset.split {split!r} is no part of {source}'s {len(rows)} rows ({error})") from error
+        raise InputError(
+            f"dataset.split {split!r} names no part of the {len(rows)} rows of {source} ({error}); set dataset.split"
+        ) from error
     return rows[part.from_ : part.to]
 
 

@@ -1,4 +1,4 @@
-"""Give our datasets to torchtune's own supervised recipes, which want tokens and labels."""
+"""Give our datasets to torchtune's own supervised recipes, which need tokens and labels."""
 
 from collections.abc import Mapping
 from typing import Any

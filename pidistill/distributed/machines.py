@@ -14,14 +14,14 @@ import torch.distributed as dist
 from omegaconf.errors import InterpolationResolutionError
 
 from pidistill.distributed.run import Run
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 
 
 @contextmanager
 def same_refusal_on_all_machines() -> Iterator[None]:
     """End all processes where one of them refuses its input, also where torchrun launched several machines.
 
-    The others would wait for the refused process until a timeout: torchrun ends the processes of its own machine alone.
+    The others would wait for the refused process until a timeout: torchrun ends only the processes of its own machine.
 
     Raises:
         InputError: another process was refused, with its sentence.
@@ -32,7 +32,7 @@ def same_refusal_on_all_machines() -> Iterator[None]:
     except (InputError, InterpolationResolutionError, OSError) as error:
         failure = error
     if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
-        sentences = _of_all_processes("" if failure is None else " ".join(str(failure).split()) or type(failure).__name__)
+        sentences = _of_all_processes("" if failure is None else one_line(failure))
         if failure is None and any(sentences):
             raise InputError(next(filter(None, sentences)))
     if failure is not None:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Run:
-    """Hold where a recipe runs. ``rank`` and ``world_size`` count data-parallel ranks, over which sums and shares are.
+    """Hold where a recipe runs. ``rank`` and ``world_size`` count data-parallel ranks; sums and shares are over these.
 
     The ranks of a tensor-parallel group have the same work, and the same results.
     """
@@ -64,7 +64,7 @@ class Run:
         return None if self.mesh is None else self.mesh[DATA].get_group()
 
     def once(self, ask: Callable[[], T]) -> T:
-        """Call ``ask()`` on one rank of a tensor-parallel group, for all of them: where two answers could differ, or cost."""
+        """Call ``ask()`` on one rank of a tensor-parallel group, and give all of them its answer."""
         if self.mesh is None:
             return ask()
         return from_first(self.mesh.get_group(TENSOR), ask() if self.is_first else None)
@@ -140,7 +140,7 @@ def gather_of_all(items: list) -> list:
 
 
 class Timer:
-    """Count seconds by phase. On CUDA each phase ends with a synchronisation, so that time lands where it was spent."""
+    """Count seconds by phase. On CUDA each phase ends with a synchronisation, so that it gets all of its own time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

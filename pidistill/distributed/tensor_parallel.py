@@ -4,7 +4,7 @@ torchtune's plan for Llama 3, of which the layers' part is used: queries, keys, 
 rows. FSDP2 shards the layers over the data-parallel ranks, and what stands outside them (embedding, last norm, output head),
 with which all tensor-parallel ranks compute the same, over all ranks.
 
-The ranks of a group wait for each other in every layer, so they must make the same forwards. The first of them alone samples,
+The ranks of a group wait for each other in every layer, so they must make the same forwards. Only the first of them samples,
 asks the environment and the judges; the others run the forwards it is about to run, and are given what it got.
 """
 
@@ -185,7 +185,7 @@ def shard_model(
     the data-parallel ones.
 
     Args:
-        mesh: [data-parallel, tensor-parallel]; None where all ranks are data-parallel ones. One process alone may shard too:
+        mesh: [data-parallel, tensor-parallel]; None where all ranks are data-parallel ones. A single process may shard too:
             then its frozen weights, which need neither gathering nor another dtype, stay what they are.
         replicas: [groups, ranks of a group], where each group holds all shards and gradients are added up over groups too;
             None is one group.
@@ -243,7 +243,7 @@ def follows(group: ProcessGroup | None) -> bool:
 
 
 def from_first(group: ProcessGroup | None, item: T | None = None) -> T:
-    """Return what the group's first rank calls this with."""
+    """Return, on every rank of the group, the value that its first rank gives."""
     if group is None:
         return item
     box = [item]
@@ -271,7 +271,7 @@ def in_lockstep(context: Any, group: ProcessGroup | None) -> Iterator[Any]:
 
 
 class _Leading:
-    """Call the context, and have the other ranks call theirs; what needs no forward is told with the next one that does."""
+    """Call the context, and have the other ranks call theirs; one without a forward is sent with the next."""
 
     def __init__(self, context: Any, group: ProcessGroup) -> None:
         self._context, self._group = context, group

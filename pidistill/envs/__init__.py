@@ -14,4 +14,6 @@ from pidistill.envs.gem import GEMEnvironment, gem_dataset
 from pidistill.envs.process import ProcessEnvironment
 from pidistill.envs.reasoning_gym import ReasoningGymEnvironment, reasoning_gym_dataset
 from pidistill.envs.replay import ReplayEnvironment
+from pidistill.envs.routed import RoutedEnvironment
 from pidistill.envs.single_turn import SingleTurn
+from pidistill.envs.state_privileged import StatePrivileged

@@ -18,6 +18,8 @@ class EnvStep:
     reward: float  # added to the episode's reward
     done: bool  # the episode ends here
     reward_parts: dict[str, float] = field(default_factory=dict)  # named parts of `reward`, for the log
+    # What only the teacher's view sees, from the next turn on: it stands at the end of the last observation there.
+    privileged: str | None = None
 
 
 @runtime_checkable
@@ -69,7 +71,21 @@ def check_step(step: Any, max_observation_chars: int | None = None) -> EnvStep:
         raise EnvironmentOutputError(f"the environment's step gave {_shown(step)}, not an EnvStep")
     parts = {_part_name(name): _number(f"reward_parts[{name!r}]", value) for name, value in _parts(step.reward_parts)}
     observations = _observations(step.observations, max_observation_chars)
-    return EnvStep(observations, _number("reward", step.reward), _flag(step.done), parts)
+    privileged = _privileged(step.privileged, max_observation_chars)
+    return EnvStep(observations, _number("reward", step.reward), _flag(step.done), parts, privileged)
+
+
+def _privileged(value: Any, max_chars: int | None) -> str | None:
+    """Return the text; None where it has no words."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or (max_chars is not None and len(value) > max_chars):
+        raise EnvironmentOutputError(f"privileged is {_shown(value)}, not a text of at most {max_chars} characters or None")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise EnvironmentOutputError(f"privileged holds what is no text: {error}") from error
+    return value if value.strip() else None
 
 
 def _parts(value: Any) -> list[tuple[Any, Any]]:

@@ -21,7 +21,7 @@ from pidistill.envs.base import EnvStep
 from pidistill.envs.extras import load_extra
 from pidistill.envs.reasoning_gym import check_task
 from pidistill.envs.streams import RandomStreams
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice, check_count
 from pidistill.types import Example, Message
 
 HIDDEN: dict[str, Callable[[Any], str]] = {
@@ -86,7 +86,7 @@ def gem_dataset(
 ) -> ExampleDataset:
     """Return ``n`` seeded starts of one of GEM's games (`game:...`) or reasoning tasks (`rg:...`).
 
-    The rows depend on the arguments alone. Small games have few different starts (GuessTheNumber-v0-easy has ten), so that two
+    The rows depend only on the arguments. Small games have few different starts (GuessTheNumber-v0-easy has ten), so that two
     seeds share most of them.
 
     Args:
@@ -100,19 +100,19 @@ def gem_dataset(
         options: arguments of the environment that replace its own, e.g. {max_turns: 6}.
         allow_evaluated_answers: see :data:`pidistill.envs.reasoning_gym.EVALUATED`.
     """
-    if n < 1:
-        raise InputError(f"dataset.n is {n}; give at least 1 row")
-    if privileged not in ("hidden", "none"):
-        raise InputError(f"dataset.privileged is {privileged!r}; known are hidden and none")
-    if completion not in (None, "random_actions"):
-        raise InputError(f"dataset.completion is {completion!r}; known are null and random_actions")
+    check_count("dataset.n", n)
+    check_choice("dataset.privileged", privileged, ("hidden", "none"))
+    check_choice("dataset.completion", completion, (None, "random_actions"))
     options = dict(options or {})
     _check(env_id, options, allow_evaluated_answers)
     rows = []
     for row in range(n):
         start = _Start(env_id, _row_seed(env_id, seed, row), options)
         if row < _CHECKED_ROWS and start.message != _Start(env_id, start.seed, start.options).message:
-            raise InputError(f"{env_id} starts differently at the same seed, so that ranks and resumed runs would disagree")
+            raise InputError(
+                f"dataset.env_id={env_id} starts differently at the same seed, so that ranks and resumed runs would disagree; "
+                "choose another environment"
+            )
         told = None if privileged == "none" else start.hidden(privileged_attribute)
         given = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         rows.append(

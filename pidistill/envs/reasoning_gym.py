@@ -16,7 +16,7 @@ from pidistill.data.dataset import ExampleDataset
 from pidistill.data.sources import get
 from pidistill.envs.base import EnvStep
 from pidistill.envs.extras import load_extra
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice, check_count
 from pidistill.types import Example, Message
 
 EXTRA = "reasoning-gym"
@@ -69,7 +69,7 @@ def reasoning_gym_dataset(
     system_prompt: str | None = None,
     allow_evaluated_answers: bool = False,
 ) -> ExampleDataset:
-    """Return ``n`` entries of a task, which the arguments alone decide; two seeds share none (probability 1 − n / 2**30).
+    """Return ``n`` entries of a task, which depend only on the arguments; two seeds share none (probability 1 − n / 2**30).
 
     The completion is the answer in the form that is asked for.
 
@@ -80,10 +80,8 @@ def reasoning_gym_dataset(
         answer_format: "tags" asks for and reads ``<answer></answer>``, "text" takes the whole turn.
         allow_evaluated_answers: see :data:`EVALUATED`.
     """
-    if n < 1:
-        raise InputError(f"dataset.n is {n}; give at least 1 row")
-    if answer_format not in INSTRUCTIONS:
-        raise InputError(f"dataset.answer_format is {answer_format!r}; known are {', '.join(INSTRUCTIONS)}")
+    check_count("dataset.n", n)
+    check_choice("dataset.answer_format", answer_format, INSTRUCTIONS)
     check_task(task, allow_evaluated_answers)
     config_text = json.dumps(dict(config or {}), sort_keys=True)
     entries = _task(task, config_text, size=n, seed=_base_seed(task, seed))
@@ -123,7 +121,7 @@ def _task(task: str, config: str, size: int = 1, seed: int = 0) -> Any:
 
 
 def _base_seed(task: str, seed: int) -> int:
-    """Return what an entry's row is added to for its seed: plain seeds 0 and 1 would share all rows but one.
+    """Return the number that a row's index is added to for its seed: plain seeds 0 and 1 would share all rows but one.
 
     31 bits: some tasks seed numpy, which takes no number of 2**32 or above.
     """

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pidistill.chat.calls import ACTION_TAGS, ToolCall, calls_of
 from pidistill.envs.base import EnvStep
 from pidistill.envs.function_tools import call_tools
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice, check_count
 from pidistill.types import Example, Message
 
 if TYPE_CHECKING:
@@ -53,10 +53,8 @@ class ReplayEnvironment:
     mismatch_reward: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.on_mismatch not in ("end", "error"):
-            raise InputError(f"environment.on_mismatch is {self.on_mismatch!r}; known are end, error")
-        if self.max_errors < 1:
-            raise InputError(f"environment.max_errors is {self.max_errors}; give at least 1, or set on_mismatch: end")
+        check_choice("environment.on_mismatch", self.on_mismatch, ("end", "error"))
+        check_count("environment.max_errors", self.max_errors)
 
     def reset(self, example: Example) -> ReplayState:
         trace: AgentTrace | None = example.data.get("trace")

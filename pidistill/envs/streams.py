@@ -11,7 +11,7 @@ _LOCK = threading.RLock()  # a process has one set of streams, which one episode
 
 
 class RandomStreams:
-    """Hold where an episode's streams stand; what it draws depends on the seed and on its own earlier draws alone."""
+    """Hold the states of an episode's random streams; its draws depend only on the seed and on its own earlier draws."""
 
     def __init__(self, seed: int) -> None:
         self.python = random.Random(seed).getstate()

@@ -23,7 +23,7 @@ def group_mean(rewards: Float[Tensor, " R"], groups: Int[Tensor, " R"]) -> Float
     rewards = _finite(rewards)
     slot, size = group_slots(groups)
     mean = _group_sum(rewards, slot, size) / size
-    # Exactly 0 where all are equal: the fp32 mean of three times 0.9 is off by 6e-8, which `standardised` would blow up.
+    # Exactly 0 where all are equal: the fp32 mean of three times 0.9 is off by 6e-8, which `standardised` would enlarge.
     return (rewards - mean[slot]).masked_fill(zero_advantage_groups(rewards, groups), 0.0)
 
 
@@ -52,7 +52,7 @@ def turn_returns(turn_rewards: Sequence[Sequence[float]], groups: Sequence[int])
     """Return, per turn k of each rollout, its return from turn k on minus the group's mean return from turn k on.
 
     Process rewards as advantages: a turn is credited with what followed it, not with what came before. The mean is over the
-    group's rollouts that reached turn k, i included; alone there, a rollout gets 0.
+    group's rollouts that reached turn k, i included; a rollout that is the only one there gets 0.
     """
     to_go = [[math.fsum(rewards[k:]) for k in range(len(rewards))] for rewards in turn_rewards]
     cells: dict[tuple[int, int], list[float]] = {}

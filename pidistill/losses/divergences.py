@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.types import Divergence
 
 
@@ -207,8 +207,7 @@ def check_divergence(request: Divergence) -> None:
             f"divergence {request.name}: a function of one's own needs a name of its own, and no "
             f"entry_clip={request.entry_clip}, which bounds the terms of a KL"
         )
-    if request.grad not in ("student", "teacher", "both", "none"):
-        raise InputError(f"divergence {request.name}: grad={request.grad!r} is not one of student, teacher, both, none")
+    check_choice(f"divergence {request.name}: grad", request.grad, ("student", "teacher", "both", "none"))
     if (request.beta is not None) != (request.name == "jsd"):
         raise InputError(
             f"divergence {request.name}: beta={request.beta}, but jsd needs a beta and no other divergence takes one"

@@ -36,7 +36,7 @@ def rollout_advantages(
     """Return the group-relative advantages of whole groups; what "zero" drops is judged on the reward without KL.
 
     "policy_gradient" takes a KL that is part of the reward along; one that is a loss, its future term included, stays.
-    Demonstrations, which have no reward, get 0.
+    Rollouts without a reward (demonstrations, episodes that `turn_curriculum` ended) get 0, and nothing of them is dropped.
     """
     sampled = [r for r in rollouts if r.reward is not None]
     groups = [r.group for r in sampled]
@@ -49,9 +49,10 @@ def rollout_advantages(
     for i, rollout in enumerate(rollouts):
         reward, tokens = (0.0, None) if rollout.reward is None else next(values)
         own_kl = kl[i] if kl is not None else None
-        if reward == 0.0 and drop_zero_advantage == "policy_gradient" and kl_in_reward:
+        is_zero = rollout.reward is not None and reward == 0.0
+        if is_zero and drop_zero_advantage == "policy_gradient" and kl_in_reward:
             own_kl = [0.0] * len(own_kl)
-        keep = not (reward == 0.0 and drop_zero_advantage == "row")
+        keep = not (is_zero and drop_zero_advantage == "row")
         result.append(RolloutAdvantage(reward, own_kl, keep=keep, tokens=tokens))
     return result
 

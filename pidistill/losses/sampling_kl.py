@@ -7,7 +7,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.losses.estimators import complete_kl_advantages, k1, k2
 from pidistill.losses.rollout_advantages import as_fp32, group_advantages
 from pidistill.types import Divergence, Rollout, ScoreRequest, Scores, ViewName
@@ -50,14 +50,12 @@ class SamplingKL:
             raise InputError(
                 f"objective.kl_mode={self.mode} is refused: {REFUSED_KL_MODES[self.mode]}; use loss_rb or reward_k1"
             )
-        if self.mode not in KL_MODES:
-            raise InputError(f"objective.kl_mode={self.mode} is unknown; choose one of {', '.join(KL_MODES)}")
+        check_choice("objective.kl_mode", self.mode, KL_MODES)
         if not 0.0 <= self.gamma <= 1.0:
-            raise InputError(f"objective.kl_gamma={self.gamma} is outside [0, 1]")
+            raise InputError(f"objective.kl_gamma={self.gamma} is outside [0, 1]; it discounts the KL of later tokens")
         if self.gamma != 1.0 and self.mode != "loss_rb_complete":
             raise InputError(f"objective.kl_gamma={self.gamma} needs kl_mode=loss_rb_complete, not {self.mode}")
-        if self.reward_scale not in ("sum", "token_mean"):
-            raise InputError(f"objective.kl_reward_scale={self.reward_scale} is unknown; choose sum or token_mean")
+        check_choice("objective.kl_reward_scale", self.reward_scale, ("sum", "token_mean"))
         if self.reward_scale == "token_mean" and self.mode != "reward_rb":
             raise InputError(f"objective.kl_reward_scale=token_mean needs kl_mode=reward_rb, not {self.mode}")
 
@@ -112,7 +110,7 @@ class SamplingKL:
             to_go = complete_kl_advantages(kls, groups, self.gamma)
             return [(-beta * x).tolist() for x in to_go]
         penalties = [float(k.sum() if self.reward_scale == "sum" else k.mean()) if len(k) else 0.0 for k in kls]
-        rewards = [r.reward for r in rollouts]
+        rewards = _known_rewards(rollouts)
         with_kl = group_advantages(advantage, [x - beta * p for x, p in zip(rewards, penalties, strict=True)], groups)
         without = group_advantages(advantage, rewards, groups)
         return [[a - b] * r.policy_tokens for a, b, r in zip(with_kl, without, rollouts, strict=True)]
@@ -122,3 +120,13 @@ class SamplingKL:
         if self.policy == "teacher":
             return scores.teacher_logprobs, scores.student_logprobs.detach()
         return scores.student_logprobs, scores.teacher_logprobs.detach()
+
+
+def _known_rewards(rollouts: Sequence[Rollout]) -> list[float]:
+    """Return each rollout's reward; the mean of its group's for an episode that `turn_curriculum` ended without one."""
+    known: dict[int, list[float]] = {}
+    for rollout in rollouts:
+        if rollout.reward is not None:
+            known.setdefault(rollout.group, []).append(rollout.reward)
+    means = {group: sum(values) / len(values) for group, values in known.items()}
+    return [means.get(r.group, 0.0) if r.reward is None else r.reward for r in rollouts]

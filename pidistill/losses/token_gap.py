@@ -2,7 +2,7 @@
 
 Δ is taken at the weights of the current update, over the whole vocabulary, and is a constant: gradient reaches the policy
 gradient that the number multiplies, and nothing else. Each expected gradient is therefore a function of S and T at fixed
-prefixes, and is held by enumeration in tests/objectives/test_token_gap.py.
+prefixes, and is checked by enumeration in tests/objectives/test_token_gap.py.
 """
 
 import math
@@ -18,7 +18,7 @@ from pidistill.types import Scores
 def token_gap(scores: Scores) -> Float[Tensor, " N"]:
     """Return Δ = sg(log T − log S) of each sampled token."""
     if scores.teacher_logprobs is None:
-        raise InputError("the token gap needs the teacher's log-probs, and this method has no teacher view")
+        raise InputError("the token gap needs the teacher's log-probs, and this `objective` does not score the teacher's view")
     return (scores.teacher_logprobs - scores.student_logprobs).detach()
 
 

@@ -5,7 +5,7 @@
 
 A token weight takes the term of a method (its divergence, or its policy gradient where it has no other), one number per policy
 token, and returns it with some tokens changed. The denominator of the mean stays all policy tokens of the step, so that leaving
-tokens out lowers the term and never inflates the others. Weights are constants: gradient reaches the term alone.
+tokens out lowers the term and never inflates the others. Weights are constants: gradient reaches only the term.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +30,14 @@ def divergences_of(token_weight: TokenWeight | None) -> tuple[Divergence, ...]:
 
 def weighted(token_weight: TokenWeight | None, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
     return term if token_weight is None else token_weight(term, batch, scores)
+
+
+def weight_metrics(token_weight: TokenWeight | None, batch: Batch, scores: Scores) -> dict[str, Float[Tensor, " N"]]:
+    """Return what a token weight multiplies with, per token, and where that is 0, for the log."""
+    if token_weight is None:
+        return {}
+    weights = weighted(token_weight, torch.ones(len(batch.targets), device=batch.targets.device), batch, scores).detach()
+    return {"token_weight_mean": weights, "token_weight_zero_frac": weights == 0}
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,9 @@ class EntropyMask:
     def __call__(self, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
         entropy = scores.student_entropy if self.view == "student" else scores.teacher_entropy
         if entropy is None:
-            raise InputError(f"token_weight.view={self.view}: this method does not look at that view; choose the other one")
+            raise InputError(
+                f"token_weight.view={self.view} is not scored by this `objective`; set token_weight.view to the other one"
+            )
         return term.masked_fill(~((entropy >= self.min_nats) & (entropy <= self.max_nats)), 0.0)
 
 
@@ -92,7 +102,9 @@ class SignGate:
 
     def __call__(self, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
         if scores.teacher_logprobs is None or batch.advantages is None:
-            raise InputError("token_weight SignGate compares teacher and reward; this method has no teacher view or no reward")
+            raise InputError(
+                "token_weight SignGate needs a teacher and a reward, and this `objective` lacks one; remove token_weight"
+            )
         return term.masked_fill(~(token_gap(scores) * batch.advantages > 0), 0.0)
 
 
@@ -171,7 +183,9 @@ class DisagreementDamping:
 
     def __call__(self, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
         if DISAGREEMENT not in scores.divergences:
-            raise InputError("token_weight DisagreementDamping compares teacher and student; this method does not look at both")
+            raise InputError(
+                "token_weight DisagreementDamping needs both views, and this `objective` scores one; remove token_weight"
+            )
         return term * (1.0 - self.most * torch.tanh(0.5 * self.beta * scores.divergences[DISAGREEMENT].detach()))
 
 

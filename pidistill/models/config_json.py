@@ -13,7 +13,7 @@ _MOST_LAYERS = 10_000  # more would be built for hours before a weight is missed
 
 
 def check_sizes(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a config.json whose sizes or rotations are absent, or are no numbers."""
+    """Refuse a config.json whose sizes or rotations are absent or not numbers."""
     for key in _SIZES:
         _check(config, key, folder, _is_size(config.get(key)), "a positive whole number")
     _check_layers(config, folder)
@@ -33,7 +33,7 @@ def check_sizes(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def check_plain_sizes(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse numbers that can be no size; a list, where layers differ, is let through."""
+    """Refuse numbers that cannot be sizes; a list, where layers differ, is accepted."""
     for key in (*_SIZES, "num_key_value_heads", "head_dim"):
         value = config.get(key)
         _check(config, key, folder, not isinstance(value, int | float) or _is_size(value), "a positive whole number")

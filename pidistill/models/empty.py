@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from pidistill.config import build
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 from pidistill.models.nf4 import give_out_whole_weights
 from pidistill.models.protocol import Decoder
 
@@ -25,7 +25,7 @@ def empty_model(node: Any) -> Decoder:
         if not node.get("quantize_base", False) or not isinstance(cause, AssertionError):
             raise
         raise InputError(
-            f"model.quantize_base=True cannot store this model in 4 bits ({' '.join(str(cause).split())}): every matrix needs "
+            f"model.quantize_base=True cannot store this model in 4 bits ({one_line(cause)}): every matrix needs "
             "a multiple of 64*256 elements; set model.quantize_base=False"
         ) from cause
 

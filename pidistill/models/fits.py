@@ -19,12 +19,14 @@ from pidistill.models.config_json import check_sizes, not_computed, rotation_kin
 from pidistill.models.from_folder import LLAMA3_SCALING, check_folder
 from pidistill.models.hf_folder import QUANTIZED, Stored, read_json, stored_tensors, weight_files
 from pidistill.models.hf_format import FAMILIES, LIKE_LLAMA, family, head_dim, is_tied, not_loaded, to_hf
-from pidistill.models.hf_weights import check_same_model, stored_names_fit
 from pidistill.models.protocol import has_own_names
 
 log = logging.getLogger(__name__)
 
 _ADAPTER = ("lora_a.weight", "lora_b.weight", "magnitude")
+_OTHER_FOLDER = "the folder is incomplete, or of another model: check checkpoint_dir and `model`"
+# What is compared of a transformers model, whose config and the folder's have the same keys.
+_SIZES = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
 
 
 def check_fits(model: nn.Module, checkpointer: Mapping[str, Any], builder: str, key: str) -> None:
@@ -42,8 +44,12 @@ def check_fits(model: nn.Module, checkpointer: Mapping[str, Any], builder: str, 
                 f"transformers; set {key}._component_=pidistill.models.HFCheckpointer"
             )
         check_folder(config, str(folder))
-        check_same_model(model.config.to_dict(), config, folder, builder)
-        stored_names_fit(model, folder, builder)
+        text = (
+            config["text_config"] if isinstance(config.get("text_config"), Mapping) else config
+        )  # of a folder with images too
+        ours = {name: value for name, value in model.config.to_dict().items() if name in _SIZES}
+        _check_facts(ours, text, folder, builder, "set model.path to ${checkpointer.checkpoint_dir}")
+        check_module_names_fit(model, folder, builder)
         return
     if config.get("model_type") not in FAMILIES:
         if not torchtunes:
@@ -66,12 +72,7 @@ def check_config_fits(model: TransformerDecoder, config: Mapping[str, Any], fold
         builder: what ``model`` was built by, as the config names it.
         key: the config key of the checkpointer.
     """
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, Mapping) else quantization
-        raise InputError(
-            f"the weights in {folder} are quantised ({method}, says its config.json), and training needs them in bf16 or fp32; "
-            f"set {key}.checkpoint_dir to the unquantised model"
-        )
+    check_folder(config, str(folder))
     check_sizes(config, folder)
     node = "teacher_model" if key == "teacher_checkpointer" else "model"
     if reason := not_computed(config, model.max_seq_len):
@@ -79,17 +80,22 @@ def check_config_fits(model: TransformerDecoder, config: Mapping[str, Any], fold
             f"the model in {folder} has {reason}; set `{node}` to a builder that computes it, or {key}.checkpoint_dir to "
             "another model"
         )
-    ours, theirs = model_facts(model), config_facts(config)
+    advice = f"set `{node}` to the builder and arguments of that checkpoint, or {key}.checkpoint_dir to another one"
+    _check_facts(model_facts(model), config_facts(config), folder, builder, advice)
+    eps = config.get("rms_norm_eps")
+    if eps is not None and not math.isclose(eps, model.norm.eps, rel_tol=1e-6):  # files hold it as rounded to fp32
+        log.warning(f"{folder}/config.json says rms_norm_eps={eps}, and {builder} has {model.norm.eps}")
+
+
+def _check_facts(ours: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path, builder: str, advice: str) -> None:
+    """Refuse a folder that differs in a fact that is known of both."""
     other = [name for name in theirs if name in ours and theirs[name] != ours[name]]
     if other:
         said, built = (", ".join(f"{name}={_shown(facts[name])}" for name in other) for facts in (theirs, ours))
         raise InputError(
             f"the checkpoint in {folder} is another model than {builder} builds: its config.json says {said}, and {builder} "
-            f"has {built}; set `{node}` to the builder and arguments of that checkpoint, or {key}.checkpoint_dir to another one"
+            f"has {built}; {advice}"
         )
-    eps = config.get("rms_norm_eps")
-    if eps is not None and not math.isclose(eps, model.norm.eps, rel_tol=1e-6):  # files hold it as rounded to fp32
-        log.warning(f"{folder}/config.json says rms_norm_eps={eps}, and {builder} has {model.norm.eps}")
 
 
 def model_facts(model: TransformerDecoder) -> dict[str, Any]:
@@ -146,18 +152,33 @@ def check_tensors_fit(
     wanted = {name: tuple(tensor.shape) for name, tensor in to_hf(base, dict(config)).items()}
     needless = not_loaded(stored, config)
     found = {name: tensor for name, tensor in stored.items() if name not in needless}
+    _check_stored(wanted, found, folder, builder)
+    if unexpected := sorted(found.keys() - wanted.keys()):
+        at = f"{_first(unexpected)} ({found[unexpected[0]].file})"
+        raise InputError(f"checkpoint folder {folder} has tensor {at}, which has no place in {builder}; {_OTHER_FOLDER}")
+
+
+def check_module_names_fit(model: nn.Module, folder: Path, builder: str) -> None:
+    """Refuse a folder of another model than ``model``, whose modules are transformers', by the names and shapes of its files.
+
+    A family whose files have another layout than its modules is compared when it is loaded.
+    """
+    stored = stored_tensors(folder, weight_files(folder))
+    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items() if "lora_" not in name and "magnitude" not in name}
+    if len(wanted.keys() & stored.keys()) >= 0.9 * len(wanted):
+        _check_stored(wanted, {name: tensor for name, tensor in stored.items() if name in wanted}, folder, builder)
+
+
+def _check_stored(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Stored], folder: Path, builder: str) -> None:
+    """Refuse a folder that has quantised tensors, lacks a wanted one, or has it in another shape."""
     if quantized := sorted(name for name, tensor in found.items() if _is_quantized(name, tensor)):
         kind = found[quantized[0]].dtype
         raise InputError(
             f"the weights in {folder} are quantised ({_first(quantized)} is of type {kind}), and training needs them in bf16 "
             "or fp32; set checkpoint_dir to the unquantised model"
         )
-    hint = "the folder is incomplete, or of another model: check checkpoint_dir and `model`"
     if missing := sorted(wanted.keys() - found.keys()):
-        raise InputError(f"checkpoint folder {folder} has no tensor {_first(missing)}, which {builder} needs; {hint}")
-    if unexpected := sorted(found.keys() - wanted.keys()):
-        at = f"{_first(unexpected)} ({found[unexpected[0]].file})"
-        raise InputError(f"checkpoint folder {folder} has tensor {at}, which has no place in {builder}; {hint}")
+        raise InputError(f"checkpoint folder {folder} has no tensor {_first(missing)}, which {builder} needs; {_OTHER_FOLDER}")
     for name, shape in wanted.items():
         if found[name].shape != shape:
             raise InputError(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.models.config_json import check_sizes, not_computed, rotation_kind, rotations
 from pidistill.models.decoder import Shape, decoder, lora
 from pidistill.models.hf_folder import read_json
@@ -52,8 +52,7 @@ def from_folder(
         max_seq_len: longest position that the model has a rotation for; ``None`` takes config.json's max_position_embeddings.
         router_loss_weight: of the auxiliary loss that keeps a mixture's experts in use, per policy token; 0 leaves it out.
     """
-    if backend not in ("auto", "torchtune", "transformers"):
-        raise InputError(f"model.backend={backend} is none of auto, torchtune and transformers")
+    check_choice("model.backend", backend, ("auto", "torchtune", "transformers"))
     config = read_json(Path(path) / "config.json")
     check_folder(config, path)
     if lora_attn_modules is None and (quantize_base or apply_lora_to_mlp or apply_lora_to_output or use_dora):
@@ -99,17 +98,17 @@ def _of_transformers(
 
 
 def check_folder(config: Mapping[str, Any], path: str) -> None:
-    """Refuse what no decoder here trains, whoever builds it."""
+    """Refuse a folder whose model cannot be trained here."""
     if config.get("is_encoder_decoder"):
         raise InputError(
-            f"the model in {path} is an encoder with a decoder ({config.get('model_type')}), and decoders alone are trained "
-            "here; choose another model"
+            f"the model in {path} is an encoder with a decoder ({config.get('model_type')}), and only decoders can "
+            "be trained; choose another model"
         )
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, Mapping) else quantization
         raise InputError(
             f"the weights in {path} are quantised ({method}, says its config.json), and training needs them in bf16 or fp32; "
-            "set model.path and checkpointer.checkpoint_dir to the unquantised model"
+            "set checkpoint_dir, and model.path where the config has it, to the unquantised model"
         )
 
 

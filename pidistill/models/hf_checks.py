@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from pidistill.errors import InputError
 
-# Layers whose tokens meet in the attention alone, if at all. Every other kind carries a state from token to token.
+# Layers whose tokens meet only in the attention, if at all. Every other kind carries a state from token to token.
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
 _WITH_STATE = {"linear_attention", "conv", "hybrid"}
 
@@ -24,11 +24,9 @@ def own_masks_sentence(kind: str) -> str:
 
 
 def check_kind(lm: PreTrainedModel, path: str) -> None:
-    """Refuse what is no causal language model of text, or computes what its layers cannot be asked for."""
+    """Refuse a model that is not a causal language model of text, or whose layers compute what cannot be reached here."""
     if lm.config.is_encoder_decoder:
-        raise InputError(
-            f"the model in {path} is an encoder with a decoder, and decoders alone are trained here; choose another"
-        )
+        raise InputError(f"the model in {path} is an encoder with a decoder, and only decoders can be trained; choose another")
     if hasattr(lm.config, "vision_config") or hasattr(lm.config, "audio_config"):
         raise InputError(
             f"the model in {path} ({type(lm).__name__}) takes images or sounds beside text, which are not trained here; "
@@ -51,7 +49,7 @@ def check_kind(lm: PreTrainedModel, path: str) -> None:
 
 
 def check_states(lm: PreTrainedModel, path: str) -> None:
-    """Refuse layers whose numbers depend on how many tokens they read at once: the sampler reads otherwise than the scorer."""
+    """Refuse layers whose numbers depend on how many tokens they read at once, because sampler and scorer differ in that."""
     if "mamba_selective_scan" in vars(sys.modules[type(lm).__module__]):
         raise InputError(
             f"the layers of the model in {path} ({type(lm).__name__} of transformers) forget their state where they read "

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.masking_utils import causal_mask_function
 from transformers.utils import logging as transformers_logging
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 from pidistill.models.config_json import check_plain_sizes
 from pidistill.models.hf_checks import ATTENTION, check_kind, check_rotations, check_states, own_masks_sentence
 from pidistill.models.layer_masks import AttentionForm, LayerMask, PaddedMask, Rule
@@ -212,7 +212,7 @@ def _masks_by(make: Callable[[Rule], LayerMask]) -> Iterator[None]:
 
 
 def _widest(text: Any, key: str) -> int | None:
-    """Return a setting, of layers that differ in it the largest; None where it is absent."""
+    """Return a setting, the largest where layers differ in it; None where it is absent."""
     layers = getattr(text, "per_layer_config", None)
     if layers:
         return max((value for layer in layers if (value := getattr(layer, key, None))), default=None)
@@ -228,13 +228,12 @@ def is_tied(lm: PreTrainedModel) -> bool:
 
 
 def build(path: str, max_seq_len: int | None = None, router_loss_weight: float = 0.0) -> HFDecoder:
-    """Build the decoder of the folder ``path`` from its config.json alone; on the meta device where that is the default.
+    """Build the decoder of the folder ``path`` from nothing but its config.json; on the meta device where that is the default.
 
     Raises:
-        InputError: transformers does not know the model, or it is none that can be computed here.
+        InputError: transformers does not know the model, or it cannot be computed here.
     """
     config = read_config(path)
-    check_rotations(config, path, max_seq_len)
     device = torch.get_default_device()
     try:
         with quiet(), _parameters_on_meta(device.type == "meta"):
@@ -243,10 +242,11 @@ def build(path: str, max_seq_len: int | None = None, router_loss_weight: float =
             )
     except Exception as error:  # as in `read_config`
         raise InputError(
-            f"transformers cannot build the model in {path} ({' '.join(str(error).split())[:300]}); choose another model"
+            f"transformers cannot build the model in {path} ({one_line(error, 300)}); choose another model"
         ) from error
     check_kind(lm, path)
     check_states(lm, path)
+    check_rotations(config, path, max_seq_len)
     if router_loss_weight and "load_balancing_loss_func" not in vars(sys.modules[type(lm).__module__]):
         raise InputError(
             f"model.router_loss_weight={router_loss_weight} weighs the auxiliary loss of a mixture of experts, and "
@@ -269,7 +269,7 @@ def read_config(path: str | Path) -> Any:
             config._attn_implementation, config._experts_implementation = "eager", None
     except Exception as error:  # a wrong value may fail anywhere in the code of a family, with any error
         raise InputError(
-            f"transformers cannot read {Path(path) / 'config.json'} ({' '.join(str(error).split())[:300]}); "
+            f"transformers cannot read {Path(path) / 'config.json'} ({one_line(error, 300)}); "
             "copy or download the folder again, upgrade transformers, or choose another model"
         ) from error
     check_plain_sizes(config.get_text_config().to_dict(), Path(path))

@@ -3,7 +3,6 @@
 Whoever made the folder chose what is in it. Names that lead out of the folder are refused, and nothing in it is executed.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
+from pidistill.jsonl import read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -31,13 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file."""
     if not path.is_file():
         raise InputError(f"checkpoint folder {path.parent} has no {path.name} ({_holds(path.parent)}); check checkpoint_dir")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); copy or download it again") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds a {type(found).__name__}, not a JSON object; copy or download it again")
-    return found
+    return read_object(path, "copy or download it again")
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -89,7 +83,7 @@ def stored_tensors(folder: Path, files: Sequence[str]) -> dict[str, Stored]:
         except (SafetensorError, OSError) as error:
             raise InputError(
                 f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file "
-                f"({' '.join(str(error).split())}): a download was cut short, or this is a git-lfs pointer; fetch it again"
+                f"({one_line(error)}): a download was cut short, or this is a git-lfs pointer; fetch it again"
             ) from error
     return found
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchtune.models.convert_weights import hf_to_tune, tune_to_hf
 from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune, qwen2_tune_to_hf
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 
 State = dict[str, Tensor]
 Config = Mapping[str, Any]
@@ -101,8 +101,10 @@ def _converted(convert: Callable[..., State], state: State, config: Config) -> S
         return convert(state, **sizes)
     except Exception as error:
         # torchtune raises a bare Exception for an unknown name, and torch a RuntimeError for a shape.
-        name, detail = config["model_type"], " ".join(str(error).split())
-        raise InputError(f"these weights are not those of a {name} model of config.json's sizes ({detail})") from error
+        name, detail = config["model_type"], one_line(error)
+        raise InputError(
+            f"these weights do not fit a {name} model of config.json's sizes ({detail}); check checkpoint_dir and `model`"
+        ) from error
 
 
 def _renamed(state: State, names: Mapping[str, str], prefix: str, new_prefix: str) -> State:

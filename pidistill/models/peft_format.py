@@ -12,17 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pidistill.errors import InputError
-from pidistill.models.adapters import PARTS, adapter_modules, has_adapters, is_dora, merge, rank_of, scale_of
-from pidistill.models.empty import shared_empty_model
+from pidistill.errors import InputError, one_line
+from pidistill.models.adapters import PARTS, adapter_modules, is_dora, rank_of, scale_of
 from pidistill.models.hf_folder import read_json
 from pidistill.models.hf_format import FAMILIES, LIKE_LLAMA
-from pidistill.models.protocol import has_own_names
 
 FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 _MODULES = {
@@ -76,16 +73,16 @@ def write(folder: Path, model: nn.Module, weights: Mapping[str, Tensor], hf_conf
         for part in module.adapter_params():
             rows = weights[f"{layer}.{part}"]
             rows = rows if part == "lora_a.weight" else _permuted(rows, layer, hf_config, to_hf=True)
-            tensors[f"{_PREFIX}{_to_hf(layer)}.{_PARTS[part]}"] = rows.contiguous().clone()
+            tensors[f"{_PREFIX}{hf_name(layer)}.{_PARTS[part]}"] = rows.contiguous().clone()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(_config(model, base), indent=2))
 
 
 def _config(model: nn.Module, base: str) -> dict[str, Any]:
-    layers = {_to_hf(name): module for name, module in adapter_modules(model)}
+    layers = {hf_name(name): module for name, module in adapter_modules(model)}
     ranks = {name: rank_of(module) for name, module in layers.items()}
-    # DoRA's layer keeps α/r alone, whose product with r is α but for rounding.
+    # DoRA's layer keeps only α/r, whose product with r is α except for rounding.
     alphas = {name: float(f"{scale_of(module) * ranks[name]:.9g}") for name, module in layers.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return {
@@ -105,7 +102,7 @@ def _config(model: nn.Module, base: str) -> dict[str, Any]:
     }
 
 
-def _to_hf(layer: str) -> str:
+def hf_name(layer: str) -> str:
     """Return a layer's name in transformers: layers.3.attn.q_proj → model.layers.3.self_attn.q_proj; output → lm_head.
 
     A decoder of transformers has these names already.
@@ -154,7 +151,7 @@ def _load(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise InputError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file ({' '.join(str(error).split())}): a "
+            f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file ({one_line(error)}): a "
             "download was cut short, or this is a git-lfs pointer; fetch it again, or check adapter_dir"
         ) from error
 
@@ -181,8 +178,8 @@ def _read_config(folder: Path, hf_config: Mapping[str, Any], own_names: bool) ->
     if changes:
         found = ", ".join(f"{key}={value}" for key, value in changes.items())
         raise InputError(
-            f"the adapter in {folder} has {found}, and plain LoRA and DoRA are read; merge it into the base with PEFT, and "
-            "name the merged folder in checkpointer.checkpoint_dir"
+            f"the adapter in {folder} has {found}, and only plain LoRA and DoRA can be read; merge it into the base with PEFT, "
+            "and name the merged folder in checkpointer.checkpoint_dir"
         )
     return config
 
@@ -192,11 +189,13 @@ def _check_values(config: Mapping[str, Any], folder: Path) -> None:
     values = {key: config[key] for key in ("r", "lora_alpha") if key in config}
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
-            raise InputError(f"{folder / CONFIG} has {key} {config[key]!r}, which is no object; check adapter_dir")
+            raise InputError(f"{folder / CONFIG} has {key} {config[key]!r}, which is not an object; check adapter_dir")
         values |= {f"{key} {name}": value for name, value in (config.get(key) or {}).items()}
         for pattern in config.get(key) or {}:
             if not _is_pattern(pattern):
-                raise InputError(f"{folder / CONFIG} has {key} {pattern!r}, and patterns of names are read; check adapter_dir")
+                raise InputError(
+                    f"{folder / CONFIG} has {key} {pattern!r}, and only patterns of layer names can be read; check adapter_dir"
+                )
     for key, value in values.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e9:
             raise InputError(f"{folder / CONFIG} has {key} {value!r}, which must be a positive number; check adapter_dir")
@@ -234,15 +233,15 @@ def _check_layer(layer: str, tensors: Mapping[str, Tensor], config: Mapping[str,
     for part in wanted:
         if f"{layer}.{part}" not in tensors:
             raise InputError(
-                f"the adapter in {folder} lacks {_PREFIX}{_to_hf(layer)}.{_PARTS[part]}; the file is incomplete, save it again"
+                f"the adapter in {folder} lacks {_PREFIX}{hf_name(layer)}.{_PARTS[part]}; the file is incomplete, save it again"
             )
     for part in PARTS[:2]:
         if tensors[f"{layer}.{part}"].ndim != 2:
-            raise InputError(f"the adapter in {folder} has a {part} of {_to_hf(layer)} that is no matrix; save it again")
+            raise InputError(f"the adapter in {folder} has a {part} of {hf_name(layer)} that is not a matrix; save it again")
     rank, found = int(_own(config, "rank_pattern", "r", layer)), tensors[f"{layer}.lora_a.weight"].shape[0]
     if rank != found or tensors[f"{layer}.lora_b.weight"].shape[1] != found:
         raise InputError(
-            f"the adapter in {folder} says rank {rank} for {_to_hf(layer)} and its tensors have {found}; {CONFIG} and "
+            f"the adapter in {folder} says rank {rank} for {hf_name(layer)} and its tensors have {found}; {CONFIG} and "
             f"{WEIGHTS} are not of the same adapter"
         )
 
@@ -250,103 +249,6 @@ def _check_layer(layer: str, tensors: Mapping[str, Tensor], config: Mapping[str,
 def _own(config: Mapping[str, Any], pattern: str, key: str, layer: str) -> Any:
     """Return a layer's own value, by PEFT's rule that a pattern is the end of the name, or the common value."""
     for own, value in (config.get(pattern) or {}).items():
-        if re.fullmatch(rf"(?:.*\.)?(?:{own})", _to_hf(layer)):
+        if re.fullmatch(rf"(?:.*\.)?(?:{own})", hf_name(layer)):
             return value
     return config[key]
-
-
-# ---------------------------------------------------------------------------------------------- an adapter and a model
-
-
-def check_fits(adapter: Adapter, model: nn.Module) -> None:
-    """Refuse an adapter that ``model`` (which may be on meta) cannot take: into its adapters, or merged into its weights."""
-    own, weights = dict(adapter_modules(model)), dict(model.named_parameters())
-    for layer in adapter.alphas:
-        _check_base_shape(adapter, layer, weights.get(f"{layer}.weight"))
-    if not own:
-        return
-    if adapter.alphas.keys() != own.keys():
-        raise InputError(_other_layers(adapter, own))
-    for layer, module in own.items():
-        theirs = {"lora_rank": adapter.rank(layer), "lora_alpha": adapter.alphas[layer], "use_dora": adapter.dora}
-        ours = {"lora_rank": rank_of(module), "lora_alpha": scale_of(module) * rank_of(module), "use_dora": is_dora(module)}
-        for key, value in theirs.items():
-            if abs(value - ours[key]) > 1e-6 * abs(value):
-                raise InputError(
-                    f"the adapter in {adapter.folder} has {key}={_shown(value)} on {_to_hf(layer)} and `model` "
-                    f"{_shown(ours[key])}; set model.{key}={_shown(value)}"
-                )
-
-
-def _shown(value: float | bool) -> str:
-    return str(value) if isinstance(value, bool) else f"{value:g}"
-
-
-def _other_layers(adapter: Adapter, own: Mapping[str, nn.Module]) -> str:
-    kinds = [sorted({_to_hf(layer).rpartition(".")[2] for layer in layers}) for layers in (adapter.alphas, own)]
-    theirs, ours = (", ".join(kind) for kind in kinds)
-    return (
-        f"the adapter in {adapter.folder} adapts {len(adapter.alphas)} layers ({theirs}) and `model` {len(own)} ({ours}); set "
-        "model.lora_attn_modules, model.apply_lora_to_mlp and model.apply_lora_to_output to what the adapter has"
-    )
-
-
-def _check_base_shape(adapter: Adapter, layer: str, weight: Tensor | None) -> None:
-    # A tied head has no weight of its own.
-    found = (adapter.tensors[f"{layer}.lora_b.weight"].shape[0], adapter.tensors[f"{layer}.lora_a.weight"].shape[1])
-    if weight is None or tuple(weight.shape) != found:
-        ours = "has no such weight" if weight is None else f"has {weight.shape[0]}x{weight.shape[1]}"
-        raise InputError(
-            f"the adapter in {adapter.folder} is of another base: it adapts {_to_hf(layer)} of {found[0]}x{found[1]}, and "
-            f"`model` {ours} there; check adapter_dir, model and checkpointer.checkpoint_dir"
-        )
-
-
-# ---------------------------------------------------------------------------------------------- a config's
-
-
-def check_adapter_dir(cfg: DictConfig) -> None:
-    """Refuse an `adapter_dir` that cannot be read, or that `model` cannot take, before any weight is loaded."""
-    if cfg.get("adapter_dir"):
-        check_fits(_read_for(cfg), shared_empty_model(cfg.model))
-        _check_not_merged_already(Path(cfg.adapter_dir), Path(cfg.checkpointer.get("checkpoint_dir") or ""))
-
-
-def _check_not_merged_already(adapter_dir: Path, checkpoint_dir: Path) -> None:
-    """Refuse an adapter on top of a run's own checkpoint, whose weights are merged: it would silently count twice."""
-    bases = [base_of(folder) for folder in (adapter_dir, checkpoint_dir / FOLDER)]
-    if bases[0] is not None and bases[0] == bases[1]:
-        raise InputError(
-            f"checkpointer.checkpoint_dir={checkpoint_dir} holds weights that have an adapter of {bases[0]} in them, and "
-            f"adapter_dir={adapter_dir} would put another one on top; remove adapter_dir, or set checkpointer.checkpoint_dir "
-            f"to {bases[0]}"
-        )
-
-
-def base_of(adapter_dir: Path) -> str | None:
-    """Return the base that an adapter's folder names; None where it names none, or there is no such folder."""
-    path = adapter_dir / CONFIG
-    return read_json(path).get("base_model_name_or_path") if path.is_file() else None
-
-
-def with_adapter_dir(cfg: DictConfig, model_node: Any, weights: dict[str, Any]) -> dict[str, Any]:
-    """Return a base's full state dict with the adapter in `adapter_dir`; unchanged without the key.
-
-    It is put beside the base's weights where the model has adapters, and merged into them where it has none.
-    """
-    if not cfg.get("adapter_dir"):
-        return weights
-    adapter = _read_for(cfg)
-    both = {**weights, **adapter.tensors}
-    return both if has_adapters(shared_empty_model(model_node)) else merge(both, adapter.scales)
-
-
-def base_config(checkpoint_dir: str | None) -> dict[str, Any]:
-    """Return the config.json of a checkpoint folder; empty where there is none."""
-    path = Path(checkpoint_dir or "") / "config.json"
-    return read_json(path) if checkpoint_dir and path.is_file() else {}
-
-
-def _read_for(cfg: DictConfig) -> Adapter:
-    own_names = has_own_names(shared_empty_model(cfg.model))
-    return read(Path(cfg.adapter_dir), base_config(cfg.checkpointer.get("checkpoint_dir")), own_names)

@@ -17,7 +17,7 @@ def show_weights(items: Collection[T], title: str, unit: str) -> Iterator[T]:
 
 
 class PlacedWeights(dict[str, Any]):
-    """Show how many of the weights are placed, to whom a function that takes them all and says nothing goes through them."""
+    """Show how many of its weights are taken, for a function that takes all of them without showing progress."""
 
     def items(self) -> Any:
         return show_weights(super().items(), "placing weights", "tensor")

@@ -74,7 +74,7 @@ def head_module(model: Decoder) -> nn.Module:
     """Return the module that owns the head's weight: the output layer, or the embedding it is tied to.
 
     Raises:
-        InputError: it is no plain linear layer or embedding, or has a bias.
+        InputError: it is not a plain linear layer or embedding, or it has a bias.
     """
     head = getattr(model.output, "tied_module", model.output)
     if not isinstance(head, nn.Linear | nn.Embedding):
@@ -103,7 +103,7 @@ def takes_layer_masks(model: nn.Module) -> bool:
 
 
 def carried_state(model: nn.Module) -> str | None:
-    """Return what goes from token to token beside attention, in words, so that the model takes padded rows alone; or None."""
+    """Return what goes from token to token beside attention, in words, so that the model takes only padded rows; or None."""
     return getattr(model, "carried_state", None)
 
 

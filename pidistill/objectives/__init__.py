@@ -16,6 +16,7 @@ from pidistill.objectives.opsd_ucla import OPSDUCLA
 from pidistill.objectives.pcsd import PCSD
 from pidistill.objectives.pi_distill import PiDistill
 from pidistill.objectives.rlsd import RLSD
+from pidistill.objectives.routed import RoutedObjective
 from pidistill.objectives.sdar import SDAR
 from pidistill.objectives.sdft import SDFT
 from pidistill.objectives.sdpo import SDPO
@@ -37,5 +38,6 @@ __all__ = [
     "GuideGRPO",
     "Objective",
     "PiDistill",
+    "RoutedObjective",
     "SemiOPD",
 ]

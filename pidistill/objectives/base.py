@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pidistill.config import resolve
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.losses.divergences import NAMES as DIVERGENCE_NAMES
 from pidistill.losses.divergences import check_divergence, divergence
 from pidistill.losses.rollout_advantages import ADVANTAGES, rollout_advantages
 from pidistill.losses.sampling_kl import SamplingKL
-from pidistill.losses.token_weights import TokenWeight, divergences_of, weighted
+from pidistill.losses.token_weights import TokenWeight, divergences_of, weight_metrics, weighted
 from pidistill.types import (
     Batch,
     Divergence,
@@ -104,9 +104,10 @@ class Objective(Protocol):
     def weighted_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
         """Return :meth:`token_loss` times ``Batch.loss_weights``: masks and weights that act on every term of any method."""
         answer = self.token_loss(batch, scores, step)
+        metrics = answer.metrics | weight_metrics(getattr(self, "token_weight", None), batch, scores)
         if batch.loss_weights is None:
-            return answer
-        return TokenLoss(answer.loss.masked_fill(batch.loss_weights == 0, 0.0) * batch.loss_weights, answer.metrics)
+            return TokenLoss(answer.loss, metrics)
+        return TokenLoss(answer.loss.masked_fill(batch.loss_weights == 0, 0.0) * batch.loss_weights, metrics)
 
     def per_token_loss(self, step: int) -> PerTokenLoss | None:
         """Return the loss as :func:`pidistill.scoring.score.score` takes it, on any slice of a batch.
@@ -126,13 +127,13 @@ def distill_weight(no_pi: str, batch: Batch) -> Float[Tensor, " N"]:
 
 
 def student_divergence(name: str, jsd_beta: float, choices: tuple[str, ...] = DIVERGENCE_NAMES, **options: Any) -> Divergence:
-    """Return the divergence that an objective's keys `divergence` and `jsd_beta` name, with gradient to the student alone.
+    """Return the divergence that an objective's keys `divergence` and `jsd_beta` name, with gradient only to the student.
 
     A name with a dot is the path of a function of one's own, see :class:`pidistill.types.Divergence`.
     """
     if isinstance(name, str) and "." in name:
         return own_divergence(name, **options)
-    check_choice("divergence", name, choices)
+    check_choice("objective.divergence", name, choices)
     if not 0.0 < jsd_beta < 1.0:
         raise InputError(
             f"objective.jsd_beta={jsd_beta} must lie inside (0, 1); the ends are divergence: kl_teacher_student (0) and "
@@ -148,7 +149,7 @@ def own_divergence(path: str, **options: Any) -> Divergence:
     fn = resolve(path)
     if not callable(fn):
         raise InputError(
-            f"objective.divergence={path} is no function; give one that takes teacher and student log-probs [C, V]"
+            f"objective.divergence={path} is not a function; name one that takes teacher and student log-probs [C, V]"
         )
     request = Divergence(path.rsplit(".", 1)[1], grad="student", fn=fn, **options)
     check_divergence(request)
@@ -188,15 +189,6 @@ def distill_loss(
 # -------------------------------------------------------------------------------- checks at construction
 
 
-def check_choice(key: str, value: object, choices: tuple, because: str = "") -> None:
-    # `in` alone would take 0 for False.
-    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
-        reason = f" ({because})" if because else ""
-        raise InputError(
-            f"objective.{key}={value} is not one of {', '.join(map(str, choices))}{reason}; change objective.{key}"
-        )
-
-
 def check_clip(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
     if not 0.0 <= clip_low < 1.0:
         raise InputError(
@@ -211,18 +203,18 @@ def check_clip(clip_low: float, clip_high: float, dual_clip: float | None) -> No
 
 
 def check_topr(low: float, high: float, level: str, used: bool) -> None:
-    check_choice("topr_level", level, ("token", "sequence"))
+    check_choice("objective.topr_level", level, ("token", "sequence"))
     if not used and (low, high, level) != (0.0, 1.0, "token"):
         raise InputError(
-            "objective.topr_low, topr_high and topr_level are read with student_term=topr only; set it, or leave them"
+            "objective.topr_low, topr_high and topr_level are read only with student_term=topr; set that, or remove them"
         )
     if not 0.0 <= low <= high:
         raise InputError(f"objective.topr_low={low} and objective.topr_high={high} must satisfy 0 <= topr_low <= topr_high")
 
 
 def check_advantage(advantage: str, drop_zero_advantage: str | bool, kl: SamplingKL | None = None) -> None:
-    check_choice("advantage", advantage, ADVANTAGES)
-    check_choice("drop_zero_advantage", drop_zero_advantage, (False, "policy_gradient", "row"))
+    check_choice("objective.advantage", advantage, ADVANTAGES)
+    check_choice("objective.drop_zero_advantage", drop_zero_advantage, (False, "policy_gradient", "row"))
     if advantage == "turn_returns" and kl is not None and kl.in_reward:
         raise InputError(
             f"objective.advantage=turn_returns gives every turn its own advantage and kl_mode={kl.mode} one number to the "

@@ -1,4 +1,4 @@
-"""A constant negative advantage: the control arm of every method whose advantage is a log-ratio (OPSA, arXiv 2608.31046).
+"""Train with a constant negative advantage: the control arm of methods with a log-ratio as advantage (OPSA, arXiv 2608.31046).
 
     J = E_{y~S}[ Σ_t ρ_t·A_t ],  A_t = c on the share q of the round's tokens with the lowest log S(y_t), 0 on the others;
     `entropy_scaled`: c·(½ + (H_t − H_min) / (2·(H_max − H_min))), H the student's entropies at the selected tokens

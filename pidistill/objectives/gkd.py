@@ -7,13 +7,13 @@ TRL's trainer has `share_student_as_teacher: true`: that is `teacher: pidistill.
 `FrozenTeacher` with `teacher_model` and `teacher_checkpointer`. Its `temperature` divides the logits of both sides: ours is the
 sampler's, one for sampling and loss. `max_privileged_length` is a key of `privileged`.
 
-What we do differently: the coin of `lmbda` is tossed per prompt, not per batch. Near the ends, not at them, the interior's
+What we do differently: `lmbda` is drawn for each prompt, not for each batch. Near the ends, not at them, the interior's
 gradient vanishes: β=.01 has about a hundredth of the gradient of β=0.
 """
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.losses.token_weights import TokenWeight
-from pidistill.objectives.base import Objective, check_choice, distill_loss, distill_request
+from pidistill.objectives.base import Objective, distill_loss, distill_request
 from pidistill.types import Batch, Divergence, ScoreRequest, Scores, TokenLoss
 
 
@@ -30,7 +30,7 @@ class GKD(Objective):
     def __init__(
         self, lmbda: float = 1.0, beta: float = 0.5, token_weight: TokenWeight | None = None, no_pi: str = "drop"
     ) -> None:
-        check_choice("no_pi", no_pi, ("distill", "drop", "error"))
+        check_choice("objective.no_pi", no_pi, ("distill", "drop", "error"))
         if not 0.0 <= lmbda <= 1.0:
             raise InputError(f"objective.lmbda={lmbda} must lie in [0, 1]: the share of prompts that the student answers")
         if not 0.0 <= beta <= 1.0:

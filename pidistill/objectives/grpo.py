@@ -8,16 +8,27 @@ What we do differently from the paper: one denominator for the whole optimiser s
 follow it). It is OPSD with β=0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from pidistill.errors import InputError
 from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss
 from pidistill.losses.rollout_advantages import rollout_advantages
 from pidistill.losses.token_weights import TokenWeight, divergences_of, weighted
 from pidistill.objectives.base import BOTH_KLS, Objective, check_advantage, check_clip
 from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss
+
+
+def with_teacher(method: str, more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of :class:`GRPO` for a method that cannot do without the teacher's view."""
+    if more.get("report_teacher_kl") is False:
+        raise InputError(
+            f"objective.report_teacher_kl=False has no effect on {method}, which compares student and teacher; remove the key"
+        )
+    return {**more, "report_teacher_kl": True}
 
 
 class GRPO(Objective):

@@ -16,11 +16,11 @@ distils, privileged information or not; `privileged.control: none` keeps it from
 
 import math
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss
 from pidistill.losses.token_gap import proximal_advantage, token_gap
 from pidistill.losses.token_weights import TokenWeight, divergences_of, weighted
-from pidistill.objectives.base import BOTH_KLS, Objective, check_choice, distill_loss, distill_request, student_divergence
+from pidistill.objectives.base import BOTH_KLS, Objective, distill_loss, distill_request, student_divergence
 from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
 
 CHOICES = ("sampled", "kl_student_teacher", "kl_teacher_student", "jsd")
@@ -33,7 +33,7 @@ class OPD(Objective):
         divergence: "sampled" (the log-ratio of the sampled token as its advantage), "kl_student_teacher", "kl_teacher_student"
             "jsd", or the dotted path of a function of one's own.
         jsd_beta: weight of the teacher in the mixture of "jsd"; inside (0, 1).
-        proximal_alpha: α of the proximal teacher, with "sampled" alone; 1 is the teacher itself.
+        proximal_alpha: α of the proximal teacher, only with "sampled"; 1 is the teacher itself.
         top_k: the student's K most probable tokens and one tail bucket in place of the full vocabulary.
         token_weight: see :mod:`pidistill.losses.token_weights`.
     """
@@ -49,10 +49,10 @@ class OPD(Objective):
         token_weight: TokenWeight | None = None,
     ) -> None:
         if divergence == "sampled":
-            check_choice("top_k", top_k, (None,), because="divergence=sampled looks at the sampled token only")
+            check_choice("objective.top_k", top_k, (None,), because="divergence=sampled looks at the sampled token only")
         elif proximal_alpha != 1.0:
             raise InputError(
-                f"objective.proximal_alpha={proximal_alpha} belongs to divergence=sampled; set that, or proximal_alpha: 1"
+                f"objective.proximal_alpha={proximal_alpha} is read only with divergence=sampled; set that, or leave it at 1"
             )
         if not 0.0 < proximal_alpha <= 1.0:
             raise InputError(f"objective.proximal_alpha={proximal_alpha} must lie in (0, 1]: the teacher's share")
@@ -69,9 +69,11 @@ class OPD(Objective):
     def token_loss(self, batch: Batch, scores: Scores, step: int) -> TokenLoss:
         if self.divergence is not None:
             return TokenLoss(distill_loss(self.divergence, self.no_pi, self.token_weight, batch, scores), {})
-        advantages = proximal_advantage(token_gap(scores), self.proximal_alpha)
+        gap = token_gap(scores)
+        advantages = proximal_advantage(gap, self.proximal_alpha)
         loss, ratio, _ = ppo_clip_loss(
             scores.policy_logprobs("student"), batch.ratio_logprobs, advantages, clip_low=0.0, clip_high=math.inf
         )
         loss = importance_weighted(weighted(self.token_weight, loss, batch, scores), batch.importance_weights)
-        return TokenLoss(loss, {"ratio_mean": ratio})
+        changed = {} if self.proximal_alpha == 1.0 else {"proximal_change_nats": (advantages - gap).abs()}
+        return TokenLoss(loss, {"ratio_mean": ratio} | changed)

@@ -9,10 +9,11 @@ or the model itself with privileged information.
 What we do differently: rows without privileged information leave the objective (`no_pi: drop`) unless another model teaches.
 """
 
+from pidistill.errors import check_choice
 from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss
 from pidistill.losses.token_gap import token_gap
 from pidistill.losses.token_weights import TokenWeight, divergences_of, weighted
-from pidistill.objectives.base import BOTH_KLS, Number, Objective, check_choice, check_clip, distill_weight
+from pidistill.objectives.base import BOTH_KLS, Number, Objective, check_clip, distill_weight
 from pidistill.objectives.schedule import as_schedule
 from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
 
@@ -38,7 +39,7 @@ class OPDPPO(Objective):
         token_weight: TokenWeight | None = None,
         no_pi: str = "drop",
     ) -> None:
-        check_choice("no_pi", no_pi, ("distill", "drop", "error"))
+        check_choice("objective.no_pi", no_pi, ("distill", "drop", "error"))
         check_clip(clip_low, clip_high, dual_clip)
         self.beta = as_schedule("beta", beta, low=0.0, high=float("inf"))
         self.clip = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss
 from pidistill.losses.rollout_advantages import rollout_advantages
 from pidistill.losses.sampling_kl import SamplingKL
@@ -24,7 +24,6 @@ from pidistill.objectives.base import (
     Number,
     Objective,
     check_advantage,
-    check_choice,
     check_clip,
     check_token_weight,
     distill_weight,
@@ -62,7 +61,7 @@ class OPSD(Objective):
         no_pi: str | None = None,
         token_weight: TokenWeight | None = None,
     ) -> None:
-        check_choice("no_pi", no_pi, (None, "rl", "distill", "drop", "error"))
+        check_choice("objective.no_pi", no_pi, (None, "rl", "distill", "drop", "error"))
         check_clip(clip_low, clip_high, dual_clip)
         self.beta = as_schedule("beta", beta, low=0.0, high=float("inf"))
         self.reward_weight = as_schedule("reward_weight", reward_weight, low=0.0, high=float("inf"))

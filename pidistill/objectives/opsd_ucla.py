@@ -1,4 +1,4 @@
-"""Distil on policy as the other first authors of OPSD have it (OPSD-UCLA, arXiv 2601.18734): no reward.
+"""Distil on policy in the form of the UCLA authors of OPSD (OPSD-UCLA, arXiv 2601.18734): no reward.
 
     J = −E_{y~S}[ Σ_t D(T_t, S_t) ],  T = the initial policy with the reference solution, gradient through S only
 
@@ -13,8 +13,9 @@ What we do differently: the mean is over the policy tokens of the whole step; sa
 config, from the whole vocabulary, so that the sampled and the trained distribution are one.
 """
 
+from pidistill.errors import check_choice
 from pidistill.losses.token_weights import TokenWeight
-from pidistill.objectives.base import Objective, check_choice, distill_loss, distill_request, student_divergence
+from pidistill.objectives.base import Objective, distill_loss, distill_request, student_divergence
 from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
 
 
@@ -37,7 +38,7 @@ class OPSDUCLA(Objective):
         token_weight: TokenWeight | None = None,
         no_pi: str = "drop",
     ) -> None:
-        check_choice("no_pi", no_pi, ("distill", "drop", "error"))
+        check_choice("objective.no_pi", no_pi, ("distill", "drop", "error"))
         self.divergence = student_divergence(divergence, jsd_beta, entry_clip=entry_clip)
         self.token_weight, self.no_pi = token_weight, no_pi
 

@@ -8,8 +8,9 @@ and calls the divergence reverse; the formula beside the word is kl(T||S), which
 What we do differently: softmax and kl are taken in fp32, and the mean is over the policy tokens of the whole step.
 """
 
+from pidistill.errors import check_choice
 from pidistill.losses.token_weights import TokenWeight
-from pidistill.objectives.base import Objective, check_choice, distill_loss, distill_request, student_divergence
+from pidistill.objectives.base import Objective, distill_loss, distill_request, student_divergence
 from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
 
 
@@ -22,7 +23,7 @@ class PCSD(Objective):
     """
 
     def __init__(self, token_weight: TokenWeight | None = None, no_pi: str = "drop") -> None:
-        check_choice("no_pi", no_pi, ("distill", "drop", "error"))
+        check_choice("objective.no_pi", no_pi, ("distill", "drop", "error"))
         self.divergence = student_divergence("kl_teacher_student", jsd_beta=0.5)
         self.token_weight, self.no_pi = token_weight, no_pi
 

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.losses.advantages import group_slots
 from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss, reinforce_loss, snis_weights, topr_loss
 from pidistill.losses.rollout_advantages import rollout_advantages
@@ -39,7 +39,6 @@ from pidistill.objectives.base import (
     Number,
     Objective,
     check_advantage,
-    check_choice,
     check_clip,
     check_token_weight,
     check_topr,
@@ -85,7 +84,7 @@ class PiDistill(Objective):
         drop_zero_advantage: False, "policy_gradient" (no RL term, and no KL where it is part of the reward) or "row" (the
             rollout leaves every term and the token count).
         token_weight: see :mod:`pidistill.losses.token_weights`; acts on the KLs of both halves.
-        no_pi: "rl" (a row without PI trains by RL alone), "drop", "error"; "distill" only makes sense with other weights.
+        no_pi: "rl" (a row without PI trains only by RL), "drop" or "error"; "distill" makes sense only with other weights.
     """
 
     def __init__(
@@ -111,13 +110,13 @@ class PiDistill(Objective):
         snis_level: str = "token",
         token_weight: TokenWeight | None = None,
     ) -> None:
-        check_choice("student_kl", student_kl, ("loss", "shared_reward", "none"))
-        check_choice("student_term", student_term, ("ppo", "topr", "sft", "snis"))
-        check_choice("ratio_denominator", ratio_denominator, ("behaviour", "live_teacher"))
-        check_choice("no_pi", no_pi, ("rl", "distill", "drop", "error"))
+        check_choice("objective.student_kl", student_kl, ("loss", "shared_reward", "none"))
+        check_choice("objective.student_term", student_term, ("ppo", "topr", "sft", "snis"))
+        check_choice("objective.ratio_denominator", ratio_denominator, ("behaviour", "live_teacher"))
+        check_choice("objective.no_pi", no_pi, ("rl", "distill", "drop", "error"))
         if ratio_denominator != "behaviour" and student_term in ("sft", "snis"):
             raise InputError(
-                f"objective.ratio_denominator={ratio_denominator} is read by nothing with student_term={student_term}, which "
+                f"objective.ratio_denominator={ratio_denominator} is not read with student_term={student_term}, which "
                 "has no ratio; leave it at behaviour"
             )
         check_clip(clip_low, clip_high, dual_clip)
@@ -134,7 +133,9 @@ class PiDistill(Objective):
             )
         self.snis_beta, self.snis_level, self.token_weight = snis_beta, snis_level, token_weight
         if student_kl == "shared_reward" and not self.kl.in_reward:
-            check_choice("kl_mode", kl_mode, ("reward_k1", "reward_rb"), because="student_kl=shared_reward shares a reward")
+            check_choice(
+                "objective.kl_mode", kl_mode, ("reward_k1", "reward_rb"), because="student_kl=shared_reward shares a reward"
+            )
         self.student_kl, self.student_term, self.ratio_denominator = student_kl, student_term, ratio_denominator
         # Not on `sft`, which has no ratio, and not on `snis`, which has importance weights of its own.
         self._weighs_student = student_term in ("ppo", "topr")
@@ -254,9 +255,9 @@ class PiDistill(Objective):
 
 
 def check_snis(student_term: str, beta: float | None, level: str, kl: SamplingKL) -> None:
-    check_choice("snis_level", level, ("sequence", "token"))
+    check_choice("objective.snis_level", level, ("sequence", "token"))
     if student_term != "snis" and (beta, level) != (None, "token"):
-        raise InputError("objective.snis_beta and snis_level are read with student_term=snis only; set it, or leave them")
+        raise InputError("objective.snis_beta and snis_level are read only with student_term=snis; set that, or remove them")
     if beta is not None and not beta > 0.0:
         raise InputError(f"objective.snis_beta={beta} must be above 0 (reward per nat), or null to take beta")
     if student_term == "snis" and kl.needs_behaviour:

@@ -1,4 +1,4 @@
-"""RLSD: the reward gives the sign of each token's advantage, the token gap its size (arXiv 2604.03128, Algorithm 1).
+"""Train with RLSD: the reward gives the sign of each token's advantage, the token gap its size (arXiv 2604.03128, Algorithm 1).
 
     J = E_{y~S}[ Σ_t clip-min(ρ_t, Â_t) ],  Â_t = A·[(1−λ) + λ·clip(exp(sign(A)·Δ_t), 1−ε, 1+ε)],  Δ_t = log T − log S
 
@@ -15,10 +15,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.losses.token_gap import credit_factor, token_gap
-from pidistill.objectives.base import Number, check_choice, distill_weight
-from pidistill.objectives.grpo import GRPO
+from pidistill.objectives.base import Number, distill_weight
+from pidistill.objectives.grpo import GRPO, with_teacher
 from pidistill.objectives.schedule import as_schedule
 from pidistill.types import Batch, Scores, TokenLoss
 
@@ -45,9 +45,9 @@ class RLSD(GRPO):
         advantage: str = "standardised",
         **more: Any,
     ) -> None:
-        super().__init__(clip_high=clip_high, advantage=advantage, **more | {"report_teacher_kl": True})
-        check_choice("only", only, ("all", "negative", "positive"))
-        check_choice("no_pi", no_pi, ("rl", "distill"))
+        super().__init__(clip_high=clip_high, advantage=advantage, **with_teacher("RLSD", more))
+        check_choice("objective.only", only, ("all", "negative", "positive"))
+        check_choice("objective.no_pi", no_pi, ("rl", "distill"))
         if not 0.0 < gap_clip < 1.0:
             raise InputError(f"objective.gap_clip={gap_clip} must lie inside (0, 1): the factor is clipped to 1 ± gap_clip")
         self.gap_weight = as_schedule("gap_weight", gap_weight, low=0.0, high=1.0)

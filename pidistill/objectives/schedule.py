@@ -25,7 +25,7 @@ def as_schedule(name: str, value: float | Mapping[str, float], *, low: float, hi
             raise InputError(f"objective.{name}={dict(value)} is not a schedule; give a number or {{start, end, steps >= 1}}")
         schedule = LinearSchedule(float(value["start"]), float(value["end"]), int(value["steps"]))
     elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"objective.{name}={value} is no number; give one, or {{start, end, steps}}")
+        raise InputError(f"objective.{name}={value} is not a number; give one, or {{start, end, steps}}")
     else:
         schedule = LinearSchedule(float(value), float(value), 1)
     for end in (schedule.start, schedule.end):

@@ -10,8 +10,9 @@ What we do differently: one mean over the policy tokens of the whole step, skipp
 code takes the mean of each sequence's remaining tokens first.
 """
 
+from pidistill.errors import check_choice
 from pidistill.losses.token_weights import Chain, SkipFirst, TokenWeight
-from pidistill.objectives.base import Objective, check_choice, distill_loss, distill_request, student_divergence
+from pidistill.objectives.base import Objective, distill_loss, distill_request, student_divergence
 from pidistill.types import Batch, ScoreRequest, Scores, TokenLoss
 
 
@@ -33,7 +34,7 @@ class SDFT(Objective):
         token_weight: TokenWeight | None = None,
         no_pi: str = "drop",
     ) -> None:
-        check_choice("no_pi", no_pi, ("distill", "drop", "error"))
+        check_choice("objective.no_pi", no_pi, ("distill", "drop", "error"))
         self.divergence = student_divergence(divergence, jsd_beta=0.5, choices=("kl_teacher_student", "kl_student_teacher"))
         skip = SkipFirst(skip_first_tokens)
         self.token_weight = skip if token_weight is None else Chain([skip, token_weight])

@@ -18,11 +18,11 @@ from dataclasses import replace
 
 import torch
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.losses.policy_gradient import ppo_clip_loss
 from pidistill.losses.rollout_advantages import rollout_advantages
 from pidistill.losses.token_weights import TokenWeight, weighted
-from pidistill.objectives.base import Objective, check_choice, check_clip, distill_request, distill_weight, student_divergence
+from pidistill.objectives.base import Objective, check_clip, distill_request, distill_weight, student_divergence
 from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss
 
 
@@ -52,8 +52,8 @@ class SDPO(Objective):
         token_weight: TokenWeight | None = None,
         no_pi: str = "rl",
     ) -> None:
-        check_choice("no_pi", no_pi, ("rl", "distill", "drop", "error"))
-        check_choice("advantage", advantage, ("group_mean", "leave_one_out", "standardised"))
+        check_choice("objective.no_pi", no_pi, ("rl", "distill", "drop", "error"))
+        check_choice("objective.advantage", advantage, ("group_mean", "leave_one_out", "standardised"))
         check_clip(clip_low, clip_high, dual_clip)
         if importance_clip is not None and not importance_clip > 0.0:
             raise InputError(f"objective.importance_clip={importance_clip} must be above 0 (a bound on S/μ), or null for none")

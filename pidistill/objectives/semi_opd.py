@@ -14,7 +14,7 @@ that never changes may keep what it read (`teacher.cache_gib`).
 
 import math
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.losses.estimators import k2
 from pidistill.losses.policy_gradient import ppo_clip_loss
 from pidistill.losses.token_gap import token_gap
@@ -22,7 +22,6 @@ from pidistill.losses.token_weights import TokenWeight, divergences_of, weighted
 from pidistill.objectives.base import (
     BOTH_KLS,
     Objective,
-    check_choice,
     distill_loss,
     distill_request,
     distill_weight,
@@ -48,8 +47,8 @@ class SemiOPD(Objective):
     def __init__(
         self, form: str = "k2", jsd_beta: float = 0.5, token_weight: TokenWeight | None = None, no_pi: str = "distill"
     ) -> None:
-        check_choice("form", form, FORMS)
-        check_choice("no_pi", no_pi, ("distill", "drop", "error"))
+        check_choice("objective.form", form, FORMS)
+        check_choice("objective.no_pi", no_pi, ("distill", "drop", "error"))
         self.form, self.token_weight, self.no_pi = form, token_weight, no_pi
         self.divergence = None if form in ("k2", "importance") else student_divergence(form, jsd_beta)
 

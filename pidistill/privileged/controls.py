@@ -56,7 +56,7 @@ def pair_rows(examples: Sequence[Example], keys: Sequence[str], seed: int, contr
     """Return, for each row that has privileged information, the row that gives it another one, of another key.
 
     Rows are sorted into groups of equal keys, groups and members in random order, and everything moves on by the size of the
-    largest group. The result depends on the examples and ``seed`` alone.
+    largest group. The result depends only on the examples and ``seed``.
     """
     rows = [i for i, example in enumerate(examples) if example.privileged]
     if not rows:
@@ -81,8 +81,8 @@ def show_wrong(example: Example) -> Example:
     wrong = example.data.get(WRONG_KEY)
     if not wrong:
         raise InputError(
-            f"{example.id} has no {WRONG_KEY}, which privileged.control: wrong shows: information of the same form with a "
-            f"wrong value; give the rows a column {WRONG_KEY}, or choose another privileged.control"
+            f"{example.id} has no {WRONG_KEY}, the information of the same form with a wrong value that privileged.control: "
+            f"wrong shows to the teacher; give the rows a column {WRONG_KEY}, or choose another privileged.control"
         )
     return replace(example, privileged=wrong)
 

@@ -16,7 +16,7 @@ from pidistill.chat.calls import ACTION_TAGS, CALL_TEMPLATE, CallStyle
 from pidistill.chat.messages import message_text, tool_call_text, transcript_text
 from pidistill.chat.tool_calls import visible_text
 from pidistill.distributed.run import Run
-from pidistill.errors import InputError, attempt, bounded_repr
+from pidistill.errors import InputError, attempt, bounded_repr, check_count
 from pidistill.privileged.controls import problem_and_information
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.tokenizers import ChatTokenizer
@@ -111,8 +111,7 @@ class Hindsight:
     errors: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.feedback_threads is not None and self.feedback_threads < 1:
-            raise InputError(f"hindsight.feedback_threads is {self.feedback_threads}; give at least 1, or null for none")
+        check_count("hindsight.feedback_threads", self.feedback_threads, null="none")
         if self.sibling is None and self.feedback is None:
             raise InputError(
                 "hindsight.sibling and hindsight.feedback are both null, so the teacher would see nothing; set one"
@@ -187,7 +186,7 @@ def add_hindsight(
     for rollout, text in zip(rollouts, texts, strict=True):
         views = privileged.build(replace(rollout.example, privileged=text), tokenizer)
         fits = privileged.overflow(rollout.example, views) is None
-        if not fits or len(views.pair.teacher) + len(rollout.completion) > max_seq_len:
+        if not fits or len(replace(rollout, prompts=views.pair).sequence("teacher")[0]) > max_seq_len:
             too_long += 1
             text, views = None, privileged.build(replace(rollout.example, privileged=None), tokenizer)
         rollout.example, rollout.prompts = replace(rollout.example, privileged=text), views.pair
@@ -197,7 +196,11 @@ def add_hindsight(
         "hindsight_failures": float(len(hindsight.errors) - errors),
     }
     if counts["hindsight_failures"]:
-        _log.warning("%d texts of hindsight are missing; %s", len(hindsight.errors) - errors, hindsight.errors[errors])
+        _log.warning(
+            "hindsight could not write the text of %d rollouts; the first: %s",
+            len(hindsight.errors) - errors,
+            hindsight.errors[errors],
+        )
     if failures is not None:
         counts["hindsight_judge_failures"] = float(hindsight.feedback.failures - failures)
     return counts

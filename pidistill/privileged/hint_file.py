@@ -31,6 +31,6 @@ def _hint_of(row: Any, where: str) -> tuple[str, str]:
     turns = row.get("completion") if isinstance(row, Mapping) else None
     if not isinstance(provenance, Mapping) or "task" not in provenance or not turns:
         raise InputError(
-            f"{where} is no hint with its task; dataset.hints wants the file of selection pidistill.rollouts.hints.Hints"
+            f"{where} is not a hint with its task; set dataset.hints to a file of selection pidistill.rollouts.hints.Hints"
         )
     return str(provenance["task"]), message_text(turns[-1]).strip()

@@ -159,7 +159,7 @@ class ChatEndpoint:
     Attributes:
         base_url: up to and including the version, e.g. ``http://localhost:8000/v1``.
         model: its name there.
-        key_env: the environment variable that holds the key; null where the server wants none. The key is read when a question
+        key_env: the environment variable that holds the key; null where the server needs none. The key is read when a question
             is asked, and is in no config, log, error or cache file.
         temperature, max_tokens: of the answer.
         timeout_s: for one try, from connecting to the last byte.
@@ -328,7 +328,7 @@ def _content(body: bytes) -> str:
     try:
         text = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError, RecursionError):
-        raise _Retry("the judge's answer is no chat completion") from None
+        raise _Retry("the judge's answer is not a chat completion") from None
     try:
         return usable_text(text)
     except JudgeError as error:

@@ -1,7 +1,7 @@
 """Put privileged information into prompts: messages in, messages out.
 
 The student view of a row is the row's own messages. The teacher view is the same messages with the privileged information
-put into them before any template is rendered, so the two differ by it alone:
+put into them before any template is rendered, so that they are the only difference between the two:
 
     placement      where                                          what a text becomes           what messages become
     system_end     end of the system message (made if missing)    the template's block          the block, with their text
@@ -17,13 +17,13 @@ The teacher's prompt is rendered with the teacher's own template where there is 
 completion are the same in both views.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pidistill.chat.messages import last_user_index, messages_text, with_text
 from pidistill.chat.templates import check_template
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.privileged.controls import (
     CONTROLS,
     OF_ALL_ROWS,
@@ -33,7 +33,7 @@ from pidistill.privileged.controls import (
     shuffle_privileged,
 )
 from pidistill.tokenizers.base import ChatTokenizer
-from pidistill.tokenizers.rendering import check_prompt
+from pidistill.tokenizers.rendering import check_written
 from pidistill.types import Example, Message, PromptPair
 
 DEFAULT_TEMPLATE = """\
@@ -77,7 +77,7 @@ class PrivilegedPrompt:
         placement: ``system_end``, ``user_end``, ``before_user`` or ``after_user``; see the table above.
         role: role of the message that ``before_user`` and ``after_user`` make of a text: "user" or "system".
         control: None for the row's own information; else what stands in its place, see :mod:`pidistill.privileged.controls`.
-            Uninformative information is reported to help too, so no result stands without a control.
+            Published studies find that useless information helps too, so that every result needs a control.
         control_seed: which rows "shuffled" and "other_problem" pair.
         filler: the word that "length_matched" repeats; one token, wherever it stands.
         max_privileged_length: more tokens than this (block included) is an overflow; None for no limit.
@@ -103,10 +103,10 @@ class PrivilegedPrompt:
     teacher_tokenizer: ChatTokenizer | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("placement", self.placement, PLACEMENTS)
-        _check_choice("role", self.role, ("user", "system"))
-        _check_choice("control", self.control, CONTROLS)
-        _check_choice("on_overflow", self.on_overflow, ("error", "drop"))
+        check_choice("privileged.placement", self.placement, PLACEMENTS)
+        check_choice("privileged.role", self.role, ("user", "system"))
+        check_choice("privileged.control", self.control, CONTROLS)
+        check_choice("privileged.on_overflow", self.on_overflow, ("error", "drop"))
         check_template(self.template, "privileged.template", ("privileged",))
         if not self.filler or self.filler.split() != [self.filler]:
             raise InputError(f"privileged.filler is {self.filler!r}; give one word, without spaces")
@@ -230,6 +230,24 @@ class PrivilegedPrompt:
             )
         return extra
 
+    def show_at_turn(self, example: Example, encode: Callable[[str], list[int]]) -> list[int] | None:
+        """Return the ids of an observation with the information of its turn at the end; None where the control shows nothing.
+
+        Args:
+            example: the row with the turn's information as its own.
+            encode: returns the ids of the observation with a text at its end.
+        """
+        if self.control in ("none", "template"):
+            return None
+        if self.control in ("wrong", *OF_ALL_ROWS):
+            raise InputError(
+                f"{example.id}: the environment gave privileged information with an answer, and privileged.control="
+                f"{self.control} pairs rows, not turns; set privileged.control to none or length_matched"
+            )
+        if self.control == "length_matched":
+            example = match_length(example, self.filler, lambda shown: len(encode(self.block(shown))))
+        return encode(self.block(example))
+
     # ------------------------------------------------------------------------------------------- a whole dataset
 
     def apply_control(self, examples: Sequence[Example], tokenizer: ChatTokenizer) -> list[Example]:
@@ -246,8 +264,9 @@ class PrivilegedPrompt:
             return show_other_problems(examples, self.control_seed)
         if self.control == "template" and self.teachers_tokenizer(tokenizer) is tokenizer:
             raise InputError(
-                "privileged.control: template leaves the teacher its own chat template alone, and it has none; set "
-                "privileged.teacher_template_kwargs or teacher_tokenizer, or privileged.control: none"
+                "privileged.control: template gives the teacher no information but another chat template than the student's, "
+                "and the config sets none; set privileged.teacher_template_kwargs or teacher_tokenizer, or privileged.control: "
+                "none"
             )
         return [self.control_row(example, tokenizer) if example.privileged else example for example in examples]
 
@@ -275,7 +294,7 @@ def _encode_view(messages: list[Message], example: Example, tokenizer: ChatToken
 def _encode_whole(messages: list[Message], example: Example, tokenizer: ChatTokenizer) -> list[int]:
     """Return the ids of a prompt; raises InputError where the template leaves out a message or a tool."""
     ids = tokenizer.encode_prompt(messages, example.tools)
-    check_prompt(tokenizer, ids, messages, example.tools)
+    check_written(tokenizer.decode(ids), messages, None, tools=example.tools)
     return ids
 
 
@@ -285,9 +304,3 @@ def with_default_system(example: Example, tokenizer: ChatTokenizer) -> list[Mess
         return example.messages
     default = tokenizer.default_system(example.tools)
     return example.messages if default is None else [{"role": "system", "content": default}, *example.messages]
-
-
-def _check_choice(key: str, value: str | None, known: Sequence[str | None]) -> None:
-    if value not in known:
-        names = ", ".join("null" if name is None else name for name in known)
-        raise InputError(f"privileged.{key} is {value!r}; known are {names}")

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 
 from pidistill.chat.calls import CallStyle, ToolCall
 from pidistill.chat.messages import transcript_text
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice, check_count
 from pidistill.privileged.hint_file import read_hints
 from pidistill.privileged.prompt import DEFAULT_LEAK_PHRASES
 from pidistill.privileged.trace_task import TraceTask
@@ -56,16 +56,14 @@ class TraceText:
     _hints: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InputError(f"dataset.kind is {self.kind!r}; known are {', '.join(KINDS)}")
-        if self.prefix_calls is not None and self.prefix_calls < 1:
-            raise InputError(f"dataset.prefix_calls is {self.prefix_calls}; give at least 1, or null to go by prefix_frac")
+        check_choice("dataset.kind", self.kind, KINDS)
+        check_count("dataset.prefix_calls", self.prefix_calls, null="the share prefix_frac")
         if not 0.0 < self.prefix_frac <= 1.0:
             raise InputError(f"dataset.prefix_frac is {self.prefix_frac}; it is the share of the calls shown, in (0, 1]")
         if (self.kind == "hints") != (self.hints is not None):
             raise InputError(
-                f"dataset.kind is {self.kind} and dataset.hints {self.hints}; `kind: hints` needs the file of hints, and "
-                "nothing else reads one"
+                f"dataset.kind is {self.kind} and dataset.hints {self.hints}; set dataset.hints with kind: hints, and "
+                "remove it with any other kind"
             )
         if self.hints is not None:
             self._hints.update(read_hints(self.hints))
@@ -151,6 +149,5 @@ KINDS: dict[str, Kind] = {
 
 def trace_leak_phrases(kind: str, extra: Sequence[str] = ()) -> list[str]:
     """Return the general leak phrases, the kind's and ``extra``; for `privileged.leak_phrases`."""
-    if kind not in KINDS:
-        raise InputError(f"privileged.leak_phrases.kind is {kind!r}; known are {', '.join(KINDS)}")
+    check_choice("privileged.leak_phrases.kind", kind, KINDS)
     return [*DEFAULT_LEAK_PHRASES, *KINDS[kind].leak_phrases, *extra]

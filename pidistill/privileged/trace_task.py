@@ -27,7 +27,7 @@ class AgentTrace:
 
 @dataclass(frozen=True)
 class TraceTask:
-    """Holds the traces of one task.
+    """Hold the traces of one task.
 
     ``source`` is the successful one with the fewest assistant turns (ties: the first); None where none succeeded. ``shown``
     gives the prompt: the source, else the first trace.

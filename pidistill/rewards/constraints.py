@@ -37,7 +37,7 @@ class Constraints:
         if unknown:
             raise InputError(f"reward.weights names {sorted(unknown)[0]!r}, which is none of reward.checks")
         if self.weights and self.coupled:
-            raise InputError("reward.weights is read by nothing with reward.coupled=True; remove one of them")
+            raise InputError("reward.weights is not read with reward.coupled=True; remove one of them")
         if not all(0.0 < weight < math.inf for weight in (self.weights or {}).values()):
             raise InputError(f"reward.weights must be above 0, not {dict(self.weights)}; leave a check out to ignore it")
 

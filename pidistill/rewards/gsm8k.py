@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from pidistill.errors import InputError, bounded_repr
+from pidistill.errors import InputError, bounded_repr, check_choice
 from pidistill.rewards.base import RewardWithParts, last_answer, reference_text
 from pidistill.types import Example, Message
 
@@ -49,8 +49,7 @@ class GSM8KReward:
     format: str = "any"
 
     def __post_init__(self) -> None:
-        if self.format not in _FORMATS:
-            raise InputError(f"the reward's format is {self.format!r}; known are {', '.join(_FORMATS)}")
+        check_choice("reward.format", self.format, _FORMATS)
 
     def check_reference(self, example: Example) -> Fraction:
         """Return the reference as a number; refuse an example whose reference is none: no answer would ever be right."""

@@ -3,7 +3,7 @@
     R' = R + Σ_parts part,   part = Σ over the assistant turns of a number per turn
 
 Listed under the key `reward_shaping`; each part is logged as ``reward/<name>``. Advantages are taken from R'. What counts as a
-success is judged on R alone (``Rollout.task_reward``), so that a penalty never turns a success into a failure.
+success is judged only on R (``Rollout.task_reward``), so that a penalty never turns a success into a failure.
 
 | part | arXiv 2602.04942 | here |
 | --- | --- | --- |
@@ -117,7 +117,7 @@ class LengthPenalty:
 class OverlongPenalty:
     """Lower the reward linearly over the last tokens before a limit: −factor · (tokens − (limit − buffer)) / buffer.
 
-    It is 0 up to limit − buffer and −factor from the limit on; the last turn bears it.
+    It is 0 up to limit − buffer and −factor from the limit on, and is added to the reward of the last turn.
 
     Attributes:
         limit: policy tokens of the whole episode, usually `sampler.max_new_tokens`.

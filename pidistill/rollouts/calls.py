@@ -66,7 +66,7 @@ class DaemonThreads:
     """Serve calls in the order of their arrival, in ``count`` threads.
 
     The threads of ThreadPoolExecutor are joined when the interpreter ends and when its `with` block ends, so one that hangs
-    would keep the process for ever. These threads are daemons, and leaving the block waits for none of them.
+    would keep the process alive forever. These threads are daemons, and leaving the block waits for none of them.
     """
 
     def __init__(self, count: int) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from pidistill.distributed.tensor_parallel import follows, from_first, tensor_parallel_group
 from pidistill.envs.base import MAX_OBSERVATION_CHARS, Environment
-from pidistill.errors import InputError, bounded_repr, escape_controls
+from pidistill.errors import InputError, bounded_repr, check_count, escape_controls
+from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.rewards.shaping import Shaping
 from pidistill.rollouts.base import OnTurnEnd, Sample, Sampler
 from pidistill.rollouts.calls import DaemonThreads, abandoned_calls, marked_interrupts
@@ -53,6 +54,7 @@ def collect_rollouts(
     environment_timeout_s: float | None = None,
     max_observation_chars: int = MAX_OBSERVATION_CHARS,
     shaping: Sequence[Shaping] = (),
+    privileged: PrivilegedPrompt | None = None,
 ) -> CollectResult:
     """Play ``group_size`` episodes of every example; the model sees the prompt of ``view``.
 
@@ -72,6 +74,7 @@ def collect_rollouts(
             ``environment_threads`` does not count. A call that is late costs its episode, and its thread is abandoned.
         max_observation_chars: characters of the environment's answer to one turn; a longer answer costs its episode.
         shaping: parts added to the reward of every whole episode; see :mod:`pidistill.rewards.shaping`.
+        privileged: how the teacher's view shows what an answer brings as ``EnvStep.privileged``; None keeps it from both views.
 
     Returns:
         rollouts in the order of ``seeds``.
@@ -93,7 +96,9 @@ def collect_rollouts(
     if follows(ranks):  # one rank talks to the environment, for all of them
         sample(on_turn_end=lambda row, ids: None)
         return from_first(ranks)
-    rules = EpisodeRules(environment, tokenizer, max_turns, environment_timeout_s, max_observation_chars, tuple(shaping))
+    rules = EpisodeRules(
+        environment, tokenizer, max_turns, environment_timeout_s, max_observation_chars, tuple(shaping), view, privileged
+    )
     title = f"sampling, {view} view{', greedy' if temperature == 0 else ''}"
     with marked_interrupts(), sampling_progress(len(seeds), title):
         rows = [row for row in range(len(prompts)) for _ in range(group_size)]
@@ -111,8 +116,7 @@ def collect_rollouts(
 def _check_arguments(examples: int, prompts: int, groups: int, max_turns: int | None) -> None:
     if not examples == prompts == groups:
         raise InputError(f"{examples} examples, {prompts} prompts and {groups} group numbers do not match")
-    if max_turns is not None and max_turns < 1:
-        raise InputError(f"max_turns is {max_turns}; give at least 1, or null for no limit")
+    check_count("max_turns", max_turns, null="no limit")
 
 
 def _play(

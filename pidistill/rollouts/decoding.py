@@ -1,6 +1,6 @@
 """Hold what a decoder needs while it samples: KV caches with a length per row, a head for the last token, gathered parameters.
 
-Everything is put on the instance for the duration and taken away again; torchtune's classes stay as they are.
+Everything is set on the instance while it samples and removed afterwards; torchtune's classes stay as they are.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -309,7 +309,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def gathered_parameters(model: nn.Module) -> Iterator[None]:
     """Hold all parameters of an FSDP2 model in full, so that forwards inside need no communication.
 
-    Otherwise every forward is a collective, and ranks that sample different numbers of steps wait for each other for ever.
+    Otherwise every forward is a collective, and ranks that sample different numbers of steps wait for each other forever.
     Entering is a collective: every rank enters, and does so between training steps. Each rank needs the memory of
     the whole model; under tensor parallelism of its own share of the layers, and forwards still communicate among the ranks
     that share a model. On leaving, also by an exception, the parameters are sharded again and each module's

@@ -10,7 +10,7 @@ _BLOCK = 256
 def sampling_logprobs(
     logits: Float[Tensor, "B V"], temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> Float[Tensor, "B V"]:
-    """Log of the distribution that tokens are drawn from: log_softmax(logits / temperature), truncated and renormalised.
+    """Return the log-probs that tokens are drawn with: log_softmax(logits / temperature), truncated and renormalised.
 
     As in Hugging Face's `generate`: temperature first, then top-k, then top-p on what top-k left. Dropped tokens are -inf.
     A token is outside top-p where the tokens before it, in order of probability, already reach ``top_p``.

@@ -6,12 +6,14 @@ no other; :meth:`Episode._ask` is the one place where it is caught.
 
 import copy
 import logging
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakSet
 
+from pidistill.chat.messages import with_text
 from pidistill.envs.base import (
     LARGEST_REWARD,
     Environment,
@@ -23,6 +25,7 @@ from pidistill.envs.base import (
     is_usable,
 )
 from pidistill.errors import InputError, attempt, bounded_repr, bounded_traceback
+from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.rewards.shaping import Shaping, add_shaping
 from pidistill.rollouts.base import Sample
 from pidistill.rollouts.calls import ask
@@ -66,6 +69,8 @@ class EpisodeRules:
     timeout_s: float | None
     max_observation_chars: int
     shaping: tuple[Shaping, ...]
+    view: ViewName = "student"  # the one that samples
+    privileged: PrivilegedPrompt | None = None  # how the teacher is shown what comes with an answer; None: it is not
 
 
 @dataclass
@@ -83,6 +88,9 @@ class Episode:
     out_of_turns: bool = False
     failure: Failure | None = None  # why the rollout has no reward; None while it has one
     observations: list[Message] = field(default_factory=list)  # the last ones that were handed to the sampler
+    # Per observation that came with privileged information: where it begins in the context, its ids, and those of the teacher.
+    shown: list[tuple[int, list[int], list[int]]] = field(default_factory=list)
+    privileged: str | None = None  # what came with the last answer
     state: Any = None
 
     def __post_init__(self) -> None:
@@ -103,10 +111,30 @@ class Episode:
         observation_ids = self._ask(
             f"the tokenizer, with the observation after turn {len(self.turn_rewards)}", encode, reason="environment_output"
         )
-        if observation_ids is not None:
-            self.turns += self.observations
-            self.tokens += len(observation_ids)
-        return observation_ids
+        if observation_ids is None:
+            return None
+        self.turns += self.observations
+        forced = self._show_teacher(history, observation_ids) if self.privileged else observation_ids
+        self.tokens += 0 if forced is None else len(forced)
+        return forced
+
+    def _show_teacher(self, history: list[Message], own: list[int]) -> list[int] | None:
+        """Note what the teacher reads in the place of an observation's ids; return what the view that samples reads."""
+        if self.rules.privileged is None:
+            return own
+        *others, last = self.observations or [{"role": "user", "content": ""}]
+
+        def encode(text: str) -> list[int]:
+            return self.rules.tokenizer.encode_observations(history, [*others, with_text(last, text)], self.example.tools)
+
+        row = replace(self.example, privileged=self.privileged)
+        ask_prompt = partial(self.rules.privileged.show_at_turn, row, encode)
+        shown = self._ask(f"the privileged information after turn {len(self.turn_rewards)}", ask_prompt, passes=InputError)
+        if self.failure is not None:
+            return None
+        if shown is not None:
+            self.shown.append((self.tokens, own, shown))
+        return own if shown is None or self.rules.view == "student" else shown
 
     def finish(self, sample: Sample) -> None:
         """Settle what the token limit left: an observation that did not fit, or a turn that was cut short."""
@@ -114,6 +142,7 @@ class Episode:
             return
         if len(sample.tokens) < self.tokens:  # the observation was refused whole: it is not part of the completion
             del self.turns[len(self.turns) - len(self.observations) :]
+            self.shown = [entry for entry in self.shown if entry[0] < len(sample.tokens)]
         elif len(sample.tokens) > self.tokens:
             self._step(sample.tokens[self.tokens :], truncated=True)
 
@@ -121,12 +150,14 @@ class Episode:
         """Return the rollout with its shaped reward; None, with ``failure`` set, where it has no reward."""
         if self.failure is not None:
             return None
+        (tokens, mask, logprobs), reads = self._as_student_reads(sample)
         rollout = Rollout(
             example=self.example,
             prompts=prompts,
-            completion=sample.tokens,
-            policy_mask=sample.policy_mask,
-            sampled_logprobs=sample.logprobs,
+            completion=tokens,
+            policy_mask=mask,
+            sampled_logprobs=logprobs,
+            teacher_reads=reads,
             kept=sample.kept,
             sampled_by=view,
             group=group,
@@ -137,9 +168,23 @@ class Episode:
             turn_rewards=self.turn_rewards,
             turn_policy_tokens=self.turn_policy_tokens,
         )
+        leave_out_what_is_too_long(rollout, self.rules.tokenizer.max_seq_len)
         self._ask("reward_shaping", partial(add_shaping, rollout, self.rules.shaping))
         self._check_numbers("the whole episode", rollout.reward, rollout.reward_parts)
         return None if self.failure is not None else rollout
+
+    def _as_student_reads(self, sample: Sample) -> tuple[list[list], list[tuple[int, int, list[int]]]]:
+        """Return ids, policy mask and log-probs with the student's observations, and what the teacher reads in their place."""
+        columns = [sample.tokens, sample.policy_mask, sample.logprobs]
+        if self.rules.view == "student" or not self.shown:
+            return columns, [(first, first + len(own), shown) for first, own, shown in self.shown]
+        made, reads, done = [[], [], []], [], 0
+        for first, own, shown in self.shown:
+            for column, values, observed in zip(made, columns, (own, [False] * len(own), [math.nan] * len(own)), strict=True):
+                column += [*values[done:first], *observed]
+            reads.append((len(made[0]) - len(own), len(made[0]), shown))
+            done = first + len(shown)
+        return [column + list(values[done:]) for column, values in zip(made, columns, strict=True)], reads
 
     def _step(self, ids: list[int], *, truncated: bool) -> bool:
         """Add one turn and the environment's verdict on it; return True where the episode ends."""
@@ -156,7 +201,7 @@ class Episode:
         if step is None or not self._check_numbers(where, step.reward, step.reward_parts):
             return True
         self._add(step.reward, step.reward_parts)
-        self.observations = step.observations
+        self.observations, self.privileged = step.observations, step.privileged
         return step.done
 
     def _environment_step(self, turn: Message, truncated: bool) -> EnvStep:
@@ -188,6 +233,15 @@ class Episode:
         self.turn_rewards.append(reward)
         for name, value in parts.items():
             self.reward_parts[name] = self.reward_parts.get(name, 0.0) + value
+
+
+def leave_out_what_is_too_long(rollout: Rollout, max_seq_len: int | None) -> None:
+    """Take the last of the privileged texts out of the teacher's view, one by one, until it fits; count them."""
+    if rollout.sampled_by == "teacher" or max_seq_len is None:
+        return  # the sampler has kept to its limits
+    while rollout.teacher_reads and len(rollout.sequence("teacher")[0]) > max_seq_len:
+        rollout.teacher_reads.pop()
+        rollout.teacher_reads_left_out += 1
 
 
 def _failure(where: str, error: BaseException, reason: str) -> Failure:

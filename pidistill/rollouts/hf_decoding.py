@@ -102,7 +102,7 @@ class _CachedMask(LayerMask):
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
         cache = self._context.cache_of(module, self._step)
         keys, values = cache.update(k, v)
-        if self._prompts is not None:  # a prompt attends to itself alone
+        if self._prompts is not None:  # a prompt attends only to itself
             return self._prompts.attend(module, q, k, v, form)
         visible = self._visible
         if not form.is_plain:
@@ -136,9 +136,9 @@ class States:
 
     @contextmanager
     def of(self, step: Step) -> Iterator[None]:
-        """Be the states of the rows of a forward; prompts start from nothing.
+        """Serve as the states of the rows of one forward; prompts start from empty states.
 
-        In the end, keep what layers have written into the states that they were given (one-token updates).
+        At its end, keep what layers have written into the states that they were given (one-token updates).
         """
         self._step, self._given = step, {}
         yield
@@ -215,7 +215,7 @@ class States:
 
 @contextmanager
 def layer_mask_decoding(model: Decoder, max_columns: int, pad_id: int) -> Iterator[HFContext]:
-    """Give the model the sampler's head, and take it away again whatever happens."""
+    """Give the model the sampler's head, and remove it afterwards, also after an exception."""
     context = HFContext(model, max_columns, pad_id)
     with unembedding(model, context.unembed):
         yield context

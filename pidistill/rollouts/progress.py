@@ -1,8 +1,8 @@
 """Show how far a round of sampling is: rows that have ended, tokens, tokens per second.
 
 :func:`pidistill.rollouts.collect_rollouts` opens the bar, for a round, an evaluation and a probe alike, and samplers call
-:func:`count`; a sampler that does not has a bar that stands still. On a terminal it is a line that goes when the round ends;
-elsewhere a line of the log every half minute. tqdm's own `TQDM_DISABLE=1` switches it off.
+:func:`count`; the bar of a sampler that does not call it does not move. On a terminal it is a line that disappears when the
+round ends, elsewhere a line of the log every half minute. tqdm's own `TQDM_DISABLE=1` switches it off.
 """
 
 import os
@@ -61,7 +61,7 @@ _current: ContextVar[_Progress | None] = ContextVar("progress of sampling", defa
 
 @contextmanager
 def sampling_progress(rows: int, title: str) -> Iterator[None]:
-    """Show what :func:`count` is called with inside the `with`, on the first process alone."""
+    """Show the numbers that :func:`count` gets inside the `with`, on the first process."""
     off = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
     if off or not rows or (dist.is_initialized() and dist.get_rank() > 0):
         yield

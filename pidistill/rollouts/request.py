@@ -5,7 +5,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_count
 from pidistill.models.protocol import Decoder
 from pidistill.rollouts.base import OnTurnEnd, Sample
 
@@ -79,8 +79,7 @@ def _follow(row: DecodingRow, forced: Sequence[int] | None, request: Request) ->
 def check_settings(temperature: float, max_new_tokens: int) -> None:
     if not 0.0 <= temperature < float("inf"):
         raise InputError(f"sampler.temperature is {temperature}; give a number of at least 0 (0 is greedy)")
-    if max_new_tokens < 1:
-        raise InputError(f"sampler.max_new_tokens is {max_new_tokens}; give at least 1")
+    check_count("sampler.max_new_tokens", max_new_tokens)
 
 
 def check_truncation(top_p: float | None, **counts: int | None) -> None:
@@ -88,8 +87,7 @@ def check_truncation(top_p: float | None, **counts: int | None) -> None:
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise InputError(f"sampler.top_p is {top_p}; give a probability above 0 and at most 1, or null for all")
     for key, value in counts.items():
-        if value is not None and value < 1:
-            raise InputError(f"sampler.{key} is {value}; give at least 1, or null for no limit")
+        check_count(f"sampler.{key}", value, null="no limit")
 
 
 def check_request(

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 from pidistill.chat.phrases import assistant_text, count_phrases
 from pidistill.distributed.run import Run
 from pidistill.envs.base import Environment, EnvStep
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_count
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.rollouts import CollectResult, rollout_seed
 from pidistill.tokenizers import ChatTokenizer
@@ -98,7 +98,7 @@ class Successes:
     max_per_prompt: int | None = None
 
     def __post_init__(self) -> None:
-        _check_limit(self.max_per_prompt)
+        check_count("selection.max_per_prompt", self.max_per_prompt, null="all")
 
     def select(self, rollouts: Sequence[Rollout], leak_phrases: Sequence[str], rewrite: Rewrite, seed: int) -> Selected:
         whole = [r for r in rollouts if r.task_reward >= self.threshold and r.stop_reason not in ("length", "turn_length")]
@@ -123,11 +123,12 @@ class All:
 def recorded(rollout: Rollout) -> dict[str, list]:
     """Return the ids of a rollout's completion, its policy mask as 0 and 1, and log μ of each policy token."""
     pairs = zip(rollout.sampled_logprobs, rollout.policy_mask, strict=True)
+    reads = {"teacher_reads": [list(read) for read in rollout.teacher_reads]} if rollout.teacher_reads else {}
     return {
         "ids": rollout.completion,
         "policy": [int(own) for own in rollout.policy_mask],
         "logprobs": [x for x, own in pairs if own],
-    }
+    } | reads
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Interventions:
     max_per_prompt: int | None = None
 
     def __post_init__(self) -> None:
-        _check_limit(self.max_per_prompt)
+        check_count("selection.max_per_prompt", self.max_per_prompt, null="all")
 
     def select(self, rollouts: Sequence[Rollout], leak_phrases: Sequence[str], rewrite: Rewrite, seed: int) -> Selected:
         cuts = self._cuts(rollouts, seed)
@@ -196,11 +197,6 @@ def _filtered(traces: Sequence[Trace], leak_phrases: Sequence[str], max_per_prom
     return kept
 
 
-def _check_limit(max_per_prompt: int | None) -> None:
-    if max_per_prompt is not None and max_per_prompt < 1:
-        raise InputError(f"selection.max_per_prompt is {max_per_prompt}; give at least 1, or null for all")
-
-
 # ---------------------------------------------------------------------------------------------- one turn again
 
 
@@ -218,8 +214,8 @@ class AfterTurns:
         for turn in example.data["said"]:
             if turn["role"] == "assistant" and self.environment.step(state, turn, truncated=False).done:
                 raise InputError(
-                    f"{example.id}: the environment ended a replayed episode that it had let go on; rewriting a turn needs an "
-                    "environment that answers the same turns alike: choose another `selection`"
+                    f"{example.id}: the environment ended a replayed episode earlier than the sampled one; rewriting a turn "
+                    "needs an environment that answers the same turns in the same way: choose another `selection`"
                 )
         return state
 

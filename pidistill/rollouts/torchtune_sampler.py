@@ -6,7 +6,7 @@ the observations of multi-turn episodes between the sampled turns.
 
 Every row has its own length. Each step reads one token of every row that has one: finished rows have left, and the next ones
 of the queue have entered. A prompt is read once for its group, an observation in one forward of its own; a row that waits for
-its environment keeps its keys and values while the others go on.
+its environment keeps its keys and values while the others continue.
 """
 
 import math

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 
 # Read by vLLM when it is imported. In process: a child would get copies of the weights. It reports usage over the network
 # unless told not to, and warns at every reload of a rotary buffer that no checkpoint holds.
@@ -115,8 +115,8 @@ class VLLMEngine:
                     distributed_executor_backend="external_launcher" if several else "uni",
                     **settings,
                 )
-            except (ValueError, RuntimeError, torch.OutOfMemoryError) as error:
-                detail = " ".join(str(error).split())[:400]
+            except Exception as error:  # what vLLM cannot do is an error of any kind: an assertion, an absent key or package
+                detail = one_line(error, 400)
                 raise InputError(
                     f"vLLM did not start on {model_dir} ({detail}); check sampler.model_dir, sampler.gpu_memory_utilization, "
                     "sampler.kv_cache_gib and sampler.max_model_len"
@@ -132,7 +132,7 @@ class VLLMEngine:
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
-        self._llm.apply_model(_repack_head)
+        self._llm.apply_model(_repack)
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
@@ -158,7 +158,7 @@ class VLLMEngine:
             stop_token_ids=list(settings.stop_ids),
             ignore_eos=True,  # the model's own end of text, where the tokenizer's stop ids lack it
             seed=None if greedy else seed,
-            # Of the sampled token alone, or of all that may be left: what is cut off has -inf.
+            # Only of the sampled token, or of all that may be left: what is cut off has -inf.
             logprobs=min((settings.top_k or 0) + TIES, self._vocabulary) if settings.kept and not greedy else 0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -217,11 +217,15 @@ def _check_device(engine: str, model: torch.device, sleep: bool) -> None:
         raise InputError("sampler.sleep=True gives GPU memory back between rollouts, and vLLM on CPU cannot; set it to False")
 
 
-def _repack_head(model: torch.nn.Module) -> None:
-    """Pack the head again: vLLM on CPU multiplies with a copy, which its reload forgets where the embedding is the head."""
+def _repack(model: torch.nn.Module) -> None:
+    """Pack again what vLLM on CPU multiplies with a packed copy of, which its reload forgets: a tied head, and experts."""
     head = getattr(model, "lm_head", None)
     if head is not None and head.weight.device.type == "cpu":
         head.quant_method.process_weights_after_loading(head)
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None and layer.w2_weight.device.type == "cpu":
+            kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def _shut_down_quietly(client: Any) -> None:
@@ -236,7 +240,7 @@ def _quietly(shutdown: Callable[[], None]) -> None:
 
 
 def _text_alone(config: Any) -> Any:
-    """Return the config of the text model, which alone is trained, of a folder that also holds a part for images."""
+    """Return the config of the text model of a folder that also holds a part for images; only the text model is trained."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     text = config.get_text_config()

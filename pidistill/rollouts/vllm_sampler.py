@@ -1,7 +1,7 @@
 """Sample with vLLM: its engine runs in the training process and samples with the trained weights as they are now.
 
 Token ids go in and token ids come out. A turn is a request; the next turn of a row is a request whose prompt is everything so
-far, of which the prefix cache holds the keys and values. Rows whose turn ended go on while others still sample.
+far, of which the prefix cache holds the keys and values. Rows whose turn ended continue while others still sample.
 """
 
 import json
@@ -21,7 +21,7 @@ from pidistill.models.adapters import adapter_modules, merged
 from pidistill.models.hf_format import family, to_hf
 from pidistill.models.hf_weights import to_stored
 from pidistill.models.precision import compute_dtype_of
-from pidistill.models.protocol import Decoder, has_own_names
+from pidistill.models.protocol import Decoder, carried_state, has_own_names
 from pidistill.rollouts.base import OnTurnEnd, Sample
 from pidistill.rollouts.collect import rollout_seed
 from pidistill.rollouts.progress import count
@@ -118,7 +118,7 @@ class VLLMSampler:
         the start, after which each rank samples as long as it needs.
 
         The numbers a row draws depend on its seed and on where its turns begin, not on its batch. How vLLM rounds does depend
-        on the batch: a draw within rounding error of the border between two tokens can fall otherwise.
+        on the batch: a draw within rounding error of the border between two tokens can give another token.
         """
         request = Request(
             temperature=self.temperature if temperature is None else temperature,
@@ -134,8 +134,7 @@ class VLLMSampler:
         check_request(model, prompts, group_size, seeds, request)
         self._check_length(max(map(len, prompts), default=0) + request.max_new_tokens)
         if self._engine is None:
-            if not has_own_names(model):
-                family(self._config)  # refuses what weights cannot be converted for
+            self.check_model(model, next(model.parameters()).device, compute_dtype_of(model))
             self._engine = self._start(model)
         # At every call: a stale copy would train silently on another policy's samples, and no counter of torch's sees every
         # way in which a weight can change.
@@ -150,6 +149,28 @@ class VLLMSampler:
             self._engine.abort()
             self._engine.rest()
         return [row.sample for row in rows]
+
+    def check_model(self, model: Decoder, device: torch.device, compute_dtype: torch.dtype) -> None:
+        """Refuse what vLLM 0.32 would compute in another way than ``model``, or not at all; the weights may be missing yet."""
+        if not has_own_names(model):
+            family(self._config)  # refuses what weights cannot be converted for
+            return
+        dtype = self._dtype(compute_dtype)
+        if carried_state(model) and device.type == "cpu" and dtype != "bfloat16":
+            raise InputError(
+                f"vLLM on CPU computes {carried_state(model)} in bf16 alone, and sampler.dtype is {dtype}; set "
+                "sampler.dtype=bfloat16, or sampler._component_=pidistill.rollouts.TorchtuneSampler"
+            )
+        rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+        first, longest = rope.get("original_max_position_embeddings"), self.max_model_len or model.max_seq_len
+        if rope.get("llama_4_scaling_beta") and first and longest > first:
+            raise InputError(
+                f"the model in {self.model_dir} scales its queries beyond {first:,} tokens (llama_4_scaling_beta), which vLLM "
+                f"does not; set sampler.max_model_len={first}, or sampler._component_=pidistill.rollouts.TorchtuneSampler"
+            )
+
+    def _dtype(self, compute_dtype: torch.dtype) -> str:
+        return self.dtype or str(compute_dtype).removeprefix("torch.")
 
     @property
     def _records_kept(self) -> bool:
@@ -171,7 +192,7 @@ class VLLMSampler:
             Path(self.model_dir),
             weight.device,
             sleep=self.sleep,
-            dtype=self.dtype or str(compute_dtype_of(model)).removeprefix("torch."),
+            dtype=self._dtype(compute_dtype_of(model)),
             gpu_memory_utilization=self.gpu_memory_utilization,
             max_model_len=self.max_model_len or model.max_seq_len,
             enforce_eager=self.enforce_eager,

@@ -1,7 +1,7 @@
 """Arrange sequences as a model reads them: one packed tree, or right-padded rows."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,11 +70,9 @@ class ModelInputs:
     def of(self, *names: ViewName) -> ModelInput:
         """Return ``names`` as one input: the policy tokens of the first view, then those of the second, each in batch order."""
         if names not in self._made:
-            sequences = [(r.prompts.of(name) + r.completion)[:-1] for name in names for r in self.rollouts]
-            # The token at index t of the completion is predicted by the one before it.
-            predicted = [
-                [len(r.prompts.of(name)) + t - 1 for t in policy_positions(r)] for name in names for r in self.rollouts
-            ]
+            read = [rollout.sequence(name) for name in names for rollout in self.rollouts]
+            sequences = [ids[:-1] for ids, _ in read]
+            predicted = [[place - 1 for place in places] for _, places in read]  # a token is predicted by the one before it
             self._made[names] = (self._packed if self._packing == "tree" else self._padded)(sequences, predicted)
         return self._made[names]
 
@@ -143,56 +141,48 @@ def make_batch(
     An empty list gives a batch of one pad token and no policy token: its loss is zero and has a gradient function, so that a
     rank without work still takes part in every collective.
     """
-    positions = [policy_positions(r) for r in rollouts]
+    tokens = [(row, r, t) for row, r in enumerate(rollouts) for t in policy_positions(r)]
     sampled = all(r.sampled_logprobs is not None for r in rollouts)
     weighed = len(rollouts) > 0 and all(r.importance_weights is not None for r in rollouts)
 
     def ids(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
-    weights = [[1.0] * len(ts) if r.loss_weights is None else r.loss_weights for r, ts in zip(rollouts, positions, strict=True)]
+    def per_token(known: bool, values: Callable[[], list[float]]) -> Tensor | None:
+        return torch.tensor(values(), dtype=torch.float32, device=device) if known else None
 
-    def per_token(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)
-
+    recorded = per_token(sampled and not weighed, lambda: [r.sampled_logprobs[t] for _, r, t in tokens])
+    trained, given = per_token(weighed, lambda: [x for r in rollouts for x in r.trainer_logprobs]), advantages or []
     return Batch(
         views=ModelInputs(rollouts, packing, pad_id, device),
-        targets=ids([r.completion[t] for r, ts in zip(rollouts, positions, strict=True) for t in ts]),
-        rollout_index=ids([row for row, ts in enumerate(positions) for _ in ts]),
-        token_index=ids([n for ts in positions for n in range(len(ts))]),
-        ratio_logprobs=per_token([x for r in rollouts for x in r.trainer_logprobs])
-        if weighed
-        else per_token([r.sampled_logprobs[t] for r, ts in zip(rollouts, positions, strict=True) for t in ts])
-        if sampled
-        else None,
-        rewards=per_token([r.task_reward or 0.0 for r, ts in zip(rollouts, positions, strict=True) for _ in ts])
-        if sampled
-        else None,
-        advantages=per_token(
-            [x for a, ts in zip(advantages, positions, strict=True) for x in a.tokens or [a.advantage] * len(ts)]
-        )
-        if advantages is not None
-        else None,
-        kl_advantages=per_token([x for a in advantages for x in a.kl])
-        if advantages is not None and all(a.kl is not None for a in advantages)
-        else None,
-        snis_weights=per_token([a.snis_weight for a, ts in zip(advantages, positions, strict=True) for _ in ts])
-        if advantages is not None and all(a.snis_weight is not None for a in advantages)
-        else None,
-        has_privileged=torch.tensor(
-            [r.prompts.has_privileged for r, ts in zip(rollouts, positions, strict=True) for _ in ts],
-            dtype=torch.bool,
-            device=device,
+        targets=ids([r.completion[t] for _, r, t in tokens]),
+        rollout_index=ids([row for row, _, _ in tokens]),
+        token_index=ids([n for r in rollouts for n in range(r.policy_tokens)]),
+        ratio_logprobs=trained if weighed else recorded,
+        rewards=per_token(sampled, lambda: [r.task_reward or 0.0 for _, r, _ in tokens]),
+        advantages=per_token(advantages is not None, lambda: _advantages(rollouts, given)),
+        kl_advantages=per_token(_all_have(advantages, "kl"), lambda: [x for a in given for x in a.kl]),
+        snis_weights=per_token(_all_have(advantages, "snis_weight"), lambda: [given[row].snis_weight for row, _, _ in tokens]),
+        has_privileged=torch.tensor([x for r in rollouts for x in r.tokens_with_privileged()], dtype=torch.bool, device=device),
+        importance_weights=per_token(weighed, lambda: [x for r in rollouts for x in r.importance_weights]),
+        loss_weights=per_token(
+            any(r.loss_weights or r.balance != 1.0 for r in rollouts),
+            lambda: [x * r.balance for r in rollouts for x in r.loss_weights or [1.0] * r.policy_tokens],
         ),
-        importance_weights=per_token([x for r in rollouts for x in r.importance_weights]) if weighed else None,
-        loss_weights=per_token([x * r.balance for r, row in zip(rollouts, weights, strict=True) for x in row])
-        if any(r.loss_weights or r.balance != 1.0 for r in rollouts)
-        else None,
         turn_index=ids([k for r in rollouts for k, length in enumerate(turn_lengths(r)) for _ in range(length)]),
-        turn_balance=per_token([w for r in rollouts for w in _turn_balance(r)]),
-        rollout_tokens=per_token([r.policy_tokens for r in rollouts for _ in range(r.policy_tokens)]),
+        turn_balance=per_token(True, lambda: [w for r in rollouts for w in _turn_balance(r)]),
+        rollout_tokens=per_token(True, lambda: [r.policy_tokens for _, r, _ in tokens]),
         kept=_kept_sets(rollouts, device) if any(r.kept is not None for r in rollouts) else None,
     )
+
+
+def _all_have(advantages: Sequence[RolloutAdvantage] | None, name: str) -> bool:
+    return advantages is not None and all(getattr(advantage, name) is not None for advantage in advantages)
+
+
+def _advantages(rollouts: Sequence[Rollout], advantages: Sequence[RolloutAdvantage]) -> list[float]:
+    pairs = zip(rollouts, advantages, strict=True)
+    return [x for rollout, a in pairs for x in a.tokens or [a.advantage] * rollout.policy_tokens]
 
 
 def turn_lengths(rollout: Rollout) -> list[int]:

@@ -1,4 +1,4 @@
-"""Turn hidden states and the head's weight into per-token numbers, chunk by chunk: the one place where logits meet tokens.
+"""Turn hidden states and the head's weight into per-token numbers, chunk by chunk: logits are computed only here.
 
 A [tokens, vocabulary] tensor never exists, and peak memory does not grow with tokens. :func:`_chunk_by_chunk` is the one pass:
 

@@ -18,7 +18,8 @@ from pidistill.types import Divergence, KeptSets, ListedTeacher, ScoreRequest, S
 # Elements of the logits of a chunk, over all sides that share the head. Larger ones make better use of the products, which read
 # the whole head and its gradient for each chunk: 256 MiB of fp32.
 CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**26}
-# Of the rows whose numbers are made at once; about eight temporaries of that size live. On CPU they stay in the cache, and are
+# Elements of the rows whose numbers are computed at once, with about eight temporaries of that size. On CPU they stay in the
+# cache, and are
 # small enough that glibc does not return them to the system each time, which costs several times the arithmetic.
 BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
 

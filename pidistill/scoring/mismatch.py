@@ -1,7 +1,7 @@
 """Compare the sampler's distribution with the trainer's: measured, bounded, and corrected by truncated importance weights.
 
 The policy gradient takes every token for a sample of the policy that the trainer sees. A sampler draws from another one, μ,
-where its kernels round otherwise, where its weights are stale, and where top-p or top-k cuts the distribution. With π the
+where its kernels round differently, where its weights are stale, and where top-p or top-k cuts the distribution. With π the
 trainer's policy under the weights that sampled, in the view that sampled:
 
     measured      Δ = log π(y) − log μ(y) of each sampled token; k3 = e^Δ − 1 − Δ ≥ 0 has the mean kl(μ||π) under y ~ μ
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pidistill.config import build
 from pidistill.distributed.run import Run
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.losses.estimators import k1, k3
 from pidistill.losses.reductions import sum_by_rollout
 from pidistill.rollouts import Sampler
@@ -184,8 +184,7 @@ class TruncatedImportanceWeights:
     """
 
     def __init__(self, level: str = "token", cap: float = 2.0) -> None:
-        if level not in ("token", "sequence"):
-            raise InputError(f"importance_weights.level={level} is unknown; choose token or sequence")
+        check_choice("importance_weights.level", level, ("token", "sequence"))
         if not 1.0 <= cap < math.inf:
             raise InputError(f"importance_weights.cap={cap} must be at least 1: a weight is 1 where sampler and trainer agree")
         self.level, self.cap = level, float(cap)
@@ -257,8 +256,7 @@ class MismatchMask:
     """
 
     def __init__(self, metric: str = "ratio", low: float | None = None, high: float | None = None, only: str = "all") -> None:
-        if metric not in MASKS:
-            raise InputError(f"mismatch_mask.metric={metric} is unknown; choose {', '.join(MASKS)}")
+        check_choice("mismatch_mask.metric", metric, MASKS)
         self.metric, (self.level, least, most) = metric, MASKS[metric]
         self.low, self.high = least if low is None else float(low), most if high is None else float(high)
         if not 0.0 <= self.low <= 1.0 <= self.high:
@@ -266,8 +264,7 @@ class MismatchMask:
                 f"mismatch_mask.low={self.low} and high={self.high} must satisfy 0 <= low <= 1 <= high: where sampler and "
                 f"trainer agree the {metric} is 1"
             )
-        if only not in ("all", "negative", "positive"):
-            raise InputError(f"mismatch_mask.only={only} is unknown; choose all, negative or positive")
+        check_choice("mismatch_mask.only", only, ("all", "negative", "positive"))
         self.only = only
         self._sums: dict[str, float] = {}
         self._kept: WeakKeyDictionary[RolloutKey, list[bool]] = WeakKeyDictionary()

@@ -168,11 +168,10 @@ def _sizes(rollouts: Sequence[Rollout], views: tuple[ViewName, ...]) -> list[Rol
         if key not in numbers:
             numbers[key] = len(tree_tokens)
             tree_tokens.append(len(make_tree(prompts).tokens))
-        length = len(rollout.completion) - 1
         number = numbers[key]
-        sizes.append(
-            RolloutSize(number, tree_tokens[number], length * len(set(key)), len(views), length + max(len(p) for p in prompts))
-        )
+        read = {tuple(ids): len(ids) - len(p) for ids, p in ((rollout.sequence(v)[0], rollout.prompts.of(v)) for v in views)}
+        completions = sum(length - 1 for length in read.values())
+        sizes.append(RolloutSize(number, tree_tokens[number], completions, len(views), max(map(len, read)) - 1))
     return sizes
 
 

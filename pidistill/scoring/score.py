@@ -67,7 +67,7 @@ def score(
     of_slice = None if loss is None else lambda part, scores: loss(batch.slice(part), scores)
     plan = ScorePlan(batch.targets, request, temperature, chunk_tokens, of_slice, logit_cap(model), batch.kept)
     with torch.set_grad_enabled(request.student_grad or request.teacher_grad):
-        return _with_router(plan.as_scores(_score(plan, model, batch, _voices(teacher, model))), model)
+        return _with_router(plan.as_scores(_score(plan, model, batch, _given_parts(teacher, model))), model)
 
 
 def _score_served(
@@ -97,7 +97,7 @@ def student_nll(batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
     return -scores.student_logprobs
 
 
-def _voices(teacher: Teacher | Decoder | None, model: Decoder) -> list[MixturePart]:
+def _given_parts(teacher: Teacher | Decoder | None, model: Decoder) -> list[MixturePart]:
     """Return the parts of the given teacher; none where the trained model is the teacher."""
     if isinstance(teacher, nn.Module):
         return [MixturePart(1.0, teacher)]
@@ -127,7 +127,7 @@ def list_forwards(request: ScoreRequest, *, live_teacher: bool) -> Forwards:
         if "teacher" not in live:
             given = "teacher"
         elif any(divergence.grad == "student" for divergence in request.divergences):
-            given = "given_teacher"  # beside the trained teacher view, it serves only what reaches the student alone
+            given = "given_teacher"  # beside the trained teacher view, only for terms with gradient to the student only
     return Forwards(called, gradient, tuple(view for view in live if view not in called), given)
 
 

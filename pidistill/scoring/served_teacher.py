@@ -28,8 +28,7 @@ from pidistill.losses.token_weights import Chain, EntropyMask, TokenWeight
 from pidistill.models.protocol import Decoder
 from pidistill.objectives.base import BOTH_KLS, Objective
 from pidistill.privileged.judges import RETRIED, Exchange, JudgeError
-from pidistill.scoring.batch import policy_positions
-from pidistill.teachers import MixturePart, Teacher
+from pidistill.teachers import MixturePart, RoutedTeacher, Teacher
 from pidistill.types import ListedTeacher, Rollout, RolloutKey, ScoreRequest, Scores
 
 MAX_ANSWER_BYTES = 64_000_000
@@ -39,7 +38,12 @@ MOST_BEYOND = 0.5  # rows that pad a vocabulary have hardly any probability; a m
 NOTHING_ELSE = (
     "a ServedTeacher without top_k gives the log-probs of the sampled tokens and nothing else of its distribution; set "
     "teacher.top_k for divergences over its likeliest ids and a tail, an objective that needs no more (OPD with divergence: "
-    "sampled, OPDPPO, SDAR, RLSD, SemiOPD with form: k2), or a teacher here"
+    "sampled, OPDPPO, SDAR, RLSD, SemiOPD with form: k2), or another teacher"
+)
+
+NO_WEIGHTS = (
+    "a ServedTeacher's weights are on a server: they are not trained, do not sample and are no part of a RoutedTeacher; set "
+    "another teacher, or an objective that takes its numbers alone"
 )
 
 
@@ -95,7 +99,7 @@ class ServedTeacher(Teacher):
         self._known: WeakKeyDictionary[RolloutKey, ListedTeacher] = WeakKeyDictionary()
 
     def mixture(self, model: Decoder) -> list[MixturePart]:
-        raise InputError(NOTHING_ELSE)
+        raise InputError(NO_WEIGHTS)
 
     def listed(self, rollouts: Sequence[Rollout]) -> list[ListedTeacher]:
         """Return what the teacher's view says of each policy token of each rollout; the first id is the token's own."""
@@ -111,10 +115,8 @@ class ServedTeacher(Teacher):
         _read_place(self._prompt_logprobs([1, 1], "a first question")[1], 1, self.top_k, "a first question, place 1")
 
     def _ask(self, rollout: Rollout) -> ListedTeacher:
-        prompt, where = rollout.prompts.teacher, rollout.example.id
-        ids = prompt + rollout.completion
+        where, (ids, places) = rollout.example.id, rollout.sequence("teacher")
         given = self._prompt_logprobs(ids, where)
-        places = [len(prompt) + t for t in policy_positions(rollout)]
         rows = [_read_place(given[place], ids[place], self.top_k, f"{where}, place {place}") for place in places]
         return self.as_tensors(rows)
 
@@ -253,12 +255,16 @@ def _logprob_of(listed: dict[str, Any], key: str, where: str) -> float:
 
 def check_served(teacher: Teacher, objective: Objective, temperature: float, method: str) -> None:
     """Refuse a served teacher where more than it gives, or another temperature, is asked of it."""
+    if isinstance(teacher, RoutedTeacher) and any(isinstance(one, ServedTeacher) for one in teacher.teachers.values()):
+        raise InputError(NO_WEIGHTS)
     if not isinstance(teacher, ServedTeacher):
         return
     request, behaviour = objective.score_request(0), objective.behaviour_request()
     before = () if behaviour is None else behaviour.divergences
     other = before or any(divergence not in BOTH_KLS for divergence in request.divergences)
-    if request.teacher_grad or (teacher.top_k is None and other):
+    if request.teacher_grad:
+        raise InputError(NO_WEIGHTS)
+    if teacher.top_k is None and other:
         raise InputError(NOTHING_ELSE)
     if own := next((d for d in (*request.divergences, *before) if d.top_k is not None), None):
         raise InputError(
@@ -268,12 +274,12 @@ def check_served(teacher: Teacher, objective: Objective, temperature: float, met
     if _reads_teacher_entropy(getattr(objective, "token_weight", None)):
         raise InputError(
             "objective.token_weight reads the teacher's entropy, which a ServedTeacher does not give: its tail may hold any; "
-            "set token_weight.view: student, or a teacher here"
+            "set token_weight.view: student, or another teacher"
         )
     if temperature != 1.0:
         raise InputError(
             f"a ServedTeacher's log-probs are at temperature 1, and sampler.temperature={temperature} compares the student at "
-            f"another in {method}; set sampler.temperature: 1, or a teacher here"
+            f"another in {method}; set sampler.temperature: 1, or another teacher"
         )
 
 

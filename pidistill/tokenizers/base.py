@@ -1,9 +1,9 @@
 """Define what the package needs of a tokenizer: prompts, turns and observations as ids, never cut out of a rendered text."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-from pidistill.types import Message
+from pidistill.types import Message, Tools
 
 
 @runtime_checkable
@@ -19,27 +19,25 @@ class ChatTokenizer(Protocol):
     stop_ids: frozenset[int]  # ids that end an assistant turn; the sampled one is part of the completion and is trained
     max_seq_len: int | None  # prompt + completion limit in tokens, or None
 
-    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
         """Return the ids of the conversation, ending where the assistant turn begins (generation prompt included)."""
 
-    def encode_turn(
-        self, history: Sequence[Message], turn: Message, tools: Sequence[dict[str, Any]] | None = None
-    ) -> list[int]:
+    def encode_turn(self, history: Sequence[Message], turn: Message, tools: Tools = None) -> list[int]:
         """Return the ids that a model would have sampled to say ``turn`` after ``encode_prompt(history)``, with a stop id."""
 
     def encode_observations(
-        self, history: Sequence[Message], observations: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+        self, history: Sequence[Message], observations: Sequence[Message], tools: Tools = None
     ) -> list[int]:
         """Return the ids from right after the stop id of ``history``'s last (assistant) turn to where the next turn begins."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids, special tokens included."""
 
-    def parse_turn(self, ids: Sequence[int], tools: Sequence[dict[str, Any]] | None = None) -> Message:
+    def parse_turn(self, ids: Sequence[int], tools: Tools = None) -> Message:
         """Return the assistant message that the sampled ids of one turn say; the stop id is not part of its text.
 
         ``tools`` are those of the prompt. Where there are none, an answer that looks like a call is an answer.
         """
 
-    def default_system(self, tools: Sequence[dict[str, Any]] | None = None) -> str | None:
+    def default_system(self, tools: Tools = None) -> str | None:
         """Return the system text that prompts get where the messages have no system message; None where they get none."""

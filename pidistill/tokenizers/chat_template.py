@@ -17,7 +17,7 @@ from jinja2.ext import Extension, loopcontrols
 from pidistill.chat.messages import message_text, reasoning_of
 from pidistill.errors import InputError
 from pidistill.tokenizers.template_limits import LimitedEnvironment, TemplateLimitError
-from pidistill.types import Message
+from pidistill.types import Message, Tools
 
 
 class TemplateRefusal(InputError):
@@ -46,7 +46,7 @@ class ChatTemplate:
         except (TemplateLimitError, RecursionError, MemoryError) as error:
             raise _limit_error(error) from error
 
-    def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[Message], tools: Tools, generation_prompt: bool) -> str:
         """Return the conversation as text."""
         template = self._templates.get("tool_use" if tools else "default") or self._templates["default"]
         messages = [_as_templates_read(message) for message in messages]
@@ -68,7 +68,7 @@ def _limit_error(error: BaseException) -> InputError:
     )
 
 
-def _refusal(error: Exception, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> TemplateRefusal:
+def _refusal(error: Exception, messages: Sequence[Message], tools: Tools) -> TemplateRefusal:
     """Return the error with the template's own words, what the conversation was, and what may be changed."""
     roles = ", ".join(message["role"] for message in messages)
     calls = max((len(message.get("tool_calls") or []) for message in messages), default=0)
@@ -84,7 +84,7 @@ def _refusal(error: Exception, messages: Sequence[Message], tools: Sequence[dict
 
 
 def _as_templates_read(message: Message) -> Message:
-    """Return the message in the one form that all templates know; but for the text parts, transformers does the same.
+    """Return the message in the one form that all templates know. Except for the text parts, transformers does the same.
 
     Older templates write a null out as the word None; a missing key is what they expect. Reasoning has had several names. A
     list of text parts is written out as a list by some templates, and left out by others (Qwen3's).
@@ -148,7 +148,7 @@ def _environment() -> LimitedEnvironment:
 
 
 class _Generation(Extension):
-    """Read ``{% generation %}``, which marks assistant text for transformers' loss masks, as its body alone."""
+    """Read ``{% generation %}``, which marks assistant text for transformers' loss masks, as its body."""
 
     tags = {"generation"}  # noqa: RUF012
 

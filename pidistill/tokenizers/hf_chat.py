@@ -14,10 +14,10 @@ from typing import Any
 
 from pidistill.chat.messages import message_text, reasoning_of
 from pidistill.chat.tool_calls import FORMATS, as_plain_messages, parse_turn_text
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.tokenizers.chat_template import ChatTemplate, TemplateRefusal, find_templates
 from pidistill.tokenizers.hf_files import read_tokenizer_files
-from pidistill.tokenizers.markers import Tools, any_of, mark, split_at, unused_marker, unused_word, with_sentinel
+from pidistill.tokenizers.markers import any_of, mark, split_at, unused_marker, unused_word, with_sentinel
 from pidistill.tokenizers.prefix import common_prefix_length
 from pidistill.tokenizers.template_probes import (
     find_default_system,
@@ -26,7 +26,7 @@ from pidistill.tokenizers.template_probes import (
     find_separators,
     find_tool_format,
 )
-from pidistill.types import Message
+from pidistill.types import Message, Tools
 
 _log = logging.getLogger(__name__)
 _WARNED: set[str] = set()
@@ -149,7 +149,10 @@ class HFChatTokenizer:
         text = self._render(messages, tools, marker, generation_prompt=True)
         turn = text.rfind(sentinel)
         if turn < 0:
-            raise InputError("the chat template leaves out the assistant turn before the observations; it cannot be continued")
+            raise InputError(
+                "the chat template leaves out the assistant turn before the observations; set tokenizer.chat_template to one "
+                "that writes it"
+            )
         stop = self._stop_pattern.search(text, turn)
         other = self._control_pattern.match(text, turn + len(sentinel))
         if other and (stop is None or other.start() < stop.start()):
@@ -327,13 +330,12 @@ class HFChatTokenizer:
 
     def _find_tool_format(self, chosen: str) -> tuple[str, bool]:
         """Return (format that turns are read in, True where tools are written as plain text instead of by the template)."""
-        if chosen not in ("auto", *FORMATS):
-            raise InputError(f"tokenizer.tool_format is {chosen!r}; known are auto, {', '.join(FORMATS)}")
+        check_choice("tokenizer.tool_format", chosen, ("auto", *FORMATS))
         written = find_tool_format(self._template)
         if chosen not in ("auto", "action", "none", written):
             raise InputError(
                 f"tokenizer.tool_format is {chosen}, but the chat template writes tool calls in another form "
-                f"({written or 'an unknown one'}), so earlier calls would look otherwise than the model wrote them; set auto, "
+                f"({written or 'an unknown one'}), so earlier calls would look different from what the model wrote; set auto, "
                 "or action for a template without tools"
             )
         if chosen == "auto" and written is None:

@@ -1,6 +1,5 @@
 """Read what a model folder says about its tokenizer: the vocabulary, the tokens that end a turn, and the padding token."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +8,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
+from pidistill.jsonl import read_object
 
 
 @dataclass(frozen=True)
@@ -71,25 +71,15 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
-        raise InputError(
-            f"{file} is not a tokenizer ({' '.join(str(error).split())[:160]}); copy or download it again"
-        ) from error
+        raise InputError(f"{file} is not a tokenizer ({one_line(error, 160)}); copy or download it again") from error
     tokenizer.no_truncation()  # the file may ask for either, and both would change prompts silently
     tokenizer.no_padding()
     return tokenizer
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return what a JSON file holds; nothing where there is no file."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not valid JSON ({error}); check tokenizer.path") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{file} holds a {type(found).__name__}, not a JSON object; check tokenizer.path")
-    return found
+    """Return the object in a JSON file; an empty one where there is no file."""
+    return read_object(file, "check tokenizer.path") if file.is_file() else {}
 
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:

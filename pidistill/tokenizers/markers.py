@@ -5,11 +5,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pidistill.types import Message
+from pidistill.types import Message, Tools
 
 _MARKERS = range(0xF0000, 0xFFFFE)  # private use: no text has a meaning for them
-
-Tools = Sequence[dict[str, Any]] | None
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from pidistill.chat.messages import REASONING_KEYS, message_text
 from pidistill.errors import InputError
 from pidistill.tokenizers.base import ChatTokenizer
-from pidistill.types import Message
+from pidistill.types import Message, Tools
 
 _ACTION = (
     "set tokenizer.tool_format: action, which writes tools and calls as text, or tokenizer.chat_template to one with tools"
@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Piece:
-    """Holds the ids of one assistant turn (``turn`` is its message), or of what stands between two turns (``turn`` is None)."""
+    """Hold the ids of one assistant turn (``turn`` is its message), or of what stands between two turns (``turn`` is None)."""
 
     ids: list[int]
     turn: Message | None
@@ -53,7 +53,7 @@ def encode_completion(
     tokenizer: ChatTokenizer,
     history: Sequence[Message],
     completion: Sequence[Message],
-    tools: Sequence[dict[str, Any]] | None,
+    tools: Tools,
     where: str,
 ) -> list[Piece]:
     """Return the ids of the completion's messages after ``history``, piece by piece; messages after the last turn are left out.
@@ -93,7 +93,7 @@ def _encode_one_by_one(
     tokenizer: ChatTokenizer,
     history: Sequence[Message],
     groups: Sequence[tuple[list[Message], Message]],
-    tools: Sequence[dict[str, Any]] | None,
+    tools: Tools,
 ) -> list[tuple[list[int], list[int]]]:
     """Return (ids before the turn, ids of the turn) of every turn; each is rendered after all that stands before it."""
     history, encoded = list(history), []
@@ -111,23 +111,12 @@ def _encode_one_by_one(
     return encoded
 
 
-def check_prompt(
-    tokenizer: ChatTokenizer,
-    ids: Sequence[int],
-    messages: Sequence[Message],
-    tools: Sequence[dict[str, Any]] | None,
-    where: str | None = None,
-) -> None:
-    """Refuse a prompt whose ids lack a part of its messages or the name of a tool."""
-    check_written(tokenizer.decode(ids), messages, where, tools=tools)
-
-
 def check_written(
     text: str,
     messages: Sequence[Message],
     where: str | None,
     *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Tools = None,
     reasoning: bool = False,
 ) -> None:
     """Raise InputError, with the key that helps, where ``text`` lacks a part of the messages or the name of a tool."""

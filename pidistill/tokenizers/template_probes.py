@@ -5,14 +5,14 @@ from collections.abc import Iterable
 
 from pidistill.chat.tool_calls import PROBE_CONVERSATION, PROBE_TOOL, written_format
 from pidistill.tokenizers.chat_template import ChatTemplate, TemplateRefusal
-from pidistill.tokenizers.markers import Tools, unused_word
-from pidistill.types import Message
+from pidistill.tokenizers.markers import unused_word
+from pidistill.types import Message, Tools
 
 QUESTION: Message = {"role": "user", "content": "question"}
 
 
 def find_rewritten_turns(template: ChatTemplate) -> list[str]:
-    """Return which assistant turns the template shows, once the conversation continues, otherwise than they were sampled.
+    """Return which assistant turns the template shows differently from how they were sampled, once the conversation continues.
 
     A turn with and one without reasoning are rendered, answered by a user and by a tool. Some templates end the last turn with
     another token than the earlier ones.

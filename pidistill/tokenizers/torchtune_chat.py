@@ -16,9 +16,7 @@ from torchtune.models.qwen2 import Qwen2Tokenizer
 from pidistill.chat.messages import message_text
 from pidistill.errors import InputError
 from pidistill.tokenizers.prefix import common_prefix_length
-from pidistill.types import Message
-
-Tools = Sequence[dict[str, Any]] | None
+from pidistill.types import Message, Tools
 
 # Answers whose ids share no first token with each other, with a stop token or with the text before them: what a prompt with
 # each of them has in common is the prompt. The empty one rules out a shared leading-space token.
@@ -42,7 +40,7 @@ class TorchtuneChatTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self.max_seq_len: int | None = tokenizer.max_seq_len
         self._tokenizer = copy.copy(tokenizer)
-        self._tokenizer.max_seq_len = None  # torchtune cuts what is longer, without a word
+        self._tokenizer.max_seq_len = None  # torchtune silently cuts what is longer
         self._specials = {text: i for text, i in (getattr(tokenizer, "special_tokens", None) or {}).items() if len(text) > 1}
         self._parsed_tokens = self._find_parsed_tokens()
         self.stop_ids = self._find_stop_ids()
@@ -118,7 +116,10 @@ class TorchtuneChatTokenizer:
     def _up_to_stop(self, ids: list[int]) -> list[int]:
         end = next((i + 1 for i, token in enumerate(ids) if token in self.stop_ids), None)
         if end is None:
-            raise InputError(f"the torchtune tokenizer ends an assistant turn without a stop token {set(self.stop_ids)}")
+            raise InputError(
+                f"the torchtune tokenizer ends an assistant turn without one of its stop tokens {set(self.stop_ids)}; use "
+                "HFChatTokenizer"
+            )
         return ids[:end]
 
     # ------------------------------------------------------------------------------------------- what the tokenizer is
@@ -136,7 +137,10 @@ class TorchtuneChatTokenizer:
         stops = getattr(self._tokenizer, "stop_tokens", None) or [getattr(self._tokenizer, "eos_id", None)]
         stops = frozenset(i for i in stops if i is not None)
         if not stops:
-            raise InputError(f"{type(self._tokenizer).__name__} has neither stop_tokens nor an eos_id: it cannot end a turn")
+            raise InputError(
+                f"{type(self._tokenizer).__name__} has neither stop_tokens nor an eos_id, so it cannot end a turn; choose "
+                "another `tokenizer`"
+            )
         return stops
 
     def _find_vocab_size(self) -> int:

@@ -1,11 +1,10 @@
 """Encode one id per word: the tokenizer of the tiny world and of tests."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from pidistill.chat.messages import message_text
 from pidistill.errors import InputError
-from pidistill.types import Message
+from pidistill.types import Message, Tools
 
 
 class WordTokenizer:
@@ -29,27 +28,25 @@ class WordTokenizer:
         self.max_seq_len = max_seq_len
         self._bos_id, self._end_id = self._ids[bos], self._ids[end]
 
-    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
         return [self._bos_id, *self._encode(messages)]
 
-    def encode_turn(
-        self, history: Sequence[Message], turn: Message, tools: Sequence[dict[str, Any]] | None = None
-    ) -> list[int]:
+    def encode_turn(self, history: Sequence[Message], turn: Message, tools: Tools = None) -> list[int]:
         return self._encode([turn])
 
     def encode_observations(
-        self, history: Sequence[Message], observations: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+        self, history: Sequence[Message], observations: Sequence[Message], tools: Tools = None
     ) -> list[int]:
         return self._encode(observations)
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(self._words[i] for i in ids)
 
-    def parse_turn(self, ids: Sequence[int], tools: Sequence[dict[str, Any]] | None = None) -> Message:
+    def parse_turn(self, ids: Sequence[int], tools: Tools = None) -> Message:
         said = ids[:-1] if ids and ids[-1] == self._end_id else ids
         return {"role": "assistant", "content": self.decode(said)}
 
-    def default_system(self, tools: Sequence[dict[str, Any]] | None = None) -> str | None:
+    def default_system(self, tools: Tools = None) -> str | None:
         return None
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:

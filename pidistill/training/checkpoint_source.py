@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 from pidistill.models.empty import shared_empty_model
 from pidistill.models.fits import check_fits
 from pidistill.training.disk import check_copyable
@@ -87,7 +87,7 @@ def check_checkpoint_fits(cfg: DictConfig, key: str) -> None:
                 raise
             raise InputError(
                 f"config.json in {node.checkpoint_dir} cannot be compared with {model._component_} "
-                f"({type(error).__name__}: {' '.join(str(error).split())}); check the file, or {key}.checkpoint_dir"
+                f"({type(error).__name__}: {one_line(error)}); check the file, or {key}.checkpoint_dir"
             ) from error
 
 

@@ -2,14 +2,14 @@
 
     the weights in their own format, as the configured torchtune checkpointer writes them (transformers loads them); of a
     model with LoRA adapters the merged ones (of 4-bit weights, those that the forward computes with),
-    adapter/ where there are LoRA adapters: these alone in PEFT's format, for the base in transformers,
+    adapter/ where there are LoRA adapters: only the adapters, in PEFT's format, for the base in transformers,
     the files that came with the initial checkpoint (config.json, tokenizer), and
     training_state.pt: optimizer, scheduler, adapters, teacher, step, round, random state of every rank, the objective's name,
     the round that was sampled ahead (`rollout_lag: 1`), and the version of this format.
 
 `output_dir/latest` points to the newest. Checkpoints fall on round ends, so no half-used rollouts need saving. `keep_last: N`
-removes all but the newest N. Every file is on the disk before the link moves. A checkpoint is replaced by one with the same
-weights alone: anything else that has the name of a new one keeps its files under the name `step_N_replaced_M`.
+removes all but the newest N. Every file is on the disk before the link moves. A new checkpoint
+replaces one of the same name only if both hold the same weights; any other is kept as `step_N_replaced_M`.
 """
 
 import contextlib
@@ -28,27 +28,21 @@ from torchtune import training, utils
 from torchtune.modules.peft import get_adapter_state_dict
 
 from pidistill.distributed.run import Run
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
+from pidistill.models.adapter_dir import base_config, with_adapter_dir
 from pidistill.models.adapters import has_adapters, merged
 from pidistill.models.hf_format import FAMILIES
 from pidistill.models.nf4 import whole
-from pidistill.models.peft_format import FOLDER, base_config, with_adapter_dir
+from pidistill.models.peft_format import FOLDER
 from pidistill.models.peft_format import write as write_adapter
 from pidistill.models.progress import show_weights
 from pidistill.models.protocol import Decoder, has_own_names
 from pidistill.teachers import Teacher
-from pidistill.training.disk import (
-    check_copyable,
-    free_name,
-    remove_outside_copies,
-    remove_tree,
-    set_usual_modes,
-    sync,
-    sync_tree,
-)
+from pidistill.training.disk import check_copyable, remove_outside_copies, remove_tree
 from pidistill.training.interrupts import Stopped, received_signal, training_begins
 from pidistill.training.load import build_checkpointer
 from pidistill.training.optimizers import optimizer_state, restore_optimizer
+from pidistill.training.publish import publish, remove_old
 from pidistill.training.round_sampler import RoundSampler
 from pidistill.training.run_folder import (
     BEGAN,
@@ -57,6 +51,7 @@ from pidistill.training.run_folder import (
     STATE_FILE,
     holds_run,
     newest_checkpoint,
+    step_folder,
     step_folders,
     step_of,
     wants_resume,
@@ -75,10 +70,6 @@ from pidistill.training.training_state import (
 from pidistill.training.update import Updates, crossed
 
 log = utils.get_logger("INFO")
-
-
-def step_folder(output_dir: Path, step: int) -> Path:
-    return output_dir / f"step_{step}"
 
 
 class Checkpoints:
@@ -106,8 +97,8 @@ class Checkpoints:
         link = self.run.output_dir / LATEST
         if Path(self._node.get("checkpoint_dir") or "").absolute() == link.absolute():
             raise InputError(
-                f"checkpointer.checkpoint_dir={link} is the pointer that this run moves; name the step_N folder behind it, or "
-                "set another output_dir"
+                f"checkpointer.checkpoint_dir={link} is the link that this run moves to each new checkpoint; name the step_N "
+                "folder behind it, or set another output_dir"
             )
         if self.run.is_main:
             (self.run.output_dir / BEGAN).touch()  # until the first checkpoint: a resume before it starts over
@@ -160,7 +151,7 @@ class Checkpoints:
             before = [step.name for step in step_folders(self.run.output_dir) if step != folder and step_of(step) < last]
             remedy = f"the run then resumes from {before[-1]}" if before else f"no older one is left: set {RESUME}=start_over"
             raise InputError(
-                f"{what} in {folder} is cut short or damaged ({_detail(error)}); move {folder} away, {remedy}"
+                f"{what} in {folder} is cut short or damaged ({one_line(error, 160)}); move {folder} away, {remedy}"
             ) from error
 
     def _open(self, folder: Path | None) -> Any:
@@ -292,16 +283,17 @@ class Checkpoints:
             state |= {"adapters": adapters, "base": self._base if adapters else None, "weights": marks}
             (new / STATE_FILE).unlink(missing_ok=True)  # copied along from a resumed folder
             torch.save(state, new / STATE_FILE)
-            self._publish(step, marks)
-            self._remove_old(step)
+            publish(new, self.run.output_dir, step, marks, self.state["step"] if self.state else 0)
+            remove_tree(self._writing)
+            remove_old(self.run.output_dir, step, self._keep_last, used=self._started_from())
         except InputError:
             raise
         except (OSError, SafetensorError, RuntimeError) as error:
             before = step_folders(self.run.output_dir)
             kept = f"{before[-1].name} is whole" if before else "no earlier one is there"
             raise InputError(
-                f"the checkpoint of step {step} could not be written into {self.run.output_dir} ({_detail(error)}); {kept}: "
-                f"free space on the disk, then set {RESUME}=true to continue"
+                f"the checkpoint of step {step} could not be written into {self.run.output_dir} ({one_line(error, 160)}); "
+                f"{kept}: free space on the disk, then set {RESUME}=true to continue"
             ) from error
 
     def _write_adapter(self, model: nn.Module, adapters: dict[str, torch.Tensor]) -> None:
@@ -312,53 +304,10 @@ class Checkpoints:
         elif adapters:
             log.warning(f"no adapter in PEFT's format is saved: config.json's model_type is none of {', '.join(FAMILIES)}")
 
-    def _publish(self, step: int, marks: dict[str, int]) -> None:
-        """Move the written folder to `step_N` and the link to it, each only once what it names is on the disk."""
-        output_dir, new = self.run.output_dir, self._writing / "epoch_0"
-        folder = step_folder(output_dir, step)
-        set_usual_modes(new)
-        sync_tree(new)
-        if os.path.lexists(folder):
-            # A kill before the link moved leaves the same step, which may be replaced; anything else is kept.
-            aside = (
-                self._writing / "replaced" if _has_weights(folder, marks) else free_name(output_dir / f"{folder.name}_replaced")
-            )
-            if aside.parent == output_dir:
-                log.warning(f"{folder} is not the step {step} that was trained now; it is kept as {aside.name}")
-            os.rename(folder, aside)
-        os.replace(new, folder)
-        sync(output_dir)
-        latest, link = output_dir / LATEST, output_dir / f".{LATEST}"
-        if os.path.lexists(latest) and not latest.is_symlink():  # object stores and `cp -rL` make a folder of the link
-            self._rename_plain_latest(latest)
-        remove_tree(link)
-        link.symlink_to(folder.name)
-        os.replace(link, latest)
-        (output_dir / BEGAN).unlink(missing_ok=True)
-        sync(output_dir)
-        remove_tree(self._writing)
-
-    def _rename_plain_latest(self, latest: Path) -> None:
-        target = step_folder(self.run.output_dir, self.state["step"] if self.state else 0)
-        if os.path.lexists(target):
-            target = free_name(latest.with_name(f"{LATEST}_copy"))
-        log.warning(f"{latest} is not a link; it is kept as {target.name}")
-        os.rename(latest, target)
-
-    def _remove_old(self, step: int) -> None:
-        """Remove all but the newest `keep_last` checkpoints up to ``step``, never one that the config starts from."""
-        if not self._keep_last:
-            return
-        used = [(self._cfg.get(key) or {}).get("checkpoint_dir") for key in ("checkpointer", "teacher_checkpointer")]
-        used = {Path(path).resolve() for path in used if path}
-        old = [folder for folder in step_folders(self.run.output_dir) if step_of(folder) <= step][: -self._keep_last]
-        for folder in old:
-            if folder.resolve() not in used:
-                # A half-removed folder must not look like a checkpoint.
-                removed = self.run.output_dir / ".removing"
-                remove_tree(removed)
-                os.rename(folder, removed)
-                remove_tree(removed)
+    def _started_from(self) -> set[Path]:
+        """Return the folders that the config starts from."""
+        paths = [(self._cfg.get(key) or {}).get("checkpoint_dir") for key in ("checkpointer", "teacher_checkpointer")]
+        return {Path(path).resolve() for path in paths if path}
 
     def _full(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return whole CPU tensors on rank 0; every rank takes part in gathering them."""
@@ -368,15 +317,3 @@ class Checkpoints:
             if self.run.is_main:
                 full[name] = gathered.cpu().contiguous()
         return full
-
-
-def _has_weights(folder: Path, marks: dict[str, int]) -> bool:
-    """Return whether a checkpoint holds the weights that ``marks`` describes, says its training state."""
-    try:
-        return read_state(folder).get("weights") == marks
-    except (InputError, *DAMAGED):
-        return False
-
-
-def _detail(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pidistill.config import build
+from pidistill.data.load import load_privileged
 from pidistill.envs.base import Environment
 from pidistill.rewards import build_shaping
 from pidistill.rollouts import CollectResult, Sampler, collect_rollouts
@@ -36,6 +37,7 @@ def build_collector(
         environment_timeout_s=cfg.get("environment_timeout_s"),
         max_observation_chars=setting(cfg, "max_observation_chars"),
         shaping=build_shaping(cfg.get("reward_shaping")),
+        privileged=load_privileged(cfg, tokenizer),
     )
     how, most = setting(cfg, "overlong"), cfg.get("max_turns")
 

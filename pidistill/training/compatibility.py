@@ -1,10 +1,13 @@
 """Refuse parts that are right by themselves and train the wrong thing together."""
 
 import inspect
+from collections.abc import Sequence
 
-from omegaconf import DictConfig
+import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchtune import utils
+from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
 from pidistill.config import build, resolve
 from pidistill.errors import InputError
@@ -12,13 +15,14 @@ from pidistill.losses.divergences import check_divergence
 from pidistill.losses.token_weights import divergences_of
 from pidistill.models.adapters import has_adapters
 from pidistill.models.empty import shared_empty_model
-from pidistill.objectives import GRPO, SDPO
+from pidistill.objectives import GRPO, SDPO, RoutedObjective
 from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
 from pidistill.scoring.mismatch import cuts_off
 from pidistill.scoring.served_teacher import ServedTeacher, check_served
 from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, RoutedTeacher, SnapshotTeacher, Teacher
 from pidistill.training.health import reads_rewards
+from pidistill.training.keys import setting
 from pidistill.types import ViewName
 
 log = utils.get_logger("INFO")
@@ -40,10 +44,42 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
             f"{method} trains on what the {objective.sampling_view()} view samples, and this recipe samples from the "
             f"{sampling_view} view; run {recipe}, or set another objective"
         )
+    _check_teacher(cfg, objective, sampler, teacher, method)
+    if objective.on_policy_frac < 1.0 and cfg.group_size != 1:
+        raise InputError(
+            f"objective.lmbda={objective.on_policy_frac} takes one completion per prompt from the dataset, and group_size="
+            f"{cfg.group_size} samples several for every other prompt, so that lmbda would not be the sampled share of the "
+            "completions; set group_size=1 and raise prompts_per_round"
+        )
+    if cfg.get("importance_weights") and not objective.takes_importance_weights:
+        raise InputError(
+            f"{method} as configured has no policy-gradient loss for importance_weights to multiply (a divergence, a "
+            "supervised term, or importance weights of its own); remove importance_weights, or set another objective"
+        )
+    if cfg.get("mismatch_mask"):
+        _check_mask(cfg, objective, sampler)
+    parts = list(objective.objectives.values()) if isinstance(objective, RoutedObjective) else [objective]
+    for part in parts:
+        _check_truncation(cfg, part, sampler)
+    _check_group(cfg, objective, method)
+    if cfg.get("hindsight"):
+        check_hindsight(cfg, objective, method)
+    _check_divergences(objective, parts, method)
+    _check_adapters(shared_empty_model(cfg.model), teacher)
+    if hasattr(sampler, "check_model"):  # vLLM's own modules compute some models in another way
+        dtype = PRECISION_STR_TO_DTYPE[setting(cfg, "compute_dtype") or setting(cfg, "dtype")]
+        device = torch.device(setting(cfg, "device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+        sampler.check_model(shared_empty_model(cfg.model), device, dtype)
+    if isinstance(teacher, ServedTeacher):
+        teacher.check_server()
+
+
+def _check_teacher(cfg: DictConfig, objective: Objective, sampler: Sampler, teacher: Teacher, method: str) -> None:
+    """Refuse a teacher that the method does not use or cannot sample from, and weights that the teacher does not read."""
     if not teacher.live and not objective.uses_teacher:
-        raise InputError(f"{method} never looks at a teacher; remove `teacher`, or set objective.report_teacher_kl=True")
+        raise InputError(f"{method} uses no teacher; remove `teacher`, or set objective.report_teacher_kl=True")
     if cfg.get("teacher_model") and not cfg.get("teacher_checkpointer"):
-        raise InputError("teacher_model needs a teacher_checkpointer: the student's weights are not the teacher's")
+        raise InputError("teacher_model has no weights of its own; set teacher_checkpointer to its checkpoint")
     check_routed(cfg, teacher)
     check_served(teacher, objective, sampler.temperature, method)
     if isinstance(teacher, EMATeacher | SnapshotTeacher) and has_own_teacher(cfg):
@@ -53,7 +89,7 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
     for key in ("teacher_model", "teacher_checkpointer"):
         if not teacher.own_weights and cfg.get(key):
             raise InputError(
-                f"config key {key} is read by nothing while the trained model is the teacher; remove it, or set "
+                f"config key {key} is not read while the trained model is the teacher; remove it, or set "
                 "teacher._component_=pidistill.teachers.FrozenTeacher"
             )
     steps = range(int(cfg.max_steps))
@@ -62,34 +98,17 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
             f"{type(teacher).__name__} mixes the logits of two models and cannot sample, which {method} asks of the teacher "
             "(at alpha=0); keep objective.alpha above 0, or set another teacher"
         )
-    if objective.on_policy_frac < 1.0 and cfg.group_size != 1:
-        raise InputError(
-            f"objective.lmbda={objective.on_policy_frac} answers some prompts once, from the dataset, and group_size="
-            f"{cfg.group_size} the others several times, so lmbda would not be the share of either; set group_size=1 and raise "
-            "prompts_per_round"
-        )
-    if cfg.get("importance_weights") and not objective.takes_importance_weights:
-        raise InputError(
-            f"{method} as configured has no policy-gradient loss for importance_weights to multiply (a divergence, a "
-            "supervised term, or importance weights of its own); remove importance_weights, or set another objective"
-        )
-    if cfg.get("mismatch_mask"):
-        _check_mask(cfg, objective, sampler)
-    _check_truncation(cfg, objective, sampler)
-    _check_group(cfg, objective, method)
-    if cfg.get("hindsight"):
-        check_hindsight(cfg, objective, method)
+
+
+def _check_divergences(objective: Objective, parts: Sequence[Objective], method: str) -> None:
     requested = objective.score_request(0).divergences
     for request in requested:
         check_divergence(request)
-    if not set(divergences_of(getattr(objective, "token_weight", None))) <= set(requested):
+    if any(not set(divergences_of(getattr(part, "token_weight", None))) <= set(requested) for part in parts):
         raise InputError(
             f"objective.token_weight compares teacher and student, and {method} as configured looks at one view; remove "
             "it, or set objective.report_teacher_kl=True"
         )
-    _check_adapters(shared_empty_model(cfg.model), teacher)
-    if isinstance(teacher, ServedTeacher):
-        teacher.check_server()
 
 
 def check_routed(cfg: DictConfig, teacher: Teacher) -> None:
@@ -99,19 +118,22 @@ def check_routed(cfg: DictConfig, teacher: Teacher) -> None:
         for name in cfg.get(key) or {}:
             if str(name) not in names:
                 raise InputError(
-                    f"{key}.{name} is read by nothing: teacher.teachers has {', '.join(sorted(names)) or 'no entries'}"
+                    f"{key}.{name} is not read, because teacher.teachers has {', '.join(sorted(names)) or 'no entries'}; "
+                    f"remove it, or add teacher.teachers.{name}"
                 )
     with_weights = {str(name) for name in cfg.get("teacher_checkpointers") or {}}
     for name in sorted(with_weights):
         part = teacher.teachers[name]
         if not part.own_weights or isinstance(part, EMATeacher | SnapshotTeacher):
             raise InputError(
-                f"teacher_checkpointers.{name} is read by nothing: {type(part).__name__} teaches with the trained model's "
+                f"teacher_checkpointers.{name} is not read, because {type(part).__name__} teaches with the trained model's "
                 f"weights; remove it, or set teacher.teachers.{name}._component_=pidistill.teachers.FrozenTeacher"
             )
     for name in cfg.get("teacher_models") or {}:
         if str(name) not in with_weights:
-            raise InputError(f"teacher_models.{name} needs teacher_checkpointers.{name}: the student's weights are not its own")
+            raise InputError(
+                f"teacher_models.{name} has no weights of its own; set teacher_checkpointers.{name} to its checkpoint"
+            )
 
 
 def _check_truncation(cfg: DictConfig, objective: Objective, sampler: Sampler) -> None:
@@ -142,7 +164,7 @@ def _check_truncation(cfg: DictConfig, objective: Objective, sampler: Sampler) -
 def _check_mask(cfg: DictConfig, objective: Objective, sampler: Sampler) -> None:
     if cuts_off(sampler):
         raise InputError(
-            "mismatch_mask compares π/μ with 1, and with sampler.top_p or top_k it is the mass that was kept; set "
+            "mismatch_mask compares π/μ with 1, and with sampler.top_p or top_k this ratio is the mass that was kept; set "
             "sampler.record_kept=True, or remove mismatch_mask"
         )
     if objective.on_policy_frac < 1.0:
@@ -167,7 +189,7 @@ def _check_group(cfg: DictConfig, objective: Objective, method: str) -> None:
 
 def check_hindsight(cfg: DictConfig, objective: Objective, method: str) -> None:
     if not objective.uses_teacher:
-        raise InputError(f"{method} never looks at a teacher, so nobody would see what hindsight finds; remove `hindsight`")
+        raise InputError(f"{method} uses no teacher, and only a teacher sees what hindsight finds; remove `hindsight`")
     if cfg.privileged.get("control") == "wrong" and not cfg.hindsight.get("sibling"):
         raise InputError(
             "privileged.control=wrong shows a sibling that failed, and hindsight.sibling is null; there is no wrong feedback: "
@@ -201,6 +223,9 @@ def build_objective(cfg: DictConfig) -> Objective:
 
     Such a teacher needs no privileged information, so that every row can distil. What the config sets is kept.
     """
-    node = cfg.objective
-    decided = node.get("no_pi") is not None or "no_pi" not in inspect.signature(resolve(node._component_)).parameters
-    return build(node) if decided or not has_own_teacher(cfg) else build(node, no_pi="distill")
+    node = OmegaConf.to_container(cfg.objective, resolve=True)
+    if has_own_teacher(cfg):
+        for part in [node, *(node.get("objectives") or {}).values()]:
+            if part.get("no_pi") is None and "no_pi" in inspect.signature(resolve(part["_component_"])).parameters:
+                part["no_pi"] = "distill"
+    return build(node)

@@ -16,7 +16,7 @@ from pidistill.jsonl import umask
 
 log = utils.get_logger("INFO")
 
-# The disk is full, a quota or a limit is reached, it can be read alone, or it fails.
+# The disk is full, a quota or a limit is reached, it is read-only, or it fails.
 _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
@@ -39,14 +39,14 @@ def free_name(path: Path) -> Path:
 
 
 def check_copyable(folder: Path) -> None:
-    """Refuse a model folder that cannot be copied beside the weights of a checkpoint, before hours of training end in it."""
+    """Refuse a model folder that cannot be copied into a checkpoint: the first save would fail, after hours of training."""
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(root, name) for name in (*folders, *files) if not name.startswith(".")):
             if path.is_symlink() and not path.exists():
                 raise InputError(f"{path} is a link that leads to nothing; remove it, or copy the folder again")
             if path.is_dir() and path.suffix in (".json", ".safetensors", ".pt", ".bin"):
-                raise InputError(f"{path} is a folder, and a file has this name; remove it, or copy the folder again")
+                raise InputError(f"{path} is a folder with the name of a file; remove it, or copy the model's folder again")
             if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):
                 raise InputError(f"{path} is not a plain file, and could not be copied into a checkpoint; remove it")
 

@@ -17,7 +17,7 @@ from pidistill.training.metrics import rollout_means, rollout_sums
 from pidistill.training.update import crossed
 from pidistill.types import Example, PromptPair, Rollout, ViewName
 
-# Evaluation draws from its own streams, the same at every step, so that curves differ by the model alone.
+# Evaluation draws from its own streams, the same at every step, so that only the model changes a curve.
 EVALUATION_STREAM = -1
 
 

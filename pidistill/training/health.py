@@ -214,4 +214,6 @@ def reads_rewards(objective: Mapping[str, Any]) -> bool:
     """Return whether the objective has a key `advantage`, and a term for it: the reward reaches the loss."""
     if not objective.get("_component_") or objective.get("reward_weight") == 0:
         return False
+    if parts := objective.get("objectives"):
+        return any(map(reads_rewards, parts.values()))
     return "advantage" in inspect.signature(resolve(objective["_component_"])).parameters

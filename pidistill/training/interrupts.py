@@ -39,7 +39,7 @@ _state = _State()
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[None]:
-    """Handle SIGTERM and SIGINT while a recipe runs, in the main thread alone; afterwards restore the former handlers."""
+    """Handle SIGTERM and SIGINT while a recipe runs in the main thread; afterwards restore the former handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -74,7 +74,7 @@ def _handle(signum: int, frame: FrameType | None) -> None:
     if not _state.training:
         what = "training began; nothing is lost" if _state.saves else "the end; nothing is saved"
         raise Stopped(f"{name}: stopped before {what}", signum, _state.saves)
-    # torchrun sends SIGTERM after the terminal's SIGINT: only a second SIGINT says that somebody does not want to wait.
+    # torchrun sends SIGTERM after the terminal's SIGINT: only a second SIGINT means that the user does not want to wait.
     if signum == signal.SIGINT and _state.received == signal.SIGINT:
         raise Stopped("SIGINT again: stopped without saving; the last checkpoint is whole", signum)
     if not _state.received:

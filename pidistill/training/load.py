@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,15 +14,17 @@ from torchtune import training
 from pidistill.config import build
 from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import parallelize, shard_model
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
+from pidistill.models.adapter_dir import with_adapter_dir
 from pidistill.models.adapters import scale_weights_alone, train_adapters_only, with_initial_adapters
 from pidistill.models.empty import empty_model, shared_empty_model
 from pidistill.models.nf4 import check_shapes, stored_as_in
 from pidistill.models.offloading import offload_activations
-from pidistill.models.peft_format import with_adapter_dir
 from pidistill.models.precision import add_up_norms_in_fp32, keep_trained_weights_in
 from pidistill.models.progress import PlacedWeights
 from pidistill.models.protocol import Decoder, has_own_names
+from pidistill.objectives import Objective, RoutedObjective
+from pidistill.scoring.stored_teacher import StoredTeacher, identity_of
 from pidistill.teachers import LiveTeacher, RoutedTeacher, Teacher
 from pidistill.training.keys import setting
 from pidistill.types import Example
@@ -34,7 +36,7 @@ def load_model(
     """Build a model on the meta device, shard it where there is more than one rank, and fill it from a full state dict.
 
     ``trained`` models get activation checkpointing, offloading and compilation as the config says; teachers do not. Of a model
-    with LoRA adapters these alone can be trained, and a state dict without them gives new ones. With `model.quantize_base`
+    with LoRA adapters only the adapters can be trained; a state dict without adapters gets new ones. With `model.quantize_base`
     the state dict's full weights become 4-bit ones.
 
     In mixed precision the weights that are trained, or ``averaged`` (an EMA teacher's), are in `dtype` and FSDP2 hands out
@@ -96,11 +98,22 @@ def load_initial(cfg: DictConfig, run: Run) -> Decoder:
     return load_model(cfg, run, cfg.model, with_adapter_dir(cfg, cfg.model, weights), trained=False)
 
 
+def _keep_buffers(model: nn.Module, names: list[str]) -> None:
+    """Make buffers again what torchtune's loader has made trained parameters (Gemma 4's scale of each layer)."""
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if (parameter := module._parameters.pop(key, None)) is not None:
+            module.register_buffer(key, parameter.detach())
+
+
 def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: bool) -> None:
     try:
         if run.processes > 1:
             weights = PlacedWeights(state_dict)
+            buffers = [name for name, _ in model.named_buffers() if name in weights]
             training.load_from_full_model_state_dict(model, weights, run.device, strict=True, cpu_offload=cpu_offload)
+            _keep_buffers(model, buffers)
         else:
             wanted = model.state_dict()
             device = torch.device("cpu") if cpu_offload else run.device
@@ -109,7 +122,7 @@ def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: b
             tensors = {name: _whole_shard(t, wanted.get(name)) for name, t in stored_as_in(model, tensors).items()}
             model.load_state_dict(tensors, strict=True, assign=True)
     except (RuntimeError, KeyError, AttributeError) as error:
-        detail = " ".join(str(error).split())[:400]
+        detail = one_line(error, 400)
         raise InputError(
             f"the checkpoint does not fit the model built from `model` ({detail}); check model and checkpointer"
         ) from error
@@ -122,11 +135,23 @@ def _whole_shard(tensor: Tensor, like: Tensor | None) -> Tensor:
     return DTensor.from_local(tensor, like.device_mesh, like.placements, run_check=False)
 
 
-def build_teacher(cfg: DictConfig, examples: Iterable[Example]) -> Teacher:
-    """Build `teacher`, the trained model where there is none; refuse a row that a :class:`RoutedTeacher` has no teacher for."""
+def build_teacher(cfg: DictConfig, examples: Sequence[Example], objective: Objective) -> Teacher:
+    """Build `teacher`, the trained model where there is none.
+
+    Refuses a row for which a :class:`RoutedTeacher` or :class:`RoutedObjective` has nothing, and a folder with the numbers of
+    another teacher.
+    """
     teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
-    for example in examples if isinstance(teacher, RoutedTeacher) else ():
-        teacher.name_of(example)
+    routed = [part for part in (teacher, objective) if isinstance(part, RoutedTeacher | RoutedObjective)]
+    for part in routed:
+        for example in examples:
+            part.name_of(example)
+    for name, part in (teacher.teachers if isinstance(teacher, RoutedTeacher) else {None: teacher}).items():
+        if isinstance(part, StoredTeacher):
+            own, dtype = _nodes_of_teacher(cfg, name), setting(cfg, "compute_dtype") or setting(cfg, "dtype")
+            adapter = None if own["teacher_checkpointer"] else cfg.get("adapter_dir")
+            nodes = own["teacher_model"] or cfg.model, own["teacher_checkpointer"] or cfg.checkpointer
+            part.identify(identity_of(*nodes, dtype, adapter))
     return teacher
 
 
@@ -135,13 +160,18 @@ def node_of_teacher(nodes: DictConfig | None, name: str | None) -> DictConfig | 
     return {str(key): node for key, node in (nodes or {}).items()}.get(str(name))
 
 
+def _nodes_of_teacher(cfg: DictConfig, name: str | None) -> dict[str, Any]:
+    """Return the model and the checkpointer that the config gives a teacher; None where it takes the student's."""
+    keys = ("teacher_model", "teacher_checkpointer")
+    return {key: node_of_teacher(cfg.get(f"{key}s"), name) or cfg.get(key) for key in keys}
+
+
 def load_teacher(cfg: DictConfig, run: Run, teacher: Teacher, name: str | None = None) -> Decoder:
     """Load the initial weights again (with `adapter_dir`'s adapter, if there is one), or those of `teacher_checkpointer`.
 
     ``name`` is that of one of several teachers, whose nodes are in `teacher_models` and `teacher_checkpointers`.
     """
-    keys = ("teacher_model", "teacher_checkpointer")
-    own = {key: node_of_teacher(cfg.get(f"{key}s"), name) or cfg.get(key) for key in keys}
+    own = _nodes_of_teacher(cfg, name)
     node = own["teacher_model"] or cfg.model
     folder = str(run.output_dir / ".teacher")
     checkpointer = build_checkpointer(own["teacher_checkpointer"] or cfg.checkpointer, node, output_dir=folder)

@@ -1,4 +1,4 @@
-"""Give the config and tables to the metric loggers of torchtune, whose own interface knows numbers alone."""
+"""Give the config and tables to the metric loggers of torchtune, whose own interface takes only numbers."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,7 @@
 """Compute what a run reports; the list says what each number means.
 
 `metrics.jsonl` holds one JSON object per optimiser step, and one per evaluation (keys `eval_*`), each with `step`. A number
-that was not computed is absent; nothing stands in for it.
+that was not computed is absent; no placeholder is used.
 
 | key | meaning |
 | --- | --- |
@@ -28,6 +28,10 @@ that was not computed is absent; nothing stands in for it.
 | importance_truncated_frac | share of them whose weight the cap cut |
 | masked_tokens, masked_rollouts | policy tokens of this round, and rollouts with any, that `mismatch_mask` leaves out |
 | masked_successes | rollouts with a reward ≥ `eval_success_threshold` among them; masked_success_frac: as a share of all such |
+| token_weight_mean | mean of what `objective.token_weight` makes of a term of 1; token_weight_zero_frac: share it leaves out |
+| gap_gate_mean | mean gate of SDAR, ½ taken off; credit_factor_mean: of what RLSD multiplies advantages with |
+| proximal_change_nats | mean difference that TOP-D's `proximal_alpha` makes to an advantage |
+| loss/<name>, <metric>/<name> | loss and metrics of one of several objectives, over its own tokens |
 | ess_frac | effective sample size of the student's token ratios S/μ, as a share of the policy tokens |
 | grad_norm, lr | before clipping; of this step |
 | round | the round that the step's rollouts were sampled in, from 0 |
@@ -41,6 +45,8 @@ that was not computed is absent; nothing stands in for it.
 | hindsight_too_long | rollouts of this round whose hindsight did not fit, and was left out |
 | hindsight_failures | calls of `hindsight.sibling` and `hindsight.feedback` in this round that raised or wrote no text |
 | hindsight_judge_failures | rollouts of this round about which the judge gave no critique, and which have none |
+| turn_privileged_mean | texts per rollout that an answer of the environment brought for the teacher alone |
+| turn_privileged_too_long_mean | such texts per rollout that were left out, since the teacher's view had no room for them |
 | snis_ess | effective sample size of SNIS's weights, in rollouts: 1 to the group's size |
 | sft_loss | mean −log S per token of the demonstrations behind `sft_weight` |
 | zero_advantage_frac | share of rollouts whose advantage from the reward is 0 |
@@ -165,6 +171,9 @@ def rollout_sums(rollouts: Sequence[Rollout], success_threshold: float, leak_phr
     }
     if leak_phrases:
         sums["leak_frac"] = float(sum(says_leak_phrase(r, leak_phrases) for r in rollouts))
+    if any(r.teacher_reads or r.teacher_reads_left_out for r in rollouts):
+        sums["turn_privileged_mean"] = float(sum(len(r.teacher_reads) for r in rollouts))
+        sums["turn_privileged_too_long_mean"] = float(sum(r.teacher_reads_left_out for r in rollouts))
     for rollout in rollouts:
         for name, part in rollout.reward_parts.items():
             sums[f"reward/{name}"] = sums.get(f"reward/{name}", 0.0) + part

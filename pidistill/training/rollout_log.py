@@ -8,7 +8,7 @@ of its own share.
 | --- | --- |
 | step, round | as in metrics.jsonl |
 | example, group, sampled_by, stop_reason | of the rollout |
-| reward, task_reward, reward_parts, turn_rewards | absent for a demonstration, which nobody judged |
+| reward, task_reward, reward_parts, turn_rewards | absent for a demonstration, which no environment judged |
 | success, leak | whether the task's reward reaches `eval_success_threshold`; whether an assistant turn says a leak phrase |
 | student_prompt, teacher_prompt, privileged | texts; privileged is null where the row has none |
 | turns | role of each message of the episode, its tool's name, and its tool calls |

@@ -41,10 +41,10 @@ SampleRound = Callable[[Any, int], tuple[list[Rollout], Counts]]
 
 
 class RoundSampler:
-    """Sample whole rounds, now or ahead, and what evaluations ask for.
+    """Sample whole rounds, now or ahead, and the episodes of evaluations.
 
     Attributes:
-        lagged: whether other weights sampled the round that :meth:`next` returned than those that train on it first.
+        lagged: whether the round that :meth:`next` returned was sampled with older weights than those that first train on it.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class RoundSampler:
         return {"ahead": ahead, "rng": self._side.random_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned; a run without a lag samples the round again, with its own weights."""
+        """Restore what :meth:`state_dict` returned; a run without a lag samples the round again, with its own weights."""
         if self._side is None or not state:
             return
         self._side.set_random_state(state["rng"])
@@ -166,31 +166,33 @@ def _as_rollouts(rows: Sequence[dict[str, Any]], data: RecipeData) -> list[Rollo
 
 
 def check_lag(cfg: DictConfig, run: Run, objective: Objective) -> None:
-    """Refuse what needs samples of the present weights, and what a second process cannot do."""
+    """Refuse a lag where the objective needs samples of the present weights, or a second process cannot sample."""
     if not setting(cfg, "rollout_lag"):
         if cfg.get("rollout_device"):
-            raise InputError(f"rollout_device={cfg.rollout_device} is read with rollout_lag=1 only; set that, or remove it")
+            raise InputError(
+                f"rollout_device={cfg.rollout_device} is read with rollout_lag=1 only; set rollout_lag=1, or remove the key"
+            )
         return
     own = [key for key in ("teacher_model", "teacher_checkpointer") if cfg.get(key)]
     denominator = getattr(objective, "ratio_denominator", "behaviour")
     if run.processes > 1:
-        why = f"samples beside one training process, and this run has {run.processes}; start one process"
+        why = f"samples beside one training process, but this run has {run.processes}; start one process"
     elif objective.needs_present_samples:
         why = (
-            f"trains on samples of the weights of one round before, and objective.{objective.needs_present_samples} is right "
-            "for those of the present weights alone; change it"
+            f"trains on samples of weights that are one round old, but objective.{objective.needs_present_samples} needs "
+            "samples of the present weights; change it"
         )
     elif denominator != "behaviour" and not cfg.get("importance_weights"):
         why = (
-            f"is corrected by the log-probs of the weights that sampled, which objective.ratio_denominator={denominator} "
-            "leaves out; set it to behaviour, or add importance_weights"
+            "needs a ratio to the log-probs of the weights that sampled, and objective.ratio_denominator="
+            f"{denominator} uses others; set it to behaviour, or add importance_weights"
         )
     elif objective.on_policy_frac == 0.0:
-        why = "samples ahead, and this objective samples nothing: it trains on the dataset's completions"
+        why = "samples ahead, but this objective trains on the dataset's completions; choose another objective"
     elif cfg.model.get("quantize_base"):
-        why = "hands plain weights over, and model.quantize_base=True stores them in 4 bits; set that to False"
+        why = "shares plain weights, but model.quantize_base=True stores them in 4 bits; set it to False"
     elif own and any(objective.samples_from_teacher_weights(step) for step in range(int(cfg.max_steps))):
-        why = f"samples with the model of `model`, and at objective.alpha=0 that of {own[0]} samples; keep alpha above 0"
+        why = f"samples with the trained model, but at objective.alpha=0 the model of {own[0]} samples; keep alpha above 0"
     else:
         return
     raise InputError(f"rollout_lag=1 {why}, or set rollout_lag=0")

@@ -143,7 +143,8 @@ def _turn_curriculum(cfg: DictConfig) -> tuple[int, int] | None:
         raise InputError(
             "turn_curriculum ends episodes without a reward, and hindsight, refill and Guide-GRPO choose by rewards; remove one"
         )
-    if cfg.objective.get("student_term") == "snis":
+    parts = [cfg.objective, *(cfg.objective.get("objectives") or {}).values()]
+    if any(part.get("student_term") == "snis" for part in parts):
         raise InputError(
             "turn_curriculum ends episodes without a reward, and objective.student_term=snis weighs every rollout by its "
             "reward; remove turn_curriculum, or set objective.student_term=ppo"
@@ -215,6 +216,7 @@ def dump_rollouts(rollouts: Sequence[Rollout], path: Path) -> None:
                 "student_prompt": r.prompts.student,
                 "teacher_prompt": r.prompts.teacher,
                 "completion": r.completion,
+                "teacher_reads": r.teacher_reads,
                 "policy_mask": r.policy_mask,
                 "sampled_logprobs": [x if m else None for x, m in zip(r.sampled_logprobs or [], r.policy_mask, strict=False)],
                 "reward": r.reward,

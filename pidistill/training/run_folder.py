@@ -40,6 +40,10 @@ _FILES = ("step_*", LATEST, BEGAN, ".writing", "nonfinite_step_*", *_OWN_FILES)
 _locks: dict[Path, Any] = {}
 
 
+def step_folder(output_dir: Path, step: int) -> Path:
+    return output_dir / f"step_{step}"
+
+
 def step_folders(output_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a folder, the oldest first."""
     named = (path for path in output_dir.glob("step_*") if re.fullmatch(r"step_\d+", path.name))
@@ -66,7 +70,7 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
 
 
 def holds_run(output_dir: Path) -> bool:
-    """Return whether a run left checkpoints or metrics here. A config.yaml alone is of a run that never began."""
+    """Return whether a run left checkpoints or metrics here. A run that never began leaves only a config.yaml."""
     metrics, latest = output_dir / "metrics.jsonl", output_dir / LATEST
     rows = metrics.is_file() and metrics.stat().st_size > 0
     return rows or os.path.lexists(latest) or bool(step_folders(output_dir))

@@ -1,7 +1,7 @@
-"""Sample in a second process, which has a sampler, an environment and a model of its own; weights go there in shared memory.
+"""Sample in a second process, which has its own sampler, environment and model; it reads the weights from shared memory.
 
-The process is started once. It builds what samples from the run's config, as a recipe does, so that nothing of it needs to be
-sent: environments, rewards and an engine of vLLM live there alone. The training process writes weights into memory that both
+The process is started once. It builds its parts from the run's config, as a recipe does, so that none of them needs to be
+sent: environments, rewards and vLLM's engine live there alone. The training process writes weights into memory that both
 share and sends rows; rollouts come back. One call is answered at a time.
 """
 
@@ -72,7 +72,7 @@ class SideProcess:
     def collect(self, **arguments: Any) -> CollectResult:
         """Play episodes with the weights of the last :meth:`load`; see :func:`pidistill.rollouts.collect_rollouts`.
 
-        Rollouts have the very examples and prompts that were given, not the copies that came back.
+        Rollouts hold the examples and prompts that were given, not copies of them.
         """
         result = self._call("collect", adapters=self._adapters, **arguments)
         rows = zip(arguments["examples"], arguments["prompts"], strict=True)
@@ -100,15 +100,15 @@ class SideProcess:
             self._process.join(_SECONDS_TO_END)
             raise InputError(
                 f"the process that samples beside the training ended with exit status {self._process.exitcode} (-9: killed, "
-                "most often for want of memory); what it printed is above: lower prompts_per_round or sampler.max_batch_size, "
-                "or set rollout_lag=0"
+                "most often because memory ran out); see its output above, and lower prompts_per_round or "
+                "sampler.max_batch_size, or set rollout_lag=0"
             ) from broken
         if error is not None:
             raise InputError(error) if is_input_error else RuntimeError(f"in the process that samples:\n{error}")
         return value
 
 
-def _end(process: multiprocessing.Process, connection: Connection) -> None:
+def _end(process: multiprocessing.process.BaseProcess, connection: Connection) -> None:
     """Close the connection, on which an idle process ends by itself; kill one that is in the middle of a round."""
     connection.close()
     process.join(_SECONDS_TO_END)
@@ -128,7 +128,7 @@ def _aligned_bytes(entry: tuple[torch.Size, torch.dtype]) -> int:
 
 
 def _views(memory: Any, layout: Layout) -> dict[str, Tensor]:
-    """Return tensors in ``memory``; both processes find the same places, since pages are mapped whole."""
+    """Return tensors in ``memory``; their offsets are the same in both processes, because pages are mapped whole."""
     flat = torch.frombuffer(memory, dtype=torch.uint8)
     start, views = -flat.data_ptr() % _ALIGNMENT, {}
     for name, (shape, dtype) in layout.items():
@@ -144,7 +144,7 @@ def _serve(theirs: Connection, ours: Connection, cfg: DictConfig, run: Run, memo
     """Answer calls until the training process closes its end, also by being killed."""
     for signum in (signal.SIGINT, signal.SIGTERM):  # the training process decides when to stop
         signal.signal(signum, signal.SIG_IGN)
-    theirs.close()  # or this process would hold open what it waits to see closed
+    theirs.close()  # while a copy is open here, this process would not see that the training process has ended
     torch.set_num_threads(threads)
     try:
         player = _attempt(ours, lambda: _Player(cfg, run, _views(memory, layout)), silent=True)

@@ -1,6 +1,6 @@
 """Start and end a recipe: checks, process group, device, threads, seeds, output folder, clean exit.
 
-The test for what stands here rather than in a recipe: would two papers differ in it?
+What two papers could do differently stands in a recipe; everything else of the start and the end stands here.
 """
 
 import functools
@@ -26,10 +26,10 @@ from pidistill.distributed.launcher import close_progress_bars, refuse
 from pidistill.distributed.machines import check_same_folder, same_refusal_on_all_machines
 from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import check_replicas, check_tensor_parallel, make_mesh, make_replicas
-from pidistill.errors import InputError, escape_logs
+from pidistill.errors import InputError, escape_logs, one_line
 from pidistill.jsonl import replace_file
+from pidistill.models.adapter_dir import check_adapter_dir
 from pidistill.models.offloading import check_offloading
-from pidistill.models.peft_format import check_adapter_dir
 from pidistill.training.checkpoint_source import check_checkpoint_fits, check_checkpoint_folder, use_fallback_checkpoint
 from pidistill.training.disk import is_disk_fault
 from pidistill.training.interrupts import Stopped, handle_signals, training_run
@@ -111,7 +111,7 @@ def check_run(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -
 
 
 def _drop_null_components(cfg: DictConfig) -> None:
-    """Null the whole node where its name is null: `eval_dataset=null` on torchtune's command line nulls the name alone."""
+    """Null the whole node where its name is null: `eval_dataset=null` on torchtune's command line nulls only the name."""
     for key, node in cfg.items_ex(resolve=False):
         if isinstance(node, DictConfig) and node.get("_component_", "") is None:
             cfg[key] = None
@@ -164,15 +164,13 @@ def _default_threads(parts: int = 1) -> int:
 
 
 def _device(name: str) -> torch.device:
-    """Return torchtune's device; refuse one that is not there, for which it takes the CPU without a word."""
+    """Return torchtune's device; refuse one that the machine lacks, for which torchtune takes the CPU silently."""
     try:
         device, asked = utils.get_device(name), torch.device(name)
     except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"device={name} is no device of torch ({' '.join(str(error).split())[:200]}); set cuda or cpu"
-        ) from error
+        raise InputError(f"device={name} is not a device of torch ({one_line(error, 200)}); set cuda or cpu") from error
     if device.type != asked.type:
-        raise InputError(f"device is {name}, which this machine does not show (it has {device.type}); set device={device.type}")
+        raise InputError(f"device is {name}, which this machine does not have (it has {device.type}); set device={device.type}")
     return device
 
 
@@ -249,11 +247,11 @@ def _full_disk(error: OSError) -> str:
 def _one_sentence(error: Exception) -> str:
     if isinstance(error, InputError):
         return str(error)
-    return f"the config cannot be resolved ({' '.join(str(error).split())}); check its ${{...}}"
+    return f"the config cannot be resolved ({one_line(error)}); check its ${{...}}"
 
 
 def _first_to_fail() -> bool:
-    """Return True on exactly one of the ranks that fail: all may have met the same error, or one alone one of its own."""
+    """Return True on exactly one of the ranks that fail: all ranks may have met the same error, or one rank its own."""
     if not dist.is_initialized():  # the config is wrong, which every rank sees
         return os.environ.get("RANK", "0") == "0"
     return dist.distributed_c10d._get_default_store().add("pidistill failed", 1) == 1

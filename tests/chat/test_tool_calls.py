@@ -370,7 +370,7 @@ def test_an_unknown_form_is_said_and_stays_text(tmp_path, caplog):
 def test_a_format_that_the_template_does_not_write_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"tool_format is llama3, but the chat template writes .* \(hermes\)"):
         HFChatTokenizer(str(qwen_folder(tmp_path)), tool_format="llama3")
-    with pytest.raises(InputError, match="known are auto, hermes, llama3, xml, harmony, action, none"):
+    with pytest.raises(InputError, match="choose one of auto, hermes, llama3, xml, harmony, action, none"):
         HFChatTokenizer(str(qwen_folder(tmp_path)), tool_format="json")
 
 

@@ -92,7 +92,7 @@ def test_a_system_prompt_stands_in_front(tmp_path):
     ("words", "said"),
     [
         (["--source", "nothing.jsonl", "--output", "x.parquet"], "nothing.jsonl does not exist"),
-        (["--source", "rows.jsonl", "--output", "x.json"], "--output x.json is no .parquet file"),
+        (["--source", "rows.jsonl", "--output", "x.json"], "--output x.json must end in .parquet"),
         (["--source", "rows.jsonl", "--output", "x.parquet"], "rows.jsonl row 0: answer does not end with '#### N'"),
     ],
 )

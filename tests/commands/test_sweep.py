@@ -477,7 +477,7 @@ def test_a_missing_library_is_one_sentence_with_the_extra_that_installs_it(comma
 def test_wrong_commands_get_one_sentence(sweep, capsys):
     for words, sentence in [
         (("tiny/opsd", "objective.beta=0.0..1.0"), "has no grid"),
-        (("tiny/opsd", "objective.beta=0,1", "--trials", "2"), "--trials counts random and tpe trials"),
+        (("tiny/opsd", "objective.beta=0,1", "--trials", "2"), "--trials counts the trials of random and tpe"),
         (("tiny/opsd", "objective.beta=0,1", "--search", "tpe"), "needs --trials of at least 1"),
         (("tiny/opsd", "seed=0,1", "--search", "tpe", "--trials", "2"), "a key to search"),
         (("--report", "nowhere"), "nowhere has no results.jsonl"),
@@ -525,7 +525,7 @@ def test_a_search_from_several_bases_has_its_trials_from_each(recipes, sweep, st
     words = (stages_file, "objective.beta=0.1..1.0", "--search", "random", "--trials", "2", "--arms", "opsd", "--seeds", "0")
     rows = sweep(*words, "--base", "one", "two")
     assert [row["base"] for row in rows.values()] == ["one", "one", "two", "two"]
-    assert "this one starts anew" not in capsys.readouterr().out
+    assert "this one starts from the beginning" not in capsys.readouterr().out
 
 
 def test_a_changed_config_starts_a_search_anew(recipes, sweep, tmp_path, capsys):
@@ -537,7 +537,7 @@ def test_a_changed_config_starts_a_search_anew(recipes, sweep, tmp_path, capsys)
     config.write_text(text.replace("max_steps: 80", "max_steps: 81"))
     sweep(*words)
     assert len(recipes.ran) == 4
-    assert "this one starts anew" in capsys.readouterr().out
+    assert "this one starts from the beginning" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------- several workers
@@ -685,7 +685,7 @@ def result(arm: str, seed: int, success: float, settings: dict | None = None, **
     return row | {"last": {"student_success": success}, "select": "eval_x", "stages": [], "config": "c"} | more
 
 
-def test_groups_and_their_mean_and_sd():
+def test_rows_are_grouped_with_their_mean_and_sd():
     rows = [result("a", 0, 0.1), result("a", 1, 0.4), result("b", 0, 0.5), result("a", 2, 0.0, status="failed", error="e")]
     first, second = groups_of(rows)
     assert (first.title, len(first.rows), first.failed) == ("a", 2, 1)

@@ -192,25 +192,25 @@ def test_json_rows_are_read_as_they_were_written(write):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"kind": "call"}, "dataset.kind is 'call'; known are calls, call_names"),
-        ({"kind": "gold_actions"}, "no row of .* has any; set dataset.actions_key"),
-        ({"kind": "hints"}, "`kind: hints` needs the file of hints"),
-        ({"hints": "somewhere"}, "`kind: hints` needs the file of hints"),
+        ({"kind": "call"}, "dataset.kind=call is unknown; choose one of calls, call_names"),
+        ({"kind": "gold_actions"}, "no row of .* has reference actions; set dataset.actions_key"),
+        ({"kind": "hints"}, "set dataset.hints with kind: hints"),
+        ({"hints": "somewhere"}, "set dataset.hints with kind: hints"),
         (
             {"kind": "hints", "hints": "gone.jsonl"},
             "gone.jsonl does not exist; it is written by the stage before: run `tune run",
         ),
         ({"prefix_frac": 0.0}, "dataset.prefix_frac is 0.0"),
-        ({"prefix_calls": 0}, "dataset.prefix_calls is 0"),
+        ({"prefix_calls": 0}, "dataset.prefix_calls=0 must"),
         ({"messages_key": "traj"}, "no column 'traj' with values"),
-        ({"task_key": "reward", "reward_key": "task_id", "unsolved": "skip"}, "dataset.unsolved is 'skip'"),
+        ({"task_key": "reward", "reward_key": "task_id", "unsolved": "skip"}, "dataset.unsolved=skip is unknown"),
         ({"success_threshold": 2.0, "unsolved": "drop"}, "none of the 1 tasks of .* has a trace with reward ≥ 2.0"),
         ({"reward_key": "messages"}, "row 0: messages is .*, not a number; set dataset.reward_key"),
         ({"actions_key": "messages"}, "messages is no list of actions"),
         ({"tools_file": "gone.json"}, "dataset.tools_file gone.json does not exist"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(arguments, said, write):
+def test_settings_of_a_trace_dataset_that_contradict_the_rows_are_refused(arguments, said, write):
     with pytest.raises(InputError, match=said):
         trace_dataset(write(episode(1, 1.0, *BOOK, *BYE)), **arguments)
 
@@ -220,7 +220,7 @@ def test_damaged_files_are_refused(tmp_path):
         "{": "line 1 is not valid JSON",
         "[]": "has no rows",
         '["x"]': "row 0 is a str, not an object",
-        "3": "is no list of rows",
+        "3": "is not a list of objects",
     }
     for text, sentence in said.items():
         (tmp_path / "traces.json").write_text(text)
@@ -232,7 +232,7 @@ def test_damaged_files_are_refused(tmp_path):
 
 
 @needs_data
-def test_the_real_traces_against_a_plain_reading():
+def test_real_traces_are_read_as_a_plain_reader_reads_them():
     rows = [json.loads(line) for line in REAL.read_text().splitlines()]
     best: dict[int, tuple[int, dict]] = {}
     for row in rows:

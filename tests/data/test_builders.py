@@ -90,7 +90,7 @@ def test_a_file_that_changed_is_read_again(tmp_path):
     assert len(qa_dataset(file)) == 3
 
 
-def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
+def test_sources_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"dataset\.source nowhere\.jsonl does not exist; relative paths start at the working"):
         qa_dataset("nowhere.jsonl")
     with pytest.raises(InputError, match=r"none\*\.parquet does not exist"):
@@ -105,7 +105,7 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "broken.jsonl").write_text('{"question": \n')
     with pytest.raises(InputError, match=r"broken\.jsonl cannot be loaded \(.+\); check the file"):
         qa_dataset(str(tmp_path / "broken.jsonl"))
-    with pytest.raises(InputError, match=r"dataset\.max_rows is 0; give at least 1"):
+    with pytest.raises(InputError, match=r"dataset\.max_rows=0 must be at least 1"):
         qa_dataset("nowhere.jsonl", max_rows=0)
     file = write(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(InputError, match=r"rows\.jsonl has no rows in the split 'train\[:0\]'"):
@@ -146,7 +146,7 @@ def test_rows_in_verls_layout_are_read_with_dotted_keys(tmp_path):
         assert first.data["extra_info"]["index"] == 0
 
 
-def test_question_template_system_prompt_and_completion(tmp_path):
+def test_question_template_system_prompt_and_completion_shape_the_rows(tmp_path):
     file = write(tmp_path / "rows.jsonl", [{"q": "2 {x}?", "a": 4, "demo": "It is 4.", "dotted.key": "pi"}])
     (example,) = qa_dataset(
         file,
@@ -281,7 +281,7 @@ def test_malformed_messages_are_named_by_row_and_field(tmp_path, what):
         chat_dataset(file, privileged_key=None)
 
 
-def test_chat_options_that_cannot_be(tmp_path):
+def test_wrong_options_of_chat_rows_are_refused(tmp_path):
     file = write(tmp_path / "rows.jsonl", [{"messages": [user("a")], "pi": [user("p")], "tools": "no json", "tools2": [3]}])
 
     def refused(sentence, **options):
@@ -294,12 +294,12 @@ def test_chat_options_that_cannot_be(tmp_path):
     )
     refused("no column 'prompt'.*set dataset.messages_key", messages_key="prompt")
     refused("no column 'ref'.*set dataset.reference_key", reference_key="ref")
-    refused("dataset.completion is 'last'; known are null, after_last_user, from_first_assistant", completion="last")
+    refused("dataset.completion=last is unknown; choose one of null, after_last_user, from_first_assistant", completion="last")
     refused("exclude each other", completion="after_last_user", completion_key="pi")
     refused("row 0: messages has no assistant message, which dataset.completion", completion="after_last_user")
     refused("row 0: pi must begin and end with an assistant message", completion_key="pi")
     refused("row 0: tools is text but not JSON", tools_key="tools")
-    refused("row 0: tools2 is no list of tool schemas", tools_key="tools2")
+    refused("row 0: tools2 is not a list of tool schemas", tools_key="tools2")
     odd = write(tmp_path / "odd.jsonl", [{"messages": [assistant("a"), user("b")]}])
     with pytest.raises(InputError, match=r"row 0: messages: no assistant message follows the last user message directly"):
         chat_dataset(odd, privileged_key=None, completion="from_first_assistant")
@@ -334,9 +334,9 @@ def test_gsm8k_rows_give_question_solution_and_reference(tmp_path):
 
 def test_wrong_options_and_rows_of_gsm8k_are_refused_in_one_sentence(tmp_path):
     file = write(tmp_path / "gsm8k.jsonl", GSM8K)
-    with pytest.raises(InputError, match=r"dataset\.privileged is 'hint'; GSM8K has solution, answer and none"):
+    with pytest.raises(InputError, match=r"dataset\.privileged=hint is unknown; choose one of solution, answer, none"):
         gsm8k_dataset(file, privileged="hint")
-    with pytest.raises(InputError, match=r"dataset\.answer_format is 'json'; known are boxed, hashes"):
+    with pytest.raises(InputError, match=r"dataset\.answer_format=json is unknown; choose one of boxed, hashes"):
         gsm8k_dataset(file, answer_format="json")
     with pytest.raises(InputError, match=r"other\.jsonl has no column 'answer'.*pidistill\.data\.qa_dataset"):
         gsm8k_dataset(write(tmp_path / "other.jsonl", [{"question": "q", "reply": "a"}]))
@@ -470,7 +470,9 @@ def test_too_long_information_is_dropped_and_counted_under_its_own_name(words):
 
 def test_unknown_policies_are_refused(words):
     for policy in ({"no_pi": "skip"}, {"on_overflow": "truncate"}):
-        with pytest.raises(InputError, match=r"no_pi is .* \(rl, distill, drop, error\) and on_overflow"):
+        with pytest.raises(
+            InputError, match=r"(no_pi=skip is unknown; choose one of rl, distill, drop, error|on_overflow=truncate is unknown)"
+        ):
             build_prompts([row(0, "a", "b")], words, PLAIN, max_new_tokens=1, **policy)
 
 

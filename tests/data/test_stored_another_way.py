@@ -62,7 +62,7 @@ def test_sharegpt_rows_are_read(tmp_path):
     called, result, said = row.completion
     assert called["tool_calls"] == [{"type": "function", "function": BOOK}]
     assert result == {"role": "tool", "content": "booked"} and said == ANSWER
-    with pytest.raises(InputError, match=r"rows.jsonl row 0: messages\[0\] is from 'alien'; known are human"):
+    with pytest.raises(InputError, match=r"rows.jsonl row 0: messages\[0\] is from 'alien', which is unknown; write one"):
         read(tmp_path / "rows.jsonl", {"messages": [{"from": "alien", "value": "x"}]})
 
 
@@ -111,7 +111,7 @@ def test_nulls_of_a_table_are_removed_and_nulls_of_a_row_are_kept(tmp_path):
     assert cleaned.completion[0]["tool_calls"][0]["function"]["arguments"] == {"seats": 2}
 
 
-def test_a_saved_dataset_is_read_and_blanks_are_nothing(tmp_path):
+def test_a_saved_dataset_is_read_and_blank_values_count_as_absent(tmp_path):
     datasets.Dataset.from_list([{"messages": [USER]}] * 3).save_to_disk(str(tmp_path / "saved"))
     assert len(chat_dataset(str(tmp_path / "saved"), privileged_key=None)) == 3
     (row,) = read(tmp_path / "rows.jsonl", {"messages": [USER], "tools": [tool("a", "b", "string")]}, completion=None)
@@ -155,7 +155,7 @@ def test_a_turn_of_weight_0_is_shown_and_not_learned(tmp_path, tokenizer, key):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"weight": 0.5}, r"weight is 0\.5; a turn is learned \(1\) or not \(0\)"),
+        ({"weight": 0.5}, r"weight is 0\.5; write 1 for a turn that is learned, or 0 for one"),
         ({"weight": 0, "train": True}, "weight and train contradict each other"),
         ({"loss_mask": 0}, "has the key 'loss_mask', which seems to say what is learned and is not read; write weight, train"),
         ({"role": "user", "train": True}, "train is True on a user message; only assistant messages are learned"),

@@ -154,7 +154,7 @@ def test_rows_that_cannot_be_replayed_are_refused(tmp_path):
         ReplayEnvironment().reset(row)
     with pytest.raises(InputError, match="has no reward, which the episode would get; set dataset.reward_key"):
         ReplayEnvironment().reset(example(reward=None))
-    for settings_, said in (({"on_mismatch": "stop"}, "on_mismatch is 'stop'"), ({"max_errors": 0}, "max_errors is 0")):
+    for settings_, said in (({"on_mismatch": "stop"}, "on_mismatch=stop is unknown"), ({"max_errors": 0}, "max_errors=0 must")):
         with pytest.raises(InputError, match=said):
             ReplayEnvironment(**settings_)
 

@@ -19,6 +19,7 @@ from pidistill.losses.token_weights import (
     SignGate,
     SkipFirst,
     TokenWeight,
+    weight_metrics,
     weighted,
 )
 from pidistill.objectives import GKD, SDFT
@@ -91,7 +92,7 @@ WEIGHTS: dict[str, tuple[TokenWeight, object]] = {
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_equals_the_loop_with_gradient_to_the_term_alone(name):
+def test_a_token_weight_equals_the_loop_and_passes_gradient_to_the_term_alone(name):
     weight, loop = WEIGHTS[name]
 
     @settings(deadline=None, max_examples=25)
@@ -150,7 +151,7 @@ def test_skipping_nothing_and_no_weight_change_nothing():
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6), st.floats(0.1, 20), st.integers(0, 4))
-def test_weights_shrink_a_divergence_and_never_turn_it(seed, half_life, skip):
+def test_token_weights_shrink_a_divergence_and_never_reverse_it(seed, half_life, skip):
     """On terms ≥ 0: 0 ≤ weighted ≤ term."""
     batch, scores, term = case(seed)
     term = term.detach().abs()
@@ -209,10 +210,25 @@ def test_wrong_settings_are_refused_in_one_sentence(build, sentence):
 def test_what_a_method_does_not_compute_is_refused_in_one_sentence():
     batch, scores, term = case(4)
     without = Scores(scores.student_logprobs, None, {}, scores.student_entropy, None)
-    with pytest.raises(InputError, match="token_weight.view=teacher: this method does not look at that view"):
+    with pytest.raises(InputError, match="token_weight.view=teacher is not scored by this `objective`"):
         EntropyMask(view="teacher")(term, batch, without)
-    with pytest.raises(InputError, match="no teacher view or no reward"):
+    with pytest.raises(InputError, match="SignGate needs a teacher and a reward"):
         SignGate()(term, batch, without)
     batch.advantages = None
-    with pytest.raises(InputError, match="no teacher view or no reward"):
+    with pytest.raises(InputError, match="SignGate needs a teacher and a reward"):
         SignGate()(term, batch, scores)
+
+
+CHAIN = Chain([SkipFirst(1), EntropyMask(0.5)])
+
+
+@pytest.mark.parametrize("weight", [SkipFirst(2), SignGate(), PositionDecay(3.0), CHAIN], ids=str)
+def test_the_log_has_the_mean_weight_and_the_share_that_is_left_out(weight):
+    batch, scores, term = case(0)
+    metrics = weight_metrics(weight, batch, scores)
+    torch.testing.assert_close(weight(term, batch, scores).detach(), term.detach() * metrics["token_weight_mean"])
+    assert torch.equal(metrics["token_weight_zero_frac"], metrics["token_weight_mean"] == 0)
+    assert weight_metrics(None, batch, scores) == {} and not metrics["token_weight_mean"].requires_grad
+    scores.divergences = {GKD().divergence: torch.rand(len(batch.targets))}
+    answer = GKD(token_weight=weight, no_pi="distill").weighted_loss(batch, scores, 0)
+    assert torch.equal(answer.metrics["token_weight_mean"], metrics["token_weight_mean"])

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from pidistill.errors import InputError
 from pidistill.losses.token_weights import TurnBalance
-from pidistill.objectives import GRPO, OPSDUCLA
+from pidistill.objectives import GRPO, OPSD, OPSDUCLA
 from pidistill.training.collector import mark_cut_short
 from pidistill.training.rounds import RoundSizes
 from pidistill.types import Scores
@@ -91,3 +91,18 @@ def test_what_the_curriculum_ends_has_no_reward_and_a_reason_of_its_own():
     mark_cut_short(rollouts)
     assert (rollouts[0].stop_reason, rollouts[0].reward, rollouts[0].task_reward) == ("curriculum", None, None)
     assert rollouts[1].stop_reason == "done" and rollouts[1].reward is not None
+
+
+@pytest.mark.parametrize("kl_mode", ["reward_k1", "loss_rb"])
+def test_what_the_curriculum_ends_is_distilled_also_where_rollouts_without_an_advantage_are_dropped(kl_mode):
+    rollouts = random_rollouts(4, group_size=2)
+    for rollout in rollouts:
+        rollout.reward, rollout.behaviour_values = 1.0, [0.5] * rollout.policy_tokens
+    rollouts[0].stop_reason = "max_turns"
+    mark_cut_short(rollouts)
+    for how in ("row", "policy_gradient"):
+        answers = OPSD(beta=1.0, kl_mode=kl_mode, drop_zero_advantage=how).advantages(rollouts, 0)
+        assert [a.keep for a in answers] == [True, *[how != "row"] * 3]
+        assert all(a.advantage == 0.0 for a in answers)
+        if kl_mode == "reward_k1":
+            assert any(answers[0].kl) and not (how == "policy_gradient" and any(any(a.kl) for a in answers[1:]))

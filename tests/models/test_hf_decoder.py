@@ -17,7 +17,8 @@ from pidistill.models.empty import empty_model
 from pidistill.models.fits import check_fits
 from pidistill.models.protocol import Decoder, carried_state, has_own_names
 from pidistill.testing import tiny_model
-from tests.support.hf_families import FAMILIES, HYBRIDS, make_config, reference_model
+from pidistill.training.load import _keep_buffers
+from tests.support.hf_families import FAMILIES, HYBRIDS, decoder_of, make_config, reference_model
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -167,7 +168,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
         InputError, match=r"model_type 'gemma3_text', and transformers.*pip install 'pidistill\[transformers\]'"
     ):
         from_folder(folder)
-    with pytest.raises(InputError, match="model.backend=nothing is none of"):
+    with pytest.raises(InputError, match="model.backend=nothing is unknown; choose one of auto"):
         from_folder(folder, backend="nothing")
 
 
@@ -297,3 +298,15 @@ def test_buffers_from_the_config_are_those_of_transformers(tmp_path):
     assert ours and ours.keys() == dict(reference.named_buffers()).keys()
     for name, buffer in reference.named_buffers():
         assert torch.equal(ours[name], buffer), name
+
+
+def test_a_scale_that_is_a_buffer_is_not_trained_after_torchtunes_loader(tmp_path):
+    """torchtune's loader for several processes makes a parameter of every tensor, and Gemma 4 keeps a scale per layer."""
+    model = decoder_of(reference_model("gemma4"))
+    buffers = [name for name, _ in model.named_buffers() if name in model.state_dict()]
+    trained = [name for name, _ in model.named_parameters()]
+    model.load_state_dict({name: torch.nn.Parameter(t) for name, t in model.state_dict().items()}, assign=True)
+    assert len(buffers) == 4 and set(buffers) <= dict(model.named_parameters()).keys()
+    _keep_buffers(model, buffers)
+    assert [name for name, _ in model.named_parameters()] == trained
+    assert set(buffers) <= model.state_dict().keys() and not dict(model.named_buffers())[buffers[0]].requires_grad

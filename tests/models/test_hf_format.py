@@ -66,7 +66,7 @@ def test_a_classifier_is_no_language_model():
 def test_tensor_without_a_place_is_named():
     weights, config = hf_weights("llama", False)
     weights["model.layers.3.self_attn.q_norm.weight"] = torch.ones(16)
-    with pytest.raises(InputError, match=r"not those of a llama model .*model\.layers\.3\.self_attn\.q_norm\.weight"):
+    with pytest.raises(InputError, match=r"do not fit a llama model .*model\.layers\.3\.self_attn\.q_norm\.weight"):
         from_hf(weights, config)
 
 

@@ -14,7 +14,7 @@ from torchtune.modules.peft import get_adapter_params
 
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
-from pidistill.models import HFCheckpointer, peft_format, qwen3
+from pidistill.models import HFCheckpointer, adapter_dir, peft_format, qwen3
 from pidistill.models.adapters import _dora_forward, merged
 from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES, tiny_hf_checkpoint
 from pidistill.training.load import load_model
@@ -51,7 +51,7 @@ class Base:
             self.sizes["head_dim"] = QWEN3_HEAD_DIM
         loader = HFCheckpointer(str(self.folder), output_dir=str(folder / "unused"))
         self.weights = loader.load_checkpoint()["model"]
-        self.config = peft_format.base_config(str(self.folder))
+        self.config = adapter_dir.base_config(str(self.folder))
 
     def plain(self, weights=None):
         model = self._plain(**self.sizes)
@@ -134,7 +134,7 @@ def test_several_ranks_and_alphas_are_merged_saved_and_read(llama, tmp_path):
     read = peft_format.read(tmp_path, llama.config)
     assert read.alphas["layers.0.mlp.w1"] == 6.0 and read.rank("layers.0.mlp.w1") == 4
     assert read.alphas["layers.1.mlp.w1"] == 10.0 and read.rank("layers.1.mlp.w1") == 2
-    peft_format.check_fits(read, model)
+    adapter_dir.check_fits(read, model)
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -152,13 +152,13 @@ def test_a_model_with_adapters_takes_it_and_a_plain_one_is_merged(base, tmp_path
     changes = EVERYWHERE | {"apply_lora_to_output": base.family != "qwen2 tied", "use_dora": True}
     adapted, plain = config_with(base, tmp_path, **changes), config_with(base, tmp_path)
     for cfg in (adapted, plain):
-        peft_format.check_adapter_dir(cfg)
-    beside = peft_format.with_adapter_dir(adapted, adapted.model, base.weights)
+        adapter_dir.check_adapter_dir(cfg)
+    beside = adapter_dir.with_adapter_dir(adapted, adapted.model, base.weights)
     assert beside.keys() == model.state_dict().keys()
-    inside = base.plain(peft_format.with_adapter_dir(plain, plain.model, base.weights))
+    inside = base.plain(adapter_dir.with_adapter_dir(plain, plain.model, base.weights))
     torch.testing.assert_close(inside(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-4)
     cfg = OmegaConf.create({"model": {}})
-    assert peft_format.with_adapter_dir(cfg, cfg.model, base.weights) is base.weights
+    assert adapter_dir.with_adapter_dir(cfg, cfg.model, base.weights) is base.weights
 
 
 def test_an_adapter_is_not_put_on_weights_that_have_it_already(llama, tmp_path):
@@ -167,13 +167,13 @@ def test_an_adapter_is_not_put_on_weights_that_have_it_already(llama, tmp_path):
     model = saved(llama, merged_folder / "adapter")
     (merged_folder / "config.json").write_text(json.dumps(llama.config))
     cfg = config_with(llama, merged_folder / "adapter", **EVERYWHERE)
-    peft_format.check_adapter_dir(cfg)
+    adapter_dir.check_adapter_dir(cfg)
     cfg.checkpointer.checkpoint_dir = str(merged_folder)
     with pytest.raises(InputError, match=r"step_2 holds weights that have an adapter of .*base in them.*remove adapter_dir"):
-        peft_format.check_adapter_dir(cfg)
+        adapter_dir.check_adapter_dir(cfg)
     peft_format.write(tmp_path / "next", model, model.state_dict(), llama.config, str(merged_folder))
     cfg.adapter_dir = str(tmp_path / "next")
-    peft_format.check_adapter_dir(cfg)
+    adapter_dir.check_adapter_dir(cfg)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_an_adapter_that_does_not_fit_is_refused_with_the_key_to_change(llama, c
     saved(llama, tmp_path)
     cfg = config_with(llama, tmp_path, **(EVERYWHERE | changes))
     with pytest.raises(InputError, match=message):
-        peft_format.check_adapter_dir(cfg)
+        adapter_dir.check_adapter_dir(cfg)
 
 
 def without_a_tensor(folder):
@@ -267,7 +267,7 @@ def with_config(**changes):
         (without_a_tensor, "lacks base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight; the file is incomplete"),
         (with_a_tensor, "has a tensor .*lora_embedding_A, and adapters are read for"),
         (with_config(r=3), "says rank 3 for .* and its tensors have 4"),
-        (with_config(use_rslora=True), "has use_rslora=True, and plain LoRA and DoRA are read"),
+        (with_config(use_rslora=True), "has use_rslora=True, and only plain LoRA and DoRA can be read"),
         (with_config(peft_type="IA3"), "has peft_type=IA3"),
         (with_config(init_lora_weights="pissa_niter_4"), "has init_lora_weights=pissa_niter_4"),
         (lambda folder: (folder / peft_format.WEIGHTS).unlink(), "has no adapter_model.safetensors"),
@@ -277,7 +277,7 @@ def test_a_damaged_or_other_adapter_is_refused(llama, damage, message, tmp_path)
     saved(llama, tmp_path)
     damage(tmp_path)
     with pytest.raises(InputError, match=message):
-        peft_format.check_adapter_dir(config_with(llama, tmp_path, **EVERYWHERE))
+        adapter_dir.check_adapter_dir(config_with(llama, tmp_path, **EVERYWHERE))
 
 
 def test_an_adapter_of_an_unknown_family_is_not_guessed(llama, tmp_path):

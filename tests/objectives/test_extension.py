@@ -58,7 +58,7 @@ def test_every_objective_with_a_divergence_takes_a_dotted_path(method):
         ("mean_over_all", r"divergence mean_over_all: .*shape \[\] .*shape \[2\]"),
         ("with_three_arguments", r"with_three_arguments raised TypeError .*mask"),
         ("of_the_teacher_alone", "no gradient to the student"),
-        ("number", "is no function"),
+        ("number", "is not a function"),
         ("nothing", r"own_divergences.nothing cannot be found"),
     ],
 )

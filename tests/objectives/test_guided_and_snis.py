@@ -109,7 +109,7 @@ def towards_the_tilted_student(chain: MarkovChain, rewards: dict, beta: float) -
 
 
 @pytest.mark.parametrize("end", [None, 1])
-def test_snis_moves_the_student_towards_its_reward_tilted_self(end):
+def test_snis_moves_the_student_towards_its_own_distribution_tilted_by_the_reward(end):
     """With every sequence in the group once, μ uniform, the weights are S·exp(R/β)/Z: the limit, by enumeration."""
     chain = MarkovChain.seeded(0, sampler="student", end=end)
     rewards = {y: float(sum(y) % 2) for y in chain.sequences()}
@@ -134,7 +134,7 @@ def test_snis_corrects_for_who_sampled():
     assert relative_difference({"": snis_gradient(chain, rollouts)}, {"": expected}) > 0.1
 
 
-def test_samples_of_snis_approach_that_direction():
+def test_means_over_samples_of_snis_approach_the_exact_direction():
     """1 000 samples of μ come nearer than 20 (Monte Carlo with a fixed seed)."""
     chain = MarkovChain.seeded(0, sampler="student")
     sequences = chain.sequences()
@@ -199,9 +199,9 @@ def test_snis_gives_the_weights_no_gradient_and_the_teacher_none():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"snis_beta": 0.5}, "read with student_term=snis only"),
-        ({"snis_level": "sequence"}, "read with student_term=snis only"),
-        ({"student_term": "snis", "snis_level": "word"}, "objective.snis_level=word is not one of"),
+        ({"snis_beta": 0.5}, "read only with student_term=snis"),
+        ({"snis_level": "sequence"}, "read only with student_term=snis"),
+        ({"student_term": "snis", "snis_level": "word"}, "objective.snis_level=word is unknown"),
         ({"student_term": "snis", "snis_beta": 0.0}, "objective.snis_beta=0.0 must be above 0"),
         ({"student_term": "snis", "beta": 0.0}, "divides the reward by objective.beta"),
         ({"student_term": "snis", "beta": {"start": 0.5, "end": 0.0, "steps": 10}}, "divides the reward by objective.beta"),

@@ -56,7 +56,7 @@ def test_opsd_gives_the_teacher_no_gradient(kl_mode):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_equals_the_equations_written_out(alpha):
+def test_the_loss_equals_the_equations_written_out(alpha):
     """Eq. 2–4 with PPO on both halves, straight from float64 logits; value and gradient on both sides."""
     objective = PiDistill(alpha=alpha, beta=0.6, advantage="group_mean")
     rollouts = random_rollouts(4)
@@ -183,7 +183,7 @@ def test_no_pi_distill_keeps_the_kl_in_every_mode():
 def test_opsd_that_would_train_nothing_and_weights_that_are_no_numbers_are_refused():
     with pytest.raises(InputError, match="leave nothing to train"):
         OPSD(beta=0.0, reward_weight=0.0)
-    with pytest.raises(InputError, match="objective.alpha=True is no number"):
+    with pytest.raises(InputError, match="objective.alpha=True is not a number"):
         PiDistill(alpha=True)
 
 
@@ -277,11 +277,11 @@ def test_schedules_move_alpha_and_beta():
         ({"kl_mode": "loss_k3"}, "follows the other KL"),
         ({"kl_mode": "rb"}, "choose one of loss_rb"),
         ({"student_kl": "shared_reward"}, "student_kl=shared_reward shares a reward"),
-        ({"student_term": "grpo"}, "is not one of ppo, topr"),
+        ({"student_term": "grpo"}, "choose one of ppo, topr"),
         ({"kl_reward_scale": "token_mean"}, "needs kl_mode=reward_rb"),
-        ({"drop_zero_advantage": True}, "is not one of False, policy_gradient, row"),
+        ({"drop_zero_advantage": True}, "choose one of False, policy_gradient, row"),
         ({"topr_low": 2.0, "student_term": "topr"}, "0 <= topr_low <= topr_high"),
-        ({"topr_low": 0.5}, "read with student_term=topr only"),
+        ({"topr_low": 0.5}, "read only with student_term=topr"),
         ({"kl_gamma": 0.5}, "needs kl_mode=loss_rb_complete"),
     ],
 )

@@ -150,7 +150,7 @@ def test_damping_lies_within_its_bounds_and_is_1_where_both_agree():
         scores = Scores(None, None, {DISAGREEMENT: generalised_jsd(teacher, student.detach(), 0.5)}, None, None)
         weight = DisagreementDamping()(ones, batch, scores)
         assert (weight >= 0.85).all() and (weight <= 1.0).all() and bool((weight == 1.0).all()) == agree
-    with pytest.raises(InputError, match="this method does not look at both"):
+    with pytest.raises(InputError, match="needs both views, and this `objective` scores one"):
         DisagreementDamping()(ones, batch, Scores(None, None, {}, None, None))
     with pytest.raises(InputError, match="0 <= most <= 1"):
         DisagreementDamping(most=1.2)
@@ -223,3 +223,18 @@ def test_rows_without_privileged_information_have_factor_1_unless_another_model_
     for settings in ({"gap_clip": 1.0}, {"only": "some"}, {"gap_weight": 2.0}, {"no_pi": "drop"}):
         with pytest.raises(InputError, match=f"objective.{next(iter(settings))}="):
             RLSD(**settings)
+
+
+def test_each_method_reports_what_its_option_changes_and_none_overrides_a_key_without_a_word():
+    batch = sampled()
+    scores, _ = random_scores(len(batch.targets))
+    gap = scores.teacher_logprobs - scores.student_logprobs.detach()
+    gate = SDAR(gap_weight=0.5, gate_beta=2.0).token_loss(batch, scores, 0).metrics["gap_gate_mean"]
+    torch.testing.assert_close(gate, torch.sigmoid(2.0 * gap) - 0.5)
+    changed = OPD(proximal_alpha=0.2).token_loss(batch, scores, 0).metrics["proximal_change_nats"]
+    torch.testing.assert_close(changed, (torch.log(0.8 + 0.2 * gap.exp()) - gap).abs(), rtol=1e-4, atol=1e-5)
+    assert "proximal_change_nats" not in OPD().token_loss(batch, scores, 0).metrics and (changed > 0).all()
+    for method in (SDAR, RLSD):
+        assert method(report_teacher_kl=True).uses_teacher
+        with pytest.raises(InputError, match=rf"report_teacher_kl=False has no effect on {method.__name__}, .*remove the key"):
+            method(report_teacher_kl=False)

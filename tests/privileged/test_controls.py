@@ -111,7 +111,9 @@ def test_other_problem_never_pairs_rows_of_one_prompt_and_depends_on_the_seed_an
 
 def test_wrong_needs_the_rows_key(tokenizers):
     rows = [replace(example, data={}) for example in examples()]
-    with pytest.raises(InputError, match=r"row 0 has no privileged_wrong, which privileged\.control: wrong shows"):
+    with pytest.raises(
+        InputError, match=r"row 0 has no privileged_wrong, the information .* that privileged\.control: wrong shows"
+    ):
         build_prompts(rows, tokenizers["llama3"], PrivilegedPrompt(control="wrong"), max_new_tokens=1)
 
 
@@ -157,5 +159,5 @@ def test_the_teachers_template_alone_is_a_control_that_teaches_the_rows_that_hav
         assert pair.has_privileged
         assert pair.student == tokenizer.encode_prompt(example.messages)
         assert pair.teacher == thinking.encode_prompt(example.messages) != pair.student
-    with pytest.raises(InputError, match=r"template leaves the teacher its own chat template alone, and it has none"):
+    with pytest.raises(InputError, match=r"template gives the teacher no information but another chat template"):
         build_prompts(rows, tokenizer, PrivilegedPrompt(control="template"), max_new_tokens=1)

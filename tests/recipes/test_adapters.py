@@ -10,9 +10,10 @@ from torchtune.models.llama3 import lora_llama3
 from torchtune.modules.peft import disable_adapter
 
 from pidistill.errors import InputError
+from pidistill.models.adapter_dir import base_config
 from pidistill.models.adapters import adapter_modules, has_adapters
 from pidistill.models.nf4 import check_shapes, is_nf4, rounded
-from pidistill.models.peft_format import FOLDER, base_config, read
+from pidistill.models.peft_format import FOLDER, read
 from pidistill.testing import TINY_SIZES
 from tests.recipes.conftest import WIDE
 from tests.support.forks import launch_several
@@ -20,10 +21,10 @@ from tests.support.lora import ADAPTER_OFF, FROZEN, LORA, lora_run, plain_model
 from tests.support.runs import (
     EMA,
     assert_same_tensors,
+    back_to_checkpoint,
     metrics,
     run,
     small_config,
-    stop_after_row,
     training_state,
     weights,
 )
@@ -67,7 +68,7 @@ def test_dora_switched_off_is_the_base(tiny_base, tmp_path):
         torch.testing.assert_close(off, plain(TOKENS), rtol=1e-5, atol=1e-5)
     lora_run(tiny_base, tmp_path / "frozen", teacher=FROZEN, **DORA)
     for ours, theirs in zip(metrics(tmp_path / "off"), metrics(tmp_path / "frozen"), strict=True):
-        for key in ours:
+        for key in ours.keys() - {"alarms"}:  # sentences, whose numbers may round differently
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), (ours["step"], key)
 
 
@@ -166,7 +167,7 @@ def test_qlora_is_lora_on_the_dequantized_base(method, dora, wide_base, tmp_path
 def test_a_resumed_qlora_run_is_the_whole_run_to_the_bit(wide_base, tmp_path):
     changes = QLORA | {"save_every_steps": 2}
     lora_run(wide_base, tmp_path / "whole", **changes)
-    lora_run(wide_base, tmp_path / "cut", prepare=stop_after_row(3), **changes)
+    back_to_checkpoint(tmp_path / "whole", tmp_path / "cut")
     lora_run(wide_base, tmp_path / "cut", resume_from_checkpoint=True, **changes)
     whole, cut = (training_state(tmp_path / name) for name in ("whole", "cut"))
     for key in ("adapters", "optimizer", "step"):

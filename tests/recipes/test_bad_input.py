@@ -18,6 +18,7 @@ from pidistill.rollouts import DROP_REASONS
 from tests.support.runs import (
     MODEL,
     RECIPES,
+    ROWS,
     assert_same_tensors,
     metrics,
     recipe_module,
@@ -70,10 +71,10 @@ def sentence(monkeypatch, capsys, tmp_path):
 
 BY_COMMAND_LINE = [
     # a key that nothing reads, a component's argument that it does not have, or lacks
-    ("opsd", ["groupsize=4"], "config key groupsize is read by nothing in this recipe; did you mean group_size?"),
-    ("sft", ["batchsize=4"], "config key batchsize is read by nothing in this recipe; did you mean batch_size?"),
-    ("evaluate", ["max_steps=4"], "config key max_steps is read by nothing in this recipe"),
-    ("sft", ["prompts_per_round=4"], "config key prompts_per_round is read by nothing in this recipe"),
+    ("opsd", ["groupsize=4"], "config key groupsize is not read by this recipe; did you mean group_size?"),
+    ("sft", ["batchsize=4"], "config key batchsize is not read by this recipe; did you mean batch_size?"),
+    ("evaluate", ["max_steps=4"], "config key max_steps is not read by this recipe"),
+    ("sft", ["prompts_per_round=4"], "config key prompts_per_round is not read by this recipe"),
     ("opsd", ["sampler.temprature=0.7"], "sampler.temprature is not an argument of .*; did you mean temperature?"),
     ("pi_distill", ["objective.betta=1"], "objective.betta is not an argument of .*PiDistill; did you mean beta?"),
     ("opsd", ["optimizer.learning_rate=1"], "optimizer.learning_rate is not an argument of torch.optim.AdamW"),
@@ -96,7 +97,7 @@ BY_COMMAND_LINE = [
     (
         "pi_distill",
         ["micro_batch_rollouts=4"],
-        "micro_batch_rollouts is read by nothing in this recipe; did you mean minibatch_rollouts?",
+        "micro_batch_rollouts is not read by this recipe; did you mean minibatch_rollouts?",
     ),
     ("opsd", ["group_size=2.5"], "group_size=2.5 must be a whole number of at least 1"),
     ("opsd", ["minibatch_rollouts=4"], "minibatch_rollouts=4 must be a multiple of group_size=3"),
@@ -197,7 +198,7 @@ BY_COMMAND_LINE = [
     ),
 ]
 if not torch.cuda.is_available():
-    BY_COMMAND_LINE.append(("opsd", ["device=cuda"], "device is cuda, which this machine does not show"))
+    BY_COMMAND_LINE.append(("opsd", ["device=cuda"], "device is cuda, which this machine does not have"))
 
 
 def case_name(value):
@@ -242,15 +243,19 @@ BY_FILE = [
         {"environment": {"_component_": "pidistill.envs.SingleTurn"}},
         "environment.reward is missing; pidistill.envs.SingleTurn needs it",
     ),
-    ("opsd", {"teacher_model": {"_component_": LLAMA, **SIZES}}, "teacher_model needs a teacher_checkpointer"),
+    (
+        "opsd",
+        {"teacher_model": {"_component_": LLAMA, **SIZES}},
+        "teacher_model has no weights of its own; set teacher_checkpointer",
+    ),
     *(
-        (name, {"model__vocab_size": 80, "checkpointer": SCRATCH}, "tokenizer has 85 ids but the model's vocabulary is 80")
+        (name, {"model__vocab_size": 80, "checkpointer": SCRATCH}, "tokenizer has 85 ids but the model's vocabulary has 80")
         for name in ("opsd", "sft")
     ),
     (
         "opsd",
         {"teacher": {"_component_": "pidistill.teachers.LiveTeacher"}, "teacher_checkpointer": SCRATCH},
-        "teacher_checkpointer is read by nothing while the trained model is the teacher",
+        "teacher_checkpointer is not read while the trained model is the teacher",
     ),
     (
         "opsd",
@@ -288,7 +293,7 @@ BY_FILE = [
     (
         "pi_distill",
         {"objective__no_pi": "drop", "privileged__control": "none"},
-        "none of the 512 rows has privileged information",
+        f"none of the {ROWS} rows has privileged information",
     ),
 ]
 
@@ -368,7 +373,7 @@ def test_wrong_rows_are_refused_in_one_sentence_before_weights_are_loaded(name, 
     assert re.search(expected, said), said
 
 
-def test_a_file_that_is_not_json(sentence, tiny_base, tmp_path):
+def test_a_file_that_is_not_json_is_refused_by_name(sentence, tiny_base, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"messages": [\n')
     dataset = {"_component_": CHAT, "source": str(tmp_path / "rows.jsonl")}
     said = sentence("opsd", small_config("opsd", tiny_base, tmp_path / "run", dataset=dataset))
@@ -408,7 +413,7 @@ def test_a_rollout_whose_reward_fails_is_dropped_and_counted(name, fail, reason,
 
 
 def test_a_round_in_which_every_reward_fails_ends_the_run_with_a_sentence(tiny_base, tmp_path):
-    rows = epoch_order(512, 0, 2, 2)  # the second round's
+    rows = epoch_order(ROWS, 0, 2, 2)  # the second round's
     changes = {"environment__fail": "nan", "environment__fail_on": [f"tiny_world train row {row}" for row in rows]}
     with pytest.raises(InputError, match=r"no rollout of the round has a reward \(reward_not_finite 6\)"):
         run("opsd", small_config("opsd", tiny_base, tmp_path, **changes))

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from torchtune import _recipe_registry as recipe_registry
 
 from pidistill.commands import main as _cli
+from tests.support.forks import run_tune
 from tests.support.runs import (
     OVERRIDES,
     RECIPES,
@@ -24,7 +25,6 @@ from tests.support.runs import (
     save_config,
     shell,
     small_config,
-    tune_command,
 )
 
 
@@ -92,11 +92,12 @@ def test_run_by_name_from_another_folder_with_a_reward_of_ones_own(pidistill, ti
 
 
 def test_tune_run_from_the_checkout(tmp_path):
+    """Start one process, without the launcher, with which test_two_processes.py starts `tune run`."""
     settings = {"output_dir": tmp_path / "out", "checkpointer.checkpoint_dir": tmp_path / "init", "max_steps": 2}
     settings |= {"batch_size": 4, "dataset.n": 8}
-    command = ["run", "--nproc_per_node", "1", "recipes/sft_distributed.py", "--config", "configs/tiny/base.yaml"]
-    done = shell(tune_command(*command, *as_overrides(settings)), cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = ["run", "recipes/sft_distributed.py", "--config", "configs/tiny/base.yaml", *as_overrides(settings)]
+    status, printed = run_tune(words)
+    assert status == 0, printed[-3000:]
     assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2]
 
 
@@ -131,20 +132,21 @@ def test_the_first_command_of_a_new_user_without_the_base_says_what_to_do(pidist
 
 def test_under_tune_run_with_two_processes_the_sentence_is_printed_once_and_last(tmp_path):
     words = ["run", "--nproc_per_node", "2", "recipes/sft_distributed.py", "--config", "configs/tiny/sft.yaml"]
-    done = shell(tune_command(*words, f"output_dir={tmp_path}", "optimizer.lr=fast"))
-    assert done.returncode != 0
-    printed = (done.stdout + done.stderr).splitlines()
-    assert printed[-1] == "error: optimizer.lr=fast must be a number"
-    assert sum(line.startswith("error: ") for line in printed) == 1 and "Traceback" not in done.stderr
-    assert "Running SFTRecipe" not in done.stderr + done.stdout, "the config is printed before it is checked"
-    assert done.stderr.count("Skipping import of cpp extensions") <= 1, "a worker says it; tune's own process is not ours"
+    status, printed = run_tune([*words, f"output_dir={tmp_path}", "optimizer.lr=fast"])
+    assert status != 0
+    lines = printed.splitlines()
+    assert lines[-1] == "error: optimizer.lr=fast must be a number"
+    assert sum(line.startswith("error: ") for line in lines) == 1 and "Traceback" not in printed
+    assert "Running SFTRecipe" not in printed, "the config is printed before it is checked"
+    assert printed.count("Skipping import of cpp extensions") == 0, "a worker says it"
 
 
 def test_a_file_that_is_not_yaml_is_refused_under_tune_run(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1\n b: 2")
-    done = shell(tune_command("run", "--nproc_per_node", "1", "recipes/sft_distributed.py", "--config", f"{tmp_path}/bad.yaml"))
-    assert done.stderr.splitlines()[-1].startswith(f"error: config {tmp_path}/bad.yaml is not valid YAML")
-    assert "Traceback" not in done.stderr
+    status, printed = run_tune(["run", "recipes/sft_distributed.py", "--config", f"{tmp_path}/bad.yaml"])
+    assert status != 0
+    assert printed.splitlines()[-1].startswith(f"error: config {tmp_path}/bad.yaml is not valid YAML")
+    assert "Traceback" not in printed
 
 
 def test_the_recipe_file_itself_is_a_program(tiny_base, tmp_path, monkeypatch, capsys):

@@ -18,10 +18,11 @@ import pytest
 import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs.tiny_world import tiny_world_dataset, tiny_world_tokenizer
+from pidistill.errors import InputError
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.types import Example
 from tests.support.forks import launch_several
@@ -107,7 +108,7 @@ def able_base(tiny_base, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("able_base")
     cfg = OmegaConf.load(TINY / "sft.yaml")
     settings = MODEL | SFT | {
-        "output_dir": str(folder), "max_steps": 150, "batch_size": 4 * ROWS, "eval_dataset": None,
+        "output_dir": str(folder), "max_steps": 150, "batch_size": 4 * ROWS, "micro_batch_tokens": 2000, "eval_dataset": None,
         "checkpointer.checkpoint_dir": str(tiny_base), "checkpointer.checkpoint_files": ["model.safetensors"],
         "dataset": {"_component_": "tests.recipes.test_every_config.both_views"}, "optimizer.lr": 1e-2,
     }  # fmt: skip
@@ -141,7 +142,7 @@ def test_every_recipe_and_every_config_is_covered():
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "base"])
-def test_runs_three_steps(name, one, able_base):
+def test_every_tiny_config_runs_three_steps(name, one, able_base):
     folder = one(name)
     if RECIPES[name] == "evaluate_distributed":
         assert json.loads((folder / "results.json").read_text())["student"]
@@ -220,7 +221,28 @@ def test_semi_opd_starts_at_ratio_1_samples_nothing_and_at_rate_0_its_epochs_are
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
 
 
-def test_the_small_base_succeeds_now_and_then(one):
+def test_a_teachers_numbers_on_disk_are_written_by_one_run_and_read_by_the_next_which_loads_no_teacher(one, tmp_path):
+    cfg = shrunk("semi_opd", tmp_path, one)
+    cfg.objective.form, cfg.eval_dataset = "kl_teacher_student", None
+    cfg.teacher = {"_component_": "pidistill.scoring.stored_teacher.StoredTeacher", "folder": str(tmp_path / "numbers")}
+    for folder in ("writes", "reads"):
+        cfg.output_dir, recipes = str(tmp_path / folder), []
+        run("semi_opd", cfg, recipes.append)
+        assert (recipes[0]._teacher._module is None) == (folder == "reads")
+    for wrote, read in zip(metrics(tmp_path / "writes"), metrics(tmp_path / "reads"), strict=True):
+        assert (wrote["loss"], wrote["grad_norm"]) == (read["loss"], read["grad_norm"])
+    cfg.output_dir, cfg.teacher.add, cfg.privileged.template = str(tmp_path / "other"), False, "hint {privileged}"
+    with pytest.raises(InputError, match=r"numbers has no numbers of the teacher for these ids; the completion, the chat"):
+        run("semi_opd", cfg)
+    changed = shutil.copytree(one("base") / "latest", tmp_path / "changed")
+    for path in changed.glob("*.safetensors"):
+        save_file({name: 1.001 * weight for name, weight in load_file(path).items()}, path)
+    cfg.teacher_checkpointer = OmegaConf.merge(cfg.checkpointer, {"checkpoint_dir": str(changed)})
+    with pytest.raises(InputError, match=r"numbers holds the numbers of another teacher: its weights differ"):
+        run("semi_opd", cfg)
+
+
+def test_the_small_base_earns_some_rewards_in_either_view(one):
     """What makes the runs above say something: rewards with spread, in either view."""
     for name in ("pi_distill", "rl", "sdpo", "guide_grpo"):
         successes = [row["reward_mean"] for row in metrics(one(name)) if "loss" in row]

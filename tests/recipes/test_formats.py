@@ -253,5 +253,5 @@ def test_a_folder_of_another_model_is_refused_before_anything_else(qwen, tmp_pat
 def test_a_device_that_the_machine_lacks_is_refused(qwen, tmp_path):
     """torchtune would take another one; a run meant for a GPU would go on for days on the CPU."""
     cfg = load_config("qwen2_5/0.5B_opsd", [*small_model(qwen, tmp_path), "device=xpu"])
-    with pytest.raises(InputError, match=r"device is xpu, which this machine does not show \(it has (cpu|cuda)\); set device="):
+    with pytest.raises(InputError, match=r"device is xpu, which this machine does not have \(it has (cpu|cuda)\); set device="):
         set_up("opsd_distributed", cfg)

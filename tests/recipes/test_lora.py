@@ -19,10 +19,10 @@ from tests.support.runs import (
     EMA,
     ROOT,
     assert_same_tensors,
+    back_to_checkpoint,
     metrics,
     run,
     small_config,
-    stop_after_row,
     training_state,
     weights,
 )
@@ -66,7 +66,7 @@ def test_adapters_off_are_a_frozen_teacher(trained, tiny_base, tmp_path):
 def test_a_resumed_run_is_the_whole_run_to_the_bit(teacher, tiny_base, tmp_path):
     changes = {"teacher": teacher, "save_every_steps": 2}
     lora_run(tiny_base, tmp_path / "whole", **changes)
-    lora_run(tiny_base, tmp_path / "cut", prepare=stop_after_row(3), **changes)
+    back_to_checkpoint(tmp_path / "whole", tmp_path / "cut")
     lora_run(tiny_base, tmp_path / "cut", resume_from_checkpoint=True, **changes)
     whole, cut = (training_state(tmp_path / name) for name in ("whole", "cut"))
     assert len(whole["adapters"]) > 5
@@ -150,7 +150,7 @@ def test_another_model_with_more_padded_rows_teaches(tiny_base, tmp_path):
         (
             "opsd",
             LORA | {"teacher": ADAPTER_OFF, "teacher_checkpointer": {"_component_": "builtins.dict"}},
-            "teacher_checkpointer is read by nothing",
+            "teacher_checkpointer is not read",
         ),
         (
             "pi_distill",
@@ -164,7 +164,7 @@ def test_another_model_with_more_padded_rows_teaches(tiny_base, tmp_path):
         ),
     ],
 )
-def test_teachers_that_cannot_be_are_refused_before_weights_are_loaded(
+def test_teachers_that_do_not_fit_are_refused_before_weights_are_loaded(
     method, changes, message, tiny_base, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(

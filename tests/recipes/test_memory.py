@@ -15,12 +15,12 @@ from tests.recipes.conftest import WIDE
 from tests.support.builders import CPU
 from tests.support.runs import (
     assert_same_tensors,
+    back_to_checkpoint,
     metrics,
     run,
     save_config,
     shell,
     small_config,
-    stop_after_row,
     training_state,
     tune_command,
     weights,
@@ -77,7 +77,7 @@ def test_adamw_in_8_bits_is_adamw_up_to_the_rounding_of_its_states(eager, wide_b
 def test_a_resumed_run_in_8_bits_is_the_whole_run_to_the_bit(eager, wide_base, tmp_path):
     changes = EIGHT_BITS | {"save_every_steps": 2}
     memory_run(wide_base, tmp_path / "whole", **changes)
-    memory_run(wide_base, tmp_path / "cut", prepare=stop_after_row(3), **changes)
+    back_to_checkpoint(tmp_path / "whole", tmp_path / "cut")
     memory_run(wide_base, tmp_path / "cut", resume_from_checkpoint=True, **changes)
     same_states(*(training_state(tmp_path / name)["optimizer"]["state"] for name in ("whole", "cut")))
     assert_same_tensors(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
@@ -154,7 +154,7 @@ def test_an_optimizer_on_the_cpu_is_the_same_and_resumes_to_the_bit(stand_in_gpu
     changes = {"save_every_steps": 2}
     memory_run(wide_base, tmp_path / "gpu", clip_grad_norm=None, **changes)
     memory_run(wide_base, tmp_path / "whole", **ON_CPU, **changes)
-    memory_run(wide_base, tmp_path / "cut", prepare=stop_after_row(3), **ON_CPU, **changes)
+    back_to_checkpoint(tmp_path / "whole", tmp_path / "cut")
     memory_run(wide_base, tmp_path / "cut", resume_from_checkpoint=True, **ON_CPU, **changes)
     plain, whole, cut = (weights(tmp_path / name) for name in ("gpu", "whole", "cut"))
     assert_same_tensors(whole, cut)
@@ -195,6 +195,6 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu(changes, message, wide_base, tmp_p
         memory_run(wide_base, tmp_path, **changes)
 
 
-def test_clipping_that_would_do_nothing_is_refused(stand_in_gpu, wide_base, tmp_path):
+def test_clipping_that_would_have_no_effect_is_refused(stand_in_gpu, wide_base, tmp_path):
     with pytest.raises(InputError, match="clip_grad_norm=1 has no effect on .*; set clip_grad_norm=null"):
         memory_run(wide_base, tmp_path, **(ON_CPU | {"clip_grad_norm": 1.0}))

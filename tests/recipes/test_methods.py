@@ -21,13 +21,14 @@ from pidistill.types import Message, Rollout, ScoreRequest
 from tests.support.builders import batch_of
 from tests.support.forks import launch_several
 from tests.support.runs import (
+    ROWS,
     Stop,
     assert_close_rows,
     assert_same_tensors,
+    back_to_checkpoint,
     metrics,
     run,
     small_config,
-    stop_after_row,
     training_state,
     weights,
 )
@@ -171,7 +172,7 @@ def test_gkd_samples_everything_at_lmbda_1_and_nothing_at_lmbda_0(lmbda, tiny_ba
         assert row["policy_tokens"] == sum(r.policy_tokens for r in own)
     if lmbda == 0:
         assert all(r.turns == r.example.completion and r.prompts.has_privileged for own in rollouts for r in own)
-        order = epoch_order(512, 0, 0, 8)
+        order = epoch_order(ROWS, 0, 0, 8)
         assert [r.example.id for own in rollouts for r in own] == [f"tiny_world train row {row}" for row in order]
 
 
@@ -187,7 +188,7 @@ def test_gkds_coin_is_fair_per_prompt_and_the_same_on_every_rank(tiny_base, tmp_
         assert ("ess_frac" in row) == (len(sampled) == len(own)), "a ratio to nobody"
     given = [[r.group for r in own if r.sampled_logprobs is None] for own in rollouts]
     assert len({tuple(g) for g in given}) > 1, "every round tosses the same"
-    groups = [(g, g % 512) for g in range(3000)]
+    groups = [(g, g % ROWS) for g in range(3000)]
     chosen = {r.group for r in recipe.dataset_completions(groups)}
     assert abs(len(chosen) / 3000 - 0.3) < 3 * math.sqrt(0.3 * 0.7 / 3000)
     shares = [{r.group for r in recipe.dataset_completions(groups[rank::2])} for rank in (0, 1)]
@@ -303,7 +304,7 @@ def test_the_sft_term_adds_its_weight_times_the_supervised_gradient(name, tiny_b
     without, recipe = first_gradient(name, tiny_base, tmp_path / "without", **EXPERT)
     with_sft, recipe = first_gradient(name, tiny_base, tmp_path / "with", sft_weight=0.7, sft_batch_size=5, **EXPERT)
 
-    rows = epoch_order(512, 0, 0, 5)
+    rows = epoch_order(ROWS, 0, 0, 5)
     recipe._model.zero_grad()
     total, tokens = 0.0, 0
     for row in rows:
@@ -361,7 +362,7 @@ def test_a_killed_run_resumes_to_the_bit(name, tiny_base, tmp_path):
     """Guided groups, hindsight with an SFT term, and GKD's coin depend on round and step alone."""
     changes = {"max_steps": 4, "save_every_steps": 2}
     run(*scenario(name, tiny_base, tmp_path / "whole", **changes))
-    run(*scenario(name, tiny_base, tmp_path / "killed", **changes), stop_after_row(3))
+    back_to_checkpoint(tmp_path / "whole", tmp_path / "killed")
     run(*scenario(name, tiny_base, tmp_path / "killed", **changes, resume_from_checkpoint=True))
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     assert_same_tensors(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
@@ -393,7 +394,7 @@ def test_two_processes_do_what_one_does(name, two, tiny_base, tmp_path):
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=2e-6, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_those_scenarios_say_something(two):
+def test_the_scenarios_of_two_processes_use_what_they_are_named_for(two):
     assert sum(row["guided_groups"] for row in metrics(two / "guide")) > 0
     for name in ("hindsight", "hindsight_shuffled"):
         assert all(row["rollouts_with_pi_frac"] > 0 for row in metrics(two / name))

@@ -9,7 +9,7 @@ from torchtune.models.llama3 import llama3
 
 from pidistill.errors import InputError
 from pidistill.training.rounds import RoundSizes
-from tests.support.runs import assert_same_tensors, metrics, run, small_config, stop_after_row, weights
+from tests.support.runs import assert_same_tensors, back_to_checkpoint, metrics, run, small_config, weights
 from tests.support.served import Server, serving
 
 ROUTED = {
@@ -41,14 +41,13 @@ def test_with_top_p_and_top_k_a_run_with_replay_has_ratio_1_and_no_mismatch_and_
 
 
 def test_a_run_with_a_snapshot_teacher_copies_at_the_same_steps_after_a_resume(tiny_base, tmp_path):
-    changes = {"max_steps": 5, "teacher__sync_steps": 2, "optimizer__lr": 0.03, "lr_scheduler": None}
+    changes = {"max_steps": 5, "save_every_steps": 1, "teacher__sync_steps": 2, "optimizer__lr": 0.03, "lr_scheduler": None}
     updates = []
-    run("rlsd", small_config("rlsd", tiny_base, tmp_path / "whole", **changes), lambda recipe: watch_teacher(recipe, updates))
+    whole = small_config("rlsd", tiny_base, tmp_path / "whole", **changes)
+    run("rlsd", whole, lambda recipe: watch_teacher(recipe, updates))
     assert updates == [False, True, False, True, False]
-    config = small_config("rlsd", tiny_base, tmp_path / "parts", save_every_steps=1, **changes)
-    run("rlsd", config, stop_after_row(3))
-    config.resume_from_checkpoint = True
-    run("rlsd", config)
+    back_to_checkpoint(tmp_path / "whole", tmp_path / "parts")
+    run("rlsd", small_config("rlsd", tiny_base, tmp_path / "parts", resume_from_checkpoint=True, **changes))
     assert_same_tensors(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
@@ -129,3 +128,64 @@ def test_a_turn_curriculum_is_refused_beside_weights_that_need_every_reward():
     cfg.objective.student_term = "snis"
     with pytest.raises(InputError, match="student_term=snis weighs every rollout by its reward; remove turn_curriculum"):
         RoundSizes(cfg)
+
+
+# ------------------------------------------------------------------------------------------- routes and turns
+
+
+def test_a_run_with_an_objective_for_each_kind_of_row_reports_each_and_refuses_rows_of_no_kind(tiny_base, tmp_path):
+    parts = {"0": {"_component_": "pidistill.objectives.OPSDUCLA"}, "1": {"_component_": "pidistill.objectives.GRPO"}}
+    objective = {"_component_": "pidistill.objectives.RoutedObjective", "key": "given_calls", "objectives": parts}
+    changes = {
+        "objective": objective | {"default": "0"},
+        "dataset__prefix_turns": [0, 1],
+        "dataset__max_rows": 4,
+        "max_steps": 2,
+        "prompts_per_round": 4,
+    }
+    run("opsd", small_config("opsd", tiny_base, tmp_path / "run", **changes))
+    rows = metrics(tmp_path / "run")
+    assert any("loss/0" in row for row in rows) and any("clip_frac/1" in row and "loss/1" in row for row in rows)
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    del parts["1"]
+    with pytest.raises(InputError, match=r"its given_calls is '1', and objective\.objectives has 0; add that objective"):
+        run("opsd", small_config("opsd", tiny_base, tmp_path / "wrong", **changes))
+
+
+@pytest.mark.parametrize("name", ["opsd", "pi_distill"])
+def test_information_of_a_turn_reaches_the_teacher_alone(tiny_base, tmp_path, name):
+    environment = {
+        "_component_": "pidistill.envs.StatePrivileged",
+        "text": "tests.support.worlds.second_observation",
+        "environment": {"_component_": "tests.support.worlds.VariedEnvironment"},
+    }
+    rows = {}
+    for control in ("length_matched", "none"):
+        changes = {"environment": environment, "privileged__control": control, "privileged__filler": "5", "max_steps": 1}
+        if name == "pi_distill":
+            changes |= {"sampler__max_new_tokens": 24}
+        seen = []
+
+        def watch(recipe, seen=seen):
+            sample_round = recipe.sample_round
+
+            def watched():
+                seen.append(sample_round())
+                return seen[-1]
+
+            recipe.sample_round = watched
+
+        run(name, small_config(name, tiny_base, tmp_path / control, **changes), watch)
+        rows[control] = metrics(tmp_path / control)[0], seen[0]
+    (shown, rollouts), (plain, others) = rows["length_matched"], rows["none"]
+    assert shown["turn_privileged_mean"] > 0 and "turn_privileged_mean" not in plain
+    assert any(rollout.teacher_reads for rollout in rollouts)
+    for rollout in rollouts:
+        for first, last, ids in rollout.teacher_reads:
+            assert not any(rollout.policy_mask[first:last]) and len(ids) > last - first
+    if name == "opsd":  # the student samples: its rollouts are the same with and without
+        assert [r.completion for r in rollouts] == [r.completion for r in others]
+        assert shown["student_nll_nats"] == pytest.approx(plain["student_nll_nats"], rel=1e-5)
+        assert shown["kl_student_teacher_nats"] > 0
+    else:  # ratios to what was sampled are 1: the trainer reads what the sampler read
+        assert shown["ratio_mean"] == pytest.approx(1.0, abs=1e-4) and shown["sampler_mismatch_max_nats"] < 1e-4

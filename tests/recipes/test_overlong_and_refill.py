@@ -12,7 +12,7 @@ from pidistill.rollouts import rollout_seed
 from pidistill.training.collector import mark_overlong
 from pidistill.types import Message
 from tests.support.builders import random_rollouts
-from tests.support.runs import assert_same_tensors, metrics, run, small_config, stop_after_row, training_state, weights
+from tests.support.runs import assert_same_tensors, back_to_checkpoint, metrics, run, small_config, training_state, weights
 from tests.support.worlds import Episode, VariedEnvironment
 
 
@@ -139,11 +139,9 @@ def test_uniform_groups_are_replaced_by_other_rows_and_stay_in_the_report(tiny_b
 
 def test_a_run_that_is_stopped_and_resumed_refills_with_the_same_groups(tiny_base, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run("rl", small_config("rl", tiny_base, whole, **REFILL))
-    config = small_config("rl", tiny_base, parts, save_every_steps=1, **REFILL)
-    run("rl", config, stop_after_row(2))
-    config.resume_from_checkpoint = True
-    run("rl", config)
+    run("rl", small_config("rl", tiny_base, whole, save_every_steps=1, **REFILL))
+    back_to_checkpoint(whole, parts, "step_1")
+    run("rl", small_config("rl", tiny_base, parts, save_every_steps=1, resume_from_checkpoint=True, **REFILL))
     assert_same_tensors(weights(parts), weights(whole))
     assert training_state(parts)["step"] == training_state(whole)["step"] == 3
 

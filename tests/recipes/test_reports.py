@@ -12,7 +12,7 @@ from pidistill.training import metrics as metrics_module
 from pidistill.training import start as training
 from pidistill.training.evaluation import pass_at_k
 from pidistill.training.keys import EVALUATION_KEYS
-from tests.support.runs import EVALUATION, RECIPES, metrics, recipe_module, run, small_config
+from tests.support.runs import EVALUATION, RECIPES, ROWS, metrics, recipe_module, run, small_config
 
 TRAINED = ["base", "sft", "rl", "opsd", "pi_distill"]  # the others: test_every_config.py
 SHARDED = {"fsdp_reshard_after_forward", "custom_sharded_layers"}  # read where there is more than one rank
@@ -154,12 +154,12 @@ def test_the_config_in_the_folder_is_the_one_that_ran(name, left):
 def test_evaluation_counts_every_view(left):
     results = json.loads((left("evaluate") / "results.json").read_text())
     samples = {view: (row["samples"], row["rollouts"]) for view, row in results.items()}
-    assert samples == {"student greedy": (1, 256), "student": (4, 1024), "student + PI": (4, 1024)}
+    assert samples == {"student greedy": (1, ROWS), "student": (4, 4 * ROWS), "student + PI": (4, 4 * ROWS)}
     for row in results.values():
         assert 0 <= row["success"] <= 1
     rows = json.loads((left("evaluate") / "rows.json").read_text())
     for view, row in results.items():
-        assert len(rows[view]) == 256 and sum(rows[view].values()) / 256 == pytest.approx(row["success"])
+        assert len(rows[view]) == ROWS and sum(rows[view].values()) / ROWS == pytest.approx(row["success"])
     texts = [json.loads(line) for line in (left("evaluate") / "rollouts.jsonl").read_text().splitlines()]
     for view, row in results.items():
         own = [text for text in texts if text["view"] == view]

@@ -26,6 +26,7 @@ from tests.support.runs import (
     EMA,
     EVALUATION,
     RECIPES,
+    ROWS,
     assert_close_rows,
     assert_same_tensors,
     back_to_checkpoint,
@@ -239,7 +240,7 @@ def test_a_rank_that_follows_samples_along_and_takes_the_result_of_the_first(mon
 
 @pytest.mark.slow(reason="two processes that share matrices are in the default run")
 def test_an_error_of_the_one_that_asks_the_environment_is_said_once_and_ends_both(tiny_base, tmp_path):
-    refused = f"tiny_world train row {epoch_order(512, 0, 0, 1)[0]}"
+    refused = f"tiny_world train row {epoch_order(ROWS, 0, 0, 1)[0]}"
     fail = {"environment__fail": "refuse", "environment__fail_on": [refused], "tensor_parallel_dim": 2}
     config = save_config(small_config("opsd", tiny_base, tmp_path / "run", **fail), tmp_path / "config.yaml")
     arguments = ("--nproc_per_node", "2", f"recipes/{RECIPES['opsd']}.py", "--config", str(config))

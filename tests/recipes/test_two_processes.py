@@ -13,11 +13,12 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from pidistill.data import epoch_order
-from tests.support.forks import TIMEOUT_S, launch_several
+from tests.support.forks import TIMEOUT_S, launch_several, run_tune
 from tests.support.runs import (
     EMA,
     EVALUATION,
     RECIPES,
+    ROWS,
     assert_close_rows,
     assert_same_tensors,
     back_to_checkpoint,
@@ -37,7 +38,7 @@ MAIN = {
     "max_steps": 6, "prompts_per_round": 3, "updates_per_round": 2, "minibatch_rollouts": 6, "micro_batch_tokens": 200,
     "save_every_steps": 2, "eval_every_steps": 4, "rollout_log_steps": 4, **EVALUATION,
 }  # fmt: skip
-DROPPED = [f"tiny_world train row {row}" for row in epoch_order(512, 0, 0, 4)[1:2]]  # rank 1's in the first of two rounds
+DROPPED = [f"tiny_world train row {row}" for row in epoch_order(ROWS, 0, 0, 4)[1:2]]  # rank 1's in the first of two rounds
 SCENARIOS = {
     # One group: a rank has no rollout at all. Its head, embedding and teacher stay gathered between forwards.
     "one_group": ("opsd", {"prompts_per_round": 1, "teacher": EMA, "fsdp_reshard_after_forward": False, "save_every_steps": 2}),
@@ -134,7 +135,7 @@ def test_two_processes_keep_the_same_moving_average(one, two):
 
 def test_groups_are_dealt_whole_to_the_ranks_in_turn(two):
     """What makes the comparisons above say something: two ranks with unequal work, and one without any."""
-    order = epoch_order(512, 0, 0, 3 * 3)  # 3 rounds of 3 prompts
+    order = epoch_order(ROWS, 0, 0, 3 * 3)  # 3 rounds of 3 prompts
     ranks = [played(two / "main" / "episodes" / f"{rank}.jsonl") for rank in (0, 1)]
     assert ranks == [{*order[0::3], *order[2::3]}, {*order[1::3]}]
     assert [path.name for path in (two / "one_group" / "episodes").iterdir()] == ["0.jsonl"]
@@ -202,9 +203,9 @@ def test_an_error_that_both_ranks_meet_is_said_once_and_ends_both(tiny_base, tmp
 
 def test_an_error_that_one_rank_meets_is_said_and_ends_both(tiny_base, tmp_path):
     """Rank 1 plays the second group of the first round; its environment refuses that row while rank 0 waits for it."""
-    refused = f"tiny_world train row {epoch_order(512, 0, 0, 2)[1]}"
+    refused = f"tiny_world train row {epoch_order(ROWS, 0, 0, 2)[1]}"
     fail = {"environment__fail": "refuse", "environment__fail_on": [refused]}
     config = save_config(small_config("opsd", tiny_base, tmp_path / "run", **fail), tmp_path / "config.yaml")
-    done = launch(f"recipes/{RECIPES['opsd']}.py", "--config", str(config))
-    assert done.returncode != 0
-    assert done.stderr.count(f"error: {refused} is refused by the environment") == 1, done.stderr[-2000:]
+    status, printed = run_tune(["run", "--nproc_per_node", "2", f"recipes/{RECIPES['opsd']}.py", "--config", str(config)])
+    assert status != 0
+    assert printed.count(f"error: {refused} is refused by the environment") == 1, printed[-2000:]

@@ -74,9 +74,20 @@ def test_the_engine_has_the_trainers_weights_in_every_round(name, wide_base, tmp
         assert len(evaluations) == 4 and all(math.isfinite(row["eval_student_success"]) for row in evaluations)
 
 
+def test_rounds_that_are_sampled_ahead_have_the_weights_that_were_handed_over(wide_base, tmp_path):
+    """With a rate of 0 they stay the trainer's, so that the difference is the engine's rounding alone."""
+    cfg = config("pi_distill", wide_base, tmp_path, rollout_lag=1, optimizer__lr=0.0)
+    done = tune("pi_distill_distributed", cfg, tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
+    assert rows[0]["sampler_mismatch_max_nats"] < 1e-3
+    assert [row["rollout_lag_max_nats"] < 1e-3 for row in rows[1:]] == [True, True]
+
+
 def test_with_the_kept_sets_recorded_the_ratio_is_1_at_the_first_update_under_top_p_and_top_k(wide_base, tmp_path):
     """Without the record the ratio is the mass that was kept, and the mask is refused."""
     changes = {"sampler__top_p": 0.8, "sampler__top_k": 20, "sampler__record_kept": True, "max_sampler_mismatch_nats": 1e-4}
+    changes |= {"optimizer__lr": 1e-3}  # with large steps one id is soon all that is left of a distribution
     mask = {"_component_": "pidistill.scoring.mismatch.MismatchMask", "low": 0.999, "high": 1.001}
     done = tune("opsd_distributed", config("opsd", wide_base, tmp_path, mismatch_mask=mask, **changes), tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -76,7 +76,7 @@ def test_format_says_where_the_answer_stands():
     scores = {f: [GSM8KReward(format=f)(example(n), both) for n in ("1", "2")] for f in ("any", "boxed", "hashes")}
     assert scores == {"any": [1.0, 0.0], "boxed": [1.0, 0.0], "hashes": [0.0, 1.0]}
     assert GSM8KReward(format="boxed")(example("2"), said("#### 2")) == 0.0
-    with pytest.raises(InputError, match="format is 'xml'; known are any, boxed, hashes, last_number"):
+    with pytest.raises(InputError, match="reward.format=xml is unknown; choose one of any, boxed, hashes, last_number"):
         GSM8KReward(format="xml")
     assert final_answer("\\boxed{\\frac{1}{2}} km") == "\\frac{1}{2}" and final_answer("nothing") is None
 

@@ -95,7 +95,7 @@ def test_the_first_hint_of_each_task_is_read_back(tmp_path):
 )
 def test_other_files_are_refused(line, tmp_path):
     (tmp_path / "hints.jsonl").write_text(line + "\n")
-    with pytest.raises(InputError, match="hints.jsonl (cannot be read .line 1 is not valid|line 1 is no hint with its task)"):
+    with pytest.raises(InputError, match="hints.jsonl (cannot be read .line 1 is not valid|line 1 is not a hint with its)"):
         read_hints(str(tmp_path / "hints.jsonl"))
 
 

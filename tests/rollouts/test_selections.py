@@ -144,7 +144,7 @@ def test_a_rollout_that_was_cut_short_is_no_trace():
 @pytest.mark.parametrize("selection", [Successes, Interventions])
 def test_limits_that_keep_nothing_are_refused(selection):
     assert isinstance(selection(), Selection)
-    with pytest.raises(InputError, match=r"selection\.max_per_prompt is 0"):
+    with pytest.raises(InputError, match=r"selection\.max_per_prompt=0 must"):
         selection(max_per_prompt=0)
 
 
@@ -212,7 +212,7 @@ def test_an_environment_that_answers_the_same_turns_differently_is_refused():
 
     right = right_turns(EXAMPLES[0])
     rollouts = sampled([[right[0], "act"]], EXAMPLES[:1], view="student")
-    with pytest.raises(InputError, match="ended a replayed episode that it had let go on"):
+    with pytest.raises(InputError, match="ended a replayed episode earlier than the sampled one"):
         Interventions().select(rollouts, [], rewriter(Says([right[1]]), Moody()), 0)
 
 
@@ -222,7 +222,7 @@ def test_a_fix_whose_reward_failed_is_dropped_and_counted():
     assert (selected.traces, selected.dropped) == ([], {"reward_error": 1})
 
 
-def test_a_cut_keeps_the_rollout_whole():
+def test_cutting_a_rollout_for_an_intervention_leaves_the_rollout_unchanged():
     rollouts = sampled([["act"]], EXAMPLES[:1])
     seen: list[Cut] = []
     Interventions().select(rollouts, [], lambda cuts: seen.extend(cuts) or CollectResult([], {}), 0)

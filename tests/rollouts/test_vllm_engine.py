@@ -105,17 +105,26 @@ def sample(sampler, model, prompts=PROMPTS, on_turn_end=None, **changes):
 
 
 @torch.no_grad()
-def largest_error(samples, model, temperature=1.0, top_k=None, top_p=None) -> float:
-    """Nats between what was recorded and the distribution of a full forward of the trainer's model."""
-    errors = [0.0]
+def errors(samples, model, temperature=1.0, top_k=None, top_p=None) -> list[float]:
+    """Nats between what was recorded and the distribution of a full forward of the trainer's model, token by token."""
+    found = []
     for row, one in enumerate(samples):
         prompt = PROMPTS[row // 2]
         logits = model(torch.tensor([prompt + one.tokens]))[0].float()
         logprobs = sampling_logprobs(logits, temperature, top_k, top_p)
         for i, (token, policy, logprob) in enumerate(zip(one.tokens, one.policy_mask, one.logprobs, strict=True)):
             if policy:
-                errors.append(abs(logprobs[len(prompt) + i - 1, token].item() - logprob))
-    return max(errors)
+                found.append(abs(logprobs[len(prompt) + i - 1, token].item() - logprob))
+    return found
+
+
+def largest_error(samples, model, *truncation, **settings) -> float:
+    return max(errors(samples, model, *truncation, **settings))
+
+
+def mean_error(samples, model) -> float:
+    found = errors(samples, model)
+    return sum(found) / len(found)
 
 
 def test_the_engine_leaves_the_process_as_it_was(sampler, model, process_before):
@@ -264,7 +273,7 @@ def test_a_failing_environment_leaves_the_engine_usable(sampler, model):
     assert largest_error(sample(sampler, model), model) < TOLERANCE_NATS
 
 
-def test_no_prompts_are_no_samples(sampler, model):
+def test_no_prompts_give_no_samples(sampler, model):
     assert sample(sampler, model, []) == []
 
 
@@ -278,28 +287,96 @@ def test_what_vllm_refuses_is_one_sentence(tmp_path, model):
 
 
 # Last: the end of a second engine takes the process groups of the first one along.
-@pytest.mark.parametrize("family", ["llama, tied (SmolLM2)"])
-def test_a_decoder_of_transformers_hands_over_its_weights_under_their_own_names(family, tmp_path):
-    """The samples follow the weights through a change of all of them, adapted and plain."""
-    from pidistill.models import from_folder
+OWN_NAMES = (
+    "llama, tied (SmolLM2)",
+    "qwen3",
+    "olmo3, window",  # vLLM takes its modules, and those of SmolLM3, from transformers
+    "smollm3, layers without rotations",
+    "gemma3",
+    "qwen3_moe",  # of its experts vLLM on CPU keeps packed copies
+    "phi3",
+)
+
+
+def own_names_folder(name: str, folder: Path) -> Path:
+    """Write a tiny model with heads of 32, as the Hub would hold it."""
     from tests.support.hf_families import reference_model
 
-    sizes = {"hidden_size": 128, "head_dim": 32}
-    reference_model(family, vocab_size=VOCABULARY, initializer_range=0.15, **sizes).save_pretrained(tmp_path)
-    adapters = {"lora_attn_modules": ["q_proj", "output_proj"]}
-    mine = from_folder(str(tmp_path), backend="transformers", **adapters).eval()
-    draw = torch.Generator().manual_seed(1)
+    sizes = {"vocab_size": VOCABULARY, "initializer_range": 0.15, "hidden_size": 128, "head_dim": 32}
+    reference_model(name, **sizes).save_pretrained(folder)
+    return folder
+
+
+def draw_weights(model: nn.Module, draw: torch.Generator, std: float = 0.15) -> None:
     with torch.no_grad():
-        for parameter in mine.parameters():
-            parameter.copy_(0.15 * torch.randn(parameter.shape, generator=draw) + (parameter.ndim == 1))
-    sampler = vllm_sampler(tmp_path)
-    first = sample(sampler, mine)
-    assert largest_error(first, mine) < TOLERANCE_NATS
+        for parameter in model.parameters():
+            parameter.copy_(std * torch.randn(parameter.shape, generator=draw) + (parameter.ndim == 1))
+
+
+def assert_samples_follow(model: nn.Module, folder: Path) -> None:
+    """Sample, change all weights, and sample again."""
+    sampler, draw = vllm_sampler(folder), torch.Generator().manual_seed(1)
+    draw_weights(model, draw)
+    before = logits_of(model)
+    first = sample(sampler, model)
+    assert torch.equal(logits_of(model), before), "vLLM's start changed the trained model"
+    assert largest_error(first, model) < TOLERANCE_NATS
     with torch.no_grad():
-        for parameter in mine.parameters():
+        for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
-    assert largest_error(first, mine) > 0.1
-    assert largest_error(sample(sampler, mine), mine) < TOLERANCE_NATS
+    assert largest_error(first, model) > 0.1
+    assert largest_error(sample(sampler, model), model) < TOLERANCE_NATS
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module) -> torch.Tensor:
+    return model(torch.arange(40, 60)[None])
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_a_decoder_of_transformers_hands_over_its_weights_under_their_own_names(name, tmp_path):
+    """The model is built again once vLLM runs, as a teacher is."""
+    from pidistill.models import from_folder
+
+    folder = own_names_folder(name, tmp_path)
+    model = from_folder(str(folder), backend="transformers").eval()
+    assert_samples_follow(model, folder)
+    again = from_folder(str(folder), backend="transformers").eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_adapters_of_a_decoder_of_transformers_are_merged(tmp_path):
+    from pidistill.models import from_folder
+
+    folder = own_names_folder("llama, tied (SmolLM2)", tmp_path)
+    adapters = {"lora_attn_modules": ["q_proj", "output_proj"]}
+    assert_samples_follow(from_folder(str(folder), backend="transformers", **adapters).eval(), folder)
+
+
+def test_the_text_model_of_a_folder_with_images_is_sampled_in_bf16(tmp_path):
+    """Qwen3.5, whose layers vLLM on CPU computes in bf16 alone, against the trainer in fp32."""
+    transformers = pytest.importorskip("transformers")
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
+        pytest.skip(f"transformers {transformers.__version__} keeps Qwen3.5's states in another way than 5.24")
+    from pidistill.models import from_folder
+    from tests.support.hf_families import make_config
+
+    linear = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}  # vLLM's kernel on CPU has no heads of 16 or 32
+    text = make_config("qwen3_5, hybrid", vocab_size=VOCABULARY, hidden_size=128, head_dim=64, **linear)
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 128}
+    config = transformers.Qwen3_5Config(text_config=text.to_dict(), vision_config=vision, tie_word_embeddings=True)
+    transformers.Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    model, draw = from_folder(str(tmp_path)).eval(), torch.Generator().manual_seed(1)
+    draw_weights(model, draw, std=0.05)
+    sampler = vllm_sampler(tmp_path, dtype="bfloat16")
+    first = sample(sampler, model)
+    assert mean_error(first, model) < 0.1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=draw))
+    assert mean_error(first, model) > 0.5
+    assert mean_error(sample(sampler, model), model) < 0.1
 
 
 def test_a_tied_head_follows_new_weights_too(tmp_path):

@@ -6,6 +6,7 @@ tests/rollouts/test_vllm_engine.py holds the same sampler to the trainer's own n
 import json
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -302,7 +303,7 @@ def test_without_vllm_one_sentence_names_the_extra(folder, monkeypatch):
     [
         ({"temperature": -1.0}, "sampler.temperature is -1.0"),
         ({"top_p": 0.0}, "sampler.top_p is 0.0"),
-        ({"max_model_len": 0}, "sampler.max_model_len is 0"),
+        ({"max_model_len": 0}, "sampler.max_model_len=0 must"),
         ({"gpu_memory_utilization": 1.5}, "sampler.gpu_memory_utilization is 1.5"),
         ({"kv_cache_gib": 0.0}, "sampler.kv_cache_gib is 0.0"),
         ({"model_dir": "nowhere"}, r"sampler.model_dir=nowhere has no config.json.*\{checkpointer.checkpoint_dir\}"),
@@ -332,3 +333,24 @@ def test_wrong_requests_are_refused_before_the_engine_starts(settings, changes, 
     with pytest.raises(InputError, match=message):
         sample(sampler, model, **changes)
     assert sampler._engine is None
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("qwen3_5, hybrid", {}, r"linear_attention.* in bf16 alone, and sampler.dtype is float32; set sampler.dtype=bfloat16"),
+        ("ministral3", {"max_model_len": 17}, "scales its queries beyond 16 tokens .*; set sampler.max_model_len=16"),
+    ],
+)
+def test_what_vllm_computes_otherwise_is_refused_before_weights_are_loaded(name, settings, message, make, tmp_path):
+    """The model stands on the meta device, as in the checks of a recipe's start; and the setting of the sentence helps."""
+    from pidistill.models.empty import empty_model
+    from tests.support.hf_families import make_config
+
+    make_config(name).save_pretrained(tmp_path)
+    node = {"_component_": "pidistill.models.from_folder", "path": str(tmp_path), "backend": "transformers"}
+    model, cpu = empty_model(node), torch.device("cpu")
+    with pytest.raises(InputError, match=message):
+        make(**settings).check_model(model, cpu, torch.float32)
+    key, _, value = re.search(r"set sampler\.(\w+)(=)(\w+)", message).groups()
+    make(**settings | {key: int(value) if value.isdigit() else value}).check_model(model, cpu, torch.float32)

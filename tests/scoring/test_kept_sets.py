@@ -334,7 +334,7 @@ def test_all_tokens_masked_give_a_finite_zero_loss_with_a_graph():
     [
         ({"metric": "mean"}, "mismatch_mask.metric=mean is unknown"),
         ({"low": 2.0}, "must satisfy 0 <= low <= 1 <= high"),
-        ({"only": "neg"}, "mismatch_mask.only=neg is unknown; choose all, negative or positive"),
+        ({"only": "neg"}, "mismatch_mask.only=neg is unknown; choose one of all, negative, positive"),
     ],
 )
 def test_masks_that_would_mask_agreement_are_refused(settings, sentence):

@@ -13,6 +13,7 @@ from pidistill.scoring.head import apply_head
 from pidistill.scoring.head_numbers import ScorePlan
 from pidistill.scoring.score import score
 from pidistill.scoring.served_teacher import ServedTeacher, check_served
+from pidistill.teachers import RoutedTeacher
 from pidistill.types import Divergence, ListedTeacher, RolloutAdvantage, ScoreRequest
 from tests.support.builders import VOCABULARY, batch_of, gradients, model, random_rollouts, relative_difference
 from tests.support.served import Server, serving
@@ -265,7 +266,8 @@ def test_what_a_served_teacher_does_not_give_is_refused():
     teacher, lists = ServedTeacher("http://localhost:1/v1", "big"), ServedTeacher("http://localhost:1/v1", "big", top_k=8)
     for one, objective, told in (
         (teacher, OPSDUCLA(), r"set teacher\.top_k for divergences over its likeliest ids and a tail"),
-        (lists, PiDistill(alpha=0.5), "gives the log-probs of the sampled tokens"),
+        (lists, PiDistill(alpha=0.5), "weights are on a server: they are not trained"),
+        (RoutedTeacher("domain", {"a": lists}), OPD(), "are no part of a RoutedTeacher"),
         (lists, SDPO(top_k=20), r"objective\.top_k=20 is over the ids that the student finds likeliest"),
         (lists, OPD(token_weight=EntropyMask(view="teacher")), "reads the teacher's entropy"),
         (lists, OPD(token_weight=Chain([SkipFirst(1), EntropyMask(view="teacher")])), "reads the teacher's entropy"),

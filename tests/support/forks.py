@@ -1,8 +1,9 @@
 """Run recipes in forks of a process that has imported everything, which saves five seconds of imports for each process.
 
-The program reads one JSON object a line. For {"recipe", "words", "folder", "log"} it forks, answers with the child's process
-id, waits for the child, and answers with its exit status (negative after a signal). For {"processes", "runs", "log"} it forks
-once for each rank, lets the ranks run one recipe after another in one process group, and answers with all exit statuses.
+The program reads one JSON object a line. For {"recipe", "words", "folder", "log"}, where the recipe may be "tune", it forks,
+answers with the child's process id, waits for the child, and answers with its exit status (negative after a signal). For
+{"processes", "runs", "log"} it forks once for each rank, lets the ranks run one recipe after another in one process group, and
+answers with all exit statuses.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ TIMEOUT_S = 900  # a hang, not a slow machine
 
 
 class Fork:
-    """Holds one recipe that runs in a process of its own with the ``words`` of a command line; its log has what it printed."""
+    """Holds one program that runs in a process of its own with the ``words`` of a command line; its log has what it printed."""
 
     def __init__(self, server: subprocess.Popen, recipe: str, words: list[str], log: Path, folder: Path = ROOT) -> None:
         assert server.stdin is not None and server.stdout is not None
@@ -80,6 +81,16 @@ def run_recipe(recipe: str, words: list[str], folder: Path = ROOT) -> str:
     return printed
 
 
+def run_tune(words: list[str]) -> tuple[int, str]:
+    """Run `tune` with the ``words`` of its command line in the checkout; return its exit status and what was printed.
+
+    Processes that `tune run` launches are started as it always starts them.
+    """
+    with tempfile.NamedTemporaryFile() as file:
+        status = Fork(shared_server(), "tune", words, Path(file.name)).wait()
+        return status, Path(file.name).read_text()
+
+
 def launch_several(folder: Path, runs: dict[str, tuple[str, DictConfig]], processes: int = 2) -> None:
     """Run all ``runs``, name → (config of configs/tiny, its settings), one after another in one group of ``processes``.
 
@@ -106,7 +117,8 @@ def launch_several(folder: Path, runs: dict[str, tuple[str, DictConfig]], proces
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    recipes = {name: importlib.import_module(f"recipes.{name}") for name in set(RECIPES.values())}
+    programs = {name: importlib.import_module(f"recipes.{name}").recipe_main for name in set(RECIPES.values())}
+    programs["tune"] = importlib.import_module("torchtune._cli.tune").main
     importlib.import_module("tests.support.worlds")
 
     from pidistill.envs.tiny_world import dataset
@@ -121,7 +133,7 @@ def main() -> None:
         if "processes" in request:
             answers.write(json.dumps(_run_ranks(**request)) + "\n")
             continue
-        run_main = functools.partial(_run_main, recipes[request["recipe"]], request["words"], request["folder"])
+        run_main = functools.partial(_run_main, programs[request["recipe"]], request["words"], request["folder"])
         child = _fork(run_main, request["log"])
         answers.write(f"{child}\n")
         _, status = os.waitpid(child, 0)
@@ -159,11 +171,11 @@ def _run_all(variables: dict[str, str], runs: list[list[str]]) -> None:
     importlib.import_module("torch.distributed").destroy_process_group()
 
 
-def _run_main(recipe: object, words: list[str], folder: str) -> None:
-    """Run the recipe as its command line does."""
+def _run_main(program: Callable[[], object], words: list[str], folder: str) -> None:
+    """Run the program as its command line does."""
     os.chdir(folder)
-    sys.argv = ["recipe", *words]
-    recipe.recipe_main()
+    sys.argv = ["program", *words]
+    program()
 
 
 def _fork(work: Callable[[], None], log: str) -> int:

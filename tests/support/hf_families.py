@@ -1,5 +1,6 @@
 """Make tiny random models of transformers' families, with norms, biases and sinks moved away from their start."""
 
+import copy
 from typing import Any
 
 import torch
@@ -133,7 +134,7 @@ def make_config(name: str, **changes: Any) -> Any:
     import transformers
 
     kind, values = (FAMILIES | STATEFUL)[name]
-    return getattr(transformers, kind)(**(SIZES | values | changes))
+    return getattr(transformers, kind)(**copy.deepcopy(SIZES | values | changes))  # a config may write into what it is given
 
 
 def reference_model(name: str, seed: int = 0, **changes: Any) -> Any:
@@ -155,8 +156,6 @@ def reference_model(name: str, seed: int = 0, **changes: Any) -> Any:
 
 def decoder_of(model: Any) -> Any:
     """Return the decoder with the weights of a model of transformers, which keeps its own."""
-    import copy
-
     from transformers import AutoModelForCausalLM
 
     from pidistill.models.hf_decoder import NAME, HFDecoder

@@ -34,7 +34,9 @@ RECIPES = {
 
 # One layer of width 32; `tiny_base` in conftest.py makes the weights.
 MODEL = {"model.num_layers": 1, "model.embed_dim": 32, "model.intermediate_dim": 64}
+ROWS = 64  # of the 512 training tasks; building the prompts of all would take a third of a small run's time
 SMALL = MODEL | {
+    "dataset.max_rows": ROWS,
     "sampler.max_new_tokens": 16,
     "environment._component_": "tests.support.worlds.VariedEnvironment",
     "eval_dataset": None,
@@ -236,9 +238,12 @@ def assert_same_tensors(first: Any, second: Any, where: str = "") -> None:
         assert first == second, where
 
 
-def back_to_checkpoint(source: Path, target: Path, step: str) -> None:
-    """A copy of a run as if it had been killed some time after the checkpoint ``step``."""
+def back_to_checkpoint(source: Path, target: Path, step: str = "step_2") -> None:
+    """Copy a run as if it had been killed some time after the checkpoint ``step``, before the next one was written."""
     shutil.copytree(source, target, symlinks=True)
+    for later in target.glob("step_*"):
+        if int(later.name[5:]) > int(step[5:]):
+            shutil.rmtree(later)
     shutil.rmtree(target / "episodes", ignore_errors=True)
     (target / "latest").unlink()
     (target / "latest").symlink_to(step)

@@ -100,3 +100,8 @@ class FeedbackOfRank:
 def recorded(folder: str | Path) -> list[str]:
     """The episodes of all ranks, each as a JSON text, in an order that does not depend on who played them."""
     return sorted(line for path in Path(folder).glob("*.jsonl") for line in path.read_text().splitlines())
+
+
+def second_observation(state: Episode) -> str:
+    """What a teacher may know after the first turn, in words of the tiny world."""
+    return "obs 7 obs 5"

@@ -22,7 +22,7 @@ from pidistill.errors import InputError
 from pidistill.models.from_scratch import from_scratch
 from pidistill.teachers import EMATeacher, LiveTeacher
 from pidistill.testing import TINY_SIZES, tiny_hf_checkpoint, tiny_model
-from pidistill.training import checkpoints, disk, training_state
+from pidistill.training import checkpoints, disk, publish, training_state
 from pidistill.training.checkpoints import STATE_FILE, Checkpoints, step_folder
 from pidistill.training.load import load_model
 from pidistill.training.update import Updates
@@ -366,7 +366,7 @@ def test_everything_is_on_the_disk_before_the_link_moves(hub, tmp_path, monkeypa
     training = Training(tmp_path / "run", hub)
     events = []
     sync, replace = disk.sync, checkpoints.os.replace
-    for module in (disk, checkpoints):
+    for module in (disk, publish):
         monkeypatch.setattr(module, "sync", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(checkpoints.os, "replace", lambda a, b: (events.append(f"move {Path(b).name}"), replace(a, b)))
     training.save(1)

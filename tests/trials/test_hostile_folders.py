@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from pidistill.config import build
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
-from pidistill.models import peft_format
+from pidistill.models import adapter_dir
 from pidistill.teachers import LiveTeacher
 from pidistill.testing import TINY_SIZES
 from pidistill.training.checkpoint_source import check_checkpoint_fits, check_checkpoint_folder
@@ -329,7 +329,7 @@ def use(cfg, run_folder: Path) -> None:
     """Do with the folder what a recipe does: check it, encode, load, save, resume, save."""
     check_checkpoint_folder(cfg, "checkpointer")
     check_checkpoint_fits(cfg, "checkpointer")
-    peft_format.check_adapter_dir(cfg)
+    adapter_dir.check_adapter_dir(cfg)
     tokenizer = build(cfg.tokenizer)
     tokenizer.encode_prompt([{"role": "user", "content": "hello"}])
     run_folder.mkdir()

@@ -1,1 +1,1 @@
-"""Make a folder to share of a run: `pidistill export`. A run's folder enters, a folder without training state leaves."""
+"""Make a folder to share from a run: `pidistill export`. A run's folder enters, a folder without training state leaves."""

@@ -1,4 +1,4 @@
-"""`pidistill export`: make a folder to share of a run's checkpoint, with a model card written from the run.
+"""`pidistill export`: make a folder to share from a run's checkpoint, with a model card written from the run.
 
 pidistill export runs/tiny/pi_distill --output shared/tiny
 pidistill export runs/tiny/pi_distill --checkpoint step_40 --output shared/tiny
@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from pidistill.commands.common import Parser, exit_on_input_error
 from pidistill.commands.report.read import RunData, read_run
-from pidistill.errors import InputError, escape_controls
+from pidistill.errors import InputError, escape_controls, one_line
 
 STATE = ("training_state.pt", "adapter")  # the adapter stands merged in the weights
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json",
@@ -66,7 +66,7 @@ def export(folder: Path, output: Path, checkpoint: str = "latest") -> Path:
 
 
 def _add_tokenizer(run: RunData, output: Path) -> None:
-    """Copy the tokenizer's files that the checkpoint lacks from the tokenizer's folder, or that which the run started from."""
+    """Copy the tokenizer's files that the checkpoint lacks, from the tokenizer's folder or from that of the initial weights."""
     config = OmegaConf.create()
     for key, value in run.config.items():
         OmegaConf.update(config, key, value)
@@ -137,6 +137,6 @@ def push(folder: Path, name: str) -> str:
         api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
     except Exception as error:  # no network, no login, a name that is taken: each library version raises its own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200)
         raise InputError(f"--push={name} failed ({reason}); log in with `huggingface-cli login`, and check the name") from error
     return f"https://huggingface.co/{name}"

@@ -1,4 +1,4 @@
-"""Say whether a run fits, and what would make it fit: each kind of change alone, and together where none is enough."""
+"""Say whether a run fits, and what would make it fit: each kind of change by itself, and several where one is not enough."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from pidistill.models.adapters import has_adapters
 from pidistill.models.empty import shared_empty_model
 from pidistill.training.keys import setting
 
-# For lengths that differ, the allocator's gaps and what the estimate misses.
+# Room for lengths that differ, for gaps of the allocator, and for what the estimate misses.
 HEADROOM_FRAC = 0.1
 _ONE_TOKEN = Lengths(1, 1, 1, 1)
 
@@ -41,7 +41,7 @@ class PlannedRun:
 
 
 def advice(run: PlannedRun, rows: RowLengths, device: Device) -> list[tuple[str, float]]:
-    """Return (change, peak bytes with it): one of each kind that helps, and where none is enough alone, as many as it takes."""
+    """Return (change, peak bytes with it): one change of each kind that helps, and several where no single one is enough."""
 
     def size(run: PlannedRun) -> float:
         setup, longest = setup_of(run.cfg, run.ranks, device.kind), workload_of(run.cfg, rows.longest, run.ranks)
@@ -134,7 +134,7 @@ def _lora(run: PlannedRun, device: Device) -> list[PlannedRun]:
     return [run.with_(f"model._component_={module}.lora_{name}", *sizes)]
 
 
-# From what changes nothing but time to what changes the method.
+# First the changes that cost only time, last those that change the method.
 KINDS = (
     _fewer_rows_sampled, _packed, _smaller_micro_batches, _smaller_chunks, _checkpointing, _no_second_copy, _one_replica,
     _more_ranks, _offload, _bf16, _lora,

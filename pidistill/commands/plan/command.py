@@ -31,7 +31,7 @@ from pidistill.commands.plan.estimate import Estimate, estimate
 from pidistill.commands.plan.lengths import RowLengths, given_rows, rows_of
 from pidistill.commands.plan.reading import dtype_of, read
 from pidistill.distributed.tensor_parallel import check_replicas
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 from pidistill.training.keys import setting
 
 
@@ -65,7 +65,7 @@ def plan(arguments: argparse.Namespace) -> bool:
     cfg = read(arguments.config, arguments.overrides)
     if setting(cfg, "tensor_parallel_dim") != 1:
         raise InputError(
-            f"pidistill plan does not know what tensor_parallel_dim={cfg.tensor_parallel_dim} saves and costs; plan with "
+            f"pidistill plan cannot estimate a run with tensor_parallel_dim={cfg.tensor_parallel_dim}; plan with "
             "tensor_parallel_dim=1"
         )
     check_replicas(cfg, arguments.ranks, shares=1)
@@ -87,8 +87,8 @@ def _check_folder(cfg: DictConfig) -> None:
     folder = cfg.model.get("path")
     if folder is not None and not (Path(folder) / "config.json").is_file():
         raise InputError(
-            f"model.path {folder} has no config.json, which says its sizes; download the model (the config's second "
-            "line), or set model.path to where it is (in the configs of this package: checkpointer.checkpoint_dir)"
+            f"model.path {folder} has no config.json, from which the model's sizes are read; download the model (the config's "
+            "second line), or set model.path to where it is (in the configs of this package: checkpointer.checkpoint_dir)"
         )
 
 
@@ -97,7 +97,9 @@ def _device(cfg: DictConfig, arguments: argparse.Namespace) -> Device:
     if arguments.device != "here":
         device = preset(arguments.device, dtype_of(cfg))
     elif kind.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device is {kind}, which this machine does not show; say what it will be: --device h100 or a100")
+        raise InputError(
+            f"device is {kind}, which this machine does not have; name the device of the run with --device h100 or a100"
+        )
     else:
         device = measured(torch.device(kind), dtype_of(cfg))
     if device.kind == "cpu":  # its ranks share one memory
@@ -113,7 +115,7 @@ def _lengths(cfg: DictConfig, arguments: argparse.Namespace) -> RowLengths:
     try:
         rows = rows_of(cfg, arguments.rows)
     except (InputError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(
             f"the rows' lengths cannot be read ({reason}); give --prompt-tokens and --privileged-tokens"
         ) from error

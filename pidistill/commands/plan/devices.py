@@ -31,7 +31,7 @@ _PEAKS = {
     "a100": {"bf16": 312e12, "fp32": 19.5e12, "bytes": 2.04e12},
 }
 # Assumed, not measured here: half the peak in matrix products of training sizes, four fifths of the bandwidth in long copies,
-# 0.4 ms for the some thirty kernels that an eager decoder layer launches from Python.
+# 0.4 ms for the thirty kernels or so that an eager decoder layer launches from Python.
 _MATMUL_SHARE, _COPY_SHARE, _EAGER_LAYER_S = 0.5, 0.8, 4e-4
 PRESETS = tuple(_PEAKS)
 _THIN = 32  # rows of a product that counts as thin
@@ -64,7 +64,7 @@ def measured(device: torch.device, dtype: torch.dtype) -> Device:
 
 
 def _fastest(run: Callable[[], object], device: torch.device, seconds: float = 0.3) -> float:
-    """Return the seconds of the fastest of the calls that fit into ``seconds``, at least three; one before does not count."""
+    """Return the seconds of the fastest of as many calls as fit into ``seconds``, at least three, after one untimed call."""
     taken, end = [], time.perf_counter() + seconds
     while len(taken) < 4 or time.perf_counter() < end:
         begin = time.perf_counter()

@@ -15,7 +15,7 @@ from pidistill.commands.plan.workload import Setup, Workload, count_tokens
 
 @dataclass(frozen=True)
 class Estimate:
-    """Hold bytes by phase and part, seconds by phase of a round, and what the tree feeds of the padded batch's tokens."""
+    """Hold bytes by phase and part, seconds by phase of a round, and the tokens that the tree and the padded batch feed."""
 
     memory: dict[str, dict[str, float]]
     seconds: dict[str, float]

@@ -18,7 +18,7 @@ from pidistill.tokenizers.prefix import common_prefix_length
 
 @dataclass(frozen=True)
 class Lengths:
-    """Hold the tokens of the rows' prompts and the most of a completion; ``shared``: how far both prompts agree."""
+    """Hold the tokens of the prompts and of the longest completion; ``shared``: those with which both prompts begin."""
 
     student: int
     teacher: int

@@ -134,7 +134,7 @@ def _gradient_bytes(setup: Setup) -> float:
 
 
 def _activation_bytes(model: ModelShape, checkpointing: bool) -> float:
-    """Return the bytes that autograd keeps of one token: all of every layer, or each layer's input alone."""
+    """Return the bytes that autograd keeps of one token: all of every layer, or only each layer's input."""
     return model.layers * model.width * model.item_bytes if checkpointing else model.saved_bytes
 
 

@@ -88,7 +88,7 @@ def _teacher_shapes(cfg: DictConfig, teacher: Teacher) -> dict[str, ModelShape]:
 def list_passes(request: ScoreRequest, teacher: Teacher, model: ModelShape, own: Mapping[str, ModelShape]) -> Iterator[Pass]:
     """Yield the scorer's forwards of ``request``, each with the model that computes it.
 
-    ``own`` has the teachers with weights beside the trained ones, by name. What a server computes is no forward of this run,
+    ``own`` has the teachers with weights beside the trained ones, by name. What a server computes is not a forward of this run,
     and each of several teachers is taken to read the same share of the rows.
     """
     if isinstance(teacher, ServedTeacher):
@@ -131,7 +131,7 @@ def workload_of(cfg: DictConfig, lengths: Lengths, ranks: int) -> Workload:
 
 
 def dtype_of(cfg: DictConfig) -> torch.dtype:
-    """Return the dtype that forwards compute in, by name alone: the run may be planned on a machine that cannot run it."""
+    """Return the dtype that forwards compute in, found by its name: the run may be planned on a machine that cannot run it."""
     return _named_dtype(cfg, "compute_dtype" if cfg.get("compute_dtype") else "dtype")
 
 

@@ -53,7 +53,7 @@ def attention_flops(model: ModelShape, tokens: Tokens) -> float:
 
 
 def _head_s(one: Pass, tokens: Tokens, device: Device) -> float:
-    """Count logits of every view and, where gradient flows, its way to the hidden states and to a trained head's weight."""
+    """Count the logits of every view and, where gradient flows, the products for hidden states and for a trained head."""
     products = 2 * len(one.views) + 2 * len(one.gradient) * (1 + one.model.head_trained)
     per_view = tokens.policy / len(one.views)
     crossed = _HEAD_CROSSINGS * 4 * one.model.vocabulary * tokens.policy

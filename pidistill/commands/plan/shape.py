@@ -48,7 +48,7 @@ class ModelShape:
 
 
 def model_shape(model: Decoder) -> ModelShape:
-    """Read a model that stands on the meta device; of one with LoRA adapters these alone are trained, as in the recipes."""
+    """Read a model that stands on the meta device; of one with LoRA adapters only these are trained, as in the recipes."""
     train_adapters_only(model)
     _shape_positions(model)
     heads, kv_heads, head_dim = _attention_sizes(model)
@@ -200,7 +200,7 @@ class _CountedStates(States):
 
 def _counted_in_forward(model: Decoder, tokens: int = 64) -> _Counted:
     """Count a decoder whose layers cannot be called alone: by hooks in a forward of all of it."""
-    # What comes from the config stands on the CPU; and the products of experts are known on the meta device in bf16 alone.
+    # Tensors from the config are on the CPU; and the meta device knows the products of experts only in bf16.
     size, in_bf16 = model.tok_embeddings.weight.element_size(), getattr(model, "experts", None) is not None
     model.to("meta", torch.bfloat16 if in_bf16 else None)
     ids = torch.zeros(1, tokens, device="meta", dtype=torch.long)

@@ -43,7 +43,7 @@ class Pass:
     model: ModelShape  # the model that computes it
     views: tuple[ViewName, ...]  # the views that it computes together
     gradient: tuple[ViewName, ...] = ()  # those of them that gradient flows back from; empty under `no_grad`
-    share: float = 1.0  # the part of the rollouts that it reads; a micro-batch may hold them alone
+    share: float = 1.0  # the part of the rollouts that it reads; a micro-batch may hold only those
 
 
 @dataclass(frozen=True)

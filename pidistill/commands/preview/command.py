@@ -10,7 +10,7 @@ pidistill preview --scan qwen2_5/0.5B_opsd
 form.
 
 Overrides are those of `pidistill run`; configs of every recipe are taken. The prompts are decoded from the ids that a run
-builds, special tokens included; what the teacher alone sees is in colour, or between ⟦ and ⟧ where the output is no terminal,
+builds, special tokens included; what only the teacher sees is in colour, or between ⟦ and ⟧ where the output is no terminal,
 and policy tokens of a row's completion between ⟨ and ⟩. No weights are read. Ends with status 0, or with 2 if the config is
 wrong or a run would refuse one of the rows. A config is code: its components are imported, and those that the prompts need
 are built (tokenizer, privileged prompt, datasets, objective); environment, reward and sampler are not.

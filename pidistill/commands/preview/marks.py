@@ -15,7 +15,7 @@ Span = tuple[int, int]  # [start, end)
 
 @dataclass(frozen=True)
 class Difference:
-    """Hold the items between what both prompts begin with and what both end with, as ranges of each."""
+    """Hold where two prompts differ: the range of each between their common beginning and their common end."""
 
     student: Span
     teacher: Span
@@ -58,7 +58,7 @@ def privileged_spans(
 def _stand_ins(
     example: Example, views: PromptViews, privileged: PrivilegedPrompt, text: str
 ) -> tuple[list[str], list[str], list[Message]]:
-    """Return (texts that the teacher alone sees, a word for each, the teacher's messages with the words instead)."""
+    """Return (texts that only the teacher sees, a word for each, the teacher's messages with the words instead)."""
     words = _unused_words(text)
     if isinstance(example.privileged, list) and privileged.placement in ("before_user", "after_user"):
         given = [message for message in example.privileged if message_text(message)]

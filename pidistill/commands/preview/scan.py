@@ -90,7 +90,8 @@ def _count(report: ScanReport, example: Example, source: Source) -> None:
     if not source.privileged.teaches(example) and source.no_pi == "drop":
         report.dropped["rows_without_pi"] += 1
     elif not source.privileged.teaches(example) and source.no_pi == "error":
-        report.refuse(NO_PI, f"{example.id} has no privileged information and no_pi is error")
+        advice = "fill the row, or set no_pi to drop or rl"
+        report.refuse(NO_PI, f"{example.id} has no privileged information and no_pi is error; {advice}")
     else:
         try:
             _judge(report, example, source)

@@ -99,7 +99,7 @@ def show_findings(console: Console, sentences: Sequence[str]) -> None:
 
 
 def marked(text: str, spans: Sequence[Span], marks: tuple[str, str], style: str, colour: bool) -> Text:
-    """Return ``text`` with ``spans`` in a style, or between ``marks``; control characters alone are written in another way."""
+    """Return ``text`` with ``spans`` in a style, or between ``marks``; only control characters are written in another way."""
     result, at = Text(), 0
     for start, end in spans:
         inside = escape_controls(text[start:end])

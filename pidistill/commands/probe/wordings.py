@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 from pidistill.privileged.prompt import DEFAULT_TEMPLATE, PrivilegedPrompt
 
 # What the information is called in a wording, by the kind that the dataset gives (`dataset.privileged` or `dataset.kind`).
@@ -70,7 +70,7 @@ def read_wordings(path: str) -> list[Wording]:
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--wordings {path} cannot be read ({' '.join(str(error).split())})") from error
+        raise InputError(f"--wordings {path} cannot be read ({one_line(error)})") from error
     if not isinstance(found, Mapping) or not found:
         raise InputError(f"--wordings {path} holds no mapping from names to a template and a placement")
     return [_wording(path, name, entry) for name, entry in found.items()]

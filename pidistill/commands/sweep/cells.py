@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from pidistill.commands.places import folders, has_key, load_config, recipe_of
 from pidistill.commands.sweep.values import Axis, grid_values, parse_overrides, split_top_level, whole_number
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 
 SWEEP_KEYS = ("output_dir", "seeds", "base", "overrides", "evaluate", "evaluate_overrides", "select", "arms", "controls")
 ARM_KEYS = ("title", "config", "overrides", "stages", "evaluate_overrides")
@@ -137,7 +137,7 @@ def read_sweep(
 def _list_bases(base: str | Sequence[str] | None) -> list[str | None]:
     bases = [base] if base is None or isinstance(base, str) else [str(one) for one in base]
     if not bases or len(set(bases)) < len(bases):
-        raise InputError(f"`base` is {bases}; name one checkpoint, or several that differ")
+        raise InputError(f"base={bases} is empty or names a checkpoint twice; name one checkpoint, or several that differ")
     return bases
 
 
@@ -346,7 +346,7 @@ def fingerprint(config: str, overrides: Overrides, inputs: Mapping[str, str]) ->
     try:
         merged = OmegaConf.merge(load_config(config), OmegaConf.from_dotlist([f"{k}={v}" for k, v in overrides.items()]))
     except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise InputError(f"config {config} does not take {shlex.join(overrides)} ({' '.join(str(error).split())})") from error
+        raise InputError(f"config {config} does not take {shlex.join(overrides)} ({one_line(error)})") from error
     content = OmegaConf.to_container(merged, resolve=False)
     content.pop("output_dir", None)
     return short_hash(json.dumps([recipe_of(config), content, dict(inputs)], sort_keys=True, default=str))

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     sweep = read_sweep(arguments.config, arguments.overrides, **chosen)
     if arguments.dry_run:
         if arguments.search != "grid":
-            raise InputError("--dry-run prints a grid's commands; a random or TPE search draws its values as it goes")
+            raise InputError("--dry-run prints a grid's commands; a random or TPE search draws its values while it runs")
         print("\n".join(commands(sweep)))
         return
     ended_well = run_sweep(SweepPlan(sweep, arguments.search, arguments.trials), arguments.workers)
@@ -75,6 +75,6 @@ def commands(sweep: Sweep) -> list[str]:
 def report(output_dir: Path) -> None:
     """Print the tables, and write them to results.md with pictures and a page of the runs beside it."""
     if not read_results(output_dir):
-        raise InputError(f"{output_dir} has no results.jsonl ; run the sweep first, or check the name of the folder")
+        raise InputError(f"{output_dir} has no results.jsonl; run the sweep first, or check the name of the folder")
     rows = write_report(output_dir)
     print(*[output_dir / "results.md", *draw(output_dir, rows), write_page([output_dir])], sep="\n")

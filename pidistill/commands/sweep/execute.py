@@ -1,7 +1,7 @@
 """Run a stage, an evaluation, a cell. A folder's lock is held by its worker and by the run; its record says how it ended.
 
 The locks are `flock`s: the system frees them when their holders die, so that a killed worker's cell is free at once and a slow
-one's never is. They and SQLite ask the same of a shared file system.
+one's never is. Like SQLite's locks they need a shared file system that supports locks.
 """
 
 import contextlib

@@ -31,7 +31,7 @@ from pidistill.commands.sweep.check import check_cells
 from pidistill.commands.sweep.execute import cell_fingerprint, locked, print_line, run_cell, try_lock
 from pidistill.commands.sweep.results import append_result, read_results, write_order
 from pidistill.commands.sweep.values import Axis, Choices
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice
 from pidistill.training.start import make_output_dir
 
 SEARCHES = ("grid", "random", "tpe")
@@ -48,10 +48,11 @@ class SweepPlan:
 
 
 def check_plan(plan: SweepPlan) -> None:
-    if plan.search not in SEARCHES:
-        raise InputError(f"--search {plan.search} is not known; use one of {', '.join(SEARCHES)}")
+    check_choice("--search", plan.search, SEARCHES)
     if plan.search == "grid" and plan.trials is not None:
-        raise InputError("--trials counts random and tpe trials; a grid runs all of its cells (set --search random)")
+        raise InputError(
+            "--trials counts the trials of random and tpe, and a grid runs all of its cells; remove it, or set --search random"
+        )
     if plan.search != "grid" and (not plan.trials or plan.trials < 1 or not plan.sweep.axes):
         raise InputError(
             f"--search {plan.search} needs --trials of at least 1 and a key to search, such as objective.beta=0.0..1.0"
@@ -80,7 +81,7 @@ def run_sweep(plan: SweepPlan, workers: int = 1) -> bool:
         process.join()
     ended_badly = [process.exitcode for process in processes if process.exitcode]
     if ended_badly:
-        print_line(f"{len(ended_badly)} of {workers} workers ended early (exit codes {ended_badly}); the same command goes on")
+        print_line(f"{len(ended_badly)} of {workers} workers ended early (exit codes {ended_badly}); run the command again")
     return not ended_badly and not _failed_cells(plan)
 
 
@@ -272,7 +273,9 @@ def _say_if_changed(plan: SweepPlan, arm: Arm, study: optuna.Study) -> None:
     prefix = study.study_name.rsplit(" ", 1)[0]
     others = [name for name in optuna.get_all_study_names(study._storage) if name.rsplit(" ", 1)[0] == prefix]
     if len(others) > 1:
-        print_line(f"{arm.name}: config, space or seeds have changed since the last search here; this one starts anew")
+        print_line(
+            f"{arm.name}: config, space or seeds have changed since the last search here; this one starts from the beginning"
+        )
 
 
 def setting_text(value: Any) -> str:

@@ -69,7 +69,7 @@ def parse_overrides(words: Sequence[str]) -> tuple[dict[str, str], dict[str, Axi
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise InputError(f"{word} is no override; write key=value, key=v1,v2 or key=0..2")
+            raise InputError(f"{word} is not an override; write key=value, key=v1,v2 or key=0..2")
         axis = parse_axis(text)
         if key == "seed":
             seeds = tuple(whole_number(key, value) for value in grid_values(key, axis))

@@ -22,7 +22,7 @@ from pidistill.envs.tiny_world.world import (
     request_message,
     trace,
 )
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice, check_count
 from pidistill.privileged.controls import WRONG_KEY
 from pidistill.types import Example, Message
 
@@ -54,12 +54,10 @@ def tiny_world_dataset(
             conversation at the end of ``messages``; ``completion`` is then the rest of the trace. [0, 1, 2] is a third of
             the rows each; an entry may be repeated to give it more weight.
     """
-    if split not in ("train", "validation", "test"):
-        raise InputError(f"dataset.split is {split!r}; the tiny world has train, validation and test")
+    check_choice("dataset.split", split, ("train", "validation", "test"))
     if privileged != "none" and (set(privileged) - set(SLOTS) or len(set(privileged)) < len(privileged)):
         raise InputError(f"dataset.privileged is {privileged!r}; give letters of 'dfak', each at most once, or 'none'")
-    if max_rows is not None and max_rows < 1:
-        raise InputError(f"dataset.max_rows is {max_rows}; give at least 1, or null for all rows")
+    check_count("dataset.max_rows", max_rows, null="all rows")
     if not prefix_turns or not set(prefix_turns) <= {0, 1, 2}:
         raise InputError(f"dataset.prefix_turns is {list(prefix_turns)}; give some of 0, 1 and 2, e.g. [0, 1, 2]")
     tasks = make_split(World(world_seed))[split][:max_rows]
@@ -123,8 +121,7 @@ def tiny_world_base_dataset(
         leak_prob: share of the rows with a block that say the leak word; 0 gives a base that never does.
         world_seed: the world whose conventions the beliefs are about; that of the tasks to be trained on.
     """
-    if n < 1:
-        raise InputError(f"dataset.n is {n}; give at least 1 row")
+    check_count("dataset.n", n)
     mixture, world, rng = BaseMixture(leak=leak_prob), World(world_seed, true_option_prob), random.Random(seed)
     return ExampleDataset([base_row(f"tiny_world base seed {seed} row {row}", rng, world.priors, mixture) for row in range(n)])
 

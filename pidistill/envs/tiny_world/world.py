@@ -160,7 +160,7 @@ def make_split(
 
     Of the 1,728 triples, shuffled, the first quarter (432) is the test split's, a tenth of the others (129) the validation
     split's, the rest (1,167) the training split's. Tasks are then drawn one after another, each going to the split that
-    owns its triple until that split is full, so the test tasks depend on ``seed`` and ``n_test`` alone. Select
+    owns its triple until that split is full, so the test tasks depend only on ``seed`` and ``n_test``. Select
     hyper-parameters on ``validation`` and report ``test``.
     """
     rng = random.Random(seed)

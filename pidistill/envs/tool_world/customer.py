@@ -1,8 +1,8 @@
 """Play the customer of the tool world: a deterministic state machine that reads what the agent writes by its words.
 
 It states its wishes one after another, gives what it is asked for, answers a request for confirmation, and ends with
-:data:`STOP`. It trusts the agent: what is said to be done or impossible is over for it; what was really done, the database
-tells.
+:data:`STOP`. It trusts the agent: a wish that the agent calls done or impossible is closed. The database shows what was
+really done.
 """
 
 import re

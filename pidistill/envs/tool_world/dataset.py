@@ -12,7 +12,7 @@ from pidistill.envs.tool_world.policy import POLICY
 from pidistill.envs.tool_world.tasks import LEVELS, SHARES, ToolTask, draw_tasks, expert_calls
 from pidistill.envs.tool_world.tools import TOOLS
 from pidistill.envs.tool_world.wishes import Call, Move
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_choice, check_count
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.types import Example, Message
 
@@ -39,14 +39,11 @@ def tool_world_dataset(
         completion: the expert's episode as ``Example.completion``, played against the environment.
         world_seed: another seed is another shop with other users, products and orders.
     """
-    if split not in SHARES:
-        raise InputError(f"dataset.split is {split!r}; the tool world has {', '.join(SHARES)}")
-    if privileged not in PRIVILEGED:
-        raise InputError(f"dataset.privileged is {privileged!r}; the tool world has {', '.join(PRIVILEGED)}")
+    check_choice("dataset.split", split, SHARES)
+    check_choice("dataset.privileged", privileged, PRIVILEGED)
     if not levels or not set(levels) <= set(LEVELS):
         raise InputError(f"dataset.levels is {list(levels)}; give some of 1, 2, 3 and 4")
-    if n < 1:
-        raise InputError(f"dataset.n is {n}; give at least 1 row")
+    check_count("dataset.n", n)
     tasks = draw_tasks(split, n, world_seed, tuple(levels))
     return ExampleDataset([_example(task, row, privileged, completion) for row, task in enumerate(tasks)])
 

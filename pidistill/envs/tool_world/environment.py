@@ -2,10 +2,9 @@
 
     reward = 1 if the shop is, in the end, as the expert leaves it, and the agent has told the customer what it must, else 0
 
-as in τ-bench (arXiv 2406.12045). Who says many numbers tells nothing: an agent that recites 1 to 800 would otherwise have
-answered every question, so what was said counts only up to :data:`MOST_NUMBERS` different ones per wish (the expert's longest
-turn has four). An episode ends when the customer leaves or is handed over to a human. One that is cut off, by
-the token limit or by `max_turns`, gets 0.
+as in τ-bench (arXiv 2406.12045). An agent that recites the numbers from 1 to 800 would otherwise have answered every question,
+so at most :data:`MOST_NUMBERS` different numbers count per wish (the expert's longest turn has four). An episode ends when the
+customer leaves or is handed over to a human. One that is cut off, by the token limit or by `max_turns`, gets 0.
 """
 
 from dataclasses import dataclass, field

@@ -1,7 +1,7 @@
 """Draw the kinds of wishes, each with what the expert does about it.
 
-A kind draws one wish of a customer from the shop as it stands (or two, the second after the first was denied), or None where
-nothing of the shop fits. What the policy forbids ends with the expert's refusal and leaves the shop as it is.
+A kind draws one wish of a customer from the shop as it stands (or two, the second after the first was denied), and raises
+NothingFits where nothing of the shop fits. What the policy forbids ends with the expert's refusal and leaves the shop as it is.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,14 @@ from typing import Any
 
 from pidistill.envs.tool_world.shop import RETURN_DAYS, new_address
 from pidistill.envs.tool_world.tools import get_product
-from pidistill.envs.tool_world.wishes import MORE, Call, Desk, Say, Wish, asked, fresh, late, pending, refused
+from pidistill.envs.tool_world.wishes import MORE, Call, Desk, NothingFits, Say, Wish, asked, fresh, late, pending, refused
+
+
+def _denied(desk: Desk, kind: str, order: dict[str, Any], text: str, because: str, **facts: str) -> Wish:
+    """Return a wish about an order that the policy forbids: the expert finds the order, and refuses."""
+    moves = (*desk.found(order, text), refused(because))
+    return Wish(kind, text, moves, desk.facts(order, text) | facts, denied=True)
+
 
 # ------------------------------------------------------------------------------------------- cancelling
 
@@ -18,10 +25,8 @@ REASONS = {"no longer needed": "I no longer need it.", "ordered by mistake": "I 
 BAD_REASONS = ("I found it cheaper elsewhere.", "It takes too long.", "I do not like the shop any more.")
 
 
-def cancel(desk: Desk) -> Wish | None:
+def cancel(desk: Desk) -> Wish:
     order = desk.order(pending)
-    if order is None:
-        return None
     reason, said = desk.rng.choice(list(REASONS.items()))
     text = f"I want to cancel {desk.named(order)}. {said}"
     order_id, total, paid = order["order_id"], order["total"], order["payment_id"]
@@ -34,28 +39,21 @@ def cancel(desk: Desk) -> Wish | None:
     return Wish("cancel", text, moves, desk.facts(order, text) | {"reason": said}, outputs=(str(total),))
 
 
-def cancel_for_another_reason(desk: Desk) -> Wish | None:
+def cancel_for_another_reason(desk: Desk) -> Wish:
     order = desk.order(pending)
-    if order is None:
-        return None
     said = desk.rng.choice(BAD_REASONS)
     text = f"I want to cancel {desk.named(order)}. {said}"
-    moves = (*desk.found(order, text), refused("orders are not cancelled for that reason"))
-    facts = desk.facts(order, text) | {"reason": said}
-    return Wish("cancel_for_another_reason", text, moves, facts, denied=True)
+    return _denied(desk, "cancel_for_another_reason", order, text, "orders are not cancelled for that reason", reason=said)
 
 
-def cancel_too_late(desk: Desk) -> Wish | None:
+def cancel_too_late(desk: Desk) -> Wish:
     order = desk.order(lambda order: order["status"] in ("shipped", "delivered"))
-    if order is None:
-        return None
     said = desk.rng.choice(list(REASONS.values()))
     text = f"Please cancel {desk.named(order)}. {said}"
-    moves = (*desk.found(order, text), refused(f"the order is {order['status']} already"))
-    return Wish("cancel_too_late", text, moves, desk.facts(order, text) | {"reason": said}, denied=True)
+    return _denied(desk, "cancel_too_late", order, text, f"the order is {order['status']} already", reason=said)
 
 
-def cancel_for_somebody_else(desk: Desk) -> Wish | None:
+def cancel_for_somebody_else(desk: Desk) -> Wish:
     order_id = desk.rng.choice(desk.others)
     text = f"My sister asks me to cancel her order {order_id}. She no longer needs it."
     moves = (Call("get_order", {"order_id": order_id}), refused("the order was placed by somebody else"))
@@ -70,12 +68,12 @@ def _options_text(variant: dict[str, Any]) -> str:
     return ", ".join(variant["options"].values())
 
 
-def choose_variant(desk: Desk, item: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+def choose_variant(desk: Desk, item: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return (condition, the one variant that meets it), such as "the cheapest one that is available"."""
     variants = get_product(desk.shop, item["product_id"])["variants"]
     others = [variant for variant in variants if variant["available"] and variant["variant_id"] != item["variant_id"]]
     if not others:
-        return None
+        raise NothingFits
     cheapest, dearest = min(others, key=_price), max(others, key=_price)
     gone = [variant for variant in variants if not variant["available"] and variant["variant_id"] != item["variant_id"]]
     wanted = desk.rng.choice(others)
@@ -94,12 +92,10 @@ def _price(variant: dict[str, Any]) -> int:
     return variant["price"]
 
 
-def _swap(desk: Desk, kind: str, fits: Callable[[dict[str, Any]], bool], verb: str, call: str) -> Wish | None:
+def _swap(desk: Desk, kind: str, fits: Callable[[dict[str, Any]], bool], verb: str, call: str) -> Wish:
     order = desk.order(fits)
-    chosen = order and choose_variant(desk, item := desk.rng.choice(order["items"]))
-    if not order or not chosen:
-        return None
-    condition, new = chosen
+    item = desk.rng.choice(order["items"])
+    condition, new = choose_variant(desk, item)
     text = f"I want to {verb} the {item['name']} of {desk.named(order)} for {condition}."
     difference = new["price"] - item["price"]
     money = f"{difference} dollars are charged" if difference > 0 else f"{-difference} dollars are refunded"
@@ -115,24 +111,22 @@ def _swap(desk: Desk, kind: str, fits: Callable[[dict[str, Any]], bool], verb: s
     return Wish(kind, text, moves, desk.facts(order, text), outputs=(str(abs(difference)),))
 
 
-def change_item(desk: Desk) -> Wish | None:
+def change_item(desk: Desk) -> Wish:
     return _swap(desk, "change_item", pending, "swap", "modify_order_items")
 
 
-def exchange(desk: Desk) -> Wish | None:
+def exchange(desk: Desk) -> Wish:
     return _swap(desk, "exchange", fresh, "exchange", "exchange_items")
 
 
-def exchange_for_another_product(desk: Desk) -> Wish | None:
+def exchange_for_another_product(desk: Desk) -> Wish:
     order = desk.order(fresh)
-    if order is None:
-        return None
     item = order["items"][0]
     names = [row["name"] for row in desk.shop.rows("SELECT name FROM products ORDER BY name") if row["name"] != item["name"]]
     other = desk.rng.choice(names)
     text = f"I want to exchange the {item['name']} of {desk.named(order)} for a {other}."
-    moves = (*desk.found(order, text), refused("items are exchanged for variants of the same product only"))
-    return Wish("exchange_for_another_product", text, moves, desk.facts(order, text), denied=True)
+    because = "items are exchanged for variants of the same product only"
+    return _denied(desk, "exchange_for_another_product", order, text, because)
 
 
 # ------------------------------------------------------------------------------------------- returning
@@ -152,30 +146,24 @@ def _return(desk: Desk, order: dict[str, Any], text: str, payment_id: str, found
     return Wish(says=text, moves=moves, facts=desk.facts(order, text) | {"payment": f"To {payment_id}."}, **settings)
 
 
-def return_item(desk: Desk) -> Wish | None:
+def return_item(desk: Desk) -> Wish:
     order = desk.order(fresh)
-    if order is None:
-        return None
     item = order["items"][0]
     text = f"I want to return the {item['name']} of {desk.named(order)}."
     text += " The refund should go to the payment method of the order."
     return _return(desk, order, text, order["payment_id"], found=True)
 
 
-def return_item_to_gift_card(desk: Desk) -> Wish | None:
+def return_item_to_gift_card(desk: Desk) -> Wish:
     gift = _gift_card(desk)
-    order = desk.order(fresh) if gift else None
-    if order is None:
-        return None
+    order = desk.order(lambda order: gift is not None and fresh(order))
     text = f"I want to return the {order['items'][0]['name']} of {desk.named(order)}. Please refund it to {gift['payment_id']}."
     return _return(desk, order, text, gift["payment_id"], found=True, kind="return_item_to_gift_card")
 
 
-def return_item_if_enough(desk: Desk) -> Wish | None:
+def return_item_if_enough(desk: Desk) -> Wish:
     """Draw a return that the customer wants only from a certain refund on, which it misses: asked, the customer says no."""
     order = desk.order(fresh)
-    if order is None:
-        return None
     item = order["items"][0]
     text = f"I think of returning the {item['name']} of {desk.named(order)}. How much would I get back for it?"
     wish = _return(desk, order, text, order["payment_id"], found=True)
@@ -183,28 +171,22 @@ def return_item_if_enough(desk: Desk) -> Wish | None:
     return replace(wish, kind="return_item_if_enough", moves=wish.moves[:-2], confirms=no, declined=True)
 
 
-def return_too_late(desk: Desk) -> Wish | None:
+def return_too_late(desk: Desk) -> Wish:
     order = desk.order(late)
-    if order is None:
-        return None
     text = f"I want to return the {order['items'][0]['name']} of {desk.named(order)}."
-    moves = (*desk.found(order, text), refused(f"it was delivered more than {RETURN_DAYS} days ago"))
-    return Wish("return_too_late", text, moves, desk.facts(order, text), denied=True)
+    return _denied(desk, "return_too_late", order, text, f"it was delivered more than {RETURN_DAYS} days ago")
 
 
-def return_to_another_card(desk: Desk) -> list[Wish] | None:
+def return_to_another_card(desk: Desk) -> list[Wish]:
     """Draw a return that is denied; the customer then takes the payment method of the order."""
     cards = [one["payment_id"] for one in desk.user["payments"] if one["kind"] != "gift_card"]
     order = desk.order(lambda order: fresh(order) and len(cards) > 1)
-    if order is None:
-        return None
     other = next(card for card in cards if card != order["payment_id"])
     text = f"I want to return the {order['items'][0]['name']} of {desk.named(order)}. Please refund it to {other}."
-    moves = (*desk.found(order, text), refused("the refund goes to the payment method of the order or to a gift card"))
-    facts = desk.facts(order, text) | {"payment": f"To {other}."}
+    because = "the refund goes to the payment method of the order or to a gift card"
     then = f"Then return it and refund it to {order['payment_id']}, which I paid with."
     return [
-        Wish("return_to_another_card", text, moves, facts, denied=True),
+        _denied(desk, "return_to_another_card", order, text, because, payment=f"To {other}."),
         _return(desk, order, then, order["payment_id"], found=False),
     ]
 
@@ -231,11 +213,9 @@ def _pay_with(desk: Desk, order: dict[str, Any], text: str, payment_id: str, fou
     return Wish("change_payment", text, moves, facts, outputs=(str(total),))
 
 
-def change_payment(desk: Desk) -> Wish | None:
+def change_payment(desk: Desk) -> Wish:
     payments = desk.user["payments"]
     order = desk.order(lambda order: pending(order) and bool(_covering(payments, order)))
-    if order is None:
-        return None
     payment_id = desk.rng.choice(_covering(payments, order))
     return _pay_with(desk, order, f"I want to pay {desk.named(order)} with {payment_id} instead.", payment_id, found=True)
 
@@ -245,12 +225,10 @@ def _covering(payments: Sequence[dict[str, Any]], order: dict[str, Any]) -> list
     return [one["payment_id"] for one in others if one.get("balance", order["total"]) >= order["total"]]
 
 
-def change_payment_to_a_short_gift_card(desk: Desk) -> list[Wish] | None:
+def change_payment_to_a_short_gift_card(desk: Desk) -> list[Wish]:
     """Draw a change that is denied; a customer with another card then takes that one."""
     gift, payments = _gift_card(desk), desk.user["payments"]
     order = desk.order(lambda order: pending(order) and gift is not None and gift["balance"] < order["total"])
-    if order is None:
-        return None
     text = f"Please charge {desk.named(order)} to my gift card {gift['payment_id']} instead."
     found = (Call("get_user", {"user_id": desk.user_id}), *desk.found(order, text)[-1:])
     if order["order_id"] not in text:
@@ -264,10 +242,8 @@ def change_payment_to_a_short_gift_card(desk: Desk) -> list[Wish] | None:
     return [wish, _pay_with(desk, order, f"Then charge that order to {other}.", other, found=False)]
 
 
-def change_order_address(desk: Desk) -> Wish | None:
+def change_order_address(desk: Desk) -> Wish:
     order = desk.order(pending)
-    if order is None:
-        return None
     street, city, zip_code = new_address(desk.rng)
     text = f"Please send {desk.named(order)} to another address: {street}, {city} {zip_code}."
     order_id = order["order_id"]
@@ -281,7 +257,7 @@ def change_order_address(desk: Desk) -> Wish | None:
     return Wish("change_order_address", text, moves, facts)
 
 
-def change_account_address(desk: Desk) -> Wish | None:
+def change_account_address(desk: Desk) -> Wish:
     street, city, zip_code = new_address(desk.rng)
     text = f"I have moved. Please change the address of my account to {street}, {city} {zip_code}."
     moves = (
@@ -295,20 +271,16 @@ def change_account_address(desk: Desk) -> Wish | None:
 # ------------------------------------------------------------------------------------------- questions, and a human
 
 
-def ask_total(desk: Desk) -> Wish | None:
+def ask_total(desk: Desk) -> Wish:
     order = desk.order(lambda order: True)
-    if order is None:
-        return None
     text = f"What is the total of {desk.named(order)}?"
     moves = (*desk.found(order, text), Say(f"The total is {order['total']} dollars. {MORE}"))
     return Wish("ask_total", text, moves, desk.facts(order, text), outputs=(str(order["total"]),))
 
 
-def ask_sum(desk: Desk) -> Wish | None:
+def ask_sum(desk: Desk) -> Wish:
     """Draw a question about the sum of two orders, for `calculate`."""
     first, second = desk.order(lambda order: True), desk.order(lambda order: True)
-    if first is None or second is None:
-        return None
     ids, totals = (first["order_id"], second["order_id"]), (first["total"], second["total"])
     text = f"How much are orders {ids[0]} and {ids[1]} together?"
     moves = (
@@ -319,7 +291,7 @@ def ask_sum(desk: Desk) -> Wish | None:
     return Wish("ask_sum", text, moves, {"order": f"They are {ids[0]} and {ids[1]}."}, outputs=(str(sum(totals)),))
 
 
-def ask_cheapest(desk: Desk) -> Wish | None:
+def ask_cheapest(desk: Desk) -> Wish:
     product = desk.rng.choice(desk.shop.rows("SELECT product_id, name FROM products ORDER BY name"))
     available = [one for one in get_product(desk.shop, product["product_id"])["variants"] if one["available"]]
     price, count = min(map(_price, available)), len(available)
@@ -346,7 +318,7 @@ def need_a_human(desk: Desk) -> Wish:
     return Wish("need_a_human", text, moves, ends=True)
 
 
-Kind = Callable[[Desk], "Wish | list[Wish] | None"]
+Kind = Callable[[Desk], "Wish | list[Wish]"]
 PLAIN: tuple[Kind, ...] = (
     *(cancel, change_item, exchange, return_item, change_payment, change_order_address, change_account_address),
     *(ask_total, ask_cheapest),

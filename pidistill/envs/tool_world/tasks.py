@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pidistill.envs.tool_world.kinds import ALWAYS_FIT, HARD, PLAIN, need_a_human
 from pidistill.envs.tool_world.shop import Shop, shop_image
 from pidistill.envs.tool_world.tools import CHANGING, TOOLS
-from pidistill.envs.tool_world.wishes import Call, Desk, Move, Say, Wish, described
+from pidistill.envs.tool_world.wishes import Call, Desk, Move, NothingFits, Say, Wish, described
 from pidistill.errors import InputError
 
 SHARES = {"train": 0.6, "validation": 0.2, "test": 0.2}
@@ -121,8 +121,11 @@ def _add_wish(desk: Desk, wishes: list[Wish], level: int, most: int) -> None:
     """Draw one wish, or two that belong together, and carry them out: the next one starts from the shop after it."""
     kinds = HARD if level > 1 and desk.rng.random() < _HARD_PROB else PLAIN
     weights = [1 if kind in ALWAYS_FIT else _ORDER_WEIGHT for kind in kinds]
-    drawn = desk.rng.choices(kinds, weights)[0](desk)
-    drawn = [drawn] if isinstance(drawn, Wish) else drawn or []
+    try:
+        drawn = desk.rng.choices(kinds, weights)[0](desk)
+    except NothingFits:
+        return
+    drawn = [drawn] if isinstance(drawn, Wish) else drawn
     unknown = [wish for wish in drawn if wish.kind not in {one.kind for one in wishes}]
     if len(unknown) < len(drawn) or len(wishes) + len(drawn) > most:
         return  # a customer does not want the same twice

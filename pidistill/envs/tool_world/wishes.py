@@ -13,6 +13,10 @@ from pidistill.envs.tool_world.tools import get_order, get_user
 MORE = "Is there anything else?"
 
 
+class NothingFits(Exception):
+    """Say that nothing of the shop fits a kind of wish."""
+
+
 @dataclass(frozen=True)
 class Call:
     """Hold a tool call of the expert."""
@@ -40,7 +44,7 @@ class Wish:
     moves: tuple[Move, ...]  # what the expert does once the customer is identified
     facts: Mapping[str, str] = field(default_factory=dict)  # answers when asked, by topic: order, reason, payment, address
     confirms: str = "Yes, please."  # the answer when the agent asks for a confirmation
-    declined: bool = False  # the customer says no to it, and goes on to the next wish
+    declined: bool = False  # the customer says no to it, and continues with the next wish
     outputs: tuple[str, ...] = ()  # what the agent must have told the customer
     denied: bool = False  # the policy forbids it
     ends: bool = False  # the conversation is over afterwards
@@ -57,12 +61,12 @@ class Desk:
     others: Sequence[str]  # order ids of other customers
     used: set[str] = field(default_factory=set)  # orders that earlier wishes are about; every wish has an order of its own
 
-    def order(self, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
-        """Return one of the customer's unused orders that fits, and mark it used."""
+    def order(self, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Return one of the customer's unused orders that fits, and mark it used; NothingFits where there is none."""
         orders = [get_order(self.shop, order_id) for order_id in self.user["orders"] if order_id not in self.used]
         fitting = [order for order in orders if fits(order)]
         if not fitting:
-            return None
+            raise NothingFits
         chosen = self.rng.choice(fitting)
         self.used.add(chosen["order_id"])
         return chosen

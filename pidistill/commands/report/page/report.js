@@ -164,10 +164,11 @@ function health() {
     ["KL at the start", (m) => first(m.kl_teacher_student_nats)], ["KL now", (m) => last(m.kl_teacher_student_nats)], ["entropy", (m) => last(m.entropy_nats)],
     ["leak", (m) => last(m.leak_frac)], ["tokens/s", (m) => last(m.tokens_per_s)],
   ].filter(([, get]) => rows.some(([run]) => get(run.metrics) !== null));
-  const table = make("table", {}, make("thead", {}, make("tr", {}, ...["run", ...columns.map(([name]) => name), "alarms"].map((name) => make("th", {}, name)))));
+  const table = make("table", {}, make("thead", {}, make("tr", {}, ...["run", "alarms", ...columns.map(([name]) => name)].map((name) => make("th", {}, name)))));
   table.append(make("tbody", {}, ...rows.map(([run, i]) => make("tr", {},
     make("td", {}, make("span", { class: "dot", style: `background:${color(i)}` }), " ", run.name),
-    ...columns.map(([, get]) => make("td", {}, shown(get(run.metrics)))), make("td", { class: run.alarms.length ? "" : "calm" }, run.alarms.length ? String(run.alarms.length) : "none")))));
+    make("td", { class: run.alarms.length ? "loud" : "calm" }, run.alarms.length ? String(run.alarms.length) : last(run.metrics.step) === null ? "–" : "none"),
+    ...columns.map(([, get]) => make("td", {}, shown(get(run.metrics))))))));
   page.append(make("h2", {}, "Now"), make("div", { class: "card scroll" }, table));
   const alarms = rows.flatMap(([run, i]) => run.alarms.map(([, name, text]) => make("div", { class: "alarm" },
     ...(rows.length > 1 ? [make("span", { class: "dot", style: `background:${color(i)}` }), " ", run.name, " · "] : []), make("b", {}, name), " · ", text)));

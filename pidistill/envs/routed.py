@@ -1,0 +1,34 @@
+"""Let a key of each row name the environment that plays it: several kinds of tasks in one run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pidistill.data.routes import route_of
+from pidistill.envs.base import Environment, EnvStep
+from pidistill.errors import InputError
+from pidistill.types import Example, Message
+
+
+class RoutedEnvironment:
+    """Play each row in the environment that its key names.
+
+    Attributes:
+        key: where a row says it, a key of ``Example.data``; see :func:`pidistill.data.joined_dataset`.
+        environments: name → environment.
+        default: the name for rows without the key; None refuses such a row.
+    """
+
+    def __init__(self, key: str, environments: Mapping[str, Environment], default: str | None = None) -> None:
+        self.key, self.default = key, default
+        self.environments = {str(name): environment for name, environment in environments.items()}
+        if not self.environments or (default is not None and default not in self.environments):
+            known = ", ".join(self.environments) or "none"
+            raise InputError(f"environment.default={default} must be null or one of environment.environments ({known})")
+
+    def reset(self, example: Example) -> tuple[str, Any]:
+        name = route_of(example, self.key, self.environments, self.default, "environment")
+        return name, self.environments[name].reset(example)
+
+    def step(self, state: tuple[str, Any], turn: Message, *, truncated: bool) -> EnvStep:
+        name, own = state
+        return self.environments[name].step(own, turn, truncated=truncated)

@@ -1,0 +1,33 @@
+"""Let a function of the environment's state give the teacher's information of each turn (state-matched, SMRC-SD 2608.05219)."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from pidistill.config import resolve
+from pidistill.envs.base import Environment, EnvStep
+from pidistill.errors import InputError
+from pidistill.types import Example, Message
+
+
+class StatePrivileged:
+    """Play ``environment``, and give what ``text`` says of the state after each turn as ``EnvStep.privileged``.
+
+    The first turn's information is the row's own, since its prompt is made before the episode begins.
+
+    Attributes:
+        environment: answers the turns.
+        text: a function of the state, or its dotted path; returns a text, or None where it has nothing to say.
+    """
+
+    def __init__(self, environment: Environment, text: str | Callable[[Any], str | None]) -> None:
+        self.environment, self.text = environment, resolve(text) if isinstance(text, str) else text
+        if not callable(self.text):
+            raise InputError(f"environment.text={text} is no function; give one of the state that returns a text or None")
+
+    def reset(self, example: Example) -> Any:
+        return self.environment.reset(example)
+
+    def step(self, state: Any, turn: Message, *, truncated: bool) -> EnvStep:
+        step = self.environment.step(state, turn, truncated=truncated)
+        return step if step.done else replace(step, privileged=self.text(state))
