@@ -20,6 +20,7 @@ from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
 from pidistill.scoring.mismatch import cuts_off
 from pidistill.scoring.served_teacher import ServedTeacher, check_served
+from pidistill.scoring.stored_teacher import StoredTeacher
 from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, RoutedTeacher, SnapshotTeacher, Teacher
 from pidistill.training.health import reads_rewards
 from pidistill.training.keys import setting
@@ -81,6 +82,12 @@ def _check_teacher(cfg: DictConfig, objective: Objective, sampler: Sampler, teac
     if cfg.get("teacher_model") and not cfg.get("teacher_checkpointer"):
         raise InputError("teacher_model has no weights of its own; set teacher_checkpointer to its checkpoint")
     check_routed(cfg, teacher)
+    stored = any(isinstance(part, StoredTeacher) for part in getattr(teacher, "teachers", {None: teacher}).values())
+    if stored and objective.on_policy_frac > 0.0:
+        log.warning(
+            f"StoredTeacher keeps numbers of every rollout on disk, and {method} samples new ones in every round, never to be "
+            "read again; set teacher._component_=pidistill.teachers.FrozenTeacher"
+        )
     check_served(teacher, objective, sampler.temperature, method)
     if isinstance(teacher, EMATeacher | SnapshotTeacher) and has_own_teacher(cfg):
         follows = "averages" if isinstance(teacher, EMATeacher) else "copies"
