@@ -81,6 +81,22 @@ def check_references(environment: Any, examples: Iterable[Example]) -> None:
             check(example)
 
 
+def gives_privileged(environment: Any) -> bool:
+    """Return whether a config node names, at any depth, an environment that gives privileged information with its answers."""
+    node = OmegaConf.to_container(environment, resolve=True) if isinstance(environment, DictConfig) else environment
+    if isinstance(node, list):
+        return any(map(gives_privileged, node))
+    if not isinstance(node, Mapping):
+        return False
+    own = COMPONENT in node and getattr(resolve(node[COMPONENT]), "gives_privileged", False)
+    return bool(own) or any(map(gives_privileged, node.values()))
+
+
+def told_later(cfg: DictConfig) -> bool:
+    """Return whether the teacher's information comes with the rollouts, so that rows need none of their own."""
+    return bool(cfg.get("hindsight")) or gives_privileged(cfg.get("environment"))
+
+
 def reference_checks(environment: Any) -> list[Callable[[Example], None]]:
     """Return the ``check_reference`` of every reward that a config node names, at any depth."""
     node = OmegaConf.to_container(environment, resolve=True) if isinstance(environment, DictConfig) else environment

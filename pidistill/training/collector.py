@@ -7,8 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pidistill.config import build
-from pidistill.data.load import load_privileged
-from pidistill.envs import ProcessEnvironment, RoutedEnvironment, StatePrivileged
+from pidistill.data.load import gives_privileged, load_privileged
 from pidistill.envs.base import Environment
 from pidistill.models.empty import shared_empty_model
 from pidistill.rewards import build_shaping
@@ -30,15 +29,15 @@ def build_collector(
     Args:
         environment: plays the episodes in place of the one that `environment` names.
     """
-    environment, privileged = build(cfg.environment) if environment is None else environment, load_privileged(cfg, tokenizer)
-    if gives_privileged(environment):
+    privileged = load_privileged(cfg, tokenizer)
+    if gives_privileged(cfg.get("environment")):
         privileged.check_turns("environment")
     longest = shared_empty_model(cfg.model).max_seq_len
     collect = functools.partial(
         collect_rollouts,
         sampler=sampler,
         tokenizer=tokenizer,
-        environment=environment,
+        environment=build(cfg.environment) if environment is None else environment,
         environment_threads=cfg.get("environment_threads"),
         environment_timeout_s=cfg.get("environment_timeout_s"),
         max_observation_chars=setting(cfg, "max_observation_chars"),
@@ -58,14 +57,6 @@ def build_collector(
         return result
 
     return collect_and_mark
-
-
-def gives_privileged(environment: Environment) -> bool:
-    """Return whether a :class:`StatePrivileged` is among what plays the episodes."""
-    if isinstance(environment, RoutedEnvironment):
-        return any(map(gives_privileged, environment.environments.values()))
-    inside = isinstance(environment, ProcessEnvironment) and gives_privileged(environment.environment)
-    return inside or isinstance(environment, StatePrivileged)
 
 
 def mark_cut_short(rollouts: Sequence[Rollout]) -> None:

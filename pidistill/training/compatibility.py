@@ -10,6 +10,7 @@ from torchtune import utils
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
 from pidistill.config import build, resolve
+from pidistill.data.load import told_later
 from pidistill.errors import InputError
 from pidistill.losses.divergences import check_divergence
 from pidistill.losses.token_weights import divergences_of
@@ -65,6 +66,11 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
     _check_group(cfg, objective, method)
     if cfg.get("hindsight"):
         check_hindsight(cfg, objective, method)
+    if told_later(cfg) and (cfg.get("privileged") or {}).get("control") == "none" and objective.no_pi in ("drop", "error"):
+        raise InputError(
+            f"privileged.control=none takes from every rollout what it brings for the teacher, and objective.no_pi="
+            f"{objective.no_pi} leaves nothing to train; set objective.no_pi=rl or distill"
+        )
     _check_divergences(objective, parts, method)
     _check_adapters(shared_empty_model(cfg.model), teacher)
     if hasattr(sampler, "check_model"):  # vLLM's own modules compute some models in another way
@@ -201,11 +207,6 @@ def check_hindsight(cfg: DictConfig, objective: Objective, method: str) -> None:
         raise InputError(
             "privileged.control=wrong shows a sibling that failed, and hindsight.sibling is null; there is no wrong feedback: "
             "set hindsight.sibling, or another privileged.control"
-        )
-    if cfg.privileged.get("control") == "none" and objective.no_pi in ("drop", "error"):
-        raise InputError(
-            f"privileged.control=none takes hindsight from every rollout, and objective.no_pi={objective.no_pi} leaves nothing "
-            "to train; set objective.no_pi=rl or distill"
         )
 
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torchtune import training
 
 from pidistill.config import build
+from pidistill.data.load import told_later
 from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import parallelize, shard_model
 from pidistill.errors import InputError, one_line
@@ -143,7 +144,7 @@ def build_teacher(cfg: DictConfig, examples: Sequence[Example], objective: Objec
     """
     teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
     if isinstance(objective, RoutedObjective):
-        objective.check_rows(examples, told_later=bool(cfg.get("hindsight")))
+        objective.check_rows(examples, told_later=told_later(cfg))
         objective.check_steps(int(cfg.max_steps))
     for example in examples if isinstance(teacher, RoutedTeacher) else ():
         teacher.name_of(example)

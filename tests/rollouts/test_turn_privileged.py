@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from pidistill.data.demonstrations import _under_control, recorded_completion
-from pidistill.envs import EnvStep, ProcessEnvironment, RoutedEnvironment, StatePrivileged
+from pidistill.data.load import gives_privileged, told_later
+from pidistill.envs import EnvStep, StatePrivileged
 from pidistill.envs.base import EnvironmentOutputError, check_step
 from pidistill.errors import InputError
 from pidistill.losses.sampling_kl import SamplingKL
@@ -18,7 +20,6 @@ from pidistill.scoring.packer import _sizes, micro_batch_lengths
 from pidistill.scoring.score import score
 from pidistill.scoring.stored_teacher import rollout_key
 from pidistill.testing import tiny_model
-from pidistill.training.collector import gives_privileged
 from pidistill.training.metrics import rollout_means, rollout_sums
 from pidistill.types import PromptPair, RolloutAdvantage, ScoreRequest
 from tests.support.builders import batch_of
@@ -120,11 +121,14 @@ def test_controls_show_nothing_or_a_filler_of_as_many_tokens_and_others_are_refu
             play(privileged=replace(SHOWN, control=control))
 
 
-def test_an_environment_that_gives_information_is_known_before_it_plays():
-    for inside in (ENVIRONMENT, RoutedEnvironment("domain", {"a": Till(), "b": ENVIRONMENT})):
-        assert gives_privileged(inside)
-    assert not gives_privileged(Till()) and not gives_privileged(RoutedEnvironment("domain", {"a": Till()}))
-    assert gives_privileged(ProcessEnvironment(StatePrivileged(Till(), "tests.rollouts.test_turn_privileged.next_to_buy")))
+def test_an_environment_that_gives_information_is_known_before_anything_is_built():
+    own = {"_component_": "pidistill.envs.StatePrivileged", "text": "math.pi", "environment": {}}
+    routed = {"_component_": "pidistill.envs.RoutedEnvironment", "key": "domain", "environments": {"a": {}, "b": own}}
+    for node in (own, routed, OmegaConf.create({"_component_": "pidistill.envs.ProcessEnvironment", "environment": routed})):
+        assert gives_privileged(node) and told_later(OmegaConf.create({"environment": node}))
+    assert not gives_privileged(None) and not gives_privileged({"_component_": "pidistill.envs.SingleTurn"})
+    with pytest.raises(InputError, match=r"environment: .*privileged\.control=shuffled pairs rows, not turns"):
+        replace(SHOWN, control="shuffled").check_turns("environment")
 
 
 def test_what_an_environment_gives_is_a_text_or_nothing():
