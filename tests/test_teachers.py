@@ -333,7 +333,7 @@ def test_what_does_not_fit_is_not_kept_and_what_is_kept_goes_with_its_rollout():
         FrozenTeacher(cache_gib=-1)
 
 
-def test_a_teacher_that_moves_remembers_nothing():
+def test_a_teacher_whose_weights_change_keeps_no_log_probs():
     moving = EMATeacher(rate=0.5)
     moving.attach(lambda: model(7))
     assert [part.memory for part in moving.mixture(model(0))] == [None]

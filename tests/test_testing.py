@@ -137,7 +137,7 @@ def test_tiny_model_is_seeded_takes_overrides_and_uses_every_weight():
 ANY_TEXT = "Zwölf\t漢字 🙂\r\n  e\u0301 \x00 <|im_end|> <|im_start|>user"
 
 
-def test_a_byte_is_an_id_and_any_text_survives(tmp_path):
+def test_each_byte_is_an_id_and_any_text_is_read_back(tmp_path):
     tokenizer = byte_tokenizer(str(tmp_path), max_seq_len=77)
     assert (tokenizer.vocab_size, tokenizer.max_seq_len) == (BYTE_VOCABULARY, 77) and len(tokenizer.stop_ids) == 2
     messages = [{"role": "user", "content": "2"}]

@@ -54,7 +54,7 @@ class RoundSampler:
         self.lagged, self._ahead, self._side = False, None, None
         check_lag(cfg, run, objective)
         if setting(cfg, "rollout_lag"):
-            self._side = SideProcess(cfg, run, torch.device(cfg.get("rollout_device") or run.device))
+            self._side = SideProcess(cfg, run, rollout_device(cfg, run))
             self._play = self._side.collect
         else:
             self._play = build_collector(cfg, sampler, data.tokenizer)
@@ -127,8 +127,11 @@ class RoundSampler:
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the round that was sampled ahead, once it is whole, and the random streams of the process that samples."""
-        if self._side is None:
+        """Return the round that was sampled ahead, once it is whole, and the random streams of the process that samples.
+
+        Nothing where that round failed: :meth:`next` raises its error, and what was trained until then is saved.
+        """
+        if self._side is None or (self._ahead is not None and self._ahead.exception() is not None):
             return {}
         ahead = None
         if self._ahead is not None:
@@ -165,6 +168,23 @@ def _as_rollouts(rows: Sequence[dict[str, Any]], data: RecipeData) -> list[Rollo
 # ---------------------------------------------------------------------------------------------------- what cannot lag
 
 
+def rollout_device(cfg: DictConfig, run: Run) -> torch.device:
+    """Return the device of the second process: `rollout_device`, by default that of the training."""
+    name = cfg.get("rollout_device")
+    if not name:
+        return run.device
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (number or "0").isdecimal():
+        raise InputError(f"rollout_device={name} must be cpu, cuda or cuda:N; correct it, or remove the key to take `device`")
+    found = torch.cuda.device_count()
+    if kind == "cuda" and int(number or 0) >= found:
+        raise InputError(
+            f"rollout_device={name} is not on this machine, where torch sees {found} CUDA devices; choose another one, or "
+            "remove the key to take `device`"
+        )
+    return torch.device(name)
+
+
 def check_lag(cfg: DictConfig, run: Run, objective: Objective) -> None:
     """Refuse a lag where the objective needs samples of the present weights, or a second process cannot sample."""
     if not setting(cfg, "rollout_lag"):
@@ -174,18 +194,22 @@ def check_lag(cfg: DictConfig, run: Run, objective: Objective) -> None:
             )
         return
     own = [key for key in ("teacher_model", "teacher_checkpointer") if cfg.get(key)]
-    denominator = getattr(objective, "ratio_denominator", "behaviour")
+    routes = getattr(objective, "objectives", {})  # of a RoutedObjective
+    parts = {"objective": objective} | {f"objective.objectives.{name}": part for name, part in routes.items()}
+    needing = [f"{name}.{part.needs_present_samples}" for name, part in parts.items() if part.needs_present_samples]
+    denominators = {name: getattr(part, "ratio_denominator", "behaviour") for name, part in parts.items()}
+    others = [f"{name}.ratio_denominator={told}" for name, told in denominators.items() if told != "behaviour"]
     if run.processes > 1:
         why = f"samples beside one training process, but this run has {run.processes}; start one process"
-    elif objective.needs_present_samples:
+    elif needing:
         why = (
-            f"trains on samples of weights that are one round old, but objective.{objective.needs_present_samples} needs "
-            "samples of the present weights; change it"
+            f"trains on samples of weights that are one round old, but {needing[0]} needs samples of the present weights; "
+            "change it"
         )
-    elif denominator != "behaviour" and not cfg.get("importance_weights"):
+    elif others and not cfg.get("importance_weights"):
         why = (
-            "needs a ratio to the log-probs of the weights that sampled, and objective.ratio_denominator="
-            f"{denominator} uses others; set it to behaviour, or add importance_weights"
+            f"needs a ratio to the log-probs of the weights that sampled, and {others[0]} uses others; set it to behaviour, "
+            "or add importance_weights"
         )
     elif objective.on_policy_frac == 0.0:
         why = "samples ahead, but this objective trains on the dataset's completions; choose another objective"

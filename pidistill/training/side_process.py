@@ -142,8 +142,7 @@ def _views(memory: Any, layout: Layout) -> dict[str, Tensor]:
 
 def _serve(theirs: Connection, ours: Connection, cfg: DictConfig, run: Run, memory: Any, layout: Layout, threads: int) -> None:
     """Answer calls until the training process closes its end, also by being killed."""
-    for signum in (signal.SIGINT, signal.SIGTERM):  # the training process decides when to stop
-        signal.signal(signum, signal.SIG_IGN)
+    leave_stopping_to_the_training()
     theirs.close()  # while a copy is open here, this process would not see that the training process has ended
     torch.set_num_threads(threads)
     try:
@@ -153,6 +152,15 @@ def _serve(theirs: Connection, ours: Connection, cfg: DictConfig, run: Run, memo
             _attempt(ours, lambda name=name, arguments=arguments: getattr(player, name)(**arguments))
     except (EOFError, OSError):
         return
+
+
+def leave_stopping_to_the_training() -> None:
+    """Do nothing on SIGINT and SIGTERM: a signal to all processes ends no round, and the training process decides when to stop.
+
+    With SIG_IGN programs that an environment starts would inherit it, and no `terminate` or `timeout` could end them.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, frame: None)
 
 
 def _attempt(connection: Connection, call: Callable[[], Any], silent: bool = False) -> Any:

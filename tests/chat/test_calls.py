@@ -39,12 +39,12 @@ def test_other_tags_are_text_until_they_are_named():
 
 
 @pytest.mark.parametrize("inside", ["look up the flight", "[1]", '{"arguments": {}}', '{"name": 3}', "{"])
-def test_an_unreadable_action_is_counted_and_is_no_call(inside):
+def test_an_unreadable_action_is_counted_and_is_not_a_call(inside):
     said = {"role": "assistant", "content": f'<action>{inside}</action><action>{{"name": "look"}}</action>'}
     assert calls_of(said) == [ToolCall("look", {})] and unreadable_calls(said) == 1
 
 
-def test_calls_within_reasoning_are_thoughts():
+def test_calls_within_reasoning_are_not_carried_out():
     look = '<action>{"name": "look"}</action>'
     for text, calls in (
         (f"<think>{look}</think>", 0),
@@ -69,7 +69,7 @@ def test_lines_are_in_the_calls_order_and_give_the_calls_back(calls):
         assert ToolCall(name, json.loads(rest[:-1])) == call
 
 
-def test_the_template_and_the_tools_left_out():
+def test_calls_are_written_with_the_template_and_without_the_tools_to_omit():
     turns = [
         {"role": "assistant", "tool_calls": [openai(ToolCall("think", {"thought": "hm"}), True)]},
         {"role": "tool", "content": '<action>{"name": "not_mine"}</action>'},

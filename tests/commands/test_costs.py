@@ -15,7 +15,7 @@ from torchtune.models.qwen2 import lora_qwen2, qwen2
 
 from pidistill.commands.plan.devices import Device
 from pidistill.commands.plan.memory import cache_columns, memory
-from pidistill.commands.plan.reading import list_passes
+from pidistill.commands.plan.reading import list_passes, read, setup_of
 from pidistill.commands.plan.seconds import attention_flops, seconds
 from pidistill.commands.plan.shape import model_shape
 from pidistill.commands.plan.workload import Pass, Setup, Workload, count_tokens, micro_batches
@@ -287,6 +287,22 @@ def test_ranks_divide_what_is_sharded_and_gather_the_whole_model_to_sample():
 def test_replicas_hold_the_shards_of_as_many_ranks_as_are_in_one_of_them():
     sharded = {"teacher_bytes": setup().model.weights_bytes, "average_elements": setup().model.trained}
     assert memory(setup(ranks=8, replicas=4, **sharded), workload()) == memory(setup(ranks=2, **sharded), workload())
+
+
+def test_a_process_that_samples_beside_the_training_has_its_own_weights_and_caches_in_every_phase():
+    alone, beside = memory(setup(device="cpu"), workload()), memory(setup(device="cpu", samples_beside=True), workload())
+    rollout = alone["rollout"]
+    own = rollout["libraries"] + rollout["weights"] + rollout["keys and values"] + rollout["prefill or step"]
+    assert beside == {phase: parts | {"process that samples": own} for phase, parts in alone.items() if phase != "rollout"}
+    mixed = memory(setup(device="cpu", samples_beside=True, mixed=True), workload())  # it reads weights in the forward's dtype
+    assert mixed["update"]["process that samples"] == own
+
+
+@pytest.mark.parametrize("device, beside", [(None, True), ("cpu", True), ("cuda:1", False)])
+def test_a_lag_is_read_from_the_config_unless_another_device_samples(device, beside):
+    cfg = read("tiny/pi_distill", ["rollout_lag=1", *([f"rollout_device={device}"] if device else [])])
+    assert setup_of(cfg, ranks=1, device="cpu").samples_beside is beside
+    assert not setup_of(read("tiny/pi_distill", []), ranks=1, device="cpu").samples_beside
 
 
 def test_keys_and_values_are_those_of_the_rows_sampled_at_once():

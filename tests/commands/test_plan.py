@@ -65,7 +65,7 @@ def test_lengths_are_those_of_the_rows_that_the_recipe_trains_on(name):
     assert rows.longest.completion == 50 or "batch_size" in cfg
 
 
-def test_tables_of_a_run_that_fits(capsys):
+def test_a_run_that_fits_is_printed_with_its_tables(capsys):
     status, text = run(capsys, "tiny/pi_distill", "--device", "a100", "--rows", "20")
     assert status == 0
     assert all(

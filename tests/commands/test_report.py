@@ -81,7 +81,7 @@ def test_the_log_prob_when_sampled_is_left_out_where_the_trainer_says_the_same(t
     assert "sampled_logprobs" not in kept["names"] and "student_logprobs" in kept["names"]
 
 
-def test_hostile_texts_are_text(tmp_path):
+def test_hostile_texts_are_shown_as_text(tmp_path):
     page = page_of(write_run(tmp_path / "run", text=HOSTILE))
     assert "<img" not in page and "alert(1)>" not in page
     assert page.count("</script>") == 4 and not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e\ud800-\udfff]", page)

@@ -685,7 +685,7 @@ def result(arm: str, seed: int, success: float, settings: dict | None = None, **
     return row | {"last": {"student_success": success}, "select": "eval_x", "stages": [], "config": "c"} | more
 
 
-def test_groups_and_their_mean_and_sd():
+def test_rows_are_grouped_with_their_mean_and_sd():
     rows = [result("a", 0, 0.1), result("a", 1, 0.4), result("b", 0, 0.5), result("a", 2, 0.0, status="failed", error="e")]
     first, second = groups_of(rows)
     assert (first.title, len(first.rows), first.failed) == ("a", 2, 1)

@@ -210,7 +210,7 @@ def test_json_rows_are_read_as_they_were_written(write):
         ({"tools_file": "gone.json"}, "dataset.tools_file gone.json does not exist"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(arguments, said, write):
+def test_settings_of_a_trace_dataset_that_contradict_the_rows_are_refused(arguments, said, write):
     with pytest.raises(InputError, match=said):
         trace_dataset(write(episode(1, 1.0, *BOOK, *BYE)), **arguments)
 
@@ -232,7 +232,7 @@ def test_damaged_files_are_refused(tmp_path):
 
 
 @needs_data
-def test_the_real_traces_against_a_plain_reading():
+def test_real_traces_are_read_as_a_plain_reader_reads_them():
     rows = [json.loads(line) for line in REAL.read_text().splitlines()]
     best: dict[int, tuple[int, dict]] = {}
     for row in rows:

@@ -90,7 +90,7 @@ def test_a_file_that_changed_is_read_again(tmp_path):
     assert len(qa_dataset(file)) == 3
 
 
-def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
+def test_sources_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"dataset\.source nowhere\.jsonl does not exist; relative paths start at the working"):
         qa_dataset("nowhere.jsonl")
     with pytest.raises(InputError, match=r"none\*\.parquet does not exist"):
@@ -146,7 +146,7 @@ def test_rows_in_verls_layout_are_read_with_dotted_keys(tmp_path):
         assert first.data["extra_info"]["index"] == 0
 
 
-def test_question_template_system_prompt_and_completion(tmp_path):
+def test_question_template_system_prompt_and_completion_shape_the_rows(tmp_path):
     file = write(tmp_path / "rows.jsonl", [{"q": "2 {x}?", "a": 4, "demo": "It is 4.", "dotted.key": "pi"}])
     (example,) = qa_dataset(
         file,
@@ -281,7 +281,7 @@ def test_malformed_messages_are_named_by_row_and_field(tmp_path, what):
         chat_dataset(file, privileged_key=None)
 
 
-def test_chat_options_that_cannot_be(tmp_path):
+def test_wrong_options_of_chat_rows_are_refused(tmp_path):
     file = write(tmp_path / "rows.jsonl", [{"messages": [user("a")], "pi": [user("p")], "tools": "no json", "tools2": [3]}])
 
     def refused(sentence, **options):

@@ -17,7 +17,7 @@ def pair_of(example, tokenizer):
     return PromptPair(prompt, prompt, has_privileged=False)
 
 
-def test_it_is_the_conversation_with_observations_masked():
+def test_a_demonstration_is_the_conversation_with_observations_masked():
     tokenizer = tiny_world_tokenizer()
     for example in list(tiny_world_dataset("train", completion="cot"))[:5]:
         rollout = demonstration(example, pair_of(example, tokenizer), tokenizer)
@@ -30,7 +30,7 @@ def test_it_is_the_conversation_with_observations_masked():
         assert words[-1] == "end"  # the end of the last turn is trained
 
 
-def test_too_long_is_refused_or_dropped_and_counted():
+def test_a_demonstration_that_is_too_long_is_refused_or_dropped_and_counted():
     tokenizer = tiny_world_tokenizer()
     examples = list(tiny_world_dataset("train", completion="cot"))[:4]
     examples[1:2] = [Example(id="short", messages=examples[1].messages, completion=[{"role": "assistant", "content": "go"}])]
@@ -76,7 +76,7 @@ def test_earlier_turns_in_another_form_than_a_server_shows_are_said_once_with_th
     assert "2 of 3 demonstrations hold turns before the last one in another form than a server shows (first: row 1)" in said
 
 
-def test_nothing_is_said_where_a_server_shows_the_same_turns(tmp_path, caplog):
+def test_no_warning_is_given_where_a_server_shows_the_same_turns(tmp_path, caplog):
     tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path)))
     build_demonstrations(rows_of_turns(tokenizer, TWO_TURNS), tokenizer, max_seq_len=600, on_overflow=None)
     assert not caplog.records

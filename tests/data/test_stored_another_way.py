@@ -111,7 +111,7 @@ def test_nulls_of_a_table_are_removed_and_nulls_of_a_row_are_kept(tmp_path):
     assert cleaned.completion[0]["tool_calls"][0]["function"]["arguments"] == {"seats": 2}
 
 
-def test_a_saved_dataset_is_read_and_blanks_are_nothing(tmp_path):
+def test_a_saved_dataset_is_read_and_blank_values_count_as_absent(tmp_path):
     datasets.Dataset.from_list([{"messages": [USER]}] * 3).save_to_disk(str(tmp_path / "saved"))
     assert len(chat_dataset(str(tmp_path / "saved"), privileged_key=None)) == 3
     (row,) = read(tmp_path / "rows.jsonl", {"messages": [USER], "tools": [tool("a", "b", "string")]}, completion=None)

@@ -67,7 +67,7 @@ def test_what_the_reset_hides_is_the_privileged_information_and_nobody_elses():
     assert re.fullmatch(r"The answer is \d+\.", answer)
 
 
-def test_options_and_a_system_prompt():
+def test_options_and_a_system_prompt_reach_the_rows_of_gem():
     row = gem_dataset(GUESS, 1, options={"max_number": 99, "max_turns": 9}, system_prompt="Be brief.")[0]
     assert row.messages[0] == {"role": "system", "content": "Be brief."}
     assert "between 1 and 99 (inclusive) within 9 turns" in row.messages[1]["content"]
@@ -106,7 +106,7 @@ def test_an_environment_whose_seed_does_not_decide_is_refused(monkeypatch):
 # ------------------------------------------------------------------------------------------- episodes
 
 
-def test_who_knows_wins_and_who_does_not_is_told():
+def test_the_right_guess_wins_and_a_wrong_one_gets_a_hint():
     for row in gem_dataset(GUESS, 6):
         number = number_in(row.privileged)
         wrong = number % 10 + 1
@@ -241,7 +241,7 @@ def test_the_command_of_the_config_runs_it_in_worker_processes(base, tmp_path):
     assert_trained(tmp_path, least_reward=-0.1)
 
 
-def test_the_config_of_a_real_model_made_small(tmp_path):
+def test_the_config_of_a_real_model_runs_with_small_sizes(tmp_path):
     texts = [row.messages[0]["content"] for row in gem_dataset("game:GuessTheNumber-v0-hard", 3)]
     checkpoint = qwen_checkpoint(tmp_path / "qwen", texts)
     rounds = ["max_steps=1", "prompts_per_round=2", "group_size=3", "updates_per_round=1", "minibatch_rollouts=null"]

@@ -229,7 +229,7 @@ FAULTS = {  # episode: (when, what), as in tests/rollouts/test_calls.py
 COUNTS = dict(zip(DROP_REASONS, (2, 1, 2, 2, 2), strict=True))
 
 
-def test_of_64_episodes_in_3_processes_the_ill_ones_are_lost_and_no_others():
+def test_of_64_episodes_in_3_processes_only_those_that_fail_are_lost():
     healthy = healthy_numbers()
     assert min(len(healthy[row][6]) for row in FAULTS) >= 2, "a fault of a second turn would not happen"
     environment = ProcessEnvironment(Fatal(FAULTS, None), workers=3, timeout_s=2.0)

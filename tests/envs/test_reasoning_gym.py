@@ -89,7 +89,7 @@ def test_the_tasks_own_verifier_judges_the_last_answer():
             assert judged(row, wrong) == expected < 1.0
 
 
-def test_a_verifier_with_more_than_one_right_answer():
+def test_a_verifier_accepts_each_of_several_right_answers():
     (row,) = reasoning_gym_dataset("n_queens", 1, allow_evaluated_answers=True)
     solutions = entry_of(row)["metadata"]["valid_answers"]
     assert [judged(row, f"<answer>{solution}</answer>") for solution in solutions] == [1.0] * len(solutions)

@@ -208,7 +208,7 @@ def test_expert_gets_reward_one_on_every_task_through_the_tokenizer(split, style
         assert observed == [message for message in example.completion if message["role"] == "tool"], example.id
 
 
-def test_random_and_believing_agents_almost_never_succeed():
+def test_agents_that_act_at_random_or_by_the_priors_almost_never_succeed():
     rng, world = random.Random(0), World()
     examples = list(tiny_world_dataset("test", "none"))
     babbled = [[" ".join(rng.choices(VOCAB, k=rng.randrange(1, 9))) for _ in range(3)] for _ in range(4 * len(examples))]
@@ -375,7 +375,7 @@ def test_dataset_rows_carry_the_kind_of_privileged_information_asked_for(kind):
         assert example.privileged == (None if kind == "none" else privileged_text(task, kind))
 
 
-def test_dataset_defaults_rows_and_refusals():
+def test_the_dataset_has_its_default_rows_and_refuses_wrong_arguments():
     assert tiny_world_dataset("test")[0].privileged == tiny_world_dataset("test", "dfk")[0].privileged
     assert list(tiny_world_dataset("train", max_rows=3)) == list(tiny_world_dataset("train"))[:3]
     assert tiny_world_dataset("train").dropped == {}
@@ -522,7 +522,7 @@ def test_base_rows_that_compute_compute_right(base_rows):
         assert "".join(words[1::4]) == FORMULAS[number] and [int(word) for word in words[2::4]] == row["digits"]
 
 
-def test_easier_and_leak_free_bases():
+def test_bases_can_be_made_easier_and_free_of_leaks():
     rows = [read_base_row(example) for example in tiny_world_base_dataset(1_500, 1, true_option_prob=0.2, leak_prob=0.0)]
     world, guessing = World(), [row for row in rows if row["block"] is None]
     assert_share(sum(int(row["carrier"][1:]) == world.carriers[row["features"][2]] for row in guessing), len(guessing), 0.2)

@@ -118,7 +118,7 @@ def test_random_valid_calls_solve_next_to_nothing(count, tasks):
     assert sum(rewards) <= 1
 
 
-def test_half_of_an_episode_has_no_reward(tasks):
+def test_half_of_the_experts_episode_has_no_reward(tasks):
     """Writes without what must be said, and what must be said without the writes."""
     for task in [task for task in tasks["test"] if task.writes and task.outputs and not task.wishes[-1].ends][:10]:
         mute = [*task.writes, *[Say("Is there anything else?")] * task.level]
@@ -285,7 +285,7 @@ def test_rows_that_cannot_be_made_are_refused(arguments, said):
 # ------------------------------------------------------------------------------------------- the environment
 
 
-def test_it_is_an_environment_for_its_own_rows(tasks):
+def test_the_tool_world_plays_its_own_rows(tasks):
     assert isinstance(ENVIRONMENT, Environment)
     with pytest.raises(InputError, match="not a ToolTask of the tool world"):
         ENVIRONMENT.reset(Example("row 1", [], data={}))

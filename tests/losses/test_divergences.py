@@ -73,7 +73,7 @@ def test_value_and_gradient_equal_the_loop_and_stop_where_the_request_says(name,
             assert own is None
 
 
-def test_gradients_with_respect_to_raw_log_probs():
+def test_gradients_with_respect_to_raw_log_probs_equal_finite_differences():
     inputs = (logits(1, 3, 4).requires_grad_(), logits(2, 3, 4).requires_grad_())
     ids = torch.tensor([[0, 3], [1, 2], [2, 0]])
     for function in (
@@ -138,7 +138,7 @@ def test_a_token_impossible_under_p_adds_nothing_and_one_impossible_under_q_alon
     assert kl(torch.log_softmax(p, -1), torch.log_softmax(forbid(q, [1]), -1)).item() == INF
 
 
-def test_a_probability_that_underflows_does_not_meet_infinity():
+def test_a_probability_that_underflows_times_an_infinite_log_ratio_is_0():
     p = torch.tensor([[0.0, -200.0]]).requires_grad_()  # fp32: exp(−200) is 0
     q = torch.tensor([[0.0, -INF]])
     value = kl(p, q)
@@ -291,7 +291,7 @@ def test_refusals_say_what_is_wrong():
         divergence(Divergence("jsd", grad="student"), p, p)
     with pytest.raises(ValueError, match=r"no other divergence takes one"):
         divergence(Divergence("kl_teacher_student", grad="student", beta=0.5), p, p)
-    with pytest.raises(ValueError, match=r"grad='left'"):
+    with pytest.raises(ValueError, match=r"grad=left"):
         object.__setattr__(request := Divergence("jsd", grad="both", beta=0.5), "grad", "left")
         divergence(request, p, p)
 

@@ -93,7 +93,7 @@ def test_ppo_has_no_nan_at_extreme_ratios_in_fp32(gap, dual_clip):
         assert loss[5] == dual_clip and gradient[5] == 0
 
 
-def test_no_tokens_keep_the_graph():
+def test_a_loss_over_no_tokens_keeps_the_graph():
     logp, none = (torch.ones(2, requires_grad=True) * 1.0)[:0], torch.zeros(0)
     index = torch.zeros(0, dtype=torch.long)
     losses = [
@@ -203,7 +203,7 @@ def test_equal_rollouts_count_in_full():
 # ------------------------------------------------------------------------------------------------ plain, and refusals
 
 
-def test_reinforce_gradient_is_the_advantage_and_a_zero_advantage_is_silent():
+def test_reinforce_gradient_is_the_advantage_and_0_where_the_advantage_is_0():
     logp = torch.tensor([-1.0, -2.0, -math.inf], requires_grad=True)
     A = torch.tensor([3.0, -4.0, 0.0], requires_grad=True)
     loss = reinforce_loss(logp, A)

@@ -92,7 +92,7 @@ WEIGHTS: dict[str, tuple[TokenWeight, object]] = {
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_equals_the_loop_with_gradient_to_the_term_alone(name):
+def test_a_token_weight_equals_the_loop_and_passes_gradient_to_the_term_alone(name):
     weight, loop = WEIGHTS[name]
 
     @settings(deadline=None, max_examples=25)
@@ -151,7 +151,7 @@ def test_skipping_nothing_and_no_weight_change_nothing():
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6), st.floats(0.1, 20), st.integers(0, 4))
-def test_weights_shrink_a_divergence_and_never_turn_it(seed, half_life, skip):
+def test_token_weights_shrink_a_divergence_and_never_reverse_it(seed, half_life, skip):
     """On terms ≥ 0: 0 ≤ weighted ≤ term."""
     batch, scores, term = case(seed)
     term = term.detach().abs()

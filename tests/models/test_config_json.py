@@ -103,7 +103,7 @@ def test_a_bias_that_only_the_files_have_is_named(folders, tmp_path):
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"])
 @pytest.mark.parametrize("value", [None, 0, -1, "64", 1.5, True, [64], 10**18])
-def test_a_size_that_is_none_is_named_with_its_value(key, value, folders, tmp_path):
+def test_a_size_that_is_not_a_positive_whole_number_is_named_with_its_value(key, value, folders, tmp_path):
     with pytest.raises(InputError, match=rf"config.json has {key} .*, which must be a positive whole number"):
         check("qwen3", folders("qwen3"), tmp_path, **{key: value})
 

@@ -168,7 +168,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
         InputError, match=r"model_type 'gemma3_text', and transformers.*pip install 'pidistill\[transformers\]'"
     ):
         from_folder(folder)
-    with pytest.raises(InputError, match="model.backend=nothing is none of"):
+    with pytest.raises(InputError, match="model.backend=nothing is unknown; choose one of auto"):
         from_folder(folder, backend="nothing")
 
 

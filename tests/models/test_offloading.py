@@ -68,12 +68,12 @@ def test_sampling_and_constant_views_save_nothing(recorder):
         ({"enable_activation_offloading": True}, "cuda", 2, "set enable_activation_checkpointing=True too"),
     ],
 )
-def test_offloading_that_cannot_be_is_refused(changes, device, ranks, message):
+def test_offloading_that_cannot_work_is_refused(changes, device, ranks, message):
     with pytest.raises(InputError, match=message):
         check_offloading(OmegaConf.create(changes), torch.device(device), ranks)
 
 
-def test_what_can_be_is_not_refused():
+def test_offloading_that_works_is_not_refused():
     both = {"enable_activation_offloading": True, "enable_activation_checkpointing": True, "fsdp_cpu_offload": True}
     check_offloading(OmegaConf.create(both), torch.device("cuda"), 2)
     check_offloading(OmegaConf.create(dict.fromkeys(both, False)), CPU, 1)

@@ -90,7 +90,7 @@ def test_adapters_reach_every_layer_that_is_named_and_start_as_nothing():
         ({"tie_word_embeddings": True, "apply_lora_to_output": True}, "set model.apply_lora_to_output=False"),
     ],
 )
-def test_adapters_that_cannot_be_are_refused(changes, message):
+def test_adapters_that_the_model_cannot_have_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         models.lora_qwen3(**SIZES | LORA | changes)
 

@@ -66,7 +66,7 @@ def scaled_by_hand(rollouts, entropies, quantile):
 
 
 @pytest.mark.parametrize("quantile", [0.2, 0.5, 1.0])
-def test_published_values_and_the_share_that_is_selected(quantile):
+def test_advantages_equal_the_published_scaling_and_select_the_share_that_is_asked_for(quantile):
     rollouts, objective = sampled(), ConstantNegative(quantile=quantile)
     count = sum(r.policy_tokens for r in rollouts)
     entropies = torch.rand(count, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

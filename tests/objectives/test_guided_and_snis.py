@@ -109,7 +109,7 @@ def towards_the_tilted_student(chain: MarkovChain, rewards: dict, beta: float) -
 
 
 @pytest.mark.parametrize("end", [None, 1])
-def test_snis_moves_the_student_towards_its_reward_tilted_self(end):
+def test_snis_moves_the_student_towards_its_own_distribution_tilted_by_the_reward(end):
     """With every sequence in the group once, μ uniform, the weights are S·exp(R/β)/Z: the limit, by enumeration."""
     chain = MarkovChain.seeded(0, sampler="student", end=end)
     rewards = {y: float(sum(y) % 2) for y in chain.sequences()}
@@ -134,7 +134,7 @@ def test_snis_corrects_for_who_sampled():
     assert relative_difference({"": snis_gradient(chain, rollouts)}, {"": expected}) > 0.1
 
 
-def test_samples_of_snis_approach_that_direction():
+def test_means_over_samples_of_snis_approach_the_exact_direction():
     """1 000 samples of μ come nearer than 20 (Monte Carlo with a fixed seed)."""
     chain = MarkovChain.seeded(0, sampler="student")
     sequences = chain.sequences()

@@ -4,6 +4,8 @@ The pieces are held to the estimator table in tests/losses/test_estimators.py; h
 group advantages with a baseline, ratio, loss. Two rollouts a group, all 27 × 27 pairs weighed by their probability.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,6 +48,33 @@ def test_loss_modes_have_the_pathwise_gradient(sampler, mode):
     chain = MarkovChain.seeded(0, sampler=sampler)
     ours = expected_gradient(build(sampler, **mode), chain)
     torch.testing.assert_close(ours, BETA * pathwise_gradient(chain), atol=2e-6, rtol=1e-5)
+
+
+def lagging(seed: int, sampler: str) -> tuple[MarkovChain, MarkovChain]:
+    """Return a chain, and the one whose weights sampled: about an update away from it."""
+    chain = MarkovChain.seeded(seed, sampler=sampler)
+    return chain, replace(chain, W=chain.W + 0.1 * torch.randn_like(chain.W))
+
+
+@pytest.mark.parametrize("sampler", ["teacher", "student"])
+def test_on_older_samples_whole_rollouts_weights_make_reward_k1_exact_and_loss_rb_complete_not(sampler):
+    """The weights reach the policy gradient, and no KL that is a loss: its prefixes stay those of the older policy."""
+    chain, older = lagging(0, sampler)
+    expected = BETA * chain.true_gradient()
+    k1 = build(sampler, "reward_k1", advantage="leave_one_out")
+    torch.testing.assert_close(expected_gradient(k1, chain, older, weighed=True), expected, atol=2e-6, rtol=1e-5)
+    for objective, weighed in ((k1, False), (build(sampler, "loss_rb_complete"), True)):
+        error = (expected_gradient(objective, chain, older, weighed) - expected).norm() / expected.norm()
+        assert error > 0.01, error
+
+
+@pytest.mark.parametrize("sampler", ["teacher", "student"])
+def test_on_older_samples_loss_rb_has_the_pathwise_gradient_at_their_prefixes_and_loss_k2_has_not(sampler):
+    chain, older = lagging(1, sampler)
+    expected = BETA * pathwise_gradient(chain, prefixes=older)
+    torch.testing.assert_close(expected_gradient(build(sampler, "loss_rb"), chain, older), expected, atol=2e-6, rtol=1e-5)
+    error = (expected_gradient(build(sampler, "loss_k2"), chain, older) - expected).norm() / expected.norm()
+    assert error > 0.05, error
 
 
 def test_reward_rb_is_not_a_gradient_of_the_kl():

@@ -56,7 +56,7 @@ def test_opsd_gives_the_teacher_no_gradient(kl_mode):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_equals_the_equations_written_out(alpha):
+def test_the_loss_equals_the_equations_written_out(alpha):
     """Eq. 2–4 with PPO on both halves, straight from float64 logits; value and gradient on both sides."""
     objective = PiDistill(alpha=alpha, beta=0.6, advantage="group_mean")
     rollouts = random_rollouts(4)

@@ -186,7 +186,7 @@ def test_equals_its_equation_value_and_gradient_and_leaves_the_teacher_alone(nam
     assert logits["teacher"].grad is None or not logits["teacher"].grad.any()
 
 
-def test_the_cases_above_reach_every_branch():
+def test_the_cases_of_the_equation_test_reach_every_branch():
     rollouts = mixed_rollouts()
     batch = batch_of(rollouts, GRPO().advantages(rollouts, 0))
     _, logits, picked = dense_scores(GRPO(), batch)

@@ -64,7 +64,7 @@ def test_texts_equal_the_walk_around_the_group(case, writers, both, threshold):
     assert hindsight.texts(rollouts) == [brute_force(hindsight, rollouts, i) for i in range(len(rollouts))]
 
 
-def test_nobody_is_its_own_sibling():
+def test_no_rollout_is_its_own_sibling():
     alone = [rollout("a", 0, 1.0), rollout("b", 0, 0.0), rollout("c", 1, 1.0)]
     assert Hindsight(said).texts(alone) == [None, "a", None]
     both = [rollout("a", 0, 1.0), rollout("b", 0, 1.0)]
@@ -108,7 +108,7 @@ def test_a_transcript_holds_tool_calls_and_results():
     ]
 
 
-def test_a_siblings_tool_calls_and_what_the_tools_answered():
+def test_a_siblings_text_holds_its_tool_calls_and_what_the_tools_answered():
     calls, feedback = SiblingToolCalls(), ToolFeedback()
     assert calls(ROWS[0], TOOL_TURNS) == calls.header + '\n1. look({"city": "SEA"})\n2. book({"flight": "F1"})'
     assert SiblingToolCalls(header="", omit_tools=["book"])(ROWS[0], TOOL_TURNS) == '1. look({"city": "SEA"})'
@@ -209,7 +209,7 @@ def test_the_teacher_sees_the_siblings_text_and_the_student_what_it_saw():
             assert contains(r.prompts.teacher, ids_of(text)) and not contains(r.prompts.student, ids_of(text))
 
 
-def test_the_rows_own_information_gives_way():
+def test_hindsight_replaces_the_rows_own_information():
     told = next(iter(tiny_world_dataset(split="train", privileged="dfk", max_rows=1)))
     rollouts = [rollout("a", 0, 0.0, told), rollout("b", 0, 0.0, told)]
     assert rollouts[0].prompts.has_privileged

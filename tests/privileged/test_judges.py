@@ -135,7 +135,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_what_may_pass_is_tried_again_and_counted_if_it_does_not(kind, server, caplog):
+def test_a_failure_that_may_pass_is_tried_again_and_counted_if_it_stays(kind, server, caplog):
     server.script = [BROKEN[kind], BROKEN[kind], (200, "At last.")]
     judge = Judge(endpoint(server, retries=2))
     assert judge(ROW, TURNS) == "At last." and judge.failures == 0 and len(server.requests) == 3
@@ -261,7 +261,7 @@ def test_a_refusal_is_not_tried_again(server):
         assert len(server.requests) == 1
 
 
-def test_a_redirect_does_not_carry_the_key_away(server, monkeypatch):
+def test_a_redirect_does_not_send_the_key_to_another_server(server, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     other = Server()
     server.script = [(302, "moved", ("Location", f"{other.url}/chat/completions"))]
@@ -271,7 +271,7 @@ def test_a_redirect_does_not_carry_the_key_away(server, monkeypatch):
     other.http.server_close()
 
 
-def test_a_judge_that_is_not_there(server):
+def test_a_judge_whose_server_is_gone_gives_no_feedback(server):
     server.http.server_close()
     assert Judge(endpoint(server, retries=0))(ROW, TURNS) is None
 
@@ -351,7 +351,7 @@ def test_a_rollout_whose_critique_failed_has_none_and_is_counted():
         ({"key_env": "NO_SUCH_KEY"}, "the environment variable NO_SUCH_KEY .ask.key_env. is not set"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused(changes, said, monkeypatch):
+def test_judge_settings_that_cannot_work_are_refused(changes, said, monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(InputError, match=said) as error:
         ChatEndpoint(**{"base_url": "http://localhost/v1", "model": "m"} | changes)

@@ -263,7 +263,7 @@ def test_unknown_choices_are_named_with_the_known_ones(key, value):
         PrivilegedPrompt(**{key: value})
 
 
-def test_limits_and_places_that_cannot_be(tokenizers):
+def test_wrong_limits_and_placements_are_refused(tokenizers):
     with pytest.raises(InputError, match=r"max_privileged_length is 0; give at least 1"):
         PrivilegedPrompt(max_privileged_length=0)
     alone = Example("row 3", [system("s")], privileged="I")
@@ -276,7 +276,7 @@ def test_limits_and_places_that_cannot_be(tokenizers):
     assert PrivilegedPrompt(placement="before_user").encode(trace, tokenizers["llama3"]).has_privileged
 
 
-def test_role_of_the_extra_message(tokenizers):
+def test_the_extra_message_has_the_role_that_is_set(tokenizers):
     example = Example("r", [user("a")], privileged="I")
     prompt = PrivilegedPrompt(template="{privileged}", placement="before_user", role="system")
     assert prompt.teacher_messages(example, example.messages) == [system("I"), user("a")]

@@ -289,7 +289,7 @@ def check_only_teachers_see(rollouts: list[Rollout], tokenizer, teachers: int) -
     assert sum(SENTINEL in tokenizer.decode(rollout.prompts.teacher) for rollout in rollouts) == teachers
 
 
-def test_no_sentinel_of_the_calls_reaches_a_student_that_samples(rows, qwen, tokenizer, tmp_path, process_group):
+def test_no_marker_of_the_calls_reaches_a_student_that_samples(rows, qwen, tokenizer, tmp_path, process_group):
     """π-Distill through the replay environment; every argument of every recorded call holds the sentinel."""
     source = as_file(tmp_path / "traces.jsonl", [plant_in_calls(row) for row in rows])
     folder = tmp_path / "run"
@@ -311,9 +311,7 @@ def test_no_sentinel_of_the_calls_reaches_a_student_that_samples(rows, qwen, tok
     assert SENTINEL not in (folder / "metrics.jsonl").read_text()
 
 
-def test_no_sentinel_of_the_reference_actions_reaches_a_student_on_recorded_turns(
-    rows, qwen, tokenizer, tmp_path, process_group
-):
+def test_no_marker_of_the_reference_actions_reaches_a_student_on_recorded_turns(rows, qwen, tokenizer, tmp_path, process_group):
     """GKD on the recorded turns: they are the completions, so the sentinel is in the reference actions alone."""
     source = as_file(tmp_path / "traces.jsonl", [plant_in_actions(row) for row in rows])
     folder = tmp_path / "run"

@@ -373,7 +373,7 @@ def test_wrong_rows_are_refused_in_one_sentence_before_weights_are_loaded(name, 
     assert re.search(expected, said), said
 
 
-def test_a_file_that_is_not_json(sentence, tiny_base, tmp_path):
+def test_a_file_that_is_not_json_is_refused_by_name(sentence, tiny_base, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"messages": [\n')
     dataset = {"_component_": CHAT, "source": str(tmp_path / "rows.jsonl")}
     said = sentence("opsd", small_config("opsd", tiny_base, tmp_path / "run", dataset=dataset))

@@ -142,7 +142,7 @@ def test_every_recipe_and_every_config_is_covered():
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "base"])
-def test_runs_three_steps(name, one, able_base):
+def test_every_tiny_config_runs_three_steps(name, one, able_base):
     folder = one(name)
     if RECIPES[name] == "evaluate_distributed":
         assert json.loads((folder / "results.json").read_text())["student"]
@@ -242,7 +242,7 @@ def test_a_teachers_numbers_on_disk_are_written_by_one_run_and_read_by_the_next_
         run("semi_opd", cfg)
 
 
-def test_the_small_base_succeeds_now_and_then(one):
+def test_the_small_base_earns_some_rewards_in_either_view(one):
     """What makes the runs above say something: rewards with spread, in either view."""
     for name in ("pi_distill", "rl", "sdpo", "guide_grpo"):
         successes = [row["reward_mean"] for row in metrics(one(name)) if "loss" in row]

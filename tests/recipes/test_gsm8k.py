@@ -167,7 +167,7 @@ def test_the_saved_checkpoint_is_a_transformers_model_with_the_trained_weights(t
     assert (theirs - before).abs().max() > 0.01, "the comparison would not see whether the trained weights were loaded"
 
 
-def test_evaluation_of_the_saved_checkpoint(trained, tmp_path):
+def test_the_saved_checkpoint_can_be_evaluated(trained, tmp_path):
     overrides = [
         *small_model(trained("pi_distill") / "latest", tmp_path),
         f"dataset.source={Path(DATA) / 'gsm8k_test_400.jsonl'}",

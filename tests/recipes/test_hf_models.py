@@ -156,7 +156,7 @@ def test_a_saved_adapter_on_the_base_is_the_saved_model(folders, tmp_path, monke
 
 
 @pytest.mark.parametrize("student", ["torchtune", "transformers"])
-def test_a_teacher_of_the_other_kind_teaches(student, folders, tmp_path):
+def test_a_teacher_of_the_other_backend_gives_the_same_numbers(student, folders, tmp_path):
     """The same weights in both kinds: nothing to learn but the hint; with transformers' the divergence is torchtune's."""
     name = "llama, tied (SmolLM2)"
     teacher = "transformers" if student == "torchtune" else "torchtune"

@@ -164,7 +164,7 @@ def test_another_model_with_more_padded_rows_teaches(tiny_base, tmp_path):
         ),
     ],
 )
-def test_teachers_that_cannot_be_are_refused_before_weights_are_loaded(
+def test_teachers_that_do_not_fit_are_refused_before_weights_are_loaded(
     method, changes, message, tiny_base, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(

@@ -195,6 +195,6 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu(changes, message, wide_base, tmp_p
         memory_run(wide_base, tmp_path, **changes)
 
 
-def test_clipping_that_would_do_nothing_is_refused(stand_in_gpu, wide_base, tmp_path):
+def test_clipping_that_would_have_no_effect_is_refused(stand_in_gpu, wide_base, tmp_path):
     with pytest.raises(InputError, match="clip_grad_norm=1 has no effect on .*; set clip_grad_norm=null"):
         memory_run(wide_base, tmp_path, **(ON_CPU | {"clip_grad_norm": 1.0}))

@@ -394,7 +394,7 @@ def test_two_processes_do_what_one_does(name, two, tiny_base, tmp_path):
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=2e-6, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_those_scenarios_say_something(two):
+def test_the_scenarios_of_two_processes_use_what_they_are_named_for(two):
     assert sum(row["guided_groups"] for row in metrics(two / "guide")) > 0
     for name in ("hindsight", "hindsight_shuffled"):
         assert all(row["rollouts_with_pi_frac"] > 0 for row in metrics(two / name))

@@ -253,7 +253,7 @@ def test_a_checkpoint_that_one_machine_lacks_is_refused_on_both(tiny_base, own_f
         ({"data_parallel_replicate_dim": 2, "model": {"quantize_base": True}}, 4, 1, "model.quantize_base=True does not work"),
     ],
 )
-def test_replicas_that_cannot_be_are_refused_in_one_sentence(changes, processes, shares, said):
+def test_replicas_that_do_not_divide_the_processes_are_refused_in_one_sentence(changes, processes, shares, said):
     with pytest.raises(InputError, match=said.replace(".", r"\.")) as refusal:
         check_replicas(OmegaConf.create(changes), processes, shares)
     assert "\n" not in str(refusal.value)

@@ -2,22 +2,26 @@
 
 import copy
 import json
+import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from pidistill.data import epoch_order, load_prompts
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
 from pidistill.teachers import LiveTeacher
 from pidistill.training import side_process
 from pidistill.training.checkpoints import STATE_FILE
 from pidistill.training.compatibility import build_objective
-from pidistill.training.round_sampler import check_lag
+from pidistill.training.round_sampler import check_lag, rollout_device
 from tests.support import runs
 from tests.support.forks import Fork, shared_server
 from tests.support.lora import LORA
@@ -213,12 +217,46 @@ def test_an_error_of_the_environment_is_said_by_the_run(tiny_base, tmp_path):
         run("pi_distill", small_config("pi_distill", tiny_base, tmp_path, **LAG | refused))
 
 
+def test_an_error_of_the_round_ahead_costs_no_update_before_it(tiny_base, tmp_path):
+    """As without a lag: the checkpoint is written, and the run ends where the round is needed."""
+    cfg = small_config("pi_distill", tiny_base, tmp_path, **LAG, save_every_steps=1)
+    rows = epoch_order(len(load_prompts(cfg, no_pi="rl").prompts), cfg.seed, 2 * cfg.prompts_per_round, cfg.prompts_per_round)
+    refused = {"fail": "refuse", "fail_on": [f"tiny_world train row {row}" for row in rows]}
+    OmegaConf.update(cfg, "environment", refused)
+    with pytest.raises(InputError, match=r"is refused by the environment"):
+        run("pi_distill", cfg)
+    assert training_state(tmp_path)["step"] == 2
+    OmegaConf.update(cfg, "environment", {"fail": None, "fail_on": []})
+    cfg.resume_from_checkpoint = True
+    run("pi_distill", cfg)
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_an_environment_starts_can_be_ended_by_a_signal(tmp_path):
+    """The process that samples ignores SIGTERM, and its children do not inherit that."""
+
+    def child():
+        side_process.leave_stopping_to_the_training()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with subprocess.Popen(["sleep", "60"]) as sleeping:
+            sleeping.terminate()
+            (tmp_path / "status").write_text(str(sleeping.wait()))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(30)
+    process.kill()
+    assert process.exitcode == 0 and (tmp_path / "status").read_text() == str(-signal.SIGTERM)
+
+
 def test_parts_that_the_process_cannot_build_are_refused_before_weights_are_loaded(tiny_base, tmp_path):
     missing = {"checkpointer__checkpoint_dir": str(tiny_base), "environment__unknown": 1}
     with pytest.raises(InputError, match="unknown"):
         run("pi_distill", small_config("pi_distill", tiny_base, tmp_path, **LAG | missing))
 
 
+ROUTED = {"_component_": "pidistill.objectives.RoutedObjective", "key": "domain"}
+GRPO, OPSD, PI_DISTILL = ({"_component_": f"pidistill.objectives.{name}"} for name in ("GRPO", "OPSD", "PiDistill"))
 REFUSED = {
     "sampled kl": (
         "pi_distill",
@@ -230,6 +268,16 @@ REFUSED = {
         "pi_distill",
         {"objective__student_term": "ppo", "objective__ratio_denominator": "live_teacher"},
         r"objective.ratio_denominator=live_teacher uses others; set it to behaviour, or add importance_weights",
+    ),
+    "sampled kl of one of several": (
+        "opsd",
+        {"objective": ROUTED | {"objectives": {"a": GRPO, "b": OPSD | {"kl_mode": "loss_k2"}}}},
+        r"objective.objectives.b.kl_mode=loss_k2 needs samples of the present weights",
+    ),
+    "ratio of one of several": (
+        "pi_distill",
+        {"objective": ROUTED | {"objectives": {"a": PI_DISTILL, "b": PI_DISTILL | {"ratio_denominator": "live_teacher"}}}},
+        r"objective.objectives.b.ratio_denominator=live_teacher uses others",
     ),
     "4-bit base": ("pi_distill", {"model__quantize_base": True}, r"model.quantize_base=True stores them in 4 bits"),
     "fixed completions": ("semi_opd", {}, r"trains on the dataset's completions"),
@@ -247,6 +295,17 @@ def test_what_cannot_lag_is_refused_with_the_key_to_change(case, tiny_base, tmp_
     cfg = small_config(method, tiny_base, tmp_path, **LAG | changes)
     with pytest.raises(InputError, match=sentence):
         check_lag(cfg, one_process(tmp_path), build_objective(cfg))
+
+
+@pytest.mark.parametrize("name, sentence", [("gpu", "must be cpu, cuda or cuda:N"), ("cuda:x", "must be"), ("cuda:99", "sees")])
+def test_a_device_that_is_not_there_is_refused(name, sentence, tmp_path):
+    with pytest.raises(InputError, match=rf"rollout_device={name} .*{sentence}"):
+        rollout_device(OmegaConf.create({"rollout_device": name}), one_process(tmp_path))
+
+
+def test_the_device_of_the_second_process_is_by_default_that_of_the_training(tmp_path):
+    assert rollout_device(OmegaConf.create({}), one_process(tmp_path)) == torch.device("cpu")
+    assert rollout_device(OmegaConf.create({"rollout_device": "cpu"}), one_process(tmp_path)) == torch.device("cpu")
 
 
 def one_process(folder: Path, processes: int = 1) -> Run:

@@ -32,7 +32,7 @@ def kept(tiny_base, tmp_path_factory):
     return folder, sample("rft_sample", tiny_base, folder)
 
 
-def test_traces_and_summary_of_a_run(kept):
+def test_a_sampling_run_writes_its_traces_and_summary(kept):
     folder, rows = kept
     (summary,) = metrics(folder)
     assert summary["rollouts"] == 3 * 8 and summary["kept"] == len(rows)
@@ -45,7 +45,7 @@ def test_traces_and_summary_of_a_run(kept):
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "traces.jsonl"}
 
 
-def test_rows_read_back_as_demonstrations_without_privileged_information(kept):
+def test_written_rows_are_read_back_as_demonstrations_without_privileged_information(kept):
     folder, rows = kept
     examples = chat_dataset(str(folder / "traces.jsonl"), privileged_key="privileged", completion_key="completion")
     for example, row in zip(examples, rows, strict=True):
@@ -101,7 +101,7 @@ def test_sampling_without_any_reward_ends_in_one_sentence(tiny_base, tmp_path):
     assert not (tmp_path / "traces.jsonl").exists()
 
 
-def test_nothing_is_written_half(kept, tiny_base, tmp_path, monkeypatch):
+def test_a_run_that_ends_in_the_middle_leaves_no_traces_and_removes_earlier_ones(kept, tiny_base, tmp_path, monkeypatch):
     """A run that ends in the middle leaves no traces, and takes those of an earlier run away."""
     (tmp_path / "traces.jsonl").write_text("an earlier run's\n")
 
@@ -141,7 +141,7 @@ def test_a_selection_that_keeps_nothing_says_so_and_leaves_no_traces(tiny_base, 
         ({"max_steps": 3}, "config key max_steps is not read"),
     ],
 )
-def test_keys_that_cannot_be_meant_are_refused(change, said, tiny_base, tmp_path):
+def test_sampling_keys_that_cannot_work_are_refused(change, said, tiny_base, tmp_path):
     with pytest.raises(InputError, match=said):
         SampleRecipe(sample_config("rft_sample", tiny_base, tmp_path, **change))
 
@@ -185,7 +185,7 @@ def test_a_missing_first_stage_is_replaced_by_the_base_and_told(tiny_base, tmp_p
     assert metrics(tmp_path / "fallen") == metrics(tmp_path / "plain")
 
 
-def test_a_first_stage_that_is_there_is_used_without_a_word(tiny_base, tmp_path, caplog):
+def test_a_first_stage_that_exists_is_used_without_a_message(tiny_base, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         run("sft_rl", small_rl(tmp_path / "no base", tmp_path / "run", tiny_base))
     assert not [record for record in caplog.records if "fallback" in record.getMessage()]

@@ -117,7 +117,7 @@ def from_base(base: Path) -> dict:
     return {"checkpointer.checkpoint_dir": str(base), "checkpointer.checkpoint_files": ["model.safetensors"]}
 
 
-def test_these_are_all_configs():
+def test_the_tests_below_list_every_config_of_the_tool_world():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"base", "pi_distill", "opsd", "qwen3_4B_pi_distill"}
 
 
@@ -169,7 +169,7 @@ def test_whole_conversations_are_trained_on(name, tokenizer_folder, random_base,
 
 
 @pytest.mark.parametrize("name", ["opsd", pytest.param("pi_distill", marks=OTHER_RECIPE)])
-def test_a_model_samples_its_own(name, tokenizer_folder, random_base, tmp_path):
+def test_a_model_samples_and_trains_on_episodes_of_its_own(name, tokenizer_folder, random_base, tmp_path):
     limits = {"sampler.max_new_tokens": 60, "sampler.max_turn_tokens": 20, "environment_threads": 2}
     rows = run(name, small(name, tmp_path, tokenizer_folder, **ROUND, **from_base(random_base), **limits))
     assert [row["step"] for row in rows] == [1, 2, 3]

@@ -208,7 +208,7 @@ def test_checks_earn_their_share_or_all_or_nothing(text, decoupled, coupled):
         assert judged.parts == {name: float(name in text) for name in CHECKS}
 
 
-def test_weights_and_the_environment_that_logs_the_parts():
+def test_constraints_are_weighted_and_the_environment_logs_their_parts():
     reward = Constraints({"right": ExactMatch(), "short": contains("7")}, weights={"right": 3.0})
     step = SingleTurn(reward).step(EXAMPLE, said("7")[0], truncated=False)
     assert (step.reward, step.reward_parts) == (0.25, {"right": 0.0, "short": 1.0})

@@ -128,7 +128,7 @@ def healthy():
 
 
 @pytest.mark.parametrize("threads", [None, 8])
-def test_ill_environments_cost_their_own_episodes_and_no_others(threads, healthy, release, caplog):
+def test_failing_environments_cost_their_own_episodes_and_no_others(threads, healthy, release, caplog):
     begin = time.monotonic()
     result = play(Ill(FAULTS, release), environment_threads=threads, environment_timeout_s=2.0)
     assert time.monotonic() - begin < 60

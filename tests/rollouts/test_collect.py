@@ -80,7 +80,7 @@ def assert_turns_add_up(rollout):
     assert len(rollout.turn_rewards) == len(rollout.turn_policy_tokens) == len(said)
 
 
-def test_rewards_and_policy_tokens_by_turn():
+def test_rewards_and_policy_tokens_are_counted_by_turn():
     rollouts = collect(Script("x.yz.q.", "q.", "x.yzzzz.q."), Counting(), "abc", max_turns=2).rollouts
     assert [r.turn_rewards for r in rollouts] == [[1.0, 1.0], [11.0], [1.0, 1.0]]
     assert [r.turn_policy_tokens for r in rollouts] == [[2, 3], [2], [2, 6]]  # the end of a turn is the turn's
@@ -88,7 +88,7 @@ def test_rewards_and_policy_tokens_by_turn():
         assert_turns_add_up(rollout)
 
 
-def test_rewards_and_policy_tokens_of_a_turn_cut_short_and_before_an_observation_that_does_not_fit():
+def test_a_turn_cut_short_and_one_before_an_observation_that_does_not_fit_keep_their_rewards_and_tokens():
     (cut,) = collect(Script("x.yq...", max_new_tokens=7), Counting(), "a").rollouts
     assert (cut.turn_rewards, cut.turn_policy_tokens) == ([1.0, 11.0], [2, 2])
     (refused,) = collect(Script("x.y.z.", max_new_tokens=9), Counting(), "a").rollouts

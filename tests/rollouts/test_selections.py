@@ -222,7 +222,7 @@ def test_a_fix_whose_reward_failed_is_dropped_and_counted():
     assert (selected.traces, selected.dropped) == ([], {"reward_error": 1})
 
 
-def test_a_cut_keeps_the_rollout_whole():
+def test_cutting_a_rollout_for_an_intervention_leaves_the_rollout_unchanged():
     rollouts = sampled([["act"]], EXAMPLES[:1])
     seen: list[Cut] = []
     Interventions().select(rollouts, [], lambda cuts: seen.extend(cuts) or CollectResult([], {}), 0)

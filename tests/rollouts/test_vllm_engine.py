@@ -273,7 +273,7 @@ def test_a_failing_environment_leaves_the_engine_usable(sampler, model):
     assert largest_error(sample(sampler, model), model) < TOLERANCE_NATS
 
 
-def test_no_prompts_are_no_samples(sampler, model):
+def test_no_prompts_give_no_samples(sampler, model):
     assert sample(sampler, model, []) == []
 
 

@@ -87,7 +87,7 @@ def test_gradients_by_hand_equal_autograd_over_whole_logits(one_pass, block, mon
         torch.testing.assert_close(own, expected, rtol=1e-11, atol=1e-11)
 
 
-def test_any_other_use_of_the_numbers_is_exact_too_and_said(monkeypatch):
+def test_any_other_use_of_the_numbers_is_exact_too_and_gives_a_warning(monkeypatch):
     """Weights that differ between tokens: what was formed on the way is thrown away, and the second pass is taken."""
     leaves, targets = inputs(), torch.arange(TOKENS) % IDS
     weights = torch.linspace(0.5, 2.0, TOKENS).double()
@@ -102,7 +102,7 @@ def test_any_other_use_of_the_numbers_is_exact_too_and_said(monkeypatch):
         torch.testing.assert_close(own, other, rtol=0, atol=0)
 
 
-def test_a_loss_that_is_not_finite_stays_so_without_a_word_about_another_loss():
+def test_a_loss_that_is_not_finite_stays_so_without_a_warning_about_another_loss():
     leaves, targets = inputs(), torch.arange(TOKENS) % IDS
     poison = torch.ones(TOKENS).double()
     poison[5] = torch.nan
@@ -230,7 +230,7 @@ def advantages_of(rollouts):
 @pytest.mark.parametrize(
     ("method", "options"), [(m, {"top_k": 10} if m is SDPO else {}) for m in METHODS] + [(PiDistill, o) for o in STUDENT_TERMS]
 )
-def test_every_method_s_loss_is_known_on_the_way(method, options, monkeypatch):
+def test_the_head_forms_every_methods_loss_in_its_one_pass(method, options, monkeypatch):
     """Per-token losses of slices predict the step's gradient: one pass, no warning, and the gradient of the two-pass way."""
     objective, rollouts = method(**options), random_rollouts(5)
     batch, results = batch_of(rollouts, advantages_of(rollouts)), []
@@ -247,13 +247,13 @@ def test_every_method_s_loss_is_known_on_the_way(method, options, monkeypatch):
     assert relative_difference(*results) < 1e-5
 
 
-def test_a_loss_across_tokens_is_not_given():
+def test_a_loss_across_tokens_has_no_per_token_form():
     assert PiDistill(student_term="topr", topr_level="sequence").per_token_loss(0) is None
     assert isinstance(PiDistill(), Objective)
 
 
 @pytest.mark.parametrize("rollouts", [0, 3])
-def test_supervised_loss_with_and_without_tokens(rollouts, monkeypatch):
+def test_the_supervised_loss_is_finite_with_and_without_tokens(rollouts, monkeypatch):
     """without tokens a zero loss with a gradient function, and zero gradients everywhere."""
     module, batch = model(0), batch_of(random_rollouts(rollouts))
     calls = passes(monkeypatch)

@@ -137,7 +137,7 @@ def test_another_model_as_teacher_scores_the_teacher_view_and_gets_no_gradient()
     assert gradients(student)
 
 
-def test_nothing_is_left_on_the_model():
+def test_scoring_leaves_nothing_on_the_model():
     module = model(0)
     request = ScoreRequest(student_grad=True, teacher_grad=False, views=("student",))
     before = module(torch.tensor([[1, 2, 3]]))

@@ -58,10 +58,15 @@ def leaf_scores(batch, objective, step=0) -> tuple[Scores, dict[str, torch.Tenso
     return scores, logits
 
 
-def expected_gradient(objective, chain: MarkovChain) -> torch.Tensor:
-    """E over pairs of independent sequences of the gradient of the summed loss of one of them, by autograd."""
-    sequences = chain.sequences()
-    rollouts = [rollout_of(y, chain, group) for group, pair in enumerate(itertools.product(sequences, repeat=2)) for y in pair]
+def expected_gradient(
+    objective, chain: MarkovChain, sampled_by: MarkovChain | None = None, weighed: bool = False
+) -> torch.Tensor:
+    """E over pairs of independent sequences of the gradient of the summed loss of one of them, by autograd.
+
+    ``sampled_by`` has the weights that sampled where these are not the present ones; ``weighed`` with whole rollouts' weights.
+    """
+    sequences, older = chain.sequences(), sampled_by or chain
+    rollouts = [rollout_of(y, older, group) for group, pair in enumerate(itertools.product(sequences, repeat=2)) for y in pair]
 
     def scores_of(W, request):
         logp = {view: torch.log_softmax(chain.logits(view, W), -1) for view in ("student", "teacher")}
@@ -78,7 +83,12 @@ def expected_gradient(objective, chain: MarkovChain) -> torch.Tensor:
         for rollout, values in zip(rollouts, kl.split([len(r.completion) for r in rollouts]), strict=True):
             rollout.behaviour_values = values.tolist()
     batch = exact_batch(rollouts, objective.advantages(rollouts, 0))
-    log_probability = torch.stack([chain.logprob(chain.sampler, chain.W, tuple(r.completion)) for r in rollouts])
+    present, log_probability = (
+        torch.stack([one.logprob(one.sampler, one.W, tuple(r.completion)) for r in rollouts]) for one in (chain, older)
+    )
+    if weighed:
+        batch.importance_weights = (present - log_probability).exp()[batch.rollout_index]
+        batch.ratio_logprobs = scores_of(chain.W, objective.score_request(0)).policy_logprobs(chain.sampler)
     pair_probability = log_probability.view(-1, 2).sum(1).exp().repeat_interleave(2)[batch.rollout_index]
 
     def expectation(W):
@@ -115,15 +125,16 @@ def rollout_of(y: tuple[int, ...], chain: MarkovChain, group: int) -> Rollout:
     )
 
 
-def pathwise_gradient(chain: MarkovChain) -> torch.Tensor:
-    """E[Σ_t ∇K_t] with the sequences' probabilities held fixed."""
+def pathwise_gradient(chain: MarkovChain, prefixes: MarkovChain | None = None) -> torch.Tensor:
+    """E[Σ_t ∇K_t] with the sequences' probabilities held fixed, those of ``prefixes`` where it is given."""
+    likely = prefixes or chain
 
     def value(W):
         total = 0.0
         for y in chain.sequences():
             p, q = (torch.log_softmax(chain.logits(v, W), -1) for v in (chain.sampler, chain.other))
             steps = sum((p[prev].exp() * (p[prev] - q[prev])).sum() for prev in chain.previous(y))
-            total = total + chain.logprob(chain.sampler, chain.W, y).exp() * steps
+            total = total + likely.logprob(likely.sampler, likely.W, y).exp().detach() * steps
         return total
 
     return chain.gradient(value)

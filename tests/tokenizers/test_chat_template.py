@@ -241,7 +241,7 @@ def test_a_second_question_follows_a_turn_with_what_the_template_writes_there(ma
     assert (grown == whole) == (tokenizer.history_rewrites() is None)
 
 
-def test_a_turn_after_a_prompt_that_opened_the_reasoning(made):
+def test_a_turn_continues_a_prompt_that_opened_the_reasoning(made):
     """R1: the prompt ends with <think>, and the template drops the thought from a finished turn; a model would sample both."""
     tokenizer, _ = made("r1-distill")
     question = [user("How many?")]

@@ -50,5 +50,5 @@ def test_a_template_that_ends_no_turn_is_said(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("make", [qwen_folder, llama_folder, r1_folder, lambda path: qwen_folder(path, QWEN3)])
-def test_nothing_is_said_of_chat_models(tmp_path, caplog, make):
+def test_chat_models_give_no_warning_about_the_end_of_turns(tmp_path, caplog, make):
     assert HFChatTokenizer(str(make(tmp_path))).stop_warning is None and not warnings(caplog)

@@ -388,7 +388,7 @@ def test_stop_pad_and_size_come_from_the_models_files(folders, tmp_path):
     assert told.encode_turn([user("a")], assistant("b"))[-1] == id_of("<|im_end|>")
 
 
-def test_template_of_a_file_a_name_and_a_text(tmp_path):
+def test_the_template_comes_from_a_file_a_name_or_a_text(tmp_path):
     folder = qwen_folder(tmp_path, None)
     with pytest.raises(InputError, match="no chat template; set tokenizer.chat_template to"):
         HFChatTokenizer(str(folder))

@@ -24,9 +24,12 @@ def memory(setup: Setup, work: Workload) -> dict[str, dict[str, float]]:
     }
     if setup.constant_passes or setup.behaviour:
         parts["teacher"] = _teacher_bytes(setup, work)
+    resident = _resident_bytes(setup)
     if not work.groups:
         del parts["rollout"]
-    return {phase: _resident_bytes(setup) | own for phase, own in parts.items()}
+    elif setup.samples_beside:
+        resident["process that samples"] = _beside_bytes(setup, parts.pop("rollout"))
+    return {phase: resident | own for phase, own in parts.items()}
 
 
 def peak(parts: dict[str, dict[str, float]]) -> tuple[str, float]:
@@ -46,6 +49,13 @@ def _resident_bytes(setup: Setup) -> dict[str, float]:
         # In mixed precision the average is the teacher's weights themselves.
         "moving average": setup.average_elements * (4 - (model.item_bytes if setup.mixed else 0)) * share,
     }
+
+
+def _beside_bytes(setup: Setup, rollout: dict[str, float]) -> float:
+    """Return the bytes of a process that samples while this one trains: libraries, whole weights, and what a rollout needs."""
+    model = setup.model
+    own = sum(bytes_ for part, bytes_ in rollout.items() if part != "gathered weights")
+    return _LIBRARIES_BYTES[setup.device] + model.weights_bytes + model.buffers_bytes + own
 
 
 def _rollout_bytes(setup: Setup, work: Workload) -> dict[str, float]:

@@ -70,6 +70,7 @@ def setup_of(cfg: DictConfig, ranks: int, device: str) -> Setup:
         cpu_offload=setting(cfg, "fsdp_cpu_offload") and (ranks > 1 or mixed),
         checkpointing=setting(cfg, "enable_activation_checkpointing"),
         device=device,
+        samples_beside=bool(setting(cfg, "rollout_lag")) and cfg.get("rollout_device") in (None, cfg.get("device")),
     )
 
 

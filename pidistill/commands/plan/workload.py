@@ -64,6 +64,7 @@ class Setup:
     cpu_offload: bool = False
     checkpointing: bool = False  # activations of a layer are computed again in the backward
     device: Literal["cpu", "cuda"] = "cuda"
+    samples_beside: bool = False  # a second process samples on the same device, while this one trains (`rollout_lag`)
 
     @property
     def shards(self) -> int:
