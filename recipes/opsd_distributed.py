@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from pidistill.config import build
-from pidistill.data import load_prompts, row_completions
+from pidistill.data import load_prompts, row_completions, told_later
 from pidistill.distributed.run import Timer
 from pidistill.losses.reductions import token_mean
 from pidistill.privileged.hindsight import add_hindsight
@@ -68,9 +68,8 @@ class OPSDRecipe:
         # Everything that can be wrong is built and looked at before weights are loaded.
         self._objective = build_objective(cfg)
         self._sampler = build(cfg.sampler)
-        # Hindsight comes with the rollouts: rows need no privileged information of their own.
         self._hindsight = build(cfg.get("hindsight"))
-        no_pi, judged = "rl" if self._hindsight else self._objective.no_pi, self._objective.on_policy_frac > 0.0
+        no_pi, judged = "rl" if told_later(cfg) else self._objective.no_pi, self._objective.on_policy_frac > 0.0
         self._data = load_prompts(cfg, no_pi=no_pi, judged=judged)
         self._rounds = RoundSampler(cfg, self._run, self._data, self._sampler, self._round_sizes, self._objective)
         self._packer = Packer(cfg, self._run, self._data.tokenizer.pad_id)

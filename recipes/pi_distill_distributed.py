@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from pidistill.config import build
-from pidistill.data import load_prompts
+from pidistill.data import load_prompts, told_later
 from pidistill.distributed.run import Timer
 from pidistill.losses.reductions import token_mean
 from pidistill.scoring.mismatch import apply_mask, load_mismatch
@@ -61,7 +61,7 @@ class PiDistillRecipe:
         # Everything that can be wrong is built and looked at before weights are loaded.
         self._objective = build_objective(cfg)
         self._sampler = build(cfg.sampler)
-        self._data = load_prompts(cfg, no_pi=self._objective.no_pi)
+        self._data = load_prompts(cfg, no_pi="rl" if told_later(cfg) else self._objective.no_pi)
         self._rounds = RoundSampler(cfg, self._run, self._data, self._sampler, self._round_sizes, self._objective)
         self._packer = Packer(cfg, self._run, self._data.tokenizer.pad_id)
         self._supervised = SupervisedTerm(cfg, self._run, self._data, self._packer, self._timer)

@@ -68,7 +68,7 @@ class SampleRecipe:
             "temperature": float(sampler.temperature),
             **{key: getattr(sampler, key) for key in ("top_p", "top_k", "max_new_tokens")},
             "seed": self._run.seed,
-        }
+        } | ({"control": control} if (control := self._data.privileged.control) is not None else {})
 
     def sample(self) -> dict[str, float]:
         """Sample, select and write batch after batch; returns what :meth:`report` writes."""

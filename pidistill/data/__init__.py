@@ -9,7 +9,7 @@ from pidistill.data.builders import chat_dataset, gsm8k_dataset, qa_dataset
 from pidistill.data.dataset import ExampleDataset
 from pidistill.data.demonstrations import build_demonstrations, demonstration, row_completions, sft_demonstrations
 from pidistill.data.hint_prompts import hint_prompts
-from pidistill.data.load import RecipeData, load_prompts
+from pidistill.data.load import RecipeData, load_prompts, told_later
 from pidistill.data.order import epoch_order
 from pidistill.data.prompts import Prompts, build_prompts
 from pidistill.data.routes import joined_dataset

@@ -81,8 +81,9 @@ def row_completions(data: RecipeData, temperature: float = 1.0) -> list[Rollout]
     rollouts = [demonstration(example, pair, data.tokenizer, max_seq_len=data.max_seq_len) for example, pair in data.prompts]
     if rollouts and all(RECORDED in rollout.example.data for rollout in rollouts):
         rollouts = [recorded_completion(rollout, data.tokenizer.vocab_size, temperature) for rollout in rollouts]
+        rollouts = [_under_control(rollout, data.privileged.control) for rollout in rollouts]
     for rollout in rollouts:
-        length = len(rollout.prompts.teacher) + len(rollout.completion)
+        length = len(rollout.sequence("teacher")[0])
         if length > data.max_seq_len:
             raise TooLong(
                 f"{rollout.example.id}: teacher prompt plus the dataset's completion have {length:,} tokens, more than "
@@ -127,6 +128,19 @@ def recorded_completion(rollout: Rollout, vocab_size: int, temperature: float = 
         return rollout
     weights = [1.0] * len(logprobs)
     return replace(rollout, trainer_logprobs=[float(x) for x in logprobs], importance_weights=weights)
+
+
+def _under_control(rollout: Rollout, control: str | None) -> Rollout:
+    """Return the rollout with what the control lets the teacher read of its turns' privileged information."""
+    recorded = rollout.example.data[RECORDED].get("control")
+    if not rollout.teacher_reads or control == recorded:
+        return rollout
+    if control in ("none", "template"):
+        return replace(rollout, teacher_reads=[])
+    raise InputError(
+        f"{rollout.example.id}: its `{RECORDED}` has teacher_reads of a run with privileged.control={recorded}, which "
+        f"privileged.control={control} cannot replace; sample it again with this control, or set {recorded} or none"
+    )
 
 
 def _recorded_reads(given: list, policy: list[bool], vocab_size: int, where: str) -> list[tuple[int, int, list[int]]]:

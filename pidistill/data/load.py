@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer
 
 from pidistill.config import COMPONENT, build, resolve
 from pidistill.data.prompts import Prompts, build_prompts
+from pidistill.data.routes import route_of
 from pidistill.errors import InputError
 from pidistill.models.empty import shared_empty_model
 from pidistill.privileged.prompt import PrivilegedPrompt
@@ -73,13 +75,26 @@ def check_references(environment: Any, examples: Iterable[Example]) -> None:
 
     Only the rewards of the config node ``environment`` are built, not the environment, which may start processes.
     """
-    node = environment if isinstance(environment, Mapping | DictConfig) else {}
-    parts = node.get("environments") or {None: environment}  # of a RoutedEnvironment, each for its own rows
-    checks = {None if name is None else str(name): reference_checks(part) for name, part in parts.items()}
+    checks = reference_checks(environment)
     for example in examples:
-        name = example.data.get(node.get("key"), node.get("default")) if None not in checks else None
-        for check in checks.get(name if name is None else str(name), ()):
+        for check in checks:
             check(example)
+
+
+def gives_privileged(environment: Any) -> bool:
+    """Return whether a config node names, at any depth, an environment that gives privileged information with its answers."""
+    node = OmegaConf.to_container(environment, resolve=True) if isinstance(environment, DictConfig) else environment
+    if isinstance(node, list):
+        return any(map(gives_privileged, node))
+    if not isinstance(node, Mapping):
+        return False
+    own = COMPONENT in node and getattr(resolve(node[COMPONENT]), "gives_privileged", False)
+    return bool(own) or any(map(gives_privileged, node.values()))
+
+
+def told_later(cfg: DictConfig) -> bool:
+    """Return whether the teacher's information comes with the rollouts, so that rows need none of their own."""
+    return bool(cfg.get("hindsight")) or gives_privileged(cfg.get("environment"))
 
 
 def reference_checks(environment: Any) -> list[Callable[[Example], None]]:
@@ -91,7 +106,16 @@ def reference_checks(environment: Any) -> list[Callable[[Example], None]]:
         return []
     if COMPONENT in node and hasattr(resolve(node[COMPONENT]), "check_reference"):
         return [build(node).check_reference]
+    if {"key", "environments"} <= set(node):
+        return [partial(_check_routed, node, {str(n): reference_checks(part) for n, part in node["environments"].items()})]
     return [check for value in node.values() for check in reference_checks(value)]
+
+
+def _check_routed(node: Mapping[str, Any], checks: Mapping[str, Sequence[Callable]], example: Example) -> None:
+    """Ask the rewards of the environment that plays a row in a RoutedEnvironment, and refuse a row that none plays."""
+    default = None if node.get("default") is None else str(node["default"])
+    for check in checks[route_of(example, node["key"], checks, default, "environment")]:
+        check(example)
 
 
 def load_privileged(cfg: DictConfig, tokenizer: ChatTokenizer) -> PrivilegedPrompt:

@@ -19,9 +19,9 @@ class RoutedEnvironment:
     """
 
     def __init__(self, key: str, environments: Mapping[str, Environment], default: str | None = None) -> None:
-        self.key, self.default = key, default
+        self.key, self.default = key, None if default is None else str(default)
         self.environments = {str(name): environment for name, environment in environments.items()}
-        if not self.environments or (default is not None and default not in self.environments):
+        if not self.environments or (self.default is not None and self.default not in self.environments):
             known = ", ".join(self.environments) or "none"
             raise InputError(f"environment.default={default} must be null or one of environment.environments ({known})")
 

@@ -17,8 +17,11 @@ class StatePrivileged:
 
     Attributes:
         environment: answers the turns.
+        gives_privileged: says before anything is built that rows need no information of their own.
         text: a function of the state, or its dotted path; returns a text, or None where it has nothing to say.
     """
+
+    gives_privileged = True
 
     def __init__(self, environment: Environment, text: str | Callable[[Any], str | None]) -> None:
         self.environment, self.text = environment, resolve(text) if isinstance(text, str) else text

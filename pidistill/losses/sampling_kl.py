@@ -101,10 +101,7 @@ class SamplingKL:
         """Return, per policy token, what this term adds to the reward's advantage for P; None where it adds nothing."""
         if not self.needs_behaviour:
             return None
-        kls = [
-            as_fp32(r.behaviour_values if r.prompts.has_privileged or no_pi == "distill" else [0.0] * r.policy_tokens)
-            for r in rollouts
-        ]
+        kls = [as_fp32(_distilled_values(rollout, no_pi)) for rollout in rollouts]
         groups = [r.group for r in rollouts]
         if self.mode == "loss_rb_complete":
             to_go = complete_kl_advantages(kls, groups, self.gamma)
@@ -120,6 +117,13 @@ class SamplingKL:
         if self.policy == "teacher":
             return scores.teacher_logprobs, scores.student_logprobs.detach()
         return scores.student_logprobs, scores.teacher_logprobs.detach()
+
+
+def _distilled_values(rollout: Rollout, no_pi: str) -> list[float]:
+    """Return the KL of each policy token that is distilled, and 0 of the others; see :func:`distill_weight`."""
+    told = [True] * rollout.policy_tokens if no_pi == "distill" else rollout.tokens_with_privileged()
+    values = rollout.behaviour_values if any(told) else [0.0] * len(told)
+    return [value if counts else 0.0 for value, counts in zip(values, told, strict=True)]
 
 
 def _known_rewards(rollouts: Sequence[Rollout]) -> list[float]:

@@ -58,6 +58,11 @@ class RoutedObjective(Objective):
                     f"objective.objectives.{name}: {type(objective).__name__} changes which rows are sampled, for all of them; "
                     "run it alone"
                 )
+        # Which setting of which part needs samples of the present weights, or ratios to others than those that sampled.
+        needs = [f"objectives.{n}.{o.needs_present_samples}" for n, o in self.objectives.items() if o.needs_present_samples]
+        self.needs_present_samples = next(iter(needs), "")
+        denominators = [getattr(objective, "ratio_denominator", "behaviour") for objective in parts]
+        self.ratio_denominator = next((name for name in denominators if name != "behaviour"), "behaviour")
         self._asks = [objective for objective in parts if objective.behaviour_request() is not None]
         if len(self._asks) > 1:
             names = " and ".join(type(objective).__name__ for objective in self._asks)
@@ -77,10 +82,24 @@ class RoutedObjective(Objective):
         """Return the name of the objective that trains ``example``; InputError where there is none."""
         return route_of(example, self.key, self.objectives, self.default, "objective")
 
-    def check_rows(self, examples: Iterable[Example]) -> None:
-        """Refuse a row that has no objective."""
+    def check_rows(self, examples: Iterable[Example], *, told_later: bool = False) -> None:
+        """Refuse a row that has no objective, or no privileged information where its objective's `no_pi` is error.
+
+        ``told_later``: hindsight brings the information with the rollouts, so that rows need none.
+        """
         for example in examples:
-            self.name_of(example)
+            name = self.name_of(example)
+            if self.objectives[name].no_pi == "error" and example.privileged is None and not told_later:
+                raise InputError(
+                    f"{example.id} has no privileged information and objective.objectives.{name}.no_pi is error; fill the row, "
+                    "or set that no_pi to drop, rl or distill, as its objective allows"
+                )
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse schedules that make the parts differ in a later step in what all rows of a step share."""
+        for step in range(steps):
+            self.samples_from_teacher_weights(step)
+            self.score_request(step)
 
     # ------------------------------------------------------------------------------------------------ the round
 

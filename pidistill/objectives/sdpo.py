@@ -64,7 +64,8 @@ class SDPO(Objective):
 
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
         result = rollout_advantages(rollouts, self.advantage, drop_zero_advantage=False)
-        without = sum(not r.prompts.has_privileged for r in rollouts)
+        told = [any(rollout.tokens_with_privileged()) for rollout in rollouts]
+        without = told.count(False)
         if without and self.no_pi == "error":
             raise InputError(
                 f"{without} of the round's {len(rollouts)} rollouts have no privileged information, and objective.no_pi=error; "
@@ -72,7 +73,7 @@ class SDPO(Objective):
             )
         if self.no_pi != "drop":
             return result
-        return [replace(a, keep=r.prompts.has_privileged) for a, r in zip(result, rollouts, strict=True)]
+        return [replace(a, keep=keep) for a, keep in zip(result, told, strict=True)]
 
     def score_request(self, step: int) -> ScoreRequest:
         return distill_request(self.divergence, self.token_weight)

@@ -239,14 +239,18 @@ class PrivilegedPrompt:
         """
         if self.control in ("none", "template"):
             return None
-        if self.control in ("wrong", *OF_ALL_ROWS):
-            raise InputError(
-                f"{example.id}: the environment gave privileged information with an answer, and privileged.control="
-                f"{self.control} pairs rows, not turns; set privileged.control to none or length_matched"
-            )
+        self.check_turns(example.id)
         if self.control == "length_matched":
             example = match_length(example, self.filler, lambda shown: len(encode(self.block(shown))))
         return encode(self.block(example))
+
+    def check_turns(self, where: str) -> None:
+        """Refuse a control that cannot take the place of what an environment gives with its answers."""
+        if self.control in ("wrong", *OF_ALL_ROWS):
+            raise InputError(
+                f"{where}: the environment gives privileged information with its answers, and privileged.control="
+                f"{self.control} pairs rows, not turns; set privileged.control to none or length_matched"
+            )
 
     # ------------------------------------------------------------------------------------------- a whole dataset
 

@@ -55,6 +55,7 @@ def collect_rollouts(
     max_observation_chars: int = MAX_OBSERVATION_CHARS,
     shaping: Sequence[Shaping] = (),
     privileged: PrivilegedPrompt | None = None,
+    max_seq_len: int | None = None,
 ) -> CollectResult:
     """Play ``group_size`` episodes of every example; the model sees the prompt of ``view``.
 
@@ -75,6 +76,7 @@ def collect_rollouts(
         max_observation_chars: characters of the environment's answer to one turn; a longer answer costs its episode.
         shaping: parts added to the reward of every whole episode; see :mod:`pidistill.rewards.shaping`.
         privileged: how the teacher's view shows what an answer brings as ``EnvStep.privileged``; None keeps it from both views.
+        max_seq_len: tokens that this view may have; None takes the tokenizer's limit.
 
     Returns:
         rollouts in the order of ``seeds``.
@@ -96,9 +98,9 @@ def collect_rollouts(
     if follows(ranks):  # one rank talks to the environment, for all of them
         sample(on_turn_end=lambda row, ids: None)
         return from_first(ranks)
-    rules = EpisodeRules(
-        environment, tokenizer, max_turns, environment_timeout_s, max_observation_chars, tuple(shaping), view, privileged
-    )
+    limits = (max_turns, environment_timeout_s, max_observation_chars)
+    most = tokenizer.max_seq_len if max_seq_len is None else max_seq_len
+    rules = EpisodeRules(environment, tokenizer, *limits, tuple(shaping), view, privileged, most)
     title = f"sampling, {view} view{', greedy' if temperature == 0 else ''}"
     with marked_interrupts(), sampling_progress(len(seeds), title):
         rows = [row for row in range(len(prompts)) for _ in range(group_size)]

@@ -71,6 +71,7 @@ class EpisodeRules:
     shaping: tuple[Shaping, ...]
     view: ViewName = "student"  # the one that samples
     privileged: PrivilegedPrompt | None = None  # how the teacher is shown what comes with an answer; None: it is not
+    max_seq_len: int | None = None  # tokens that the teacher's view of a whole rollout may have
 
 
 @dataclass
@@ -168,7 +169,7 @@ class Episode:
             turn_rewards=self.turn_rewards,
             turn_policy_tokens=self.turn_policy_tokens,
         )
-        leave_out_what_is_too_long(rollout, self.rules.tokenizer.max_seq_len)
+        leave_out_what_is_too_long(rollout, self.rules.max_seq_len)
         self._ask("reward_shaping", partial(add_shaping, rollout, self.rules.shaping))
         self._check_numbers("the whole episode", rollout.reward, rollout.reward_parts)
         return None if self.failure is not None else rollout

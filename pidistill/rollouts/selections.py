@@ -277,7 +277,7 @@ def trace_row(trace: Trace, provenance: Mapping[str, Any]) -> dict[str, Any]:
     }
     if trace.sampled is not None:
         row["sampled"] = trace.sampled | {
-            key: provenance[key] for key in ("temperature", "top_p", "top_k") if key in provenance
+            key: provenance[key] for key in ("temperature", "top_p", "top_k", "control") if key in provenance
         }
     return row if trace.example.tools is None else row | {"tools": json.dumps(trace.example.tools, ensure_ascii=False)}
 

@@ -27,6 +27,7 @@ from pidistill.errors import InputError, bounded_repr
 from pidistill.losses.token_weights import Chain, EntropyMask, TokenWeight
 from pidistill.models.protocol import Decoder
 from pidistill.objectives.base import BOTH_KLS, Objective
+from pidistill.objectives.routed import RoutedObjective
 from pidistill.privileged.judges import RETRIED, Exchange, JudgeError
 from pidistill.teachers import MixturePart, RoutedTeacher, Teacher
 from pidistill.types import ListedTeacher, Rollout, RolloutKey, ScoreRequest, Scores
@@ -271,7 +272,8 @@ def check_served(teacher: Teacher, objective: Objective, temperature: float, met
             f"objective.top_k={own.top_k} is over the ids that the student finds likeliest, and a server lists its own; set "
             f"objective.top_k: null, teacher.top_k={teacher.top_k} says how many"
         )
-    if _reads_teacher_entropy(getattr(objective, "token_weight", None)):
+    parts = objective.objectives.values() if isinstance(objective, RoutedObjective) else [objective]
+    if any(_reads_teacher_entropy(getattr(part, "token_weight", None)) for part in parts):
         raise InputError(
             "objective.token_weight reads the teacher's entropy, which a ServedTeacher does not give: its tail may hold any; "
             "set token_weight.view: student, or another teacher"

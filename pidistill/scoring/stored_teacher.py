@@ -162,7 +162,7 @@ class StoredTeacher(FrozenTeacher):
         told = self._about()
         if told is None:
             return
-        differing = sorted(key for key, value in self._identity.items() if value != told.get(key))
+        differing = sorted(key for key, value in self._identity.items() if value != told.get(key, []))
         if differing:
             raise InputError(
                 f"{self.folder} holds the numbers of another teacher: its {' and its '.join(differing)} differ from what the "
@@ -172,6 +172,7 @@ class StoredTeacher(FrozenTeacher):
     def attach(self, load_copy: LoadCopy) -> None:
         """Note how to load the weights; load them now where the folder has no head yet, and write that."""
         self._load_copy = load_copy
+        self.identify(self._identity)  # again: two of several teachers may have named one new folder
         if not all(gather_of_all([(self.folder / HEAD).is_file()])):
             self._write_head()
         log_rank_zero(log, f"{self.folder} holds the teacher's numbers of {len(self._memory)} rollouts")
@@ -216,15 +217,16 @@ def identity_of(model_node: Any, checkpointer_node: Any, dtype: str, adapter_dir
     """Return what a teacher's numbers depend on beside the tokens: its config, its weights' files, the dtype."""
     folders = [checkpointer_node.get("checkpoint_dir"), adapter_dir]
     model = OmegaConf.to_container(model_node, resolve=True) if isinstance(model_node, DictConfig) else dict(model_node)
-    return {"model": model, "dtype": dtype, "weights": [hash_of_weights(Path(f)) for f in folders if f is not None]}
+    weights = [hash_of_weights(Path(folder)) for folder in folders if folder is not None]
+    return {"model": model, "dtype": dtype, "weights": weights, "files": list(checkpointer_node.get("checkpoint_files") or [])}
 
 
 def hash_of_weights(folder: Path, blocks: int = 64, block_bytes: int = 65536) -> dict[str, str]:
-    """Return name → hash of every file of weights in a folder: of its size and of up to ``blocks`` blocks spread over it.
+    """Return name → hash of config.json and of each file of weights: of its size and of up to ``blocks`` blocks spread over it.
 
     Whole files of a large model take minutes to read; other weights differ in nearly every block.
     """
-    files = sorted(path for path in folder.glob("*") if path.suffix in WEIGHT_FILES)
+    files = sorted(path for path in folder.glob("*") if path.suffix in WEIGHT_FILES or path.name == "config.json")
     return {path.name: _hash_of_file(path, blocks, block_bytes) for path in files}
 
 

@@ -7,8 +7,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pidistill.config import build
-from pidistill.data.load import load_privileged
+from pidistill.data.load import gives_privileged, load_privileged
 from pidistill.envs.base import Environment
+from pidistill.models.empty import shared_empty_model
 from pidistill.rewards import build_shaping
 from pidistill.rollouts import CollectResult, Sampler, collect_rollouts
 from pidistill.tokenizers import ChatTokenizer
@@ -28,6 +29,10 @@ def build_collector(
     Args:
         environment: plays the episodes in place of the one that `environment` names.
     """
+    privileged = load_privileged(cfg, tokenizer)
+    if gives_privileged(cfg.get("environment")):
+        privileged.check_turns("environment")
+    longest = shared_empty_model(cfg.model).max_seq_len
     collect = functools.partial(
         collect_rollouts,
         sampler=sampler,
@@ -37,7 +42,8 @@ def build_collector(
         environment_timeout_s=cfg.get("environment_timeout_s"),
         max_observation_chars=setting(cfg, "max_observation_chars"),
         shaping=build_shaping(cfg.get("reward_shaping")),
-        privileged=load_privileged(cfg, tokenizer),
+        privileged=privileged,
+        max_seq_len=min(longest, tokenizer.max_seq_len or longest),
     )
     how, most = setting(cfg, "overlong"), cfg.get("max_turns")
 

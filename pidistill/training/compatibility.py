@@ -10,6 +10,7 @@ from torchtune import utils
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
 from pidistill.config import build, resolve
+from pidistill.data.load import told_later
 from pidistill.errors import InputError
 from pidistill.losses.divergences import check_divergence
 from pidistill.losses.token_weights import divergences_of
@@ -20,6 +21,7 @@ from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
 from pidistill.scoring.mismatch import cuts_off
 from pidistill.scoring.served_teacher import ServedTeacher, check_served
+from pidistill.scoring.stored_teacher import StoredTeacher
 from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, RoutedTeacher, SnapshotTeacher, Teacher
 from pidistill.training.health import reads_rewards
 from pidistill.training.keys import setting
@@ -64,6 +66,11 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
     _check_group(cfg, objective, method)
     if cfg.get("hindsight"):
         check_hindsight(cfg, objective, method)
+    if told_later(cfg) and (cfg.get("privileged") or {}).get("control") == "none" and objective.no_pi in ("drop", "error"):
+        raise InputError(
+            f"privileged.control=none takes from every rollout what it brings for the teacher, and objective.no_pi="
+            f"{objective.no_pi} leaves nothing to train; set objective.no_pi=rl or distill"
+        )
     _check_divergences(objective, parts, method)
     _check_adapters(shared_empty_model(cfg.model), teacher)
     if hasattr(sampler, "check_model"):  # vLLM's own modules compute some models in another way
@@ -81,6 +88,12 @@ def _check_teacher(cfg: DictConfig, objective: Objective, sampler: Sampler, teac
     if cfg.get("teacher_model") and not cfg.get("teacher_checkpointer"):
         raise InputError("teacher_model has no weights of its own; set teacher_checkpointer to its checkpoint")
     check_routed(cfg, teacher)
+    stored = any(isinstance(part, StoredTeacher) for part in getattr(teacher, "teachers", {None: teacher}).values())
+    if stored and objective.on_policy_frac > 0.0:
+        log.warning(
+            f"StoredTeacher keeps numbers of every rollout on disk, and {method} samples new ones in every round, never to be "
+            "read again; set teacher._component_=pidistill.teachers.FrozenTeacher"
+        )
     check_served(teacher, objective, sampler.temperature, method)
     if isinstance(teacher, EMATeacher | SnapshotTeacher) and has_own_teacher(cfg):
         follows = "averages" if isinstance(teacher, EMATeacher) else "copies"
@@ -194,11 +207,6 @@ def check_hindsight(cfg: DictConfig, objective: Objective, method: str) -> None:
         raise InputError(
             "privileged.control=wrong shows a sibling that failed, and hindsight.sibling is null; there is no wrong feedback: "
             "set hindsight.sibling, or another privileged.control"
-        )
-    if cfg.privileged.get("control") == "none" and objective.no_pi in ("drop", "error"):
-        raise InputError(
-            f"privileged.control=none takes hindsight from every rollout, and objective.no_pi={objective.no_pi} leaves nothing "
-            "to train; set objective.no_pi=rl or distill"
         )
 
 

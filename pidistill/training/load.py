@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torchtune import training
 
 from pidistill.config import build
+from pidistill.data.load import told_later
 from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import parallelize, shard_model
 from pidistill.errors import InputError, one_line
@@ -138,14 +139,15 @@ def _whole_shard(tensor: Tensor, like: Tensor | None) -> Tensor:
 def build_teacher(cfg: DictConfig, examples: Sequence[Example], objective: Objective) -> Teacher:
     """Build `teacher`, the trained model where there is none.
 
-    Refuses a row for which a :class:`RoutedTeacher` or :class:`RoutedObjective` has nothing, and a folder with the numbers of
-    another teacher.
+    Refuses a row for which a :class:`RoutedTeacher` or :class:`RoutedObjective` has nothing, parts of the latter that do not go
+    together at every step, and a folder with the numbers of another teacher.
     """
     teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
-    routed = [part for part in (teacher, objective) if isinstance(part, RoutedTeacher | RoutedObjective)]
-    for part in routed:
-        for example in examples:
-            part.name_of(example)
+    if isinstance(objective, RoutedObjective):
+        objective.check_rows(examples, told_later=told_later(cfg))
+        objective.check_steps(int(cfg.max_steps))
+    for example in examples if isinstance(teacher, RoutedTeacher) else ():
+        teacher.name_of(example)
     for name, part in (teacher.teachers if isinstance(teacher, RoutedTeacher) else {None: teacher}).items():
         if isinstance(part, StoredTeacher):
             own, dtype = _nodes_of_teacher(cfg, name), setting(cfg, "compute_dtype") or setting(cfg, "dtype")

@@ -10,6 +10,7 @@ from pidistill.data import ExampleDataset, joined_dataset
 from pidistill.data.load import check_references
 from pidistill.envs import RoutedEnvironment, SingleTurn
 from pidistill.errors import InputError
+from pidistill.losses.token_weights import EntropyMask
 from pidistill.objectives import (
     GKD,
     GRPO,
@@ -27,6 +28,7 @@ from pidistill.objectives import (
 )
 from pidistill.rewards import ExactMatch
 from pidistill.scoring.score import score
+from pidistill.scoring.served_teacher import ServedTeacher, check_served
 from pidistill.teachers import FrozenTeacher, LiveTeacher
 from pidistill.training.compatibility import build_objective
 from pidistill.training.health import reads_rewards
@@ -151,6 +153,30 @@ def test_what_changes_the_flow_of_a_run_is_refused_and_coefficients_have_their_n
         RoutedObjective("domain", {"a": GRPO()}).name_of(Example("row", [], data={"domain": "c"}))
 
 
+def test_what_a_part_needs_of_a_run_is_asked_for_the_whole():
+    lag = RoutedObjective("domain", {"a": GRPO(), "b": OPSD(kl_mode="loss_k2")})
+    assert lag.needs_present_samples == "objectives.b.kl_mode=loss_k2" and lag.ratio_denominator == "behaviour"
+    ratio = RoutedObjective("domain", {"a": PiDistill(student_term="ppo", ratio_denominator="live_teacher")})
+    assert ratio.ratio_denominator == "live_teacher" and not ratio.needs_present_samples
+    schedule = {"start": 1.0, "end": 0.0, "steps": 4}
+    mixed = RoutedObjective("domain", {"a": PiDistill(alpha=schedule), "b": PiDistill()})
+    mixed.check_steps(4)
+    with pytest.raises(InputError, match=r"\(a: PiDistill, b: PiDistill\) differ in "):
+        mixed.check_steps(5)
+    served = RoutedObjective("domain", {"a": OPD(), "b": OPD(token_weight=EntropyMask(view="teacher"))})
+    with pytest.raises(InputError, match="reads the teacher's entropy"):
+        check_served(ServedTeacher("http://localhost:1/v1", "big", top_k=8), served, 1.0, "RoutedObjective")
+
+
+def test_a_row_without_information_is_refused_where_its_own_objective_says_so():
+    routed = RoutedObjective("domain", {"a": OPSD(no_pi="error"), "b": GRPO()})
+    told = Example("row", [], privileged="x", data={"domain": "a"})
+    routed.check_rows([told, replace(told, privileged=None, data={"domain": "b"})])
+    routed.check_rows([replace(told, privileged=None)], told_later=True)
+    with pytest.raises(InputError, match=r"row has no privileged information and objective\.objectives\.a\.no_pi is error"):
+        routed.check_rows([replace(told, privileged=None)])
+
+
 def test_the_number_that_one_objective_needs_before_the_update_reaches_it():
     module, rollouts = model(), rows(model())
     a = OPSD(kl_mode="reward_rb")
@@ -200,3 +226,10 @@ def test_joined_rows_are_played_each_in_its_own_environment_and_judged_by_its_ow
     node = {"_component_": "pidistill.envs.RoutedEnvironment", "key": "domain", "environments": {"a": exact, "b": {}}}
     check_references(node, [joined[0], joined[1]])
     assert hasattr(ExactMatch, "check_reference")
+    for outer in (node, {"_component_": "pidistill.envs.ProcessEnvironment", "environment": node}):  # before any weights
+        check_references(outer, [joined[0], joined[1]])
+        with pytest.raises(InputError, match=r"row: its domain is 'c', and environment\.environments has a, b"):
+            check_references(outer, [replace(joined[0], id="row", data={"domain": "c"})])
+        with pytest.raises(InputError, match="a: row 1"):
+            check_references(outer, [replace(joined[0], reference=None)])
+    check_references(node | {"default": "b"}, [Example("row", [])])

@@ -152,6 +152,20 @@ def test_a_run_with_an_objective_for_each_kind_of_row_reports_each_and_refuses_r
         run("opsd", small_config("opsd", tiny_base, tmp_path / "wrong", **changes))
 
 
+def test_rows_without_information_stay_where_turns_bring_it_and_other_turns_are_not_distilled(tiny_base, tmp_path):
+    environment = {
+        "_component_": "pidistill.envs.StatePrivileged",
+        "text": "tests.support.worlds.second_observation",
+        "environment": {"_component_": "tests.support.worlds.VariedEnvironment"},
+    }
+    changes = {"environment": environment, "dataset__privileged": "none", "objective__no_pi": "drop", "max_steps": 1}
+    run("opsd_ucla", small_config("opsd_ucla", tiny_base, tmp_path / "run", **changes))
+    (row,) = metrics(tmp_path / "run")
+    assert row["rows_without_pi"] > 0 and row["turn_privileged_mean"] > 0 and row["grad_norm"] > 0
+    with pytest.raises(InputError, match=r"privileged\.control=none takes .*objective\.no_pi=drop leaves nothing to train"):
+        run("opsd_ucla", small_config("opsd_ucla", tiny_base, tmp_path / "none", privileged__control="none", **changes))
+
+
 @pytest.mark.parametrize("name", ["opsd", "pi_distill"])
 def test_information_of_a_turn_reaches_the_teacher_alone(tiny_base, tmp_path, name):
     environment = {
@@ -177,6 +191,9 @@ def test_information_of_a_turn_reaches_the_teacher_alone(tiny_base, tmp_path, na
 
         run(name, small_config(name, tiny_base, tmp_path / control, **changes), watch)
         rows[control] = metrics(tmp_path / control)[0], seen[0]
+    shuffled = small_config(name, tiny_base, tmp_path / "refused", environment=environment, privileged__control="shuffled")
+    with pytest.raises(InputError, match=r"environment: .*privileged\.control=shuffled pairs rows, not turns"):
+        run(name, shuffled, lambda recipe: pytest.fail("the run began"))
     (shown, rollouts), (plain, others) = rows["length_matched"], rows["none"]
     assert shown["turn_privileged_mean"] > 0 and "turn_privileged_mean" not in plain
     assert any(rollout.teacher_reads for rollout in rollouts)

@@ -5,12 +5,15 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from pidistill.data.demonstrations import recorded_completion
+from pidistill.data.demonstrations import _under_control, recorded_completion
+from pidistill.data.load import gives_privileged, told_later
 from pidistill.envs import EnvStep, StatePrivileged
 from pidistill.envs.base import EnvironmentOutputError, check_step
 from pidistill.errors import InputError
-from pidistill.objectives import GRPO, OPSD, OPSDUCLA
+from pidistill.losses.sampling_kl import SamplingKL
+from pidistill.objectives import GRPO, OPSD, OPSDUCLA, SDPO
 from pidistill.privileged import PrivilegedPrompt
 from pidistill.rollouts.selections import recorded
 from pidistill.scoring.packer import _sizes, micro_batch_lengths
@@ -99,8 +102,9 @@ def test_an_observation_without_room_takes_its_information_along_and_the_last_te
     class Short(LetterTokenizer):
         max_seq_len = 37  # one text fits, two do not
 
-    (rollout,) = collect(Script("ab.bb.c.q."), ENVIRONMENT, names="a", privileged=SHOWN, tokenizer=Short()).rollouts
-    assert read_by(rollout, "teacher") == "Paab.:2\n\n!buy 2x>bb.:4>c.:5>q." and rollout.teacher_reads_left_out == 1
+    for limit in ({"tokenizer": Short()}, {"max_seq_len": 37}):  # the tokenizer's, or a model's that is shorter
+        (rollout,) = collect(Script("ab.bb.c.q."), ENVIRONMENT, names="a", privileged=SHOWN, **limit).rollouts
+        assert read_by(rollout, "teacher") == "Paab.:2\n\n!buy 2x>bb.:4>c.:5>q." and rollout.teacher_reads_left_out == 1
     means = rollout_means(rollout_sums([rollout], 1.0, ()))
     assert means["turn_privileged_mean"] == means["turn_privileged_too_long_mean"] == 1.0
     assert "turn_privileged_mean" not in rollout_means(rollout_sums([play(privileged=None)], 1.0, ()))
@@ -115,6 +119,16 @@ def test_controls_show_nothing_or_a_filler_of_as_many_tokens_and_others_are_refu
     for control in ("shuffled", "wrong", "other_problem"):
         with pytest.raises(InputError, match=rf"row a: .*privileged\.control={control} pairs rows, not turns"):
             play(privileged=replace(SHOWN, control=control))
+
+
+def test_an_environment_that_gives_information_is_known_before_anything_is_built():
+    own = {"_component_": "pidistill.envs.StatePrivileged", "text": "math.pi", "environment": {}}
+    routed = {"_component_": "pidistill.envs.RoutedEnvironment", "key": "domain", "environments": {"a": {}, "b": own}}
+    for node in (own, routed, OmegaConf.create({"_component_": "pidistill.envs.ProcessEnvironment", "environment": routed})):
+        assert gives_privileged(node) and told_later(OmegaConf.create({"environment": node}))
+    assert not gives_privileged(None) and not gives_privileged({"_component_": "pidistill.envs.SingleTurn"})
+    with pytest.raises(InputError, match=r"environment: .*privileged\.control=shuffled pairs rows, not turns"):
+        replace(SHOWN, control="shuffled").check_turns("environment")
 
 
 def test_what_an_environment_gives_is_a_text_or_nothing():
@@ -169,6 +183,22 @@ def test_turns_without_information_of_their_own_are_not_distilled_where_the_row_
     assert (both != alone).tolist() == told
 
 
+def test_a_kl_in_the_reward_and_sdpos_choice_of_rollouts_see_the_turns_and_not_the_row_alone():
+    told = [False] * 3 + [True] * 3 + [False] * 2 + [True] * 2
+    rollouts = [equal_prompts(play()), equal_prompts(play(privileged=None)), play(privileged=None)]
+    for n, rollout in enumerate(rollouts):
+        rollout.behaviour_values, rollout.reward = [float(i + 1) for i in range(10)], float(n)
+    kl = SamplingKL("student", "reward_rb")
+    added = [values[0] for values in kl.advantages(rollouts, 0.1, "group_mean", "rl")]
+    sums = [sum(i + 1 for i, own in enumerate(told) if own), 0, 55]
+    assert added == pytest.approx([-0.1 * (own - sum(sums) / 3) for own in sums], abs=1e-5)
+    to_go = SamplingKL("student", "loss_rb_complete").advantages(rollouts, 0.1, "group_mean", "rl")
+    assert any(to_go[0]) and all(map(any, to_go))  # a baseline of the others reaches the one without any
+    assert [a.keep for a in SDPO(no_pi="drop").advantages(rollouts, 0)] == [True, False, True]
+    with pytest.raises(InputError, match="1 of the round's 3 rollouts have no privileged information"):
+        SDPO(no_pi="error").advantages(rollouts, 0)
+
+
 def test_packing_counts_the_longer_view_and_a_teachers_number_on_disk_belongs_to_what_it_read():
     rollout, plain = equal_prompts(play()), equal_prompts(play(privileged=None))
     (size,), (other,) = (_sizes([r], ("student", "teacher")) for r in (rollout, plain))
@@ -185,6 +215,14 @@ def test_a_recorded_rollout_keeps_what_the_teacher_read():
     row = replace(rollout.example, data={"sampled": record})
     fresh = replace(rollout, example=row, completion=[9], policy_mask=[True], teacher_reads=[])
     assert recorded_completion(fresh, 128).sequence("teacher") == rollout.sequence("teacher")
+    for control, kept in ((None, True), ("none", False), ("template", False)):
+        read = _under_control(recorded_completion(fresh, 128), control)
+        assert read.sequence("teacher") == (rollout if kept else replace(rollout, teacher_reads=[])).sequence("teacher")
+    record["control"] = "length_matched"
+    assert _under_control(recorded_completion(fresh, 128), "length_matched").teacher_reads
+    for control in (None, "shuffled"):
+        with pytest.raises(InputError, match=rf"row a: .* of a run with privileged\.control=length_matched, .*={control}"):
+            _under_control(recorded_completion(fresh, 128), control)
     record["teacher_reads"][0][0] = 0
     with pytest.raises(InputError, match="row a: its `sampled` has teacher_reads that are not observations of it"):
         recorded_completion(fresh, 128)

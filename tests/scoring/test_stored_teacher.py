@@ -101,6 +101,15 @@ def test_the_numbers_of_another_teacher_are_refused_before_anything_is_loaded(tm
         stored(tmp_path, never, dtype="fp32")
 
 
+def test_two_teachers_of_a_run_cannot_name_one_new_folder(tmp_path):
+    parts = [StoredTeacher(str(tmp_path)) for _ in range(2)]
+    for n, part in enumerate(parts):
+        part.identify({"weights": [{"a": str(n)}]})
+    parts[0].attach(lambda: model(7))
+    with pytest.raises(InputError, match="holds the numbers of another teacher: its weights differ"):
+        parts[1].attach(never)
+
+
 def test_a_broken_file_of_rows_is_named(tmp_path):
     rollouts, module = random_rollouts(2), model()
     step(module, rollouts, stored(tmp_path), OPSDUCLA())
@@ -119,6 +128,10 @@ def test_the_identity_changes_with_the_weights_the_model_the_adapter_and_the_dty
     assert plain == identity() == json.loads(json.dumps(plain))
     for other in (identity(1e-7), identity(dtype="bf16"), identity(layers=3), identity(adapter=str(tmp_path))):
         assert other != plain
+    chosen = identity_of({"_component_": "x"}, {"checkpoint_dir": str(tmp_path), "checkpoint_files": ["b"]}, "fp32")
+    assert chosen != identity_of({"_component_": "x"}, {"checkpoint_dir": str(tmp_path)}, "fp32")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")  # the same weights compute otherwise
+    assert identity() != plain
     big = torch.zeros(3_000_000)
     save_file({"w": big}, tmp_path / "model.safetensors")
     before = hash_of_weights(tmp_path)

@@ -10,7 +10,7 @@ from pidistill.commands.preview.marks import Difference, Span, difference, privi
 from pidistill.config import build
 from pidistill.data import ExampleDataset, demonstration
 from pidistill.data.demonstrations import TooLong
-from pidistill.data.load import check_models, load_privileged, reference_checks
+from pidistill.data.load import check_models, load_privileged, reference_checks, told_later
 from pidistill.data.prompts import check_no_pi, row_overflow
 from pidistill.errors import InputError
 from pidistill.privileged.prompt import PrivilegedPrompt, PromptViews
@@ -79,8 +79,8 @@ def _is_judged(cfg: DictConfig, part: str) -> bool:
 
 
 def _no_pi(cfg: DictConfig) -> str:
-    """Return what happens to rows without privileged information; hindsight brings it with the rollouts."""
-    if not cfg.get("objective") or cfg.get("hindsight"):
+    """Return what happens to rows without privileged information, which may come with the rollouts."""
+    if not cfg.get("objective") or told_later(cfg):
         return "rl"
     return build_objective(cfg).no_pi
 
