@@ -195,7 +195,7 @@ def check_lag(cfg: DictConfig, run: Run, objective: Objective) -> None:
         return
     own = [key for key in ("teacher_model", "teacher_checkpointer") if cfg.get(key)]
     routes = getattr(objective, "objectives", {})  # of a RoutedObjective
-    parts = {"objective": objective} | {f"objective.objectives.{name}": part for name, part in routes.items()}
+    parts = {f"objective.objectives.{name}": part for name, part in routes.items()} or {"objective": objective}
     needing = [f"{name}.{part.needs_present_samples}" for name, part in parts.items() if part.needs_present_samples]
     denominators = {name: getattr(part, "ratio_denominator", "behaviour") for name, part in parts.items()}
     others = [f"{name}.ratio_denominator={told}" for name, told in denominators.items() if told != "behaviour"]
