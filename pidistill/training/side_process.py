@@ -8,6 +8,7 @@ share and sends rows; rollouts come back. One call is answered at a time.
 import math
 import multiprocessing
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtune import training
 from torchtune.modules.peft import disable_adapter
+from tqdm import tqdm
 
 from pidistill.config import build
 from pidistill.distributed.run import Run
@@ -143,6 +145,7 @@ def _views(memory: Any, layout: Layout) -> dict[str, Tensor]:
 def _serve(theirs: Connection, ours: Connection, cfg: DictConfig, run: Run, memory: Any, layout: Layout, threads: int) -> None:
     """Answer calls until the training process closes its end, also by being killed."""
     leave_stopping_to_the_training()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, of which Python warns after the run's last line if it is killed
     theirs.close()  # while a copy is open here, this process would not see that the training process has ended
     torch.set_num_threads(threads)
     try:
