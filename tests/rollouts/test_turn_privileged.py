@@ -75,6 +75,7 @@ def test_the_teacher_reads_each_turns_information_at_its_place_and_the_student_r
     assert read_by(plain, "teacher") == "Paab.:2>bb.:4>c.:5>q."
     assert read_by(rollout, "teacher") == "Paab.:2\n\n!buy 2x>bb.:4>c.:5\n\n!buy 5x>q."
     assert rollout.reward == plain.reward and [m["content"] for m in rollout.turns] == [m["content"] for m in plain.turns]
+    assert [m["content"] for m in rollout.turns] == ["ab", "2", "bb", "4", "c", "5", "q"]  # what traces and logs are made of
     written = [i for i, own in zip(rollout.completion, rollout.policy_mask, strict=True) if own]
     for ids, places in map(rollout.sequence, ("student", "teacher")):
         assert [ids[place] for place in places] == written
