@@ -5,6 +5,7 @@ Libraries that were imported before keep the bytecode of their installation, whi
 """
 
 import os
+import signal
 
 import datasets  # noqa: F401
 import pytest
@@ -13,6 +14,11 @@ import torchao.optim  # noqa: F401
 import torchtune.training  # noqa: F401
 import transformers  # noqa: F401
 from hypothesis import HealthCheck, settings
+
+# A shell without job control starts background jobs with interrupts ignored; the tests of interrupts, and the processes that
+# they start, need the usual handler.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine is no failure: without a deadline per example, and however long the drawing of examples takes.
 PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}

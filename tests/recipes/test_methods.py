@@ -119,7 +119,7 @@ def test_a_group_that_fails_is_sampled_again_with_the_pi_replaced_and_counted(ti
     assert len(calls) == 2 * len(trained) == 2 * len(rows) == 6
     guided = []
     for row, rollouts, first, second in zip(rows, trained, calls[0::2], calls[1::2], strict=True):
-        assert first[0][1] == "student" and second[0][1] == "teacher"
+        assert first[0][-1] == "student" and second[0][-1] == "teacher"
         failed = {g for g in range(4) if not any(r.reward > 0 for r in first[2] if r.group == g)}
         assert {r.group for r in second[2]} == failed
         assert [r.sampled_by for r in second[2]] == ["teacher"] * 2 * len(failed)
@@ -189,12 +189,11 @@ def test_gkds_coin_is_fair_per_prompt_and_the_same_on_every_rank(tiny_base, tmp_
     given = [[r.group for r in own if r.sampled_logprobs is None] for own in rollouts]
     assert len({tuple(g) for g in given}) > 1, "every round tosses the same"
     groups = [(g, g % ROWS) for g in range(3000)]
-    chosen = {r.group for r in recipe.dataset_completions(groups)}
+    chosen = {r.group for r in recipe.dataset_completions(groups, 3)}
     assert abs(len(chosen) / 3000 - 0.3) < 3 * math.sqrt(0.3 * 0.7 / 3000)
-    shares = [{r.group for r in recipe.dataset_completions(groups[rank::2])} for rank in (0, 1)]
+    shares = [{r.group for r in recipe.dataset_completions(groups[rank::2], 3)} for rank in (0, 1)]
     assert shares[0] | shares[1] == chosen
-    recipe._round += 1
-    assert {r.group for r in recipe.dataset_completions(groups)} != chosen
+    assert {r.group for r in recipe.dataset_completions(groups, 4)} != chosen
 
 
 def test_a_missing_completion_is_said_before_anything_runs(tiny_base, tmp_path):

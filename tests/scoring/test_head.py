@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from pidistill import objectives
 from pidistill.losses.divergences import divergence, entropy
 from pidistill.losses.reductions import token_mean
-from pidistill.objectives import SDPO, PiDistill
+from pidistill.objectives import OPSD, OPSDUCLA, SDPO, PiDistill, RoutedObjective
 from pidistill.objectives.base import Objective
 from pidistill.scoring import head, head_numbers
 from pidistill.scoring.batch import policy_positions
@@ -227,12 +228,17 @@ def advantages_of(rollouts):
     return [RolloutAdvantage(0.7 * (-1) ** i, kl=[0.1] * r.policy_tokens, snis_weight=1.0) for i, r in enumerate(rollouts)]
 
 
+OPTIONS = {SDPO: {"top_k": 10}, RoutedObjective: {"key": "domain", "objectives": {"a": OPSD(), "b": OPSDUCLA()}}}
+
+
 @pytest.mark.parametrize(
-    ("method", "options"), [(m, {"top_k": 10} if m is SDPO else {}) for m in METHODS] + [(PiDistill, o) for o in STUDENT_TERMS]
+    ("method", "options"), [(m, OPTIONS.get(m, {})) for m in METHODS] + [(PiDistill, o) for o in STUDENT_TERMS]
 )
 def test_the_head_forms_every_methods_loss_in_its_one_pass(method, options, monkeypatch):
     """Per-token losses of slices predict the step's gradient: one pass, no warning, and the gradient of the two-pass way."""
     objective, rollouts = method(**options), random_rollouts(5)
+    for i, rollout in enumerate(rollouts):
+        rollout.example = replace(rollout.example, data={"domain": "ab"[i % 2]})
     batch, results = batch_of(rollouts, advantages_of(rollouts)), []
     request = objective.score_request(0)
     calls = passes(monkeypatch)
