@@ -149,9 +149,12 @@ class Health:
         entropy = row.get("teacher_entropy_nats", 0.0)
         uniform = math.log(self._vocab_size) if self._vocab_size and self._vocab_size > 1 else math.inf
         teacher, student = row.get("teacher_nll_nats", math.nan), row.get("student_nll_nats", math.nan)
-        if kl > CORRUPT_KL_NATS or entropy > CORRUPT_ENTROPY_FRAC * uniform or teacher - student > CORRUPT_EXCESS_NATS:
+        # A teacher that sampled, and whose information says much, is far from the student and finds the samples likelier.
+        far = kl > CORRUPT_KL_NATS and not teacher < student
+        if far or entropy > CORRUPT_ENTROPY_FRAC * uniform or teacher - student > CORRUPT_EXCESS_NATS:
+            known = f" (ln V is {uniform:.3g})" if math.isfinite(uniform) else ""
             return (
-                f"the teacher looks corrupt: its entropy is {entropy:.3g} nats (ln V is {uniform:.3g}), its KL from the "
+                f"the teacher looks corrupt: its entropy is {entropy:.3g} nats{known}, its KL from the "
                 f"student {kl:.3g} and its −log prob of the samples {teacher:.3g} nats per token (the student's: "
                 f"{student:.3g}); check teacher_checkpointer.checkpoint_dir, teacher_model and the teacher's prompt "
                 "(`pidistill preview` shows it)"

@@ -150,6 +150,14 @@ def test_a_uniform_teacher_is_told_by_the_size_of_the_vocabulary():
     assert alarms_of(uniform, GRPO | {"model": {"vocab_size": 150_000}}) == {}
 
 
+def test_a_teacher_whose_information_says_much_is_not_corrupt_where_it_sampled():
+    """The numbers of step 1 of π-Distill of a long system prompt; without the vocabulary's size the sentence leaves it out."""
+    far = {"kl_student_teacher_nats": 7.1, "kl_teacher_student_nats": 4.4, "teacher_entropy_nats": 0.35}
+    assert alarms_of([far | {"teacher_nll_nats": 0.36, "student_nll_nats": 4.6}], GRPO) == {}
+    (sentence,) = alarms_of([far | {"teacher_nll_nats": 5.0, "student_nll_nats": 4.6}], GRPO).values()
+    assert "its entropy is 0.35 nats, its KL from the student 7.1" in sentence
+
+
 def log_in(folder: Path, first_step: int = 0) -> MetricsLog:
     run = Run(CPU, torch.float32, 0, 1, 0, folder)
     return MetricsLog(OmegaConf.create(GRPO), run, first_step=first_step, last_step=9, title="test")
