@@ -347,6 +347,9 @@ def test_what_vllm_computes_otherwise_is_refused_before_weights_are_loaded(name,
     from pidistill.models.empty import empty_model
     from tests.support.hf_families import make_config
 
+    transformers = pytest.importorskip("transformers")
+    if name.startswith("qwen3_5") and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
+        pytest.skip(f"transformers {transformers.__version__} keeps Qwen3.5's states in another way than 5.24")
     make_config(name).save_pretrained(tmp_path)
     node = {"_component_": "pidistill.models.from_folder", "path": str(tmp_path), "backend": "transformers"}
     model, cpu = empty_model(node), torch.device("cpu")
