@@ -226,5 +226,5 @@ def check_token_weight(token_weight: TokenWeight | None, kl: SamplingKL) -> None
     if token_weight is not None and kl.mode not in ("loss_rb", "loss_k2"):
         raise InputError(
             f"objective.token_weight acts on a KL that is a loss of its own token, and kl_mode={kl.mode} reaches others; set "
-            "kl_mode: loss_rb"
+            "objective.kl_mode=loss_rb or objective.token_weight=null"
         )

@@ -103,5 +103,5 @@ def recorded(folder: str | Path) -> list[str]:
 
 
 def second_observation(state: Episode) -> str:
-    """What a teacher may know after the first turn, in words of the tiny world."""
+    """Say what a teacher may know after the first turn, in words of the tiny world."""
     return "obs 7 obs 5"
