@@ -144,7 +144,7 @@ def load(folder: str, name: str, device: torch.device) -> nn.Module:
     run = Run(device, dtype, 0, 1, 0, Path("unused"), None, compute_dtype)
     with tempfile.TemporaryDirectory() as unused:
         state = HFCheckpointer(checkpoint_dir=folder, output_dir=unused).load_checkpoint()[training.MODEL_KEY]
-    state = {key: tensor.bfloat16().to(dtype) for key, tensor in state.items()}
+    state = {key: tensor.bfloat16() for key, tensor in state.items()}
     node = OmegaConf.create({"_component_": "pidistill.models.from_folder", "path": folder})
     return load_model(OmegaConf.create({}), run, node, state, trained=True)
 

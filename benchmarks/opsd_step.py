@@ -290,8 +290,8 @@ def compare(arguments: argparse.Namespace, rate: float) -> tuple[list[list[str]]
     """Two rows of the table, and the sentence with the ratios."""
     with files(arguments) as folder:
         steps = by_turns(folder, arguments)
-    command = [*sys.argv[1:], "--lengths", arguments.lengths, "--case"]
-    peaks = {name: in_own_process(__file__, [*command, name])["bytes"] for name in steps if arguments.memory}
+        command = [*sys.argv[1:], "--lengths", arguments.lengths, "--files", str(folder), "--case"]
+        peaks = {name: in_own_process(__file__, [*command, name])["bytes"] for name in steps if arguments.memory}
     rows = [row_of(name, taken, peaks.get(name), arguments, rate) for name, taken in steps.items()]
     theirs, ours = steps["TRL"], steps["pidistill"]
 
@@ -329,6 +329,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="changes to our config, e.g. packing=padded")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory of each side")
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--files", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.vocabulary = sizes_of(arguments)["vocab_size"]
     arguments.micro_batch = arguments.micro_batch or arguments.prompts * arguments.group
@@ -341,8 +342,7 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     if arguments.case:
-        with files(arguments) as folder:
-            print(json.dumps({"bytes": peak_bytes(folder, arguments)}))
+        print(json.dumps({"bytes": peak_bytes(arguments.files, arguments)}))
         return
     rate = matmul_flops_per_s(torch.device("cpu"), torch.bfloat16 if arguments.bf16 else torch.float32)
     rows, sentences = [], []

@@ -131,7 +131,7 @@ def write_pretrained(folder: Path, arguments: argparse.Namespace) -> None:
     weight, stop = model.get_input_embeddings().weight, tokenizer.eos_token_id
     torch.manual_seed(0)
     with torch.no_grad():
-        answers = {"do_sample": True, "max_new_tokens": 64, "num_return_sequences": 32, "suppress_tokens": [stop], "top_k": 0}
+        answers = {"do_sample": True, "max_new_tokens": 48, "num_return_sequences": 16, "suppress_tokens": [stop], "top_k": 0}
         ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), **answers)
         for _ in range(2):
             hidden = model.model(ids).last_hidden_state[:, prompt.shape[1] :].flatten(0, 1).double()
