@@ -127,8 +127,13 @@ def domain_configs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
 
 
 def load_domain(cfg: DictConfig, prefix: str, sampler: Any) -> Domain:
-    data = load_prompts(cfg, no_pi="rl")
-    return Domain(prefix, data, build_collector(cfg, sampler, data.tokenizer))
+    try:
+        data = load_prompts(cfg, no_pi="rl")
+        return Domain(prefix, data, build_collector(cfg, sampler, data.tokenizer))
+    except InputError as error:
+        if not prefix:
+            raise
+        raise InputError(f"domains.{prefix.removesuffix('/')}: {error}") from error
 
 
 def table_of(title: str, columns: dict[str, dict[str, Any]]) -> Table:

@@ -104,3 +104,10 @@ def test_a_penalty_moves_the_reward_and_no_success(tiny_base, tmp_path):
 def test_a_domain_that_lacks_rows_or_says_too_much_is_refused(entry, message):
     with pytest.raises(InputError, match=message):
         domain_configs(OmegaConf.create({"domains": {"other": entry}}))
+
+
+def test_a_domain_whose_file_is_missing_is_named(tiny_base, tmp_path):
+    rows = {"_component_": "pidistill.data.qa_dataset", "source": str(tmp_path / "nothing.jsonl")}
+    cfg = small_config("evaluate", tiny_base, tmp_path, domains={"other": {"dataset": rows}})
+    with pytest.raises(InputError, match=r"^domains\.other: dataset\.source .*nothing\.jsonl does not exist"):
+        run("evaluate", cfg)
