@@ -129,12 +129,13 @@ class RoundSampler:
     def state_dict(self) -> dict[str, Any]:
         """Return the round that was sampled ahead, once it is whole, and the random streams of the process that samples.
 
-        Nothing where that round failed: :meth:`next` raises its error, and what was trained until then is saved.
+        A round that failed is left out: :meth:`next` raises its error, and what was trained until then is saved. Nothing is
+        asked of the other process, which may have ended.
         """
-        if self._side is None or (self._ahead is not None and self._ahead.exception() is not None):
+        if self._side is None:
             return {}
         ahead = None
-        if self._ahead is not None:
+        if self._ahead is not None and self._ahead.exception() is None:
             rollouts, counts = self._ahead.result()
             ahead = json.dumps({"rollouts": _as_rows(rollouts, self._data), "counts": counts})
         return {"ahead": ahead, "rng": self._side.random_state()}
