@@ -174,16 +174,22 @@ def rollout_device(cfg: DictConfig, run: Run) -> torch.device:
     name = cfg.get("rollout_device")
     if not name:
         return run.device
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or not (number or "0").isdecimal():
-        raise InputError(f"rollout_device={name} must be cpu, cuda or cuda:N; correct it, or remove the key to take `device`")
+    kind, number = device_place(name)
     found = torch.cuda.device_count()
-    if kind == "cuda" and int(number or 0) >= found:
+    if kind == "cuda" and number >= found:
         raise InputError(
             f"rollout_device={name} is not on this machine, where torch sees {found} CUDA devices; choose another one, or "
             "remove the key to take `device`"
         )
     return torch.device(name)
+
+
+def device_place(name: str) -> tuple[str, int]:
+    """Return (kind, number) of a device's name: cuda is cuda:0."""
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (number or "0").isdecimal():
+        raise InputError(f"rollout_device={name} must be cpu, cuda or cuda:N; correct it, or remove the key to take `device`")
+    return kind, int(number or 0)
 
 
 def check_lag(cfg: DictConfig, run: Run, objective: Objective) -> None:
