@@ -215,6 +215,15 @@ def test_the_budget_is_the_rounds(capsys):
     assert supervised["budget"]["policy tokens of a step"] == round(64 * mean)
 
 
+@pytest.mark.parametrize(
+    "views, per_row", [(None, 7), (["student greedy"], 1), (["student + PI", "student + PI greedy", "student greedy"], 5)]
+)
+def test_the_budget_of_an_evaluation_counts_the_chosen_views(capsys, views, per_row):
+    chosen = [f"views={json.dumps(views)}"] if views else []
+    shown = previewed(capsys, "tiny/evaluate", "--scan", "10", "--rows", "0", "eval_samples=3", "dataset.max_rows=10", *chosen)
+    assert shown["budget"]["prompts"] == 10 and shown["budget"]["rollouts"] == 10 * per_row
+
+
 # ------------------------------------------------------------------------------------------- what is not meant
 
 

@@ -40,10 +40,10 @@ from pidistill.commands.preview.scan import scan_all
 from pidistill.commands.preview.show import show_budget, show_findings, show_row, show_scan, statistics_of
 from pidistill.errors import InputError
 from pidistill.tokenizers.prefix import common_prefix_length
+from pidistill.training.keys import keys_of
 from pidistill.training.start import check_run
 
 ALL_ROWS = "all"
-SAMPLING_KEYS = frozenset({"view", "samples_per_prompt", "prompts_per_batch", "selection"})
 ROUND_NEEDS = ("sampler", "prompts_per_round", "group_size", "max_steps")
 
 
@@ -104,7 +104,7 @@ def read(config: str, overrides: Sequence[str]) -> tuple[DictConfig, bool]:
     cfg = merged(config, overrides)
     supervised = is_supervised(config, cfg)
     needs = ("batch_size",) if supervised else ROUND_NEEDS if cfg.get("objective") else ()
-    check_run(cfg, KEYS | SAMPLING_KEYS, ("model", "tokenizer", "dataset", *needs))
+    check_run(cfg, KEYS | keys_of("sample") | keys_of("evaluate"), ("model", "tokenizer", "dataset", *needs))
     return cfg, supervised
 
 
