@@ -317,7 +317,8 @@ def test_cells_run_are_evaluated_and_land_in_the_results(recipes, sweep, tmp_pat
 
 
 def test_the_table_shows_the_greedy_success_on_other_rows(recipes, sweep, tmp_path):
-    recipes.of_domains = {"other/student greedy": {"success": 0.625}, "other/student": {"success": 0.5}, "no/student greedy": {}}
+    recipes.of_domains = {"other/student greedy": {"success": 0.625}, "other/student": {"success": 0.5}}
+    recipes.of_domains["no/student greedy"] = {}
     sweep("tiny/opsd", "objective.beta=0.4", "seed=0,1", "--evaluate", "tiny/evaluate")
     head, _, row = (tmp_path / "out/results.md").read_text().split("\n| arm")[1].split("\n")[:3]
     cells = dict(zip(head.split(" | ")[1:], row.split(" | ")[1:], strict=True))
