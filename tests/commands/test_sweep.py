@@ -325,7 +325,6 @@ def test_the_table_shows_the_greedy_success_on_other_rows(recipes, sweep, tmp_pa
     assert cells["other, greedy"] == "0.625 ± 0.000" and not any(name.startswith("no,") for name in cells)
 
 
-
 def test_finished_cells_are_skipped_and_new_ones_join(recipes, sweep, capsys):
     sweep("tiny/opsd", "objective.beta=0.2", "seed=0")
     sweep("tiny/opsd", "objective.beta=0.2", "seed=0..1")
