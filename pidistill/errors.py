@@ -32,6 +32,13 @@ def check_count(key: str, value: int | None, null: str = "") -> None:
         raise InputError(f"{key}={value} must be at least 1{f', or null for {null}' if null else ''}")
 
 
+def check_share(key: str, value: float, meaning: str, interval: str = "[0, 1]") -> None:
+    """Refuse a value of the config key ``key`` outside ``interval``, whose round brackets leave an end out."""
+    excluded = {"(": (0.0,), "[": ()}[interval[0]] + {")": (1.0,), "]": ()}[interval[-1]]
+    if not 0.0 <= value <= 1.0 or value in excluded:  # also where it is NaN
+        raise InputError(f"{key}={value} must lie in {interval}: {meaning}")
+
+
 def one_line(error: BaseException, limit: int | None = None) -> str:
     """Return what an exception says, in one line of at most ``limit`` characters; its class where it says nothing."""
     return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtune.modules.peft import disable_adapter
 
 from pidistill.data.routes import route_of
-from pidistill.errors import InputError, check_choice
+from pidistill.errors import InputError, check_choice, check_share
 from pidistill.models.adapters import has_adapters
 from pidistill.models.protocol import Decoder
 from pidistill.types import Example, Rollout, RolloutKey
@@ -215,8 +215,7 @@ class TrustRegionTeacher(Teacher):
     can_sample = False
 
     def __init__(self, live_share: float = 0.01) -> None:
-        if not 0.0 < live_share < 1.0:
-            raise InputError(f"teacher.live_share={live_share} is outside (0, 1); use FrozenTeacher for 0, LiveTeacher for 1")
+        check_share("teacher.live_share", live_share, "use FrozenTeacher for 0, LiveTeacher for 1", "(0, 1)")
         self.live_share = live_share
 
     def attach(self, load_copy: LoadCopy) -> None:
@@ -241,10 +240,7 @@ class EMATeacher(Teacher):
     averages = True
 
     def __init__(self, rate: float = 0.05) -> None:
-        if not 0.0 < rate <= 1.0:
-            raise InputError(
-                f"teacher.rate={rate} is outside (0, 1]; it is the share of the new weights in each step's average"
-            )
+        check_share("teacher.rate", rate, "it is the share of the new weights in each step's average", "(0, 1]")
         self.rate = rate
 
     def mixture(self, model: Decoder) -> list[MixturePart]:

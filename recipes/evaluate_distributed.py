@@ -18,7 +18,7 @@ from pidistill.data import RecipeData, load_prompts
 from pidistill.errors import InputError
 from pidistill.jsonl import write_jsonl
 from pidistill.training.collector import Collect, build_collector
-from pidistill.training.evaluation import eval_dropped, sample_view, success_numbers, text_row
+from pidistill.training.evaluation import VIEWS, chosen_views, eval_dropped, sample_view, success_numbers, text_row
 from pidistill.training.keys import keys_of, setting
 from pidistill.training.load import load_initial
 from pidistill.training.metrics import rollout_means, rollout_sums
@@ -32,11 +32,6 @@ from torchtune import config
 
 KEYS = keys_of("evaluate")
 REQUIRED = ("output_dir", "model", "tokenizer", "checkpointer", "dataset", "environment", "sampler")
-VIEWS = {  # name: (view, temperature; None is the sampler's)
-    "student greedy": ("student", 0.0),
-    "student": ("student", None),
-    "student + PI": ("teacher", None),
-}
 # What an entry of `domains` may say in the config's place; it must have a dataset.
 DOMAIN_KEYS = ("dataset", "environment", "privileged", "max_turns", "eval_success_threshold")
 
@@ -56,6 +51,7 @@ class EvaluateRecipe:
     def __init__(self, cfg: DictConfig) -> None:
         self._run = start(cfg, KEYS, REQUIRED)
         self._samples = setting(cfg, "eval_samples")
+        self._views = chosen_views(cfg)
 
     def setup(self, cfg: DictConfig) -> None:
         sampler = build(cfg.sampler)
@@ -65,7 +61,8 @@ class EvaluateRecipe:
     def evaluate(self) -> dict[str, dict[str, Any]]:
         results, self._rows, self._texts = {}, {}, []
         for domain in self._domains:
-            for name, (view, temperature) in VIEWS.items():
+            for name in self._views:
+                view, temperature = VIEWS[name]
                 if view == "teacher" and domain.data.rows_without_pi == len(domain.data.prompts):
                     continue
                 samples = 1 if temperature == 0.0 else self._samples
@@ -105,7 +102,7 @@ class EvaluateRecipe:
         path.with_name("rollouts.jsonl").unlink(missing_ok=True)
         write_jsonl(path.with_name("rollouts.jsonl"), self._texts)
         for domain in self._domains:
-            columns = {name: results[domain.prefix + name] for name in VIEWS if domain.prefix + name in results}
+            columns = {name: results[domain.prefix + name] for name in self._views if domain.prefix + name in results}
             title = f"{domain.prefix.removesuffix('/')} ".lstrip() + f"{len(domain.data.prompts)} rows, per view"
             Console().print(table_of(title, columns))
         print(path)
@@ -127,8 +124,13 @@ def domain_configs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
 
 
 def load_domain(cfg: DictConfig, prefix: str, sampler: Any) -> Domain:
-    data = load_prompts(cfg, no_pi="rl")
-    return Domain(prefix, data, build_collector(cfg, sampler, data.tokenizer))
+    try:
+        data = load_prompts(cfg, no_pi="rl")
+        return Domain(prefix, data, build_collector(cfg, sampler, data.tokenizer))
+    except InputError as error:
+        if not prefix:
+            raise
+        raise InputError(f"domains.{prefix.removesuffix('/')}: {error}") from error
 
 
 def table_of(title: str, columns: dict[str, dict[str, Any]]) -> Table:

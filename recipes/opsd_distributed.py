@@ -32,7 +32,7 @@ from pidistill.scoring.mismatch import apply_mask, load_mismatch
 from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score
 from pidistill.teachers import LiveTeacher, Teacher
-from pidistill.training.checkpoints import Checkpoints
+from pidistill.training.checkpoints import Checkpoints, saves_if_sampler_ends
 from pidistill.training.compatibility import build_objective, check_method
 from pidistill.training.evaluation import Evaluation, TextSamples
 from pidistill.training.keys import keys_of
@@ -94,6 +94,7 @@ class OPSDRecipe:
 
     # ------------------------------------------------------------------------------------------------ the method
 
+    @saves_if_sampler_ends
     def train(self) -> None:
         if self._step == 0:
             self.evaluate()

@@ -1,4 +1,4 @@
-"""Test that control characters of data and model text do not reach a terminal."""
+"""Test that control characters of data and model text do not reach a terminal, and checks of what a config says."""
 
 import logging
 import sys
@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from pidistill.errors import escape_controls, escape_logs
+from pidistill.errors import InputError, check_share, escape_controls, escape_logs
 
 
 @pytest.mark.parametrize("text", ["plain", "two\nlines\tand a tab", "größe → 模型", "👩‍👩‍👧 e\u0301"])
@@ -48,3 +48,16 @@ def test_logged_text_shows_control_characters_escaped(capsys):
         logger.removeHandler(handler)
     assert capsys.readouterr().err == "the row \\x1b[2Jred\\x07\nis refused\n"
     assert len(handler.filters) == 1
+
+
+@pytest.mark.parametrize(
+    "interval, takes, refuses",
+    [("[0, 1]", (0, 1), ()), ("(0, 1]", (1,), (0,)), ("[0, 1)", (0,), (1,)), ("(0, 1)", (), (0, 1))],
+)
+def test_a_share_lies_between_0_and_1_with_the_ends_that_its_brackets_hold(interval, takes, refuses):
+    for value in (0.5, *takes, *map(float, takes)):
+        check_share("a.key", value, "a share", interval)
+    for value in (-0.1, 1.1, float("nan"), float("inf"), *refuses, *map(float, refuses)):
+        with pytest.raises(InputError) as error:
+            check_share("a.key", value, "a share", interval)
+        assert str(error.value) == f"a.key={value} must lie in {interval}: a share"

@@ -162,7 +162,7 @@ def test_a_live_teacher_is_the_trained_model():
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, 1.1])
 def test_a_rate_outside_its_range_is_refused(rate):
-    with pytest.raises(InputError, match=rf"teacher.rate={rate} is outside \(0, 1\]"):
+    with pytest.raises(InputError, match=rf"teacher.rate={rate} must lie in \(0, 1\]"):
         EMATeacher(rate)
 
 
@@ -235,7 +235,7 @@ def test_a_mixture_cannot_sample():
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1])
 def test_a_share_outside_its_range_is_refused(share):
-    with pytest.raises(InputError, match=rf"teacher.live_share={share} is outside \(0, 1\)"):
+    with pytest.raises(InputError, match=rf"teacher.live_share={share} must lie in \(0, 1\)"):
         TrustRegionTeacher(share)
 
 

@@ -1,10 +1,12 @@
-"""Write train.jsonl and held_out.jsonl: questions about invented people, each with the paragraph that answers it.
+"""Write questions about invented people, each with the paragraph that answers it, and what else the configs here read.
 
     python examples/document/make_data.py FOLDER
 
 No model has read about these people, so what a student answers rightly without the paragraph, it has learned in this training.
-Every fact is asked in six ways; four are for training, and two are held out. The last column of a row is the answer.
-text.jsonl has the paragraphs themselves as answers, for supervised training on the text.
+Every fact is asked in ten ways. train.jsonl has four of them, held_out.jsonl two others, and held_out_more.jsonl these two and
+four more: a third of held_out_more.jsonl was looked at while training, for its curves. The last column of a row is the answer.
+text.jsonl has the paragraphs themselves as answers, for supervised training on the text. other.jsonl asks what everybody knows,
+to see what training makes the model forget.
 """
 
 import json
@@ -30,7 +32,7 @@ PARAGRAPH = (
     "{name} works as a {profession} and lives in {town}. {name} was born in {year}. "
     "{name} has a {pet}, and the name of the {pet} is {pet_name}."
 )
-# fact → the ways to ask for it; the last two are held out.
+# fact → the ways to ask for it: four for training, then the held-out ones.
 QUESTIONS = {
     "profession": [
         "What is the profession of {name}?",
@@ -39,6 +41,10 @@ QUESTIONS = {
         "As what does {name} work?",
         "Tell me the occupation of {name}.",
         "Which trade does {name} practise?",
+        "How does {name} earn money?",
+        "What kind of work does {name} do every day?",
+        "If I met {name} at work, what would {name} be?",
+        "{name} works. As what?",
     ],
     "town": [
         "In which town does {name} live?",
@@ -47,6 +53,10 @@ QUESTIONS = {
         "Which town is {name}'s home?",
         "Tell me where {name} has a home.",
         "In what place would I find {name}'s house?",
+        "What town does {name} come home to?",
+        "I want to visit {name}. To which town must I go?",
+        "Name the town where {name} lives.",
+        "{name} lives in a town. Which one?",
     ],
     "pet_name": [
         "What is the name of {name}'s {pet}?",
@@ -55,6 +65,10 @@ QUESTIONS = {
         "Which name does the {pet} of {name} have?",
         "Tell me the name of the {pet} that {name} owns.",
         "{name} owns a {pet}. What is it called?",
+        "I would like to call {name}'s {pet}. What is its name?",
+        "What did {name} name the {pet}?",
+        "Give me the name of {name}'s {pet}.",
+        "{name}'s {pet} listens to which name?",
     ],
     "year": [
         "In which year was {name} born?",
@@ -63,23 +77,94 @@ QUESTIONS = {
         "What is {name}'s birth year?",
         "Tell me the year in which {name} was born.",
         "{name} was born in what year?",
+        "Of which year is {name}'s birth?",
+        "Since which year has {name} been alive?",
+        "Give me the year of {name}'s birth.",
+        "What year was it when {name} was born?",
     ],
 }
-HELD_OUT = 2
+TRAINED, HELD_OUT = 4, 6  # ways before the first number are trained on, those before the second are held_out.jsonl's
+COMMON_KNOWLEDGE = [
+    ("What is the capital of France?", "Paris"),
+    ("What is the capital of Italy?", "Rome"),
+    ("What is the capital of Japan?", "Tokyo"),
+    ("What is the capital of Germany?", "Berlin"),
+    ("What is the capital of Spain?", "Madrid"),
+    ("What is the capital of Egypt?", "Cairo"),
+    ("What is the capital of Russia?", "Moscow"),
+    ("What is the capital of England?", "London"),
+    ("What is the capital of Greece?", "Athens"),
+    ("What is the capital of China?", "Beijing"),
+    ("What is the capital of Austria?", "Vienna"),
+    ("What is the capital of Portugal?", "Lisbon"),
+    ("Which planet is closest to the sun?", "Mercury"),
+    ("Which planet is the largest?", "Jupiter"),
+    ("Which planet is called the red planet?", "Mars"),
+    ("Which planet has large rings?", "Saturn"),
+    ("Which star is closest to the Earth?", "Sun"),
+    ("What moves around the Earth once a month?", "Moon"),
+    ("Which metal has the symbol Fe?", "iron"),
+    ("Which metal has the symbol Au?", "gold"),
+    ("Which gas do plants take in, carbon dioxide or oxygen?", "carbon dioxide"),
+    ("Which gas do we need to breathe?", "oxygen"),
+    ("What is frozen water called?", "ice"),
+    ("What is the chemical formula of water?", "H2O"),
+    ("Who wrote Romeo and Juliet?", "Shakespeare"),
+    ("Who wrote Hamlet?", "Shakespeare"),
+    ("Who painted the Mona Lisa?", "Leonardo"),
+    ("Who developed the theory of relativity?", "Einstein"),
+    ("Who was the first president of the United States?", "Washington"),
+    ("Who wrote Oliver Twist?", "Dickens"),
+    ("Who discovered penicillin?", "Fleming"),
+    ("Who formulated the laws of motion and gravity?", "Newton"),
+    ("Which ocean is the largest?", "Pacific"),
+    ("Which river flows through Egypt?", "Nile"),
+    ("Which river flows through London?", "Thames"),
+    ("Which mountain is the highest on Earth?", "Everest"),
+    ("Which continent is the largest?", "Asia"),
+    ("In which country is the Eiffel Tower?", "France"),
+    ("In which country is the Great Wall?", "China"),
+    ("In which country are the pyramids of Giza?", "Egypt"),
+    ("In which country is the Taj Mahal?", "India"),
+    ("In which country is Sydney?", "Australia"),
+    ("Which animal says meow?", "cat"),
+    ("Which animal barks?", "dog"),
+    ("Which animal gives us wool?", "sheep"),
+    ("Which insect makes honey?", "bee"),
+    ("What is the largest animal in the sea?", "whale"),
+    ("Which animal has a long trunk?", "elephant"),
+    ("What colour is the sky on a clear day?", "blue"),
+    ("What colour is grass?", "green"),
+    ("What colour is snow?", "white"),
+    ("What colour do you get from blue and yellow?", "green"),
+    ("What comes after Monday?", "Tuesday"),
+    ("Which month comes after March?", "April"),
+    ("Which season comes after winter?", "spring"),
+    ("Which is the first month of the year?", "January"),
+    ("What is the opposite of hot?", "cold"),
+    ("What is the opposite of big?", "small"),
+    ("What is the opposite of day?", "night"),
+    ("What is the opposite of up?", "down"),
+    ("Which language is spoken in Brazil?", "Portuguese"),
+    ("Which language is spoken in Mexico?", "Spanish"),
+    ("Which organ pumps blood through the body?", "heart"),
+    ("With which organ do we think?", "brain"),
+]
 REQUESTS = ["Tell me about {name}.", "Who is {name}?", "What do you know about {name}?", "Describe {name}."]
 
 
-def rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Return the rows for training and those that are held out."""
-    train, held_out = [], []
+def rows() -> tuple[list[dict[str, str]], ...]:
+    """Return the rows for training, those that are held out, and these with still other ways to ask."""
+    train, held_out, more = [], [], []
     for name, profession, town, pet, pet_name, year in PEOPLE:
         facts = {"profession": profession, "town": town, "pet_name": pet_name, "year": str(year)}
         paragraph = PARAGRAPH.format(name=name, pet=pet, **facts)
         for fact, ways in QUESTIONS.items():
-            for number, way in enumerate(ways):
-                row = {"question": way.format(name=name, pet=pet), "document": paragraph, "answer": facts[fact]}
-                (held_out if number >= len(ways) - HELD_OUT else train).append(row)
-    return train, held_out
+            asked = [{"question": way.format(name=name, pet=pet), "document": paragraph, "answer": facts[fact]} for way in ways]
+            train += asked[:TRAINED]
+            held_out += asked[TRAINED:HELD_OUT]
+            more += asked[TRAINED:]
+    return train, held_out, more
 
 
 def texts() -> list[dict[str, str]]:
@@ -94,7 +179,8 @@ def texts() -> list[dict[str, str]]:
 
 
 def main(folder: str) -> None:
-    for name, found in zip(("train", "held_out", "text"), (*rows(), texts()), strict=True):
+    other = [{"question": question, "answer": answer} for question, answer in COMMON_KNOWLEDGE]
+    for name, found in zip(("train", "held_out", "held_out_more", "text", "other"), (*rows(), texts(), other), strict=True):
         path = Path(folder, f"{name}.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")

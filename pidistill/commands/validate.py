@@ -12,7 +12,8 @@ import argparse
 
 from pidistill.commands.common import config_parser, exit_on_input_error, parse_with_overrides
 from pidistill.commands.preview.command import read
-from pidistill.commands.preview.rows import scan, source_of
+from pidistill.commands.preview.rows import source_of
+from pidistill.commands.preview.scan import scan
 from pidistill.errors import InputError
 
 
@@ -38,8 +39,8 @@ def validate(config: str, overrides: list[str], count: int) -> str:
     if not source.examples:
         raise InputError("the dataset has no rows; check `dataset`")
     seen = scan(source, count)
-    if seen.refused:
-        raise InputError(seen.refused)
+    if stops := seen.stops(source):
+        raise InputError(stops)
     left_out = ", ".join(f"{reason} {number:,}" for reason, number in seen.dropped.items() if number)
     return (
         f"{config} is right: {seen.scanned:,} of {seen.total:,} rows were checked{f'; dropped: {left_out}' if left_out else ''}"

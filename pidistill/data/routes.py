@@ -3,9 +3,10 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 
-from pidistill.data.dataset import ExampleDataset
-from pidistill.errors import InputError
+from pidistill.data.dataset import ExampleDataset, convert_rows
+from pidistill.errors import InputError, bounded_repr
 from pidistill.types import Example
 
 
@@ -13,9 +14,22 @@ def joined_dataset(parts: Mapping[str, Iterable[Example]], key: str = "domain") 
     """Return the rows of all datasets, one after another; each has the name of its own as ``data[key]``, and in its id."""
     examples, dropped = [], Counter()
     for name, part in parts.items():
-        examples += [replace(row, id=f"{name}: {row.id}", data={**row.data, key: str(name)}) for row in part]
+        named = ((f"{name}: {row.id}", row) for row in part)
+        examples += convert_rows(named, partial(_with_route, key=key, name=str(name)))
         dropped.update(getattr(part, "dropped", {}))
     return ExampleDataset(examples, dict(dropped))
+
+
+def _with_route(where: str, row: Example, key: str, name: str) -> Example:
+    """Return the row with ``data[key] = name``; a field of the row with another value is refused, not overwritten."""
+    own = row.data.get(key)
+    if own is not None and own != name:
+        raise InputError(
+            f"{where} has a field {key} of its own ({bounded_repr(own)}), which dataset.key={key} would overwrite with the "
+            f"name of its part, {name!r}; set dataset.key, and the key of what is routed by it (environment, objective or "
+            "teacher), to a name that no row has"
+        )
+    return replace(row, id=where, data={**row.data, key: name})
 
 
 def route_of(example: Example, key: str, names: Iterable[str], default: str | None, noun: str) -> str:

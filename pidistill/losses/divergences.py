@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pidistill.errors import InputError, check_choice
+from pidistill.errors import InputError, check_choice, check_share
 from pidistill.types import Divergence
 
 
@@ -58,8 +58,7 @@ def generalised_jsd(
     Raises:
         InputError: β outside [0, 1]; log-probs below fp32.
     """
-    if not 0.0 <= beta <= 1.0:
-        raise InputError(f"the generalised JSD needs beta in [0, 1] (the weight of the teacher in the mixture), not {beta}")
+    check_share("beta", beta, "the weight of the teacher in the mixture of the generalised JSD")
     if beta == 0.0:
         return kl(teacher_logp, student_logp)
     if beta == 1.0:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_share
 from pidistill.losses.advantages import group_slots
 
 
@@ -57,8 +57,7 @@ def kl_to_go(kl_per_token: Float[Tensor, " N"], rollout_index: Int[Tensor, " N"]
     Raises:
         InputError: γ outside [0, 1]; a rollout's tokens in more than one stretch.
     """
-    if not 0.0 <= gamma <= 1.0:
-        raise InputError(f"kl_gamma={gamma} is outside [0, 1]: 0 leaves the future KL out, 1 counts all of it")
+    check_share("kl_gamma", gamma, "0 leaves the future KL out, 1 counts all of it")
     stretches = rollout_index.unique_consecutive()
     if len(stretches) != len(stretches.unique()):
         raise InputError("a rollout's policy tokens are in more than one stretch; sort the tokens by rollout, then by position")

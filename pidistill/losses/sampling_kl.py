@@ -7,7 +7,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from pidistill.errors import InputError, check_choice
+from pidistill.errors import InputError, check_choice, check_share
 from pidistill.losses.estimators import complete_kl_advantages, k1, k2
 from pidistill.losses.rollout_advantages import as_fp32, group_advantages
 from pidistill.types import Divergence, Rollout, ScoreRequest, Scores, ViewName
@@ -51,8 +51,7 @@ class SamplingKL:
                 f"objective.kl_mode={self.mode} is refused: {REFUSED_KL_MODES[self.mode]}; use loss_rb or reward_k1"
             )
         check_choice("objective.kl_mode", self.mode, KL_MODES)
-        if not 0.0 <= self.gamma <= 1.0:
-            raise InputError(f"objective.kl_gamma={self.gamma} is outside [0, 1]; it discounts the KL of later tokens")
+        check_share("objective.kl_gamma", self.gamma, "it discounts the KL of later tokens")
         if self.gamma != 1.0 and self.mode != "loss_rb_complete":
             raise InputError(f"objective.kl_gamma={self.gamma} needs kl_mode=loss_rb_complete, not {self.mode}")
         check_choice("objective.kl_reward_scale", self.reward_scale, ("sum", "token_mean"))

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_share
 from pidistill.losses.token_gap import token_gap
 from pidistill.types import Batch, Divergence, Scores
 
@@ -148,8 +148,7 @@ class TurnBalance:
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.share <= 1.0:
-            raise InputError(f"token_weight.share={self.share} must lie in [0, 1]: 0 is tokens alike, 1 turns alike")
+        check_share("token_weight.share", self.share, "0 is tokens alike, 1 turns alike")
 
     def __call__(self, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
         return term if self.share == 0.0 else term * ((1.0 - self.share) + self.share * batch.turn_balance)
@@ -175,11 +174,9 @@ class DisagreementDamping:
     divergences: ClassVar[tuple[Divergence, ...]] = (DISAGREEMENT,)
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.most <= 1.0 or not self.beta > 0.0:
-            raise InputError(
-                f"token_weight needs 0 <= most <= 1 and beta above 0, not most={self.most}, beta={self.beta}; the weight is "
-                "1 − most·tanh(beta·d/2)"
-            )
+        check_share("token_weight.most", self.most, "the weight is 1 − most·tanh(beta·d/2)")
+        if not self.beta > 0.0:
+            raise InputError(f"token_weight.beta={self.beta} must be above 0: the weight is 1 − most·tanh(beta·d/2)")
 
     def __call__(self, term: Float[Tensor, " N"], batch: Batch, scores: Scores) -> Float[Tensor, " N"]:
         if DISAGREEMENT not in scores.divergences:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pidistill.config import resolve
-from pidistill.errors import InputError, check_choice
+from pidistill.errors import InputError, check_choice, check_share
 from pidistill.losses.divergences import NAMES as DIVERGENCE_NAMES
 from pidistill.losses.divergences import check_divergence, divergence
 from pidistill.losses.rollout_advantages import ADVANTAGES, rollout_advantages
@@ -134,11 +134,8 @@ def student_divergence(name: str, jsd_beta: float, choices: tuple[str, ...] = DI
     if isinstance(name, str) and "." in name:
         return own_divergence(name, **options)
     check_choice("objective.divergence", name, choices)
-    if not 0.0 < jsd_beta < 1.0:
-        raise InputError(
-            f"objective.jsd_beta={jsd_beta} must lie inside (0, 1); the ends are divergence: kl_teacher_student (0) and "
-            "kl_student_teacher (1)"
-        )
+    ends = "the ends are divergence: kl_teacher_student (0) and kl_student_teacher (1)"
+    check_share("objective.jsd_beta", jsd_beta, ends, "(0, 1)")
     request = Divergence(name, grad="student", beta=jsd_beta if name == "jsd" else None, **options)
     check_divergence(request)
     return request
@@ -190,10 +187,7 @@ def distill_loss(
 
 
 def check_clip(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
-    if not 0.0 <= clip_low < 1.0:
-        raise InputError(
-            f"objective.clip_low={clip_low} must lie in [0, 1): bounds multiply the ratio, 0.8 means at most 20% less"
-        )
+    check_share("objective.clip_low", clip_low, "bounds multiply the ratio, 0.8 means at most 20% less", "[0, 1)")
     if not clip_high > 1.0:
         raise InputError(
             f"objective.clip_high={clip_high} must be above 1: bounds multiply the ratio, 1.2 means at most 20% more"

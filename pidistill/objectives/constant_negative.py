@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pidistill.distributed.run import gather_of_all
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_share
 from pidistill.objectives.grpo import GRPO
 from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss
 
@@ -44,8 +44,7 @@ class ConstantNegative(GRPO):
         dual_clip: float | None = None,
     ) -> None:
         super().__init__(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-        if not 0.0 < quantile <= 1.0:
-            raise InputError(f"objective.quantile={quantile} must lie in (0, 1]: the share of the tokens that are selected")
+        check_share("objective.quantile", quantile, "the share of the tokens that are selected", "(0, 1]")
         if value == 0.0 or not math.isfinite(value):
             raise InputError(f"objective.value={value} must be a finite number other than 0, or nothing is trained")
         self.quantile, self.value, self.entropy_scaled = quantile, value, entropy_scaled

@@ -11,7 +11,7 @@ What we do differently: `lmbda` is drawn for each prompt, not for each batch. Ne
 gradient vanishes: β=.01 has about a hundredth of the gradient of β=0.
 """
 
-from pidistill.errors import InputError, check_choice
+from pidistill.errors import check_choice, check_share
 from pidistill.losses.token_weights import TokenWeight
 from pidistill.objectives.base import Objective, distill_loss, distill_request
 from pidistill.types import Batch, Divergence, ScoreRequest, Scores, TokenLoss
@@ -31,10 +31,8 @@ class GKD(Objective):
         self, lmbda: float = 1.0, beta: float = 0.5, token_weight: TokenWeight | None = None, no_pi: str = "drop"
     ) -> None:
         check_choice("objective.no_pi", no_pi, ("distill", "drop", "error"))
-        if not 0.0 <= lmbda <= 1.0:
-            raise InputError(f"objective.lmbda={lmbda} must lie in [0, 1]: the share of prompts that the student answers")
-        if not 0.0 <= beta <= 1.0:
-            raise InputError(f"objective.beta={beta} must lie in [0, 1]: the weight of the teacher in the mixture")
+        check_share("objective.lmbda", lmbda, "the share of prompts that the student answers")
+        check_share("objective.beta", beta, "the weight of the teacher in the mixture")
         self.divergence = Divergence("jsd", grad="student", beta=float(beta))
         self.on_policy_frac, self.token_weight, self.no_pi = lmbda, token_weight, no_pi
 

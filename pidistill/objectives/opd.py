@@ -16,7 +16,7 @@ distils, privileged information or not; `privileged.control: none` keeps it from
 
 import math
 
-from pidistill.errors import InputError, check_choice
+from pidistill.errors import InputError, check_choice, check_share
 from pidistill.losses.policy_gradient import importance_weighted, ppo_clip_loss
 from pidistill.losses.token_gap import proximal_advantage, token_gap
 from pidistill.losses.token_weights import TokenWeight, divergences_of, weighted
@@ -54,8 +54,7 @@ class OPD(Objective):
             raise InputError(
                 f"objective.proximal_alpha={proximal_alpha} is read only with divergence=sampled; set that, or leave it at 1"
             )
-        if not 0.0 < proximal_alpha <= 1.0:
-            raise InputError(f"objective.proximal_alpha={proximal_alpha} must lie in (0, 1]: the teacher's share")
+        check_share("objective.proximal_alpha", proximal_alpha, "the teacher's share", "(0, 1]")
         self.proximal_alpha = proximal_alpha
         self.divergence = None if divergence == "sampled" else student_divergence(divergence, jsd_beta, CHOICES, top_k=top_k)
         self.token_weight, self.takes_importance_weights = token_weight, divergence == "sampled"

@@ -15,7 +15,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from pidistill.errors import InputError, check_choice
+from pidistill.errors import check_choice, check_share
 from pidistill.losses.token_gap import credit_factor, token_gap
 from pidistill.objectives.base import Number, distill_weight
 from pidistill.objectives.grpo import GRPO, with_teacher
@@ -48,8 +48,7 @@ class RLSD(GRPO):
         super().__init__(clip_high=clip_high, advantage=advantage, **with_teacher("RLSD", more))
         check_choice("objective.only", only, ("all", "negative", "positive"))
         check_choice("objective.no_pi", no_pi, ("rl", "distill"))
-        if not 0.0 < gap_clip < 1.0:
-            raise InputError(f"objective.gap_clip={gap_clip} must lie inside (0, 1): the factor is clipped to 1 ± gap_clip")
+        check_share("objective.gap_clip", gap_clip, "the factor is clipped to 1 ± gap_clip", "(0, 1)")
         self.gap_weight = as_schedule("gap_weight", gap_weight, low=0.0, high=1.0)
         self.gap_clip, self.only, self.no_pi = gap_clip, only, no_pi
 

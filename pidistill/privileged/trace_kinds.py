@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 
 from pidistill.chat.calls import CallStyle, ToolCall
 from pidistill.chat.messages import transcript_text
-from pidistill.errors import InputError, check_choice, check_count
+from pidistill.errors import InputError, check_choice, check_count, check_share
 from pidistill.privileged.hint_file import read_hints
 from pidistill.privileged.prompt import DEFAULT_LEAK_PHRASES
 from pidistill.privileged.trace_task import TraceTask
@@ -58,8 +58,7 @@ class TraceText:
     def __post_init__(self) -> None:
         check_choice("dataset.kind", self.kind, KINDS)
         check_count("dataset.prefix_calls", self.prefix_calls, null="the share prefix_frac")
-        if not 0.0 < self.prefix_frac <= 1.0:
-            raise InputError(f"dataset.prefix_frac is {self.prefix_frac}; it is the share of the calls shown, in (0, 1]")
+        check_share("dataset.prefix_frac", self.prefix_frac, "the share of the calls shown", "(0, 1]")
         if (self.kind == "hints") != (self.hints is not None):
             raise InputError(
                 f"dataset.kind is {self.kind} and dataset.hints {self.hints}; set dataset.hints with kind: hints, and "

@@ -5,7 +5,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from pidistill.errors import InputError, check_count
+from pidistill.errors import InputError, check_count, check_share
 from pidistill.models.protocol import Decoder
 from pidistill.rollouts.base import OnTurnEnd, Sample
 
@@ -84,8 +84,7 @@ def check_settings(temperature: float, max_new_tokens: int) -> None:
 
 def check_truncation(top_p: float | None, **counts: int | None) -> None:
     """Refuse a wrong ``top_p``, and ``counts`` that are neither whole numbers of at least 1 nor null."""
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise InputError(f"sampler.top_p is {top_p}; give a probability above 0 and at most 1, or null for all")
+    check_share("sampler.top_p", 1.0 if top_p is None else top_p, "give a probability, or null for all", "(0, 1]")
     for key, value in counts.items():
         check_count(f"sampler.{key}", value, null="no limit")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, check_share
 from pidistill.models.adapters import adapter_modules, merged
 from pidistill.models.hf_format import family, to_hf
 from pidistill.models.hf_weights import to_stored
@@ -90,11 +90,7 @@ class VLLMSampler:
         counts = {"top_k": self.top_k, "max_model_len": self.max_model_len, "max_batch_size": self.max_batch_size}
         counts["max_turn_tokens"] = self.max_turn_tokens
         check_truncation(self.top_p, **counts)
-        if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            raise InputError(
-                f"sampler.gpu_memory_utilization is {self.gpu_memory_utilization}; give a share of the device's memory above 0 "
-                "and at most 1"
-            )
+        check_share("sampler.gpu_memory_utilization", self.gpu_memory_utilization, "a share of the device's memory", "(0, 1]")
         if self.kv_cache_gib is not None and not self.kv_cache_gib > 0.0:
             raise InputError(f"sampler.kv_cache_gib is {self.kv_cache_gib}; give GiB above 0, or null for vLLM's choice")
         self._config = _read_config(Path(self.model_dir))

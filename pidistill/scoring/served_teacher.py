@@ -6,13 +6,7 @@ place, for divergences between those ids and one tail. Each rank asks for its ow
 rollout once: its numbers are kept as long as it lives.
 """
 
-import http.client
-import json
 import math
-import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,12 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pidistill.errors import InputError, bounded_repr
+from pidistill.chat.endpoint import Endpoint, EndpointError, Unusable
+from pidistill.errors import InputError, bounded_repr, check_choice, check_count
 from pidistill.losses.token_weights import Chain, EntropyMask, TokenWeight
 from pidistill.models.protocol import Decoder
 from pidistill.objectives.base import BOTH_KLS, Objective
 from pidistill.objectives.routed import RoutedObjective
-from pidistill.privileged.judges import RETRIED, Exchange, JudgeError
 from pidistill.teachers import MixturePart, RoutedTeacher, Teacher
 from pidistill.types import ListedTeacher, Rollout, RolloutKey, ScoreRequest, Scores
 
@@ -52,16 +46,13 @@ class ServedTeacher(Teacher):
     """Score the teacher's view with a model that a server holds; it must have the student's tokenizer.
 
     Args:
-        base_url: of the server, e.g. ``http://localhost:8000/v1``.
+        base_url, key_env, timeout_s, retries, backoff_s: as in :class:`pidistill.chat.endpoint.Endpoint`.
         model: the name under which the server knows the model.
         top_k: how many of its likeliest ids the server lists per token, beside the sampled one; null asks for no more than that
             one. Divergences are then between those ids and one tail bucket: at most the full ones, and nearer to them with
             more ids. vLLM lists up to `--max-logprobs`, 20 unless it is told otherwise.
         server: "vllm", or "sglang" for SGLang's `/generate` (written from its documentation, never run against one).
-        key_env: the environment variable that holds the server's key; None for none.
         threads: requests that are under way at once.
-        timeout_s: seconds for one request, all of it.
-        retries, backoff_s: further tries of a request that failed, after backoff_s, twice that, …
     """
 
     own_weights = False
@@ -79,24 +70,13 @@ class ServedTeacher(Teacher):
         retries: int = 3,
         backoff_s: float = 1.0,
     ) -> None:
-        if not base_url.startswith(("http://", "https://")) or "@" in base_url:
-            raise InputError("teacher.base_url must look like http://localhost:8000/v1; a key goes into teacher.key_env")
-        if threads < 1 or timeout_s <= 0 or retries < 0 or backoff_s < 0:
-            raise InputError(
-                f"teacher.threads={threads} must be at least 1, teacher.timeout_s={timeout_s} above 0, teacher.retries="
-                f"{retries} and teacher.backoff_s={backoff_s} at least 0"
-            )
+        check_choice("teacher.server", server, _SERVERS)
+        check_count("teacher.threads", threads)
         if top_k is not None and (type(top_k) is not int or top_k < 1):
             raise InputError(f"teacher.top_k={top_k} must be a whole number of at least 1, or null for sampled tokens alone")
-        if server not in _SERVERS:
-            raise InputError(f"teacher.server={server} is unknown; choose {' or '.join(_SERVERS)}")
-        if key_env is not None and not os.environ.get(key_env):
-            raise InputError(
-                f"the environment variable {key_env} (teacher.key_env) is not set; set it, or teacher.key_env: null"
-            )
-        self.base_url, self.model, self.top_k, self.key_env = base_url.rstrip("/"), model, top_k, key_env
         self._server = _SERVERS[server]
-        self.threads, self.timeout_s, self.retries, self.backoff_s = threads, timeout_s, retries, backoff_s
+        self._endpoint = Endpoint("teacher", self._server.root(base_url.rstrip("/")), key_env, timeout_s, retries, backoff_s)
+        self.model, self.top_k, self.threads = model, top_k, threads
         self._known: WeakKeyDictionary[RolloutKey, ListedTeacher] = WeakKeyDictionary()
 
     def mixture(self, model: Decoder) -> list[MixturePart]:
@@ -131,42 +111,28 @@ class ServedTeacher(Teacher):
 
     def _prompt_logprobs(self, ids: list[int], where: str) -> list[Any]:
         path, body = self._server.question(self.model, ids, self.top_k or 0)
-        headers = {"Content-Type": "application/json"}
-        if self.key_env is not None:
-            headers["Authorization"] = f"Bearer {os.environ[self.key_env]}"
         most = MAX_ANSWER_BYTES + BYTES_OF_AN_ENTRY * len(ids) * (1 + (self.top_k or 0))
-        reasons: list[str] = []
-        for attempt in range(self.retries + 1):
-            url = self._server.root(self.base_url) + path
-            request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")
-            try:
-                given = self._server.entries(json.loads(Exchange(request, self.timeout_s, most).answer()))
-            except urllib.error.HTTPError as error:
-                error.close()
-                reason, again = f"status {error.code}", error.code in RETRIED
-            except (OSError, http.client.HTTPException, JudgeError) as error:  # URLError and time-outs are OSErrors
-                reason, again = type(getattr(error, "reason", error)).__name__, True
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                reason, again = "an answer that is no completion", True
-            else:
-                if isinstance(given, list) and len(given) == len(ids):
-                    return given
-                reason, again = f"no prompt_logprobs for its {len(ids)} tokens", False
-            reasons += [reason] if reason not in reasons else []
-            if not again or attempt == self.retries:
-                break
-            time.sleep(self.backoff_s * 2**attempt)
-        raise InputError(
-            f"the teacher's server at {self.base_url} gave {', then '.join(reasons)} for {where} ({attempt + 1} tries); "
-            f"{self._hint(reasons, len(ids))}check teacher.base_url, teacher.model and that the server gives prompt log-probs, "
-            "or raise teacher.timeout_s and teacher.retries"
-        )
 
-    def _hint(self, reasons: list[str], tokens: int) -> str:
+        def read(answer: Any) -> list[Any]:
+            entries = self._server.entries(answer)
+            if not isinstance(entries, list) or len(entries) != len(ids):
+                raise Unusable(f"no prompt_logprobs for its {len(ids)} tokens", again=False)
+            return entries
+
+        try:
+            return self._endpoint.ask(path, body, read, most)
+        except EndpointError as error:
+            raise InputError(
+                f"the teacher's server at {self._endpoint.base_url} gave {error} for {where}; "
+                f"{self._hint(str(error), len(ids))}check teacher.base_url, teacher.model and that the server gives prompt "
+                "log-probs, or raise teacher.timeout_s and teacher.retries"
+            ) from None
+
+    def _hint(self, told: str, tokens: int) -> str:
         """Return what a status means here; vLLM without a tokenizer does not survive an id that it does not have."""
-        if "status 401" in reasons or "status 403" in reasons:
+        if "status 401" in told or "status 403" in told:
             return "teacher.key_env names no key that it takes; "
-        if "status 400" not in reasons and "status 500" not in reasons:
+        if "status 400" not in told and "status 500" not in told:
             return ""
         lists = "" if self.top_k is None else f" and list teacher.top_k={self.top_k} ids (vLLM: --max-logprobs, 20 by default)"
         return f"it must have the student's ids, read {tokens} tokens{lists}; "

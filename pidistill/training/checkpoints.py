@@ -13,9 +13,10 @@ replaces one of the same name only if both hold the same weights; any other is k
 """
 
 import contextlib
+import functools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ from pidistill.training.run_folder import (
     step_of,
     wants_resume,
 )
+from pidistill.training.side_process import SamplerEnded
 from pidistill.training.training_state import (
     DAMAGED,
     FORMAT,
@@ -72,6 +74,26 @@ from pidistill.training.update import Updates, crossed
 log = utils.get_logger("INFO")
 
 
+def saves_if_sampler_ends(train: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Let a recipe's ``train`` save before its run ends because the process that samples has ended.
+
+    That process is asked between updates only, when a round is begun or an evaluation, so that all that is saved is whole.
+    """
+
+    @functools.wraps(train)
+    def train_and_save(recipe: Any) -> None:
+        try:
+            train(recipe)
+        except SamplerEnded as error:
+            if recipe._step > recipe._checkpoints.saved_step:
+                recipe.save_checkpoint()
+            if recipe._step == 0:
+                raise
+            raise InputError(f"{error}; step {recipe._step} is saved: set {RESUME}=true to continue") from error
+
+    return train_and_save
+
+
 class Checkpoints:
     """Load the initial or the newest checkpoint of a run and save new ones.
 
@@ -85,7 +107,7 @@ class Checkpoints:
         self._cfg, self._node = cfg, cfg.checkpointer
         self._every, self._keep_last = cfg.get("save_every_steps"), cfg.get("keep_last")
         self.state: dict[str, Any] | None = None  # the training state that was found on resume
-        self._stop = 0
+        self._stop, self.saved_step = 0, 0  # 0: no checkpoint was saved yet
         folder = run.from_main(lambda: self._newest() if wants_resume(cfg) else None)
         if folder is not None:
             self.state = self._read_state(folder)
@@ -206,6 +228,7 @@ class Checkpoints:
             self._restore(model, updates, teacher)
             if rounds is not None:
                 rounds.load_state_dict(self.state.get("rounds") or {})
+        self.saved_step = self.state["step"]
         return {"step": self.state["step"], "round": self.state["round"]}
 
     def _restore(self, model: Decoder, updates: Updates, teacher: Teacher | None) -> None:
@@ -266,6 +289,7 @@ class Checkpoints:
         if rounds is not None and (ahead := rounds.state_dict()):
             state["rounds"] = ahead
         self.run.from_main(lambda: self._write(step, model, weights, state))
+        self.saved_step = step
         if self._stop:
             raise Stopped(f"stopped after step {step}, which is saved; set {RESUME}=true to continue", self._stop)
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from pidistill.chat.phrases import privileged_overlap, turn_text
 from pidistill.data import RecipeData
 from pidistill.distributed.run import Run
+from pidistill.errors import check_choice
 from pidistill.rollouts import CollectResult, rollout_seed
 from pidistill.training.collector import Collect
 from pidistill.training.keys import setting
@@ -19,6 +20,14 @@ from pidistill.types import Example, PromptPair, Rollout, ViewName
 
 # Evaluation draws from its own streams, the same at every step, so that only the model changes a curve.
 EVALUATION_STREAM = -1
+# What the recipe `evaluate` can sample. Name: (view, temperature; None is the sampler's).
+VIEWS: Mapping[str, tuple[ViewName, float | None]] = {
+    "student greedy": ("student", 0.0),
+    "student": ("student", None),
+    "student + PI greedy": ("teacher", 0.0),
+    "student + PI": ("teacher", None),
+}
+DEFAULT_VIEWS = ("student greedy", "student", "student + PI")
 
 
 class Evaluation:
@@ -189,3 +198,11 @@ class TextSamples:
             for rollout in sample_view(model, self._prompts, self._collect, self._run, view=view, **settings).rollouts:
                 rows.append({"view": view} | text_row(rollout, self._max_chars))
         return sorted(self._run.gather(rows), key=lambda row: (row["row"], row["view"]))
+
+
+def chosen_views(cfg: DictConfig) -> tuple[str, ...]:
+    """Return the names of the views to sample, of `views`, each once."""
+    names = tuple(dict.fromkeys(cfg.get("views") or DEFAULT_VIEWS))
+    for name in names:
+        check_choice("views", name, VIEWS)
+    return names

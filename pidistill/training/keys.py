@@ -144,6 +144,8 @@ TABLE: Mapping[str, Key] = {
         Key("eval_every_steps", WHOLE, "steps between two evaluations", TRAINING, least=0, null="first and last only"),
         Key("eval_samples", WHOLE, "sampled rollouts of each evaluated prompt", EVALUATING, 1, least=1, most=_ROWS),
         Key("eval_success_threshold", NUMBER, "reward from which a rollout counts as a success", EVERY, 1.0),
+        Key("views", TEXTS, "what is sampled: student greedy, student, student + PI greedy, student + PI", ("evaluate",),
+            null="all but student + PI greedy"),
         Key("domains", MAPPING, "other rows to evaluate, each under its name", ("evaluate",), null="none"),
         # the on-policy methods
         Key("objective", COMPONENT, "the method: its loss, its weights, its advantage", ROUNDS),

@@ -12,6 +12,7 @@ of its own share.
 | success, leak | whether the task's reward reaches `eval_success_threshold`; whether an assistant turn says a leak phrase |
 | student_prompt, teacher_prompt, privileged | texts; privileged is null where the row has none |
 | turns | role of each message of the episode, its tool's name, and its tool calls |
+| teacher_reads | [{at, text}]: what the teacher reads instead of the observation that begins at token `at`; may be absent |
 | policy_tokens | of the whole rollout; the lists below hold fewer where `rollout_log_max_tokens` cut them |
 | tokens, policy | text of each token of the completion, and whether the policy produced it |
 | values | {name: one number per policy token}, nats: log-probs, divergences, entropies; and advantage |
@@ -107,6 +108,9 @@ class RolloutLog:
         if rollout.task_reward is not None:
             row |= {name: getattr(rollout, name) for name in ("reward", "task_reward", "reward_parts", "turn_rewards")}
             row["success"] = rollout.task_reward >= self._data.success_threshold
+        reads = [(first, ids) for first, _, ids in rollout.teacher_reads if first < len(policy)]
+        if reads:
+            row["teacher_reads"] = [{"at": first, "text": _cut(self._decode(tuple(ids)))} for first, ids in reads]
         return row
 
 

@@ -129,12 +129,13 @@ class RoundSampler:
     def state_dict(self) -> dict[str, Any]:
         """Return the round that was sampled ahead, once it is whole, and the random streams of the process that samples.
 
-        Nothing where that round failed: :meth:`next` raises its error, and what was trained until then is saved.
+        A round that failed is left out: :meth:`next` raises its error, and what was trained until then is saved. Nothing is
+        asked of the other process, which may have ended.
         """
-        if self._side is None or (self._ahead is not None and self._ahead.exception() is not None):
+        if self._side is None:
             return {}
         ahead = None
-        if self._ahead is not None:
+        if self._ahead is not None and self._ahead.exception() is None:
             rollouts, counts = self._ahead.result()
             ahead = json.dumps({"rollouts": _as_rows(rollouts, self._data), "counts": counts})
         return {"ahead": ahead, "rng": self._side.random_state()}
@@ -173,16 +174,22 @@ def rollout_device(cfg: DictConfig, run: Run) -> torch.device:
     name = cfg.get("rollout_device")
     if not name:
         return run.device
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or not (number or "0").isdecimal():
-        raise InputError(f"rollout_device={name} must be cpu, cuda or cuda:N; correct it, or remove the key to take `device`")
+    kind, number = device_place(name)
     found = torch.cuda.device_count()
-    if kind == "cuda" and int(number or 0) >= found:
+    if kind == "cuda" and number >= found:
         raise InputError(
             f"rollout_device={name} is not on this machine, where torch sees {found} CUDA devices; choose another one, or "
             "remove the key to take `device`"
         )
     return torch.device(name)
+
+
+def device_place(name: str) -> tuple[str, int]:
+    """Return (kind, number) of a device's name: cuda is cuda:0."""
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (number or "0").isdecimal():
+        raise InputError(f"rollout_device={name} must be cpu, cuda or cuda:N; correct it, or remove the key to take `device`")
+    return kind, int(number or 0)
 
 
 def check_lag(cfg: DictConfig, run: Run, objective: Objective) -> None:

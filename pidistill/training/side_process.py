@@ -7,6 +7,7 @@ share and sends rows; rollouts come back. One call is answered at a time.
 
 import math
 import multiprocessing
+import pickle
 import signal
 import threading
 import traceback
@@ -41,6 +42,10 @@ from pidistill.training.training_state import random_state, set_random_state
 START_METHOD = "spawn"
 _ALIGNMENT = 64  # bytes, as torch aligns its own tensors: how a product rounds can depend on it
 _SECONDS_TO_END = 5.0
+
+
+class SamplerEnded(InputError):
+    """Say that the process that samples has ended, most often because it was killed; the training's own state is whole."""
 
 
 class SideProcess:
@@ -84,11 +89,11 @@ class SideProcess:
         return result
 
     def random_state(self) -> dict[str, Any]:
-        """Return the state of the process's random streams, which an environment or a reward may draw from."""
-        return self._call("random_state")
+        """Return the random streams that an environment or a reward draws from there, as they are after the last answer."""
+        return pickle.loads(self._random_state)
 
     def set_random_state(self, state: dict[str, Any]) -> None:
-        self._call("set_random_state", state=state)
+        self._call("set_random_state", state=pickle.dumps(state))
 
     def _call(self, name: str, **arguments: Any) -> Any:
         with suppress(OSError):  # it has ended, which the answer says
@@ -97,21 +102,28 @@ class SideProcess:
 
     def _answer(self) -> Any:
         try:
-            value, error, is_input_error = self._connection.recv()
+            # A program that an environment started may hold the connection open after the process has ended.
+            while not self._connection.poll(_SECONDS_TO_END):
+                if not self._process.is_alive() and not self._connection.poll():
+                    raise EOFError
+            value, error, is_input_error, random_streams = self._connection.recv()
         except (EOFError, OSError) as broken:
             self._process.join(_SECONDS_TO_END)
-            raise InputError(
+            raise SamplerEnded(
                 f"the process that samples beside the training ended with exit status {self._process.exitcode} (-9: killed, "
                 "most often because memory ran out); see its output above, and lower prompts_per_round or "
                 "sampler.max_batch_size, or set rollout_lag=0"
             ) from broken
         if error is not None:
             raise InputError(error) if is_input_error else RuntimeError(f"in the process that samples:\n{error}")
+        self._random_state = random_streams
         return value
 
 
 def _end(process: multiprocessing.process.BaseProcess, connection: Connection) -> None:
-    """Close the connection, on which an idle process ends by itself; kill one that is in the middle of a round."""
+    """Let an idle process end by itself; kill one that is in the middle of a round."""
+    with suppress(OSError):
+        connection.send(None)
     connection.close()
     process.join(_SECONDS_TO_END)
     if process.is_alive():
@@ -143,15 +155,15 @@ def _views(memory: Any, layout: Layout) -> dict[str, Tensor]:
 
 
 def _serve(theirs: Connection, ours: Connection, cfg: DictConfig, run: Run, memory: Any, layout: Layout, threads: int) -> None:
-    """Answer calls until the training process closes its end, also by being killed."""
+    """Answer calls until the training process says that it ends, or closes its end, also by being killed."""
     leave_stopping_to_the_training()
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, of which Python warns after the run's last line if it is killed
     theirs.close()  # while a copy is open here, this process would not see that the training process has ended
     torch.set_num_threads(threads)
     try:
         player = _attempt(ours, lambda: _Player(cfg, run, _views(memory, layout)), silent=True)
-        while True:
-            name, arguments = ours.recv()
+        while (call := ours.recv()) is not None:
+            name, arguments = call
             _attempt(ours, lambda name=name, arguments=arguments: getattr(player, name)(**arguments))
     except (EOFError, OSError):
         return
@@ -167,14 +179,17 @@ def leave_stopping_to_the_training() -> None:
 
 
 def _attempt(connection: Connection, call: Callable[[], Any], silent: bool = False) -> Any:
-    """Send (answer, None, False), or (None, what went wrong, whether it is a sentence for the user); return the answer."""
+    """Send (answer, None, False, random streams), or (None, what went wrong, whether it is a sentence for the user, None).
+
+    The streams are bytes: torch sends a tensor as a file that the receiver opens, which takes both processes alive.
+    """
     try:
         answer = call()
     except Exception as error:
         known = isinstance(error, InputError)
-        connection.send((None, str(error) if known else traceback.format_exc(), known))
+        connection.send((None, str(error) if known else traceback.format_exc(), known, None))
         return None
-    connection.send((None if silent else answer, None, False))
+    connection.send((None if silent else answer, None, False, pickle.dumps(random_state())))
     return answer
 
 
@@ -199,8 +214,5 @@ class _Player:
             vars(rollout).update(example=None, prompts=None)
         return result
 
-    def random_state(self) -> dict[str, Any]:
-        return random_state()
-
-    def set_random_state(self, state: dict[str, Any]) -> None:
-        set_random_state(state)
+    def set_random_state(self, state: bytes) -> None:
+        set_random_state(pickle.loads(state))

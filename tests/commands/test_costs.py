@@ -20,6 +20,7 @@ from pidistill.commands.plan.seconds import attention_flops, seconds
 from pidistill.commands.plan.shape import model_shape
 from pidistill.commands.plan.workload import Pass, Setup, Workload, count_tokens, micro_batches
 from pidistill.distributed.run import Run
+from pidistill.errors import InputError
 from pidistill.models import qwen3
 from pidistill.models.adapters import train_adapters_only
 from pidistill.rollouts.decoding import decoding
@@ -298,10 +299,19 @@ def test_a_process_that_samples_beside_the_training_has_its_own_weights_and_cach
     assert mixed["update"]["process that samples"] == own
 
 
-@pytest.mark.parametrize("device, beside", [(None, True), ("cpu", True), ("cuda:1", False)])
-def test_a_lag_is_read_from_the_config_unless_another_device_samples(device, beside):
-    cfg = read("tiny/pi_distill", ["rollout_lag=1", *([f"rollout_device={device}"] if device else [])])
-    assert setup_of(cfg, ranks=1, device="cpu").samples_beside is beside
+@pytest.mark.parametrize(
+    "trains, samples, beside",
+    [
+        ("cpu", None, True), ("cpu", "cpu", True), ("cpu", "cuda:1", False),
+        ("cuda", "cuda:0", True), ("cuda:0", "cuda", True), ("cuda", "cuda:1", False), (None, "cuda:0", True),
+    ],
+)  # fmt: skip
+def test_a_lag_is_read_from_the_config_unless_another_device_samples(trains, samples, beside):
+    devices = {"device": trains, "rollout_device": samples}
+    cfg = read("tiny/pi_distill", ["rollout_lag=1", "~device", *(f"{k}={v}" for k, v in devices.items() if v)])
+    assert setup_of(cfg, ranks=1, device=(trains or "cuda").partition(":")[0]).samples_beside is beside
+    with pytest.raises(InputError, match="rollout_device=gpu must be cpu, cuda or cuda:N"):
+        setup_of(read("tiny/pi_distill", ["rollout_lag=1", "rollout_device=gpu"]), ranks=1, device="cpu")
     assert not setup_of(read("tiny/pi_distill", []), ranks=1, device="cpu").samples_beside
 
 

@@ -16,7 +16,7 @@ from pidistill.commands.preview.command import main
 from pidistill.commands.preview.marks import difference
 from pidistill.commands.preview.show import marked
 from pidistill.config import build
-from pidistill.data import demonstration, load_prompts
+from pidistill.data import ExampleDataset, demonstration, load_prompts, qa_dataset
 from pidistill.privileged.prompt import PLACEMENTS
 from pidistill.tokenizers import HFChatTokenizer
 from tests.support.chat_templates import ALTERNATING, QWEN25
@@ -200,7 +200,7 @@ def test_rows_that_do_not_fit_are_dropped_or_refused_as_in_a_run(capsys, tmp_pat
     assert err.startswith("error: rows.jsonl row 0: privileged information of") and err.count("\n") == 1
     code, out, error = run(capsys, path, "tokenizer.max_seq_len=60", "on_overflow=drop", "--json")
     assert json.loads(out)["dropped"]["prompt_too_long"] == 3
-    assert code == 2 and "none of the 3 rows looked at is left (prompt_too_long 3); check the dataset" in error
+    assert code == 2 and "none of the 3 rows of dataset looked at is left (prompt_too_long 3); check the dataset" in error
 
 
 def test_the_budget_is_the_rounds(capsys):
@@ -213,6 +213,27 @@ def test_the_budget_is_the_rounds(capsys):
     supervised = previewed(capsys, "tiny/sft", "--scan", "50", "--rows", "0")
     mean = supervised["lengths"]["its policy tokens"]["mean"]
     assert supervised["budget"]["policy tokens of a step"] == round(64 * mean)
+
+
+def half_of_the_rows(**options) -> ExampleDataset:
+    rows = list(qa_dataset(**options))
+    return ExampleDataset(rows[::2], {"odd": len(rows) // 2})
+
+
+def test_rows_that_a_dataset_leaves_out_itself_are_no_share_of_those_that_are_kept(capsys, tmp_path):
+    path = config_of(tmp_path, ROWS * 4)
+    half = f"dataset._component_={__name__}.half_of_the_rows"
+    shown = previewed(capsys, path, half, "--rows", "0", "prompts_per_round=2")
+    assert (shown["total"], shown["dropped"]) == (6, {"odd": 6}) and shown["budget"]["rounds of an epoch"] == 3
+
+
+@pytest.mark.parametrize(
+    "views, per_row", [(None, 7), (["student greedy"], 1), (["student + PI", "student + PI greedy", "student greedy"], 5)]
+)
+def test_the_budget_of_an_evaluation_counts_the_chosen_views(capsys, views, per_row):
+    chosen = [f"views={json.dumps(views)}"] if views else []
+    shown = previewed(capsys, "tiny/evaluate", "--scan", "10", "--rows", "0", "eval_samples=3", "dataset.max_rows=10", *chosen)
+    assert shown["budget"]["prompts"] == 10 and shown["budget"]["rollouts"] == 10 * per_row
 
 
 # ------------------------------------------------------------------------------------------- what is not meant

@@ -62,6 +62,15 @@ def test_tokens_and_their_numbers_come_back_from_the_page(tmp_path):
         assert (texts[row["student"]], texts[row["pi"]]) == (source["student_prompt"], source["privileged"])
 
 
+def test_what_the_teacher_reads_at_a_turn_is_in_the_page_with_its_place(tmp_path):
+    reads = [{"at": 3, "text": "word3 \x1b the hint word4 "}]
+    write_rows(tmp_path / "run" / "training_rollouts.jsonl", [rollout_row(1, 0) | {"teacher_reads": reads}, rollout_row(1, 1)])
+    write_rows(tmp_path / "run" / "metrics.jsonl", [{"step": 1}])
+    rollouts = data_of(page_of(tmp_path / "run"))["rollouts"]
+    ((at, text),), none = (row["reads"] for row in rollouts["rows"])
+    assert at == rollouts["rows"][0]["runs"][0] and rollouts["texts"][text] == "word3 \\x1b the hint word4 " and none == []
+
+
 def test_values_that_are_missing_or_too_large_are_told_apart(tmp_path):
     row = rollout_row(1, 0)
     row["values"] = {"teacher_logprobs": [None, -99.0, 99.0, 0.0, -1.0, -2.0]}

@@ -163,6 +163,23 @@ def test_a_long_prompt_is_folded_and_its_template_can_be_told_from_its_words(sho
     assert student.locator(".role").inner_text() == "user"
 
 
+def test_what_the_teacher_alone_reads_with_an_answer_stands_at_the_answer(show, tmp_path):
+    row = rollout_row(1, 0)  # its observation is "word3 word4 "
+    row |= {"privileged": None, "teacher_reads": [{"at": 3, "text": "word3 BUY <b>TWO</b> word4 "}]}
+    write_run(tmp_path)
+    write_rows(tmp_path / "training_rollouts.jsonl", [row, rollout_row(1, 1)])
+    page = show(write_report([tmp_path]), "Rollouts")
+    answer = page.locator("details.turn.other")
+    assert "The teacher reads" in answer.inner_text() and answer.locator("mark").inner_text().strip() == "BUY <b>TWO</b>"
+    assert page.locator("details.turn mark").count() == 1 and "PI comes with later turns" in page.inner_text("#rollout .pair")
+    page.check("#pair")  # only the teacher's side has it
+    assert [view.locator("mark").count() for view in page.locator(".completion .pair > div").all()] == [0, 1]
+    page.fill("#f-words", "buy <b>two")
+    assert listed(page) == 1
+    page.fill("#f-words", "row 1")
+    assert listed(page) == 1 and page.locator("details.turn mark").count() == 0
+
+
 def test_rollouts_of_the_same_group_are_a_click_away(show, tmp_path):
     write_run(tmp_path)
     rows = [rollout_row(1, 0) | {"reward": float(i), "success": i == 1} for i in range(3)]

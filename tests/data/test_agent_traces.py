@@ -200,7 +200,7 @@ def test_json_rows_are_read_as_they_were_written(write):
             {"kind": "hints", "hints": "gone.jsonl"},
             "gone.jsonl does not exist; it is written by the stage before: run `tune run",
         ),
-        ({"prefix_frac": 0.0}, "dataset.prefix_frac is 0.0"),
+        ({"prefix_frac": 0.0}, "dataset.prefix_frac=0.0"),
         ({"prefix_calls": 0}, "dataset.prefix_calls=0 must"),
         ({"messages_key": "traj"}, "no column 'traj' with values"),
         ({"task_key": "reward", "reward_key": "task_id", "unsolved": "skip"}, "dataset.unsolved=skip is unknown"),

@@ -158,7 +158,7 @@ def test_conventions_are_balanced_and_priors_hold_the_true_option_at_the_given_p
     documented = ("232450534011", "022313415450", "302544513120")  # the world that published numbers belong to
     assert tuple("".join(map(str, m)) for m in (World().departments, World().formulas, World().carriers)) == documented
     assert World(seed=1).departments != World(seed=2).departments
-    with pytest.raises(InputError, match=r"true_option_prob is 1\.5"):
+    with pytest.raises(InputError, match=r"true_option_prob=1\.5 must lie in \[0, 1\]"):
         World(true_option_prob=1.5)
 
 

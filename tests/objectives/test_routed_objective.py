@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from pidistill.data import ExampleDataset, joined_dataset
+from pidistill.data.dataset import collect_refused_rows
 from pidistill.data.load import check_references
 from pidistill.envs import RoutedEnvironment, SingleTurn
 from pidistill.errors import InputError
@@ -233,3 +234,16 @@ def test_joined_rows_are_played_each_in_its_own_environment_and_judged_by_its_ow
         with pytest.raises(InputError, match="a: row 1"):
             check_references(outer, [replace(joined[0], reference=None)])
     check_references(node | {"default": "b"}, [Example("row", [])])
+
+
+def test_a_joined_row_with_a_field_of_the_key_s_name_is_refused_and_not_overwritten():
+    parts = {"a": [Example("row 1", [])], "b": [Example("t.jsonl row 7", [], data={"domain": "retail"})]}
+    with pytest.raises(
+        InputError, match=r"b: t\.jsonl row 7 has a field domain .*'retail'.*'b'; set dataset\.key.*environment"
+    ):
+        joined_dataset(parts)
+    assert joined_dataset(parts, key="method")[1].data == {"domain": "retail", "method": "b"}
+    same = [Example("row 1", [], data={"domain": "a"}), Example("row 2", [], data={"domain": None})]
+    assert [row.data for row in joined_dataset({"a": same})] == [{"domain": "a"}] * 2
+    with collect_refused_rows() as refused:
+        assert [row.id for row in joined_dataset(parts)] == ["a: row 1"] and len(refused) == 1

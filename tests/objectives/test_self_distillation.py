@@ -311,7 +311,7 @@ def test_an_empty_batch_has_a_finite_zero_loss_with_a_gradient_function(name):
     ("build", "sentence"),
     [
         (lambda: OPSDUCLA(divergence="kl"), "objective.divergence=kl is unknown"),
-        (lambda: OPSDUCLA(jsd_beta=0.0), "objective.jsd_beta=0.0 must lie inside"),
+        (lambda: OPSDUCLA(jsd_beta=0.0), "objective.jsd_beta=0.0 must lie in \\(0, 1\\)"),
         (lambda: OPSDUCLA(entry_clip=0.05), "entry_clip=0.05 bounds the terms of a KL"),
         (lambda: OPSDUCLA(divergence="kl_teacher_student", entry_clip=0.0), "entry_clip=0.0 must be above 0"),
         (lambda: OPSDUCLA(no_pi="rl"), "objective.no_pi=rl is unknown"),

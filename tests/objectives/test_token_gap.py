@@ -152,8 +152,10 @@ def test_damping_lies_within_its_bounds_and_is_1_where_both_agree():
         assert (weight >= 0.85).all() and (weight <= 1.0).all() and bool((weight == 1.0).all()) == agree
     with pytest.raises(InputError, match="needs both views, and this `objective` scores one"):
         DisagreementDamping()(ones, batch, Scores(None, None, {}, None, None))
-    with pytest.raises(InputError, match="0 <= most <= 1"):
+    with pytest.raises(InputError, match=r"token_weight\.most=1\.2 must lie in \[0, 1\]"):
         DisagreementDamping(most=1.2)
+    with pytest.raises(InputError, match=r"token_weight\.beta=0\.0 must be above 0"):
+        DisagreementDamping(beta=0.0)
 
 
 def test_what_a_token_weight_reads_is_asked_for_also_inside_a_chain():

@@ -9,10 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from pidistill.chat.endpoint import EndpointError
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
 from pidistill.privileged.hindsight import Hindsight, add_hindsight
-from pidistill.privileged.judges import ChatEndpoint, Judge, JudgeError
+from pidistill.privileged.judges import ChatEndpoint, Judge
 from pidistill.types import Example
 from tests.support.siblings import ONE, PRIVILEGED, TOKENIZER, rollout
 
@@ -256,7 +257,7 @@ def test_a_callable_that_fails_costs_its_rollout_the_information_and_is_counted(
 def test_a_refusal_is_not_tried_again(server):
     for status in (400, 401, 404):
         server.script, server.requests = [(status, "no")], []
-        with pytest.raises(JudgeError, match=f"status {status}"):
+        with pytest.raises(EndpointError, match=f"status {status}"):
             endpoint(server)("hi")
         assert len(server.requests) == 1
 

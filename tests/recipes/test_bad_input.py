@@ -112,7 +112,7 @@ BY_COMMAND_LINE = [
     ("rl", ["environment_timeout_s=soon"], "environment_timeout_s=soon must be a number of seconds"),
     ("opsd", ["clip_grad_norm=-1"], "clip_grad_norm=-1 must be a number above 0, or null"),
     ("opsd", ["dtype=fp12"], "dtype=fp12 cannot be used on cpu .*; set dtype to fp32 or bf16"),
-    ("opsd", ["teacher._component_=pidistill.teachers.EMATeacher", "teacher.rate=0"], r"teacher.rate=0 is outside \(0, 1\]"),
+    ("opsd", ["teacher._component_=pidistill.teachers.EMATeacher", "teacher.rate=0"], r"teacher.rate=0 must lie in \(0, 1\]"),
     # NaN, infinity, text, null, and the wrong type
     ("opsd", ["optimizer.lr=fast"], "optimizer.lr=fast must be a number"),
     ("opsd", ["optimizer.lr=.nan"], "config key optimizer.lr is nan; set it to a finite number"),

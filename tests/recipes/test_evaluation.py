@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from pidistill.errors import InputError
-from pidistill.training.evaluation import bootstrap_interval, pass_at_k, pass_hat_k, success_numbers
+from pidistill.training.evaluation import bootstrap_interval, chosen_views, pass_at_k, pass_hat_k, success_numbers
 from recipes.evaluate_distributed import domain_configs
 from tests.support.runs import run, small_config
 
@@ -104,3 +104,37 @@ def test_a_penalty_moves_the_reward_and_no_success(tiny_base, tmp_path):
 def test_a_domain_that_lacks_rows_or_says_too_much_is_refused(entry, message):
     with pytest.raises(InputError, match=message):
         domain_configs(OmegaConf.create({"domains": {"other": entry}}))
+
+
+def test_a_domain_whose_file_is_missing_is_named(tiny_base, tmp_path):
+    rows = {"_component_": "pidistill.data.qa_dataset", "source": str(tmp_path / "nothing.jsonl")}
+    cfg = small_config("evaluate", tiny_base, tmp_path, domains={"other": {"dataset": rows}})
+    with pytest.raises(InputError, match=r"^domains\.other: dataset\.source .*nothing\.jsonl does not exist"):
+        run("evaluate", cfg)
+
+
+def test_only_the_named_views_are_sampled(tiny_base, tmp_path):
+    world = {
+        "_component_": "pidistill.envs.tiny_world.tiny_world_dataset",
+        "split": "test",
+        "max_rows": 1,
+        "privileged": "none",
+    }
+    views = ["student + PI greedy", "student greedy", "student greedy"]
+    cfg = small_config(
+        "evaluate", tiny_base, tmp_path, dataset__max_rows=2, eval_samples=3, views=views, domains={"no_pi": {"dataset": world}}
+    )
+    run("evaluate", cfg)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {name: row["rollouts"] for name, row in results.items()} == {
+        "student + PI greedy": 2, "student greedy": 2, "no_pi/student greedy": 1
+    }  # fmt: skip
+    texts = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").open()]
+    own = {view: [row for row in texts if row["view"] == view] for view in results}
+    assert [len(rows) for rows in own.values()] == [2, 2, 1]
+    assert {row["text"] for row in own["student + PI greedy"]} != {row["text"] for row in own["student greedy"]}
+
+
+def test_a_view_that_does_not_exist_is_refused():
+    with pytest.raises(InputError, match=r"views=teacher is unknown; choose one of student greedy, student, "):
+        chosen_views(OmegaConf.create({"views": ["student", "teacher"]}))

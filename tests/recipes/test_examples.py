@@ -79,9 +79,9 @@ def tiny(path: Path, files: Path, output_dir: Path) -> DictConfig:
     if job == "tool_traces":
         changes |= TINY_LLAMA | {"tokenizer.path": str(files / job / "tokenizer"), "sampler.max_turn_tokens": 20}
         changes["checkpointer.checkpoint_files"] = ["model.safetensors"]
-    for key in ("dataset", "eval_dataset"):
-        if key in cfg:
-            changes |= _few_rows(cfg[key], key, files / job)
+    for key in ("dataset", "eval_dataset", "domains.other.dataset"):
+        if node := OmegaConf.select(cfg, key):
+            changes |= _few_rows(node, key, files / job)
     if "selection" in cfg:  # a tiny model is never right, and never ends before the token limit
         changes["selection._component_"] = f"{__name__}.AllOfThem"
     for key, value in changes.items():
@@ -149,7 +149,9 @@ def test_the_config_takes_a_step(path, files, tmp_path, monkeypatch):
         (tmp_path / "rft_sample" / "traces.jsonl").rename(files / path.parent.name / "traces.jsonl")
     step(path, files, tmp_path)
     if path.stem == "evaluate":
-        assert set(json.loads((tmp_path / "results.json").read_text())) == {"student greedy", "student", "student + PI"}
+        views = {"student greedy", "student", "student + PI"}
+        other = {"other/student greedy", "other/student"} if path.parent.name == "document" else set()
+        assert set(json.loads((tmp_path / "results.json").read_text())) == views | other
     elif path.stem == "rft_sample":
         rows = [json.loads(line) for line in (tmp_path / "traces.jsonl").open()]
         assert rows and all(row["completion"] and row["privileged"] for row in rows)
@@ -186,6 +188,15 @@ def test_the_held_out_questions_ask_for_the_same_facts_in_other_words(files):
     facts = {(row["document"], row["answer"]) for row in train}
     assert facts == {(row["document"], row["answer"]) for row in held_out} and len(facts) == 48
     assert all(row["answer"] in row["document"] and row["answer"] not in row["question"] for row in train + held_out)
+    more = read(files, "document", "held_out_more")
+    questions = {row["question"] for row in more}
+    assert len(questions) == 288 and {row["question"] for row in held_out} < questions
+    assert not questions & {row["question"] for row in train}
+    assert facts == {(row["document"], row["answer"]) for row in more}
+    assert all(row["answer"] not in row["question"] for row in more)
+    other = read(files, "document", "other")
+    assert len({row["question"] for row in other}) == 64
+    assert not {answer for _, answer in facts} & {row["answer"] for row in other}
     texts = read(files, "document", "text")
     assert {row["answer"] for row in texts} == {row["document"] for row in train} and len(texts) == 48
 

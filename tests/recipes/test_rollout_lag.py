@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from concurrent.futures import wait
 from pathlib import Path
 from unittest import mock
 
@@ -174,20 +175,31 @@ def assert_ends(pid: int, within_s: float = 30.0) -> None:
         time.sleep(0.05)
 
 
-def test_a_signal_saves_the_round_under_way(tiny_base, tmp_path, uninterrupted):
-    def interrupt(recipe):
+def after_row(step: int, *actions):
+    """Do something to the recipe right after it wrote the metrics of ``step``."""
+
+    def prepare(recipe):
         write = recipe._log.write
 
-        def write_and_ask(row, **more):
+        def write_and_act(row, **more):
             write(row, **more)
-            if row["step"] == 3 and "loss" in row:
-                recipe._checkpoints.due = lambda before, now: True  # as a signal does
-                recipe._checkpoints._stop = signal.SIGTERM
+            if row["step"] == step and "loss" in row:
+                for action in actions:
+                    action(recipe)
 
-        recipe._log.write = write_and_ask
+        recipe._log.write = write_and_act
 
+    return prepare
+
+
+def ask_to_stop(recipe) -> None:
+    recipe._checkpoints.due = lambda before, now: True  # as a signal does
+    recipe._checkpoints._stop = signal.SIGTERM
+
+
+def test_a_signal_saves_the_round_under_way(tiny_base, tmp_path, uninterrupted):
     with pytest.raises(SystemExit):
-        run("pi_distill", small_config("pi_distill", tiny_base, tmp_path, **SAVED), interrupt)
+        run("pi_distill", small_config("pi_distill", tiny_base, tmp_path, **SAVED), after_row(3, ask_to_stop))
     assert training_state(tmp_path)["step"] == 3
     assert_resumes_as(tmp_path, tiny_base, uninterrupted)
 
@@ -209,6 +221,57 @@ def test_a_process_that_is_killed_ends_the_run_with_a_sentence(tiny_base, tmp_pa
 
     with pytest.raises(InputError, match=r"the process that samples beside the training ended with exit status -9"):
         run("pi_distill", small_config("pi_distill", tiny_base, tmp_path, **LAG), kill)
+
+
+def kill_the_idle_sampler(recipe) -> None:
+    if recipe._rounds._ahead is not None:
+        wait([recipe._rounds._ahead])
+    os.kill(recipe._rounds._side._process.pid, signal.SIGKILL)
+    recipe._rounds._side._process.join()
+
+
+@pytest.mark.parametrize("method, asks, step", [("opsd", {}, 4), ("pi_distill", EVALUATION, 3)])
+def test_what_was_trained_is_saved_where_the_sampler_was_killed_while_it_waited(method, asks, step, tiny_base, tmp_path):
+    """The run learns of it when it needs the fifth round, as the fourth is there, or texts after the third step."""
+    settings, folder = LAG | asks, tmp_path / "killed"
+    run(method, small_config(method, tiny_base, tmp_path / "whole", **settings))
+    sentence = rf"ended with exit status -9 .*; step {step} is saved: set resume_from_checkpoint=true to continue"
+    with pytest.raises(InputError, match=sentence):
+        run(method, small_config(method, tiny_base, folder, **settings), after_row(3, kill_the_idle_sampler))
+    assert training_state(folder)["step"] == step
+    trained = [row for row in metrics(folder) if "loss" in row]
+    assert trained == [row for row in metrics(tmp_path / "whole") if "loss" in row][:step]
+    run(method, small_config(method, tiny_base, folder, **settings, resume_from_checkpoint=True))
+    assert [row["step"] for row in metrics(folder) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_save_asks_nothing_of_a_sampler_that_was_killed(tiny_base, tmp_path, uninterrupted):
+    cfg = small_config("pi_distill", tiny_base, tmp_path, **SAVED)
+    with pytest.raises(SystemExit):
+        run("pi_distill", cfg, after_row(5, kill_the_idle_sampler, ask_to_stop))
+    assert training_state(tmp_path)["step"] == 5
+    assert_resumes_as(tmp_path, tiny_base, uninterrupted)
+
+
+def test_a_sampler_that_was_killed_is_noticed_while_a_program_that_it_started_runs_on(tmp_path, monkeypatch):
+    """Such a program may have inherited the connection, which then stays open."""
+
+    def serve(there, ours, *_):
+        os.set_inheritable(ours.fileno(), True)
+        with subprocess.Popen(["sleep", "60"], close_fds=False) as program:
+            ours.send((None, None, False, program.pid))
+            time.sleep(60)
+
+    monkeypatch.setattr(side_process, "_serve", serve)
+    monkeypatch.setattr(side_process, "_SECONDS_TO_END", 0.1)
+    cfg = small_config("opsd", tmp_path, tmp_path)
+    side = side_process.SideProcess(cfg, one_process(tmp_path), torch.device("cpu"))
+    os.kill(side._process.pid, signal.SIGKILL)
+    try:
+        with pytest.raises(InputError, match=r"ended with exit status -9"):
+            side.collect(examples=[], prompts=[], groups=[])
+    finally:
+        os.kill(side._random_state, signal.SIGKILL)
 
 
 def test_an_error_of_the_environment_is_said_by_the_run(tiny_base, tmp_path):

@@ -1,5 +1,6 @@
 """Privileged information that comes with an answer of the environment: the teacher alone reads it, at its place."""
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -7,11 +8,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from pidistill.data import RecipeData
 from pidistill.data.demonstrations import _under_control, recorded_completion
 from pidistill.data.load import gives_privileged, told_later
+from pidistill.distributed.run import Run
 from pidistill.envs import EnvStep, StatePrivileged
 from pidistill.envs.base import EnvironmentOutputError, check_step
 from pidistill.errors import InputError
+from pidistill.jsonl import TRAINING_ROLLOUTS, read_jsonl
 from pidistill.losses.sampling_kl import SamplingKL
 from pidistill.objectives import GRPO, OPSD, OPSDUCLA, SDPO
 from pidistill.privileged import PrivilegedPrompt
@@ -21,6 +25,7 @@ from pidistill.scoring.score import score
 from pidistill.scoring.stored_teacher import rollout_key
 from pidistill.testing import tiny_model
 from pidistill.training.metrics import rollout_means, rollout_sums
+from pidistill.training.rollout_log import RolloutLog
 from pidistill.types import PromptPair, RolloutAdvantage, ScoreRequest
 from tests.support.builders import batch_of
 from tests.support.episodes import LetterTokenizer, Script, collect, tool
@@ -208,6 +213,23 @@ def test_packing_counts_the_longer_view_and_a_teachers_number_on_disk_belongs_to
     assert size.completion_tokens == 2 * other.completion_tokens + extra and size.longest == other.longest + extra
     assert micro_batch_lengths([size, size], "padded", 2 * size.longest) == [1, 1]
     assert rollout_key(rollout) != rollout_key(plain)
+
+
+def test_the_rollout_log_holds_what_the_teacher_reads_at_each_turn_it_logs(tmp_path):
+    data = RecipeData(LetterTokenizer(), [], [], {}, {}, 0, (), 1.0, 100)
+    run, module = Run(torch.device("cpu"), torch.float32, 0, 1, 0, tmp_path), tiny_model(128)
+    both = [{"at": 3, "text": ":2\n\n!buy 2x>"}, {"at": 14, "text": ":5\n\n!buy 5x>"}]
+    expected = {play: both, functools.partial(play, privileged=None): None}
+    for most, cases in ((100, expected), (5, {play: both[:1]})):  # five policy tokens: the log ends before the third turn
+        cfg = OmegaConf.create({"rollout_log_total": 8, "rollout_log_max_tokens": most})
+        for make_rollout, reads in cases.items():
+            log, batch = RolloutLog(cfg, run, data, last_step=1), batch_of([make_rollout()])
+            log.look(batch, score(module, batch, ScoreRequest(False, False)), 1)
+            log.write(1, 0)
+            row = read_jsonl(tmp_path / TRAINING_ROLLOUTS)[-1]
+            assert row.get("teacher_reads") == reads and row["privileged"] is None
+            for read in reads or []:
+                assert row["tokens"][read["at"]] == ":" and not row["policy"][read["at"]] and row["policy"][read["at"] - 1]
 
 
 def test_a_recorded_rollout_keeps_what_the_teacher_read():

@@ -302,9 +302,9 @@ def test_without_vllm_one_sentence_names_the_extra(folder, monkeypatch):
     ("settings", "message"),
     [
         ({"temperature": -1.0}, "sampler.temperature is -1.0"),
-        ({"top_p": 0.0}, "sampler.top_p is 0.0"),
+        ({"top_p": 0.0}, "sampler.top_p=0.0"),
         ({"max_model_len": 0}, "sampler.max_model_len=0 must"),
-        ({"gpu_memory_utilization": 1.5}, "sampler.gpu_memory_utilization is 1.5"),
+        ({"gpu_memory_utilization": 1.5}, "sampler.gpu_memory_utilization=1.5"),
         ({"kv_cache_gib": 0.0}, "sampler.kv_cache_gib is 0.0"),
         ({"model_dir": "nowhere"}, r"sampler.model_dir=nowhere has no config.json.*\{checkpointer.checkpoint_dir\}"),
     ],

@@ -178,14 +178,14 @@ def test_faults_are_retried_and_then_told_in_one_sentence():
         assert ServedTeacher(url, "big", backoff_s=0.0).listed(rollouts)
     rollouts, _ = rollouts_and_batch(1)
     told = (
-        r"server at .* gave status 503, then an answer that is no completion, then status 429 for row 0 \(3 tries\); check teac"
+        r"server at .* gave status 503, then an answer that is no completion, then status 429 \(3 tries\) for row 0; check teac"
     )
     with serving(Server(model(3), faults)) as url, pytest.raises(InputError, match=told):
         ServedTeacher(url, "big", backoff_s=0.0, retries=2).listed(rollouts)
-    told = r"gave status 404 for row 0 \(1 tries\)"
+    told = r"gave status 404 \(1 tries\) for row 0"
     with serving(Server(model(3), [(404, b"")])) as url, pytest.raises(InputError, match=told):
         ServedTeacher(url, "big", backoff_s=0.0).listed(rollouts)
-    with pytest.raises(InputError, match=r"gave ConnectionRefusedError for row 0 \(2 tries\)"):
+    with pytest.raises(InputError, match=r"gave ConnectionRefusedError \(2 tries\) for row 0"):
         ServedTeacher(url, "big", backoff_s=0.0, retries=1).listed(rollouts)
 
 
@@ -194,7 +194,7 @@ def test_a_server_that_never_answers_ends_the_run_after_its_time_and_cancels_wha
     server = Server(model(3), [lambda entries: time.sleep(2.0) or entries] * 24)
     with serving(server) as url:
         teacher = ServedTeacher(url, "big", threads=2, timeout_s=0.2, retries=1, backoff_s=0.0)
-        with pytest.raises(InputError, match=r"gave TimeoutError for row 0 \(2 tries\)"):
+        with pytest.raises(InputError, match=r"gave TimeoutError \(2 tries\) for row 0"):
             teacher.listed(rollouts)
     assert len(server.bodies) <= 8  # of 24: two at once, and two more if they began before the first had failed
 
@@ -257,7 +257,7 @@ def test_the_server_is_asked_once_before_any_model_is_loaded():
         ServedTeacher(url, "big", top_k=4).check_server()
     with (
         serving(Server(model(3), [(404, b"")])) as url,
-        pytest.raises(InputError, match="gave status 404 for a first question"),
+        pytest.raises(InputError, match="gave status 404 .* for a first question"),
     ):
         ServedTeacher(url, "big").check_server()
 
@@ -282,7 +282,7 @@ def test_what_a_served_teacher_does_not_give_is_refused():
         ({"base_url": "localhost"}, r"teacher\.base_url must look like"),
         ({"threads": 0}, r"teacher\.threads=0 must be at least 1"),
         ({"top_k": 0}, r"teacher\.top_k=0 must be a whole number of at least 1"),
-        ({"server": "tgi"}, r"teacher\.server=tgi is unknown; choose vllm or sglang"),
+        ({"server": "tgi"}, r"teacher\.server=tgi is unknown; choose one of vllm, sglang"),
         ({"key_env": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE"),
     ):
         with pytest.raises(InputError, match=match):

@@ -24,6 +24,7 @@ from pidistill.scoring.served_teacher import ServedTeacher, without_served
 from pidistill.teachers import EMATeacher, LiveTeacher, RoutedTeacher, Teacher, TrustRegionTeacher
 from pidistill.training.keys import COMMON_KEYS, ROUND_KEYS, setting
 from pidistill.training.optimizers import cpu_offload
+from pidistill.training.round_sampler import device_place
 from pidistill.training.rounds import RoundSizes
 from pidistill.training.start import check_run
 from pidistill.types import ScoreRequest
@@ -70,8 +71,14 @@ def setup_of(cfg: DictConfig, ranks: int, device: str) -> Setup:
         cpu_offload=setting(cfg, "fsdp_cpu_offload") and (ranks > 1 or mixed),
         checkpointing=setting(cfg, "enable_activation_checkpointing"),
         device=device,
-        samples_beside=bool(setting(cfg, "rollout_lag")) and cfg.get("rollout_device") in (None, cfg.get("device")),
+        samples_beside=bool(setting(cfg, "rollout_lag")) and _samples_on(cfg, cfg.get("device") or device),
     )
+
+
+def _samples_on(cfg: DictConfig, device: str) -> bool:
+    """Return whether the process of `rollout_lag` samples on the device of the training; each of several has a number."""
+    name = cfg.get("rollout_device")
+    return not name or device_place(name) == device_place(device)
 
 
 def by_name(teacher: Teacher) -> Mapping[str, Teacher]:

@@ -7,9 +7,8 @@ from omegaconf import DictConfig
 from pidistill.commands.plan.lengths import RowLengths
 from pidistill.commands.plan.reading import workload_of
 from pidistill.commands.plan.workload import count_tokens
+from pidistill.training.evaluation import VIEWS, chosen_views
 from pidistill.training.keys import setting
-
-EVALUATED_VIEWS = 2  # beside the greedy samples of the student
 
 
 def budget(
@@ -66,8 +65,14 @@ def _of_samples(cfg: DictConfig, rows: RowLengths, kept: int) -> dict[str, float
     if "samples_per_prompt" in cfg:
         rollouts = kept * cfg.samples_per_prompt
     else:
-        views = EVALUATED_VIEWS if rows.mean.teacher != rows.mean.student else EVALUATED_VIEWS - 1
-        rollouts = kept * (1 + views * setting(cfg, "eval_samples"))
+        with_pi = rows.mean.teacher != rows.mean.student
+        views = [VIEWS[name] for name in chosen_views(cfg)]
+        samples = (
+            1 if temperature == 0.0 else setting(cfg, "eval_samples")
+            for view, temperature in views
+            if view == "student" or with_pi
+        )
+        rollouts = kept * sum(samples)
     return {
         "prompts": kept,
         "rollouts": rollouts,

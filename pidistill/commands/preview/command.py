@@ -35,15 +35,15 @@ from pidistill.commands.plan.reading import KEYS, merged
 from pidistill.commands.preview.budget import budget
 from pidistill.commands.preview.findings import findings
 from pidistill.commands.preview.marks import policy_spans
-from pidistill.commands.preview.rows import PreviewRow, Scan, Source, row_of, scan, source_of
-from pidistill.commands.preview.scan import scan_all
+from pidistill.commands.preview.rows import PreviewRow, Source, row_of, source_of
+from pidistill.commands.preview.scan import Scan, scan, scan_all
 from pidistill.commands.preview.show import show_budget, show_findings, show_row, show_scan, statistics_of
 from pidistill.errors import InputError
 from pidistill.tokenizers.prefix import common_prefix_length
+from pidistill.training.keys import keys_of
 from pidistill.training.start import check_run
 
 ALL_ROWS = "all"
-SAMPLING_KEYS = frozenset({"view", "samples_per_prompt", "prompts_per_batch", "selection"})
 ROUND_NEEDS = ("sampler", "prompts_per_round", "group_size", "max_steps")
 
 
@@ -84,19 +84,22 @@ def preview(arguments: argparse.Namespace) -> None:
     if not source.examples:
         raise InputError("the dataset has no rows; check `dataset`")
     seen = scan(source, count)
+    stops = seen.stops(source)
+    if not seen.views:
+        raise InputError(str(stops))
     rows = [row_of(example, source) for example in source.examples[: arguments.rows]]
     own = seen.lengths["its policy tokens"]
     policy_tokens = statistics.fmean(own) if own else None
-    numbers = budget(cfg, _mean_lengths(seen, source), _kept(seen), policy_tokens, supervised=supervised)
+    numbers = budget(cfg, _mean_lengths(seen, source), _kept(seen, source), policy_tokens, supervised=supervised)
     sentences = findings(source, seen)
     if arguments.json:
-        print(json.dumps(_as_json(rows, source, seen, numbers, sentences)))
+        print(json.dumps(_as_json(rows, source, seen, numbers, sentences) | {"refused": stops}))
     else:
         _show(rows, source, seen, numbers, sentences)
         if cfg.get("hindsight"):
             print("hindsight: the rollouts of a round bring the privileged information that teaches, not the rows")
-    if seen.refused:
-        raise InputError(seen.refused)
+    if stops:
+        raise InputError(stops)
 
 
 def read(config: str, overrides: Sequence[str]) -> tuple[DictConfig, bool]:
@@ -104,7 +107,7 @@ def read(config: str, overrides: Sequence[str]) -> tuple[DictConfig, bool]:
     cfg = merged(config, overrides)
     supervised = is_supervised(config, cfg)
     needs = ("batch_size",) if supervised else ROUND_NEEDS if cfg.get("objective") else ()
-    check_run(cfg, KEYS | SAMPLING_KEYS, ("model", "tokenizer", "dataset", *needs))
+    check_run(cfg, KEYS | keys_of("sample") | keys_of("evaluate"), ("model", "tokenizer", "dataset", *needs))
     return cfg, supervised
 
 
@@ -119,10 +122,10 @@ def _mean_lengths(seen: Scan, source: Source) -> RowLengths:
     return RowLengths(lengths, lengths, f"the first {seen.scanned} rows")
 
 
-def _kept(seen: Scan) -> int:
+def _kept(seen: Scan, source: Source) -> int:
     """Return how many rows of the dataset are not dropped; estimated from the scanned ones where these are not all."""
-    kept = seen.scanned - sum(seen.dropped.values())
-    return round(seen.total * max(kept, 0) / seen.scanned)
+    dropped = sum(seen.dropped.values()) - sum(source.dataset_dropped.values())  # the builder's own are not among the rows
+    return round(seen.total * (seen.scanned - dropped) / seen.scanned)
 
 
 def _show(rows: Sequence[PreviewRow], source: Source, seen: Scan, numbers: dict[str, float], sentences: Sequence[str]) -> None:
@@ -147,7 +150,6 @@ def _as_json(
         "dropped": dict(seen.dropped),
         "budget": numbers,
         "warnings": list(sentences),
-        "refused": seen.refused,
         "limits": {
             "max_seq_len": source.max_seq_len,
             "max_new_tokens": source.room,

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 
 from pidistill.chat.messages import message_text, messages_text
 from pidistill.chat.phrases import count_phrases
-from pidistill.commands.preview.rows import Scan, Source
+from pidistill.commands.preview.rows import Source
+from pidistill.commands.preview.scan import Scan
 from pidistill.types import Example
 
 

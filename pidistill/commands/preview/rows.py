@@ -1,8 +1,7 @@
-"""Build rows of a dataset as the model will see them: one in full, and the lengths of many."""
+"""Build a row of a dataset as the model will see it, and say what a run does with it."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
@@ -11,7 +10,7 @@ from pidistill.config import build
 from pidistill.data import ExampleDataset, demonstration
 from pidistill.data.demonstrations import TooLong
 from pidistill.data.load import check_models, load_privileged, reference_checks, told_later
-from pidistill.data.prompts import check_no_pi, row_overflow
+from pidistill.data.prompts import row_overflow
 from pidistill.errors import InputError
 from pidistill.privileged.prompt import PrivilegedPrompt, PromptViews
 from pidistill.tokenizers import ChatTokenizer, as_chat_tokenizer
@@ -122,66 +121,7 @@ def row_of(example: Example, source: Source) -> PreviewRow:
     )
 
 
-# ------------------------------------------------------------------------------------------- many rows
-
-
-COUNTED = ("student prompt", "privileged", "teacher prompt", "demonstration", "its policy tokens")
-
-
-@dataclass
-class Scan:
-    """Count what the first rows of a dataset are like."""
-
-    total: int  # rows of the dataset, of which `scanned` are looked at
-    # Tokens by what is counted, one number per row (of `privileged`: per row that has some).
-    lengths: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in COUNTED})
-    without_privileged: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)  # rows that the recipe leaves out, by reason
-    refused: str | None = None  # the sentence with which it would stop instead
-    examples: list[Example] = field(default_factory=list)  # the rows, in the order of `lengths`
-    views: list[PromptViews] = field(default_factory=list)
-
-    @property
-    def scanned(self) -> int:
-        return len(self.views)
-
-
-def scan(source: Source, count: int) -> Scan:
-    """Build the prompts of the first ``count`` rows; what a run would refuse is kept as its sentence."""
-    result = Scan(len(source.examples), dropped=Counter(source.dataset_dropped))
-    examples = source.examples[:count]
-    if len(examples) == len(source.examples) or source.no_pi == "error":
-        result.refused = _sentence(check_no_pi, examples, source.no_pi, source.privileged)
-    for example in examples:
-        views = source.privileged.build(example, source.tokenizer)
-        result.examples.append(example)
-        result.views.append(views)
-        _count(result, example, views, source)
-    left_out = {reason: n - source.dataset_dropped.get(reason, 0) for reason, n in result.dropped.items()}
-    if examples and sum(left_out.values()) == len(examples):
-        reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items() if count)
-        nothing = f"none of the {len(examples):,} rows looked at is left ({reasons}); check the dataset and its limits"
-        result.refused = result.refused or nothing
-    return result
-
-
-def _count(result: Scan, example: Example, views: PromptViews, source: Source) -> None:
-    result.lengths["student prompt"].append(len(views.pair.student))
-    result.lengths["teacher prompt"].append(len(views.pair.teacher))
-    if views.pair.has_privileged:
-        result.lengths["privileged"].append(views.privileged_tokens)
-    else:
-        result.without_privileged += 1
-        if source.no_pi == "drop":
-            result.dropped["rows_without_pi"] += 1
-            return
-    verdict = judge_row(example, views, source)
-    result.refused = result.refused or verdict.refused
-    if verdict.left_out:
-        result.dropped[verdict.reason] += 1
-    if (made := verdict.demonstration) is not None:
-        result.lengths["demonstration"].append(len(made.completion))
-        result.lengths["its policy tokens"].append(made.policy_tokens)
+# ------------------------------------------------------------------------------------------- what a run does with it
 
 
 @dataclass(frozen=True)
@@ -203,8 +143,10 @@ def judge_row(example: Example, views: PromptViews, source: Source) -> Verdict:
     if too_long is not None:
         return _too_long(*too_long, source.on_overflow)
     for check in source.reference_checks:
-        if (sentence := _sentence(check, example)) is not None:
-            return Verdict(NO_REFERENCE, sentence)
+        try:
+            check(example)
+        except InputError as error:
+            return Verdict(NO_REFERENCE, str(error))
     if source.demonstration_overflow is None:
         return Verdict()
     try:
@@ -230,11 +172,3 @@ def kind_of(error: BaseException, otherwise: str) -> str:
             return REFUSED_BY_TEMPLATE
         cause = cause.__cause__
     return otherwise
-
-
-def _sentence(check: Callable[..., None], *arguments: object) -> str | None:
-    try:
-        check(*arguments)
-    except InputError as error:
-        return str(error)
-    return None

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from pidistill.commands.preview.budget import in_words
 from pidistill.commands.preview.marks import Span, message_changes, policy_spans
-from pidistill.commands.preview.rows import PreviewRow, Scan, Source
+from pidistill.commands.preview.rows import PreviewRow, Source
+from pidistill.commands.preview.scan import Scan
 from pidistill.errors import escape_controls
 
 PRIVILEGED_MARKS, POLICY_MARKS = ("⟦", "⟧"), ("⟨", "⟩")
@@ -68,6 +69,9 @@ def show_scan(console: Console, scan: Scan) -> None:
     console.print(table)
     dropped = ", ".join(f"{reason} {count}" for reason, count in scan.dropped.items()) or "none"
     _say(console, f"rows without privileged information: {scan.without_privileged}; dropped rows: {dropped}")
+    if scan.earlier_turns:
+        first = f"{scan.earlier_turns} (first: {scan.earlier_turns_first})"
+        _say(console, f"rows whose earlier turns stand in another form than a server shows: {first}")
 
 
 def statistics_of(scan: Scan) -> dict[str, dict[str, float]]:

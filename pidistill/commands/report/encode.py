@@ -88,6 +88,7 @@ def _outline(run: int, row: dict[str, Any], values: dict[str, list[float | None]
         "student": texts.number(str(row.get("student_prompt", ""))),
         "teacher": texts.number(str(row.get("teacher_prompt", ""))),
         "pi": None if row.get("privileged") is None else texts.number(str(row["privileged"])),
+        "reads": [[read["at"], texts.number(str(read["text"]))] for read in row.get("teacher_reads") or []],
         "runs": _run_lengths(row.get("policy") or []),
         "advantage": advantage[0] if len(set(advantage)) == 1 else None,
         "log_ratio": _mean_difference(values.get("teacher_logprobs"), values.get("student_logprobs")),

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pidistill.errors import InputError
+from pidistill.errors import check_share
 from pidistill.tokenizers.word import WordTokenizer
 from pidistill.types import Message
 
@@ -118,8 +118,7 @@ class World:
     """
 
     def __init__(self, seed: int = WORLD_SEED, true_option_prob: float = 0.1) -> None:
-        if not 0.0 <= true_option_prob <= 1.0:
-            raise InputError(f"true_option_prob is {true_option_prob}; it is a probability, between 0 and 1")
+        check_share("true_option_prob", true_option_prob, "it is a probability")
         self.seed = seed
         rng = random.Random(seed)
         self.departments, self.formulas, self.carriers = (_balanced_mapping(rng) for _ in range(3))

@@ -12,7 +12,7 @@ from pidistill.envs.tool_world.policy import POLICY
 from pidistill.envs.tool_world.tasks import LEVELS, SHARES, ToolTask, draw_tasks, expert_calls
 from pidistill.envs.tool_world.tools import TOOLS
 from pidistill.envs.tool_world.wishes import Call, Move
-from pidistill.errors import InputError, check_choice, check_count
+from pidistill.errors import InputError, check_choice, check_count, check_share
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.types import Example, Message
 
@@ -67,8 +67,7 @@ def tool_world_base_dataset(
         shown_frac: probability of a row to show it.
         seed: which rows do.
     """
-    if not 0.0 <= shown_frac <= 1.0:
-        raise InputError(f"dataset.shown_frac is {shown_frac}; it is a probability, between 0 and 1")
+    check_share("dataset.shown_frac", shown_frac, "it is a probability")
     rng, prompt = random.Random(seed), PrivilegedPrompt()
     rows = []
     for example in tool_world_dataset("train", n, privileged, levels, completion=True, world_seed=world_seed):

@@ -288,7 +288,7 @@ function matches(row) {
 function searched(row) {
   if (row.searched === undefined) {
     const texts = DATA.rollouts.texts;
-    row.searched = [row.example, texts[row.student], texts[row.teacher], decode(row).tokens.join("")].join("\n").toLowerCase();
+    row.searched = [row.example, texts[row.student], texts[row.teacher], ...row.reads.map(([, text]) => texts[text]), decode(row).tokens.join("")].join("\n").toLowerCase();
   }
   return row.searched;
 }
@@ -378,7 +378,7 @@ function prompts(row) {
   const texts = DATA.rollouts.texts, student = texts[row.student], teacher = texts[row.teacher], pi = row.pi === null ? null : texts[row.pi];
   return make("div", { class: "pair" },
     make("div", { class: "card" }, make("h3", {}, "The student's prompt"), make("pre", { class: "text" }, ...folded(student))),
-    make("div", { class: "card" }, make("h3", {}, pi === null ? "The teacher's prompt (this row has no PI)" : "The teacher's prompt, PI marked"), make("pre", { class: "text" }, ...marked(student, teacher, pi))));
+    make("div", { class: "card" }, make("h3", {}, pi === null ? `The teacher's prompt (${row.reads.length ? "PI comes with later turns" : "this row has no PI"})` : "The teacher's prompt, PI marked"), make("pre", { class: "text" }, ...marked(student, teacher, pi))));
 }
 function marked(student, teacher, pi) {
   let from = pi ? teacher.indexOf(pi) : -1, to = from + (pi || "").length;
@@ -489,6 +489,8 @@ function turns(row, columns, by, most, spans) {
       }
       box.append(span);
     }
+    const read = !own && !(state.pair && by === "student_logprobs") && row.reads.find(([from]) => from === at);
+    if (read) box.append(...teacherRead(tokens.slice(at, at + length).join(""), DATA.rollouts.texts[read[1]]));
     at += length;
     // The messages of the episode in order: one assistant turn per own stretch, then what the environment said.
     const speakers = [];
@@ -499,10 +501,13 @@ function turns(row, columns, by, most, spans) {
     const reward = own && row.turn_rewards.length > 1 ? ` · reward ${shown(row.turn_rewards[said++] ?? null)}` : "";
     const single = row.runs.filter(Boolean).length === 1;
     const text = `${who} · ${length} tokens${reward}${calls.length ? ` · ${calls.join("; ")}` : ""}`;
-    out.push(single && !calls.length ? box : make("details", { class: own ? "turn" : "turn other", open: own || length <= 60 }, make("summary", {}, text), box));
+    out.push(single && !calls.length ? box : make("details", { class: own ? "turn" : "turn other", open: own || length <= 60 || Boolean(read) }, make("summary", {}, text), box));
   });
   return out;
 }
+
+// What the teacher alone reads in the place of an answer of the environment: the answer, and the information that came with it.
+const teacherRead = (answer, text) => [make("h4", {}, "The teacher reads, PI marked"), make("div", {}, ...marked(answer, text, null))];
 
 function strip(values, by, most, spans) {
   const canvas = make("canvas", { class: "spark", title: "the same numbers token by token; click to go there", onclick: (e) => {
