@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ def load_model(
             if hasattr(module, "rope_init"):
                 module.rope_init()
     spread = {name for name, p in model.state_dict(keep_vars=True).items() if p.requires_grad} if mixed else set()
-    _fill(model, run, state_dict, spread, cpu_offload=setting(cfg, "fsdp_cpu_offload"))
+    _fill(model, run, state_dict, cpu_offload=setting(cfg, "fsdp_cpu_offload"), spread=spread)
     training.validate_no_params_on_meta_device(model)
     return model.train(trained)
 
@@ -110,7 +110,7 @@ def _keep_buffers(model: nn.Module, names: list[str]) -> None:
             module.register_buffer(key, parameter.detach())
 
 
-def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], spread: set[str], cpu_offload: bool) -> None:
+def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: bool, spread: Collection[str] = ()) -> None:
     """Put the weights of a state dict into a model; those named in ``spread`` that come in bf16 get fp32 values around them."""
 
     def value_of(name: str, weight: Any) -> Any:
