@@ -91,7 +91,7 @@ def our_config(folder: Path, arguments: argparse.Namespace) -> DictConfig:
     cfg |= {
         "micro_batch_tokens": arguments.micro_batch * max_seq_len(arguments),
         "threads": arguments.threads,
-        "output_dir": str(folder / "ours"),
+        "output_dir": str(folder / f"ours_{os.getpid()}"),
     }
     if arguments.bf16:
         cfg.compute_dtype = "bf16"
