@@ -2,6 +2,7 @@
 
     python benchmarks/displacement.py SmolLM2-135M-Instruct            # a folder of the Hub
     python benchmarks/displacement.py SmolLM2-135M-Instruct --layers 6     # its first ones, for less memory and time
+    python benchmarks/displacement.py SmolLM2-135M-Instruct --keep runs/moved     # takes up an interrupted run
 
 Every precision takes the same steps on the same texts (the mean -log S of their tokens) from the same weights. The cosine and
 the length are of the whole displacement against fp32's; *unmoved* is the share of the weights that ended where they began.
@@ -57,20 +58,24 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-6)
     parser.add_argument("--tokens", type=int, default=24, help="of a text that are trained on")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="a folder for the displacements; those that it has of these sizes are taken")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     name = Path(arguments.folder).name + (f", {arguments.layers} layers" if arguments.layers else "")
+    sizes = f"{name.replace(', ', '-').replace(' ', '')}-{arguments.steps}-{arguments.lr:g}-{arguments.tokens}"
     with tempfile.TemporaryDirectory() as folder:
         if arguments.layers:
             arguments.folder = str(first_layers(Path(arguments.folder), Path(folder), arguments.layers))
         batches = [batch_of(text, arguments, device) for text in TEXTS]
-        moved = {}
-        for precision in PRECISIONS:
-            moved[precision] = Path(folder) / f"{precision}.safetensors"
-            save_displacement(moved[precision], arguments, precision, batches, device)
+        place = arguments.keep or Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        moved = {precision: place / f"{sizes}-{precision}.safetensors" for precision in PRECISIONS}
+        for precision, path in moved.items():
+            if not path.exists():
+                save_displacement(path, arguments, precision, batches, device)
         rows = [row_of(precision, moved[precision], moved["fp32"]) for precision in PRECISIONS]
     dist.destroy_process_group()
     title = f"{name}: {arguments.steps} steps of AdamW, lr {arguments.lr:g}"
@@ -112,8 +117,9 @@ def batch_of(text: str, arguments: argparse.Namespace, device: torch.device) -> 
 
 def save_displacement(path: Path, arguments: argparse.Namespace, name: str, batches: list[Batch], device: torch.device) -> None:
     """Write by how much each weight has moved after the steps, in fp32; where it began stands in a file meanwhile."""
+    begun, unfinished = path.with_suffix(".begun"), path.with_suffix(".moved")
     model = load(arguments.folder, name, device)
-    save_file(weights(model), path)
+    save_file(weights(model), begun)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.0)
     begin = time.process_time()
     for step in range(arguments.steps):
@@ -126,10 +132,11 @@ def save_displacement(path: Path, arguments: argparse.Namespace, name: str, batc
         print(f"{name}: step {step + 1}, gradient norm {norm:.3f}, {spent:.0f} CPU seconds", file=sys.stderr, flush=True)
     after = weights(model)
     del model, optimizer
-    with safe_open(path, "pt") as before:
+    with safe_open(begun, "pt") as before:
         moved = {key: tensor.sub_(before.get_tensor(key)) for key, tensor in after.items()}
-    save_file(moved, path.with_suffix(".moved"))
-    path.with_suffix(".moved").replace(path)
+    begun.unlink()
+    save_file(moved, unfinished)
+    unfinished.replace(path)
 
 
 def load(folder: str, name: str, device: torch.device) -> nn.Module:
@@ -137,7 +144,7 @@ def load(folder: str, name: str, device: torch.device) -> nn.Module:
     run = Run(device, dtype, 0, 1, 0, Path("unused"), None, compute_dtype)
     with tempfile.TemporaryDirectory() as unused:
         state = HFCheckpointer(checkpoint_dir=folder, output_dir=unused).load_checkpoint()[training.MODEL_KEY]
-    state = {key: tensor.bfloat16().to(dtype) for key, tensor in state.items()}
+    state = {key: tensor.bfloat16() for key, tensor in state.items()}
     node = OmegaConf.create({"_component_": "pidistill.models.from_folder", "path": folder})
     return load_model(OmegaConf.create({}), run, node, state, trained=True)
 

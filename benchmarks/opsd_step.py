@@ -3,21 +3,22 @@
     python benchmarks/opsd_step.py             # 15M-parameter body, V = 8,192, 4 prompts x 8, both kinds of lengths
     python benchmarks/opsd_step.py --lengths long-tailed --privileged 1024
     python benchmarks/opsd_step.py --vocabulary 151936 --prompts 2 --group 4 --micro-batch 4
+    python benchmarks/opsd_step.py --weights SmolLM2-135M-Instruct --prompts 2 --group 4 --new-tokens 48
     python benchmarks/opsd_step.py --shape qwen2.5-0.5b --bf16      # TRL with bf16=True, ours with compute_dtype: bf16
 
 A step is what a user of either waits for: sample the student, score both views, kl(teacher||student) over the full vocabulary
 without the first 3 tokens, backward, clip, AdamW, move the EMA teacher. Ours is `recipes/opsd_distributed.py` itself, from a
 config; TRL's is `trainer.train()`. They take turns in one process: ours runs where TRL's callbacks say that its step has ended.
 
-Alike: the files (random Qwen2-shaped weights, tied embeddings, made on the spot), prompt ids in both views (checked), rollouts
-per step, tokens that one forward may hold, fp32, threads, fused AdamW, learning rate, clipping, teacher. Completions are drawn
-with other random numbers, so lengths agree in distribution only: where they differ, time per completion token is the fair
-figure. CPU seconds stand beside wall seconds: other work on the machine stretches them less.
+Alike: the files (random Qwen2-shaped weights, tied embeddings, made on the spot, or those of `--weights`), prompt ids in both
+views (checked), rollouts per step, tokens that one forward may hold, fp32, threads, fused AdamW, learning rate, clipping,
+teacher. Completions are drawn with other random numbers, so lengths agree in distribution only: where they differ, time per
+completion token is the fair figure. CPU seconds stand beside wall seconds: other work on the machine stretches them less.
 
     equal        the stop token's logit is so low that every row runs to --new-tokens
     long-tailed  the stop token has the same probability everywhere (geometric lengths), with a mean of a third of --new-tokens
 
-Both are put into the weights, so nothing is asked of either sampler: see `small_qwen.write_model`.
+Both are put into the weights, so nothing is asked of either sampler: see `small_qwen.write_model` and `write_pretrained`.
 
 Left as each does it: TRL averages over a sequence, then over sequences; ours over all tokens of the step. Ours also computes
 entropies, kl(student||teacher), rewards and metrics, and writes them, which TRL is told to leave out (no logging, no saving).
@@ -40,7 +41,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZE
 import torch
 from measure import GIB, PeakMemory, in_own_process, matmul_flops_per_s, median_ratio, print_table
 from omegaconf import DictConfig, OmegaConf
-from small_qwen import SHAPES, VOCABULARIES, files, max_seq_len
+from small_qwen import SHAPES, files, max_seq_len, sizes_of
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATE, CLIP, EMA_RATE, SKIPPED = 1e-6, 1.0, 0.05, 3
@@ -63,20 +64,24 @@ class Step:
 def our_config(folder: Path, arguments: argparse.Namespace) -> DictConfig:
     """configs/tiny/sdft.yaml with this benchmark's model, data and sizes, and without evaluation and checkpoints."""
     cfg = OmegaConf.load(ROOT / "configs" / "tiny" / "sdft.yaml")
-    cfg.model = {"_component_": "torchtune.models.qwen2.qwen2", "vocab_size": arguments.vocabulary, **SHAPES[arguments.shape]}
-    cfg.model |= {"max_seq_len": max_seq_len(arguments), "rope_base": 10_000, "norm_eps": 1e-5, "tie_word_embeddings": True}
+    if arguments.weights:
+        cfg.model = {"_component_": "pidistill.models.from_folder", "path": str(folder / "model")}
+        cfg.checkpointer = {"_component_": "pidistill.models.HFCheckpointer", "checkpoint_dir": str(folder / "model")}
+    else:
+        cfg.model = {"_component_": "torchtune.models.qwen2.qwen2", **sizes_of(arguments)}
+        cfg.model |= {"max_seq_len": max_seq_len(arguments), "rope_base": 10_000, "norm_eps": 1e-5, "tie_word_embeddings": True}
+        cfg.checkpointer |= {
+            "checkpoint_dir": str(folder / "model"),
+            "checkpoint_files": ["model.safetensors"],
+            "model_type": "QWEN2",
+        }
     cfg.tokenizer = {"_component_": "pidistill.tokenizers.HFChatTokenizer", "path": str(folder / "model")}
     cfg.tokenizer.max_seq_len = max_seq_len(arguments)
-    cfg.checkpointer |= {
-        "checkpoint_dir": str(folder / "model"),
-        "checkpoint_files": ["model.safetensors"],
-        "model_type": "QWEN2",
-    }
     cfg.dataset = {"_component_": "pidistill.data.qa_dataset", "source": str(folder / "rows.jsonl")}
     cfg.dataset.privileged_key = "privileged"
     cfg.eval_dataset = None
     cfg.environment = {"_component_": "pidistill.envs.SingleTurn", "reward": {"_component_": "pidistill.rewards.ExactMatch"}}
-    cfg.privileged.update({"template": "\n\n{privileged}", "placement": "user_end"})
+    cfg.privileged.update({"template": "{privileged}", "placement": "user_end"})
     cfg.sampler.max_new_tokens = arguments.new_tokens
     cfg.objective.skip_first_tokens = SKIPPED
     cfg.teacher.rate = EMA_RATE
@@ -256,7 +261,7 @@ def floor_flops(arguments: argparse.Namespace, tokens: float) -> float:
     """Multiply-adds × 2 that no arrangement avoids: each prompt read once per group and view, each completion token once more
     for sampling and once per view, the head for completion tokens only; backward twice the forward; attention left out.
     """
-    sizes = SHAPES[arguments.shape]
+    sizes = sizes_of(arguments)
     hidden, kv = sizes["embed_dim"], sizes["embed_dim"] * sizes["num_kv_heads"] // sizes["num_heads"]
     body = sizes["num_layers"] * hidden * (2 * hidden + 2 * kv + 3 * sizes["intermediate_dim"])
     head = arguments.vocabulary * hidden
@@ -285,8 +290,8 @@ def compare(arguments: argparse.Namespace, rate: float) -> tuple[list[list[str]]
     """Two rows of the table, and the sentence with the ratios."""
     with files(arguments) as folder:
         steps = by_turns(folder, arguments)
-    command = [*sys.argv[1:], "--lengths", arguments.lengths, "--case"]
-    peaks = {name: in_own_process(__file__, [*command, name])["bytes"] for name in steps if arguments.memory}
+        command = [*sys.argv[1:], "--lengths", arguments.lengths, "--files", str(folder), "--case"]
+        peaks = {name: in_own_process(__file__, [*command, name])["bytes"] for name in steps if arguments.memory}
     rows = [row_of(name, taken, peaks.get(name), arguments, rate) for name, taken in steps.items()]
     theirs, ours = steps["TRL"], steps["pidistill"]
 
@@ -305,6 +310,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", choices=("equal", "long-tailed", "both"), default="both")
     parser.add_argument("--shape", choices=SHAPES, default="small", help="of the model; its weights are random")
+    parser.add_argument("--weights", default=None, help="a folder of the Hub with tied embeddings, in place of random weights")
     parser.add_argument("--vocabulary", type=int, default=None, help="default: that of --shape")
     parser.add_argument("--bf16", action="store_true", help="fp32 weights multiplied in bf16, on both sides")
     parser.add_argument("--prompts", type=int, default=4, help="per optimiser step")
@@ -323,8 +329,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="changes to our config, e.g. packing=padded")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory of each side")
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--files", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    arguments.vocabulary = arguments.vocabulary or VOCABULARIES[arguments.shape]
+    arguments.vocabulary = sizes_of(arguments)["vocab_size"]
     arguments.micro_batch = arguments.micro_batch or arguments.prompts * arguments.group
     if arguments.prompts * arguments.group % arguments.micro_batch:
         parser.error(f"--micro-batch {arguments.micro_batch} does not divide {arguments.prompts} x {arguments.group} rollouts")
@@ -335,8 +342,7 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     if arguments.case:
-        with files(arguments) as folder:
-            print(json.dumps({"bytes": peak_bytes(folder, arguments)}))
+        print(json.dumps({"bytes": peak_bytes(arguments.files, arguments)}))
         return
     rate = matmul_flops_per_s(torch.device("cpu"), torch.bfloat16 if arguments.bf16 else torch.float32)
     rows, sentences = [], []

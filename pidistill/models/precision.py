@@ -9,8 +9,10 @@ up in fp32 anyway: rounded to bf16, a logit of 20 would be off by up to 0.06.
 """
 
 import functools
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -32,6 +34,31 @@ def compute_dtype_of(model: nn.Module) -> torch.dtype:
     """Return the dtype that a model's forward multiplies in."""
     gathered = model._get_fsdp_state()._mp_policy.param_dtype if isinstance(model, FSDPModule) else None
     return gathered or next(model.parameters()).dtype
+
+
+def spread_within_rounding(name: str, weight: Tensor) -> Tensor:
+    """Return fp32 values that round to a bf16 ``weight``, spread evenly over those that do; the same for the same ``name``.
+
+    Forwards multiply bf16 copies. The weights of a bf16 file lie in the middle between two borders of rounding, so that a copy
+    changes only after half a unit of its last bit: at a learning rate of 5e-6 the model stays as it is for the first ten steps,
+    and then lags. Spread, some weights cross a border in each step, and the copies change as the weights do on average. The
+    first forward is that of the file. Zeros stay.
+    """
+    exact = weight.float()
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    share = torch.rand(weight.shape, generator=generator).sub_(0.5)
+    # |weight| lies in [2^(e-1), 2^e), where neighbours are 2^(e-8) apart.
+    spread = torch.ldexp(share, torch.frexp(exact).exponent - 8).add_(exact)
+    return torch.where(spread.to(torch.bfloat16) == weight, spread, exact)
+
+
+def parameter_groups(module: FSDPModule) -> list[Any]:
+    """Return FSDP2's groups of the parameters that it gathers together for this module."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    group = state._fsdp_param_group  # older torch: one group or None
+    return [] if group is None else [group]
 
 
 def add_up_norms_in_fp32(model: nn.Module) -> None:
@@ -58,13 +85,36 @@ def widen_head(weight: Float[Tensor, "V H"]) -> Float[Tensor, "V H"]:
     return weight.float() if weight.dtype == torch.bfloat16 and not weight.is_cuda else weight
 
 
+def own_wide_head(model: nn.Module, head: nn.Module) -> Float[Tensor, "V H"] | None:
+    """Return the fp32 weight that one process trains, for :func:`multiply_head` on a CPU with AMX; None where a copy is needed.
+
+    The product rounds it as the gathered bf16 weight is, of which it saves an fp32 copy. Without AMX it would not.
+    """
+    if not isinstance(model, FSDPModule) or next(model.parameters()).is_cuda or not _rounds_factors():
+        return None
+    for held in (held for group in parameter_groups(model) for held in group.fsdp_params):
+        if head in (held._module_info.module, *held._module_info.shared_modules):
+            weight = held.sharded_param
+            whole = weight.device_mesh.size() == 1 and weight.dtype == torch.float32 != compute_dtype_of(model)
+            return weight.to_local().detach() if whole else None
+    return None
+
+
+@functools.cache
+def _rounds_factors() -> bool:
+    """Return True where :func:`bf16_factors` has an effect."""
+    fine = torch.full((64, 64), 1 + 2.0**-12)
+    with bf16_factors(True):
+        return bool((fine @ fine == len(fine)).all())
+
+
 def multiply_head(
     hidden: Float[Tensor, "M H"], weight: Float[Tensor, "V H"], out: Float[Tensor, "M V"] | None = None
 ) -> Float[Tensor, "M V"]:
     """Return the logits ``hidden @ weight.T`` in fp32, from factors of the dtype that ``hidden`` has.
 
     Args:
-        weight: what :func:`widen_head` returned.
+        weight: what :func:`widen_head` or :func:`own_wide_head` returned.
         out: where to write them.
     """
     if weight.dtype == torch.bfloat16:

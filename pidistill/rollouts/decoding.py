@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pidistill.errors import InputError
 from pidistill.models.modules import attention_modules
-from pidistill.models.precision import multiply_head, widen_head
+from pidistill.models.precision import multiply_head, own_wide_head, parameter_groups, widen_head
 from pidistill.models.protocol import Decoder, logit_cap, takes_layer_masks
 
 # Prompts are read in forwards of at most this many tokens, padding included: more is no faster, and costs memory.
@@ -221,7 +221,10 @@ def _wide_head(model: Decoder) -> Float[Tensor, "V H"] | None:
     """Return the weight to make fp32 logits with, where the model's own head would round them to bf16, and None elsewhere."""
     head = getattr(model.output, "tied_module", model.output)
     plain = isinstance(head, (nn.Linear, nn.Embedding)) and getattr(head, "bias", None) is None
-    return widen_head(head.weight.detach()) if plain and head.weight.dtype == torch.bfloat16 else None
+    if not plain or head.weight.dtype != torch.bfloat16:
+        return None
+    own = own_wide_head(model, head)
+    return widen_head(head.weight.detach()) if own is None else own
 
 
 def of_like_length(lengths: list[int]) -> list[list[int]]:
@@ -316,7 +319,7 @@ def gathered_parameters(model: nn.Module) -> Iterator[None]:
     ``reshard_after_forward`` is what it was. Does nothing for a model that is not sharded.
     """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    groups = [group for module in modules for group in _parameter_groups(module)]
+    groups = [group for module in modules for group in parameter_groups(module)]
     resharding = [group.post_forward_mesh_info for group in groups]
     try:
         for module in modules:
@@ -329,14 +332,6 @@ def gathered_parameters(model: nn.Module) -> Iterator[None]:
             group.post_forward_mesh_info = mesh
         for module in modules:
             module.reshard()
-
-
-def _parameter_groups(module: FSDPModule) -> list:
-    state = module._get_fsdp_state()
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    group = state._fsdp_param_group  # older torch: one group or None
-    return [] if group is None else [group]
 
 
 def _check_attentions(attentions: list[nn.Module], max_columns: int) -> None:

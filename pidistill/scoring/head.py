@@ -68,22 +68,28 @@ def apply_head(
     hidden: dict[str, Float[Tensor, "N H"]],
     weight: Float[Tensor, "V H"],
     constants: dict[str, list[ConstantPart]] | None = None,
+    wide: Float[Tensor, "V H"] | None = None,
 ) -> Float[Tensor, "K N"]:
-    """Return stacked per-token numbers of the live sides' hidden states, which share ``weight``, and of constant ones."""
-    return _ChunkedHead.apply(plan, constants or {}, weight, *[hidden.get(side) for side in _LIVE_SIDES])
+    """Return stacked per-token numbers of the live sides' hidden states, which share ``weight``, and of constant ones.
+
+    ``wide`` is the weight as :func:`multiply_head` wants it, where it exists (:func:`own_wide_head`).
+    """
+    return _ChunkedHead.apply(plan, constants or {}, wide, weight, *[hidden.get(side) for side in _LIVE_SIDES])
 
 
 class _ChunkedHead(torch.autograd.Function):
     """Compute the [K, N] numbers of :class:`ScorePlan`; the backward scales gradients already formed, or runs a second pass."""
 
     @staticmethod
-    def forward(ctx, plan: ScorePlan, constants: dict, weight: Tensor, *sides: Tensor | None) -> Float[Tensor, "K N"]:
-        ctx.plan, ctx.constants, ctx.ready = plan, constants, None
+    def forward(
+        ctx, plan: ScorePlan, constants: dict, wide: Tensor | None, weight: Tensor, *sides: Tensor | None
+    ) -> Float[Tensor, "K N"]:
+        ctx.plan, ctx.constants, ctx.wide, ctx.ready = plan, constants, wide, None
         ctx.save_for_backward(weight, *sides)
         hidden = _named(sides)
         if plan.loss is None or not any(ctx.needs_input_grad):
-            return _chunk_by_chunk(plan, hidden, weight, constants).numbers
-        done = _chunk_by_chunk(plan, hidden, weight, constants, _coefficients_of_loss(plan), ctx.needs_input_grad[2])
+            return _chunk_by_chunk(plan, hidden, weight, constants, wide).numbers
+        done = _chunk_by_chunk(plan, hidden, weight, constants, wide, _coefficients_of_loss(plan), ctx.needs_input_grad[3])
         ctx.ready = replace(done, numbers=None)  # an output kept here would keep its own graph alive
         return done.numbers
 
@@ -99,10 +105,11 @@ class _ChunkedHead(torch.autograd.Function):
                 warnings.warn(OTHER_LOSS, stacklevel=1)
             done, scale = None, 1.0  # its memory before the next one's
             of_chunk = lambda chunk, _: wanted[:, chunk]  # noqa: E731
-            done = _chunk_by_chunk(ctx.plan, _named(sides), weight, ctx.constants, of_chunk, ctx.needs_input_grad[2])
+            trained = ctx.needs_input_grad[3]
+            done = _chunk_by_chunk(ctx.plan, _named(sides), weight, ctx.constants, ctx.wide, of_chunk, trained)
         grads = [done.grad_weight, *[done.grad_hidden.get(side) for side in _LIVE_SIDES]]
         grad_weight, *grad_sides = [g if g is None or scale == 1.0 else g.mul_(scale) for g in grads]
-        return None, None, None if grad_weight is None else grad_weight.to(weight.dtype), *grad_sides
+        return None, None, None, None if grad_weight is None else grad_weight.to(weight.dtype), *grad_sides
 
 
 def _named(sides: Sequence[Tensor | None]) -> dict[str, Tensor]:
@@ -143,6 +150,7 @@ def _chunk_by_chunk(
     hidden: dict[str, Float[Tensor, "N H"]],
     weight: Float[Tensor, "V H"],
     constants: dict[str, list[ConstantPart]],
+    wide: Float[Tensor, "V H"] | None = None,
     coefficients: Coefficients | None = None,
     trained_head: bool = False,
 ) -> _Pass:
@@ -150,9 +158,9 @@ def _chunk_by_chunk(
     own = hidden | _constants_of_head(constants)
     others = {side: terms for side, terms in constants.items() if side not in own}
     done = _nothing_yet(plan, hidden, weight, coefficients is not None, trained_head)
-    equal = _rows_equal_to_student(own, others, hidden.get("teacher"), weight)
+    wide = widen_head(weight) if wide is None else wide
+    equal = _rows_equal_to_student(own, others, hidden.get("teacher"), weight, wide)
     chunks = list(plan.chunks(len(own | others) * weight.shape[0]))
-    wide = widen_head(weight)
     others = {side: [term.with_wide_head() for term in terms] for side, terms in others.items()}
     buffer = done.numbers.new_empty(len(own) * max((c.stop - c.start for c in chunks), default=0), weight.shape[0])
     for chunk in chunks:
@@ -216,8 +224,11 @@ def _rows_equal_to_student(
     others: dict[str, list[ConstantPart]],
     live_teacher: Float[Tensor, "N H"] | None,
     weight: Float[Tensor, "V H"],
+    wide: Float[Tensor, "V H"],
 ) -> dict[str, Bool[Tensor, " N"]]:
     """Return, per other side, the tokens whose hidden states and head equal the student's to the bit; a side without is absent.
+
+    A head is compared in its own dtype: with the student's ``weight``, or with that in fp32, ``wide``.
 
     Their logits are copied: two products of the same numbers may round differently, and a teacher that equals the student must
     give a divergence and a gradient of exactly 0.
@@ -233,7 +244,8 @@ def _rows_equal_to_student(
             is_equal = torch.zeros_like(rows)
             if h.shape == student.shape and w.shape == weight.shape:
                 is_equal = (h == student).all(-1)
-                same_head = not bool(is_equal.any()) or w is weight or (w.dtype == weight.dtype and torch.equal(w, weight))
+                ours = weight if w.dtype == weight.dtype else wide
+                same_head = not bool(is_equal.any()) or w is ours or (w.dtype == ours.dtype and torch.equal(w, ours))
                 is_equal = is_equal & same_head
             rows = rows & (is_equal | (term.share == 0) if isinstance(term.share, Tensor) else is_equal)
         if bool(rows.any()):

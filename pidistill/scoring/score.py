@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from pidistill.errors import InputError
 from pidistill.models.offloading import keep_on_device
-from pidistill.models.precision import compute_dtype_of
+from pidistill.models.precision import compute_dtype_of, own_wide_head
 from pidistill.models.protocol import Decoder, balances_router, head_module, logit_cap, router_loss
 from pidistill.scoring.equal_views import have_equal_weights, share_equal_views
 from pidistill.scoring.head import ConstantPart, apply_head
@@ -154,7 +154,7 @@ def _score(plan: ScorePlan, model: Decoder, batch: Batch, parts: list[MixturePar
     def use(h: Float[Tensor, "M H"], weight: Tensor) -> Tensor:
         hidden = dict(zip(called, h.split([batch.targets.numel()] * len(called)), strict=True))
         share_equal_views(views, hidden, constants, equal)
-        return apply_head(plan, hidden, weight, constants)
+        return apply_head(plan, hidden, weight, constants, own_wide_head(model, head_module(model)))
 
     return _forward(model, views.of(*called), use)
 
@@ -236,8 +236,10 @@ def _constant(
         hidden = everywhere
     if part.module is shared:
         return ConstantPart(share, hidden, None)
-    weight = head.detach().to(dtype)
-    weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    weight = own_wide_head(part.module, head_module(part.module))
+    if weight is None:
+        weight = head.detach().to(dtype)
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
     return ConstantPart(share, hidden, weight, logit_cap(part.module))
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from pidistill.models.adapters import scale_weights_alone, train_adapters_only, 
 from pidistill.models.empty import empty_model, shared_empty_model
 from pidistill.models.nf4 import check_shapes, stored_as_in
 from pidistill.models.offloading import offload_activations
-from pidistill.models.precision import add_up_norms_in_fp32, keep_trained_weights_in
+from pidistill.models.precision import add_up_norms_in_fp32, keep_trained_weights_in, spread_within_rounding
 from pidistill.models.progress import PlacedWeights
 from pidistill.models.protocol import Decoder, has_own_names
 from pidistill.objectives import Objective, RoutedObjective
@@ -41,7 +41,8 @@ def load_model(
     the state dict's full weights become 4-bit ones.
 
     In mixed precision the weights that are trained, or ``averaged`` (an EMA teacher's), are in `dtype` and FSDP2 hands out
-    copies of them in `compute_dtype`; all others are in `compute_dtype`.
+    copies of them in `compute_dtype`; all others are in `compute_dtype`. What a bf16 file holds of the first is spread over the
+    values that round to it (:func:`spread_within_rounding`).
     """
     moving, several = trained or averaged, run.processes > 1
     with training.set_default_dtype(run.forward_dtype):
@@ -80,7 +81,8 @@ def load_model(
         for module in model.modules():
             if hasattr(module, "rope_init"):
                 module.rope_init()
-    _fill(model, run, state_dict, cpu_offload=setting(cfg, "fsdp_cpu_offload"))
+    spread = {name for name, p in model.state_dict(keep_vars=True).items() if p.requires_grad} if mixed else set()
+    _fill(model, run, state_dict, cpu_offload=setting(cfg, "fsdp_cpu_offload"), spread=spread)
     training.validate_no_params_on_meta_device(model)
     return model.train(trained)
 
@@ -108,10 +110,16 @@ def _keep_buffers(model: nn.Module, names: list[str]) -> None:
             module.register_buffer(key, parameter.detach())
 
 
-def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: bool) -> None:
+def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: bool, spread: Collection[str] = ()) -> None:
+    """Put the weights of a state dict into a model; those named in ``spread`` that come in bf16 get fp32 values around them."""
+
+    def value_of(name: str, weight: Any) -> Any:
+        rounded = name in spread and weight.dtype == torch.bfloat16
+        return spread_within_rounding(name, weight) if rounded else weight
+
     try:
         if run.processes > 1:
-            weights = PlacedWeights(state_dict)
+            weights = PlacedWeights({name: value_of(name, weight) for name, weight in state_dict.items()})
             buffers = [name for name, _ in model.named_buffers() if name in weights]
             training.load_from_full_model_state_dict(model, weights, run.device, strict=True, cpu_offload=cpu_offload)
             _keep_buffers(model, buffers)
@@ -119,7 +127,8 @@ def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: b
             wanted = model.state_dict()
             device = torch.device("cpu") if cpu_offload else run.device
             placed = PlacedWeights(state_dict).items()
-            tensors = {name: t.to(device, wanted[name].dtype if name in wanted else None) for name, t in placed}
+            dtypes = {name: like.dtype for name, like in wanted.items()}
+            tensors = {name: value_of(name, t).to(device, dtypes.get(name)) for name, t in placed}
             tensors = {name: _whole_shard(t, wanted.get(name)) for name, t in stored_as_in(model, tensors).items()}
             model.load_state_dict(tensors, strict=True, assign=True)
     except (RuntimeError, KeyError, AttributeError) as error:

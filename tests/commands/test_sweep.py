@@ -53,6 +53,7 @@ class Recipes:
     def __init__(self) -> None:
         self.ran: list[dict[str, str]] = []
         self.fail = lambda overrides: False
+        self.of_domains: dict[str, dict] = {}
 
     def __call__(self, words: list[str], log: Path, lock: int) -> int:
         assert words[:4] == ["pidistill", "run", "--nproc_per_node", "1"]
@@ -83,7 +84,8 @@ class Recipes:
         checkpoint = Path(overrides["checkpointer.checkpoint_dir"])
         success = {"step_2": 0.75, "step_4": 0.25}.get(checkpoint.resolve().name, 0.0)
         views = {"student greedy": {"success": success + 0.1}, "student": {"success": success, "leak_frac": 0.5}}
-        (folder / "results.json").write_text(json.dumps(views | {"student + PI": {"success": 0.9}}))
+        views |= {"student + PI": {"success": 0.9}}
+        (folder / "results.json").write_text(json.dumps(views | self.of_domains))
 
     def trained(self) -> list[dict[str, str]]:
         return [run for run in self.ran if run["config"] != "tiny/evaluate"]
@@ -312,6 +314,15 @@ def test_cells_run_are_evaluated_and_land_in_the_results(recipes, sweep, tmp_pat
         in printed
     )
     assert "| tiny/opsd objective.beta=0.4 | 2 | 0.350 ± 0.000 | 0.250 ± 0.000 |" in (tmp_path / "out/results.md").read_text()
+
+
+def test_the_table_shows_the_greedy_success_on_other_rows(recipes, sweep, tmp_path):
+    recipes.of_domains = {"other/student greedy": {"success": 0.625}, "other/student": {"success": 0.5}}
+    recipes.of_domains["no/student greedy"] = {}
+    sweep("tiny/opsd", "objective.beta=0.4", "seed=0,1", "--evaluate", "tiny/evaluate")
+    head, _, row = (tmp_path / "out/results.md").read_text().split("\n| arm")[1].split("\n")[:3]
+    cells = dict(zip(head.split(" | ")[1:], row.split(" | ")[1:], strict=True))
+    assert cells["other, greedy"] == "0.625 ± 0.000" and not any(name.startswith("no,") for name in cells)
 
 
 def test_finished_cells_are_skipped_and_new_ones_join(recipes, sweep, capsys):

@@ -85,23 +85,30 @@ def test_a_resumed_run_in_8_bits_is_the_whole_run_to_the_bit(eager, wide_base, t
 
 
 @pytest.mark.slow(reason="the default run has the same options on one process and without compiling")
-def test_two_processes_in_8_bits_resume_to_the_bit_and_one_cannot(wide_base, tmp_path):
-    runs = {}
+@pytest.mark.parametrize(("processes", "replicas"), [(2, 1), (4, 2)])
+def test_several_processes_in_8_bits_train_as_one_does_and_resume_to_the_bit_and_one_cannot(
+    processes, replicas, eager, wide_base, tmp_path
+):
+    runs, replicated = {}, {"data_parallel_replicate_dim": replicas}
     for name, folder, changes in (
         ("whole", "whole", {"max_steps": 2}),
         ("first", "cut", {"max_steps": 1}),
         ("second", "cut", {"max_steps": 2, "resume_from_checkpoint": True}),
     ):
-        cfg = small_config("opsd", wide_base, tmp_path / folder, **WIDE, **EIGHT_BITS, **changes)
+        cfg = small_config("opsd", wide_base, tmp_path / folder, **WIDE, **EIGHT_BITS, **replicated, **changes)
         runs[name] = ["opsd", str(save_config(cfg, tmp_path / f"{name}.yaml"))]
     several = str(save_config(OmegaConf.create({"runs": runs}), tmp_path / "all.yaml"))
-    command = tune_command("run", "--nproc_per_node", "2", "tests/support/several.py", "--config", several)
+    command = tune_command("run", "--nproc_per_node", str(processes), "tests/support/several.py", "--config", several)
     done = shell(command, timeout_s=240, TORCHDYNAMO_DISABLE="1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_tensors(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-    with pytest.raises(
-        InputError, match="2 processes' own parts of an optimizer, which AdamW8bit with 1 processes cannot take"
-    ):
+    memory_run(wide_base, tmp_path / "one", max_steps=2, **EIGHT_BITS)
+    first, ours, theirs = weights(wide_base.parent, wide_base.name), weights(tmp_path / "whole"), weights(tmp_path / "one")
+    for name in first:
+        moved = (theirs[name] - first[name]).norm()
+        assert moved > 0 and (ours[name] - theirs[name]).norm() < 0.05 * moved, name
+    said = f"{processes} processes' own parts of an optimizer, which AdamW8bit with 1 processes cannot take"
+    with pytest.raises(InputError, match=said):
         memory_run(wide_base, tmp_path / "cut", max_steps=3, resume_from_checkpoint=True, **EIGHT_BITS)
 
 

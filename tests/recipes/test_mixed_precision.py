@@ -1,9 +1,12 @@
 """Test whole recipes in mixed precision (`dtype: fp32`, `compute_dtype: bf16`): against fp32, resumed, on two processes."""
 
 import functools
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.recipes.conftest import WIDE
 from tests.support.forks import launch_several
@@ -55,8 +58,19 @@ def eager():
         yield
 
 
+def in_bf16(base: Path, folder: Path) -> Path:
+    """Return a copy of a checkpoint whose weights are bf16, as those of the Hub are."""
+    if not folder.exists():
+        shutil.copytree(base, folder)
+        for path in folder.glob("*.safetensors"):
+            save_file({key: tensor.bfloat16() for key, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    return folder
+
+
 def scenario(name, tiny_base, wide_base, folder, **more):
     method, changes = (SCENARIOS | WIDE_SCENARIOS)[name]
+    if name == "average":
+        tiny_base = in_bf16(tiny_base, folder.parent / "bf16_base")
     wide = {key.replace(".", "__"): value for key, value in WIDE.items()} if name in WIDE_SCENARIOS else {}
     return method, mixed_config(method, wide_base if wide else tiny_base, folder, **changes, **wide, **more)
 

@@ -209,6 +209,13 @@ def test_a_checkpoint_of_two_machines_resumes_on_one_process(machines, one, tiny
     assert_close_rows(metrics(tmp_path / "run"), metrics(one("main")))
 
 
+@pytest.mark.slow(reason="two replicas on one machine are in the default run")
+def test_replicas_whose_shards_are_on_the_cpu_train_as_those_on_the_device():
+    """Processes of a CPU stand in for GPUs."""
+    done = launch_machines(["tests/support/offloaded_replicas.py"], launcher=TORCHRUN)
+    assert [one.returncode for one in done] == [0, 0], "\n".join(one.stderr[-3000:] for one in done)
+
+
 def refused_on_both(cfg: DictConfig, folder: Path) -> list[str]:
     """Launch two machines that stand in folders of their own; return the last line of each."""
     file = save_config(cfg, folder / "config.yaml")

@@ -25,7 +25,7 @@ from torchtune.modules.common_utils import local_kv_cache
 from pidistill.errors import InputError
 from pidistill.models import qwen3
 from pidistill.rollouts import TorchtuneSampler, decoding, gathered_parameters
-from pidistill.rollouts.decoding import _parameter_groups, attention_mask
+from pidistill.rollouts.decoding import attention_mask, parameter_groups
 from pidistill.rollouts.decoding import decoding as decode
 from pidistill.rollouts.distribution import draw, sampling_logprobs
 from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES, perturb_weights, tiny_model
@@ -675,7 +675,7 @@ def _check_sharded(rank: int, model: nn.Module, reshard: bool) -> None:
 
 
 def _reshard_flags(model: nn.Module) -> list[bool]:
-    groups = [group for m in model.modules() if isinstance(m, FSDPModule) for group in _parameter_groups(m)]
+    groups = [group for m in model.modules() if isinstance(m, FSDPModule) for group in parameter_groups(m)]
     return [group.post_forward_mesh_info is not None for group in groups]
 
 

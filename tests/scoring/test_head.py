@@ -212,10 +212,10 @@ def test_equal_sides_have_a_gradient_of_exactly_0_in_the_head(one_pass, scale):
 def test_logits_of_equal_tokens_are_copied_and_others_are_not():
     weight, student, teacher = (x.detach() for x in inputs(torch.float32))
     teacher[::2] = student[::2]
-    rows = head._rows_equal_to_student({"student": student, "teacher": teacher}, {}, None, weight)
+    rows = head._rows_equal_to_student({"student": student, "teacher": teacher}, {}, None, weight, weight)
     assert rows["teacher"].tolist() == [n % 2 == 0 for n in range(TOKENS)]
     other = {"teacher": [ConstantPart(1.0, student, weight + 1e-3)]}
-    assert head._rows_equal_to_student({"student": student}, other, None, weight) == {}
+    assert head._rows_equal_to_student({"student": student}, other, None, weight, weight) == {}
 
 
 # ------------------------------------------------------------------------------------------------ with a model and a method

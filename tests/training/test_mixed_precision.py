@@ -13,7 +13,16 @@ from torchtune.modules import RMSNorm
 
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
-from pidistill.models.precision import add_up_norms_in_fp32, compute_dtype_of, multiply_head, widen_head
+from pidistill.models import precision
+from pidistill.models.precision import (
+    add_up_norms_in_fp32,
+    compute_dtype_of,
+    multiply_head,
+    own_wide_head,
+    spread_within_rounding,
+    widen_head,
+)
+from pidistill.models.protocol import head_module
 from pidistill.rollouts import TorchtuneSampler
 from pidistill.rollouts.vllm_sampler import whole_weights
 from pidistill.scoring.score import score, student_nll
@@ -44,10 +53,10 @@ def one_process():
         dist.destroy_process_group()
 
 
-def load(kind, node=NODE, trained=True, averaged=False, **settings):
+def load(kind, node=NODE, trained=True, averaged=False, file_dtype=torch.float32, **settings):
     dtype, compute_dtype = DTYPES[kind]
     run = Run(CPU, dtype, 0, 1, 0, Path("unused"), None, compute_dtype)
-    weights = tiny_model(VOCABULARY).state_dict()
+    weights = {name: weight.to(file_dtype) for name, weight in tiny_model(VOCABULARY).state_dict().items()}
     return load_model(OmegaConf.create(settings), run, OmegaConf.create(node), weights, trained=trained, averaged=averaged)
 
 
@@ -130,6 +139,69 @@ def test_small_steps_move_the_weights_as_in_fp32_where_bf16_loses_most_of_them(s
     assert moved["mixed"].norm() / moved["fp32"].norm() == pytest.approx(1.0, abs=0.02)
     most = (moved["bf16"] == 0).double().mean()
     assert most > 0.9, f"{most:.3f} of the weights did not move in bf16"
+
+
+def test_small_steps_from_a_bf16_file_move_the_bf16_copies_as_far_as_the_weights():
+    """In the middle between two borders of rounding a weight's copy would not move at all."""
+    model, fixed = load("mixed", file_dtype=torch.bfloat16), batches()
+    before = [flat(model.parameters()), flat(p.bfloat16() for p in model.parameters())]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6, weight_decay=0.0)
+    for _ in range(5):
+        backward(model, fixed)
+        optimizer.step()
+        optimizer.zero_grad()
+    after = [flat(model.parameters()), flat(p.bfloat16() for p in model.parameters())]
+    weights, copies = (a - b for a, b in zip(after, before, strict=True))
+    assert float(copies @ weights / (weights @ weights)) == pytest.approx(1.0, abs=0.15)
+
+
+def test_weights_of_a_bf16_file_are_spread_evenly_over_the_values_that_round_to_them():
+    torch.manual_seed(0)
+    weight = torch.cat([0.1 * torch.randn(50_000), torch.zeros(100), 2.0 ** torch.arange(-20, 20)]).bfloat16()
+    spread = spread_within_rounding("a.weight", weight)
+    assert torch.equal(spread.bfloat16(), weight) and not spread[weight == 0].any()
+    inside = weight.float().abs().frexp().mantissa[:50_000].bfloat16() != 0.5  # below a power of two the bits are finer
+    units = torch.ldexp(spread - weight.float(), 8 - weight.float().frexp().exponent)[:50_000][inside]
+    assert torch.histc(units, bins=10, min=-0.5, max=0.5).div(len(units)).sub(0.1).abs().max() < 0.01
+    assert torch.equal(spread, spread_within_rounding("a.weight", weight))
+    assert not torch.equal(spread, spread_within_rounding("b.weight", weight))
+
+
+def test_only_weights_that_mixed_precision_trains_or_averages_are_spread():
+    file = {name: weight.bfloat16() for name, weight in tiny_model(VOCABULARY).state_dict().items()}
+    found = {
+        kind: load(kind, file_dtype=torch.bfloat16, **more).state_dict()
+        for kind, more in [("fp32", {}), ("mixed", {}), ("bf16", {"trained": False})]
+    }
+    average = load("mixed", file_dtype=torch.bfloat16, trained=False, averaged=True).state_dict()
+    for name, weight in file.items():
+        assert torch.equal(found["fp32"][name], weight.float()) and torch.equal(found["bf16"][name], weight)
+        assert torch.equal(whole(found["mixed"][name]).bfloat16(), weight)
+        assert torch.equal(whole(found["mixed"][name]), whole(average[name]))
+    assert sum(not torch.equal(whole(found["mixed"][name]), weight.double()) for name, weight in file.items()) > 5
+    exact = load("mixed").state_dict()
+    assert all(torch.equal(whole(exact[name]), w.double()) for name, w in tiny_model(VOCABULARY).state_dict().items())
+
+
+def test_one_process_multiplies_with_the_head_that_it_trains_where_products_round_it(monkeypatch):
+    """Where they do not, its copy has the rounding."""
+    model = load("mixed", file_dtype=torch.bfloat16)
+    head = head_module(model)
+    monkeypatch.setattr(precision, "_rounds_factors", lambda: False)
+    assert own_wide_head(model, head) is None
+    copied = [score(model, batches(1)[0], STUDENT).student_logprobs.detach(), *sampled_logprobs(model)]
+    monkeypatch.setattr(precision, "_rounds_factors", lambda: True)
+    assert own_wide_head(model, head).data_ptr() == head.weight.to_local().data_ptr()
+    assert [own_wide_head(m, head_module(m)) for m in (load("fp32"), load("bf16"), load("mixed", LORA))] == [None] * 3
+    # A product that rounds, for a CPU that has none; then both are the same numbers.
+    multiply = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **more: multiply(a, b.bfloat16().to(b.dtype), **more))
+    ours = [score(model, batches(1)[0], STUDENT).student_logprobs.detach(), *sampled_logprobs(model)]
+    assert all(torch.equal(a, b) for a, b in zip(ours, copied, strict=True))
+
+
+def sampled_logprobs(model):
+    return [torch.tensor(found.logprobs) for found in sample(model, [[1, 2], [3, 4, 5]], max_new_tokens=8)]
 
 
 @pytest.mark.parametrize("node", [NODE, LORA], ids=["full", "lora"])

@@ -93,7 +93,7 @@ def final_values(group: Group) -> list[float]:
 def final_label(groups: Sequence[Group]) -> str:
     held_out = [bool(group.values("last", "student_success")) for group in groups]
     if all(held_out):
-        return "success without PI, T=1, held-out, last checkpoint"
+        return "success without PI, sampled, held-out, last checkpoint"
     return "success without PI, last checkpoint (" + ("some " if any(held_out) else "") + "on validation)"
 
 

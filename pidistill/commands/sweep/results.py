@@ -10,6 +10,7 @@ import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ VIEWS = {
     "student": "student_success",
     "student + PI": "student_with_pi_success",
 }
+OF_A_DOMAIN = "/student greedy"  # other rows of the evaluation (`domains`) are shown greedily
 Record = dict[str, Any]
 
 
@@ -90,7 +92,7 @@ def evaluation_numbers(folder: Path) -> Record:
     numbers = {name: views[view]["success"] for view, name in VIEWS.items() if "success" in views.get(view, {})}
     if "leak_frac" in views.get("student", {}):
         numbers["leak_frac"] = views["student"]["leak_frac"]
-    return numbers
+    return numbers | {name: view["success"] for name, view in views.items() if name.endswith(OF_A_DOMAIN) and "success" in view}
 
 
 def success_by_task(output_dir: Path, evaluated: Record) -> dict[str, float] | None:
@@ -233,19 +235,24 @@ def between_bases(group: Group) -> str:
     return f"{statistics.stdev(means):.3f} of {len(means)}" if len(means) > 1 else "–"
 
 
-def success_columns(output_dir: Path, several_bases: bool) -> dict[str, Callable[[Group], str]]:
+def success_columns(output_dir: Path, several_bases: bool, domains: Sequence[str]) -> dict[str, Callable[[Group], str]]:
     return {
         "arm": lambda g: g.title,
         "seeds": lambda g: f"{len(g.rows)}" + (f" ({g.failed} failed)" if g.failed else ""),
         "greedy": lambda g: mean_and_sd(g.values("last", "student_greedy_success")),
-        "T=1, last": lambda g: mean_and_sd(g.values("last", "student_success")),
+        "sampled, last": lambda g: mean_and_sd(g.values("last", "student_success")),
         **({"between bases": between_bases} if several_bases else {}),
         "95% interval over": lambda g: interval_text(output_dir, g),
-        "T=1, best on validation": lambda g: mean_and_sd(g.values("best", "student_success")),
+        "sampled, best on validation": lambda g: mean_and_sd(g.values("best", "student_success")),
         "with PI": lambda g: mean_and_sd(g.values("last", "student_with_pi_success")),
+        **{f"{name.removesuffix(OF_A_DOMAIN)}, greedy": partial(_last_values, name=name) for name in domains},
         "leak rate": lambda g: mean_and_sd(g.values("last", "leak_frac")),
         "validation, last": lambda g: mean_and_sd(g.values("validation", "last")),
     }
+
+
+def _last_values(group: Group, name: str) -> str:
+    return mean_and_sd(group.values("last", name))
 
 
 def cost_columns() -> dict[str, Callable[[Group], str]]:
@@ -282,8 +289,8 @@ def notes(rows: Sequence[Record]) -> list[str]:
     bases = list(dict.fromkeys(row["base"] for row in rows if row.get("base")))
     of_bases = [f"Bases: {', '.join(bases)}; `seeds` counts the runs from all of them."] if bases else []
     return [
-        "Success without privileged information on the held-out split, greedy and at the sampling temperature (T=1); `with PI` "
-        "is the ceiling; mean ± sd over seeds (no sd for one); `last` is the last checkpoint.",
+        "Success without privileged information on the held-out split, greedy and sampled at the temperature of the "
+        "evaluation's config; `with PI` is the ceiling; mean ± sd over seeds (no sd for one); `last` is the last checkpoint.",
         f"Chosen on validation only: {selected}, among the checkpoints that the run saved. "
         "CPU-s: training, all stages, each with its start-up. An interval over few seeds is too narrow for what seeds do.",
         f"Seeds: {', '.join(map(str, seeds)) or 'as in the configs'}. Commits: {', '.join(commits) or '–'}.",
@@ -311,7 +318,9 @@ def write_report(output_dir: Path) -> list[Record]:
     """Print the tables, write them to results.md, and return the rows behind them."""
     rows = list(read_results(output_dir).values())
     groups = groups_of(rows)
-    tables = {"Success": success_columns(output_dir, any(row.get("base") for row in rows)), "Cost": cost_columns()}
+    domains = sorted({name for row in rows for name in row.get("last") or {} if name.endswith(OF_A_DOMAIN)})
+    columns = success_columns(output_dir, any(row.get("base") for row in rows), domains)
+    tables = {"Success": columns, "Cost": cost_columns()}
     text = [f"# {output_dir.name}", ""]
     for title, columns in tables.items():
         cells = [[column(group) for column in columns.values()] for group in groups]
