@@ -8,8 +8,9 @@ from dataclasses import replace
 from omegaconf import DictConfig
 from torchtune.utils import log_rank_zero
 
+from pidistill.chat.messages import message_text
 from pidistill.data.load import RecipeData
-from pidistill.errors import InputError
+from pidistill.errors import InputError, bounded_repr
 from pidistill.tokenizers import ChatTokenizer
 from pidistill.tokenizers.rendering import Piece, encode_completion
 from pidistill.types import Example, PromptPair, Rollout
@@ -80,6 +81,8 @@ def row_completions(data: RecipeData, temperature: float = 1.0) -> list[Rollout]
     """
     rollouts = [demonstration(example, pair, data.tokenizer, max_seq_len=data.max_seq_len) for example, pair in data.prompts]
     if rollouts and all(RECORDED in rollout.example.data for rollout in rollouts):
+        for rollout in rollouts:
+            _check_recorded_text(rollout, data.tokenizer)
         rollouts = [recorded_completion(rollout, data.tokenizer.vocab_size, temperature) for rollout in rollouts]
         rollouts = [_under_control(rollout, data.privileged.control) for rollout in rollouts]
     for rollout in rollouts:
@@ -95,6 +98,21 @@ def row_completions(data: RecipeData, temperature: float = 1.0) -> list[Rollout]
 
 RECORDED = "sampled"
 """The field of a row that holds the ids and log-probs with which its completion was sampled."""
+
+
+def _check_recorded_text(rollout: Rollout, tokenizer: ChatTokenizer) -> None:
+    """Refuse recorded ids that say, with this tokenizer, nothing of what the row's completion says."""
+    record = rollout.example.data[RECORDED]
+    ids = list(record["ids"]) if isinstance(record, Mapping) and "ids" in record else []
+    said = [text for turn in rollout.turns if turn["role"] == "assistant" and (text := message_text(turn).strip())]
+    if not said or not all(type(token) is int and 0 <= token < tokenizer.vocab_size for token in ids):
+        return  # nothing to compare, or refused below
+    decoded = tokenizer.decode(ids)
+    if not any(text in decoded for text in said):
+        raise InputError(
+            f"{rollout.example.id}: the ids of its `{RECORDED}` say {bounded_repr(decoded, 60)} where its completion says "
+            f"{bounded_repr(said[0], 60)}; it was sampled with another tokenizer: set that one, or sample it again"
+        )
 
 
 def recorded_completion(rollout: Rollout, vocab_size: int, temperature: float = 1.0) -> Rollout:

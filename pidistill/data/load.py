@@ -1,5 +1,7 @@
 """Load the prompts of a recipe's config, and check them before any weights are loaded."""
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -8,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer
+from torchtune.utils import get_logger, log_rank_zero
 
 from pidistill.config import COMPONENT, build, resolve
 from pidistill.data.prompts import Prompts, build_prompts
@@ -18,6 +21,8 @@ from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.tokenizers import ChatTokenizer, as_chat_tokenizer
 from pidistill.training.keys import setting
 from pidistill.types import Example, PromptPair
+
+_log = get_logger("INFO")
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True, judged: b
     train = build_prompts(
         build(cfg.dataset), tokenizer, privileged, no_pi=no_pi, max_new_tokens=room if samples else 0, **limits
     )
+    _say_who_sampled([example for example, _ in train.prompts], privileged.control)
     if samples and judged:
         check_references(cfg.get("environment"), [example for example, _ in train.prompts])
     evaluation = Prompts([], {}, 0)
@@ -68,6 +74,21 @@ def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True, judged: b
         max_seq_len=max_seq_len,
         privileged=privileged,
     )
+
+
+def _say_who_sampled(examples: Sequence[Example], control: str | None) -> None:
+    """Log which view of which checkpoint sampled the rows that `sample_distributed` wrote, and warn of another control."""
+    told = [row.data["provenance"] for row in examples if isinstance(row.data.get("provenance"), Mapping)]
+    sources = Counter(tuple(str(mark.get(key)) for key in ("sampled_by", "checkpoint", "control")) for mark in told)
+    for (view, checkpoint, own), count in sources.items():
+        said = f"{count} of {len(examples)} rows of `dataset` were sampled by the {view} view of {checkpoint}"
+        other = own != str(control)
+        if other:
+            said += (
+                f" with privileged.control={'null' if own == 'None' else own}, and this run has {control or 'null'}: what is "
+                "learned is that arm's; sample the rows again, or set privileged.control to the same"
+            )
+        log_rank_zero(_log, said, level=logging.WARNING if other else logging.INFO)
 
 
 def check_references(environment: Any, examples: Iterable[Example]) -> None:

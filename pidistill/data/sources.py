@@ -8,6 +8,7 @@ import csv
 import glob
 import io
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from torchtune.utils import log_rank_zero
 
 from pidistill.chat.messages import without_nulls
 from pidistill.errors import InputError, check_count
@@ -23,6 +25,7 @@ from pidistill.jsonl import parse_jsonl
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 _MISSING = object()
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,10 @@ def load_rows(
         loaded = _load_table(source, files, split, data_files, config_name)
         loaded = loaded if max_rows is None else loaded.select(range(min(max_rows, len(loaded))))
         rows = [_without_table_nulls(row) for row in loaded]
+    if max_rows is not None and rows and len(rows) < max_rows:
+        log_rank_zero(
+            _log, f"dataset.max_rows={max_rows}, and {source} has {len(rows)} rows; all are taken", level=logging.WARNING
+        )
     name = Path(source).name if files or Path(source).is_dir() else f"{source} {split}"
     if not rows:
         raise _no_rows(source, split)

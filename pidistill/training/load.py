@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,6 +92,10 @@ def build_checkpointer(node: Any, model_node: Any, **overrides: Any) -> Any:
     """Build a checkpointer whose state dicts have the names that the model of ``model_node`` has."""
     if has_own_names(shared_empty_model(model_node)):
         overrides["own_names"] = True
+    folder = node.get("checkpoint_dir")
+    # A run that is still training moves its `latest` to each new checkpoint: all files are read from one of them.
+    if folder is not None and Path(folder).is_symlink():
+        overrides.setdefault("checkpoint_dir", str(Path(folder).resolve()))
     return build(node, **overrides)
 
 

@@ -1,14 +1,19 @@
 """Test `pidistill probe`: the numbers of each wording, the recommendation, and what it refuses."""
 
 import json
-from dataclasses import dataclass
+import math
+import sys
+from dataclasses import dataclass, replace
 
 import pytest
 import yaml
 
 from pidistill.commands.probe.command import main as probe
 from pidistill.commands.probe.measure import Probe
-from pidistill.commands.probe.wordings import builtin_wordings, read_wordings
+from pidistill.commands.probe.wordings import builtin_wordings, configured, prompts_by_wording, read_wordings
+from pidistill.data import ExampleDataset, gsm8k_dataset
+from pidistill.envs import EnvStep
+from pidistill.envs.tiny_world import tiny_world_dataset, tiny_world_tokenizer
 from pidistill.errors import InputError
 from pidistill.privileged.prompt import PLACEMENTS, PrivilegedPrompt
 from pidistill.rollouts.base import Sample
@@ -169,6 +174,131 @@ def test_a_wrong_file_of_wordings_is_one_sentence(text, sentence, tmp_path):
 def test_rows_without_privileged_information_and_wrong_numbers_are_refused(words, capsys):
     assert "no row of `dataset` has privileged information" in refusal([*words, "privileged.control=none"], capsys)
     assert "--rows 0 must be at least 1" in refusal([*words, "--rows", "0"], capsys)
+
+
+# ------------------------------------------------------------------------------------------- odd cases
+
+
+def half_told(**options) -> ExampleDataset:
+    """GSM8K's rows, of which every other one has no privileged information."""
+    rows = list(gsm8k_dataset(**options))
+    return ExampleDataset([replace(row, privileged=None) if i % 2 else row for i, row in enumerate(rows)])
+
+
+def test_rows_without_privileged_information_among_others_are_counted_and_not_tried(words, capsys):
+    found = run([*words, f"dataset._component_={__name__}.half_told", "--rows", "9", "--only-own", "--no-kl"], capsys)
+    assert found["student"]["rows"] == 6
+    assert "6 of 12 rows of `dataset` have no privileged information and were not tried." in found["advice"]
+
+
+def test_a_difference_that_few_rows_may_give_by_chance_is_said_so(words, capsys):
+    chance = "Of 1 row a difference of up to 1.00 may be chance; raise --rows."
+    assert chance in run([*words, "--rows", "1", "--no-kl"], capsys)["advice"]
+    assert not any("chance" in said for said in run([*words, "--rows", "12", "--no-kl"], capsys)["advice"])
+
+
+def test_wordings_that_the_tokenizer_does_not_take_are_left_out_and_the_configs_own_is_refused():
+    rows, tokenizer = list(tiny_world_dataset("validation"))[:3], tiny_world_tokenizer(max_seq_len=96)
+    limits = {"max_seq_len": 96, "max_new_tokens": 20}
+    own = PrivilegedPrompt(template="{privileged}")
+    prompts, said = prompts_by_wording([configured(own), *builtin_wordings("dfk")], rows, tokenizer, own, **limits)
+    assert {name: len(pairs) for name, pairs in prompts.items()} == {"the config's": 3}
+    assert len(said) == 5 and said[0].startswith(
+        "block, system is left out: tiny_world validation row 0: the word '<privileged_"
+    )
+    with pytest.raises(InputError, match="is not among the 85 words"):
+        prompts_by_wording([configured(PrivilegedPrompt())], rows, tokenizer, PrivilegedPrompt(), **limits)
+
+
+def some_long(**options) -> ExampleDataset:
+    """GSM8K's rows, of which every third one has long privileged information."""
+    rows = list(gsm8k_dataset(**options))
+    return ExampleDataset([replace(row, privileged="word " * 200) if i % 3 == 0 else row for i, row in enumerate(rows)])
+
+
+def test_all_wordings_are_tried_on_the_rows_that_fit_under_each(words, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"twice": {"template": "{privileged} {privileged}"}}))
+    wordings = ["--wordings", str(tmp_path / "own.yaml"), "--only-own", "--no-kl", f"dataset._component_={__name__}.some_long"]
+    found = run([*words, *wordings], capsys)
+    assert [found["student"]["rows"], *(numbers["rows"] for numbers in found["wordings"].values())] == [8, 8, 8]
+    assert found["advice"][-1] == "4 of 12 rows are too long under a wording and were not tried."
+
+
+@dataclass
+class ReadsTheAnswer(ReadsTheUserTurn):
+    """Says something, and then repeats what follows MARK in the environment's answer, "#### 7" where nothing does."""
+
+    def sample(self, model, prompts, *, group_size, on_turn_end, temperature=None, **settings) -> list[Sample]:
+        tokenizer = HFChatTokenizer(self.path, max_seq_len=1024)
+        question = [{"role": "user", "content": "?"}]
+        first = tokenizer.encode_turn(question, {"role": "assistant", "content": "Well."})
+        samples = []
+        for row in range(len(prompts)):
+            forced = on_turn_end(row, first)
+            if forced is None:  # the environment failed
+                samples.append(Sample(first, [True] * len(first), [-1.0] * len(first), "done"))
+                continue
+            number = tokenizer.decode(forced).rpartition("MARK ")[2].split(".")[0] if "MARK " in tokenizer.decode(forced) else 7
+            last = tokenizer.encode_turn(question, {"role": "assistant", "content": f"#### {number}"})
+            assert on_turn_end(row, last) is None
+            mask = [True] * len(first) + [False] * len(forced) + [True] * len(last)
+            samples.append(Sample([*first, *forced, *last], mask, [-1.0 if own else math.nan for own in mask], "done"))
+        return samples
+
+
+class TwoTurns:
+    """Tells the teacher the answer after the first turn, and judges the second; the row "20 * 12?" fails if ``fails``."""
+
+    gives_privileged = True
+
+    def __init__(self, reward, fails: bool = False) -> None:
+        self.fails = fails
+
+    def reset(self, example):
+        return [example]
+
+    def step(self, state, turn, *, truncated):
+        state.append(turn)
+        if self.fails and "20 * 12?" in state[0].messages[-1]["content"]:
+            raise ValueError("broken")
+        if len(state) == 3:
+            return EnvStep([], float(turn["content"] == f"#### {state[0].reference}"), True)
+        return EnvStep([{"role": "user", "content": "Go on."}], 0.0, False, privileged=f"{state[0].reference}. That is it.")
+
+
+def test_information_that_comes_with_an_answer_is_shown_in_each_wording(words, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"mine": {"template": "MARK {privileged}"}}))
+    environment = [
+        f"environment._component_={__name__}.TwoTurns",
+        "dataset.privileged=none",
+        f"sampler._component_={__name__}.ReadsTheAnswer",
+    ]
+    more = ["--rows", "12", "--wordings", str(tmp_path / "own.yaml"), "--only-own"]
+    found = run([*words, *environment, *more], capsys)
+    success = {name: numbers["success"] for name, numbers in found["wordings"].items()}
+    assert success == {"the config's": 0.0, "mine": 1.0} and found["student"]["success"] == 0.0
+    assert found["student"]["rows"] == 12
+    # The student's own rollouts were read by the teacher under the config's wording.
+    assert found["wordings"]["the config's"]["kl_teacher_student"] > 0
+    assert found["wordings"]["mine"]["kl_teacher_student"] is None
+    broken = run([*words, *environment, *more, "environment.fails=true"], capsys)
+    assert broken["student"]["rows"] == 11
+    assert "1 rollouts of mine have no reward and are not counted (reward_error 1)." in broken["advice"]
+
+
+def test_a_name_that_is_taken_is_refused_and_one_of_the_built_in_ones_takes_its_place(words, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"plain, user": {"template": "Mine: {privileged}"}}))
+    found = run([*words, "--rows", "2", "--no-kl", "--wordings", str(tmp_path / "own.yaml")], capsys)
+    assert found["wordings"]["plain, user"]["template"] == "Mine: {privileged}"
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"the config's": {"template": "{privileged}"}}))
+    assert 'the name "the config\'s" is taken' in refusal([*words, "--wordings", str(tmp_path / "own.yaml")], capsys)
+
+
+def test_a_config_that_samples_with_vllm_is_read(words, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    vllm = ["sampler._component_=pidistill.rollouts.VLLMSampler", "sampler.model_dir=${checkpointer.checkpoint_dir}"]
+    plain = [word for word in words if not word.startswith(("sampler._component_", "sampler.path"))]
+    assert "VLLMSampler needs vLLM, which is not installed" in refusal([*plain, *vllm], capsys)
 
 
 @pytest.mark.parametrize("kind", [None, "solution", "answer", "gold_actions", "hints"])

@@ -75,6 +75,16 @@ def test_files_globs_and_folders_give_the_same_rows_without_network(tmp_path, no
     assert [e.messages for e in qa_dataset(file, split="test[1:3]")] == [e.messages for e in whole][1:3]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_more_rows_asked_for_than_there_are_is_said(tmp_path, no_network, caplog, suffix):
+    file = write(tmp_path / f"rows.{suffix}", ROWS)
+    for most in (None, 4, 5):
+        qa_dataset(file, max_rows=most)
+    assert not caplog.records
+    assert len(qa_dataset(file, max_rows=6)) == 5
+    assert [record.getMessage() for record in caplog.records] == [f"dataset.max_rows=6, and {file} has 5 rows; all are taken"]
+
+
 def test_several_files_are_read_in_order_and_relative_paths_start_here(tmp_path, monkeypatch, no_network):
     for i, row in enumerate(ROWS):
         write(tmp_path / f"part{i}.jsonl", [row])

@@ -1,9 +1,11 @@
 """Test demonstrations: the ids that a policy would have sampled, masked like a rollout; rows that are too long."""
 
+from dataclasses import replace
+
 import pytest
 
-from pidistill.data import build_demonstrations, demonstration
-from pidistill.data.demonstrations import earlier_turns_differ
+from pidistill.data import RecipeData, build_demonstrations, demonstration
+from pidistill.data.demonstrations import earlier_turns_differ, row_completions
 from pidistill.envs.tiny_world import tiny_world_dataset, tiny_world_tokenizer
 from pidistill.errors import InputError
 from pidistill.tokenizers import HFChatTokenizer
@@ -80,3 +82,21 @@ def test_no_warning_is_given_where_a_server_shows_the_same_turns(tmp_path, caplo
     tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path)))
     build_demonstrations(rows_of_turns(tokenizer, TWO_TURNS), tokenizer, max_seq_len=600, on_overflow=None)
     assert not caplog.records
+
+
+def test_recorded_ids_that_say_another_text_than_the_rows_completion_are_of_another_tokenizer():
+    tokenizer = tiny_world_tokenizer(max_seq_len=96)
+    messages, said = [{"role": "user", "content": "i1 g1"}], [{"role": "assistant", "content": "g1 i2"}]
+    example = Example("row 0", messages, completion=said)
+    prompt = tokenizer.encode_prompt(messages)
+    own = demonstration(example, PromptPair(prompt, prompt, False), tokenizer)
+
+    def read(ids):
+        record = {"ids": ids, "policy": [1] * len(ids), "logprobs": [-1.0] * len(ids)}
+        pair = (replace(example, data={"sampled": record}), PromptPair(prompt, prompt, False))
+        return row_completions(RecipeData(tokenizer, [pair], [], {}, {}, 0, (), 1.0, 96))[0].completion
+
+    for ids in (own.completion, own.completion[:-1]):  # a rollout that was cut off has no end of turn
+        assert read(ids) == ids
+    with pytest.raises(InputError, match=r"row 0: the ids of its `sampled` say '.*' where its completion says 'g1 i2'; it was"):
+        read([i - 1 for i in own.completion])

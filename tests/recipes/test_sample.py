@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from pidistill.data import chat_dataset
+from pidistill.data import chat_dataset, load_prompts
 from pidistill.errors import InputError
 from recipes import sample_distributed
 from recipes.sample_distributed import SampleRecipe
@@ -52,6 +52,25 @@ def test_written_rows_are_read_back_as_demonstrations_without_privileged_informa
         assert [message["role"] for message in example.messages] == ["user"] and "[" not in example.messages[0]["content"]
         assert example.privileged == row["privileged"] and example.privileged.startswith("[ d")
         assert example.completion == row["completion"] and example.completion[-1]["role"] == "assistant"
+
+
+def test_a_run_says_who_sampled_its_rows_and_warns_of_another_control(kept, tiny_base, tmp_path, caplog):
+    def said(folder, **changes):
+        caplog.clear()
+        load_prompts(
+            small_config("rft", tiny_base, tmp_path, dataset__source=str(folder / "traces.jsonl"), **changes), no_pi="rl"
+        )
+        return [(r.levelname, r.getMessage()) for r in caplog.records if "were sampled by" in r.getMessage()]
+
+    folder, rows = kept
+    caplog.set_level(logging.INFO)
+    whole = f"{len(rows)} of {len(rows)} rows of `dataset` were sampled by the teacher view of {tiny_base}"
+    assert said(folder) == [("INFO", whole)]
+    shuffled = tmp_path / "shuffled"
+    sample("rft_sample", tiny_base, shuffled, privileged__control="shuffled", selection__threshold=0.0)
+    ((level, sentence),) = said(shuffled)
+    assert level == "WARNING" and "with privileged.control=shuffled, and this run has null: what is learned is that" in sentence
+    assert [level for level, _ in said(shuffled, privileged__control="shuffled")] == ["INFO"]
 
 
 def test_the_same_command_writes_the_same_file_whatever_the_batch(kept, tiny_base, tmp_path):

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from pidistill.errors import InputError
+from pidistill.testing import tiny_hf_checkpoint
 from pidistill.training.checkpoint_source import check_checkpoint_folder
+from pidistill.training.load import build_checkpointer
 
 
 def folder_config(folder, files, component="torchtune.training.FullModelHFCheckpointer"):
@@ -39,6 +42,26 @@ def test_a_checkpoint_folder_is_looked_at_before_it_is_loaded(tmp_path):
     check_checkpoint_folder(OmegaConf.create({}), "teacher_checkpointer")
     with pytest.raises(InputError, match="latest does not exist; check checkpointer.checkpoint_dir"):  # no config of ours
         check_checkpoint_folder(folder_config(tmp_path / "runs" / "mine" / "base" / "latest", []), "checkpointer")
+
+
+def test_a_checkpoint_behind_a_link_that_moves_is_read_from_one_folder(tmp_path):
+    """A run that trains beside an evaluation moves its `latest`."""
+    for name, seed in (("step_1", 0), ("step_2", 1)):
+        tiny_hf_checkpoint(tmp_path / name, seed=seed)
+    link = tmp_path / "latest"
+    link.symlink_to("step_1")
+    node = {"_component_": "pidistill.models.HFCheckpointer", "checkpoint_dir": str(link), "output_dir": str(tmp_path / "out")}
+    model = {"_component_": "pidistill.models.from_folder", "path": str(tmp_path / "step_1")}
+    checkpointer = build_checkpointer(node, model)
+    link.unlink()
+    link.symlink_to("step_2")
+    loaded = checkpointer.load_checkpoint()["model"]
+    first, second = (
+        build_checkpointer(node | {"checkpoint_dir": str(tmp_path / name)}, model).load_checkpoint()["model"]
+        for name in ("step_1", "step_2")
+    )
+    assert all(torch.equal(loaded[name], first[name]) for name in first)
+    assert any(not torch.equal(loaded[name], second[name]) for name in second)
 
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -13,10 +13,11 @@ wordings that are measured so far.
 
 import argparse
 import json
+import math
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -27,15 +28,15 @@ from tqdm import tqdm
 from pidistill.commands.common import config_parser, exit_on_input_error, parse_with_overrides
 from pidistill.commands.plan.reading import KEYS, merged
 from pidistill.commands.probe.measure import Measured, Probe
-from pidistill.commands.probe.wordings import Wording, builtin_wordings, configured, read_wordings
+from pidistill.commands.probe.wordings import OWN, Wording, builtin_wordings, configured, prompts_by_wording, read_wordings
 from pidistill.config import build
-from pidistill.data.load import check_models, load_privileged
+from pidistill.data.load import check_models, gives_privileged, load_privileged
 from pidistill.distributed.run import Run
-from pidistill.errors import InputError
+from pidistill.errors import InputError, escape_controls
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.tokenizers import ChatTokenizer, as_chat_tokenizer
 from pidistill.training.collector import build_collector
-from pidistill.training.keys import EVALUATION_KEYS
+from pidistill.training.keys import EVALUATION_KEYS, setting
 from pidistill.training.load import load_initial
 from pidistill.training.run_folder import RESUME
 from pidistill.training.start import cleanup, start
@@ -43,6 +44,7 @@ from pidistill.types import Example
 
 REQUIRED = ("output_dir", "model", "tokenizer", "checkpointer", "dataset", "environment", "sampler")
 TRUNCATED_TOO_OFTEN = 0.2
+FEW_ROWS = 16
 NUMBERS = "probe.json"
 
 
@@ -74,11 +76,15 @@ def main(argv: list[str]) -> None:
 
 
 class Found:
-    """Hold the student's numbers, those of every wording, and the recommendation."""
+    """Hold the student's numbers, those of every wording, the recommendation, and what was left out, one sentence each."""
 
-    def __init__(self, student: Measured, wordings: list[tuple[Wording, Measured]], seconds: float) -> None:
+    def __init__(
+        self, student: Measured, wordings: list[tuple[Wording, Measured]], seconds: float, cut_by: str, left_out: Sequence[str]
+    ) -> None:
         self.student, self.wordings, self.seconds = student, wordings, seconds
+        self.cut_by, self.left_out = cut_by, left_out  # the keys that bound a completion
         self.wording, self.measured = max(wordings, key=lambda pair: _rank(pair[1]))
+        self.gain = self.measured.best - student.best
 
     def as_json(self) -> dict:
         return {
@@ -91,19 +97,21 @@ class Found:
 
     def advice(self) -> list[str]:
         """Return what the numbers say, one sentence each."""
-        own = self.wordings[0][1]
-        best, gain = self.measured, self.measured.best - self.student.best
-        rows = best.rows
-        said = [
-            f"Recommended: {self.wording.name}, with success {best.best:.2f} of {rows} rows (student {self.student.best:.2f})."
-        ]
-        if gain <= 0:
+        own, best = self.wordings[0][1], self.measured
+        rows = f"{best.rows} row{'' if best.rows == 1 else 's'}"
+        said = [f"Recommended: {self.wording.name}, with success {best.best:.2f} of {rows} (student {self.student.best:.2f})."]
+        if self.gain <= 0:
+            cut = max(best.truncated, self.student.truncated) > TRUNCATED_TOO_OFTEN
+            nothing = "This teacher has nothing to teach; change the privileged information."
             said = [
-                f"No wording helps: the best, {self.wording.name}, has success {best.best:.2f} and the student alone "
-                f"{self.student.best:.2f}. This teacher has nothing to teach; change the privileged information."
+                f"No wording helps: the best, {self.wording.name}, has success {best.best:.2f} of {rows} and the student "
+                f"alone {self.student.best:.2f}. {'Answers are cut off, so that this says little.' if cut else nothing}"
             ]
         elif self.wordings[0][0] != self.wording and own.best < best.best:
             said.append(f"The config's own wording has {own.best:.2f}.")
+        chance = _chance(self.student, best)
+        if self.gain < chance and (self.gain > 0 or best.rows < FEW_ROWS):
+            said.append(f"Of {rows} a difference of up to {min(chance, 1.0):.2f} may be chance; raise --rows.")
         if best.flexible is not None and best.flexible > best.success:
             said.append(
                 f"Only {best.success:.2f} are written in the format that the reward counts; choose a reward format that counts "
@@ -112,18 +120,18 @@ class Found:
         for name, measured in (("student", self.student), (self.wording.name, best)):
             if measured.truncated > TRUNCATED_TOO_OFTEN:
                 said.append(
-                    f"{measured.truncated:.0%} of the answers of {name} are cut off and count as wrong; raise "
-                    "sampler.max_new_tokens."
+                    f"{measured.truncated:.0%} of the answers of {name} are cut off and count as wrong; raise {self.cut_by}."
                 )
-        return said
+        return [*said, *self.left_out]
 
     def show(self) -> None:
         console = Console(width=None if sys.stdout.isatty() else 140)
         console.print(self._table())
         for sentence in self.advice():
-            console.print(sentence, markup=False, highlight=False)
-        console.print("\nTo paste into the config:\n", markup=False)
-        console.print(self.wording.as_yaml(), markup=False, highlight=False, soft_wrap=True)
+            console.print(escape_controls(sentence), markup=False, highlight=False)
+        if self.gain > 0:
+            console.print("\nTo paste into the config:\n", markup=False)
+            console.print(self.wording.as_yaml(), markup=False, highlight=False, soft_wrap=True)
 
     def _table(self) -> Table:
         flexible = self.student.flexible is not None
@@ -147,41 +155,56 @@ def probe(arguments: argparse.Namespace) -> Found:
     began = time.perf_counter()
     cfg, run = _start(arguments)
     tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
-    max_seq_len = check_models(cfg, tokenizer)
+    limits = {"max_seq_len": check_models(cfg, tokenizer), "max_new_tokens": int(cfg.sampler.max_new_tokens)}
     privileged = load_privileged(cfg, tokenizer)
-    wordings = _wordings(arguments, cfg, privileged)
-    examples = _rows(cfg, privileged, tokenizer, arguments.rows, run.seed)
+    tried = _wordings(arguments, cfg, privileged)
+    examples, left_out = _rows(cfg, privileged, tokenizer, arguments.rows, run.seed)
+    prompts, refused = prompts_by_wording(tried, examples, tokenizer, privileged, **limits)
+    wordings, left_out = [wording for wording in tried if wording.name in prompts], left_out + refused
     collect = build_collector(cfg, build(cfg.sampler), tokenizer)
-    chunk = int(cfg.sampler.get("max_batch_size") or 64)
-    with tqdm(total=len(examples) * (1 + len(wordings)), unit="rollout", disable=not run.is_main) as bar:
+    with tqdm(total=len(prompts[OWN]) * (1 + len(wordings)), unit="rollout", disable=not run.is_main) as bar:
         bar.set_description("loading")
         shared = Probe(
             model=load_initial(cfg, run),
             tokenizer=tokenizer,
             collect=collect,
             run=run,
-            threshold=float(cfg.get("eval_success_threshold", 1.0)),
+            threshold=float(setting(cfg, "eval_success_threshold")),
             temperature=arguments.temperature,
-            max_new_tokens=int(cfg.sampler.max_new_tokens),
-            max_seq_len=max_seq_len,
             micro_batch_rows=8,
-            chunk=chunk,
+            chunk=int(cfg.sampler.get("max_batch_size") or 64),
             progress=bar.update,
         )
         bar.set_description("student")
-        rollouts = shared.sample(shared.prompts(examples, privileged), "student")
+        rollouts, lost = shared.sample(prompts[OWN], "student", privileged)
+        left_out += _lost("the student", lost)
         student = shared.measure(rollouts, privileged)
+        # What came with an environment's answers was read under the config's own wording, and has no divergence under others.
+        comparable = [rollout for rollout in rollouts if not rollout.teacher_reads]
         found = []
         for wording in wordings:
             bar.set_description(wording.name)
             own = wording.applied(privileged)
-            prompts = shared.prompts(examples, own)
-            measured = shared.measure(shared.sample(prompts, "teacher"), own)
-            found.append((wording, measured if arguments.no_kl else shared.with_divergences(measured, rollouts, prompts)))
-            so_far = Found(student, found, time.perf_counter() - began)
+            sampled, lost = shared.sample(prompts[wording.name], "teacher", own)
+            left_out += _lost(wording.name, lost)
+            measured = shared.measure(sampled, own)
+            if not arguments.no_kl:
+                scored = rollouts if own.template == privileged.template else comparable
+                measured = shared.with_divergences(measured, scored, prompts[wording.name])
+            found.append((wording, measured))
+            so_far = Found(student, found, time.perf_counter() - began, _cut_by(cfg), left_out)
             if run.is_main:  # after every wording: a probe that is stopped leaves what it has measured
                 (run.output_dir / NUMBERS).write_text(json.dumps(so_far.as_json(), ensure_ascii=False), encoding="utf-8")
     return so_far
+
+
+def _lost(name: str, dropped: Mapping[str, int]) -> list[str]:
+    reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
+    return [f"{sum(dropped.values())} rollouts of {name} have no reward and are not counted ({reasons})."] if reasons else []
+
+
+def _cut_by(cfg: DictConfig) -> str:
+    return "sampler.max_new_tokens" + (" or sampler.max_turn_tokens" if cfg.sampler.get("max_turn_tokens") else "")
 
 
 def _start(arguments: argparse.Namespace) -> tuple[DictConfig, Run]:
@@ -195,21 +218,39 @@ def _start(arguments: argparse.Namespace) -> tuple[DictConfig, Run]:
 def _wordings(arguments: argparse.Namespace, cfg: DictConfig, privileged: PrivilegedPrompt) -> list[Wording]:
     """Return the config's own wording, then the user's, then the built-in ones, each once."""
     kind = cfg.dataset.get("privileged") or cfg.dataset.get("kind")
-    found = [configured(privileged)]
-    found += read_wordings(arguments.wordings) if arguments.wordings else []
-    found += [] if arguments.only_own else builtin_wordings(kind)
+    own = read_wordings(arguments.wordings) if arguments.wordings else []
+    if any(wording.name == OWN for wording in own):
+        raise InputError(f"--wordings {arguments.wordings}: the name {OWN!r} is taken; choose another")
+    found = [configured(privileged), *own]
+    names = {wording.name for wording in found}
+    found += [] if arguments.only_own else [wording for wording in builtin_wordings(kind) if wording.name not in names]
     texts: set[tuple[str, str]] = set()
     return [w for w in found if (key := (w.template, w.placement)) not in texts and not texts.add(key)]
 
 
-def _rows(cfg: DictConfig, privileged: PrivilegedPrompt, tokenizer: ChatTokenizer, count: int, seed: int) -> Sequence[Example]:
-    """Return up to ``count`` random rows with privileged information, of `eval_dataset` where there is one."""
+def _rows(
+    cfg: DictConfig, privileged: PrivilegedPrompt, tokenizer: ChatTokenizer, count: int, seed: int
+) -> tuple[list[Example], list[str]]:
+    """Return up to ``count`` random rows with privileged information, of `eval_dataset` where there is one, and a sentence.
+
+    Where the environment gives it with its answers, rows need none of their own.
+    """
     key = "eval_dataset" if cfg.get("eval_dataset") else "dataset"
-    rows = [example for example in privileged.apply_control(list(build(cfg[key])), tokenizer) if example.privileged]
+    every = privileged.apply_control(list(build(cfg[key])), tokenizer)
+    rows = every if gives_privileged(cfg.environment) else [example for example in every if example.privileged]
     if not rows:
-        raise InputError(f"no row of `{key}` has privileged information; check `{key}` and privileged.control")
+        later = "; what `hindsight` writes after the rollouts cannot be probed" if cfg.get("hindsight") else ""
+        raise InputError(f"no row of `{key}` has privileged information{later}; check `{key}` and privileged.control")
+    without = len(every) - len(rows)
+    said = [f"{without} of {len(every)} rows of `{key}` have no privileged information and were not tried."] if without else []
     chosen = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))
-    return [rows[index] for index in sorted(chosen)]
+    return [rows[index] for index in sorted(chosen)], said
+
+
+def _chance(student: Measured, teacher: Measured) -> float:
+    """Return two standard errors of the difference of two shares, each with one right and one wrong row added to its rows."""
+    shares = [((one.best * one.rows + 1) / (one.rows + 2), one.rows) for one in (student, teacher)]
+    return 2 * math.sqrt(sum(share * (1 - share) / rows for share, rows in shares))
 
 
 def _rank(measured: Measured) -> tuple[float, float, float]:

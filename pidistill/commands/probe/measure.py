@@ -1,12 +1,15 @@
 """Sample the teacher under one wording, and score the student's own completions in both views."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
-from pidistill.data.prompts import build_prompts
+from pidistill.commands.probe.wordings import Prompts
 from pidistill.distributed.run import Run
+from pidistill.errors import InputError
 from pidistill.models.protocol import Decoder
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.scoring.batch import make_batch
@@ -15,9 +18,8 @@ from pidistill.tokenizers import ChatTokenizer
 from pidistill.training.collector import Collect
 from pidistill.training.evaluation import sample_view
 from pidistill.training.metrics import rollout_means, rollout_sums
-from pidistill.types import Divergence, Example, PromptPair, Rollout, ScoreRequest, ViewName
+from pidistill.types import Divergence, Rollout, ScoreRequest, ViewName
 
-Prompts = list[tuple[Example, PromptPair]]
 KL = (Divergence("kl_teacher_student", grad="none"), Divergence("kl_student_teacher", grad="none"))
 FLEXIBLE = "success_last_number"  # GSM8KReward's part for a right number that is written in another way
 REQUEST = ScoreRequest(student_grad=False, teacher_grad=False, divergences=KL)
@@ -58,26 +60,24 @@ class Probe:
     run: Run
     threshold: float
     temperature: float
-    max_new_tokens: int
-    max_seq_len: int
     micro_batch_rows: int
     chunk: int  # rows that are sampled at once
     progress: Callable[[int], None]  # a function that gets the number of rollouts that are done
 
-    def prompts(self, examples: Sequence[Example], privileged: PrivilegedPrompt) -> Prompts:
-        """Return both prompts of the rows that fit under this wording."""
-        limits = {"max_new_tokens": self.max_new_tokens, "max_seq_len": self.max_seq_len, "on_overflow": "drop"}
-        return build_prompts(examples, self.tokenizer, privileged, **limits).prompts
-
-    def sample(self, prompts: Prompts, view: ViewName) -> list[Rollout]:
-        """Return one rollout of each prompt."""
-        found: list[Rollout] = []
+    def sample(self, prompts: Prompts, view: ViewName, privileged: PrivilegedPrompt) -> tuple[list[Rollout], Counter]:
+        """Return one rollout of each prompt, and how many have no reward, by reason."""
+        collect = partial(self.collect, privileged=privileged)  # for what an environment gives with its answers
+        found, dropped = [], Counter()
         for start in range(0, len(prompts), self.chunk):
             part = prompts[start : start + self.chunk]
-            done = sample_view(self.model, part, self.collect, self.run, view=view, samples=1, temperature=self.temperature)
+            done = sample_view(self.model, part, collect, self.run, view=view, samples=1, temperature=self.temperature)
             found += done.rollouts
+            dropped.update({reason: count for reason, count in done.dropped.items() if count})
             self.progress(len(part))
-        return found
+        if not found:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
+            raise InputError(f"none of the {len(prompts)} rollouts of the {view} has a reward ({reasons}); mend `environment`")
+        return found, dropped
 
     def measure(self, rollouts: Sequence[Rollout], privileged: PrivilegedPrompt) -> Measured:
         """Return the means over ``rollouts``, without divergences."""

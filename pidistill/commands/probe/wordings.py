@@ -1,14 +1,20 @@
 """Hold wordings of the privileged block: a text around the information, and where it stands."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pidistill.data.prompts import build_prompts
 from pidistill.errors import InputError, one_line
 from pidistill.privileged.prompt import DEFAULT_TEMPLATE, PrivilegedPrompt
+from pidistill.tokenizers import ChatTokenizer
+from pidistill.types import Example, PromptPair
+
+Prompts = list[tuple[Example, PromptPair]]
+OWN = "the config's"
 
 # What the information is called in a wording, by the kind that the dataset gives (`dataset.privileged` or `dataset.kind`).
 NOUNS = {
@@ -62,7 +68,7 @@ def builtin_wordings(kind: str | None) -> list[Wording]:
 
 def configured(privileged: PrivilegedPrompt) -> Wording:
     """Return the config's own wording."""
-    return Wording("the config's", privileged.template, privileged.placement)
+    return Wording(OWN, privileged.template, privileged.placement)
 
 
 def read_wordings(path: str) -> list[Wording]:
@@ -86,3 +92,36 @@ def _wording(path: str, name: Any, entry: Any) -> Wording:
     except InputError as error:
         raise InputError(f"--wordings {path}: {name}: {error}") from error
     return made
+
+
+def prompts_by_wording(
+    wordings: Sequence[Wording],
+    examples: Sequence[Example],
+    tokenizer: ChatTokenizer,
+    privileged: PrivilegedPrompt,
+    **limits: int,
+) -> tuple[dict[str, Prompts], list[str]]:
+    """Return the prompts of the rows that fit under every wording, by wording, and what was left out, one sentence each.
+
+    A wording that the tokenizer or its chat template does not take is left out; the config's own is refused.
+    """
+    found: dict[str, Prompts] = {}
+    said = []
+    for wording in wordings:
+        try:
+            found[wording.name] = build_prompts(
+                examples, tokenizer, wording.applied(privileged), on_overflow="drop", **limits
+            ).prompts
+        except InputError as error:
+            if wording.name == OWN:
+                raise
+            said.append(f"{wording.name} is left out: {error}.")
+    fitting = set.intersection(*({example.id for example, _ in prompts} for prompts in found.values()))
+    if not fitting:
+        raise InputError(
+            f"none of the {len(examples)} rows fits under every wording; raise tokenizer.max_seq_len, or try the config's own "
+            "alone with --only-own"
+        )
+    if len(fitting) < len(examples):
+        said.append(f"{len(examples) - len(fitting)} of {len(examples)} rows are too long under a wording and were not tried.")
+    return {name: [pair for pair in prompts if pair[0].id in fitting] for name, prompts in found.items()}, said
