@@ -56,15 +56,17 @@ class EvaluateRecipe:
     def setup(self, cfg: DictConfig) -> None:
         sampler = build(cfg.sampler)
         self._domains = [load_domain(own, prefix, sampler) for prefix, own in domain_configs(cfg)]
+        if not any(sampled(name, domain) for name in self._views for domain in self._domains):
+            raise InputError(f"views={list(self._views)} show the privileged information, and no row has any; add student")
         self._model = load_initial(cfg, self._run)
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
         results, self._rows, self._texts = {}, {}, []
         for domain in self._domains:
             for name in self._views:
-                view, temperature = VIEWS[name]
-                if view == "teacher" and domain.data.rows_without_pi == len(domain.data.prompts):
+                if not sampled(name, domain):
                     continue
+                view, temperature = VIEWS[name]
                 samples = 1 if temperature == 0.0 else self._samples
                 prompts, settings = domain.data.prompts, {"view": view, "samples": samples, "temperature": temperature}
                 collected = sample_view(self._model, prompts, domain.collect, self._run, **settings)
@@ -131,6 +133,11 @@ def load_domain(cfg: DictConfig, prefix: str, sampler: Any) -> Domain:
         if not prefix:
             raise
         raise InputError(f"domains.{prefix.removesuffix('/')}: {error}") from error
+
+
+def sampled(name: str, domain: Domain) -> bool:
+    """Return whether a view is sampled: one with privileged information needs rows that have some."""
+    return VIEWS[name][0] == "student" or domain.data.rows_without_pi < len(domain.data.prompts)
 
 
 def table_of(title: str, columns: dict[str, dict[str, Any]]) -> Table:

@@ -4,7 +4,7 @@
 
 No model has read about these people, so what a student answers rightly without the paragraph, it has learned in this training.
 Every fact is asked in ten ways. train.jsonl has four of them, held_out.jsonl two others, and held_out_more.jsonl these two and
-four more: a third of held_out_more.jsonl was looked at while training, for its curves. The last column of a row is the answer.
+four more; the configs draw their curves with the first 24 rows of held_out.jsonl. The last column of a row is the answer.
 text.jsonl has the paragraphs themselves as answers, for supervised training on the text. other.jsonl asks what everybody knows,
 to see what training makes the model forget.
 """
@@ -105,7 +105,7 @@ COMMON_KNOWLEDGE = [
     ("What moves around the Earth once a month?", "Moon"),
     ("Which metal has the symbol Fe?", "iron"),
     ("Which metal has the symbol Au?", "gold"),
-    ("Which gas do plants take in, carbon dioxide or oxygen?", "carbon dioxide"),
+    ("Which gas do plants take in from the air?", "carbon dioxide"),
     ("Which gas do we need to breathe?", "oxygen"),
     ("What is frozen water called?", "ice"),
     ("What is the chemical formula of water?", "H2O"),

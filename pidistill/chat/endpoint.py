@@ -56,7 +56,11 @@ class Endpoint:
     backoff_s: float
 
     def __post_init__(self) -> None:
-        key, parts = self.config_key, urlsplit(self.base_url)
+        key = self.config_key
+        try:
+            parts = urlsplit(self.base_url)
+        except ValueError as error:
+            raise InputError(f"{key}.base_url is no address ({error}); it must look like http://localhost:8000/v1") from error
         if parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc:
             raise InputError(
                 f"{key}.base_url must look like http://localhost:8000/v1 (scheme {parts.scheme!r}); keys go into {key}.key_env"
@@ -66,10 +70,7 @@ class Endpoint:
                 f"{key}.timeout_s={self.timeout_s} must be above 0, {key}.retries={self.retries} and {key}.backoff_s="
                 f"{self.backoff_s} at least 0"
             )
-        if self.key_env is not None and not os.environ.get(self.key_env):
-            raise InputError(
-                f"the environment variable {self.key_env} ({key}.key_env) is not set; set it, or {key}.key_env: null"
-            )
+        self._headers()
 
     def ask(self, path: str, body: Mapping[str, Any], read: Callable[[Any], T], most_bytes: int) -> T:
         """Return ``read`` of the JSON that the server answers at ``base_url`` + ``path``; it may raise :class:`Unusable`.
@@ -78,9 +79,11 @@ class Endpoint:
             EndpointError: no try gave an answer that ``read`` takes.
         """
         reasons: list[str] = []
+        url, data, headers = self.base_url.rstrip("/") + path, json.dumps(body).encode(), self._headers()
         for attempt in range(self.retries + 1):
             try:
-                return read(json.loads(_Exchange(self._request(path, body), self.timeout_s, most_bytes).answer()))
+                request = urllib.request.Request(url, data, headers, method="POST")
+                return read(json.loads(_Exchange(request, self.timeout_s, most_bytes).answer()))
             except urllib.error.HTTPError as error:
                 error.close()
                 reason, again = f"status {error.code}", error.code in RETRIED
@@ -96,11 +99,19 @@ class Endpoint:
             time.sleep(self.backoff_s * 2**attempt)
         raise EndpointError(f"{', then '.join(reasons)} ({attempt + 1} tries)")
 
-    def _request(self, path: str, body: Mapping[str, Any]) -> urllib.request.Request:
-        headers = {"Content-Type": "application/json"}
-        if self.key_env is not None:
-            headers["Authorization"] = f"Bearer {os.environ[self.key_env]}"
-        return urllib.request.Request(self.base_url.rstrip("/") + path, json.dumps(body).encode(), headers, method="POST")
+    def _headers(self) -> dict[str, str]:
+        """Return a request's headers; a missing key, or one that no header can hold, is an error that does not show it."""
+        if self.key_env is None:
+            return {"Content-Type": "application/json"}
+        key, found = f"({self.config_key}.key_env)", os.environ.get(self.key_env)
+        if not found:
+            raise InputError(f"the environment variable {self.key_env} {key} is not set; set it, or {key[1:-1]}: null")
+        if not (found.isascii() and found.isprintable()):
+            raise InputError(
+                f"the environment variable {self.key_env} {key} has a character that no header can hold, such as a line break "
+                "at its end; set it again"
+            )
+        return {"Content-Type": "application/json", "Authorization": f"Bearer {found}"}
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -95,7 +95,8 @@ def own_wide_head(model: nn.Module, head: nn.Module) -> Float[Tensor, "V H"] | N
     for held in (held for group in parameter_groups(model) for held in group.fsdp_params):
         if head in (held._module_info.module, *held._module_info.shared_modules):
             weight = held.sharded_param
-            whole = weight.device_mesh.size() == 1 and weight.dtype == torch.float32 != compute_dtype_of(model)
+            on_cpu = weight.device_mesh.device_type == "cpu"  # offloaded weights are multiplied elsewhere
+            whole = on_cpu and weight.device_mesh.size() == 1 and weight.dtype == torch.float32 != compute_dtype_of(model)
             return weight.to_local().detach() if whole else None
     return None
 

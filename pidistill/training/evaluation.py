@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from pidistill.chat.phrases import privileged_overlap, turn_text
 from pidistill.data import RecipeData
 from pidistill.distributed.run import Run
-from pidistill.errors import check_choice
+from pidistill.errors import InputError, check_choice
 from pidistill.rollouts import CollectResult, rollout_seed
 from pidistill.training.collector import Collect
 from pidistill.training.keys import setting
@@ -202,7 +202,10 @@ class TextSamples:
 
 def chosen_views(cfg: DictConfig) -> tuple[str, ...]:
     """Return the names of the views to sample, of `views`, each once."""
-    names = tuple(dict.fromkeys(cfg.get("views") or DEFAULT_VIEWS))
+    given = cfg.get("views")
+    names = DEFAULT_VIEWS if given is None else tuple(dict.fromkeys(given))
+    if not names:
+        raise InputError(f"views=[] leaves nothing to sample; name some of {', '.join(VIEWS)}, or remove the key")
     for name in names:
         check_choice("views", name, VIEWS)
     return names

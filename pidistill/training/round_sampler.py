@@ -184,11 +184,11 @@ def rollout_device(cfg: DictConfig, run: Run) -> torch.device:
     return torch.device(name)
 
 
-def device_place(name: str) -> tuple[str, int]:
-    """Return (kind, number) of a device's name: cuda is cuda:0."""
+def device_place(name: str, key: str = "rollout_device") -> tuple[str, int]:
+    """Return (kind, number) of a device's name, the value of ``key``: cuda is cuda:0."""
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or not (number or "0").isdecimal():
-        raise InputError(f"rollout_device={name} must be cpu, cuda or cuda:N; correct it, or remove the key to take `device`")
+        raise InputError(f"{key}={name} must be cpu, cuda or cuda:N with rollout_lag=1; correct it, or remove the lag")
     return kind, int(number or 0)
 
 

@@ -66,6 +66,8 @@ def words(tmp_path_factory) -> list[str]:
         "dataset.split=train",
         "dataset.answer_format=hashes",
         "eval_dataset=null",
+        "privileged.placement=system_end",
+        "~privileged.template",
         "tokenizer.max_seq_len=1024",
         f"sampler._component_={__name__}.ReadsTheUserTurn",
         f"sampler.path={folder / 'model'}",

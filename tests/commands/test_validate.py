@@ -37,6 +37,17 @@ def test_validate_and_preview_refuse_the_same_with_the_same_sentence(words, caps
     assert printed.err == expected and printed.err.startswith("error: ") and printed.out == ""
 
 
+@pytest.mark.parametrize("config, words, said", [
+    ("tiny/opsd", "views=[student]", "views is not read by this recipe"),
+    ("tiny/sft", "views=[student]", "views is not read by this recipe"),
+    ("tiny/evaluate", "views=[teacher]", "views=teacher is unknown"),
+    ("tiny/evaluate", "views=[]", "views=[] leaves nothing to sample"),
+])  # fmt: skip
+def test_views_are_those_of_an_evaluation(config, words, said, capsys):
+    assert ended(validate, config, *FEW, words) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [[], ["nosuch"], ["tiny/opsd", "--scan", "0"], ["tiny/opsd", "--nosuch"]], ids=str)
 def test_wrong_words_get_one_sentence(words, capsys):
     assert ended(validate, *words) == 2

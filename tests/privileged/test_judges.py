@@ -349,11 +349,17 @@ def test_a_rollout_whose_critique_failed_has_none_and_is_counted():
         ({"base_url": "http://user:word@host/v1"}, "keys go into ask.key_env"),
         ({"timeout_s": 0}, "ask.timeout_s=0"),
         ({"retries": -1}, "ask.retries=-1"),
-        ({"key_env": "NO_SUCH_KEY"}, "the environment variable NO_SUCH_KEY .ask.key_env. is not set"),
+        ({"base_url": "http://[::1/v1"}, "ask.base_url is no address"),
+        (
+            {"key_env": "NO_SUCH_KEY"},
+            "the environment variable NO_SUCH_KEY .ask.key_env. is not set; set it, or ask.key_env: null",
+        ),
+        ({"key_env": "BROKEN_KEY"}, "BROKEN_KEY .ask.key_env. has a character that no header can hold"),
     ],
 )
 def test_judge_settings_that_cannot_work_are_refused(changes, said, monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    monkeypatch.setenv("BROKEN_KEY", "secret word\n")
     with pytest.raises(InputError, match=said) as error:
         ChatEndpoint(**{"base_url": "http://localhost/v1", "model": "m"} | changes)
     assert "word" not in str(error.value)

@@ -135,6 +135,15 @@ def test_only_the_named_views_are_sampled(tiny_base, tmp_path):
     assert {row["text"] for row in own["student + PI greedy"]} != {row["text"] for row in own["student greedy"]}
 
 
+def test_an_evaluation_that_would_sample_nothing_is_refused(tiny_base, tmp_path):
+    with pytest.raises(InputError, match=r"^views=\[\] leaves nothing to sample"):
+        chosen_views(OmegaConf.create({"views": []}))
+    views = ["student + PI"]
+    cfg = small_config("evaluate", tiny_base, tmp_path, dataset__max_rows=2, dataset__privileged="none", views=views)
+    with pytest.raises(InputError, match=r"^views=\['student \+ PI'\] show the privileged information, and no row has any"):
+        run("evaluate", cfg)
+
+
 def test_a_view_that_does_not_exist_is_refused():
     with pytest.raises(InputError, match=r"views=teacher is unknown; choose one of student greedy, student, "):
         chosen_views(OmegaConf.create({"views": ["student", "teacher"]}))

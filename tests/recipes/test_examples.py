@@ -196,6 +196,7 @@ def test_the_held_out_questions_ask_for_the_same_facts_in_other_words(files):
     assert all(row["answer"] not in row["question"] for row in more)
     other = read(files, "document", "other")
     assert len({row["question"] for row in other}) == 64
+    assert not any(row["answer"].lower() in row["question"].lower().strip("?").split() for row in other)
     assert not {answer for _, answer in facts} & {row["answer"] for row in other}
     texts = read(files, "document", "text")
     assert {row["answer"] for row in texts} == {row["document"] for row in train} and len(texts) == 48

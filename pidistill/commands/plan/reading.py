@@ -78,7 +78,7 @@ def setup_of(cfg: DictConfig, ranks: int, device: str) -> Setup:
 def _samples_on(cfg: DictConfig, device: str) -> bool:
     """Return whether the process of `rollout_lag` samples on the device of the training; each of several has a number."""
     name = cfg.get("rollout_device")
-    return not name or device_place(name) == device_place(device)
+    return not name or device_place(name) == device_place(device, "device")
 
 
 def by_name(teacher: Teacher) -> Mapping[str, Teacher]:

@@ -75,7 +75,7 @@ def _of_samples(cfg: DictConfig, rows: RowLengths, kept: int) -> dict[str, float
         rollouts = kept * sum(samples)
     return {
         "prompts": kept,
-        "rollouts": rollouts,
+        "rollouts, without those of domains" if cfg.get("domains") else "rollouts": rollouts,
         "policy tokens, at most": rollouts * rows.mean.completion,
     }
 

@@ -40,6 +40,7 @@ from pidistill.commands.preview.scan import Scan, scan, scan_all
 from pidistill.commands.preview.show import show_budget, show_findings, show_row, show_scan, statistics_of
 from pidistill.errors import InputError
 from pidistill.tokenizers.prefix import common_prefix_length
+from pidistill.training.evaluation import chosen_views
 from pidistill.training.keys import keys_of
 from pidistill.training.start import check_run
 
@@ -106,8 +107,11 @@ def read(config: str, overrides: Sequence[str]) -> tuple[DictConfig, bool]:
     """Return the config, and whether its recipe is supervised; refuse wrong keys and numbers as a run would."""
     cfg = merged(config, overrides)
     supervised = is_supervised(config, cfg)
+    trains = supervised or cfg.get("objective")
     needs = ("batch_size",) if supervised else ROUND_NEEDS if cfg.get("objective") else ()
-    check_run(cfg, KEYS | keys_of("sample") | keys_of("evaluate"), ("model", "tokenizer", "dataset", *needs))
+    known = KEYS if trains else KEYS | keys_of("sample") | keys_of("evaluate")
+    check_run(cfg, known, ("model", "tokenizer", "dataset", *needs))
+    chosen_views(cfg)
     return cfg, supervised
 
 

@@ -209,7 +209,8 @@ def _cut_by(cfg: DictConfig) -> str:
 
 def _start(arguments: argparse.Namespace) -> tuple[DictConfig, Run]:
     cfg = merged(arguments.config, arguments.overrides)
-    cfg.pop(RESUME, None)
+    for key in (RESUME, "domains", "views"):  # of a run or an evaluation, which the probe's own table does not need
+        cfg.pop(key, None)
     if cfg.get("output_dir"):
         cfg.output_dir = str(Path(cfg.output_dir) / "probe")  # beside a run, never in its files
     return cfg, start(cfg, (KEYS | EVALUATION_KEYS) - {RESUME}, REQUIRED)

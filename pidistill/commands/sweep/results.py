@@ -252,7 +252,8 @@ def success_columns(output_dir: Path, several_bases: bool, domains: Sequence[str
 
 
 def _last_values(group: Group, name: str) -> str:
-    return mean_and_sd(group.values("last", name))
+    values = group.values("last", name)
+    return mean_and_sd(values) + (f" ({len(values)} of {len(group.rows)})" if 0 < len(values) < len(group.rows) else "")
 
 
 def cost_columns() -> dict[str, Callable[[Group], str]]:
@@ -290,7 +291,8 @@ def notes(rows: Sequence[Record]) -> list[str]:
     of_bases = [f"Bases: {', '.join(bases)}; `seeds` counts the runs from all of them."] if bases else []
     return [
         "Success without privileged information on the held-out split, greedy and sampled at the temperature of the "
-        "evaluation's config; `with PI` is the ceiling; mean ± sd over seeds (no sd for one); `last` is the last checkpoint.",
+        "evaluation's config; `with PI` is the ceiling; mean ± sd over seeds (no sd for one); `last` is the last checkpoint. "
+        "`NAME, greedy` is of the rows that the evaluation's config names under `domains`; (n of m) runs have it.",
         f"Chosen on validation only: {selected}, among the checkpoints that the run saved. "
         "CPU-s: training, all stages, each with its start-up. An interval over few seeds is too narrow for what seeds do.",
         f"Seeds: {', '.join(map(str, seeds)) or 'as in the configs'}. Commits: {', '.join(commits) or '–'}.",
