@@ -91,7 +91,7 @@ def our_config(folder: Path, arguments: argparse.Namespace) -> DictConfig:
     cfg |= {
         "micro_batch_tokens": arguments.micro_batch * max_seq_len(arguments),
         "threads": arguments.threads,
-        "output_dir": str(folder / "ours"),
+        "output_dir": str(folder / f"ours_{os.getpid()}"),
     }
     if arguments.bf16:
         cfg.compute_dtype = "bf16"
@@ -289,9 +289,11 @@ def row_of(name: str, steps: list[Step], peak: int | None, arguments: argparse.N
 def compare(arguments: argparse.Namespace, rate: float) -> tuple[list[list[str]], str]:
     """Two rows of the table, and the sentence with the ratios."""
     with files(arguments) as folder:
-        steps = by_turns(folder, arguments)
         command = [*sys.argv[1:], "--lengths", arguments.lengths, "--files", str(folder), "--case"]
-        peaks = {name: in_own_process(__file__, [*command, name])["bytes"] for name in steps if arguments.memory}
+        # Before this process holds both sides, beside which a third would need the memory of a larger machine.
+        sides = ("TRL", "pidistill") if arguments.memory else ()
+        peaks = {name: in_own_process(__file__, [*command, name])["bytes"] for name in sides}
+        steps = by_turns(folder, arguments)
     rows = [row_of(name, taken, peaks.get(name), arguments, rate) for name, taken in steps.items()]
     theirs, ours = steps["TRL"], steps["pidistill"]
 
