@@ -120,7 +120,7 @@ class Found:
         for name, measured in (("student", self.student), (self.wording.name, best)):
             if measured.truncated > TRUNCATED_TOO_OFTEN:
                 said.append(
-                    f"{measured.truncated:.0%} of the answers of {name} are cut off and count as wrong; raise {self.cut_by}."
+                    f"{measured.truncated:.0%} of the answers of {name} are cut off before they end; raise {self.cut_by}."
                 )
         return [*said, *self.left_out]
 
