@@ -2,7 +2,7 @@
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +55,8 @@ def demanded(hint: Any) -> str:
     if hint in _NAMES:
         return _NAMES[hint]
     kind = origin or hint
+    if kind is Callable:
+        return "a component or the dotted path of a function"
     if isinstance(kind, type) and issubclass(kind, Mapping):
         return "a mapping"
     if isinstance(kind, type) and (issubclass(kind, list | tuple | set | frozenset) or kind.__module__ == "collections.abc"):

@@ -53,6 +53,7 @@ def test_accepts_what_the_annotation_allows_and_nothing_else(hint, right, wrong)
         (list[str], "a list"),
         (Mapping[str, int], "a mapping"),
         (Example, "a component (Example)"),
+        (Callable[[str], int], "a component or the dotted path of a function"),
     ],
     ids=str,
 )

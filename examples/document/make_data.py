@@ -1,6 +1,6 @@
 """Write questions about invented people, each with the paragraph that answers it, and what else the configs here read.
 
-    python examples/document/make_data.py FOLDER
+    python examples/document/make_data.py [FOLDER]    # runs/document without one
 
 No model has read about these people, so what a student answers rightly without the paragraph, it has learned in this training.
 Every fact is asked in ten ways. train.jsonl has four of them, held_out.jsonl two others, and held_out_more.jsonl these two and
@@ -188,4 +188,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1] if len(sys.argv) > 1 else "runs/document")

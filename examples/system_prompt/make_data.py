@@ -1,6 +1,6 @@
 """Write train.jsonl and held_out.jsonl: questions to two service desks, each with the long instruction of its desk.
 
-    python examples/system_prompt/make_data.py FOLDER
+    python examples/system_prompt/make_data.py [FOLDER]    # runs/system_prompt without one
 
 `messages` is what the model sees at inference: one short sentence about who it is, and the question. `privileged_messages` is
 the long instruction: the rules of the desk and example dialogues. There are two desks, so that the control arm `shuffled` can
@@ -94,4 +94,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1] if len(sys.argv) > 1 else "runs/system_prompt")

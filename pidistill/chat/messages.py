@@ -160,10 +160,17 @@ def _check_content(message: Message, where: str) -> None:
     content = message.get("content")
     if content is None:
         if message["role"] != "assistant" or not message.get("tool_calls"):
-            raise InputError(f"{where} has no 'content'; only an assistant message with 'tool_calls' may lack it")
+            raise InputError(
+                f"{where} has no 'content', which only an assistant message with 'tool_calls' may lack; write \"\" where it is "
+                "empty, or leave the row out"
+            )
     elif isinstance(content, list):
-        if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
-            raise InputError(f"{where} has a content part that is not text; only text is supported, so leave the row out")
+        other = [part for part in content if not (isinstance(part, Mapping) and isinstance(part.get("text"), str))]
+        if other:
+            raise InputError(
+                f"{where} has a content part that is not text ({bounded_repr(other[0])}); write tool calls as 'tool_calls' and "
+                "results as messages of the role tool, or leave the row out"
+            )
         message["content"] = [_without_null_fields(part) for part in content]
     elif not isinstance(content, str):
         raise InputError(f"{where} has a 'content' of type {type(content).__name__}; it must be text")

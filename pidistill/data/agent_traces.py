@@ -8,6 +8,7 @@ completion, and the environment :class:`pidistill.envs.ReplayEnvironment` finds 
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from pidistill.chat.messages import check_messages, with_system
 from pidistill.data.builders import check_tools
 from pidistill.data.dataset import ExampleDataset, convert_rows
 from pidistill.data.sources import get, load_rows, require_value
-from pidistill.errors import InputError, check_choice
+from pidistill.errors import InputError, bounded_repr, check_choice
 from pidistill.privileged.trace_kinds import TraceText
 from pidistill.privileged.trace_task import AgentTrace, TraceTask
 from pidistill.types import Example, Message
@@ -227,9 +228,18 @@ def _split(messages: list[Message]) -> tuple[list[Message], list[Message]]:
 
 
 def _number(value: Any, where: str, key: str | None) -> float | None:
-    if value is None or isinstance(value, int | float):
-        return None if value is None else float(value)
-    raise InputError(f"{where}: {key} is {value!r}, not a number; set dataset.reward_key")
+    if value is None:
+        return None
+    try:  # of a CSV file, numbers are text
+        number = float(value) if isinstance(value, str | int | float) else math.nan
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(
+            f"{where}: {key} is {bounded_repr(value)}, not a number; set dataset.reward_key to a column of numbers, or to null "
+            "where every trace counts as a success"
+        )
+    return number
 
 
 def _actions(value: Any, where: str, key: str | None) -> list[ToolCall] | None:

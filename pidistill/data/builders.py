@@ -15,7 +15,7 @@ from pidistill.chat.messages import check_messages, last_user_index, messages_fr
 from pidistill.chat.templates import check_template
 from pidistill.data.dataset import ExampleDataset, convert_rows
 from pidistill.data.sources import get, load_rows, require_value
-from pidistill.errors import InputError, check_choice
+from pidistill.errors import InputError, bounded_repr, check_choice
 from pidistill.privileged.controls import WRONG_KEY
 from pidistill.types import Example, Message
 
@@ -135,11 +135,17 @@ def _demonstration(value: Any, where: str, key: str) -> list[Message] | None:
 
 
 def _privileged(row: Mapping[str, Any], key: str | None, where: str) -> str | list[Message] | None:
+    """Return the privileged information of a row; None where the row has null, an empty text or an empty list."""
     value = get(row, key) if key is not None else None
     if isinstance(value, str):
-        value = messages_from_text(value) or value
-    if not value or (isinstance(value, str) and not value.strip()):
+        value = messages_from_text(value) or (value if value.strip() else None)
+    if value is None or value in ([], {}):
         return None
+    if not isinstance(value, str) and not (isinstance(value, list) and isinstance(value[0], Mapping)):
+        raise InputError(
+            f"{where}: {key} is {bounded_repr(value)}; privileged information is one text or a list of messages like "
+            "{'role': 'user', 'content': '...'}: write it so, or null where the row has none"
+        )
     return value if isinstance(value, str) else check_messages(value, where, str(key))
 
 

@@ -74,7 +74,7 @@ def check_no_pi(examples: Sequence[Example], no_pi: str, privileged: PrivilegedP
     control = " (privileged.control: none takes it from every row)" if privileged.control == "none" else ""
     if no_pi == "error" and without is not None:
         raise InputError(
-            f"{without.id} has no privileged information{control} and no_pi is error; fill the row, or set no_pi to drop or rl"
+            f"{without.id} has no privileged information{control} and no_pi is error; fill the row, or set objective.no_pi=drop"
         )
     if no_pi == "drop" and examples and not any(map(privileged.teaches, examples)):
         advice = "set objective.no_pi=distill for this control arm" if control else "check the dataset's privileged key"

@@ -25,6 +25,10 @@ from pidistill.jsonl import parse_jsonl
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 _MISSING = object()
+_NULL_MEANS = {  # by option: what follows "set dataset.<option>"
+    "privileged_key": ", or null for rows without privileged information",
+    "reward_key": ", or null where every trace counts as a success",
+}
 _log = logging.getLogger(__name__)
 
 
@@ -47,9 +51,9 @@ class Rows:
         for option, key in keys.items():
             if key is not None and all(get(row, key) is None for row in self.rows):
                 columns = ", ".join(_dotted_keys(self.rows[0]))
-                hint = ", or null for rows without privileged information" if option == "privileged_key" else ""
                 raise InputError(
-                    f"{self.name} has no column {key!r} with values (it has: {columns}); set dataset.{option}{hint}"
+                    f"{self.name} has no column {key!r} with values (it has: {columns}); set dataset.{option}"
+                    f"{_NULL_MEANS.get(option, '')}"
                 )
 
 
@@ -119,7 +123,8 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         ) from error
     if file.suffix == ".csv":  # every value is text, as it is written; an empty cell has no value
         return [{key: value or None for key, value in row.items()} for row in csv.DictReader(io.StringIO(text, newline=""))]
-    rows = _json_lines(file, text) if file.suffix == ".jsonl" else _json_rows(file, text)
+    lines = file.suffix == ".jsonl" and not text[:99].lstrip().startswith("[")
+    rows = _json_lines(file, text) if lines else _json_rows(file, text)
     for where, row in rows:
         _check_row(row, f"dataset.source {file} {where}")
     return [row for _, row in rows]

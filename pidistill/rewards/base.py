@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pidistill.chat.messages import message_text
-from pidistill.errors import InputError
+from pidistill.errors import InputError, bounded_repr
 from pidistill.types import Example, Message
 
 
@@ -50,7 +50,15 @@ def last_answer(turns: Sequence[Message]) -> str:
 
 
 def reference_text(example: Example) -> str:
-    """Return the reference of the example as text, or refuse an example without one."""
+    """Return the reference of the example as text; refuse an example without one, or with several."""
     if example.reference is None:
-        raise InputError(f"{example.id} has no reference to compare with; set the dataset's answer_key or reference_key")
+        raise InputError(
+            f"{example.id} has no reference to compare with; fill the column that dataset.reference_key (of qa_dataset: "
+            "answer_key) names, set that key, or leave the row out"
+        )
+    if isinstance(example.reference, list | tuple | Mapping):
+        raise InputError(
+            f"{example.id}: the reference is {bounded_repr(example.reference)}, and this reward compares with one text or "
+            "number; store one, or name a function of your own in environment.reward"
+        )
     return str(example.reference)

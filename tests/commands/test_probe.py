@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import yaml
 
+from pidistill.commands.probe.after import GoOn, beginning
 from pidistill.commands.probe.command import Found
 from pidistill.commands.probe.command import main as probe
 from pidistill.commands.probe.measure import Measured, Probe
@@ -20,11 +21,13 @@ from pidistill.privileged.prompt import PLACEMENTS, PrivilegedPrompt
 from pidistill.rollouts.base import Sample
 from pidistill.tokenizers import HFChatTokenizer
 from pidistill.training.start import cleanup
+from pidistill.types import Rollout
 from tests.support.hub_models import hub_folder
 from tests.support.tiny_tokenizers import qwen_folder
 
 VOCABULARY = 640
 TEMPERATURES: list[float] = []
+LIMITS: list[int | None] = []
 
 
 @dataclass
@@ -181,7 +184,7 @@ def test_a_wrong_file_of_wordings_is_one_sentence(text, sentence, tmp_path):
     assert sentence in str(refused.value)
 
 
-def test_answers_that_are_cut_off_are_judged_as_they_are_and_no_quarter_without_a_token_has_a_number(words, capsys):
+def test_answers_that_are_cut_off_are_said_so_and_no_quarter_without_a_token_has_a_number(words, capsys):
     cut = [f"sampler._component_={__name__}.StopsAtOnce", "--rows", "2", "--only-own"]
     found = run([*words, *cut], capsys)
     assert found["student"]["truncated"] == 1.0
@@ -195,6 +198,73 @@ def test_answers_that_are_cut_off_are_judged_as_they_are_and_no_quarter_without_
 def test_rows_without_privileged_information_and_wrong_numbers_are_refused(words, capsys):
     assert "no row of `dataset` has privileged information" in refusal([*words, "privileged.control=none"], capsys)
     assert "--rows 0 must be at least 1" in refusal([*words, "--rows", "0"], capsys)
+    assert "--after 0 must be at least 1" in refusal([*words, "--after", "0"], capsys)
+    assert "--after 24 leaves the teacher nothing to write" in refusal([*words, "--after", "24"], capsys)
+
+
+@dataclass
+class EndsWhatIsBegun(ReadsTheUserTurn):
+    """Goes on from the first id of an answer with what the user turn says, and leaves a longer beginning as it is."""
+
+    def sample(self, model, prompts, *, group_size, on_turn_end, max_new_tokens=None, **settings) -> list[Sample]:
+        tokenizer = HFChatTokenizer(self.path, max_seq_len=1024)
+        student = tokenizer.encode_turn([{"role": "user", "content": "?"}], {"role": "assistant", "content": "#### 7"})
+        LIMITS.append(max_new_tokens)
+        samples = []
+        for row, prompt in enumerate(prompts):
+            begun = max(n for n in range(len(student)) if n == 0 or list(prompt[-n:]) == student[:n])
+            plain = list(prompt[: len(prompt) - begun])
+            if begun > 1:
+                rest = student[begun:]
+                assert on_turn_end(row, rest) is None
+                samples.append(Sample(rest, [True] * len(rest), [-1.0] * len(rest), "done"))
+                continue
+            whole = super().sample(model, [plain], group_size=1, on_turn_end=lambda row, ids: None, **settings)[0].tokens
+            assert on_turn_end(row, whole[begun:]) is None
+            samples.append(Sample(whole[begun:], [True] * len(whole[begun:]), [-1.0] * len(whole[begun:]), "done"))
+        return samples
+
+
+def test_a_teacher_that_goes_on_from_the_students_words_is_measured_on_the_whole_answer(words, capsys):
+    LIMITS.clear()
+    going_on = [*words, f"sampler._component_={__name__}.EndsWhatIsBegun", "--rows", "3", "--no-kl"]
+    plain = run(going_on, capsys)
+    assert all(numbers["after"] is None for numbers in plain["wordings"].values())
+    one = run([*going_on, "--after", "1"], capsys)["wordings"]
+    assert {numbers["success"] - numbers["after"] for numbers in one.values()} == {0.0}
+    assert {numbers["after"] for numbers in one.values()} == {0.0, 1.0}
+    assert {None, 23} == set(LIMITS)  # 24 with the one that is given
+    most = run([*going_on, "--after", "20"], capsys)
+    assert {numbers["after"] for numbers in most["wordings"].values()} == {0.0}
+    assert any(
+        said.startswith("Where the student has begun the answer, this teacher is right in 0.00") for said in most["advice"]
+    )
+
+
+def test_a_beginning_ends_before_the_end_of_the_first_turn():
+    rollout = Rollout.__new__(Rollout)
+    rollout.completion, rollout.turn_policy_tokens = [5, 6, 9, 1, 2, 7, 9], [3, 2]
+    assert [beginning(rollout, n, frozenset({9})) for n in (1, 2, 3, 50)] == [[5], [5, 6], [5, 6], [5, 6]]
+
+
+def test_given_ids_come_before_what_is_sampled_in_every_row():
+    class Two(ReadsTheUserTurn):
+        def sample(self, model, prompts, *, on_turn_end, max_new_tokens, **settings):
+            assert prompts == [[1, 2, 8], [3, 7, 7]] and max_new_tokens == 8
+            assert [on_turn_end(row, [row]) for row in (1, 0, 1)] == [None, [4], None]
+            return [
+                Sample([0, 4, 5], [True, False, True], [-1.0, math.nan, -2.0], "length"),
+                Sample([1], [True], [-1.0], "done"),
+            ]
+
+    heard = []
+    found = GoOn(Two("", max_new_tokens=10), {(1, 2): [8], (3,): [7, 7]}).sample(
+        None, [[1, 2], [3]], on_turn_end=lambda row, ids: heard.append((row, ids)) or ([4] if row == 0 else None)
+    )
+    assert heard == [(1, [7, 7, 1]), (0, [8, 0]), (1, [1])]  # a second turn begins with nothing
+    assert [sample.tokens for sample in found] == [[8, 0, 4, 5], [7, 7, 1]]
+    assert [sample.policy_mask for sample in found] == [[True, True, False, True], [True] * 3]
+    assert [math.isnan(value) for value in found[0].logprobs] == [True, False, True, False]
 
 
 # ------------------------------------------------------------------------------------------- odd cases

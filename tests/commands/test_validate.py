@@ -54,6 +54,21 @@ def test_wrong_words_get_one_sentence(words, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("config, key", [("tiny/opsd", "environment"), ("tiny/opsd", "optimizer"), ("tiny/sft", "optimizer"),
+                                         ("tiny/rft_sample", "selection"), ("tiny/evaluate", "output_dir")])  # fmt: skip
+def test_a_key_that_the_recipe_requires_is_missed(config, key, capsys):
+    assert ended(validate, config, *FEW, f"{key}=null") == 2
+    assert capsys.readouterr().err == f"error: config key {key} is missing; this recipe needs it\n"
+
+
+def test_a_config_without_a_first_line_is_held_to_the_recipe_of_its_keys(tmp_path, capsys):
+    text = config_path("tiny/opsd").read_text().split("\n", 1)[1]
+    (tmp_path / "config.yaml").write_text(text)
+    validate([str(tmp_path / "config.yaml"), *FEW])
+    assert ended(validate, str(tmp_path / "config.yaml"), *FEW, "environment=null") == 2
+    assert "config key environment is missing" in capsys.readouterr().err
+
+
 def test_rows_that_are_left_out_are_counted(capsys, tmp_path):
     row = {"messages": [{"role": "user", "content": "req i1 c2 g3 1 2 3 go"}], "privileged_messages": "[ d2 f0 ? k3 ]"}
     long = row | {"messages": [{"role": "user", "content": "req " * 90}]}

@@ -1,6 +1,7 @@
 """Test recorded agent episodes as examples: which trace of a task, what the teacher sees of it, and real τ-bench traces."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -206,6 +207,10 @@ def test_json_rows_are_read_as_they_were_written(write):
         ({"task_key": "reward", "reward_key": "task_id", "unsolved": "skip"}, "dataset.unsolved=skip is unknown"),
         ({"success_threshold": 2.0, "unsolved": "drop"}, "none of the 1 tasks of .* has a trace with reward ≥ 2.0"),
         ({"reward_key": "messages"}, "row 0: messages is .*, not a number; set dataset.reward_key"),
+        (
+            {"reward_key": "score"},
+            "no column 'score' .*; set dataset.reward_key, or null where every trace counts as a success",
+        ),
         ({"actions_key": "messages"}, "messages is no list of actions"),
         ({"tools_file": "gone.json"}, "dataset.tools_file gone.json does not exist"),
     ],
@@ -213,6 +218,19 @@ def test_json_rows_are_read_as_they_were_written(write):
 def test_settings_of_a_trace_dataset_that_contradict_the_rows_are_refused(arguments, said, write):
     with pytest.raises(InputError, match=said):
         trace_dataset(write(episode(1, 1.0, *BOOK, *BYE)), **arguments)
+
+
+def test_a_reward_that_is_text_counts_as_its_number(write):
+    source = write(episode(1, "0", *BOOK, *BYE), episode(1, "1.0", *BOOK, *BYE))
+    assert [example.id.endswith("row 1") for example in trace_dataset(source)] == [True]
+
+
+@pytest.mark.parametrize("reward", ["solved", math.nan, "inf", [1.0]], ids=repr)
+def test_a_reward_that_is_no_number_is_refused_and_is_no_failure(write, reward):
+    with pytest.raises(
+        InputError, match="row 1: reward is .*, not a number; .* or to null where every trace counts as a success"
+    ):
+        trace_dataset(write(episode(1, 1.0, *BOOK, *BYE), episode(2, reward, *BOOK, *BYE)))
 
 
 def test_damaged_files_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 from collections import Counter
 from pathlib import Path
@@ -129,6 +130,12 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
         qa_dataset("some/name")
 
 
+def test_a_list_of_rows_is_read_under_the_suffix_of_json_lines_too(tmp_path):
+    for name, indent in (("indented.jsonl", 1), ("one_line.jsonl", None)):
+        (tmp_path / name).write_text("\ufeff\n" + json.dumps(ROWS, indent=indent) + "\n\n", encoding="utf-8")
+        assert [e.reference for e in qa_dataset(str(tmp_path / name))] == [row["answer"] for row in ROWS]
+
+
 def test_an_empty_file_is_an_error(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(InputError, match=r"empty\.jsonl"):
@@ -198,6 +205,21 @@ def test_a_row_may_lack_privileged_information_but_not_its_question_or_answer(tm
         with pytest.raises(InputError, match=rf"{key}\.jsonl row 1 has no value in '{key}'; .*dataset\.{key}_key"):
             qa_dataset(file)
     assert qa_dataset(write(tmp_path / "b.jsonl", ROWS), answer_key=None, privileged_key=None)[0].reference is None
+
+
+@pytest.mark.parametrize("value", ["", "  ", [], {}, "[]", None], ids=repr)
+def test_an_empty_value_is_no_privileged_information(tmp_path, value):
+    rows = [ROWS[0] | {"hint": "h"}, ROWS[1] | {"hint": value}]
+    shown = [e.privileged for e in qa_dataset(write(tmp_path / "rows.jsonl", rows), privileged_key="hint")]
+    assert shown == ["h", "[]" if value == "[]" else None]
+
+
+@pytest.mark.parametrize("value", [0, False, 4, float("nan"), {"platform": 4}, ["Platform 4.", "Near the stairs."]], ids=repr)
+def test_privileged_information_that_is_no_text_and_no_messages_is_refused_with_its_value(tmp_path, value):
+    file = write(tmp_path / "rows.jsonl", [ROWS[0] | {"hint": "h"}, ROWS[1] | {"hint": value}])
+    sentence = rf"rows\.jsonl row 1: hint is {re.escape(repr(value))}; privileged information is one text or a list of messages"
+    with pytest.raises(InputError, match=sentence):
+        qa_dataset(file, privileged_key="hint")
 
 
 # ------------------------------------------------------------------------------------------------ conversations
@@ -271,7 +293,7 @@ MALFORMED = {
     "with content unless it calls": ([user("a"), assistant(None), user("b")], r"messages\[1\] has no 'content'"),
     "of a known role": ([{"role": "human", "content": "a"}], r"messages\[0\] has the unknown role 'human'; known roles are"),
     "of text": ([user(3)], r"messages\[0\] has a 'content' of type int"),
-    "of text parts": ([user([{"type": "image", "url": "x"}])], r"messages\[0\] has a content part that is not text"),
+    "of text parts": ([user([{"type": "image", "url": "x"}])], r"messages\[0\] has a content part that is not text \(\{'type"),
     "that calls something": (
         [user("a"), assistant("", tool_calls=[{"id": "1"}]), user("b")],
         r"messages\[1\] has a tool call without a function name",
@@ -441,7 +463,8 @@ def test_rows_without_information_are_kept_dropped_or_refused(words):
     built = build_prompts(rows, words, PLAIN, max_new_tokens=1, no_pi="drop")
     assert [e.id for e, _ in built.prompts] == ["rows.jsonl row 0"]
     assert built.dropped == {"rows_without_pi": 2} and built.rows_without_pi == 2
-    with pytest.raises(InputError, match=r"rows\.jsonl row 1 has no privileged information and no_pi is error"):
+    sentence = r"rows\.jsonl row 1 has no privileged information and no_pi is error; fill the row, or set objective\.no_pi=drop"
+    with pytest.raises(InputError, match=sentence):
         build_prompts(rows, words, PLAIN, max_new_tokens=1, no_pi="error")
     with pytest.raises(InputError, match="none of the 2 rows has privileged information, so no_pi: drop leaves nothing"):
         build_prompts(rows[1:], words, PLAIN, max_new_tokens=1, no_pi="drop")

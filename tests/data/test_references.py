@@ -8,14 +8,14 @@ from omegaconf import OmegaConf
 from pidistill.data import load_prompts
 from pidistill.data.load import check_references
 from pidistill.errors import InputError
-from pidistill.rewards import GSM8KReward
+from pidistill.rewards import Contains, ExactMatch, GSM8KReward
 from pidistill.testing import TINY_SIZES
 from pidistill.types import Example
 from tests.support.tiny_tokenizers import qwen_folder
 
 REWARD = {"_component_": "pidistill.rewards.GSM8KReward"}
 SINGLE = {"_component_": "pidistill.envs.SingleTurn", "reward": REWARD}
-NOT_NUMBERS = ["", "10^3", "None", "nan", float("nan"), True, "see the book", "x+1", "(1, 2)", {"a": 1}]
+NOT_NUMBERS = ["", "10^3", "None", "nan", float("nan"), True, "see the book", "x+1", "(1, 2)"]
 NUMBERS = ["72", "-3", "1,000", "0.5", 72, 7.5, "$18"]
 
 
@@ -34,6 +34,14 @@ def test_a_reference_that_is_no_number_is_refused_with_its_row(reference):
 @pytest.mark.parametrize("reference", NUMBERS, ids=map(repr, NUMBERS))
 def test_a_reference_that_is_a_number_is_accepted(reference):
     check_references(SINGLE, [example(reference)])
+
+
+@pytest.mark.parametrize("reward", [GSM8KReward(), Contains(), ExactMatch()], ids=lambda reward: type(reward).__name__)
+@pytest.mark.parametrize("reference", [["4", "four"], {"a": 1}], ids=repr)
+def test_a_reference_of_several_parts_is_refused_where_one_text_is_compared(reward, reference):
+    sentence = r"train\.jsonl row 4: the reference is .*, and this reward compares with one text or number"
+    with pytest.raises(InputError, match=sentence):
+        reward.check_reference(example(reference))
 
 
 def test_an_empty_reference_that_every_answer_would_contain_is_refused():

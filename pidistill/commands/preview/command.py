@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from pidistill.commands.common import config_parser, exit_on_input_error, parse_with_overrides
-from pidistill.commands.places import is_supervised
+from pidistill.commands.places import is_supervised, keys_of_recipe, recipe_of
 from pidistill.commands.plan.lengths import Lengths, RowLengths
 from pidistill.commands.plan.reading import KEYS, merged
 from pidistill.commands.preview.budget import budget
@@ -45,7 +45,6 @@ from pidistill.training.keys import keys_of
 from pidistill.training.start import check_run
 
 ALL_ROWS = "all"
-ROUND_NEEDS = ("sampler", "prompts_per_round", "group_size", "max_steps")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -108,11 +107,20 @@ def read(config: str, overrides: Sequence[str]) -> tuple[DictConfig, bool]:
     cfg = merged(config, overrides)
     supervised = is_supervised(config, cfg)
     trains = supervised or cfg.get("objective")
-    needs = ("batch_size",) if supervised else ROUND_NEEDS if cfg.get("objective") else ()
     known = KEYS if trains else KEYS | keys_of("sample") | keys_of("evaluate")
-    check_run(cfg, known, ("model", "tokenizer", "dataset", *needs))
+    check_run(cfg, known, _required(config, cfg, supervised))
     chosen_views(cfg)
     return cfg, supervised
+
+
+def _required(config: str, cfg: DictConfig, supervised: bool) -> tuple[str, ...]:
+    """Return what the bundled recipe requires that the config's first line names or, where there is none, its keys."""
+    try:
+        recipe = recipe_of(config)
+    except InputError:
+        recipe = "sft_distributed" if supervised else "opsd_distributed" if cfg.get("objective") else ""
+    listed = None if recipe.endswith(".py") else keys_of_recipe(recipe)
+    return listed[1] if listed else ("model", "tokenizer", "dataset")
 
 
 def _mean_lengths(seen: Scan, source: Source) -> RowLengths:

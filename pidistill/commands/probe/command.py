@@ -7,8 +7,9 @@ The student answers some rows without privileged information, and the teacher wi
 several others. The table says for each: success (by the config's reward, and by the reward's flexible rule where it has one),
 what the privileged information adds to the student's success (gain), length, how many answers were cut off, how many give the
 information away, and how far teacher and student are apart on the student's own answers (KL, in nats per token). The wording
-with the best success is recommended, with the lines to paste. The file probe/probe.json in output_dir holds the numbers of the
-wordings that are measured so far.
+with the best success is recommended, with the lines to paste. `--after 32` shows as well what the teacher makes of answers that
+the student has begun, as it does where a method corrects the student's own answers. The file probe/probe.json in output_dir
+holds the numbers of the wordings that are measured so far.
 """
 
 import argparse
@@ -56,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--wordings", help="a YAML file of wordings: name: {template: ..., placement: ...}")
     made.add_argument("--only-own", action="store_true", help="leave out the built-in wordings")
     made.add_argument("--temperature", type=float, default=0.0, help="of the samples; 0 is greedy")
+    made.add_argument(
+        "--after", type=int, help="also let the teacher go on from this many first tokens of the student's answer"
+    )
     made.add_argument("--no-kl", action="store_true", help="leave out the divergences")
     made.add_argument("--json", action="store_true", help="print the numbers as JSON")
     return made
@@ -68,6 +72,8 @@ def main(argv: list[str]) -> None:
             raise InputError(
                 f"--rows {arguments.rows} must be at least 1, and --temperature {arguments.temperature} at least 0"
             )
+        if arguments.after is not None and arguments.after < 1:
+            raise InputError(f"--after {arguments.after} must be at least 1; leave it out to skip that measurement")
         found = probe(arguments)
         if arguments.json:
             print(json.dumps(found.as_json(), ensure_ascii=False))
@@ -116,6 +122,11 @@ class Found:
         chance = _chance(self.student, best)
         if self.gain < chance and (self.gain > 0 or best.rows < FEW_ROWS):
             said.append(f"Of {rows} a difference of up to {min(chance, 1.0):.2f} may be chance; raise --rows.")
+        if self.gain > 0 and best.after is not None and best.after - self.student.best < self.gain / 2:
+            said.append(
+                f"Where the student has begun the answer, this teacher is right in {best.after:.2f}: what corrects the "
+                "student's own answers (OPSD, SDFT) has less to learn from than what trains on the teacher's (π-Distill, RFT)."
+            )
         if best.flexible is not None and best.flexible > best.success:
             said.append(
                 f"Only {best.success:.2f} are written in the format that the reward counts; choose a reward format that counts "
@@ -123,8 +134,9 @@ class Found:
             )
         for name, measured in (("student", self.student), (self.wording.name, best)):
             if measured.truncated > TRUNCATED_TOO_OFTEN:
-                cut = f"{measured.truncated:.0%} of the answers of {name} are cut off"
-                said.append(f"{cut} and judged as they are; raise {self.cut_by}.")
+                said.append(
+                    f"{measured.truncated:.0%} of the answers of {name} are cut off before they end; raise {self.cut_by}."
+                )
         return [*said, *self.left_out]
 
     def show(self) -> None:
@@ -140,6 +152,7 @@ class Found:
         flexible = self.student.flexible is not None
         table = Table(title=f"{self.student.rows} rows, {self.seconds:.0f} s", show_edge=False)
         names = ["wording", "success", *(["flexible"] if flexible else []), "gain", "tokens", "cut off", "leaks"]
+        names += ["after"] if self.measured.after is not None else []
         names += ["kl(T||S)", "kl(S||T)", "kl(T||S) by quarter"]
         for name in names:
             table.add_column(name, justify="left" if name == "wording" else "right")
@@ -148,6 +161,7 @@ class Found:
             gain = "" if measured is self.student else f"{measured.best - self.student.best:+.2f}"
             cells = [name + best, f"{measured.success:.2f}", *([_number(measured.flexible)] if flexible else []), gain]
             cells += [f"{measured.tokens:.0f}", f"{measured.truncated:.2f}", f"{measured.leaks:.2f}"]
+            cells += [_number(measured.after)] if self.measured.after is not None else []
             cells += [_number(measured.kl_teacher_student), _number(measured.kl_student_teacher)]
             table.add_row(*cells, " ".join(map(_number, measured.kl_quarters)) or "–")
         return table
@@ -159,18 +173,26 @@ def probe(arguments: argparse.Namespace) -> Found:
     cfg, run = _start(arguments)
     tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
     limits = {"max_seq_len": check_models(cfg, tokenizer), "max_new_tokens": int(cfg.sampler.max_new_tokens)}
+    if arguments.after is not None and arguments.after >= limits["max_new_tokens"]:
+        raise InputError(
+            f"--after {arguments.after} leaves the teacher nothing to write of sampler.max_new_tokens "
+            f"{limits['max_new_tokens']}; lower --after or raise sampler.max_new_tokens"
+        )
     privileged = load_privileged(cfg, tokenizer)
     tried = _wordings(arguments, cfg, privileged)
     examples, left_out = _rows(cfg, privileged, tokenizer, arguments.rows, run.seed)
     prompts, refused = prompts_by_wording(tried, examples, tokenizer, privileged, **limits)
     wordings = [wording for wording in tried if wording.name in prompts]
     left_out += refused + [NOT_THE_TEACHER.format(key=key) for key in OTHER_TEACHERS if cfg.get(key)]
-    collect = build_collector(cfg, build(cfg.sampler), tokenizer)
-    with tqdm(total=len(prompts[OWN]) * (1 + len(wordings)), unit="rollout", disable=not run.is_main) as bar:
+    sampler = build(cfg.sampler)
+    collect = build_collector(cfg, sampler, tokenizer)
+    each = 1 if arguments.after is None else 2
+    with tqdm(total=len(prompts[OWN]) * (1 + each * len(wordings)), unit="rollout", disable=not run.is_main) as bar:
         bar.set_description("loading")
         shared = Probe(
             model=load_initial(cfg, run),
             tokenizer=tokenizer,
+            sampler=sampler,
             collect=collect,
             run=run,
             threshold=float(setting(cfg, "eval_success_threshold")),
@@ -192,6 +214,8 @@ def probe(arguments: argparse.Namespace) -> Found:
             sampled, lost = shared.sample(prompts[wording.name], "teacher", own)
             left_out += _lost(wording.name, lost)
             measured = shared.measure(sampled, own)
+            if arguments.after is not None:
+                measured = shared.with_after(measured, rollouts, prompts[wording.name], own, arguments.after)
             if not arguments.no_kl:
                 scored = rollouts if own.template == privileged.template else comparable
                 measured = shared.with_divergences(measured, scored, prompts[wording.name])

@@ -7,11 +7,13 @@ from functools import partial
 
 import torch
 
+from pidistill.commands.probe.after import GoOn, beginning
 from pidistill.commands.probe.wordings import Prompts
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
 from pidistill.models.protocol import Decoder
 from pidistill.privileged.prompt import PrivilegedPrompt
+from pidistill.rollouts.base import Sampler
 from pidistill.scoring.batch import make_batch
 from pidistill.scoring.score import score
 from pidistill.tokenizers import ChatTokenizer
@@ -44,6 +46,7 @@ class Measured:
     kl_student_teacher: float | None = None
     # kl(teacher||student) by quarter of the completion; None where no answer is long enough to have a token there
     kl_quarters: tuple[float | None, ...] = ()
+    after: float | None = None  # `best` of answers that the student has begun and the teacher ends; None: not measured
 
     @property
     def best(self) -> float:
@@ -57,6 +60,7 @@ class Probe:
 
     model: Decoder
     tokenizer: ChatTokenizer
+    sampler: Sampler
     collect: Collect
     run: Run
     threshold: float
@@ -92,6 +96,17 @@ class Probe:
             truncated=means["truncated_frac"],
             leaks=means.get("leak_frac", 0.0),
         )
+
+    def with_after(
+        self, measured: Measured, rollouts: Sequence[Rollout], prompts: Prompts, privileged: PrivilegedPrompt, count: int
+    ) -> Measured:
+        """Return ``measured`` with the success of a teacher that goes on from the first ``count`` ids of ``rollouts``."""
+        begun = {r.example.id: beginning(r, count, self.tokenizer.stop_ids) for r in rollouts}
+        known = [(example, pair) for example, pair in prompts if example.id in begun]
+        given = {tuple(pair.teacher): begun[example.id] for example, pair in known}
+        going_on = replace(self, collect=partial(self.collect, sampler=GoOn(self.sampler, given)))
+        sampled, _ = going_on.sample(known, "teacher", privileged)
+        return replace(measured, after=self.measure(sampled, privileged).best)
 
     def with_divergences(self, measured: Measured, rollouts: Sequence[Rollout], prompts: Prompts) -> Measured:
         """Return ``measured`` with the divergences on the student's ``rollouts``, whose teacher sees ``prompts``."""
