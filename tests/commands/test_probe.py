@@ -188,9 +188,8 @@ def test_answers_that_are_cut_off_are_said_so_and_no_quarter_without_a_token_has
     cut = [f"sampler._component_={__name__}.StopsAtOnce", "--rows", "2", "--only-own"]
     found = run([*words, *cut], capsys)
     assert found["student"]["truncated"] == 1.0
-    assert (
-        "100% of the answers of student are cut off, and judged as they are; raise sampler.max_new_tokens." in found["advice"]
-    )
+    cut_off = "100% of the answers of student are cut off before they end; raise sampler.max_new_tokens."
+    assert cut_off in found["advice"]
     first, *others = found["wordings"]["the config's"]["kl_quarters"]
     assert first > 0 and others == [None] * 3
 
