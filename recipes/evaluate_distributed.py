@@ -106,7 +106,8 @@ class EvaluateRecipe:
         for domain in self._domains:
             columns = {name: results[domain.prefix + name] for name in self._views if domain.prefix + name in results}
             title = f"{domain.prefix.removesuffix('/')} ".lstrip() + f"{len(domain.data.prompts)} rows, per view"
-            Console().print(table_of(title, columns))
+            if columns:
+                Console().print(table_of(title, columns))
         print(path)
 
 

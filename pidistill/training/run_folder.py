@@ -100,6 +100,15 @@ def claim_run_folder(cfg: DictConfig, output_dir: Path) -> None:
         _say_changes(cfg, output_dir)
 
 
+def refuse_training_run(output_dir: Path) -> None:
+    """Refuse the folder of a training run to a recipe that trains nothing and would replace its config and its logs."""
+    if os.path.lexists(output_dir / LATEST) or (output_dir / BEGAN).exists() or step_folders(output_dir):
+        raise InputError(
+            f"output_dir={output_dir} holds a training run ({_summary(output_dir)}), whose config.yaml and logs this one would "
+            "overwrite; set another output_dir"
+        )
+
+
 def lock_folder(output_dir: Path) -> None:
     """Take the folder for this process until it ends, by any cause; refuse one that another process has."""
     path = (output_dir / LOCK).absolute()

@@ -35,7 +35,7 @@ from pidistill.training.disk import is_disk_fault
 from pidistill.training.interrupts import Stopped, handle_signals, training_run
 from pidistill.training.keys import check_values, setting
 from pidistill.training.optimizers import check_mixed_precision
-from pidistill.training.run_folder import RESUME, claim_run_folder, public_config
+from pidistill.training.run_folder import RESUME, claim_run_folder, public_config, refuse_training_run
 
 log = utils.get_logger("INFO")
 
@@ -88,9 +88,11 @@ def seed_global_streams(seed: int) -> None:
 
 
 def _begin_folder(cfg: DictConfig, output_dir: Path, *, trains: bool) -> None:
-    """Claim the run's folder for a training run and write the config into it; the first process calls this."""
+    """Claim the run's folder for a training run, or refuse it to any other, and write the config into it, in one process."""
     if trains:
         claim_run_folder(cfg, output_dir)
+    else:
+        refuse_training_run(output_dir)
     replace_file(output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(public_config(cfg))).encode())
 
 

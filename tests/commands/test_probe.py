@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from pidistill.commands.probe.after import GoOn, beginning
+from pidistill.commands.probe.command import Found
 from pidistill.commands.probe.command import main as probe
-from pidistill.commands.probe.measure import Probe
-from pidistill.commands.probe.wordings import builtin_wordings, configured, prompts_by_wording, read_wordings
+from pidistill.commands.probe.measure import Measured, Probe
+from pidistill.commands.probe.wordings import Wording, builtin_wordings, configured, prompts_by_wording, read_wordings
 from pidistill.data import ExampleDataset, gsm8k_dataset
 from pidistill.envs import EnvStep
 from pidistill.envs.tiny_world import tiny_world_dataset, tiny_world_tokenizer
@@ -50,6 +51,13 @@ class ReadsTheUserTurn:
             assert on_turn_end(row, turn) is None
             samples.append(Sample(turn, [True] * len(turn), [-1.0] * len(turn), "done"))
         return samples
+
+
+class StopsAtOnce(ReadsTheUserTurn):
+    """Writes one token, which the limit cuts off."""
+
+    def sample(self, model, prompts, *, group_size, on_turn_end, temperature=None, **settings) -> list[Sample]:
+        return [Sample([5], [True], [-1.0], "length") for _ in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +184,16 @@ def test_a_wrong_file_of_wordings_is_one_sentence(text, sentence, tmp_path):
     assert sentence in str(refused.value)
 
 
+def test_answers_that_are_cut_off_are_said_so_and_no_quarter_without_a_token_has_a_number(words, capsys):
+    cut = [f"sampler._component_={__name__}.StopsAtOnce", "--rows", "2", "--only-own"]
+    found = run([*words, *cut], capsys)
+    assert found["student"]["truncated"] == 1.0
+    cut_off = "100% of the answers of student are cut off before they end; raise sampler.max_new_tokens."
+    assert cut_off in found["advice"]
+    first, *others = found["wordings"]["the config's"]["kl_quarters"]
+    assert first > 0 and others == [None] * 3
+
+
 def test_rows_without_privileged_information_and_wrong_numbers_are_refused(words, capsys):
     assert "no row of `dataset` has privileged information" in refusal([*words, "privileged.control=none"], capsys)
     assert "--rows 0 must be at least 1" in refusal([*words, "--rows", "0"], capsys)
@@ -261,6 +279,45 @@ def test_rows_without_privileged_information_among_others_are_counted_and_not_tr
     found = run([*words, f"dataset._component_={__name__}.half_told", "--rows", "9", "--only-own", "--no-kl"], capsys)
     assert found["student"]["rows"] == 6
     assert "6 of 12 rows of `dataset` have no privileged information and were not tried." in found["advice"]
+
+
+def test_a_control_is_applied_to_all_rows_once_and_not_again_to_those_that_are_tried(words, capsys):
+    found = run([*words, "privileged.control=shuffled", "privileged.placement=user_end", "--rows", "1", "--only-own"], capsys)
+    assert found["wordings"]["the config's"]["success"] == 0.0, "the teacher saw another row's solution"
+    rows, tokenizer = list(tiny_world_dataset("validation"))[:8], tiny_world_tokenizer(max_seq_len=96)
+    own = PrivilegedPrompt(template="{privileged}", control="shuffled")
+    shuffled = own.apply_control(rows, tokenizer)
+    prompts, _ = prompts_by_wording([configured(own)], shuffled, tokenizer, own, max_seq_len=96, max_new_tokens=20)
+    assert [example.privileged for example, _ in prompts["the config's"]] == [example.privileged for example in shuffled]
+
+
+def test_a_wording_without_a_divergence_does_not_win_a_tie_by_that():
+    own, other = (Wording(name, "{privileged}", "user_end") for name in ("the config's", "other"))
+    numbers = {"rows": 20, "success": 0.5, "flexible": None, "tokens": 3.0, "truncated": 0.0, "leaks": 0.0}
+    measured = [(own, Measured(**numbers, kl_teacher_student=0.7)), (other, Measured(**numbers))]
+    assert Found(Measured(**numbers), measured, 1.0, "x", []).wording == own
+    assert Found(Measured(**numbers), measured[::-1], 1.0, "x", []).wording == own
+
+
+def test_a_better_wording_than_the_configs_is_said_to_be_one_by_chance_where_it_may_be():
+    own, other = (Wording(name, "{privileged}", "user_end") for name in ("the config's", "other"))
+    numbers = {"rows": 24, "flexible": None, "tokens": 3.0, "truncated": 0.0, "leaks": 0.0}
+    student = Measured(**numbers, success=0.0)
+
+    def advice(best: float) -> list[str]:
+        wordings = [(own, Measured(**numbers, success=0.5)), (other, Measured(**numbers, success=best))]
+        return Found(student, wordings, 1.0, "x", []).advice()
+
+    assert advice(0.625)[1] == "The config's own wording has 0.50; of 24 rows a difference of up to 0.28 may be chance."
+    assert advice(1.0)[1] == "The config's own wording has 0.50."
+
+
+def test_a_teacher_with_weights_of_its_own_is_said_not_to_be_measured(words, capsys):
+    folder = next(word.partition("=")[2] for word in words if word.startswith("checkpointer.checkpoint_dir"))
+    key = "teacher_checkpointer"
+    teacher = [f"{key}._component_=pidistill.models.HFCheckpointer", f"{key}.checkpoint_dir={folder}"]
+    found = run([*words, *teacher, "--rows", "1", "--only-own", "--no-kl"], capsys)
+    assert any(f"{key} is not sampled" in said for said in found["advice"])
 
 
 def test_a_difference_that_few_rows_may_give_by_chance_is_said_so(words, capsys):

@@ -25,7 +25,7 @@ from torchtune import _recipe_registry as recipe_registry
 from pidistill import commands
 from pidistill.commands import main as entry
 from pidistill.commands.places import config_path, recipe_of
-from pidistill.commands.sweep import command, execute, search
+from pidistill.commands.sweep import check, command, execute, search
 from pidistill.commands.sweep.cells import as_text, grid_cells, read_sweep, stage_runs
 from pidistill.commands.sweep.pictures import heat_table, mean_curve
 from pidistill.commands.sweep.results import (
@@ -40,6 +40,7 @@ from pidistill.commands.sweep.results import (
 from pidistill.commands.sweep.values import Choices, Range, grid_values, parse_axis, parse_overrides, split_top_level
 from pidistill.errors import InputError
 from pidistill.jsonl import read_jsonl
+from pidistill.training.checkpoint_source import check_checkpoint_folder
 from pidistill.training.evaluation import bootstrap_interval
 from tests.support.runs import quick_setup
 from tests.support.sweeps import check_commands, overrides_of
@@ -96,6 +97,7 @@ def recipes(monkeypatch) -> Recipes:
     made = Recipes()
     monkeypatch.setattr(execute, "execute", made)
     monkeypatch.setattr(command, "draw", lambda output_dir, rows: [])
+    monkeypatch.setattr(check, "check_checkpoint_folder", lambda cfg, key: None)  # no test makes its bases
     return made
 
 
@@ -251,6 +253,25 @@ def test_typed_keys_go_to_the_stages_that_have_their_first_part_or_else_to_all(s
     keys = {"max_steps", "nothing", "objective.clip_lwo"}
     assert keys & overrides_of(first.command).keys() == {"max_steps", "nothing"}
     assert keys & overrides_of(second.command).keys() == keys, "a wrong key reaches the recipe, which knows its keys"
+
+
+def test_a_typed_key_does_not_replace_what_a_stage_takes_from_an_earlier_one(tmp_path):
+    (tmp_path / "rft.yaml").write_text(
+        "arms:\n  rft:\n    stages:\n      - {name: sample, config: examples/gsm8k/rft_sample.yaml}\n"
+        "      - {name: sft, config: examples/gsm8k/rft.yaml, overrides: {dataset.source: '{sample}/traces.jsonl'}}\n"
+    )
+    words = ["dataset.source=train.jsonl", "eval_dataset.source=train.jsonl"]
+    sweep = read_sweep(str(tmp_path / "rft.yaml"), words, output_dir=Path("out"))
+    first, second = (overrides_of(run.command) for run in stage_runs(sweep, grid_cells(sweep)[0]))
+    assert first["dataset.source"] == "train.jsonl" and second["eval_dataset.source"] == "train.jsonl"
+    assert second["dataset.source"] == f"{first['output_dir']}/traces.jsonl"
+
+
+def test_the_evaluation_runs_where_the_training_is_told_to(recipes, sweep, stages_file):
+    sweep(stages_file, "--arms", "base", "opsd", "device=cpu", "threads=1", "group_size=4", "seed=0")
+    assert len(recipes.ran) == 3 + 1
+    assert all((run["device"], run["threads"]) == ("cpu", "1") for run in recipes.ran)
+    assert [run.get("group_size") for run in recipes.ran] == [None, "4", None, None]
 
 
 def test_a_sweep_file_is_checked(tmp_path):
@@ -434,6 +455,18 @@ def test_several_bases_are_evaluated_once_each_before_the_arms(recipes, sweep, s
     assert [run["checkpointer.checkpoint_dir"] for run in recipes.ran] == ["one", "two"]
 
 
+def test_a_base_that_was_run_alone_before_counts_once_among_several(recipes, sweep, stages_file, tmp_path):
+    sweep(stages_file, "--arms", "base", "opsd", "--base", "one")
+    first = len(recipes.ran)
+    rows = sweep(stages_file, "--arms", "base", "opsd", "--base", "one", "two")
+    assert len(recipes.trained()) == 4 and len(recipes.ran) == first + 2 + 2 * 3, (
+        "of the first base only itself is evaluated again"
+    )
+    groups = {group.arm: group for group in groups_of(list(rows.values()))}
+    assert [len(groups[arm].rows) for arm in ("base", "opsd")] == [2, 4]
+    assert [[row["base"] for row in part.rows] for part in groups["opsd"].by_base()] == [["one"] * 2, ["two"] * 2]
+
+
 @pytest.mark.parametrize("bases", ["[]", "[a, a]"])
 def test_bases_that_are_none_or_equal_are_refused(bases, tmp_path):
     (tmp_path / "sweep.yaml").write_text(f"base: {bases}\narms: {{a: {{config: tiny/rl}}}}")
@@ -467,6 +500,18 @@ def test_all_cells_are_checked_before_the_first_one_starts(recipes, sweep, tmp_p
     assert end.value.code == 2 and said.startswith("error: ") and "\n" not in said
     assert sentence in said and "nothing was started" in said
     assert not recipes.ran and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--evaluate", "tiny/evaluate"]])
+def test_a_base_that_does_not_exist_is_refused_before_the_first_cell_starts(
+    recipes, sweep, tmp_path, more, monkeypatch, capsys
+):
+    monkeypatch.setattr(check, "check_checkpoint_folder", check_checkpoint_folder)
+    with pytest.raises(SystemExit) as end:
+        sweep("tiny/opsd", "--base", str(tmp_path / "nothing"), *more)
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and f"checkpoint folder {tmp_path / 'nothing'} does not exist" in said
+    assert "nothing was started" in said and not recipes.ran and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command_, library", [("sweep", "optuna"), ("demo", "matplotlib")])
@@ -566,6 +611,7 @@ def work(folder: Path, wait_s: float, words: tuple[str, ...], output: Path) -> N
 
     execute.execute = slow
     command.draw = lambda output_dir, rows: []
+    check.check_checkpoint_folder = lambda cfg, key: None
     with output.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         command.main([*words, "--output-dir", str(folder / "out")])
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from pidistill.errors import InputError
 from pidistill.training.evaluation import bootstrap_interval, chosen_views, pass_at_k, pass_hat_k, success_numbers
 from recipes.evaluate_distributed import domain_configs
-from tests.support.runs import run, small_config
+from tests.support.runs import recipe_class, run, sample_config, small_config
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -147,3 +147,20 @@ def test_an_evaluation_that_would_sample_nothing_is_refused(tiny_base, tmp_path)
 def test_a_view_that_does_not_exist_is_refused():
     with pytest.raises(InputError, match=r"views=teacher is unknown; choose one of student greedy, student, "):
         chosen_views(OmegaConf.create({"views": ["student", "teacher"]}))
+
+
+@pytest.mark.parametrize("recipe, config", [("evaluate", small_config), ("rft_sample", sample_config)])
+def test_what_trains_nothing_is_refused_in_the_folder_of_a_training_run(recipe, config, tiny_base, tmp_path):
+    (tmp_path / "latest").symlink_to(tiny_base)
+    (tmp_path / "config.yaml").write_text("max_steps: 40\n")
+    with pytest.raises(InputError, match=r"^output_dir=.* holds a training run .* would overwrite; set another output_dir"):
+        recipe_class(recipe)(config(recipe, tiny_base, tmp_path))
+    assert (tmp_path / "config.yaml").read_text() == "max_steps: 40\n"
+
+
+def test_a_domain_of_which_no_view_is_sampled_has_no_table(tiny_base, tmp_path, capsys):
+    rows = {"_component_": "pidistill.envs.tiny_world.tiny_world_dataset", "split": "test", "max_rows": 1}
+    more = {"views": ["student + PI"], "domains": {"no_pi": {"dataset": rows | {"privileged": "none"}}}}
+    run("evaluate", small_config("evaluate", tiny_base, tmp_path, dataset__max_rows=1, eval_samples=1, **more))
+    printed = capsys.readouterr().out
+    assert "1 rows, per view" in printed and "no_pi" not in printed

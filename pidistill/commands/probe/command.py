@@ -47,6 +47,8 @@ REQUIRED = ("output_dir", "model", "tokenizer", "checkpointer", "dataset", "envi
 TRUNCATED_TOO_OFTEN = 0.2
 FEW_ROWS = 16
 NUMBERS = "probe.json"
+OTHER_TEACHERS = ("teacher_checkpointer", "teacher_checkpointers")
+NOT_THE_TEACHER = "The model of {key} is not sampled: the teacher here is the trained model itself with the information."
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,14 +109,16 @@ class Found:
         rows = f"{best.rows} row{'' if best.rows == 1 else 's'}"
         said = [f"Recommended: {self.wording.name}, with success {best.best:.2f} of {rows} (student {self.student.best:.2f})."]
         if self.gain <= 0:
-            cut = max(best.truncated, self.student.truncated) > TRUNCATED_TOO_OFTEN
+            too_often = max(best.truncated, self.student.truncated) > TRUNCATED_TOO_OFTEN
             nothing = "This teacher has nothing to teach; change the privileged information."
             said = [
                 f"No wording helps: the best, {self.wording.name}, has success {best.best:.2f} of {rows} and the student "
-                f"alone {self.student.best:.2f}. {'Answers are cut off, so that this says little.' if cut else nothing}"
+                f"alone {self.student.best:.2f}. {'Answers are cut off, so that this says little.' if too_often else nothing}"
             ]
         elif self.wordings[0][0] != self.wording and own.best < best.best:
-            said.append(f"The config's own wording has {own.best:.2f}.")
+            chance = _chance(own, best)
+            may_be = f"; of {rows} a difference of up to {chance:.2f} may be chance" if best.best - own.best < chance else ""
+            said.append(f"The config's own wording has {own.best:.2f}{may_be}.")
         chance = _chance(self.student, best)
         if self.gain < chance and (self.gain > 0 or best.rows < FEW_ROWS):
             said.append(f"Of {rows} a difference of up to {min(chance, 1.0):.2f} may be chance; raise --rows.")
@@ -159,7 +163,7 @@ class Found:
             cells += [f"{measured.tokens:.0f}", f"{measured.truncated:.2f}", f"{measured.leaks:.2f}"]
             cells += [_number(measured.after)] if self.measured.after is not None else []
             cells += [_number(measured.kl_teacher_student), _number(measured.kl_student_teacher)]
-            table.add_row(*cells, " ".join(f"{value:.2f}" for value in measured.kl_quarters) or "–")
+            table.add_row(*cells, " ".join(map(_number, measured.kl_quarters)) or "–")
         return table
 
 
@@ -178,7 +182,8 @@ def probe(arguments: argparse.Namespace) -> Found:
     tried = _wordings(arguments, cfg, privileged)
     examples, left_out = _rows(cfg, privileged, tokenizer, arguments.rows, run.seed)
     prompts, refused = prompts_by_wording(tried, examples, tokenizer, privileged, **limits)
-    wordings, left_out = [wording for wording in tried if wording.name in prompts], left_out + refused
+    wordings = [wording for wording in tried if wording.name in prompts]
+    left_out += refused + [NOT_THE_TEACHER.format(key=key) for key in OTHER_TEACHERS if cfg.get(key)]
     sampler = build(cfg.sampler)
     collect = build_collector(cfg, sampler, tokenizer)
     each = 1 if arguments.after is None else 2
@@ -279,7 +284,8 @@ def _chance(student: Measured, teacher: Measured) -> float:
 
 def _rank(measured: Measured) -> tuple[float, float, float]:
     """Order wordings: more success, then fewer answers cut off, then a teacher that is closer to the student."""
-    return measured.best, -measured.truncated, -(measured.kl_teacher_student or 0.0)
+    divergence = math.inf if measured.kl_teacher_student is None else measured.kl_teacher_student
+    return measured.best, -measured.truncated, -divergence
 
 
 def _number(value: float | None) -> str:

@@ -44,7 +44,8 @@ class Measured:
     leaks: float
     kl_teacher_student: float | None = None
     kl_student_teacher: float | None = None
-    kl_quarters: tuple[float, ...] = ()  # kl(teacher||student) by quarter of the completion
+    # kl(teacher||student) by quarter of the completion; None where no answer is long enough to have a token there
+    kl_quarters: tuple[float | None, ...] = ()
     after: float | None = None  # `best` of answers that the student has begun and the teacher ends; None: not measured
 
     @property
@@ -116,9 +117,9 @@ class Probe:
         for start in range(0, len(own), self.micro_batch_rows):
             part_sums, part_counts = self._divergences(own[start : start + self.micro_batch_rows])
             sums, counts = sums + part_sums, counts + part_counts
-        means = (sums / counts.clamp(min=1)).tolist()
         if not counts[0]:
             return measured
+        means = [total / count if count else None for total, count in zip(sums.tolist(), counts.tolist(), strict=True)]
         return replace(measured, kl_teacher_student=means[0], kl_student_teacher=means[1], kl_quarters=tuple(means[2:]))
 
     def _divergences(self, rollouts: Sequence[Rollout]) -> tuple[torch.Tensor, torch.Tensor]:

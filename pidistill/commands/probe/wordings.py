@@ -103,14 +103,16 @@ def prompts_by_wording(
 ) -> tuple[dict[str, Prompts], list[str]]:
     """Return the prompts of the rows that fit under every wording, by wording, and what was left out, one sentence each.
 
+    ``examples`` have what ``privileged.control`` shows in place of their own information; it is not applied to them again.
     A wording that the tokenizer or its chat template does not take is left out; the config's own is refused.
     """
+    shown = replace(privileged, control=None)
     found: dict[str, Prompts] = {}
     said = []
     for wording in wordings:
         try:
             found[wording.name] = build_prompts(
-                examples, tokenizer, wording.applied(privileged), on_overflow="drop", **limits
+                examples, tokenizer, wording.applied(shown), on_overflow="drop", **limits
             ).prompts
         except InputError as error:
             if wording.name == OWN:

@@ -28,6 +28,7 @@ ARM_KEYS = ("title", "config", "overrides", "stages", "evaluate_overrides")
 STAGE_KEYS = ("name", "config", "overrides")
 SELECT = "eval_student_success"
 CHECKPOINT_KEY = "checkpointer.checkpoint_dir"
+OF_THE_MACHINE = ("device", "threads")  # typed for the training, these hold for the evaluation too
 Overrides = Mapping[str, str]
 
 
@@ -247,12 +248,16 @@ def _check_keys(node: Mapping[str, Any], known: Sequence[str], what: str) -> Non
 
 
 def with_overrides(arm: Arm, overrides: Overrides) -> Arm:
-    """Give each override to the stages whose config has its first part; if none has, to all, and the recipe refuses it."""
-    stages = list(arm.stages)
+    """Give each override to the stages whose config has its first part; if none has, to all, and the recipe refuses it.
+
+    What a stage takes from an earlier one (`dataset.source: "{sample}/traces.jsonl"`) stays.
+    """
+    stages, names = list(arm.stages), [stage.name for stage in arm.stages]
     for key, value in overrides.items():
         takes = [has_key(stage.config, key.split(".", 1)[0]) for stage in stages]
         for i, takes_it in enumerate(takes):
-            if takes_it or not any(takes):
+            earlier = any(f"{{{name}}}" in stages[i].overrides.get(key, "") for name in names[:i])
+            if (takes_it or not any(takes)) and not earlier:
                 stages[i] = replace(stages[i], overrides={**stages[i].overrides, key: value})
     return replace(arm, stages=tuple(stages))
 
@@ -273,6 +278,11 @@ def grid_cells(sweep: Sweep) -> list[Cell]:
         cell = make_cell(sweep, arm, dict(settings), seed)
         cells.setdefault(cell.id, cell)
     return list(cells.values())
+
+
+def evaluate_overrides(sweep: Sweep, arm: Arm) -> dict[str, str]:
+    typed = {key: sweep.fixed[key] for key in OF_THE_MACHINE if key in sweep.fixed}
+    return {**typed, **sweep.evaluate_overrides, **arm.evaluate_overrides}
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,23 @@
-"""Check every run of a sweep before the first one starts: its keys, numbers and components, as the recipe itself does."""
+"""Check every run of a sweep before the first one starts, as the recipe does: keys, numbers, components, first checkpoint."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pidistill.commands.places import keys_of_recipe, recipe_of
 from pidistill.commands.plan.reading import merged
-from pidistill.commands.sweep.cells import CHECKPOINT_KEY, Cell, StageRun, Sweep, grid_cells, make_cell, stage_runs
+from pidistill.commands.sweep.cells import (
+    CHECKPOINT_KEY,
+    Cell,
+    StageRun,
+    Sweep,
+    evaluate_overrides,
+    grid_cells,
+    make_cell,
+    stage_runs,
+)
 from pidistill.commands.sweep.values import Axis, Choices
 from pidistill.errors import InputError
+from pidistill.training.checkpoint_source import check_checkpoint_folder
 from pidistill.training.start import check_run
 
 
@@ -17,11 +27,13 @@ def check_cells(sweep: Sweep, search: str) -> None:
     for cell in grid_cells(sweep) if search == "grid" else _corner_cells(sweep):
         runs = {run.folder: run for run in stage_runs(sweep, cell)}
         for folder in runs.keys() - checked:
-            _check(f"cell {cell.id}", runs[folder].stage.config, _words(runs[folder]))
+            _check(f"cell {cell.id}", runs[folder].stage.config, _words(runs[folder]), sweep.output_dir)
         checked |= runs.keys()
     for arm in sweep.arms if sweep.evaluate else ():
-        overrides = {**sweep.evaluate_overrides, **arm.evaluate_overrides, CHECKPOINT_KEY: "checkpoint", "output_dir": "runs"}
-        _check(f"the evaluation of arm {arm.name}", sweep.evaluate, [f"{key}={value}" for key, value in overrides.items()])
+        start = str(sweep.output_dir / "latest") if arm.stages else arm.base
+        overrides = {CHECKPOINT_KEY: start, **evaluate_overrides(sweep, arm), "output_dir": "runs"}
+        words = [f"{key}={value}" for key, value in overrides.items()]
+        _check(f"the evaluation of arm {arm.name}", sweep.evaluate, words, sweep.output_dir)
 
 
 def _words(run: StageRun) -> list[str]:
@@ -44,11 +56,15 @@ def _corners(axis: Axis) -> tuple[str, ...]:
     return tuple(str(int(end)) if axis.whole else f"{end:.6g}" for end in (axis.low, axis.high))
 
 
-def _check(what: str, config: str, words: Sequence[str]) -> None:
+def _check(what: str, config: str, words: Sequence[str], output_dir: Path) -> None:
+    """Check one run; a checkpoint inside ``output_dir`` is that of an earlier stage, which need not exist yet."""
     try:
         known = keys_of_recipe(recipe_of(config))
         cfg = merged(config, words)
-        if known is not None:
-            check_run(cfg, *known)
+        if known is None:
+            return
+        check_run(cfg, *known)
+        if output_dir not in Path(cfg.checkpointer.checkpoint_dir).parents and not cfg.get("fallback_checkpoint_dir"):
+            check_checkpoint_folder(cfg, "checkpointer")
     except InputError as error:
         raise InputError(f"{what} cannot run, so nothing was started: {error}") from error

@@ -146,7 +146,7 @@ class Group:
 
 def groups_of(rows: Sequence[Record]) -> list[Group]:
     found: dict[str, list[Record]] = {}
-    for row in rows:
+    for row in count_once(rows):
         found.setdefault(json.dumps([row["arm"], row["settings"]], sort_keys=True), []).append(row)
     groups = []
     for members in found.values():
@@ -154,6 +154,12 @@ def groups_of(rows: Sequence[Record]) -> list[Group]:
         title = escape_controls(" ".join([first["title"], *(f"{key}={value}" for key, value in first["settings"].items())]))
         groups.append(Group(title, first["arm"], first["settings"], good, len(members) - len(good)))
     return groups
+
+
+def count_once(rows: Sequence[Record]) -> list[Record]:
+    """Return the rows without those of a lone base that is one of several in a later command on the folder: the same runs."""
+    of_bases = {(row["arm"], row.get("fingerprint")) for row in rows if row.get("base")}
+    return [row for row in rows if row.get("base") or (row["arm"], row.get("fingerprint")) not in of_bases]
 
 
 def name_differences(groups: Sequence[Group]) -> list[Group]:
