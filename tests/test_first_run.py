@@ -51,7 +51,7 @@ def steps_of(folder: Path) -> list[int]:
 def test_the_page_has_the_files_and_every_kind_of_command():
     assert list(files_of(PAGE)) == ["mine.jsonl", "mine.yaml", "my_objective.py"]
     kinds = [command.split()[1] for command in commands_of(PAGE)]
-    assert set(kinds) == {"preview", "run", "watch", "report", "export"}
+    assert set(kinds) == {"preview", "run", "cp", "watch", "report", "export"}
     assert any("objective._component_=my_objective.Mine" in command for command in commands_of(PAGE))
 
 
@@ -69,6 +69,7 @@ def test_own_rows_and_an_own_objective_run_from_an_empty_folder(tmp_path):
     row = json.loads(files_of(PAGE)["mine.jsonl"].splitlines()[0])
     assert row["question"] in preview and row["hint"] in preview
     assert steps_of(tmp_path / "runs" / "mine") == [1, 2]
+    assert steps_of(tmp_path / "runs" / "mine_recipe") == [1, 2]
     assert "my_objective.Mine" in (tmp_path / "runs" / "mine" / "config.yaml").read_text()
     assert row["question"] in (tmp_path / "runs" / "mine" / "report.html").read_text(encoding="utf-8")
     assert (tmp_path / "shared" / "mine" / "README.md").is_file()

@@ -1,6 +1,7 @@
 """Show what each kind of privileged information would be on a file of agent traces, before any training.
 
-    python -m pidistill.commands.trace_report TRACES [--tokenizer FOLDER] [--show TASK] [argument=value ...]
+    python -m pidistill.commands.trace_report TRACES [--tokenizer FOLDER] [--tool-format action] [--show TASK] \
+        [argument=value ...]
 
 prints, per kind, how many tasks have privileged information and how long it is; with ``--show``, both views of one task.
 Arguments are those of pidistill.data.trace_dataset: messages_key=traj actions_key=info.task.actions omit_tools=[think].
@@ -110,6 +111,9 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m pidistill.commands.trace_report", description=__doc__.split("\n", 1)[0])
     parser.add_argument("source", help="the traces: .json, .jsonl, .parquet")
     parser.add_argument("--tokenizer", help="a model's folder; without it, lengths are characters")
+    parser.add_argument(
+        "--tool-format", default="auto", help="as tokenizer.tool_format; action where the template has no tools"
+    )
     parser.add_argument("--kind", default="calls", help="the kind that --show shows")
     parser.add_argument("--show", metavar="TASK", help="print both views of this task")
     parser.add_argument("arguments", nargs="*", metavar="argument=value", help="of pidistill.data.trace_dataset")
@@ -118,7 +122,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _report(options: argparse.Namespace) -> None:
     arguments = dict(_argument(text) for text in options.arguments)
-    tokenizer = HFChatTokenizer(options.tokenizer) if options.tokenizer else None
+    tokenizer = HFChatTokenizer(options.tokenizer, tool_format=options.tool_format) if options.tokenizer else None
     print(as_table(kind_table(options.source, tokenizer, **arguments)))
     rows = read_traces(options.source, **{key: value for key, value in arguments.items() if key in READING})
     traces = [trace for task in rows.tasks for trace in task.traces]

@@ -36,6 +36,8 @@ def build_demonstrations(
             dropped += 1
     if not rollouts:
         raise InputError(f"all {dropped} demonstrations are longer than max_seq_len {max_seq_len:,}; raise it")
+    if dropped:
+        log_rank_zero(_log, f"{len(rollouts):,} demonstrations fit into max_seq_len {max_seq_len:,}; {dropped:,} are left out")
     _warn_about_earlier_turns(rollouts, tokenizer)
     return rollouts, dropped
 

@@ -55,12 +55,14 @@ def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True, judged: b
     train = build_prompts(
         build(cfg.dataset), tokenizer, privileged, no_pi=no_pi, max_new_tokens=room if samples else 0, **limits
     )
+    _say_what_is_left_out("dataset", train)
     _say_who_sampled([example for example, _ in train.prompts], privileged.control)
     if samples and judged:
         check_references(cfg.get("environment"), [example for example, _ in train.prompts])
     evaluation = Prompts([], {}, 0)
     if cfg.get("eval_dataset"):
         evaluation = build_prompts(build(cfg.eval_dataset), tokenizer, privileged, no_pi="rl", max_new_tokens=room, **limits)
+        _say_what_is_left_out("eval_dataset", evaluation)
         check_references(cfg.get("environment"), [example for example, _ in evaluation.prompts])
     return RecipeData(
         tokenizer=tokenizer,
@@ -74,6 +76,12 @@ def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True, judged: b
         max_seq_len=max_seq_len,
         privileged=privileged,
     )
+
+
+def _say_what_is_left_out(part: str, found: Prompts) -> None:
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in found.dropped.items() if count)
+    if reasons:
+        log_rank_zero(_log, f"`{part}` gives {len(found.prompts):,} rows; left out are: {reasons}")
 
 
 def _say_who_sampled(examples: Sequence[Example], control: str | None) -> None:

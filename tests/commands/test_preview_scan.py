@@ -88,6 +88,21 @@ def test_refused_rows_are_counted_by_kind_with_the_first_row_of_each(capsys, tmp
     assert "error: 6 of 7 rows of dataset are refused; the first: rows.jsonl row 1" in err
 
 
+def test_rows_of_one_kind_that_are_refused_for_other_reasons_are_shown_too(capsys, tmp_path):
+    roles = [{"messages": [QUESTION, {"role": role, "content": "x"}]} for role in ("narrator", "User", "narrator")]
+    rows = [answered("4"), *roles, {"messages": [QUESTION, {"role": "assistant", "content": None}]}, {"messages": 3}]
+    path = config_of(tmp_path, rows)
+    refused = scanned(capsys, path)[1]["dataset"]["refused"]["not read as a row"]
+    assert refused["rows"] == 5 and "row 1: messages[1] has the unknown role 'narrator'" in refused["first"]
+    assert [sentence.split(": ", 1)[1].split(",")[0] for sentence in refused["others"]] == [
+        "messages[1] has no 'content'",
+        "messages is a int",
+    ]
+    with pytest.raises(SystemExit):
+        main(["--scan", path])
+    assert "also rows.jsonl row 4: messages[1] has no 'content'" in capsys.readouterr().out
+
+
 def test_each_refused_row_is_one_that_a_run_refuses(capsys, tmp_path):
     path = config_of(
         tmp_path, [answered("4"), answered({"role": "assistant", "content": "", "tool_calls": [CALL]})], "sft", PLAIN

@@ -1,5 +1,6 @@
 """Test demonstrations: the ids that a policy would have sampled, masked like a rollout; rows that are too long."""
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -32,7 +33,8 @@ def test_a_demonstration_is_the_conversation_with_observations_masked():
         assert words[-1] == "end"  # the end of the last turn is trained
 
 
-def test_a_demonstration_that_is_too_long_is_refused_or_dropped_and_counted():
+def test_a_demonstration_that_is_too_long_is_refused_or_dropped_and_counted(caplog):
+    caplog.set_level(logging.INFO)
     tokenizer = tiny_world_tokenizer()
     examples = list(tiny_world_dataset("train", completion="cot"))[:4]
     examples[1:2] = [Example(id="short", messages=examples[1].messages, completion=[{"role": "assistant", "content": "go"}])]
@@ -41,7 +43,7 @@ def test_a_demonstration_that_is_too_long_is_refused_or_dropped_and_counted():
         build_demonstrations(prompts, tokenizer, max_seq_len=20, on_overflow=None)
     kept, dropped = build_demonstrations(prompts, tokenizer, max_seq_len=20, on_overflow="drop")
     assert [rollout.example.id for rollout in kept] == ["short"]
-    assert dropped == 3
+    assert dropped == 3 and "1 demonstrations fit into max_seq_len 20; 3 are left out" in caplog.messages
     with pytest.raises(InputError, match="all 4 demonstrations are longer"):
         build_demonstrations(prompts, tokenizer, max_seq_len=5, on_overflow="drop")
 

@@ -30,7 +30,9 @@ from pidistill.tokenizers import HFChatTokenizer
 from pidistill.training.start import cleanup
 from pidistill.types import Rollout, ScoreRequest
 from recipes.sample_distributed import SampleRecipe
+from tests.support.chat_templates import ONE_SYSTEM
 from tests.support.tiny_qwen import ROOT, VOCABULARY, load_config, qwen_checkpoint, read_metrics, set_up, small_model
+from tests.support.tiny_tokenizers import qwen_folder
 
 DATA = os.environ.get("PIDISTILL_TEST_DATA")
 REAL = Path(DATA or ".") / "tau_bench_airline_gpt4o.jsonl"
@@ -379,6 +381,16 @@ def test_the_report_counts_what_a_plain_reading_counts(rows, qwen, tokenizer, tm
     assert ended.value.code == 2 and "--show 7 is none of the tasks 0, 1, 18" in capsys.readouterr().err
 
 
+def test_the_report_reads_traces_with_a_template_without_tools(rows, tmp_path, capsys):
+    source = as_file(tmp_path / "traces.jsonl", rows)
+    words = [source, "--tokenizer", str(qwen_folder(tmp_path / "plain", ONE_SYSTEM)), "omit_tools=[think]"]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "set tokenizer.tool_format: action" in capsys.readouterr().err
+    main([*words, "--tool-format", "action"])
+    assert "policy_tokens_mean" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------- the page
 
 
@@ -396,7 +408,10 @@ def test_the_pages_commands_and_snippets_are_those_that_work(rows, qwen, tmp_pat
     assert len(runs) == 2
     for run in runs:
         assert (ROOT / run[4]).is_file() and load_config(run[6].removeprefix("configs/").removesuffix(".yaml"), run[7:])
-    snippets = [build(OmegaConf.create(text).hindsight) for kind, text in blocks if kind == "yaml"]
+    own, *others = [OmegaConf.create(text) for kind, text in blocks if kind == "yaml"]
+    own.dataset.source = as_file(tmp_path / "own.jsonl", [row | {"tools": [{"name": "book"}]} for row in rows])
+    assert len(build(own.dataset)) == 2 and isinstance(build(own.environment), ReplayEnvironment)
+    snippets = [build(other.hindsight) for other in others]
     assert [type(hindsight.feedback).__name__ for hindsight in snippets] == ["ToolFeedback", "Judge"]
     listed = re.findall(r"^\| `(\w+)` \| ", page, re.MULTILINE)
     assert listed == list(KINDS)

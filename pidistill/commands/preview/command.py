@@ -6,8 +6,8 @@ pidistill preview tiny/pi_distill privileged.control=shuffled --json
 pidistill preview --scan qwen2_5/0.5B_opsd
 
 `--scan` without a number renders and checks every row of `dataset` and `eval_dataset` and counts them by kind: right, refused
-(with the first row of each kind), left out, without privileged information, with earlier turns that a server shows in another
-form.
+(with the first row of each kind, and of other reasons of that kind), left out, without privileged information, with earlier
+turns that a server shows in another form.
 
 Overrides are those of `pidistill run`; configs of every recipe are taken. The prompts are decoded from the ids that a run
 builds, special tokens included; what only the teacher sees is in colour, or between ⟦ and ⟧ where the output is no terminal,

@@ -1,6 +1,7 @@
 """Render and check rows of a config's datasets as a run would: count them by kind, and measure them."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,12 +30,26 @@ COUNTED = ("student prompt", "privileged", "teacher prompt", "demonstration", "i
 REPORTED = ("right", "refused", "dropped", "without_privileged", "earlier_turns", "earlier_turns_first")
 
 
+MOST_SENTENCES = 8
+
+
 @dataclass
 class Refusals:
-    """Count the rows of one kind and keep the first sentence."""
+    """Count the rows of one kind, and keep the first sentence and others that say something else."""
 
     rows: int
     first: str
+    others: list[str] = field(default_factory=list)  # the first of each, at most MOST_SENTENCES
+
+    def add(self, sentence: str) -> None:
+        self.rows += 1
+        if len(self.others) < MOST_SENTENCES and _form(sentence) not in map(_form, (self.first, *self.others)):
+            self.others.append(sentence)
+
+
+def _form(sentence: str) -> str:
+    """Return the sentence without what differs from row to row: numbers, quoted texts and values in brackets."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"|\[.*?\]|\{.*?\}|\d[\d,.]*", "", sentence)
 
 
 @dataclass
@@ -56,8 +71,7 @@ class Scan:
     views: list[PromptViews] = field(default_factory=list)  # their prompts
 
     def refuse(self, kind: str, sentence: str) -> None:
-        known = self.refused.setdefault(kind, Refusals(0, sentence))
-        known.rows += 1
+        self.refused.setdefault(kind, Refusals(0, sentence)).add(sentence)
 
     @property
     def refused_rows(self) -> int:
@@ -166,6 +180,8 @@ def show_report(console: Console, part: str, report: Scan) -> None:
     table.add_row("right", f"{report.right:,}", "")
     for kind, refusals in report.refused.items():
         table.add_row(f"REFUSED: {kind}", f"{refusals.rows:,}", Text(escape_controls(refusals.first)))
+        for sentence in refusals.others:
+            table.add_row("", "", Text(f"also {escape_controls(sentence)}"))
     for reason, count in report.dropped.items():
         table.add_row(f"left out: {reason}", f"{count:,}", "")
     table.add_row("without privileged information", f"{report.without_privileged:,}", "")
