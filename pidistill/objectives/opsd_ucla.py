@@ -23,7 +23,9 @@ class OPSDUCLA(Objective):
     """Minimise a full-vocabulary divergence from a frozen teacher with privileged information, on the student's samples.
 
     Args:
-        divergence: "jsd", "kl_teacher_student", "kl_student_teacher", or the dotted path of a function of one's own.
+        divergence: "jsd", "kl_teacher_student", "kl_student_teacher", or the dotted path of a function of one's own. Only
+            "kl_teacher_student" without ``entry_clip`` teaches a token to which the student gives no probability: the
+            gradient of the others on its logit has that probability as a factor, or is clipped away.
         jsd_beta: weight of the teacher in the mixture of "jsd"; inside (0, 1).
         entry_clip: upper bound of each vocabulary entry's term of a KL; the revision uses 0.05.
         token_weight: see :mod:`pidistill.losses.token_weights`.

@@ -93,6 +93,20 @@ def test_entropy_equals_the_loop():
     torch.testing.assert_close(entropy(torch.full((1, 8), -math.log(8.0))), torch.tensor([math.log(8.0)]))
 
 
+def test_only_kl_teacher_student_without_a_clip_lifts_a_token_that_the_student_never_says():
+    teacher = torch.tensor([[0.0, 0.0, 9.0]], dtype=torch.float64).log_softmax(-1)  # sure of the last token
+    raw = torch.tensor([[5.0, 4.0, -9.0]], dtype=torch.float64, requires_grad=True)  # gives it a millionth
+
+    def lift(value) -> float:
+        (gradient,) = torch.autograd.grad(value(raw.log_softmax(-1)).sum(), raw)
+        return -float(gradient[0, 2])
+
+    assert lift(lambda s: kl(teacher, s)) == pytest.approx(float(teacher.exp()[0, 2]), abs=1e-6)  # q - p, and p is near 0
+    others = [lambda s: kl(s, teacher), lambda s: kl(teacher, s, entry_clip=0.05)]
+    others += [lambda s, beta=beta: generalised_jsd(teacher, s, beta) for beta in (0.1, 0.5, 0.9)]
+    assert all(abs(lift(value)) < 2e-5 for value in others)
+
+
 def test_entry_clip_bounds_each_entry_before_the_sum_and_stops_its_gradient():
     p, q = logp(1, 4, 6, scale=2.0), logp(2, 4, 6, scale=2.0)
     terms = p.exp() * (p - q)
