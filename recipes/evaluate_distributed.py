@@ -19,7 +19,7 @@ from pidistill.errors import InputError
 from pidistill.jsonl import write_jsonl
 from pidistill.training.collector import Collect, build_collector
 from pidistill.training.evaluation import VIEWS, chosen_views, eval_dropped, sample_view, success_numbers, text_row
-from pidistill.training.keys import keys_of, setting
+from pidistill.training.keys import check_values, keys_of, setting
 from pidistill.training.load import load_initial
 from pidistill.training.metrics import rollout_means, rollout_sums
 from pidistill.training.rounds import check_rewards
@@ -115,13 +115,17 @@ def domain_configs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
     """Return (prefix, config) of the config's own rows, then of each entry of `domains` put in the config's place."""
     found = [("", cfg)]
     for name, entry in OmegaConf.to_container(cfg.get("domains") or OmegaConf.create({}), resolve=True).items():
-        unknown = sorted(set(entry or {}) - set(DOMAIN_KEYS))
-        if unknown or not (entry or {}).get("dataset"):
-            wrong = f"has the key {unknown[0]}" if unknown else "has no dataset"
+        entry = entry if isinstance(entry, dict) else {}
+        unknown = sorted(set(entry) - set(DOMAIN_KEYS))
+        missing = ["dataset"] if not entry.get("dataset") else ["environment"] if entry.get("environment", "") is None else []
+        if unknown or missing:
+            wrong = f"has the key {unknown[0]}" if unknown else f"has no {missing[0]}"
             raise InputError(f"domains.{name} {wrong}; an entry has a dataset, and may have {', '.join(DOMAIN_KEYS[1:])}")
-        own = cfg.copy()
-        for key, value in entry.items():
-            own[key] = value
+        own = OmegaConf.merge(cfg, dict.fromkeys(entry), entry)  # in the place of a node, not into it
+        try:
+            check_values(own)
+        except InputError as error:
+            raise InputError(f"domains.{name}.{error}") from error
         found.append((f"{name}/", own))
     return found
 

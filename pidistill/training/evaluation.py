@@ -141,7 +141,8 @@ def bootstrap_interval(
     """Return the 95% percentile interval of the mean of a seeds × rows table, seeds and rows resampled with replacement.
 
     A plain sequence has one number per row, of one seed. Rows are what a held-out set is a sample of; more samples per row
-    narrow each value, not the choice of rows. A dimension of length 1 has no spread to resample.
+    narrow each value, not the choice of rows. A dimension of length 1 has no spread to resample, and rows that are all alike
+    give an interval without width, although n of them still allow about 3/n of the other kind.
     """
     table = np.atleast_2d(np.asarray(values, dtype=np.float64))
     generator = np.random.default_rng(seed)

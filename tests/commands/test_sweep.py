@@ -281,7 +281,16 @@ def test_a_sweep_file_is_checked(tmp_path):
         "arms: {a: {confg: tiny/rl}}": "arm a has the key confg",
         "arms: {a: {title: x}}": "a stage needs `config`",
         "arms: {a: {config: tiny/rl, overrides: {checkpointer.checkpoint_dir: '{base}/x'}}}": "the sweep has no `base`",
-        "arms: {a: {config: tiny/rl}}\ncontrols: {arms: [b], values: {}}": "controls name the arm b",
+        "arms: {a: {config: tiny/rl}}\ncontrols: {arms: [b], values: {none: {x: 1}}}": "controls name the arm b",
+        "arms: {a: {config: tiny/rl}}\ncontrols: {arms: [a]}": "controls: values is missing or empty",
+        "arms: {a: {config: tiny/rl}}\ncontrols: {arms: [a], values: {none: x}}": "controls.values: none is 'x', and must",
+        "arms: [tiny/rl]": r"arms is \['tiny/rl'\], and must be a mapping",
+        "arms: ": "arms is missing or empty",
+        "arms: {a: tiny/rl}": "arm a is 'tiny/rl', and must be a mapping with title, config",
+        "arms: {a: {stages: {x: tiny/rl}}}": "arm a: stages is .*, and must be a list",
+        "arms: {a: {config: tiny/rl}}\nseeds: 3": "seeds is 3, and must be a list",
+        "arms: {a: {config: tiny/rl}}\nbase: 3": "base is 3, and must be a text or a list",
+        "arms: {a: {config: tiny/rl, overrides: [a=b]}}": "overrides is .*, and must be a mapping",
     }.items():
         path.write_text(text)
         with pytest.raises(InputError, match=message):
@@ -491,11 +500,12 @@ def test_a_folder_that_no_sweep_wrote_is_not_emptied(recipes, sweep, tmp_path):
         (["tiny/opsd", "objective._component_=pidistill.objectives.OPSD,pidistill.objectives.Nothing"], "Nothing"),
         (["tiny/opsd", "no_such_key=1..3", "--search", "random", "--trials", "2"], "no_such_key"),
         (["tiny/opsd", "group_size=0..4", "--search", "tpe", "--trials", "2"], "group_size=0"),
+        (["tiny/opsd", "--evaluate", "tiny/rl"], "tiny/rl is no config of an evaluation"),
     ],
 )
 def test_all_cells_are_checked_before_the_first_one_starts(recipes, sweep, tmp_path, words, sentence, capsys):
     with pytest.raises(SystemExit) as end:
-        sweep(*words, "--evaluate", "tiny/evaluate")
+        sweep("--evaluate", "tiny/evaluate", *words)
     said = capsys.readouterr().err.strip()
     assert end.value.code == 2 and said.startswith("error: ") and "\n" not in said
     assert sentence in said and "nothing was started" in said

@@ -93,12 +93,20 @@ def test_a_penalty_moves_the_reward_and_no_success(tiny_base, tmp_path):
     assert shaped["reward_mean"] < plain["reward_mean"] - 4 and "reward/fixed" in shaped
 
 
+ROWS = {"_component_": "pidistill.data.qa_dataset", "source": "rows.jsonl"}
+
+
 @pytest.mark.parametrize(
     "entry, message",
     [
         ({}, "other has no dataset"),
         ({"dataset": {"a": 1}, "sampler": {}}, "other has the key sampler"),
         (None, "has no dataset"),
+        (5, "has no dataset"),
+        ({"dataset": "rows.jsonl"}, r"domains\.other\.dataset=rows\.jsonl is not a component"),
+        ({"dataset": ROWS, "environment": None}, r"domains\.other has no environment"),
+        ({"dataset": ROWS, "max_turns": "x"}, r"domains\.other\.max_turns=x must be a whole number"),
+        ({"dataset": ROWS, "eval_success_threshold": "x"}, r"domains\.other\.eval_success_threshold=x must be"),
     ],
 )
 def test_a_domain_that_lacks_rows_or_says_too_much_is_refused(entry, message):

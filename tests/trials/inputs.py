@@ -59,9 +59,9 @@ class Inputs:
             small = {"samples_per_prompt": 1, "model.num_layers": 1, "model.embed_dim": 32, "model.intermediate_dim": 64}
             small |= {"checkpointer.checkpoint_dir": str(self.base), "checkpointer.checkpoint_files": ["model.safetensors"]}
         else:
-            cfg, small = small_config(name, self.base, self.folder / "run"), {}
+            cfg, small = small_config(name, self.base, self.folder / f"run_{recipe}"), {}
         small |= {
-            "output_dir": str(self.folder / "run"),
+            "output_dir": str(self.folder / f"run_{recipe}"),  # what trains nothing refuses the folder of a training run
             "environment._component_": "pidistill.envs.tiny_world.TinyWorldEnvironment",
         }
         if "resume_from_checkpoint" in keys.keys_of(recipe):

@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,15 @@ from omegaconf import OmegaConf
 
 from pidistill.commands.places import folders, has_key, load_config, recipe_of
 from pidistill.commands.sweep.values import Axis, grid_values, parse_overrides, split_top_level, whole_number
-from pidistill.errors import InputError, one_line
+from pidistill.errors import InputError, bounded_repr, one_line
 
-SWEEP_KEYS = ("output_dir", "seeds", "base", "overrides", "evaluate", "evaluate_overrides", "select", "arms", "controls")
-ARM_KEYS = ("title", "config", "overrides", "stages", "evaluate_overrides")
-STAGE_KEYS = ("name", "config", "overrides")
+# What a sweep file may say, and of which type each value is; null stands for an absent one.
+SWEEP_KEYS = {"output_dir": str, "seeds": list, "base": str | list, "overrides": dict, "evaluate": str}
+SWEEP_KEYS |= {"evaluate_overrides": dict, "select": str, "arms": dict, "controls": dict}
+ARM_KEYS = {"title": object, "config": str, "overrides": dict, "stages": list, "evaluate_overrides": dict}
+STAGE_KEYS = {"name": str, "config": str, "overrides": dict}
+CONTROL_KEYS = {"arms": list, "values": dict}
+TYPES = {str: "a text", list: "a list", dict: "a mapping", str | list: "a text or a list"}
 SELECT = "eval_student_success"
 CHECKPOINT_KEY = "checkpointer.checkpoint_dir"
 OF_THE_MACHINE = ("device", "threads")  # typed for the training, these hold for the evaluation too
@@ -117,7 +121,7 @@ def read_sweep(
         content = OmegaConf.to_container(load_config(config), resolve=False)
     else:
         content = sweep_of_configs(names)
-    _check_keys(content, SWEEP_KEYS, f"sweep file {config}")
+    _check_keys(content, SWEEP_KEYS, f"sweep file {config}", ["arms"])
     all_seeds = seeds or swept_seeds or content.get("seeds")
     select = select or content.get("select") or SELECT
     evaluate = evaluate or content.get("evaluate")
@@ -155,7 +159,7 @@ def _arms_of_bases(content: Mapping[str, Any], bases: Sequence[str | None], with
 def _arms(content: Mapping[str, Any], base: str | None) -> list[Arm]:
     arms = []
     for name, node in content["arms"].items():
-        node = node or {}
+        node = {} if node is None else node
         _check_keys(node, ARM_KEYS, f"arm {name}")
         rows = node.get("stages") or [{"name": name, "config": node.get("config"), "overrides": node.get("overrides")}]
         stages = [_stage(row, name, _texts(content.get("overrides"))) for row in rows]
@@ -202,7 +206,7 @@ def _controls(arms: list[Arm], controls: Mapping[str, Any] | None) -> list[Arm]:
     """Return the arms, each followed by its control arms: `pi_distill`, `pi_distill [none]`, `pi_distill [shuffled]`."""
     if not controls:
         return arms
-    _check_keys(controls, ("arms", "values"), "controls")
+    _check_keys(controls, CONTROL_KEYS, "controls", CONTROL_KEYS)
     known = {arm.name for arm in arms}
     for name in controls["arms"]:
         if name not in known:
@@ -211,6 +215,7 @@ def _controls(arms: list[Arm], controls: Mapping[str, Any] | None) -> list[Arm]:
     for arm in arms:
         made.append(arm)
         for name, overrides in controls["values"].items() if arm.name in controls["arms"] else ():
+            _check_keys({name: overrides}, {name: dict}, "controls.values")
             control = replace(arm, name=f"{arm.name} [{name}]", title=f"{arm.title} [{name}]")
             made.append(with_overrides(control, _texts(overrides)))
     return made
@@ -238,10 +243,17 @@ def _texts(node: Mapping[str, Any] | None) -> dict[str, str]:
     return {str(key): as_text(value) for key, value in (node or {}).items()}
 
 
-def _check_keys(node: Mapping[str, Any], known: Sequence[str], what: str) -> None:
-    for key in node:
+def _check_keys(node: Any, known: Mapping[str, Any], what: str, required: Iterable[str] = ()) -> None:
+    if not isinstance(node, dict):
+        raise InputError(f"{what} is {bounded_repr(node)}, and must be a mapping with {', '.join(known)}")
+    for key, value in node.items():
         if key not in known:
             raise InputError(f"{what} has the key {key}, which nothing reads; known here: {', '.join(known)}")
+        if value is not None and not isinstance(value, known[key]):
+            raise InputError(f"{what}: {key} is {bounded_repr(value)}, and must be {TYPES[known[key]]}")
+    for key in required:
+        if not node.get(key):
+            raise InputError(f"{what}: {key} is missing or empty; fill it")
 
 
 # ------------------------------------------------------------------------------------------- from a sweep to cells

@@ -23,6 +23,12 @@ from pidistill.training.start import check_run
 
 def check_cells(sweep: Sweep, search: str) -> None:
     """Raise one sentence that names the first cell whose training or evaluation a recipe would refuse."""
+    known = keys_of_recipe(recipe_of(sweep.evaluate)) if sweep.evaluate else None
+    if known is not None and "views" not in known[0]:
+        raise InputError(
+            f"--evaluate {sweep.evaluate} is no config of an evaluation, so nothing was started; name one whose recipe is "
+            "evaluate_distributed, such as tiny/evaluate"
+        )
     checked: set[Path] = set()
     for cell in grid_cells(sweep) if search == "grid" else _corner_cells(sweep):
         runs = {run.folder: run for run in stage_runs(sweep, cell)}

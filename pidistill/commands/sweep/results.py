@@ -300,7 +300,8 @@ def notes(rows: Sequence[Record]) -> list[str]:
         "evaluation's config; `with PI` is the ceiling; mean ± sd over seeds (no sd for one); `last` is the last checkpoint. "
         "`NAME, greedy` is of the rows that the evaluation's config names under `domains`; (n of m) runs have it.",
         f"Chosen on validation only: {selected}, among the checkpoints that the run saved. "
-        "CPU-s: training, all stages, each with its start-up. An interval over few seeds is too narrow for what seeds do.",
+        "CPU-s: training, all stages, each with its start-up. An interval over few seeds is too narrow for what seeds do; "
+        "one of tasks that are all right or all wrong has no width, and n alike still allow 3/n of the other.",
         f"Seeds: {', '.join(map(str, seeds)) or 'as in the configs'}. Commits: {', '.join(commits) or '–'}.",
         *of_bases,
     ]
