@@ -187,8 +187,19 @@ def resolve(path: str) -> Any:
         if (new := _moved(path)) is not None:
             raise InputError(f"component {path} has moved; write {new}") from None
         cause = error.__cause__ or error
-        reason = one_line(cause)
+        lacking = isinstance(cause, ModuleNotFoundError) and cause.name == path  # the module is there, and not the name
+        reason = (_missing_name(path) if lacking else None) or one_line(cause)
         raise InputError(f"component {path} cannot be found ({reason}); check the dotted path") from error
+
+
+def _missing_name(path: str) -> str | None:
+    """Return which file lacks the component and which of its names is closest; None where the module was not imported."""
+    parent, _, name = path.rpartition(".")
+    module = sys.modules.get(parent)
+    if module is None or hasattr(module, name):
+        return None
+    names = [own for own in vars(module) if not own.startswith("_")]
+    return f"{getattr(module, '__file__', None) or parent} has no {name}{_closest(name, names)}"
 
 
 def _moved(path: str) -> str | None:

@@ -39,6 +39,8 @@ def parse_jsonl(text: str) -> list[tuple[int, Any]]:
         if line.strip():
             try:
                 rows.append((number, json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is not valid JSON: {error.msg} at character {error.colno}") from error
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number} is not valid JSON: {error}") from error
     return rows

@@ -142,8 +142,9 @@ class SampleRecipe:
         os.replace(self._aside["metrics.jsonl"], self._run.output_dir / "metrics.jsonl")
         if not row["kept"]:
             raise InputError(
-                f"{self._provenance['selection']} kept none of {row['rollouts']:g} rollouts, so there are no traces; raise "
-                "samples_per_prompt, set view=teacher, or lower selection.threshold"
+                f"{self._provenance['selection']} kept none of {row['rollouts']:g} rollouts (view {self._view}, mean reward "
+                f"{row['reward_mean']:.3g}, {row['truncated_frac']:.0%} cut off by a token limit), so there are no traces; "
+                "raise samples_per_prompt or sampler.max_new_tokens, set view=teacher, or lower selection.threshold"
             )
         os.replace(self._aside[TRACES], self._run.output_dir / TRACES)
         print(" ".join(f"{name}={value:.4g}" for name, value in row.items() if name != "step"))

@@ -142,6 +142,24 @@ def test_a_path_that_leads_nowhere_is_named(path):
         resolve(path)
 
 
+def test_a_name_that_a_module_lacks_is_said_with_the_file_and_the_closest_name(tmp_path, monkeypatch):
+    (tmp_path / "rewards_of_mine.py").write_text("def is_brief(example, turns):\n    return 1.0\n")
+    monkeypatch.chdir(tmp_path)
+    reason = re.escape(f"({tmp_path}/rewards_of_mine.py has no is_breif; did you mean is_brief?); check the dotted path")
+    with pytest.raises(InputError, match=rf"component rewards_of_mine\.is_breif cannot be found {reason}"):
+        resolve("rewards_of_mine.is_breif")
+
+
+def test_a_package_whose_module_fails_says_why(tmp_path, monkeypatch):
+    (tmp_path / "package_of_mine").mkdir()
+    (tmp_path / "package_of_mine" / "__init__.py").write_text("")
+    (tmp_path / "package_of_mine" / "parts.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    for path in ("package_of_mine.parts", "package_of_mine.parts.Thing"):
+        with pytest.raises(InputError, match=rf"component {path} cannot be found \(.*zero"):
+            resolve(path)
+
+
 def test_a_module_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
     (tmp_path / "broken_module.py").write_text("import a_module_that_is_not_there\n")
     monkeypatch.chdir(tmp_path)

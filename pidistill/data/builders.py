@@ -1,6 +1,6 @@
 """Make rows into examples: conversations, questions with answers, GSM8K.
 
-Every builder reads a .jsonl, .json or .parquet file, a glob, a folder or a Hub dataset, as
+Every builder reads a .jsonl, .json, .csv or .parquet file, a glob, a folder or a Hub dataset, as
 :func:`pidistill.data.sources.load_rows` says, and takes keys as dotted paths. Errors count rows from 0.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pidistill.chat.messages import check_messages, last_user_index, messages_from_text, with_system
+from pidistill.chat.messages import check_messages, last_user_index, messages_from_text, messages_text, with_system
 from pidistill.chat.templates import check_template
 from pidistill.data.dataset import ExampleDataset, convert_rows
 from pidistill.data.sources import get, load_rows, require_value
@@ -41,8 +41,8 @@ def chat_dataset(
 
     Args:
         messages_key: the conversation that the student answers; a text is one user message.
-        privileged_key: null where there is none. A row without a value has no privileged information; a column that no row
-            has is an error.
+        privileged_key: a column of texts or lists of messages; null where there is none. A row without a value has no
+            privileged information; a column that no row has is an error.
         completion: what part of the conversation is the demonstration: null (none: conversations end before an assistant
             turn), ``after_last_user`` (the last answer, with its tool calls and results) or ``from_first_assistant`` (every
             assistant turn, with what stands between: agent traces).
@@ -135,7 +135,7 @@ def _demonstration(value: Any, where: str, key: str) -> list[Message] | None:
 
 
 def _privileged(row: Mapping[str, Any], key: str | None, where: str) -> str | list[Message] | None:
-    """Return the privileged information of a row; None where the row has null, an empty text or an empty list."""
+    """Return the privileged information of a row; None where the row has null, an empty list or no text."""
     value = get(row, key) if key is not None else None
     if isinstance(value, str):
         value = messages_from_text(value) or (value if value.strip() else None)
@@ -146,7 +146,10 @@ def _privileged(row: Mapping[str, Any], key: str | None, where: str) -> str | li
             f"{where}: {key} is {bounded_repr(value)}; privileged information is one text or a list of messages like "
             "{'role': 'user', 'content': '...'}: write it so, or null where the row has none"
         )
-    return value if isinstance(value, str) else check_messages(value, where, str(key))
+    if isinstance(value, str):
+        return value
+    messages = check_messages(value, where, str(key))
+    return messages if messages_text(messages).strip() else None
 
 
 def check_tools(value: Any, where: str, key: str) -> list[dict[str, Any]] | None:

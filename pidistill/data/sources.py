@@ -4,6 +4,7 @@ JSON and CSV files are read as they are, so that a null of a row stays a null. P
 through Hugging Face datasets; the nulls that a table holds for the fields of other rows are removed from lists.
 """
 
+import codecs
 import csv
 import glob
 import io
@@ -117,9 +118,10 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         byte = error.object[error.start]
+        written = "utf-16" if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
         raise InputError(
             f"dataset.source {file} cannot be loaded (line {line} holds the byte 0x{byte:02x}, which is not UTF-8); write it "
-            f"as UTF-8, for example with `iconv -f latin1 -t utf-8 {file.name}`"
+            f"as UTF-8, for example with `iconv -f {written} -t utf-8 {file.name}`"
         ) from error
     if file.suffix == ".csv":  # every value is text, as it is written; an empty cell has no value
         return [{key: value or None for key, value in row.items()} for row in csv.DictReader(io.StringIO(text, newline=""))]
@@ -213,7 +215,21 @@ def _load_table(source: str, files: list[Path], split: str, data_files: Any, con
         return _load(source, "parquet", split, {split.partition("[")[0]: [str(file) for file in files]})
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _load_saved(source, split)
+    if folder.is_dir() and data_files is None:
+        _warn_of_mixed_files(folder)
     return _load(source, source, split, data_files, config_name, local=folder.is_dir())
+
+
+def _warn_of_mixed_files(folder: Path) -> None:
+    """Warn where a folder has files of several types, of which only one type is read; a .json may be about the others."""
+    types = sorted({file.suffix for file in folder.rglob("*") if file.suffix in FORMATS} - {".json"})
+    if len(types) > 1:
+        log_rank_zero(
+            _log,
+            f"dataset.source {folder} has files of type {', '.join(types)}, of which only one type is read; name the files in "
+            "dataset.data_files",
+            level=logging.WARNING,
+        )
 
 
 def _load_saved(source: str, split: str) -> Any:

@@ -1,5 +1,6 @@
 """Say what a reward is, and hold what rewards have in common."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -51,14 +52,16 @@ def last_answer(turns: Sequence[Message]) -> str:
 
 def reference_text(example: Example) -> str:
     """Return the reference of the example as text; refuse an example without one, or with several."""
-    if example.reference is None:
+    reference = example.reference
+    if reference is None or (isinstance(reference, float) and math.isnan(reference)):  # NaN: the empty cell of a table
         raise InputError(
             f"{example.id} has no reference to compare with; fill the column that dataset.reference_key (of qa_dataset: "
             "answer_key) names, set that key, or leave the row out"
         )
-    if isinstance(example.reference, list | tuple | Mapping):
+    if isinstance(reference, list | tuple | Mapping):
         raise InputError(
-            f"{example.id}: the reference is {bounded_repr(example.reference)}, and this reward compares with one text or "
+            f"{example.id}: the reference is {bounded_repr(reference)}, and this reward compares with one text or "
             "number; store one, or name a function of your own in environment.reward"
         )
-    return str(example.reference)
+    # A table whose column has an empty cell holds whole numbers as 7.0.
+    return str(int(reference) if isinstance(reference, float) and reference.is_integer() else reference)

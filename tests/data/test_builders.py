@@ -86,6 +86,22 @@ def test_more_rows_asked_for_than_there_are_is_said(tmp_path, no_network, caplog
     assert [record.getMessage() for record in caplog.records] == [f"dataset.max_rows=6, and {file} has 5 rows; all are taken"]
 
 
+def test_a_folder_with_files_of_several_types_gets_a_warning(tmp_path, no_network, caplog):
+    write(tmp_path / "rows" / "a.parquet", ROWS)
+    (tmp_path / "rows" / "about.json").write_text("{}")
+    qa_dataset(str(tmp_path / "rows"))
+    assert "only one type is read" not in caplog.text
+    write(tmp_path / "rows" / "b.jsonl", ROWS[:1])
+    assert len(qa_dataset(str(tmp_path / "rows"))) < len(ROWS) + 1
+    assert (
+        "has files of type .jsonl, .parquet, of which only one type is read; name the files in dataset.data_files"
+        in caplog.text
+    )
+    caplog.clear()
+    qa_dataset(str(tmp_path / "rows"), data_files=["a.parquet"])
+    assert "only one type is read" not in caplog.text
+
+
 def test_several_files_are_read_in_order_and_relative_paths_start_here(tmp_path, monkeypatch, no_network):
     for i, row in enumerate(ROWS):
         write(tmp_path / f"part{i}.jsonl", [row])
@@ -207,7 +223,10 @@ def test_a_row_may_lack_privileged_information_but_not_its_question_or_answer(tm
     assert qa_dataset(write(tmp_path / "b.jsonl", ROWS), answer_key=None, privileged_key=None)[0].reference is None
 
 
-@pytest.mark.parametrize("value", ["", "  ", [], {}, "[]", None], ids=repr)
+EMPTY = [{"role": "assistant", "content": " "}]
+
+
+@pytest.mark.parametrize("value", ["", "  ", [], {}, "[]", None, EMPTY, json.dumps(EMPTY)], ids=repr)
 def test_an_empty_value_is_no_privileged_information(tmp_path, value):
     rows = [ROWS[0] | {"hint": "h"}, ROWS[1] | {"hint": value}]
     shown = [e.privileged for e in qa_dataset(write(tmp_path / "rows.jsonl", rows), privileged_key="hint")]

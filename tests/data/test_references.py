@@ -15,7 +15,7 @@ from tests.support.tiny_tokenizers import qwen_folder
 
 REWARD = {"_component_": "pidistill.rewards.GSM8KReward"}
 SINGLE = {"_component_": "pidistill.envs.SingleTurn", "reward": REWARD}
-NOT_NUMBERS = ["", "10^3", "None", "nan", float("nan"), True, "see the book", "x+1", "(1, 2)"]
+NOT_NUMBERS = ["", "10^3", "None", "nan", True, "see the book", "x+1", "(1, 2)"]
 NUMBERS = ["72", "-3", "1,000", "0.5", 72, 7.5, "$18"]
 
 
@@ -41,6 +41,13 @@ def test_a_reference_that_is_a_number_is_accepted(reference):
 def test_a_reference_of_several_parts_is_refused_where_one_text_is_compared(reward, reference):
     sentence = r"train\.jsonl row 4: the reference is .*, and this reward compares with one text or number"
     with pytest.raises(InputError, match=sentence):
+        reward.check_reference(example(reference))
+
+
+@pytest.mark.parametrize("reward", [Contains(), ExactMatch()], ids=lambda reward: type(reward).__name__)
+@pytest.mark.parametrize("reference", [None, float("nan")], ids=repr)
+def test_an_empty_cell_is_no_reference(reward, reference):
+    with pytest.raises(InputError, match=r"train\.jsonl row 4 has no reference to compare with; fill the column that dataset"):
         reward.check_reference(example(reference))
 
 

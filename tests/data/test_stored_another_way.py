@@ -125,7 +125,8 @@ def test_a_saved_dataset_is_read_and_blank_values_count_as_absent(tmp_path):
     ("content", "said"),
     [
         (b'{"messages": "Z\xfcrich"}\n', r"line 1 holds the byte 0xfc, which is not UTF-8"),
-        (b'{"messages": "a"}\n\n{"messages": ', r"line 3 is not valid JSON"),
+        (b'{"messages": "a"}\n\n{"messages": ', r"line 3 is not valid JSON: Expecting value at character 14\)"),
+        ('{"messages": "a"}\n'.encode("utf-16"), r"line 1 holds the byte 0xff, .* `iconv -f utf-16 -t utf-8 rows\.jsonl`"),
         (b'{"messages": "a"}\n{"messages": "Thanks \\ud83d"}\n', r"line 2: messages holds \\ud83d, half of a surrogate pair"),
         (b'{"messages": "a"}\n["b"]\n', r"line 2 is a list, not an object with named fields"),
         (b"", r"has no rows in the split 'train'; check dataset.source"),

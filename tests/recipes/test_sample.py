@@ -144,8 +144,15 @@ def test_a_run_that_ends_in_the_middle_leaves_no_traces_and_removes_earlier_ones
 
 
 def test_a_selection_that_keeps_nothing_says_so_and_leaves_no_traces(tiny_base, tmp_path):
-    with pytest.raises(InputError, match="Successes kept none of 24 rollouts, so there are no traces; raise samples"):
-        sample("rft_sample", tiny_base, tmp_path, selection__threshold=9.0)
+    for reason, changes in (
+        (r"mean reward 0\.\d+, \d\d?% cut off", {"selection__threshold": 9.0}),
+        (r"mean reward 0\.\d+, 100% cut off", {"sampler__max_new_tokens": 1}),
+    ):
+        sentence = (
+            rf"Successes kept none of 24 rollouts \(view teacher, {reason} by a token limit\), so there are no traces; raise"
+        )
+        with pytest.raises(InputError, match=sentence):
+            sample("rft_sample", tiny_base, tmp_path, **changes)
     assert not (tmp_path / "traces.jsonl").exists()
     (summary,) = metrics(tmp_path)
     assert (summary["rollouts"], summary["kept"]) == (24, 0)

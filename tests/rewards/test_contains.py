@@ -32,6 +32,8 @@ def said(text):
         ("C++", "in C++.", 1.0),
         ("a.b", "axb", 0.0),
         (7, "7", 1.0),
+        (7.0, "7", 1.0),  # a table whose column has an empty cell holds its whole numbers so
+        (7.5, "it is 7.5", 1.0),
         ("x", "", 0.0),
     ],
 )
