@@ -4,17 +4,27 @@ pidistill validate tiny/opsd
 pidistill validate my_config.yaml group_size=4 --scan 100000
 
 Overrides are those of `pidistill run`. A config is code: its components are imported, and its tokenizer, privileged prompt,
-objective and dataset are built. No weights are read. torchtune's own configs are checked as torchtune does. Ends with status
-0, or with 2 if the config is wrong or a run would refuse one of the rows.
+objective, teacher, sampler and dataset are built, and checked together. No weights are read. torchtune's own configs are
+checked as torchtune does. Ends with status 0, or with 2 if the config is wrong or a run would refuse one of the rows.
 """
 
 import argparse
+import importlib.util
+from collections.abc import Sequence
+
+from omegaconf import DictConfig
 
 from pidistill.commands.common import config_parser, exit_on_input_error, parse_with_overrides
+from pidistill.commands.places import recipe_of
 from pidistill.commands.preview.command import read
 from pidistill.commands.preview.rows import source_of
 from pidistill.commands.preview.scan import scan
+from pidistill.config import build
 from pidistill.errors import InputError
+from pidistill.scoring.served_teacher import ServedTeacher
+from pidistill.training.compatibility import RECIPE_OF_VIEW, build_objective, check_method
+from pidistill.training.load import build_teacher
+from pidistill.types import Example
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,9 +45,11 @@ def main(argv: list[str]) -> None:
 
 def validate(config: str, overrides: list[str], count: int) -> str:
     """Return the line that says what was checked; refuse what a run would, in the config and its first ``count`` rows."""
-    source = source_of(*read(config, overrides))
+    cfg, supervised = read(config, overrides)
+    source = source_of(cfg, supervised)
     if not source.examples:
         raise InputError("the dataset has no rows; check `dataset`")
+    _check_method(config, cfg, source.examples)
     seen = scan(source, count)
     if stops := seen.stops(source):
         raise InputError(stops)
@@ -45,3 +57,27 @@ def validate(config: str, overrides: list[str], count: int) -> str:
     return (
         f"{config} is right: {seen.scanned:,} of {seen.total:,} rows were checked{f'; dropped: {left_out}' if left_out else ''}"
     )
+
+
+def _check_method(config: str, cfg: DictConfig, examples: Sequence[Example]) -> None:
+    """Build teacher and sampler, and refuse what a run would: by themselves, and together with the objective.
+
+    vLLM and a teacher's server may be on the machine that trains alone; where they are missing, so is this check.
+    """
+    name = cfg.sampler._component_ if cfg.get("sampler") else ""
+    there = name and (not name.endswith(".VLLMSampler") or importlib.util.find_spec("vllm"))
+    sampler = build(cfg.sampler) if there else None
+    if not cfg.get("objective"):
+        return
+    objective = build_objective(cfg)
+    teacher = build_teacher(cfg, examples, objective)
+    if sampler is not None and not isinstance(teacher, ServedTeacher):
+        views = {recipe: view for view, recipe in RECIPE_OF_VIEW.items()}
+        check_method(cfg, objective, sampler, teacher, views.get(_recipe(config), objective.sampling_view()))
+
+
+def _recipe(config: str) -> str | None:
+    try:
+        return recipe_of(config)
+    except InputError:  # the first line names none
+        return None

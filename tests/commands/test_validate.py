@@ -1,6 +1,7 @@
 """Test that `pidistill validate` refuses what `pidistill preview` refuses, and prints one line where both accept."""
 
 import json
+import sys
 
 import pytest
 
@@ -59,6 +60,26 @@ def test_wrong_words_get_one_sentence(words, capsys):
 def test_a_key_that_the_recipe_requires_is_missed(config, key, capsys):
     assert ended(validate, config, *FEW, f"{key}=null") == 2
     assert capsys.readouterr().err == f"error: config key {key} is missing; this recipe needs it\n"
+
+
+@pytest.mark.parametrize("config, words, said", [
+    ("tiny/sdft", ["teacher.rate=2"], "teacher.rate=2 must lie in (0, 1]"),
+    ("tiny/sdft", ["sampler.temperature=0"], "samples without probabilities cannot be trained on"),
+    ("tiny/sdft", ["sampler.top_p=2"], "sampler.top_p=2"),
+    ("tiny/evaluate", ["sampler.top_p=2"], "sampler.top_p=2"),
+    ("tiny/opsd", ["teacher.nosuch=1"], "teacher.nosuch"),
+    ("tiny/opsd", ["teacher._component_=pidistill.teachers.LiveTeacher", "teacher_model=${model}"], "teacher_model"),
+    ("tiny/opsd", ["objective._component_=pidistill.objectives.PiDistill", "~objective.beta"], "run pi_distill_distributed"),
+])  # fmt: skip
+def test_teacher_and_sampler_are_refused_as_a_run_refuses_them(config, words, said, capsys):
+    assert ended(validate, config, *FEW, *words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_on_the_machine_that_trains_alone_is_not_needed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    validate(["tiny/opsd", *FEW, "sampler._component_=pidistill.rollouts.VLLMSampler", "sampler.model_dir=nowhere"])
+    assert "is right" in capsys.readouterr().out
 
 
 def test_a_config_without_a_first_line_is_held_to_the_recipe_of_its_keys(tmp_path, capsys):
