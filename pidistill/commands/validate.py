@@ -10,21 +10,18 @@ checked as torchtune does. Ends with status 0, or with 2 if the config is wrong 
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
 from pidistill.commands.common import config_parser, exit_on_input_error, parse_with_overrides
-from pidistill.commands.places import recipe_of
 from pidistill.commands.preview.command import read
 from pidistill.commands.preview.rows import source_of
 from pidistill.commands.preview.scan import scan
 from pidistill.config import build
 from pidistill.errors import InputError
 from pidistill.scoring.served_teacher import ServedTeacher
-from pidistill.training.compatibility import RECIPE_OF_VIEW, build_objective, check_method
-from pidistill.training.load import build_teacher
-from pidistill.types import Example
+from pidistill.teachers import LiveTeacher
+from pidistill.training.compatibility import build_objective, check_method
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +46,7 @@ def validate(config: str, overrides: list[str], count: int) -> str:
     source = source_of(cfg, supervised)
     if not source.examples:
         raise InputError("the dataset has no rows; check `dataset`")
-    _check_method(config, cfg, source.examples)
+    _check_method(cfg)
     seen = scan(source, count)
     if stops := seen.stops(source):
         raise InputError(stops)
@@ -59,7 +56,7 @@ def validate(config: str, overrides: list[str], count: int) -> str:
     )
 
 
-def _check_method(config: str, cfg: DictConfig, examples: Sequence[Example]) -> None:
+def _check_method(cfg: DictConfig) -> None:
     """Build teacher and sampler, and refuse what a run would: by themselves, and together with the objective.
 
     vLLM and a teacher's server may be on the machine that trains alone; where they are missing, so is this check.
@@ -69,15 +66,6 @@ def _check_method(config: str, cfg: DictConfig, examples: Sequence[Example]) -> 
     sampler = build(cfg.sampler) if there else None
     if not cfg.get("objective"):
         return
-    objective = build_objective(cfg)
-    teacher = build_teacher(cfg, examples, objective)
+    objective, teacher = build_objective(cfg), build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
     if sampler is not None and not isinstance(teacher, ServedTeacher):
-        views = {recipe: view for view, recipe in RECIPE_OF_VIEW.items()}
-        check_method(cfg, objective, sampler, teacher, views.get(_recipe(config), objective.sampling_view()))
-
-
-def _recipe(config: str) -> str | None:
-    try:
-        return recipe_of(config)
-    except InputError:  # the first line names none
-        return None
+        check_method(cfg, objective, sampler, teacher, objective.sampling_view())

@@ -203,21 +203,16 @@ def test_rows_without_privileged_information_and_wrong_numbers_are_refused(words
 
 @dataclass
 class EndsWhatIsBegun(ReadsTheUserTurn):
-    """Goes on from the first id of an answer with what the user turn says, and leaves a longer beginning as it is."""
+    """Goes on from the first id of an answer with what the user turn says."""
 
     def sample(self, model, prompts, *, group_size, on_turn_end, max_new_tokens=None, **settings) -> list[Sample]:
         tokenizer = HFChatTokenizer(self.path, max_seq_len=1024)
-        student = tokenizer.encode_turn([{"role": "user", "content": "?"}], {"role": "assistant", "content": "#### 7"})
+        first = tokenizer.encode_turn([{"role": "user", "content": "?"}], {"role": "assistant", "content": "#### 7"})[0]
         LIMITS.append(max_new_tokens)
         samples = []
         for row, prompt in enumerate(prompts):
-            begun = max(n for n in range(len(student)) if n == 0 or list(prompt[-n:]) == student[:n])
+            begun = int(prompt[-1] == first)
             plain = list(prompt[: len(prompt) - begun])
-            if begun > 1:
-                rest = student[begun:]
-                assert on_turn_end(row, rest) is None
-                samples.append(Sample(rest, [True] * len(rest), [-1.0] * len(rest), "done"))
-                continue
             whole = super().sample(model, [plain], group_size=1, on_turn_end=lambda row, ids: None, **settings)[0].tokens
             assert on_turn_end(row, whole[begun:]) is None
             samples.append(Sample(whole[begun:], [True] * len(whole[begun:]), [-1.0] * len(whole[begun:]), "done"))
@@ -233,17 +228,15 @@ def test_a_teacher_that_goes_on_from_the_students_words_is_measured_on_the_whole
     assert {numbers["success"] - numbers["after"] for numbers in one.values()} == {0.0}
     assert {numbers["after"] for numbers in one.values()} == {0.0, 1.0}
     assert {None, 23} == set(LIMITS)  # 24 with the one that is given
-    most = run([*going_on, "--after", "20"], capsys)
-    assert {numbers["after"] for numbers in most["wordings"].values()} == {0.0}
-    assert any(
-        said.startswith("Where the student has begun the answer, this teacher is right in 0.00") for said in most["advice"]
-    )
+    assert {numbers["after_rows"] for numbers in one.values()} == {3}
+    most = run([*going_on, "--after", "20"], capsys)  # every answer of the student is over by then
+    assert {numbers["after"] for numbers in most["wordings"].values()} == {None}
 
 
-def test_a_beginning_ends_before_the_end_of_the_first_turn():
+def test_an_answer_that_is_over_has_no_beginning_to_go_on_from():
     rollout = Rollout.__new__(Rollout)
     rollout.completion, rollout.turn_policy_tokens = [5, 6, 9, 1, 2, 7, 9], [3, 2]
-    assert [beginning(rollout, n, frozenset({9})) for n in (1, 2, 3, 50)] == [[5], [5, 6], [5, 6], [5, 6]]
+    assert [beginning(rollout, n) for n in (1, 2, 3, 50)] == [[5], [5, 6], None, None]
 
 
 def test_given_ids_come_before_what_is_sampled_in_every_row():

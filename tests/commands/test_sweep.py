@@ -272,6 +272,8 @@ def test_the_evaluation_runs_where_the_training_is_told_to(recipes, sweep, stage
     assert len(recipes.ran) == 3 + 1
     assert all((run["device"], run["threads"]) == ("cpu", "1") for run in recipes.ran)
     assert [run.get("group_size") for run in recipes.ran] == [None, "4", None, None]
+    sweep(stages_file, "--arms", "base", "device=cpu", "threads=2")
+    assert len(recipes.ran) == 3 + 1  # where it runs makes it no other evaluation
 
 
 def test_a_sweep_file_is_checked(tmp_path):

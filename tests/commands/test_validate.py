@@ -69,7 +69,6 @@ def test_a_key_that_the_recipe_requires_is_missed(config, key, capsys):
     ("tiny/evaluate", ["sampler.top_p=2"], "sampler.top_p=2"),
     ("tiny/opsd", ["teacher.nosuch=1"], "teacher.nosuch"),
     ("tiny/opsd", ["teacher._component_=pidistill.teachers.LiveTeacher", "teacher_model=${model}"], "teacher_model"),
-    ("tiny/opsd", ["objective._component_=pidistill.objectives.PiDistill", "~objective.beta"], "run pi_distill_distributed"),
 ])  # fmt: skip
 def test_teacher_and_sampler_are_refused_as_a_run_refuses_them(config, words, said, capsys):
     assert ended(validate, config, *FEW, *words) == 2

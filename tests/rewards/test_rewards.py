@@ -127,6 +127,7 @@ def test_the_last_assistant_turn_counts():
 
 def test_exact_match_compares_the_whole_answer_without_outer_spaces():
     assert ExactMatch()(example("Yes"), said(" Yes\n")) == 1.0
+    assert [ExactMatch()(example(2.0), said(text)) for text in ("2", "2.0", "2.5")] == [1.0, 1.0, 0.0]
     assert ExactMatch()(example("Yes"), said("yes")) == 0.0
     assert ExactMatch(casefold=True)(example("Straße"), said("STRASSE")) == 1.0
     assert ExactMatch(strip=False)(example("Yes"), said(" Yes")) == 0.0

@@ -38,7 +38,7 @@ class GoOn:
         def with_beginning(row: int, ids: list[int]) -> Any:
             return on_turn_end(row, waiting.pop(row, []) + ids)
 
-        longest = max(map(len, given), default=0)
+        longest = max(map(len, given), default=0)  # all are as long, so that this is what each row has left
         limit = (self.max_new_tokens if max_new_tokens is None else max_new_tokens) - longest
         begun = [[*prompt, *ids] for prompt, ids in zip(prompts, given, strict=True)]
         samples = self.sampler.sample(model, begun, on_turn_end=with_beginning, max_new_tokens=limit, **settings)
@@ -55,7 +55,6 @@ def _whole(ids: list[int], sample: Sample) -> Sample:
     )
 
 
-def beginning(rollout: Rollout, count: int, stop_ids: frozenset[int]) -> list[int]:
-    """Return the first ``count`` ids of the rollout's first turn, without the id that ends it."""
-    first = rollout.completion[: min(count, rollout.turn_policy_tokens[0])]
-    return first[:-1] if first and first[-1] in stop_ids else first
+def beginning(rollout: Rollout, count: int) -> list[int] | None:
+    """Return the first ``count`` ids of the rollout; None where its first turn is over by then."""
+    return rollout.completion[:count] if rollout.turn_policy_tokens[0] > count else None

@@ -122,10 +122,10 @@ class Found:
         chance = _chance(self.student, best)
         if self.gain < chance and (self.gain > 0 or best.rows < FEW_ROWS):
             said.append(f"Of {rows} a difference of up to {min(chance, 1.0):.2f} may be chance; raise --rows.")
-        if self.gain > 0 and best.after is not None and best.after - self.student.best < self.gain / 2:
+        if best.after is not None:
             said.append(
-                f"Where the student has begun the answer, this teacher is right in {best.after:.2f}: what corrects the "
-                "student's own answers (OPSD, SDFT) has less to learn from than what trains on the teacher's (π-Distill, RFT)."
+                f"Where the student has begun the answer ({best.after_rows} of {rows}, in which it was not over by then), this "
+                f"teacher is right in {best.after:.2f}; methods on the student's own answers (OPSD, SDFT) have it so."
             )
         if best.flexible is not None and best.flexible > best.success:
             said.append(

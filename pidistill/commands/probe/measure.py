@@ -46,7 +46,9 @@ class Measured:
     kl_student_teacher: float | None = None
     # kl(teacher||student) by quarter of the completion; None where no answer is long enough to have a token there
     kl_quarters: tuple[float | None, ...] = ()
-    after: float | None = None  # `best` of answers that the student has begun and the teacher ends; None: not measured
+    # `best` of answers that the student has begun and the teacher ends, over the rows whose first turn was not over by then.
+    after: float | None = None
+    after_rows: int = 0
 
     @property
     def best(self) -> float:
@@ -101,12 +103,14 @@ class Probe:
         self, measured: Measured, rollouts: Sequence[Rollout], prompts: Prompts, privileged: PrivilegedPrompt, count: int
     ) -> Measured:
         """Return ``measured`` with the success of a teacher that goes on from the first ``count`` ids of ``rollouts``."""
-        begun = {r.example.id: beginning(r, count, self.tokenizer.stop_ids) for r in rollouts}
+        begun = {r.example.id: ids for r in rollouts if (ids := beginning(r, count)) is not None}
         known = [(example, pair) for example, pair in prompts if example.id in begun]
+        if not known:
+            return measured
         given = {tuple(pair.teacher): begun[example.id] for example, pair in known}
         going_on = replace(self, collect=partial(self.collect, sampler=GoOn(self.sampler, given)))
         sampled, _ = going_on.sample(known, "teacher", privileged)
-        return replace(measured, after=self.measure(sampled, privileged).best)
+        return replace(measured, after=self.measure(sampled, privileged).best, after_rows=len(sampled))
 
     def with_divergences(self, measured: Measured, rollouts: Sequence[Rollout], prompts: Prompts) -> Measured:
         """Return ``measured`` with the divergences on the student's ``rollouts``, whose teacher sees ``prompts``."""

@@ -293,8 +293,14 @@ def grid_cells(sweep: Sweep) -> list[Cell]:
 
 
 def evaluate_overrides(sweep: Sweep, arm: Arm) -> dict[str, str]:
+    """Return what a cell's evaluation runs with."""
     typed = {key: sweep.fixed[key] for key in OF_THE_MACHINE if key in sweep.fixed}
-    return {**typed, **sweep.evaluate_overrides, **arm.evaluate_overrides}
+    return {**typed, **evaluation_of(sweep, arm)}
+
+
+def evaluation_of(sweep: Sweep, arm: Arm) -> dict[str, str]:
+    """Return what tells one evaluation from another: where it runs does not."""
+    return {**sweep.evaluate_overrides, **arm.evaluate_overrides}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from pidistill.commands.sweep.cells import (
     StageRun,
     Sweep,
     evaluate_overrides,
+    evaluation_of,
     fingerprint,
     run_command,
     safe_name,
@@ -164,7 +165,7 @@ def cell_fingerprint(sweep: Sweep, cell: Cell) -> str:
     """Return a hash of all that must be the same for a finished cell to count as finished."""
     marks = [run.fingerprint for run in stage_runs(sweep, cell)]
     if sweep.evaluate:
-        marks.append(fingerprint(sweep.evaluate, evaluate_overrides(sweep, cell.arm), {}))
+        marks.append(fingerprint(sweep.evaluate, evaluation_of(sweep, cell.arm), {}))
     return short_hash(json.dumps([marks, sweep.select, "" if marks[1:] or cell.arm.stages else cell.arm.base]))
 
 
@@ -234,7 +235,7 @@ def _evaluate(sweep: Sweep, cell: Cell, row: dict[str, Any]) -> None:
 
 def _evaluate_run(sweep: Sweep, cell: Cell, run: StageRun, checkpoint: Path) -> dict[str, Any]:
     name = checkpoint.resolve().name
-    own = evaluate_overrides(sweep, cell.arm)
+    own = evaluation_of(sweep, cell.arm)
     name += f"-{short_hash(json.dumps(own, sort_keys=True))}" if own else ""
     folder = sweep.output_dir / "evaluate" / run.folder.name / name
     return evaluate_checkpoint(sweep, cell, checkpoint, folder, run.fingerprint)
@@ -242,10 +243,11 @@ def _evaluate_run(sweep: Sweep, cell: Cell, run: StageRun, checkpoint: Path) -> 
 
 def evaluate_checkpoint(sweep: Sweep, cell: Cell, checkpoint: Path, folder: Path, mark: str | None) -> dict[str, Any]:
     assert sweep.evaluate is not None
-    overrides = {CHECKPOINT_KEY: str(checkpoint), **evaluate_overrides(sweep, cell.arm)}
-    command = run_command(sweep.evaluate, {"output_dir": str(folder), **overrides})
+    start = {CHECKPOINT_KEY: str(checkpoint)}
+    command = run_command(sweep.evaluate, {"output_dir": str(folder), **start, **evaluate_overrides(sweep, cell.arm)})
     inputs = {"run": mark or str(checkpoint)}
-    record = run_once(sweep.output_dir, folder, command, fingerprint(sweep.evaluate, overrides, inputs))
+    own = fingerprint(sweep.evaluate, start | evaluation_of(sweep, cell.arm), inputs)
+    record = run_once(sweep.output_dir, folder, command, own)
     if record["status"] != "ok":
         _fail(record, folder)
     found = re.fullmatch(r"step_(\d+)", checkpoint.resolve().name)
