@@ -224,7 +224,9 @@ def test_a_teacher_that_goes_on_from_the_students_words_is_measured_on_the_whole
     going_on = [*words, f"sampler._component_={__name__}.EndsWhatIsBegun", "--rows", "3", "--no-kl"]
     plain = run(going_on, capsys)
     assert all(numbers["after"] is None for numbers in plain["wordings"].values())
-    one = run([*going_on, "--after", "1"], capsys)["wordings"]
+    begun = run([*going_on, "--after", "1"], capsys)
+    one = begun["wordings"]
+    assert any("in which it was not over by then), this teacher is right in 1.00" in said for said in begun["advice"])
     assert {numbers["success"] - numbers["after"] for numbers in one.values()} == {0.0}
     assert {numbers["after"] for numbers in one.values()} == {0.0, 1.0}
     assert {None, 23} == set(LIMITS)  # 24 with the one that is given
