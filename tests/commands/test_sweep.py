@@ -267,13 +267,15 @@ def test_a_typed_key_does_not_replace_what_a_stage_takes_from_an_earlier_one(tmp
     assert second["dataset.source"] == f"{first['output_dir']}/traces.jsonl"
 
 
-def test_the_evaluation_runs_where_the_training_is_told_to(recipes, sweep, stages_file):
+def test_the_evaluation_runs_where_the_training_is_told_to(recipes, sweep, stages_file, capsys):
     sweep(stages_file, "--arms", "base", "opsd", "device=cpu", "threads=1", "group_size=4", "seed=0")
     assert len(recipes.ran) == 3 + 1
     assert all((run["device"], run["threads"]) == ("cpu", "1") for run in recipes.ran)
     assert [run.get("group_size") for run in recipes.ran] == [None, "4", None, None]
+    capsys.readouterr()
     sweep(stages_file, "--arms", "base", "device=cpu", "threads=2")
-    assert len(recipes.ran) == 3 + 1  # where it runs makes it no other evaluation
+    assert len(recipes.ran) == 3 + 1  # where it runs makes it no other evaluation, and the cell no other cell
+    assert "changed" not in "".join(capsys.readouterr())
 
 
 def test_a_sweep_file_is_checked(tmp_path):
