@@ -16,10 +16,7 @@ ROOMS = ("attic", "cellar", "garage", "kitchen", "office", "shed")
 THINGS = (
     "copper kettle, blue lantern, wool blanket, brass bell, paint roller, chess clock, garden hose, silver tray, "
     "camping stove, fishing net, sewing kit, wall map, bread basket, snow shovel, violin case, hand drill, "
-    "picnic rug, oil lamp, tea set, bicycle pump, rope ladder, water jug, picture frame, tool belt, "
-    "ice bucket, wooden spoon, folding chair, candle holder, tennis racket, desk fan, coffee mill, flower pot, "
-    "sleeping bag, piano stool, rain coat, glue gun, fruit bowl, shoe rack, bird house, card table, "
-    "tape measure, soup ladle, wine rack, letter opener, beach ball, door mat, step stool, egg timer"
+    "picnic rug, oil lamp, tea set, bicycle pump, rope ladder, water jug, picture frame, tool belt"
 )
 ITEMS = THINGS.split(", ")
 WAYS = {
@@ -38,11 +35,16 @@ WAYS = {
     "validation": ("Do we have the {item} somewhere?",),
 }
 SYSTEM = "You fetch things from a stockroom. Open the one room where the thing is: your key opens one. Then take its box."
-SHOWN = (("umbrella", "attic", 54), ("paper bag", "shed", 31))  # episodes that every prompt begins with
+# episodes that every prompt begins with
+SHOWN = (
+    ("umbrella", "attic", 54, "Please bring me the umbrella."),
+    ("paper bag", "shed", 31, "Do you have the paper bag?"),
+    ("hammer", "cellar", 76, "I want the hammer."),
+)
 
 
 def rooms() -> dict[str, str]:
-    """Return the room of each item: eight items in each, at random."""
+    """Return the room of each item: four items in each, at random."""
     places = list(ROOMS) * (len(ITEMS) // len(ROOMS))
     random.Random("rooms").shuffle(places)
     return dict(zip(ITEMS, places, strict=True))
@@ -53,12 +55,11 @@ def call(name: str, **arguments: str | int) -> dict:
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def episode(item: str, room: str, number: int, boxes: dict[int, str]) -> list[dict]:
+def episode(item: str, room: str, number: int) -> list[dict]:
     """Return what agent and tools say until the item is there."""
-    listed = ", ".join(f"box {number}: {content}" for number, content in boxes.items())
     return [
         {"role": "assistant", "content": "", "tool_calls": [call("open_room", room=room)]},
-        {"role": "tool", "content": listed},
+        {"role": "tool", "content": f"the {item} is in box {number}"},
         {"role": "assistant", "content": "", "tool_calls": [call("take_box", number=number)]},
         {"role": "tool", "content": f"you have the {item}"},
         {"role": "assistant", "content": f"Here is the {item}."},
@@ -68,28 +69,22 @@ def episode(item: str, room: str, number: int, boxes: dict[int, str]) -> list[di
 def demonstrations() -> list[dict]:
     """Return the episodes that every prompt begins with: a model of 135M parameters needs them to write a call at all."""
     messages = []
-    for item, room, number in SHOWN:
-        messages.append({"role": "user", "content": f"Do you have the {item}?"})
-        messages += episode(item, room, number, {number - 13: "broom", number: item, number + 22: "hammer"})
+    for item, room, number, request in SHOWN:
+        messages += [{"role": "user", "content": request}, *episode(item, room, number)]
     return messages
 
 
 def row(item: str, way: str, room: str, rng: random.Random) -> dict:
-    """Return a request with its boxes, the expert's calls as privileged information, and the expert's whole episode."""
-    inside = [item, *rng.sample([other for other in ITEMS if other != item], 2)]
-    rng.shuffle(inside)
-    boxes = dict(zip(rng.sample(range(10, 100), 3), inside, strict=True))
-    number = next(number for number, content in boxes.items() if content == item)
+    """Return a request, and the expert's episode: as privileged information, and as a demonstration for supervised training."""
+    number = rng.randrange(10, 100)
     asked = [{"role": "user", "content": way.format(item=item)}]
-    completion = episode(item, room, number, boxes)
-    calls = [json.dumps(one["function"]) for turn in completion for one in turn.get("tool_calls", [])]
     return {
         "messages": [{"role": "system", "content": SYSTEM}, *demonstrations(), *asked],
-        "privileged": "\n".join(f"<action>{line}</action>" for line in calls),
-        "completion": completion,
+        "privileged_messages": [*asked, *episode(item, room, number)],
+        "completion": episode(item, room, number),
         "item": item,
         "room": room,
-        "boxes": boxes,
+        "box": number,
     }
 
 

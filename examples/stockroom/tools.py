@@ -19,38 +19,35 @@ class Visit:
 
     item: str
     room: str
-    boxes: dict[int, str]  # of that room: number → what is in it
+    box: int
     opened: str | None = None
-    taken: str | None = None
+    taken: bool = False
 
 
 def open_door(example: Example) -> Visit:
     """Return the state of a new episode."""
-    boxes = {int(number): item for number, item in example.data["boxes"].items()}
-    return Visit(example.data["item"], example.data["room"], boxes)
+    return Visit(example.data["item"], example.data["room"], example.data["box"])
 
 
 def open_room(state: Visit, room: Room) -> str:
-    """Open a room and see its boxes."""
+    """Open a room and look for the thing."""
     if state.opened is not None:
         raise ToolError("your key is used up")
     state.opened = room
     if room != state.room:
         return f"no {state.item} here"
-    return ", ".join(f"box {number}: {item}" for number, item in state.boxes.items())
+    return f"the {state.item} is in box {state.box}"
 
 
 def take_box(state: Visit, number: int) -> str:
     """Take one box of the open room."""
-    if state.opened != state.room or number not in state.boxes:
+    if state.opened != state.room or number != state.box:
         raise ToolError("there is no such box here")
-    if state.taken is not None:
-        raise ToolError("you have a box already")
-    state.taken = state.boxes[number]
-    return f"you have the {state.taken}"
+    state.taken = True
+    return f"you have the {state.item}"
 
 
 def brought_it(example: Example, turns: Sequence[Message]) -> float:
     """Return 1 if the agent holds the item that was asked for, else 0."""
     visit: Any = example.data["state"]
-    return float(visit.taken == visit.item)
+    return float(visit.taken)
