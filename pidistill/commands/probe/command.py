@@ -237,7 +237,12 @@ def _cut_by(cfg: DictConfig) -> str:
 
 def _start(arguments: argparse.Namespace) -> tuple[DictConfig, Run]:
     cfg = merged(arguments.config, arguments.overrides)
-    for key in (RESUME, "domains", "views"):  # of a run or an evaluation, which the probe's own table does not need
+    for key in (
+        RESUME,
+        "domains",
+        "views",
+        "eval_cluster_key",
+    ):  # of a run or an evaluation, which the probe's own table does not need
         cfg.pop(key, None)
     if cfg.get("output_dir"):
         cfg.output_dir = str(Path(cfg.output_dir) / "probe")  # beside a run, never in its files
