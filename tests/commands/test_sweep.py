@@ -280,6 +280,16 @@ def test_the_evaluation_runs_where_the_training_is_told_to(recipes, sweep, stage
     assert "changed" not in "".join(capsys.readouterr())
 
 
+def test_where_a_cell_runs_makes_it_no_other_cell_unless_that_is_swept(recipes, sweep):
+    first = sweep("tiny/opsd", "seed=0", "threads=1", "device=cpu", "--evaluate", "tiny/evaluate")
+    assert list(first) == ["tiny/opsd,seed=0"] and first["tiny/opsd,seed=0"]["settings"] == {}
+    assert all(run["threads"] == "1" and run["device"] == "cpu" for run in recipes.ran)
+    done = len(recipes.ran)
+    again = sweep("tiny/opsd", "seed=0", "threads=2", "--evaluate", "tiny/evaluate")
+    assert list(again) == list(first) and len(recipes.ran) == done
+    assert len(sweep("tiny/opsd", "seed=0", "threads=1,2")) == 1 + 2 and len(recipes.ran) == done + 2
+
+
 def test_a_sweep_file_is_checked(tmp_path):
     path = tmp_path / "sweep.yaml"
     for text, message in {

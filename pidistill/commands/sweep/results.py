@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pidistill.commands.sweep.cells import OF_THE_MACHINE
 from pidistill.errors import escape_controls
 from pidistill.jsonl import read_jsonl, write_jsonl
 from pidistill.training.evaluation import bootstrap_interval
@@ -354,6 +355,7 @@ def cost_columns() -> dict[str, Callable[[Group], str]]:
 NOT_THE_METHOD = {
     *("output_dir", "seed", "save_every_steps", "rollout_log_steps", "dataset.source", "checkpointer.checkpoint_dir"),
     "teacher_checkpointer.checkpoint_dir",
+    *OF_THE_MACHINE,
 }
 
 
