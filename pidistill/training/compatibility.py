@@ -10,7 +10,8 @@ from torchtune import utils
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
 from pidistill.config import build, resolve
-from pidistill.data.load import told_later
+from pidistill.data.load import gives_no_reward, told_later
+from pidistill.data.routes import route_of
 from pidistill.errors import InputError
 from pidistill.losses.divergences import check_divergence
 from pidistill.losses.token_weights import divergences_of
@@ -25,11 +26,60 @@ from pidistill.scoring.stored_teacher import StoredTeacher
 from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, RoutedTeacher, SnapshotTeacher, Teacher
 from pidistill.training.health import reads_rewards
 from pidistill.training.keys import setting
-from pidistill.types import ViewName
+from pidistill.types import Example, ViewName
 
 log = utils.get_logger("INFO")
 
 RECIPE_OF_VIEW: dict[ViewName, str] = {"teacher": "pi_distill_distributed", "student": "opsd_distributed"}
+
+
+REWARD_FREE = "SDFT, OPSDUCLA, PCSD, GKD or OPD, or OPSD with reward_weight: 0"
+
+
+def check_reward(cfg: DictConfig) -> None:
+    """Refuse what reads a reward where the environment gives none."""
+    if not gives_no_reward(cfg.get("environment")):
+        return
+    objective, hindsight = cfg.get("objective") or {}, cfg.get("hindsight") or {}
+    by_row = objective.get("objectives") and cfg.environment.get("environments")  # see `check_routed_rewards`
+    if reads_rewards(objective) and not by_row:
+        reader, other = f"objective {_name(objective)} learns from", f"another objective ({REWARD_FREE})"
+    elif "SignGate" in str(objective.get("token_weight")):
+        reader, other = "objective.token_weight SignGate reads", "another objective.token_weight"
+    elif hindsight.get("sibling"):
+        reader, other = "hindsight.sibling chooses by", "hindsight.sibling=null"
+    elif cfg.get("reward_shaping"):
+        reader, other = "reward_shaping adds to", "reward_shaping=null"
+    elif "threshold" in _parameters(cfg.get("selection")):
+        reader, other = f"selection {_name(cfg.selection)} chooses by", "selection pidistill.rollouts.selections.All"
+    else:
+        return
+    raise InputError(f"{reader} the reward, and the environment has none; set environment.reward, or {other}")
+
+
+def check_routed_rewards(cfg: DictConfig, examples: Sequence[Example], objective: RoutedObjective) -> None:
+    """Refuse a row whose objective learns from a reward and whose environment gives none, where its key names both."""
+    node = cfg.environment
+    if not node.get("environments") or not gives_no_reward(node):
+        return
+    silent = {str(name): gives_no_reward(part) for name, part in node.environments.items()}
+    reads = {str(name): reads_rewards(part) for name, part in cfg.objective.objectives.items()}
+    for example in examples:
+        name = objective.name_of(example)
+        place = route_of(example, node.key, silent, node.get("default"), "environment")
+        if reads[name] and silent[place]:
+            raise InputError(
+                f"{example.id}: objective.objectives.{name} learns from the reward, and environment.environments.{place} has "
+                f"none; set its reward, or another objective ({REWARD_FREE})"
+            )
+
+
+def _name(node: DictConfig) -> str:
+    return str(node.get("_component_")).rpartition(".")[2]
+
+
+def _parameters(node: DictConfig | None) -> Sequence[str]:
+    return list(inspect.signature(resolve(node._component_)).parameters) if node else []
 
 
 def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teacher: Teacher, sampling_view: ViewName) -> None:

@@ -31,6 +31,7 @@ from pidistill.jsonl import replace_file
 from pidistill.models.adapter_dir import check_adapter_dir
 from pidistill.models.offloading import check_offloading
 from pidistill.training.checkpoint_source import check_checkpoint_fits, check_checkpoint_folder, use_fallback_checkpoint
+from pidistill.training.compatibility import check_reward
 from pidistill.training.disk import is_disk_fault
 from pidistill.training.interrupts import Stopped, handle_signals, training_run
 from pidistill.training.keys import check_values, setting
@@ -109,6 +110,7 @@ def check_run(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -
     OmegaConf.to_container(cfg, resolve=True)  # an interpolation that leads nowhere
     check_config(cfg, known, required)
     check_values(cfg)
+    check_reward(cfg)
     _check_logger(cfg)
 
 
