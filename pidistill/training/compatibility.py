@@ -14,10 +14,10 @@ from pidistill.data.load import gives_no_reward, told_later
 from pidistill.data.routes import route_of
 from pidistill.errors import InputError
 from pidistill.losses.divergences import check_divergence
-from pidistill.losses.token_weights import divergences_of
+from pidistill.losses.token_weights import SkipFirst, divergences_of
 from pidistill.models.adapters import has_adapters
 from pidistill.models.empty import shared_empty_model
-from pidistill.objectives import GRPO, SDPO, RoutedObjective
+from pidistill.objectives import GRPO, SDFT, SDPO, RoutedObjective
 from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
 from pidistill.scoring.mismatch import cuts_off
@@ -113,6 +113,7 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
     parts = list(objective.objectives.values()) if isinstance(objective, RoutedObjective) else [objective]
     for part in parts:
         _check_truncation(cfg, part, sampler)
+        _check_skipped(part, sampler)
     _check_group(cfg, objective, method)
     if cfg.get("hindsight"):
         check_hindsight(cfg, objective, method)
@@ -221,6 +222,19 @@ def _check_truncation(cfg: DictConfig, objective: Objective, sampler: Sampler) -
             f"sampler.top_p={sampler.top_p} is below objective.clip_low={clip_low}: the ratio of a fresh sample is the mass "
             "that top_p keeps, so that tokens of negative advantage would lose their gradient in the very first update; "
             f"{correction}raise sampler.top_p, or lower objective.clip_low"
+        )
+
+
+def _check_skipped(objective: Objective, sampler: Sampler) -> None:
+    """Refuse to leave out as many first tokens as an answer can have."""
+    weight = getattr(objective, "token_weight", None)
+    skipped = max((step.tokens for step in getattr(weight, "steps", [weight]) if isinstance(step, SkipFirst)), default=0)
+    if objective.on_policy_frac > 0.0 and skipped >= sampler.max_new_tokens:
+        key = "skip_first_tokens" if isinstance(objective, SDFT) else "token_weight.tokens"
+        raise InputError(
+            f"objective.{key}={skipped} leaves out the first tokens of an answer, and answers have at most "
+            f"sampler.max_new_tokens={sampler.max_new_tokens}, so that nothing would be distilled; lower the one "
+            "or raise the other"
         )
 
 
