@@ -19,6 +19,7 @@ from pidistill.data import RecipeData, load_prompts
 from pidistill.errors import InputError
 from pidistill.jsonl import write_jsonl
 from pidistill.training.collector import Collect, build_collector
+from pidistill.training.compatibility import check_reward
 from pidistill.training.evaluation import (
     VIEWS,
     chosen_views,
@@ -96,7 +97,7 @@ class EvaluateRecipe:
         means = rollout_means(rollout_sums(rollouts, threshold, domain.data.leak_phrases))
         means.pop("success_frac", None)
         successes: dict[int, list[bool]] = {}
-        for rollout in rollouts:
+        for rollout in judged(rollouts):
             successes.setdefault(rollout.group, []).append(rollout.task_reward >= threshold)
         result = {"samples": samples, "rollouts": len(rollouts)}
         clusters = None if domain.clusters is None else dict(enumerate(domain.clusters))
@@ -105,7 +106,7 @@ class EvaluateRecipe:
     def row_success(self, domain: Domain, rollouts: list[Rollout]) -> dict[str, float]:
         """Return the share of successes of each row's samples, by row id."""
         successes: dict[str, list[bool]] = {}
-        for rollout in rollouts:
+        for rollout in judged(rollouts):
             successes.setdefault(rollout.example.id, []).append(rollout.task_reward >= domain.data.success_threshold)
         return {row: sum(values) / len(values) for row, values in successes.items()}
 
@@ -139,6 +140,7 @@ def domain_configs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
         own = OmegaConf.merge(cfg, dict.fromkeys([*entry, "eval_cluster_key"]), entry)
         try:
             check_values(own)
+            check_reward(own)
         except InputError as error:
             raise InputError(f"domains.{name}.{error}") from error
         found.append((f"{name}/", own))
@@ -154,6 +156,11 @@ def load_domain(cfg: DictConfig, prefix: str, sampler: Any) -> Domain:
         if not prefix:
             raise
         raise InputError(f"domains.{prefix.removesuffix('/')}: {error}") from error
+
+
+def judged(rollouts: list[Rollout]) -> list[Rollout]:
+    """Return the rollouts that have a reward; an environment with `reward: null` gives none."""
+    return [rollout for rollout in rollouts if rollout.task_reward is not None]
 
 
 def sampled(name: str, domain: Domain) -> bool:

@@ -62,12 +62,16 @@ def evaluate(
     """Return `eval_*` numbers of the model on ``prompts``, the same on every rank; see :mod:`pidistill.training.metrics`.
 
     Greedy without privileged information; ``samples`` per prompt at the sampling temperature without it, and with it
-    (the ceiling), where any row has it.
+    (the ceiling), where any row has it. Where the environment gives no reward, only the second is sampled, for its lengths.
     """
-    greedy = sample_view(model, prompts, collect, run, view="student", samples=1, temperature=0.0)
     sampled = sample_view(model, prompts, collect, run, view="student", samples=samples)
-    views = {"eval_student_success_greedy": greedy, "eval_student_success": sampled}
-    if any(pair.has_privileged for _, pair in prompts):
+    views = {"eval_student_success": sampled}
+    judged = run.sum(sum(r.task_reward is not None for r in sampled.rollouts)) or not run.sum(len(sampled.rollouts))
+    if judged:
+        views["eval_student_success_greedy"] = sample_view(
+            model, prompts, collect, run, view="student", samples=1, temperature=0.0
+        )
+    if judged and any(pair.has_privileged for _, pair in prompts):
         views["eval_teacher_success"] = sample_view(model, prompts, collect, run, view="teacher", samples=samples)
     result = {name: mean_success(view.rollouts, success_threshold, run) for name, view in views.items()}
     result |= eval_dropped(views.values(), run)
@@ -121,9 +125,10 @@ def sample_view(
 
 
 def mean_success(rollouts: Sequence[Rollout], threshold: float, run: Run) -> float:
-    """Return the mean over all ranks; NaN without rollouts."""
-    total = run.sum(len(rollouts))
-    return run.sum(sum(r.task_reward >= threshold for r in rollouts)) / total if total else math.nan
+    """Return the mean over all ranks and rollouts with a reward; NaN without any."""
+    judged = [r.task_reward for r in rollouts if r.task_reward is not None]
+    total = run.sum(len(judged))
+    return run.sum(sum(reward >= threshold for reward in judged)) / total if total else math.nan
 
 
 def pass_at_k(successes: int, samples: int, k: int) -> float:
@@ -190,7 +195,7 @@ def success_numbers(
         whole = {row: got for row, got in rows.items() if len(got) >= k}
         for name, measure in (("pass@", pass_at_k), ("pass^", pass_hat_k)):
             measures[f"{name}{k}"] = {row: measure(sum(got), len(got), k) for row, got in whole.items()}
-    result: dict[str, Any] = {} if clusters is None else {"clusters": len({clusters[row] for row in rows})}
+    result: dict[str, Any] = {"clusters": len({clusters[row] for row in rows})} if clusters and rows else {}
     for name, values in measures.items():
         if values:
             result[name] = sum(values.values()) / len(values)

@@ -88,7 +88,7 @@ TABLE: Mapping[str, Key] = {
         Key("custom_sharded_layers", TEXTS, "names of layers that are sharded by themselves", EVERY, null="none"),
         # the data and the rollouts
         Key("dataset", COMPONENT, "rows to train on, to sample from or to evaluate", EVERY),
-        Key("environment", COMPONENT, "what answers the model's turns and gives the reward", EVERY),
+        Key("environment", COMPONENT, "what answers the model's turns and gives the reward, if any", EVERY),
         Key("privileged", COMPONENT, "where the privileged information stands in the teacher's prompt", EVERY),
         Key("sampler", COMPONENT, "sampler with its temperature and `max_new_tokens`", EVERY),
         Key("max_turns", WHOLE, "turns of the model after which an episode ends", EVERY, least=1, null="no limit"),
