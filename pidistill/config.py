@@ -92,6 +92,10 @@ def read_yaml(path: Path) -> DictConfig:
 def merge(name: str, config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Return a config with overrides as torchtune's command line takes them; ``name`` is for the message."""
     said = " ".join(overrides) or "its own interpolations"
+    for key in (word[1:] for word in overrides if word.startswith("~")):
+        node = OmegaConf.select(config, key, throw_on_resolution_failure=False, throw_on_missing=False)
+        if isinstance(node, DictConfig) and COMPONENT in node:
+            raise InputError(f"~{key} cannot remove a component from the command line; write {key}=null in its place")
     try:
         merged = _merge_yaml_and_cli_args(argparse.Namespace(**OmegaConf.to_container(config, resolve=False)), list(overrides))
         OmegaConf.to_container(merged, resolve=True)

@@ -73,7 +73,8 @@ class Rollout:
     # "curriculum" (the turns that `turn_curriculum` allows at this step): no reward.
     stop_reason: str
     turns: list[Message]  # the messages of the episode: assistant turns and observations
-    reward: float | None = None  # the environment's rewards and `reward_shaping`; None where that failed: it is then dropped
+    # The environment's rewards and `reward_shaping`; None where it gives none. A rollout whose reward failed is dropped.
+    reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)  # each part of the reward under its own name, for the log
     turn_rewards: list[float] = field(default_factory=list)  # the reward of each assistant turn; sums to `reward`
     turn_policy_tokens: list[int] = field(default_factory=list)  # policy tokens of each assistant turn

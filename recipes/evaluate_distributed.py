@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: student (without privileged information), student greedy, and the ceiling with it.
 
-every row of `dataset` × `eval_samples` samples per view → avg@k, pass@k, pass^k with bootstrap intervals, length, leak rate;
+every row of `dataset` × `eval_samples` samples per view → avg@k, pass@k, pass^k with bootstrap intervals over rows, or over
+clusters of rows (`eval_cluster_key`), length, leak rate;
 the same for every entry of `domains` → a table each, `results.json`, `rows.json` with the success of every row,
 `rollouts.jsonl` with every text and the parts of its reward
 
@@ -18,7 +19,16 @@ from pidistill.data import RecipeData, load_prompts
 from pidistill.errors import InputError
 from pidistill.jsonl import write_jsonl
 from pidistill.training.collector import Collect, build_collector
-from pidistill.training.evaluation import VIEWS, chosen_views, eval_dropped, sample_view, success_numbers, text_row
+from pidistill.training.compatibility import check_reward
+from pidistill.training.evaluation import (
+    VIEWS,
+    chosen_views,
+    eval_dropped,
+    row_clusters,
+    sample_view,
+    success_numbers,
+    text_row,
+)
 from pidistill.training.keys import check_values, keys_of, setting
 from pidistill.training.load import load_initial
 from pidistill.training.metrics import rollout_means, rollout_sums
@@ -33,7 +43,7 @@ from torchtune import config
 KEYS = keys_of("evaluate")
 REQUIRED = ("output_dir", "model", "tokenizer", "checkpointer", "dataset", "environment", "sampler")
 # What an entry of `domains` may say in the config's place; it must have a dataset.
-DOMAIN_KEYS = ("dataset", "environment", "privileged", "max_turns", "eval_success_threshold")
+DOMAIN_KEYS = ("dataset", "environment", "privileged", "max_turns", "eval_success_threshold", "eval_cluster_key")
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ class Domain:
     prefix: str
     data: RecipeData
     collect: Collect
+    clusters: list[str] | None  # of each row, where `eval_cluster_key` names a column
 
 
 class EvaluateRecipe:
@@ -75,6 +86,9 @@ class EvaluateRecipe:
                 results[domain.prefix + name] = self.summarise(domain, rollouts, samples) | eval_dropped([collected], self._run)
                 self._rows[domain.prefix + name] = self.row_success(domain, rollouts)
                 self._texts += [{"view": domain.prefix + name} | text_row(rollout) for rollout in rollouts]
+            if domain.clusters is not None:
+                ids = [example.id for example, _ in domain.data.prompts]
+                self._rows[f"{domain.prefix}clusters"] = dict(zip(ids, domain.clusters, strict=True))
         return results
 
     def summarise(self, domain: Domain, rollouts: list[Rollout], samples: int) -> dict[str, Any]:
@@ -83,15 +97,16 @@ class EvaluateRecipe:
         means = rollout_means(rollout_sums(rollouts, threshold, domain.data.leak_phrases))
         means.pop("success_frac", None)
         successes: dict[int, list[bool]] = {}
-        for rollout in rollouts:
+        for rollout in judged(rollouts):
             successes.setdefault(rollout.group, []).append(rollout.task_reward >= threshold)
         result = {"samples": samples, "rollouts": len(rollouts)}
-        return result | success_numbers(successes, samples, self._run.seed) | means
+        clusters = None if domain.clusters is None else dict(enumerate(domain.clusters))
+        return result | success_numbers(successes, samples, self._run.seed, clusters) | means
 
     def row_success(self, domain: Domain, rollouts: list[Rollout]) -> dict[str, float]:
         """Return the share of successes of each row's samples, by row id."""
         successes: dict[str, list[bool]] = {}
-        for rollout in rollouts:
+        for rollout in judged(rollouts):
             successes.setdefault(rollout.example.id, []).append(rollout.task_reward >= domain.data.success_threshold)
         return {row: sum(values) / len(values) for row, values in successes.items()}
 
@@ -121,9 +136,11 @@ def domain_configs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
         if unknown or missing:
             wrong = f"has the key {unknown[0]}" if unknown else f"has no {missing[0]}"
             raise InputError(f"domains.{name} {wrong}; an entry has a dataset, and may have {', '.join(DOMAIN_KEYS[1:])}")
-        own = OmegaConf.merge(cfg, dict.fromkeys(entry), entry)  # in the place of a node, not into it
+        # In the place of a node, not into it; the column of clusters is one of the config's own rows.
+        own = OmegaConf.merge(cfg, dict.fromkeys([*entry, "eval_cluster_key"]), entry)
         try:
             check_values(own)
+            check_reward(own)
         except InputError as error:
             raise InputError(f"domains.{name}.{error}") from error
         found.append((f"{name}/", own))
@@ -133,11 +150,17 @@ def domain_configs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
 def load_domain(cfg: DictConfig, prefix: str, sampler: Any) -> Domain:
     try:
         data = load_prompts(cfg, no_pi="rl")
-        return Domain(prefix, data, build_collector(cfg, sampler, data.tokenizer))
+        clusters = row_clusters((example for example, _ in data.prompts), cfg.get("eval_cluster_key"))
+        return Domain(prefix, data, build_collector(cfg, sampler, data.tokenizer), clusters)
     except InputError as error:
         if not prefix:
             raise
         raise InputError(f"domains.{prefix.removesuffix('/')}: {error}") from error
+
+
+def judged(rollouts: list[Rollout]) -> list[Rollout]:
+    """Return the rollouts that have a reward; an environment with `reward: null` gives none."""
+    return [rollout for rollout in rollouts if rollout.task_reward is not None]
 
 
 def sampled(name: str, domain: Domain) -> bool:

@@ -7,6 +7,7 @@ tune run --nproc_per_node 1 recipes/sample_distributed.py --config configs/tiny/
 """
 
 import functools
+import math
 import os
 import sys
 
@@ -143,7 +144,8 @@ class SampleRecipe:
         if not row["kept"]:
             raise InputError(
                 f"{self._provenance['selection']} kept none of {row['rollouts']:g} rollouts (view {self._view}, mean reward "
-                f"{row['reward_mean']:.3g}, {row['truncated_frac']:.0%} cut off by a token limit), so there are no traces; "
+                f"{row.get('reward_mean', math.nan):.3g}, {row['truncated_frac']:.0%} cut off by a token limit), so there are "
+                "no traces; "
                 "raise samples_per_prompt or sampler.max_new_tokens, set view=teacher, or lower selection.threshold"
             )
         os.replace(self._aside[TRACES], self._run.output_dir / TRACES)

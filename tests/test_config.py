@@ -107,6 +107,8 @@ def test_a_file_that_is_no_config_is_refused(text, expected, tmp_path):
         (["--config", "good.yaml", "lr"], "does not take lr .*key=value"),
         (["--config", "good.yaml", "a=[1"], r"does not take a=\[1"),
         (["--config", "good.yaml", "~b"], "does not take ~b"),
+        (["--config", "good.yaml", "~d"], "~d cannot remove a component from the command line; write d=null"),
+        (["--config", "good.yaml", "~d.e"], "write d.e=null in its place"),
         (["--config", "good.yaml", "a=${a}"], r"does not take a=\$\{a\}"),
         (["--config=good.yaml", "a=${nowhere}"], r"does not take a=\$\{nowhere\}"),
         (["--config", "good.yaml", "c={x: 1}"], "does not take c={x: 1}"),
@@ -114,7 +116,7 @@ def test_a_file_that_is_no_config_is_refused(text, expected, tmp_path):
 )
 def test_a_command_line_that_cannot_be_read_is_refused(words, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "good.yaml").write_text("a: 1\nc: [1]\n")
+    (tmp_path / "good.yaml").write_text("a: 1\nc: [1]\nd: {_component_: x.y, e: {_component_: x.z}}\n")
     with pytest.raises(InputError, match=expected):
         check_command_line(words)
 

@@ -4,7 +4,8 @@
 
 No model has read about these people, so what a student answers rightly without the paragraph, it has learned in this training.
 Every fact is asked in ten ways. train.jsonl has four of them, held_out.jsonl two others, and held_out_more.jsonl these two and
-four more; the configs draw their curves with the first 24 rows of held_out.jsonl. The last column of a row is the answer.
+four more; the configs draw their curves with the first 24 rows of held_out.jsonl. `fact` says which rows ask for the same fact:
+intervals of an evaluation resample facts. The last column of a row is the answer.
 text.jsonl has the paragraphs themselves as answers, for supervised training on the text. other.jsonl asks what everybody knows,
 to see what training makes the model forget.
 """
@@ -160,7 +161,8 @@ def rows() -> tuple[list[dict[str, str]], ...]:
         facts = {"profession": profession, "town": town, "pet_name": pet_name, "year": str(year)}
         paragraph = PARAGRAPH.format(name=name, pet=pet, **facts)
         for fact, ways in QUESTIONS.items():
-            asked = [{"question": way.format(name=name, pet=pet), "document": paragraph, "answer": facts[fact]} for way in ways]
+            common = {"document": paragraph, "fact": f"{name}, {fact}", "answer": facts[fact]}
+            asked = [{"question": way.format(name=name, pet=pet)} | common for way in ways]
             train += asked[:TRAINED]
             held_out += asked[TRAINED:HELD_OUT]
             more += asked[TRAINED:]

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from pidistill.commands.common import config_parser, exit_on_input_error, parse_with_overrides
 from pidistill.commands.preview.command import read
-from pidistill.commands.preview.rows import source_of
+from pidistill.commands.preview.rows import Source, source_of
 from pidistill.commands.preview.scan import scan
 from pidistill.config import build
 from pidistill.errors import InputError
@@ -47,13 +47,19 @@ def validate(config: str, overrides: list[str], count: int) -> str:
     if not source.examples:
         raise InputError("the dataset has no rows; check `dataset`")
     _check_method(cfg)
+    told = [_rows(source, count, "dataset")]
+    if cfg.get("eval_dataset"):
+        told.append("of eval_dataset " + _rows(source_of(cfg, supervised, "eval_dataset"), count, "eval_dataset"))
+    return f"{config} is right: {'; '.join(told)}"
+
+
+def _rows(source: Source, count: int, part: str) -> str:
+    """Return what was checked of a dataset; refuse a row that a run would refuse."""
     seen = scan(source, count)
-    if stops := seen.stops(source):
+    if stops := seen.stops(source, part):
         raise InputError(stops)
     left_out = ", ".join(f"{reason} {number:,}" for reason, number in seen.dropped.items() if number)
-    return (
-        f"{config} is right: {seen.scanned:,} of {seen.total:,} rows were checked{f'; dropped: {left_out}' if left_out else ''}"
-    )
+    return f"{seen.scanned:,} of {seen.total:,} rows were checked{f', dropped: {left_out}' if left_out else ''}"
 
 
 def _check_method(cfg: DictConfig) -> None:
@@ -66,6 +72,8 @@ def _check_method(cfg: DictConfig) -> None:
     sampler = build(cfg.sampler) if there else None
     if not cfg.get("objective"):
         return
+    if not cfg.get("device"):  # the machine that trains may have what this one lacks
+        cfg.device = "cuda"
     objective, teacher = build_objective(cfg), build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
     if sampler is not None and not isinstance(teacher, ServedTeacher):
         check_method(cfg, objective, sampler, teacher, objective.sampling_view())

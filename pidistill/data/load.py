@@ -1,5 +1,6 @@
 """Load the prompts of a recipe's config, and check them before any weights are loaded."""
 
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -112,13 +113,32 @@ def check_references(environment: Any, examples: Iterable[Example]) -> None:
 
 def gives_privileged(environment: Any) -> bool:
     """Return whether a config node names, at any depth, an environment that gives privileged information with its answers."""
-    node = OmegaConf.to_container(environment, resolve=True) if isinstance(environment, DictConfig) else environment
+    return _some_component(environment, lambda component, _: bool(getattr(component, "gives_privileged", False)))
+
+
+def gives_no_reward(environment: Any) -> bool:
+    """Return whether a config node names, at any depth, an environment without a reward.
+
+    That is one whose argument `reward` is null, or one of the user's own that says ``gives_reward = False``.
+    """
+
+    def lacks(component: Any, node: Mapping[str, Any]) -> bool:
+        takes = "reward" in inspect.signature(component).parameters
+        return getattr(component, "gives_reward", True) is False or (takes and node.get("reward") is None)
+
+    return _some_component(environment, lacks)
+
+
+def _some_component(node: Any, test: Callable[[Any, Mapping[str, Any]], bool]) -> bool:
+    """Return whether ``test`` holds for a component, and its own node, at any depth of a config node; rewards are left out."""
+    node = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
     if isinstance(node, list):
-        return any(map(gives_privileged, node))
+        return any(_some_component(part, test) for part in node)
     if not isinstance(node, Mapping):
         return False
-    own = COMPONENT in node and getattr(resolve(node[COMPONENT]), "gives_privileged", False)
-    return bool(own) or any(map(gives_privileged, node.values()))
+    if node.get(COMPONENT) and test(resolve(node[COMPONENT]), node):
+        return True
+    return any(_some_component(part, test) for key, part in node.items() if key != "reward")
 
 
 def told_later(cfg: DictConfig) -> bool:

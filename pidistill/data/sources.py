@@ -20,6 +20,7 @@ import datasets
 from torchtune.utils import log_rank_zero
 
 from pidistill.chat.messages import without_nulls
+from pidistill.config import COMPONENT
 from pidistill.errors import InputError, check_count
 from pidistill.jsonl import parse_jsonl
 
@@ -207,6 +208,22 @@ def _local_files(source: str) -> list[Path]:
         known = ", ".join(FORMATS)
         raise InputError(f"dataset.source {source} names files of type {', '.join(sorted(suffixes))}; give one type of {known}")
     return files
+
+
+def check_sources(key: str, node: Any) -> None:
+    """Refuse a file that a dataset's config node names, at any depth, and that is not there; ``key`` is the node's own."""
+    if isinstance(node, list):
+        for i, part in enumerate(node):
+            check_sources(f"{key}[{i}]", part)
+    if not isinstance(node, Mapping):
+        return
+    for name, part in node.items():
+        check_sources(f"{key}.{name}", part)
+    if str(node.get(COMPONENT)).startswith("pidistill.") and isinstance(node.get("source"), str):
+        try:
+            _local_files(node["source"])
+        except InputError as error:
+            raise InputError(str(error).replace("dataset.source", f"{key}.source")) from error
 
 
 def _load_table(source: str, files: list[Path], split: str, data_files: Any, config_name: str | None) -> Any:

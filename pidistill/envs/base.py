@@ -15,7 +15,7 @@ class EnvStep:
     """Hold what an environment answers to one assistant turn."""
 
     observations: list[Message]  # messages forced into the context before the next turn; empty when `done`
-    reward: float  # added to the episode's reward
+    reward: float | None  # added to the episode's reward; None in every step of an environment that gives none
     done: bool  # the episode ends here
     reward_parts: dict[str, float] = field(default_factory=dict)  # named parts of `reward`, for the log
     # What only the teacher's view sees, from the next turn on: it stands at the end of the last observation there.
@@ -61,18 +61,20 @@ def is_usable(number: float) -> bool:
     return abs(number) <= LARGEST_REWARD  # False for NaN
 
 
-def check_step(step: Any, max_observation_chars: int | None = None) -> EnvStep:
+def check_step(step: Any, max_observation_chars: int | None = None, *, rewarded: bool = True) -> EnvStep:
     """Return ``step`` with plain numbers and messages.
 
     A truth value and a tensor or array of one element are numbers. Numbers that are not finite pass, because they are counted
-    under a reason of their own. ``max_observation_chars`` limits all observations together; None is no limit.
+    under a reason of their own; ``rewarded=False`` lets None pass, of an environment that gives no reward.
+    ``max_observation_chars`` limits all observations together; None is no limit.
     """
     if not isinstance(step, EnvStep):
         raise EnvironmentOutputError(f"the environment's step gave {_shown(step)}, not an EnvStep")
     parts = {_part_name(name): _number(f"reward_parts[{name!r}]", value) for name, value in _parts(step.reward_parts)}
     observations = _observations(step.observations, max_observation_chars)
     privileged = _privileged(step.privileged, max_observation_chars)
-    return EnvStep(observations, _number("reward", step.reward), _flag(step.done), parts, privileged)
+    reward = None if step.reward is None and not rewarded else _number("reward", step.reward)
+    return EnvStep(observations, reward, _flag(step.done), parts, privileged)
 
 
 def _privileged(value: Any, max_chars: int | None) -> str | None:

@@ -236,13 +236,14 @@ class FunctionToolEnvironment:
 
     Attributes:
         functions: the tools, as functions or as dotted paths to them; the dataset shows their schemas (:func:`with_tools`).
-        reward: sees the episode's messages as turns, and the state as ``example.data["state"]``.
+        reward: sees the episode's messages as turns, and the state as ``example.data["state"]``; null for none, where the
+            objective needs none.
         begin: the state of a new episode, a function of the example or a dotted path; null for none. Functions that take no
             ``state`` must not keep any: one environment serves many episodes, from several threads with `environment_threads`.
     """
 
     functions: Sequence[Callable[..., Any] | str]
-    reward: Reward
+    reward: Reward | None = None
     begin: Callable[[Example], Any] | str | None = None
 
     def __post_init__(self) -> None:
@@ -274,7 +275,7 @@ class FunctionToolEnvironment:
         state.turns += answers
         state.done = not answers
         if answers:
-            return EnvStep(answers, 0.0, done=False)
+            return EnvStep(answers, 0.0 if self.reward else None, done=False)
         example = replace(state.example, data={**state.example.data, STATE: state.state})
-        reward, parts = judge(self.reward, example, state.turns)
+        reward, parts = judge(self.reward, example, state.turns) if self.reward else (None, {})
         return EnvStep([], reward, done=True, reward_parts=parts)

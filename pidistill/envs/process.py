@@ -220,7 +220,7 @@ def _reset(environment: Environment, example: Example) -> bytes:
 def _step(environment: Environment, pickled: bytes, turn: Message, truncated: bool) -> bytes:
     state, streams = pickle.loads(pickled)
     with streams.in_use():
-        step = check_step(environment.step(state, turn, truncated=truncated))
+        step = check_step(environment.step(state, turn, truncated=truncated), rewarded=False)  # the caller asks again
     return pickle.dumps((None, step, _pickled_state(environment, state, streams)))
 
 

@@ -9,13 +9,17 @@ from pidistill.types import Example, Message
 
 @dataclass(frozen=True)
 class SingleTurn:
-    """End the episode after the first assistant turn, which ``reward`` judges, also where the token limit cut it off."""
+    """End the episode after the first assistant turn, which ``reward`` judges, also where the token limit cut it off.
 
-    reward: Reward
+    Attributes:
+        reward: null for none, where the objective needs none; evaluations then count no successes.
+    """
+
+    reward: Reward | None = None
 
     def reset(self, example: Example) -> Example:
         return example
 
     def step(self, state: Example, turn: Message, *, truncated: bool) -> EnvStep:
-        reward, parts = judge(self.reward, state, [turn])
+        reward, parts = judge(self.reward, state, [turn]) if self.reward else (None, {})
         return EnvStep([], reward, done=True, reward_parts=parts)

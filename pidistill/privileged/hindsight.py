@@ -137,10 +137,12 @@ class Hindsight:
         return [self._sibling(rollouts, i, groups[rollout.group], succeeded) for i, rollout in enumerate(rollouts)]
 
     def _sibling(self, rollouts: Sequence[Rollout], i: int, members: list[int], succeeded: bool) -> str | None:
+        if self.sibling is None:
+            return None
         place = members.index(i)
         others = [rollouts[j] for j in members[place + 1 :] + members[:place]]
         shown = next((r for r in others if (r.task_reward >= self.success_threshold) == succeeded), None)
-        return self._ask("sibling", rollouts[i].example, shown.turns) if self.sibling and shown else None
+        return self._ask("sibling", rollouts[i].example, shown.turns) if shown else None
 
     def _feedback(self, rollouts: Sequence[Rollout]) -> list[str | None]:
         with ThreadPoolExecutor(self.feedback_threads) if self.feedback_threads else nullcontext() as threads:

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class CollectResult:
-    """Hold the rollouts that have a reward, and how many have none, by reason.
+    """Hold the rollouts that were played to their end, and how many failed and have no reward, by reason.
 
     ``dropped`` has every reason of :data:`DROP_REASONS`, so that the counts of several ranks can be summed.
     """
@@ -56,6 +56,7 @@ def collect_rollouts(
     shaping: Sequence[Shaping] = (),
     privileged: PrivilegedPrompt | None = None,
     max_seq_len: int | None = None,
+    rewarded: bool = True,
 ) -> CollectResult:
     """Play ``group_size`` episodes of every example; the model sees the prompt of ``view``.
 
@@ -77,6 +78,7 @@ def collect_rollouts(
         shaping: parts added to the reward of every whole episode; see :mod:`pidistill.rewards.shaping`.
         privileged: how the teacher's view shows what an answer brings as ``EnvStep.privileged``; None keeps it from both views.
         max_seq_len: tokens that this view may have; None takes the tokenizer's limit.
+        rewarded: an answer without a reward costs its episode; False where the environment is meant to give none.
 
     Returns:
         rollouts in the order of ``seeds``.
@@ -100,7 +102,7 @@ def collect_rollouts(
         return from_first(ranks)
     limits = (max_turns, environment_timeout_s, max_observation_chars)
     most = tokenizer.max_seq_len if max_seq_len is None else max_seq_len
-    rules = EpisodeRules(environment, tokenizer, *limits, tuple(shaping), view, privileged, most)
+    rules = EpisodeRules(environment, tokenizer, *limits, tuple(shaping), view, privileged, most, rewarded)
     title = f"sampling, {view} view{', greedy' if temperature == 0 else ''}"
     with marked_interrupts(), sampling_progress(len(seeds), title):
         rows = [row for row in range(len(prompts)) for _ in range(group_size)]

@@ -72,6 +72,7 @@ class EpisodeRules:
     view: ViewName = "student"  # the one that samples
     privileged: PrivilegedPrompt | None = None  # how the teacher is shown what comes with an answer; None: it is not
     max_seq_len: int | None = None  # tokens that the teacher's view of a whole rollout may have
+    rewarded: bool = True  # False: the environment may leave an episode without a reward
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Episode:
     turn_rewards: list[float] = field(default_factory=list)
     turn_policy_tokens: list[int] = field(default_factory=list)
     tokens: int = 0  # of the context after the prompt: turns so far, and observations that were handed to the sampler
-    reward: float = 0.0
+    reward: float | None = 0.0  # None once a step gave none
     reward_parts: dict[str, float] = field(default_factory=dict)
     out_of_turns: bool = False
     failure: Failure | None = None  # why the rollout has no reward; None while it has one
@@ -103,15 +104,14 @@ class Episode:
         """Return the ids of the environment's answer to a whole turn, generation prompt included; None ends the episode."""
         if self._step(ids, truncated=False):
             return None
-        if len(self.turn_rewards) == self.rules.max_turns:
+        if len(self.turn_policy_tokens) == self.rules.max_turns:
             self.out_of_turns = True
             return None
         tokenizer, history = self.rules.tokenizer, [*self.example.messages, *self.turns]
         _warn_of_rewritten_turns(tokenizer)
         encode = partial(tokenizer.encode_observations, history, self.observations, self.example.tools)
-        observation_ids = self._ask(
-            f"the tokenizer, with the observation after turn {len(self.turn_rewards)}", encode, reason="environment_output"
-        )
+        where = f"the tokenizer, with the observation after turn {len(self.turn_policy_tokens)}"
+        observation_ids = self._ask(where, encode, reason="environment_output")
         if observation_ids is None:
             return None
         self.turns += self.observations
@@ -130,7 +130,8 @@ class Episode:
 
         row = replace(self.example, privileged=self.privileged)
         ask_prompt = partial(self.rules.privileged.show_at_turn, row, encode)
-        shown = self._ask(f"the privileged information after turn {len(self.turn_rewards)}", ask_prompt, passes=InputError)
+        where = f"the privileged information after turn {len(self.turn_policy_tokens)}"
+        shown = self._ask(where, ask_prompt, passes=InputError)
         if self.failure is not None:
             return None
         if shown is not None:
@@ -209,7 +210,8 @@ class Episode:
         # Only the environment's own work has a thread of its own, and it gets a copy of the turn: a call that is late finds
         # nothing here to change.
         call = partial(self.rules.environment.step, self.state, copy.deepcopy(turn), truncated=truncated)
-        return check_step(ask(call, self.rules.timeout_s), self.rules.max_observation_chars)
+        answer, most = ask(call, self.rules.timeout_s), self.rules.max_observation_chars
+        return check_step(answer, most, rewarded=self.rules.rewarded)
 
     def _ask(
         self, where: str, call: Callable[[], T], reason: str = "reward_error", passes: type[BaseException] | tuple = ()
@@ -222,16 +224,16 @@ class Episode:
             self.failure = _failure(where, error, reason)
         return answer
 
-    def _check_numbers(self, where: str, reward: float, parts: dict[str, float]) -> bool:
+    def _check_numbers(self, where: str, reward: float | None, parts: dict[str, float]) -> bool:
         """Return whether reward and parts can be computed with; if not, the episode has failed."""
-        if self.failure is None and not all(map(is_usable, (reward, *parts.values()))):
+        if self.failure is None and not all(map(is_usable, (reward or 0.0, *parts.values()))):
             told = f"{where} gave {reward}, with parts {bounded_repr(parts)}; a reward is at most {LARGEST_REWARD:g}"
             self.failure = Failure("reward_not_finite", told)
         return self.failure is None
 
-    def _add(self, reward: float, parts: dict[str, float]) -> None:
-        self.reward += reward
-        self.turn_rewards.append(reward)
+    def _add(self, reward: float | None, parts: dict[str, float]) -> None:
+        self.reward = None if reward is None or self.reward is None else self.reward + reward
+        self.turn_rewards = [] if self.reward is None else [*self.turn_rewards, reward]
         for name, value in parts.items():
             self.reward_parts[name] = self.reward_parts.get(name, 0.0) + value
 

@@ -143,6 +143,7 @@ def make_batch(
     """
     tokens = [(row, r, t) for row, r in enumerate(rollouts) for t in policy_positions(r)]
     sampled = all(r.sampled_logprobs is not None for r in rollouts)
+    judged = all(r.task_reward is not None or r.stop_reason == "curriculum" for r in rollouts)
     weighed = len(rollouts) > 0 and all(r.importance_weights is not None for r in rollouts)
 
     def ids(values: list[int]) -> Tensor:
@@ -159,7 +160,7 @@ def make_batch(
         rollout_index=ids([row for row, _, _ in tokens]),
         token_index=ids([n for r in rollouts for n in range(r.policy_tokens)]),
         ratio_logprobs=trained if weighed else recorded,
-        rewards=per_token(sampled, lambda: [r.task_reward or 0.0 for _, r, _ in tokens]),
+        rewards=per_token(sampled and judged, lambda: [r.task_reward or 0.0 for _, r, _ in tokens]),
         advantages=per_token(advantages is not None, lambda: _advantages(rollouts, given)),
         kl_advantages=per_token(_all_have(advantages, "kl"), lambda: [x for a in given for x in a.kl]),
         snis_weights=per_token(_all_have(advantages, "snis_weight"), lambda: [given[row].snis_weight for row, _, _ in tokens]),

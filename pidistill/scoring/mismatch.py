@@ -281,12 +281,15 @@ class MismatchMask:
             inside = self._kept[rollout.key]
             values = advantage.tokens or [advantage.advantage] * len(inside)
             keep = [kept or not self._applies_to(value) for kept, value in zip(inside, values, strict=True)]
-            masked, succeeded = keep.count(False), (rollout.task_reward or 0.0) >= success_threshold
+            masked, reward = keep.count(False), rollout.task_reward
             if masked:
                 weights = rollout.loss_weights or [1.0] * len(keep)
                 rollout.loss_weights = [weight * float(k) for weight, k in zip(weights, keep, strict=True)]
-            counts = {"masked_tokens": masked, "masked_rollouts": masked > 0, "masked_successes": masked > 0 and succeeded}
-            for name, value in (counts | {"_successes": succeeded}).items():
+            counts = {"masked_tokens": masked, "masked_rollouts": masked > 0}
+            if reward is not None:
+                succeeded = reward >= success_threshold
+                counts |= {"masked_successes": masked > 0 and succeeded, "_successes": succeeded}
+            for name, value in counts.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value
 
     def _applies_to(self, advantage: float) -> bool:

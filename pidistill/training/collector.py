@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pidistill.config import build
-from pidistill.data.load import gives_privileged, load_privileged
+from pidistill.data.load import gives_no_reward, gives_privileged, load_privileged
 from pidistill.envs.base import Environment
 from pidistill.models.empty import shared_empty_model
 from pidistill.rewards import build_shaping
@@ -44,6 +44,7 @@ def build_collector(
         shaping=build_shaping(cfg.get("reward_shaping")),
         privileged=privileged,
         max_seq_len=min(longest, tokenizer.max_seq_len or longest),
+        rewarded=not gives_no_reward(cfg.get("environment")),
     )
     how, most = setting(cfg, "overlong"), cfg.get("max_turns")
 

@@ -10,13 +10,14 @@ from torchtune import utils
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
 from pidistill.config import build, resolve
-from pidistill.data.load import told_later
+from pidistill.data.load import gives_no_reward, told_later
+from pidistill.data.routes import route_of
 from pidistill.errors import InputError
 from pidistill.losses.divergences import check_divergence
-from pidistill.losses.token_weights import divergences_of
+from pidistill.losses.token_weights import SkipFirst, divergences_of
 from pidistill.models.adapters import has_adapters
 from pidistill.models.empty import shared_empty_model
-from pidistill.objectives import GRPO, SDPO, RoutedObjective
+from pidistill.objectives import GRPO, SDFT, SDPO, RoutedObjective
 from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
 from pidistill.scoring.mismatch import cuts_off
@@ -25,11 +26,60 @@ from pidistill.scoring.stored_teacher import StoredTeacher
 from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, RoutedTeacher, SnapshotTeacher, Teacher
 from pidistill.training.health import reads_rewards
 from pidistill.training.keys import setting
-from pidistill.types import ViewName
+from pidistill.types import Example, ViewName
 
 log = utils.get_logger("INFO")
 
 RECIPE_OF_VIEW: dict[ViewName, str] = {"teacher": "pi_distill_distributed", "student": "opsd_distributed"}
+
+
+REWARD_FREE = "SDFT, OPSDUCLA, PCSD, GKD or OPD, or OPSD with reward_weight: 0"
+
+
+def check_reward(cfg: DictConfig) -> None:
+    """Refuse what reads a reward where the environment gives none."""
+    if not gives_no_reward(cfg.get("environment")):
+        return
+    objective, hindsight = cfg.get("objective") or {}, cfg.get("hindsight") or {}
+    by_row = objective.get("objectives") and cfg.environment.get("environments")  # see `check_routed_rewards`
+    if reads_rewards(objective) and not by_row:
+        reader, other = f"objective {_name(objective)} learns from", f"another objective ({REWARD_FREE})"
+    elif "SignGate" in str(objective.get("token_weight")):
+        reader, other = "objective.token_weight SignGate reads", "another objective.token_weight"
+    elif hindsight.get("sibling"):
+        reader, other = "hindsight.sibling chooses by", "hindsight.sibling=null"
+    elif cfg.get("reward_shaping"):
+        reader, other = "reward_shaping adds to", "reward_shaping=null"
+    elif "threshold" in _parameters(cfg.get("selection")):
+        reader, other = f"selection {_name(cfg.selection)} chooses by", "selection pidistill.rollouts.selections.All"
+    else:
+        return
+    raise InputError(f"{reader} the reward, and the environment has none; set environment.reward, or {other}")
+
+
+def check_routed_rewards(cfg: DictConfig, examples: Sequence[Example], objective: RoutedObjective) -> None:
+    """Refuse a row whose objective learns from a reward and whose environment gives none, where its key names both."""
+    node = cfg.environment
+    if not node.get("environments") or not gives_no_reward(node):
+        return
+    silent = {str(name): gives_no_reward(part) for name, part in node.environments.items()}
+    reads = {str(name): reads_rewards(part) for name, part in cfg.objective.objectives.items()}
+    for example in examples:
+        name = objective.name_of(example)
+        place = route_of(example, node.key, silent, node.get("default"), "environment")
+        if reads[name] and silent[place]:
+            raise InputError(
+                f"{example.id}: objective.objectives.{name} learns from the reward, and environment.environments.{place} has "
+                f"none; set its reward, or another objective ({REWARD_FREE})"
+            )
+
+
+def _name(node: DictConfig) -> str:
+    return str(node.get("_component_")).rpartition(".")[2]
+
+
+def _parameters(node: DictConfig | None) -> Sequence[str]:
+    return list(inspect.signature(resolve(node._component_)).parameters) if node else []
 
 
 def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teacher: Teacher, sampling_view: ViewName) -> None:
@@ -63,6 +113,7 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
     parts = list(objective.objectives.values()) if isinstance(objective, RoutedObjective) else [objective]
     for part in parts:
         _check_truncation(cfg, part, sampler)
+        _check_skipped(part, sampler)
     _check_group(cfg, objective, method)
     if cfg.get("hindsight"):
         check_hindsight(cfg, objective, method)
@@ -171,6 +222,19 @@ def _check_truncation(cfg: DictConfig, objective: Objective, sampler: Sampler) -
             f"sampler.top_p={sampler.top_p} is below objective.clip_low={clip_low}: the ratio of a fresh sample is the mass "
             "that top_p keeps, so that tokens of negative advantage would lose their gradient in the very first update; "
             f"{correction}raise sampler.top_p, or lower objective.clip_low"
+        )
+
+
+def _check_skipped(objective: Objective, sampler: Sampler) -> None:
+    """Refuse to leave out as many first tokens as an answer can have."""
+    weight = getattr(objective, "token_weight", None)
+    skipped = max((step.tokens for step in getattr(weight, "steps", [weight]) if isinstance(step, SkipFirst)), default=0)
+    if objective.on_policy_frac > 0.0 and skipped >= sampler.max_new_tokens:
+        key = "skip_first_tokens" if isinstance(objective, SDFT) else "token_weight.tokens"
+        raise InputError(
+            f"objective.{key}={skipped} leaves out the first tokens of an answer, and answers have at most "
+            f"sampler.max_new_tokens={sampler.max_new_tokens}, so that nothing would be distilled; lower the one "
+            "or raise the other"
         )
 
 

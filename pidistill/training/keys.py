@@ -88,7 +88,7 @@ TABLE: Mapping[str, Key] = {
         Key("custom_sharded_layers", TEXTS, "names of layers that are sharded by themselves", EVERY, null="none"),
         # the data and the rollouts
         Key("dataset", COMPONENT, "rows to train on, to sample from or to evaluate", EVERY),
-        Key("environment", COMPONENT, "what answers the model's turns and gives the reward", EVERY),
+        Key("environment", COMPONENT, "what answers the model's turns and gives the reward, if any", EVERY),
         Key("privileged", COMPONENT, "where the privileged information stands in the teacher's prompt", EVERY),
         Key("sampler", COMPONENT, "sampler with its temperature and `max_new_tokens`", EVERY),
         Key("max_turns", WHOLE, "turns of the model after which an episode ends", EVERY, least=1, null="no limit"),
@@ -146,6 +146,10 @@ TABLE: Mapping[str, Key] = {
         Key("eval_success_threshold", NUMBER, "reward from which a rollout counts as a success", EVERY, 1.0),
         Key("views", TEXTS, "what is sampled: student greedy, student, student + PI greedy, student + PI", ("evaluate",),
             null="all but student + PI greedy"),
+        Key(
+            "eval_cluster_key", TEXT, "column of the rows, such as the fact they ask for: rows with the same value in it are "
+            "resampled together for intervals", ("evaluate",), null="each row by itself",
+        ),
         Key("domains", MAPPING, "other rows to evaluate, each under its name", ("evaluate",), null="none"),
         # the on-policy methods
         Key("objective", COMPONENT, "the method: its loss, its weights, its advantage", ROUNDS),

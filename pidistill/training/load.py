@@ -28,6 +28,7 @@ from pidistill.models.protocol import Decoder, has_own_names
 from pidistill.objectives import Objective, RoutedObjective
 from pidistill.scoring.stored_teacher import StoredTeacher, identity_of
 from pidistill.teachers import LiveTeacher, RoutedTeacher, Teacher
+from pidistill.training.compatibility import check_routed_rewards
 from pidistill.training.keys import setting
 from pidistill.types import Example
 
@@ -159,6 +160,7 @@ def build_teacher(cfg: DictConfig, examples: Sequence[Example], objective: Objec
     teacher = build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
     if isinstance(objective, RoutedObjective):
         objective.check_rows(examples, told_later=told_later(cfg))
+        check_routed_rewards(cfg, examples, objective)
         objective.check_steps(int(cfg.max_steps))
     for example in examples if isinstance(teacher, RoutedTeacher) else ():
         teacher.name_of(example)

@@ -160,11 +160,13 @@ def token_means(sums: dict[str, float], tokens: float) -> dict[str, float]:
 
 def rollout_sums(rollouts: Sequence[Rollout], success_threshold: float, leak_phrases: Sequence[str]) -> dict[str, float]:
     """Return sums over rollouts, to be added over ranks; see :func:`rollout_means`."""
+    judged = [r for r in rollouts if r.reward is not None]
     sums = {
         "_rollouts": float(len(rollouts)),
-        "reward_mean": sum(r.reward for r in rollouts),
-        "_reward_squared": sum(r.reward**2 for r in rollouts),
-        "success_frac": float(sum(r.task_reward >= success_threshold for r in rollouts)),
+        "_judged": float(len(judged)),
+        "reward_mean": sum(r.reward for r in judged),
+        "_reward_squared": sum(r.reward**2 for r in judged),
+        "success_frac": float(sum(r.task_reward >= success_threshold for r in judged)),
         "completion_tokens_mean": float(sum(r.policy_tokens for r in rollouts)),
         "truncated_frac": float(sum(r.stop_reason in ("length", "turn_length") for r in rollouts)),
         "turn_truncated_frac": float(sum(r.stop_reason == "turn_length" for r in rollouts)),
@@ -182,7 +184,8 @@ def rollout_sums(rollouts: Sequence[Rollout], success_threshold: float, leak_phr
 
 def advantage_sums(pairs: Sequence[tuple[Rollout, RolloutAdvantage]]) -> dict[str, float]:
     """Return sums over rollouts, to be added over ranks; see :func:`rollout_means`."""
-    sums = {"zero_advantage_frac": float(sum(advantage.advantage == 0.0 for _, advantage in pairs))}
+    judged = [advantage for rollout, advantage in pairs if rollout.reward is not None]
+    sums = {"zero_advantage_frac": float(sum(advantage.advantage == 0.0 for advantage in judged))}
     weighted = [(rollout.group, advantage.snis_weight) for rollout, advantage in pairs if advantage.snis_weight is not None]
     if weighted:
         groups = torch.tensor([group for group, _ in weighted])
@@ -192,12 +195,18 @@ def advantage_sums(pairs: Sequence[tuple[Rollout, RolloutAdvantage]]) -> dict[st
     return sums
 
 
+OF_REWARDS = ("reward_mean", "success_frac", "zero_advantage_frac")  # means over the rollouts that have a reward
+
+
 def rollout_means(sums: dict[str, float]) -> dict[str, float]:
-    count = sums["_rollouts"]
+    """Return means over rollouts; those of rewards are absent where no rollout has one."""
+    count, judged = sums["_rollouts"], sums["_judged"]
     if not count:
         return {}
-    means = {name: value / count for name, value in sums.items() if not name.startswith("_")}
-    means["reward_std"] = max(0.0, sums["_reward_squared"] / count - means["reward_mean"] ** 2) ** 0.5
+    counts = {name: judged if name in OF_REWARDS else count for name in sums if not name.startswith("_")}
+    means = {name: sums[name] / over for name, over in counts.items() if over}
+    if judged:
+        means["reward_std"] = max(0.0, sums["_reward_squared"] / judged - means["reward_mean"] ** 2) ** 0.5
     return means
 
 

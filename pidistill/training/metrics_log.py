@@ -87,7 +87,8 @@ class MetricsLog:
         if self._logger is not None:
             log_table(self._logger, "rollouts", rows, step)
         for row in rows:
-            shown = f"── step {step} · {row['example']} · {row['view']} · reward {row['reward']:g}\n{row['text']}"
+            reward = "no reward" if row["reward"] is None else f"reward {row['reward']:g}"
+            shown = f"── step {step} · {row['example']} · {row['view']} · {reward}\n{row['text']}"
             self._bar.write(escape_controls(shown))
 
     def close(self) -> None:

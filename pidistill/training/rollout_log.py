@@ -8,7 +8,7 @@ of its own share.
 | --- | --- |
 | step, round | as in metrics.jsonl |
 | example, group, sampled_by, stop_reason | of the rollout |
-| reward, task_reward, reward_parts, turn_rewards | absent for a demonstration, which no environment judged |
+| reward, task_reward, reward_parts, turn_rewards | absent where no environment judged it, as a demonstration |
 | success, leak | whether the task's reward reaches `eval_success_threshold`; whether an assistant turn says a leak phrase |
 | student_prompt, teacher_prompt, privileged | texts; privileged is null where the row has none |
 | turns | role of each message of the episode, its tool's name, and its tool calls |
@@ -120,7 +120,7 @@ def columns_of(batch: Batch, scores: Scores) -> tuple[list[str], Float[Tensor, "
     for divergence, value in scores.divergences.items():
         columns.setdefault(divergence.name, value)
     columns |= {"student_entropy": scores.student_entropy, "teacher_entropy": scores.teacher_entropy}
-    columns["advantage"] = batch.advantages
+    columns["advantage"] = None if batch.rewards is None else batch.advantages
     known = {name: value.detach().float() for name, value in columns.items() if value is not None}
     table = torch.stack([*known.values()]) if known else torch.empty(0, len(batch.targets))
     return list(known), table.cpu()

@@ -171,11 +171,11 @@ def round_report(
     """Return the numbers of a round, over all ranks; every step of the round reports them.
 
     Args:
-        rollouts, advantages: this rank's; completions of the dataset among them have no reward, and are not averaged.
+        rollouts, advantages: this rank's; completions of the dataset and episodes that `turn_curriculum` ended are left out.
         counts: over all ranks: rollouts left out, by reason, and what else the recipe has counted.
     """
     pairs = list(zip(rollouts, advantages, strict=True))
-    sampled = [(rollout, advantage) for rollout, advantage in pairs if rollout.reward is not None]
+    sampled = [(r, advantage) for r, advantage in pairs if r.sampled_logprobs is not None and r.stop_reason != "curriculum"]
     sums = rollout_sums([rollout for rollout, _ in sampled], data.success_threshold, data.leak_phrases)
     sums = run.sums(sums | advantage_sums(sampled) | {"_present": float(len(rollouts))})
     dropped = {reason: counts[reason] for reason in DROP_REASONS}

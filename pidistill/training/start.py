@@ -22,6 +22,7 @@ from omegaconf.errors import InterpolationResolutionError
 from torchtune import training, utils
 
 from pidistill.config import check_command_line, check_config
+from pidistill.data.sources import check_sources
 from pidistill.distributed.launcher import close_progress_bars, refuse
 from pidistill.distributed.machines import check_same_folder, same_refusal_on_all_machines
 from pidistill.distributed.run import Run
@@ -31,6 +32,7 @@ from pidistill.jsonl import replace_file
 from pidistill.models.adapter_dir import check_adapter_dir
 from pidistill.models.offloading import check_offloading
 from pidistill.training.checkpoint_source import check_checkpoint_fits, check_checkpoint_folder, use_fallback_checkpoint
+from pidistill.training.compatibility import check_reward
 from pidistill.training.disk import is_disk_fault
 from pidistill.training.interrupts import Stopped, handle_signals, training_run
 from pidistill.training.keys import check_values, setting
@@ -38,6 +40,8 @@ from pidistill.training.optimizers import check_mixed_precision
 from pidistill.training.run_folder import RESUME, claim_run_folder, public_config, refuse_training_run
 
 log = utils.get_logger("INFO")
+
+EVALUATES = "views"  # a key that the recipe which evaluates alone reads
 
 
 def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Run:
@@ -109,7 +113,23 @@ def check_run(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -
     OmegaConf.to_container(cfg, resolve=True)  # an interpolation that leads nowhere
     check_config(cfg, known, required)
     check_values(cfg)
+    check_reward(cfg)
+    _check_evaluated_files(cfg, evaluates=EVALUATES in known)
     _check_logger(cfg)
+
+
+def _check_evaluated_files(cfg: DictConfig, *, evaluates: bool) -> None:
+    """Refuse a file of evaluation rows that is not there: a sweep would miss it after its trainings.
+
+    The rows of a training may be missing yet: an earlier stage writes them.
+    """
+    nodes = OmegaConf.to_container(cfg, resolve=True)
+    rows, held_out = nodes.get("dataset") or {}, nodes.get("eval_dataset") or {}
+    if evaluates:
+        check_sources("dataset", rows)
+    elif held_out.get("source") != rows.get("source"):
+        check_sources("eval_dataset", held_out)
+    check_sources("domains", nodes.get("domains"))
 
 
 def _drop_null_components(cfg: DictConfig) -> None:

@@ -1,14 +1,17 @@
 """Test that `pidistill validate` refuses what `pidistill preview` refuses, and prints one line where both accept."""
 
 import json
+import re
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
 from pidistill.commands.places import config_path
 from pidistill.commands.preview.command import main as preview
 from pidistill.commands.validate import main as validate
 
+SKIP = "{_component_: pidistill.losses.token_weights.SkipFirst, tokens: 500}"
 FEW = ["dataset.max_rows=20"]
 
 
@@ -21,7 +24,10 @@ def ended(main, *words) -> int:
 @pytest.mark.parametrize("name", [["tiny/opsd"], ["--config", "tiny/opsd"]])
 def test_a_right_config_gets_one_line(name, capsys):
     validate([*name, *FEW])
-    assert capsys.readouterr().out == "tiny/opsd is right: 20 of 20 rows were checked\n"
+    assert re.fullmatch(
+        r"tiny/opsd is right: 20 of 20 rows were checked; of eval_dataset (\d+) of \1 rows were checked\n",
+        capsys.readouterr().out,
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,11 +74,30 @@ def test_a_key_that_the_recipe_requires_is_missed(config, key, capsys):
     ("tiny/sdft", ["sampler.top_p=2"], "sampler.top_p=2"),
     ("tiny/evaluate", ["sampler.top_p=2"], "sampler.top_p=2"),
     ("tiny/opsd", ["teacher.nosuch=1"], "teacher.nosuch"),
+    ("tiny/sdft", ["objective.skip_first_tokens=9", "sampler.max_new_tokens=9"],
+     "objective.skip_first_tokens=9 leaves out the first tokens of an answer, and answers have at most"),
+    ("tiny/gkd", [f"objective.token_weight={SKIP}"], "objective.token_weight.tokens=500 leaves out the first tokens"),
     ("tiny/opsd", ["teacher._component_=pidistill.teachers.LiveTeacher", "teacher_model=${model}"], "teacher_model"),
 ])  # fmt: skip
 def test_teacher_and_sampler_are_refused_as_a_run_refuses_them(config, words, said, capsys):
     assert ended(validate, config, *FEW, *words) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key, recipe", [("eval_dataset", "tiny/opsd"), ("dataset", "tiny/evaluate")])
+def test_a_missing_file_of_evaluation_rows_is_refused_before_anything_is_built(key, recipe, capsys, monkeypatch):
+    node = "{_component_: pidistill.data.qa_dataset, source: nosuch.jsonl}"
+    monkeypatch.setattr("pidistill.commands.preview.rows.build", lambda node: pytest.fail("something was built"))
+    text = config_path(recipe).read_text()
+    cfg = OmegaConf.merge(OmegaConf.create(text), {key: None}, {key: OmegaConf.create(node)})
+    monkeypatch.setattr("pidistill.commands.plan.reading.load_config", lambda name: cfg)
+    assert ended(validate, recipe) == 2
+    assert f"error: {key}.source nosuch.jsonl does not exist; relative paths start at" in capsys.readouterr().err
+
+
+def test_rows_of_the_evaluation_are_checked(capsys):
+    assert ended(validate, "tiny/opsd", *FEW, "eval_dataset.split=nosuch") == 2
+    assert "nosuch" in capsys.readouterr().err
 
 
 def test_what_is_on_the_machine_that_trains_alone_is_not_needed(monkeypatch, capsys):
@@ -98,4 +123,4 @@ def test_rows_that_are_left_out_are_counted(capsys, tmp_path):
     dataset = f"dataset:\n  _component_: pidistill.data.chat_dataset\n  source: {tmp_path}/rows.jsonl\n"
     (tmp_path / "config.yaml").write_text(text[:start] + dataset + text[end:])
     validate([str(tmp_path / "config.yaml"), "privileged.on_overflow=drop"])
-    assert capsys.readouterr().out.endswith("is right: 3 of 3 rows were checked; dropped: prompt_too_long 1\n")
+    assert capsys.readouterr().out.endswith("is right: 3 of 3 rows were checked, dropped: prompt_too_long 1\n")

@@ -185,6 +185,16 @@ def test_the_parts_of_a_reward_are_in_the_step():
     assert last == EnvStep([], 0.75, True, {"ten": 1.0, "nested": 0.5})
 
 
+def test_without_a_reward_every_step_has_none():
+    env = replace(environment(), reward=None)
+    state = env.reset(example(0))
+    steps = [
+        env.step(state, says("", ("add", {"amount": 10})), truncated=False),
+        env.step(state, says("done"), truncated=False),
+    ]
+    assert [(step.reward, step.done) for step in steps] == [(None, False), (None, True)]
+
+
 def test_a_turn_that_was_cut_is_judged_and_calls_nothing():
     env = environment()
     state = env.reset(example(0))

@@ -200,6 +200,8 @@ def test_the_held_out_questions_ask_for_the_same_facts_in_other_words(files):
     assert len(questions) == 288 and {row["question"] for row in held_out} < questions
     assert not questions & {row["question"] for row in train}
     assert facts == {(row["document"], row["answer"]) for row in more}
+    named = {(row["fact"], row["document"], row["answer"]) for row in train + held_out + more}
+    assert len({fact for fact, _, _ in named}) == len(named) == 48, "a name for each fact, and a fact for each name"
     assert all(row["answer"] not in row["question"] for row in more)
     other = read(files, "document", "other")
     assert len({row["question"] for row in other}) == 64

@@ -31,7 +31,7 @@ from pidistill.commands.plan.reading import KEYS, merged
 from pidistill.commands.probe.measure import Measured, Probe
 from pidistill.commands.probe.wordings import OWN, Wording, builtin_wordings, configured, prompts_by_wording, read_wordings
 from pidistill.config import build
-from pidistill.data.load import check_models, gives_privileged, load_privileged
+from pidistill.data.load import check_models, gives_no_reward, gives_privileged, load_privileged
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError, escape_controls
 from pidistill.privileged.prompt import PrivilegedPrompt
@@ -171,6 +171,11 @@ def probe(arguments: argparse.Namespace) -> Found:
     """Sample and score what the command's words ask for."""
     began = time.perf_counter()
     cfg, run = _start(arguments)
+    if gives_no_reward(cfg.environment):
+        raise InputError(
+            "probe compares wordings by their success, and the environment has no reward; set environment.reward, or read the "
+            "answers of a short run with rollout_log_steps"
+        )
     tokenizer = as_chat_tokenizer(build(cfg.tokenizer))
     limits = {"max_seq_len": check_models(cfg, tokenizer), "max_new_tokens": int(cfg.sampler.max_new_tokens)}
     if arguments.after is not None and arguments.after >= limits["max_new_tokens"]:
@@ -237,7 +242,12 @@ def _cut_by(cfg: DictConfig) -> str:
 
 def _start(arguments: argparse.Namespace) -> tuple[DictConfig, Run]:
     cfg = merged(arguments.config, arguments.overrides)
-    for key in (RESUME, "domains", "views"):  # of a run or an evaluation, which the probe's own table does not need
+    for key in (
+        RESUME,
+        "domains",
+        "views",
+        "eval_cluster_key",
+    ):  # of a run or an evaluation, which the probe's own table does not need
         cfg.pop(key, None)
     if cfg.get("output_dir"):
         cfg.output_dir = str(Path(cfg.output_dir) / "probe")  # beside a run, never in its files

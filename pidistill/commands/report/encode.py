@@ -83,6 +83,7 @@ def _outline(run: int, row: dict[str, Any], values: dict[str, list[float | None]
         "example": escape_controls(str(row.get("example", ""))),
         "turns": _escaped(row.get("turns") or []),
         "turn_rewards": row.get("turn_rewards") or [],
+        "sampled": "sampled_logprobs" in (row.get("values") or {}),
         "cut": row.get("stop_reason") in TRUNCATED,
         "policy_tokens": row.get("policy_tokens"),
         "student": texts.number(str(row.get("student_prompt", ""))),

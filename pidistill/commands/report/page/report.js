@@ -367,7 +367,7 @@ function chips(row) {
   const parts = Object.entries(row.reward_parts || {}).map(([name, value]) => chip(`${name} ${shown(value)}`));
   return make("div", { class: "head" }, make("div", { class: "chips" },
     RUNS.length > 1 ? make("span", { class: "chip" }, make("span", { class: "dot", style: `background:${color(row.run)}` }), ` ${RUNS[row.run].name}`) : null, make("b", {}, row.example), chip(`step ${row.step}`), chip(`sampled by the ${row.sampled_by}`),
-    row.reward === undefined ? chip("demonstration") : chip(`reward ${shown(row.reward)}`, row.success ? "good" : "bad"), ...parts,
+    row.reward === undefined ? chip(row.sampled ? "no reward" : "demonstration") : chip(`reward ${shown(row.reward)}`, row.success ? "good" : "bad"), ...parts,
     row.advantage === null ? null : chip(`advantage ${shown(row.advantage)}`),
     chip(`stopped: ${row.stop_reason}`, row.cut ? "warn" : ""), row.leak ? chip("leak", "bad") : null, chip(`${shown(row.policy_tokens)} tokens`),
     row.kl === null ? null : chip(`KL ${shown(row.kl)} per token`)),
