@@ -114,6 +114,8 @@ def check_run(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -
     check_config(cfg, known, required)
     check_values(cfg)
     check_reward(cfg)
+    if cfg.get("device"):
+        _named_device(cfg.device)
     _check_evaluated_files(cfg, evaluates=EVALUATES in known)
     _check_logger(cfg)
 
@@ -185,12 +187,20 @@ def _default_threads(parts: int = 1) -> int:
     return int(asked) if asked.isdecimal() and int(asked) > 0 else max(1, (os.cpu_count() or 1) // (ranks * parts))
 
 
-def _device(name: str) -> torch.device:
-    """Return torchtune's device; refuse one that the machine lacks, for which torchtune takes the CPU silently."""
+def _named_device(name: str) -> torch.device:
     try:
-        device, asked = utils.get_device(name), torch.device(name)
+        return torch.device(name)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"device={name} is not a device of torch ({one_line(error, 200)}); set cuda or cpu") from error
+
+
+def _device(name: str) -> torch.device:
+    """Return torchtune's device; refuse one that the machine lacks, for which torchtune takes the CPU silently."""
+    asked = _named_device(name)
+    try:
+        device = utils.get_device(name)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"device={name} cannot be used ({one_line(error, 200)}); set cuda or cpu") from error
     if device.type != asked.type:
         raise InputError(f"device is {name}, which this machine does not have (it has {device.type}); set device={device.type}")
     return device
