@@ -107,6 +107,8 @@ class EvaluateRecipe:
         for domain in self._domains:
             columns = {name: results[domain.prefix + name] for name in self._views if domain.prefix + name in results}
             title = f"{domain.prefix.removesuffix('/')} ".lstrip() + f"{len(domain.data.prompts)} rows, per view"
+            if not any("success" in column for column in columns.values()):
+                title += "; no success is counted, because the environment has no reward"
             if columns:
                 Console().print(table_of(title, columns))
         print(path)

@@ -10,6 +10,7 @@ checked as torchtune does. Ends with status 0, or with 2 if the config is wrong 
 
 import argparse
 import importlib.util
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -22,6 +23,7 @@ from pidistill.config import build
 from pidistill.errors import InputError
 from pidistill.scoring.served_teacher import ServedTeacher
 from pidistill.teachers import LiveTeacher
+from pidistill.training.checkpoint_source import check_checkpoint_fits
 from pidistill.training.compatibility import RECIPE_OF_VIEW, build_objective, check_method
 from pidistill.types import ViewName
 
@@ -48,6 +50,9 @@ def validate(config: str, overrides: list[str], count: int) -> str:
     source = source_of(cfg, supervised)
     if not source.examples:
         raise InputError("the dataset has no rows; check `dataset`")
+    for key in ("checkpointer", "teacher_checkpointer"):  # the headers of its files; on the machine that trains alone, maybe
+        if Path(str((cfg.get(key) or {}).get("checkpoint_dir") or "-")).is_dir():
+            check_checkpoint_fits(cfg, key)
     _check_method(cfg, _view_of(config))
     told = [_rows(source, count, "dataset")]
     if cfg.get("eval_dataset"):
