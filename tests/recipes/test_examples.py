@@ -196,6 +196,9 @@ def test_the_held_out_questions_ask_for_the_same_facts_in_other_words(files):
     named = {(row["fact"], row["document"], row["answer"]) for row in train + held_out + more}
     assert len({fact for fact, _, _ in named}) == len(named) == 48, "a name for each fact, and a fact for each name"
     assert all(row["answer"] not in row["question"] for row in more)
+    validation = read(files, "document", "validation")
+    assert {row["fact"] for row in validation} == {row["fact"] for row in train} and len(validation) == 48
+    assert not {row["question"] for row in validation} & (questions | {row["question"] for row in train})
     other = read(files, "document", "other")
     assert len({row["question"] for row in other}) == 64
     assert not any(row["answer"].lower() in row["question"].lower().strip("?").split() for row in other)
@@ -205,9 +208,9 @@ def test_the_held_out_questions_ask_for_the_same_facts_in_other_words(files):
 
 
 def test_held_out_questions_to_the_desks_are_about_other_things_in_other_words(files):
-    train, held_out = (read(files, "system_prompt", name) for name in ("train", "held_out"))
-    assert (len(train), len(held_out)) == (84, 48)
-    for rows in (train, held_out):
+    splits = train, validation, held_out = [read(files, "system_prompt", n) for n in ("train", "validation", "held_out")]
+    assert (len(train), len(validation), len(held_out)) == (84, 24, 48)
+    for rows in splits:
         assert {row["reference"] for row in rows[:24]} == {
             f"{desk}/{kind}" for desk in ("porter", "librarian") for kind in ("neutral", "price")
         }
@@ -215,8 +218,21 @@ def test_held_out_questions_to_the_desks_are_about_other_things_in_other_words(f
             desk = row["reference"].split("/")[0]
             assert "Every answer" not in json.dumps(row["messages"])
             assert ("Barnaby" in json.dumps(row["privileged_messages"])) == (desk == "porter")
-    questions = [{row["messages"][-1]["content"] for row in rows} for rows in (train, held_out)]
-    assert not questions[0] & questions[1]
+    questions = [row["messages"][-1]["content"] for rows in splits for row in rows]
+    assert len(set(questions)) == len(questions) == 84 + 24 + 48
+
+
+def test_the_curves_of_an_example_are_drawn_with_rows_that_its_evaluation_does_not_have():
+    checked = 0
+    for path in sorted(EXAMPLES.glob("*/*.yaml")):
+        cfg, judged = OmegaConf.load(path), path.with_name("evaluate.yaml")
+        if cfg.get("eval_dataset") and judged.is_file():
+            drawn, held_out = (
+                OmegaConf.to_container(node, resolve=True) for node in (cfg.eval_dataset, OmegaConf.load(judged).dataset)
+            )
+            assert any(drawn.get(key) != held_out.get(key) for key in ("source", "split")), path
+            checked += 1
+    assert checked >= 20
 
 
 @pytest.mark.parametrize(
