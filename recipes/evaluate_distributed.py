@@ -165,7 +165,7 @@ def judged(rollouts: list[Rollout]) -> list[Rollout]:
 
 def sampled(name: str, domain: Domain) -> bool:
     """Return whether a view is sampled: one with privileged information needs rows that have some."""
-    return VIEWS[name][0] == "student" or domain.data.rows_without_pi < len(domain.data.prompts)
+    return VIEWS[name][0] == "student" or any(pair.has_privileged for _, pair in domain.data.prompts)
 
 
 def table_of(title: str, columns: dict[str, dict[str, Any]]) -> Table:
