@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: student (without privileged information), student greedy, and the ceiling with it.
 
-every row of `dataset` × `eval_samples` samples per view → avg@k, pass@k, pass^k with bootstrap intervals, length, leak rate;
+every row of `dataset` × `eval_samples` samples per view → avg@k, pass@k, pass^k with bootstrap intervals over rows, or over
+clusters of rows (`eval_cluster_key`), length, leak rate;
 the same for every entry of `domains` → a table each, `results.json`, `rows.json` with the success of every row,
 `rollouts.jsonl` with every text and the parts of its reward
 
@@ -19,7 +20,15 @@ from pidistill.errors import InputError
 from pidistill.jsonl import write_jsonl
 from pidistill.training.collector import Collect, build_collector
 from pidistill.training.compatibility import check_reward
-from pidistill.training.evaluation import VIEWS, chosen_views, eval_dropped, sample_view, success_numbers, text_row
+from pidistill.training.evaluation import (
+    VIEWS,
+    chosen_views,
+    eval_dropped,
+    row_clusters,
+    sample_view,
+    success_numbers,
+    text_row,
+)
 from pidistill.training.keys import check_values, keys_of, setting
 from pidistill.training.load import load_initial
 from pidistill.training.metrics import rollout_means, rollout_sums
@@ -34,7 +43,7 @@ from torchtune import config
 KEYS = keys_of("evaluate")
 REQUIRED = ("output_dir", "model", "tokenizer", "checkpointer", "dataset", "environment", "sampler")
 # What an entry of `domains` may say in the config's place; it must have a dataset.
-DOMAIN_KEYS = ("dataset", "environment", "privileged", "max_turns", "eval_success_threshold")
+DOMAIN_KEYS = ("dataset", "environment", "privileged", "max_turns", "eval_success_threshold", "eval_cluster_key")
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class Domain:
     prefix: str
     data: RecipeData
     collect: Collect
+    clusters: list[str] | None  # of each row, where `eval_cluster_key` names a column
 
 
 class EvaluateRecipe:
@@ -76,6 +86,9 @@ class EvaluateRecipe:
                 results[domain.prefix + name] = self.summarise(domain, rollouts, samples) | eval_dropped([collected], self._run)
                 self._rows[domain.prefix + name] = self.row_success(domain, rollouts)
                 self._texts += [{"view": domain.prefix + name} | text_row(rollout) for rollout in rollouts]
+            if domain.clusters is not None:
+                ids = [example.id for example, _ in domain.data.prompts]
+                self._rows[f"{domain.prefix}clusters"] = dict(zip(ids, domain.clusters, strict=True))
         return results
 
     def summarise(self, domain: Domain, rollouts: list[Rollout], samples: int) -> dict[str, Any]:
@@ -87,7 +100,8 @@ class EvaluateRecipe:
         for rollout in judged(rollouts):
             successes.setdefault(rollout.group, []).append(rollout.task_reward >= threshold)
         result = {"samples": samples, "rollouts": len(rollouts)}
-        return result | success_numbers(successes, samples, self._run.seed) | means
+        clusters = None if domain.clusters is None else dict(enumerate(domain.clusters))
+        return result | success_numbers(successes, samples, self._run.seed, clusters) | means
 
     def row_success(self, domain: Domain, rollouts: list[Rollout]) -> dict[str, float]:
         """Return the share of successes of each row's samples, by row id."""
@@ -124,7 +138,8 @@ def domain_configs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
         if unknown or missing:
             wrong = f"has the key {unknown[0]}" if unknown else f"has no {missing[0]}"
             raise InputError(f"domains.{name} {wrong}; an entry has a dataset, and may have {', '.join(DOMAIN_KEYS[1:])}")
-        own = OmegaConf.merge(cfg, dict.fromkeys(entry), entry)  # in the place of a node, not into it
+        # In the place of a node, not into it; the column of clusters is one of the config's own rows.
+        own = OmegaConf.merge(cfg, dict.fromkeys([*entry, "eval_cluster_key"]), entry)
         try:
             check_values(own)
             check_reward(own)
@@ -137,7 +152,8 @@ def domain_configs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
 def load_domain(cfg: DictConfig, prefix: str, sampler: Any) -> Domain:
     try:
         data = load_prompts(cfg, no_pi="rl")
-        return Domain(prefix, data, build_collector(cfg, sampler, data.tokenizer))
+        clusters = row_clusters((example for example, _ in data.prompts), cfg.get("eval_cluster_key"))
+        return Domain(prefix, data, build_collector(cfg, sampler, data.tokenizer), clusters)
     except InputError as error:
         if not prefix:
             raise
@@ -151,7 +167,7 @@ def judged(rollouts: list[Rollout]) -> list[Rollout]:
 
 def sampled(name: str, domain: Domain) -> bool:
     """Return whether a view is sampled: one with privileged information needs rows that have some."""
-    return VIEWS[name][0] == "student" or domain.data.rows_without_pi < len(domain.data.prompts)
+    return VIEWS[name][0] == "student" or any(pair.has_privileged for _, pair in domain.data.prompts)
 
 
 def table_of(title: str, columns: dict[str, dict[str, Any]]) -> Table:

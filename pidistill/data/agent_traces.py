@@ -8,11 +8,14 @@ completion, and the environment :class:`pidistill.envs.ReplayEnvironment` finds 
 """
 
 import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torchtune.utils import log_rank_zero
 
 from pidistill.chat.calls import ACTION_TAGS, CALL_TEMPLATE, CallStyle, ToolCall, as_call, unreadable_calls
 from pidistill.chat.messages import check_messages, with_system
@@ -24,6 +27,7 @@ from pidistill.privileged.trace_kinds import TraceText
 from pidistill.privileged.trace_task import AgentTrace, TraceTask
 from pidistill.types import Example, Message
 
+_log = logging.getLogger(__name__)
 NOT_CHOSEN, NO_ANSWER, UNSOLVED = "other_trace_of_task", "no_assistant_turn", "task_without_success"
 
 
@@ -181,6 +185,7 @@ def read_traces(
     tasks: dict[str, list[AgentTrace]] = {}
     for trace in traces:
         tasks.setdefault(trace.task, []).append(trace)
+    _warn_of_scale(source, traces, success_threshold)
     said = [turn for trace in traces for turn in trace.turns if turn["role"] == "assistant"]
     seen = [call for turn in said for call in map(as_call, turn.get("tool_calls") or []) if call is not None]
     without = len(found) - len(traces)
@@ -190,6 +195,19 @@ def read_traces(
         unreadable_calls=sum(unreadable_calls(turn, action_tags) for turn in said),
         tools=derived_tools(seen),
     )
+
+
+def _warn_of_scale(source: str, traces: Sequence[AgentTrace], threshold: float) -> None:
+    """Warn where successes have several rewards far above the threshold, as percentages have above 1.0."""
+    rewards = [trace.reward for trace in traces if trace.success and trace.reward is not None]
+    least, most = min(rewards, default=0.0), max(rewards, default=0.0)
+    if 0 < threshold <= 1 and most >= 2 and least < most:
+        log_rank_zero(
+            _log,
+            f"{source}: {len(rewards)} of {len(traces)} traces count as successes, with rewards from {least:g} to {most:g}; "
+            f"if these are percentages or points, set dataset.success_threshold (now {threshold:g}) to that of a success",
+            level=logging.WARNING,
+        )
 
 
 def _read_trace(

@@ -20,9 +20,13 @@ from pidistill.errors import InputError
 from pidistill.models.modules import attention_modules
 from pidistill.models.precision import multiply_head, own_wide_head, parameter_groups, widen_head
 from pidistill.models.protocol import Decoder, logit_cap, takes_layer_masks
+from pidistill.tokenizers.prefix import common_prefix_length
 
 # Prompts are read in forwards of at most this many tokens, padding included: more is no faster, and costs memory.
 TOKENS_PER_READ = 8192
+
+# What all prompts begin with is read once, by itself, where that saves this many tokens: a forward more has its price too.
+SAVED_BY_PREFIX = 512
 
 
 @dataclass(frozen=True)
@@ -144,9 +148,26 @@ class Context:
     def read_prompts(self, prompts: list[Sequence[int]], prompt_of: list[int]) -> Float[Tensor, "P V"]:
         """Read each prompt once, and begin a row with ``prompts[prompt_of[i]]`` in each of the next slots.
 
+        The same system message, tools and examples before every question are read once for all of them.
+
         Returns:
             fp32 logits of each prompt's next token.
         """
+        shared = shared_beginning(prompts)
+        if (len(prompts) - 1) * shared < SAVED_BY_PREFIX:
+            return self._read_apart(prompts, prompt_of)
+        first, logits = len(self._lengths), [None] * len(prompts)
+        leaders = [first + prompt_of.index(prompt) for prompt in range(len(prompts))]
+        self._read_apart([prompts[0][:shared]], [0] * len(prompt_of))
+        rests = [prompt[shared:] for prompt in prompts]
+        for chunk in self.chunks([len(rest) for rest in rests]):
+            read = self.read([leaders[prompt] for prompt in chunk], [rests[prompt] for prompt in chunk])
+            for prompt, row in zip(chunk, read, strict=True):
+                logits[prompt] = row
+        self.rearrange([*range(first), *(leaders[prompt] for prompt in prompt_of)])
+        return torch.stack(logits)
+
+    def _read_apart(self, prompts: list[Sequence[int]], prompt_of: list[int]) -> Float[Tensor, "P V"]:
         first, logits = len(self._lengths), [None] * len(prompts)
         self._lengths += [len(prompts[prompt]) for prompt in prompt_of]
         for chunk in self.chunks([len(prompt) for prompt in prompts]):
@@ -225,6 +246,12 @@ def _wide_head(model: Decoder) -> Float[Tensor, "V H"] | None:
         return None
     own = own_wide_head(model, head)
     return widen_head(head.weight.detach()) if own is None else own
+
+
+def shared_beginning(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all prompts begin with, and at least one of each prompt is left."""
+    most = min(map(len, prompts)) - 1
+    return min(most, *(common_prefix_length(prompts[0], prompt) for prompt in prompts[1:])) if len(prompts) > 1 else most
 
 
 def of_like_length(lengths: list[int]) -> list[list[int]]:

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from pidistill.chat.phrases import privileged_overlap, turn_text
 from pidistill.data import RecipeData
+from pidistill.data.sources import get
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError, check_choice
 from pidistill.rollouts import CollectResult, rollout_seed
@@ -141,39 +142,80 @@ def pass_hat_k(successes: int, samples: int, k: int) -> float:
 
 
 def bootstrap_interval(
-    values: Sequence[float] | Sequence[Sequence[float]], seed: int, resamples: int = 2000
+    values: Sequence[float] | Sequence[Sequence[float]],
+    seed: int,
+    resamples: int = 2000,
+    *,
+    clusters: Sequence[str] | None = None,
+    minus: Sequence[Sequence[float]] | None = None,
 ) -> tuple[float, float]:
     """Return the 95% percentile interval of the mean of a seeds × rows table, seeds and rows resampled with replacement.
 
     A plain sequence has one number per row, of one seed. Rows are what a held-out set is a sample of; more samples per row
     narrow each value, not the choice of rows. A dimension of length 1 has no spread to resample, and rows that are all alike
     give an interval without width, although n of them still allow about 3/n of the other kind.
+
+    Args:
+        clusters: the cluster of each row. Rows of one cluster are right or wrong together, so that whole clusters are drawn
+            (2411.00640); None makes each row a cluster of its own.
+        minus: a table over the same rows whose mean is subtracted; each resample draws the same rows for both (a paired
+            comparison), and the seeds of each table by themselves.
     """
-    table = np.atleast_2d(np.asarray(values, dtype=np.float64))
     generator = np.random.default_rng(seed)
-    seeds, rows = table.shape
-    means = [
-        table[generator.integers(seeds, size=seeds)][:, generator.integers(rows, size=rows)].mean() for _ in range(resamples)
-    ]
+    _, place = np.unique(range(np.shape(values)[-1]) if clusters is None else clusters, return_inverse=True)
+    sizes = np.bincount(place)
+    sums = [_sum_clusters(table, place, len(sizes)) for table in (values, *([] if minus is None else [minus]))]
+    means = []
+    for _ in range(resamples):
+        seeds = [generator.integers(len(sums[0]), size=len(sums[0]))]
+        drawn = generator.integers(len(sizes), size=len(sizes))
+        seeds += [generator.integers(len(table), size=len(table)) for table in sums[1:]]
+        parts = [table[own][:, drawn].mean(0).sum() / sizes[drawn].sum() for table, own in zip(sums, seeds, strict=True)]
+        means.append(parts[0] - sum(parts[1:]))
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
-def success_numbers(rows: Mapping[int, Sequence[bool]], samples: int, seed: int) -> dict[str, Any]:
+def _sum_clusters(values: Sequence[float] | Sequence[Sequence[float]], place: np.ndarray, count: int) -> np.ndarray:
+    """Return [seeds, clusters], the sum of each cluster's rows; ``place`` is the number of each row's cluster."""
+    table = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    return np.stack([np.bincount(place, weights=row, minlength=count) for row in table])
+
+
+def success_numbers(
+    rows: Mapping[int, Sequence[bool]], samples: int, seed: int, clusters: Mapping[int, str] | None = None
+) -> dict[str, Any]:
     """Return avg@k, pass@k and pass^k of rows with up to ``samples`` samples each, k = 2, 4, ..., each with its interval.
 
-    A dropped rollout can leave a row fewer than k samples: it then does not count towards those of k.
+    A dropped rollout can leave a row fewer than k samples: it then does not count towards those of k. Intervals resample rows,
+    or the ``clusters`` of rows; `clusters` is how many there are.
     """
-    result: dict[str, Any] = {}
-    measures = {"pass@": pass_at_k, "pass^": pass_hat_k}
-    per_row = {"success": [sum(row) / len(row) for row in rows.values()]}
+    measures: dict[str, Mapping[int, float]] = {"success": {row: sum(got) / len(got) for row, got in rows.items()}}
     for k in (2**i for i in range(1, samples.bit_length())):
-        whole = [row for row in rows.values() if len(row) >= k]
-        per_row |= {f"{name}{k}": [measure(sum(row), len(row), k) for row in whole] for name, measure in measures.items()}
-    for name, values in per_row.items():
+        whole = {row: got for row, got in rows.items() if len(got) >= k}
+        for name, measure in (("pass@", pass_at_k), ("pass^", pass_hat_k)):
+            measures[f"{name}{k}"] = {row: measure(sum(got), len(got), k) for row, got in whole.items()}
+    result: dict[str, Any] = {"clusters": len({clusters[row] for row in rows})} if clusters and rows else {}
+    for name, values in measures.items():
         if values:
-            result |= {name: sum(values) / len(values), f"{name}_interval": bootstrap_interval(values, seed)}
+            result[name] = sum(values.values()) / len(values)
+            own = None if clusters is None else [clusters[row] for row in values]
+            if own is None or len(set(own)) > 1:  # one cluster has no spread to resample
+                result[f"{name}_interval"] = bootstrap_interval(list(values.values()), seed, clusters=own)
     return result
+
+
+def row_clusters(examples: Iterable[Example], key: str | None) -> list[str] | None:
+    """Return the value of the column ``key`` of each row, as text; None without a key. Refuse a row that lacks it."""
+    if key is None:
+        return None
+    found = []
+    for example in examples:
+        value = get(example.data, key)
+        if value is None:
+            raise InputError(f"{example.id} has no value in {key!r}; fill it, leave the row out, or remove eval_cluster_key")
+        found.append(str(value))
+    return found
 
 
 def text_row(rollout: Rollout, max_chars: int | None = None) -> dict[str, Any]:

@@ -147,6 +147,10 @@ TABLE: Mapping[str, Key] = {
         Key("eval_success_threshold", NUMBER, "reward from which a rollout counts as a success", EVERY, 1.0),
         Key("views", TEXTS, "what is sampled: student greedy, student, student + PI greedy, student + PI", ("evaluate",),
             null="all but student + PI greedy"),
+        Key(
+            "eval_cluster_key", TEXT, "column of the rows, such as the fact they ask for: rows with the same value in it are "
+            "resampled together for intervals", ("evaluate",), null="each row by itself",
+        ),
         Key("domains", MAPPING, "other rows to evaluate, each under its name", ("evaluate",), null="none"),
         # the on-policy methods
         Key("objective", COMPONENT, "the method: its loss, its weights, its advantage", ROUNDS),

@@ -244,7 +244,7 @@ def test_an_answer_that_is_over_has_no_beginning_to_go_on_from():
 def test_given_ids_come_before_what_is_sampled_in_every_row():
     class Two(ReadsTheUserTurn):
         def sample(self, model, prompts, *, on_turn_end, max_new_tokens, **settings):
-            assert prompts == [[1, 2, 8], [3, 7, 7]] and max_new_tokens == 8
+            assert prompts == [[1, 2, 8, 8], [1, 2, 7, 7]] and max_new_tokens == 8
             assert [on_turn_end(row, [row]) for row in (1, 0, 1)] == [None, [4], None]
             return [
                 Sample([0, 4, 5], [True, False, True], [-1.0, math.nan, -2.0], "length"),
@@ -252,13 +252,13 @@ def test_given_ids_come_before_what_is_sampled_in_every_row():
             ]
 
     heard = []
-    found = GoOn(Two("", max_new_tokens=10), {(1, 2): [8], (3,): [7, 7]}).sample(
-        None, [[1, 2], [3]], on_turn_end=lambda row, ids: heard.append((row, ids)) or ([4] if row == 0 else None)
+    found = GoOn(Two("", max_new_tokens=10), [[8, 8], [7, 7]]).sample(  # of rows with the same prompt, too
+        None, [[1, 2], [1, 2]], on_turn_end=lambda row, ids: heard.append((row, ids)) or ([4] if row == 0 else None)
     )
-    assert heard == [(1, [7, 7, 1]), (0, [8, 0]), (1, [1])]  # a second turn begins with nothing
-    assert [sample.tokens for sample in found] == [[8, 0, 4, 5], [7, 7, 1]]
-    assert [sample.policy_mask for sample in found] == [[True, True, False, True], [True] * 3]
-    assert [math.isnan(value) for value in found[0].logprobs] == [True, False, True, False]
+    assert heard == [(1, [7, 7, 1]), (0, [8, 8, 0]), (1, [1])]  # a second turn begins with nothing
+    assert [sample.tokens for sample in found] == [[8, 8, 0, 4, 5], [7, 7, 1]]
+    assert [sample.policy_mask for sample in found] == [[True, True, True, False, True], [True] * 3]
+    assert [math.isnan(value) for value in found[0].logprobs] == [True, True, False, True, False]
 
 
 # ------------------------------------------------------------------------------------------- odd cases
@@ -271,8 +271,9 @@ def half_told(**options) -> ExampleDataset:
 
 
 def test_rows_without_privileged_information_among_others_are_counted_and_not_tried(words, capsys):
-    found = run([*words, f"dataset._component_={__name__}.half_told", "--rows", "9", "--only-own", "--no-kl"], capsys)
-    assert found["student"]["rows"] == 6
+    half = [f"dataset._component_={__name__}.half_told", "privileged.leak_phrases=[]"]
+    found = run([*words, *half, "--rows", "9", "--only-own", "--no-kl"], capsys)
+    assert found["student"]["rows"] == 6 and found["student"]["leaks"] is None, "without phrases leaks are not known"
     assert "6 of 12 rows of `dataset` have no privileged information and were not tried." in found["advice"]
 
 

@@ -29,10 +29,12 @@ from pidistill.commands.sweep import check, command, execute, search
 from pidistill.commands.sweep.cells import as_text, grid_cells, read_sweep, stage_runs
 from pidistill.commands.sweep.pictures import heat_table, mean_curve
 from pidistill.commands.sweep.results import (
+    Difference,
     best_step,
     group_interval,
     groups_of,
     mean_and_sd,
+    paired_difference,
     read_results,
     run_numbers,
     total,
@@ -278,6 +280,16 @@ def test_the_evaluation_runs_where_the_training_is_told_to(recipes, sweep, stage
     assert "changed" not in "".join(capsys.readouterr())
 
 
+def test_where_a_cell_runs_makes_it_no_other_cell_unless_that_is_swept(recipes, sweep):
+    first = sweep("tiny/opsd", "seed=0", "threads=1", "device=cpu", "--evaluate", "tiny/evaluate")
+    assert list(first) == ["tiny/opsd,seed=0"] and first["tiny/opsd,seed=0"]["settings"] == {}
+    assert all(run["threads"] == "1" and run["device"] == "cpu" for run in recipes.ran)
+    done = len(recipes.ran)
+    again = sweep("tiny/opsd", "seed=0", "threads=2", "--evaluate", "tiny/evaluate")
+    assert list(again) == list(first) and len(recipes.ran) == done
+    assert len(sweep("tiny/opsd", "seed=0", "threads=1,2")) == 1 + 2 and len(recipes.ran) == done + 2
+
+
 def test_a_sweep_file_is_checked(tmp_path):
     path = tmp_path / "sweep.yaml"
     for text, message in {
@@ -514,6 +526,12 @@ def test_all_cells_are_checked_before_the_first_one_starts(recipes, sweep, tmp_p
     assert end.value.code == 2 and said.startswith("error: ") and "\n" not in said
     assert sentence in said and "nothing was started" in said
     assert not recipes.ran and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("split, said", [("test", True), ("validation", False)])
+def test_validation_rows_that_the_evaluation_reads_too_are_said(recipes, sweep, split, said, capsys):
+    sweep("tiny/opsd", f"eval_dataset.split={split}", "eval_dataset.max_rows=7", "--evaluate", "tiny/evaluate")
+    assert ("tiny/opsd: `eval_dataset` reads the rows of the evaluation" in capsys.readouterr().out) is said
 
 
 @pytest.mark.parametrize("more", [[], ["--evaluate", "tiny/evaluate"]])
@@ -786,6 +804,91 @@ def test_the_interval_says_what_was_resampled(tmp_path):
     interval, what = group_interval(tmp_path, group)
     assert what == "seeds × tasks" and interval == (0.0, 1.0)
     assert group_interval(tmp_path, groups_of(rows[:1])[0])[1] == "tasks"
+
+
+CLUSTERS = {"t0": "x", "t1": "x", "t2": "x", "t3": "y", "t4": "z"}
+BASE = [0.0, 0.0, 0.0, 1.0, 0.0]
+
+
+def evaluated(folder: Path, arm: str, seed: int, values: list[float], clusters: bool = True, base: str | None = None) -> dict:
+    place = f"{arm}{seed}{base}"
+    (folder / place).mkdir()
+    rows = {"student": dict(zip(CLUSTERS, values, strict=True))} | ({"clusters": CLUSTERS} if clusters else {})
+    (folder / place / "rows.json").write_text(json.dumps(rows))
+    return result(arm, seed, 0.5, last={"student_success": 0.5, "folder": place}, base=base)
+
+
+def test_the_interval_of_a_sweep_resamples_the_clusters_that_its_evaluation_names(tmp_path):
+    values = [[1.0, 1.0, 1.0, 0.0, 1.0], [1.0, 0.5, 1.0, 0.0, 0.0]]
+    rows = [evaluated(tmp_path, "a", seed, own) for seed, own in enumerate(values)]
+    interval, what = group_interval(tmp_path, groups_of(rows)[0])
+    assert what == "seeds × clusters"
+    assert interval == bootstrap_interval(values, 0, 4000, clusters=list(CLUSTERS.values()))
+
+
+@pytest.mark.parametrize("clusters", [True, False])
+def test_two_arms_are_compared_on_the_same_tasks_or_clusters(clusters, tmp_path):
+    rows = [evaluated(tmp_path, "base", 0, BASE, clusters)]
+    values = [[1.0, 1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 1.0, 0.0]]
+    rows += [evaluated(tmp_path, "a", seed, own, clusters) for seed, own in enumerate(values)]
+    base, arm = groups_of(rows)
+    found = paired_difference(tmp_path, arm, base)
+    # Means over the two seeds: 1, .5, 0, .5, 0 against 0, 0, 0, 1, 0.
+    assert found.mean == pytest.approx(0.2)
+    assert (found.higher, found.lower) == ((1, 1) if clusters else (2, 1))
+    names = list(CLUSTERS.values()) if clusters else None
+    assert found.interval == bootstrap_interval(values, 0, 4000, clusters=names, minus=[BASE])
+    assert found.resampled == ("seeds × clusters" if clusters else "seeds × tasks")
+    back = paired_difference(tmp_path, base, arm)
+    assert back.mean == -found.mean and (back.lower, back.higher) == (found.higher, found.lower)
+
+
+def test_two_arms_of_several_bases_are_compared_base_by_base(tmp_path):
+    started = {"one": 0.0, "two": 1.0}
+    rows = [evaluated(tmp_path, "base", 0, [v] * 5, base=b) for b, v in started.items()]
+    own = [[0.5, 0.0, 0.0, 0.5, 0.0], [1.0, 1.0, 1.0, 1.0, 0.5]]
+    rows += [evaluated(tmp_path, "a", 0, v, base=b) for b, v in zip(started, own, strict=True)]
+    base, arm = groups_of(rows)
+    found = paired_difference(tmp_path, arm, base)
+    expected = bootstrap_interval([[0.5, 0, 0, 0.5, 0], [0, 0, 0, 0, -0.5]], 0, 4000, clusters=list(CLUSTERS.values()))
+    assert found.mean == pytest.approx(0.05) and found.interval == expected and found.resampled == "bases × clusters"
+    assert (found.higher, found.lower) == (2, 1)
+
+
+@pytest.mark.parametrize("higher, lower", [(0, 0), (5, 5), (6, 1), (1, 6), (10, 0)])
+def test_the_sign_test_is_the_share_of_all_signs_that_are_split_as_unevenly(higher, lower):
+    signs = list(itertools.product([1, -1], repeat=higher + lower))
+    expected = sum(abs(sum(one)) >= abs(higher - lower) for one in signs) / len(signs)
+    assert Difference(0.0, (0.0, 0.0), "tasks", higher, lower).sign_test == pytest.approx(expected)
+
+
+def test_arms_without_the_same_tasks_are_not_compared(tmp_path):
+    rows = [evaluated(tmp_path, "a", 0, BASE), result("b", 0, 0.5, last={"student_success": 0.5, "folder": "b0"})]
+    first, second = groups_of(rows)
+    assert paired_difference(tmp_path, second, first) is None
+    (tmp_path / "b0").mkdir()
+    (tmp_path / "b0/rows.json").write_text(json.dumps({"student": {"other": 1.0, "t0": 0.0}}))
+    assert paired_difference(tmp_path, second, first) is None
+
+
+def test_the_report_compares_the_arms_with_the_one_that_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "draw", lambda output_dir, rows: [])
+    monkeypatch.setattr(command, "write_page", lambda folders: "page")
+    rows = [evaluated(tmp_path, "base", 0, BASE), evaluated(tmp_path, "rl", 0, [1.0] * 5), evaluated(tmp_path, "sft", 0, BASE)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command.main(["--report", str(tmp_path)])
+    text = (tmp_path / "results.md").read_text()
+    assert (
+        "against base on the same tasks" in text
+        and "| rl | +0.800 | [+0.000, +1.000] clusters | 2 / 0 clusters | 0.5 |" in text
+    )
+    assert "| sft | +0.000 | [+0.000, +0.000] clusters | 0 / 0 clusters | 1 |" in text
+    command.main(["--report", str(tmp_path), "--against", "rl"])
+    text = (tmp_path / "results.md").read_text()
+    assert "against rl on the same tasks" in text and "| base | -0.800 |" in text
+    with pytest.raises(SystemExit):
+        command.main(["--report", str(tmp_path), "--against", "opsd"])
+    assert "--against opsd is no arm here; choose one of base, rl, sft" in capsys.readouterr().err
 
 
 def test_curves_and_heat_maps_hold_means_over_seeds():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,23 @@ def test_a_reward_that_is_no_number_is_refused_and_is_no_failure(write, reward):
         InputError, match="row 1: reward is .*, not a number; .* or to null where every trace counts as a success"
     ):
         trace_dataset(write(episode(1, 1.0, *BOOK, *BYE), episode(2, reward, *BOOK, *BYE)))
+
+
+@pytest.mark.parametrize(
+    "rewards, settings, warned",
+    [
+        ([0.0, 40.0, 100.0], {}, True),
+        ([0.0, 100.0], {}, False),
+        ([0.0, 40.0, 100.0], {"success_threshold": 100.0}, False),
+        ([0.0, 1.0, 1.2], {}, False),
+    ],
+)
+def test_rewards_in_percent_are_named_where_nearly_all_of_them_pass_the_threshold(rewards, settings, warned, write, caplog):
+    trace_dataset(write(*[episode(i, reward, *BOOK, *BYE) for i, reward in enumerate(rewards)]), **settings)
+    said = "2 of 3 traces count as successes, with rewards from 40 to 100; .* set dataset.success_threshold (now 1)"
+    assert bool(caplog.records) is warned and (
+        not warned or re.search(said.replace("(", r"\(").replace(")", r"\)"), caplog.text)
+    )
 
 
 def test_damaged_files_are_refused(tmp_path):

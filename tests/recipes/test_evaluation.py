@@ -4,13 +4,20 @@ import itertools
 import json
 import math
 import random
+import re
+from dataclasses import replace
+from unittest import mock
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from pidistill.data import RecipeData
+from pidistill.envs.tiny_world import tiny_world_dataset
 from pidistill.errors import InputError
 from pidistill.training.evaluation import bootstrap_interval, chosen_views, pass_at_k, pass_hat_k, success_numbers
-from recipes.evaluate_distributed import domain_configs
+from pidistill.types import Example, PromptPair
+from recipes.evaluate_distributed import Domain, domain_configs, sampled
 from tests.support.runs import recipe_class, run, sample_config, small_config
 
 
@@ -33,6 +40,50 @@ def test_intervals_are_as_wide_as_the_standard_error_says_and_depend_on_the_seed
     assert bootstrap_interval([0.5] * 9, seed=0) == (0.5, 0.5) == bootstrap_interval([0.5], seed=0)
 
 
+def _all_resamples(tables: list[list[list[float]]], clusters: list[str]) -> list[float]:
+    """List the mean of the first table minus that of the second, if any, over every draw of seeds and of whole clusters."""
+    members = [[i for i, name in enumerate(clusters) if name == one] for one in sorted(set(clusters))]
+    means = []
+    for drawn in itertools.product(members, repeat=len(members)):
+        rows = [i for member in drawn for i in member]
+        for seeds in itertools.product(*(itertools.product(range(len(table)), repeat=len(table)) for table in tables)):
+            parts = [[table[seed][i] for seed in own for i in rows] for table, own in zip(tables, seeds, strict=True)]
+            first, *rest = [sum(part) / len(part) for part in parts]
+            means.append(first - sum(rest))
+    return means
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_an_interval_over_clusters_is_that_of_all_resamples_of_whole_clusters(paired):
+    rng = np.random.default_rng(0)
+    clusters = ["b", "a", "b", "c", "c", "b", "d"]
+    alike = np.array([{"a": 0.2, "b": 1.0, "c": 0.0, "d": 0.6}[name] for name in clusters])
+    tables = [(alike * scale + 0.1 * rng.random((seeds, 7))).tolist() for seeds, scale in ((2, 1.0), (1, 0.3))[: 1 + paired]]
+    expected = np.percentile(_all_resamples(tables, clusters), [2.5, 97.5])
+    minus = tables[1] if paired else None
+    found = bootstrap_interval(tables[0], 0, 10_000, clusters=clusters, minus=minus)
+    assert found == pytest.approx(expected, abs=0.02)
+    apart = bootstrap_interval(tables[0], 0, 2000, minus=minus)
+    assert found[1] - found[0] > 1.15 * (apart[1] - apart[0]), "rows of a cluster are drawn together"
+
+
+def test_six_questions_about_each_fact_say_no_more_than_one_where_they_are_right_together():
+    facts = [float(i % 3 == 0) for i in range(48)]
+    rows, clusters = [value for value in facts for _ in range(6)], [f"{i:02}" for i in range(48) for _ in range(6)]
+    over_facts = bootstrap_interval(rows, seed=0, clusters=clusters)
+    assert over_facts == pytest.approx(bootstrap_interval(facts, seed=0))
+    low, high = bootstrap_interval(rows, seed=0)
+    assert over_facts[1] - over_facts[0] == pytest.approx(math.sqrt(6) * (high - low), rel=0.1)
+
+
+def test_two_arms_that_gain_on_every_row_differ_surely_however_much_the_rows_differ():
+    base = [float(i % 2) / 2 for i in range(20)]
+    better = [value + 0.25 for value in base]
+    assert bootstrap_interval([better], 0, minus=[base]) == pytest.approx((0.25, 0.25))
+    low, high = bootstrap_interval(better, 0)
+    assert high - low > 0.15
+
+
 def test_rows_count_alike_and_those_with_too_few_samples_do_not_count_for_k():
     rows = {0: [True, True, False, True], 1: [False] * 4, 2: [True]}
     numbers = success_numbers(rows, samples=4, seed=0)
@@ -46,6 +97,12 @@ def test_rows_count_alike_and_those_with_too_few_samples_do_not_count_for_k():
         numbers[f"{name}_interval"][0] <= numbers[name] <= numbers[f"{name}_interval"][1] for name in ("pass@2", "pass^2")
     )
     assert success_numbers({}, samples=2, seed=0) == {}
+    clustered = success_numbers(rows, samples=4, seed=0, clusters={0: "x", 1: "y", 2: "x"})
+    assert clustered["clusters"] == 2 and clustered["success"] == numbers["success"]
+    # Row 2 does not count for k = 2: there are two rows in two clusters.
+    assert clustered["success_interval"] == (0.0, 0.875) and clustered["pass@2_interval"] == numbers["pass@2_interval"]
+    one = success_numbers(rows, samples=2, seed=0, clusters=dict.fromkeys(rows, "x"))
+    assert one["clusters"] == 1 and not [name for name in one if name.endswith("_interval")]
 
 
 def test_other_domains_are_evaluated_beside_the_own_one(tiny_base, tmp_path, capsys):
@@ -73,6 +130,34 @@ def test_other_domains_are_evaluated_beside_the_own_one(tiny_base, tmp_path, cap
     assert list(rows) == expected and set(rows["other_world/student"]) != set(rows["student"])
     printed = capsys.readouterr().out
     assert "3 rows, per view" in printed and "other_world 2 rows, per view" in printed and "[" in printed
+
+
+def clustered_rows(**settings):
+    """Make rows of the tiny world of which two neighbours have the same `about.fact`."""
+    examples = enumerate(tiny_world_dataset(split="test", **settings))
+    return [replace(example, data={**example.data, "about": {"fact": 10 + i // 2}}) for i, example in examples]
+
+
+def test_an_evaluation_resamples_the_clusters_that_its_key_names_and_keeps_them_for_a_comparison(tiny_base, tmp_path, capsys):
+    rows = {"_component_": f"{__name__}.clustered_rows", "max_rows": 6}
+    domains = {"other": {"dataset": rows | {"world_seed": 4321}}}
+    cfg = small_config(
+        "evaluate", tiny_base, tmp_path, dataset=rows, eval_samples=4, eval_success_threshold=0.2, views=["student"],
+        eval_cluster_key="about.fact", domains=domains,
+    )  # fmt: skip
+    run("evaluate", cfg)
+    results, kept = (json.loads((tmp_path / name).read_text()) for name in ("results.json", "rows.json"))
+    assert list(kept) == ["student", "clusters", "other/student"], "the column is not one of the other rows"
+    assert sorted(kept["clusters"].values()) == ["10", "10", "11", "11", "12", "12"]
+    clusters = [kept["clusters"][name] for name in kept["student"]]
+    values = list(kept["student"].values())
+    expected = bootstrap_interval(values, cfg.seed, clusters=clusters)
+    assert results["student"]["success_interval"] == pytest.approx(expected) and results["student"]["clusters"] == 3
+    assert expected != bootstrap_interval(values, cfg.seed) and "clusters" not in results["other/student"]
+    assert re.search(r"clusters\s+│ +3", capsys.readouterr().out)
+    cfg.eval_cluster_key = "about.facts"
+    with pytest.raises(InputError, match=r"row 0 has no value in 'about.facts'; .* or remove eval_cluster_key"):
+        run("evaluate", cfg)
 
 
 PENALTY = [{"_component_": "tests.rewards.test_shaping.Fixed", "value": -5.0}]
@@ -164,6 +249,15 @@ def test_what_trains_nothing_is_refused_in_the_folder_of_a_training_run(recipe, 
     with pytest.raises(InputError, match=r"^output_dir=.* holds a training run .* would overwrite; set another output_dir"):
         recipe_class(recipe)(config(recipe, tiny_base, tmp_path))
     assert (tmp_path / "config.yaml").read_text() == "max_steps: 40\n"
+
+
+def test_rows_that_were_left_out_do_not_hide_those_that_have_privileged_information():
+    told, plain = (PromptPair([1], [1, 2], has_privileged=has) for has in (True, False))
+    row = Example("row 0", [{"role": "user", "content": "?"}])
+    for kept, expected in (([told], True), ([plain], False)):
+        data = mock.Mock(spec=RecipeData, prompts=[(row, pair) for pair in kept], rows_without_pi=3)  # three did not fit
+        domain = Domain("", data, mock.Mock(), None)
+        assert [sampled(name, domain) for name in ("student", "student + PI")] == [True, expected]
 
 
 def test_a_domain_of_which_no_view_is_sampled_has_no_table(tiny_base, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import runpy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,9 @@ ROUND = {
     "rollout_log_steps": 0, "eval_samples": 1, "save_every_steps": 1, "eval_every_steps": 1, "samples_per_prompt": 1,
     "compute_dtype": None,
 }  # fmt: skip
-SMALL = {"document": (512, 6), "system_prompt": (1024, 6), "gsm8k": (1024, 6), "tool_traces": (5120, 40)}
+SMALL = {
+    "document": (512, 6), "system_prompt": (1024, 6), "gsm8k": (1024, 6), "tool_traces": (5120, 40), "stockroom": (1536, 40),
+}  # fmt: skip
 GSM8K = [{"question": f"What is {n} plus 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(60)]
 
 
@@ -49,7 +52,7 @@ def files(tmp_path_factory):
         if job == "tool_traces":
             _tool_world_base(folder)
         else:
-            hub_folder("qwen2, tied", folder / "model", vocab_size=640, max_position_embeddings=1024)
+            hub_folder("qwen2, tied", folder / "model", vocab_size=640, max_position_embeddings=2048)
             qwen_folder(folder / "model")
         if (EXAMPLES / job / "make_data.py").is_file():
             runpy.run_path(str(EXAMPLES / job / "make_data.py"))["main"](str(folder))
@@ -76,6 +79,8 @@ def tiny(path: Path, files: Path, output_dir: Path) -> DictConfig:
     changes: dict[str, Any] = {"output_dir": str(output_dir), "threads": 1, "device": "cpu"}
     changes |= {"checkpointer.checkpoint_dir": str(files / job / "model"), "tokenizer.max_seq_len": max_seq_len}
     changes |= {"sampler.max_new_tokens": max_new_tokens}
+    if job == "stockroom":
+        changes["sampler.max_turn_tokens"] = 6
     if job == "tool_traces":
         changes |= TINY_LLAMA | {"tokenizer.path": str(files / job / "tokenizer"), "sampler.max_turn_tokens": 20}
         changes["checkpointer.checkpoint_files"] = ["model.safetensors"]
@@ -95,6 +100,8 @@ def tiny(path: Path, files: Path, output_dir: Path) -> DictConfig:
 def _few_rows(node: DictConfig, key: str, folder: Path) -> dict[str, Any]:
     if "n" in node:
         return {f"{key}.n": 2}
+    if "dataset" in node:
+        return _few_rows(node.dataset, f"{key}.dataset", folder)
     source = "gsm8k.jsonl" if node.source == "openai/gsm8k" else Path(node.source).name
     changes = {f"{key}.max_rows": 2}
     return changes if str(node.source).startswith("${") else changes | {f"{key}.source": str(folder / source)}
@@ -131,7 +138,7 @@ def test_the_recipe_takes_every_key_and_every_component_its_arguments(path, monk
 
 
 # By default one config per recipe and job takes its step, and all of the document's; the others are like one of these.
-STEPS = {"system_prompt/opsd_ucla", "system_prompt/rft", "gsm8k/pi_distill", "tool_traces/opsd"}
+STEPS = {"system_prompt/opsd_ucla", "system_prompt/rft", "gsm8k/pi_distill", "tool_traces/opsd", "stockroom/rft"}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +200,12 @@ def test_the_held_out_questions_ask_for_the_same_facts_in_other_words(files):
     assert len(questions) == 288 and {row["question"] for row in held_out} < questions
     assert not questions & {row["question"] for row in train}
     assert facts == {(row["document"], row["answer"]) for row in more}
+    named = {(row["fact"], row["document"], row["answer"]) for row in train + held_out + more}
+    assert len({fact for fact, _, _ in named}) == len(named) == 48, "a name for each fact, and a fact for each name"
     assert all(row["answer"] not in row["question"] for row in more)
+    validation = read(files, "document", "validation")
+    assert {row["fact"] for row in validation} == {row["fact"] for row in train} and len(validation) == 48
+    assert not {row["question"] for row in validation} & (questions | {row["question"] for row in train})
     other = read(files, "document", "other")
     assert len({row["question"] for row in other}) == 64
     assert not any(row["answer"].lower() in row["question"].lower().strip("?").split() for row in other)
@@ -203,9 +215,9 @@ def test_the_held_out_questions_ask_for_the_same_facts_in_other_words(files):
 
 
 def test_held_out_questions_to_the_desks_are_about_other_things_in_other_words(files):
-    train, held_out = (read(files, "system_prompt", name) for name in ("train", "held_out"))
-    assert (len(train), len(held_out)) == (84, 48)
-    for rows in (train, held_out):
+    splits = train, validation, held_out = [read(files, "system_prompt", n) for n in ("train", "validation", "held_out")]
+    assert (len(train), len(validation), len(held_out)) == (84, 24, 48)
+    for rows in splits:
         assert {row["reference"] for row in rows[:24]} == {
             f"{desk}/{kind}" for desk in ("porter", "librarian") for kind in ("neutral", "price")
         }
@@ -213,8 +225,69 @@ def test_held_out_questions_to_the_desks_are_about_other_things_in_other_words(f
             desk = row["reference"].split("/")[0]
             assert "Every answer" not in json.dumps(row["messages"])
             assert ("Barnaby" in json.dumps(row["privileged_messages"])) == (desk == "porter")
-    questions = [{row["messages"][-1]["content"] for row in rows} for rows in (train, held_out)]
-    assert not questions[0] & questions[1]
+    questions = [row["messages"][-1]["content"] for rows in splits for row in rows]
+    assert len(set(questions)) == len(questions) == 84 + 24 + 48
+
+
+def test_the_curves_of_an_example_are_drawn_with_rows_that_its_evaluation_does_not_have():
+    checked = 0
+    for path in sorted(EXAMPLES.glob("*/*.yaml")):
+        cfg, judged = OmegaConf.load(path), path.with_name("evaluate.yaml")
+        if cfg.get("eval_dataset") and judged.is_file():
+            nodes = [OmegaConf.to_container(part, resolve=True) for part in (cfg, OmegaConf.load(judged))]
+            of_all = ("max_rows", "n", "privileged", "privileged_key")
+            drawn, held_out = ({k: v for k, v in node[key].items() if k not in of_all}
+                               for node, key in zip(nodes, ("eval_dataset", "dataset"), strict=True))  # fmt: skip
+            assert drawn != held_out, path
+            checked += 1
+    assert checked >= 20
+
+
+def test_held_out_requests_ask_for_the_same_things_in_other_words(files):
+    splits = {name: read(files, "stockroom", name) for name in ("train", "validation", "held_out")}
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 96, "validation": 24, "held_out": 96}
+    asked = [{row["messages"][-1]["content"] for row in rows} for rows in splits.values()]
+    assert len(set.union(*asked)) == 96 + 24 + 96
+    rooms = [{(row["item"], row["room"]) for row in rows} for rows in splits.values()]
+    assert rooms[0] == rooms[1] == rooms[2] and len(rooms[0]) == 24
+    assert set(Counter(room for _, room in rooms[0]).values()) == {4}
+    for row in splits["train"]:  # the student reads neither the room nor the number of the box
+        shown = row["messages"][:1] + row["messages"][-1:]
+        assert row["room"] not in json.dumps(shown)
+        assert str(row["box"]) not in json.dumps(shown)
+        assert row["privileged_messages"] == [row["messages"][-1], *row["completion"]]
+
+
+def test_the_experts_calls_bring_the_thing_and_others_do_not(files, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+    cfg = OmegaConf.load(EXAMPLES / "stockroom" / "evaluate.yaml")
+    cfg.dataset.dataset.source = str(files / "stockroom" / "held_out.jsonl")
+    environment, rows = build(cfg.environment), build(cfg.dataset)
+    completions = [row["completion"] for row in read(files, "stockroom", "held_out")]
+    for example, completion in zip(rows, completions, strict=True):
+        turns = [turn for turn in completion if turn["role"] == "assistant"]
+        said, reward = play(environment, example, turns)
+        assert reward == 1.0 and said == [turn["content"] for turn in completion if turn["role"] == "tool"]
+    elsewhere = next(i for i, row in enumerate(rows) if row.data["room"] != rows[0].data["room"])
+    wrong = [turn for turn in completions[elsewhere] if turn["role"] == "assistant"]
+    right = [turn for turn in completions[0] if turn["role"] == "assistant"]
+    said, reward = play(environment, rows[0], wrong)
+    assert reward == 0.0 and said == [f"no {rows[0].data['item']} here", "Error: there is no such box here"]
+    said, reward = play(environment, rows[0], [wrong[0], *right])
+    assert reward == 0.0 and said[1] == "Error: your key is used up"
+    assert play(environment, rows[0], right[-1:])[1] == 0.0
+
+
+def play(environment: Any, example: Example, turns: Sequence[dict]) -> tuple[list[str], float]:
+    """Return what the tools said, and the reward at the end."""
+    state, said, reward = environment.reset(example), [], 0.0
+    for turn in turns:
+        step = environment.step(state, turn, truncated=False)
+        said += [message["content"] for message in step.observations]
+        reward += step.reward
+    assert step.done
+    return said, reward
 
 
 @pytest.mark.parametrize(

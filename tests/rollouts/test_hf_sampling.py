@@ -1,6 +1,7 @@
 """Test sampling from decoders of transformers: log-probs, independence of the batch, greedy decoding, several turns."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
 
 from pidistill.commands.plan.shape import model_shape
-from pidistill.rollouts import TorchtuneSampler, hf_decoding
+from pidistill.rollouts import TorchtuneSampler, decoding, hf_decoding
 from tests.support.hf_families import FAMILIES, HYBRIDS, STATEFUL, decoder_of, reference_model
 
 torch.set_num_threads(1)
@@ -46,9 +47,15 @@ def generated(reference, prompt, length):
     )[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *STATEFUL])
-def test_samples_equal_a_plain_forward_of_transformers(name):
+@pytest.mark.parametrize(
+    "name, shared",
+    [*((name, False) for name in (*FAMILIES, *STATEFUL)), *((name, True) for name in ("gemma3", *STATEFUL))],
+)
+def test_samples_equal_a_plain_forward_of_transformers(name, shared, monkeypatch):
     """Rows of several lengths and turns; recorded log-probs, another batch size, and greedy decoding."""
+    if shared:
+        monkeypatch.setattr(decoding, "SAVED_BY_PREFIX", 1)
+        monkeypatch.setattr(sys.modules[__name__], "PROMPTS", [[7, 9, 11, *prompt] for prompt in PROMPTS])
     reference = reference_model(name).eval()
     model = decoder_of(reference)
     samples = sample(model, PROMPTS)

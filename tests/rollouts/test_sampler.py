@@ -25,7 +25,7 @@ from torchtune.modules.common_utils import local_kv_cache
 from pidistill.errors import InputError
 from pidistill.models import qwen3
 from pidistill.rollouts import TorchtuneSampler, decoding, gathered_parameters
-from pidistill.rollouts.decoding import attention_mask, parameter_groups
+from pidistill.rollouts.decoding import attention_mask, parameter_groups, shared_beginning
 from pidistill.rollouts.decoding import decoding as decode
 from pidistill.rollouts.distribution import draw, sampling_logprobs
 from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES, perturb_weights, tiny_model
@@ -115,11 +115,11 @@ def full_logprobs(model, prompt, completion, temperature):
     return logprobs.gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
-def largest_error(samples, model, temperature, group_size):
+def largest_error(samples, model, temperature, group_size, prompts=PROMPTS):
     """Over the sampled tokens of all rows: |recorded log-prob − that of the plain forward|."""
     errors = []
     for row, result in enumerate(samples):
-        expected = full_logprobs(model, PROMPTS[row // group_size], result.tokens, temperature)
+        expected = full_logprobs(model, prompts[row // group_size], result.tokens, temperature)
         mask = torch.tensor(result.policy_mask)
         errors.append((torch.tensor(result.logprobs) - expected)[mask].abs().max())
     return max(errors).item()
@@ -314,6 +314,34 @@ def test_prompts_of_like_length_are_read_together_within_a_token_budget(model, w
     results = sample(model, TorchtuneSampler(max_new_tokens=5), group_size=2, stop_ids=frozenset())
     assert seen[:4] == [(2, 3), (1, 4), (1, 7), (8, 1)]  # prompts of 1 and 3 tokens, of 4, of 7; a step of all rows
     assert [result.tokens for result in results] == [result.tokens for result in expected]
+
+
+def test_what_all_prompts_begin_with_is_read_once(model, widths, monkeypatch):
+    seen, _ = widths
+    beginning = [9, 8, 7, 6, 5, 4, 3, 2]
+    prompts = [beginning + prompt for prompt in PROMPTS]
+    settings = {"group_size": 3, "seeds": range(12), "on_turn_end": Talk(turns=2)}
+    expected = sample(model, TorchtuneSampler(max_new_tokens=20), prompts, **settings)
+    assert seen[0] == (4, 15)
+    seen.clear()
+    monkeypatch.setattr(decoding, "SAVED_BY_PREFIX", 24)
+    settings["on_turn_end"] = Talk(turns=2)
+    results = sample(model, TorchtuneSampler(max_new_tokens=20), prompts, **settings)
+    assert seen[:2] == [(1, 8), (4, 7)]  # what they share, then the rest of each prompt, for a group of three once
+    assert [result.tokens for result in results] == [result.tokens for result in expected]
+    assert largest_error(results, model, 1.0, 3, prompts) < 1e-5
+    monkeypatch.setattr(decoding, "SAVED_BY_PREFIX", 25)
+    seen.clear()
+    sample(model, TorchtuneSampler(max_new_tokens=20), prompts, **settings)
+    assert seen[0] == (4, 15)  # it would save three times eight tokens, which is not enough
+
+
+@pytest.mark.parametrize(
+    "prompts, shared",
+    [([[1, 2, 3]], 2), ([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2], [1, 2, 3]], 1), ([[1], [2, 1]], 0), ([[1, 2], [1, 2]], 1)],
+)
+def test_of_each_prompt_a_token_is_left_to_read(prompts, shared):
+    assert shared_beginning(prompts) == shared
 
 
 def test_positions_are_counted_from_each_rows_first_token(model):

@@ -1,7 +1,7 @@
 """Let the teacher go on from the words with which the student has begun its answer."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +14,10 @@ class GoOn:
 
     Args:
         sampler: samples the rest.
-        beginnings: prompt -> the ids that its completion begins with.
+        beginnings: the ids that the completion of each prompt begins with; all are of one length.
     """
 
-    def __init__(self, sampler: Sampler, beginnings: Mapping[tuple[int, ...], Sequence[int]]) -> None:
+    def __init__(self, sampler: Sampler, beginnings: Sequence[Sequence[int]]) -> None:
         self.sampler, self.beginnings = sampler, beginnings
         self.temperature, self.top_p, self.top_k = sampler.temperature, sampler.top_p, sampler.top_k
         self.max_new_tokens = sampler.max_new_tokens
@@ -32,7 +32,7 @@ class GoOn:
         **settings: Any,
     ) -> list[Sample]:
         """Return whole completions; the log-probs of the given ids are NaN, since nobody sampled them here."""
-        given = [list(self.beginnings[tuple(prompt)]) for prompt in prompts]
+        given = [list(ids) for ids in self.beginnings]
         waiting = dict(enumerate(given))
 
         def with_beginning(row: int, ids: list[int]) -> Any:

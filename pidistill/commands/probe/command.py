@@ -160,7 +160,7 @@ class Found:
             best = "*" if name == self.wording.name else ""
             gain = "" if measured is self.student else f"{measured.best - self.student.best:+.2f}"
             cells = [name + best, f"{measured.success:.2f}", *([_number(measured.flexible)] if flexible else []), gain]
-            cells += [f"{measured.tokens:.0f}", f"{measured.truncated:.2f}", f"{measured.leaks:.2f}"]
+            cells += [f"{measured.tokens:.0f}", f"{measured.truncated:.2f}", _number(measured.leaks)]
             cells += [_number(measured.after)] if self.measured.after is not None else []
             cells += [_number(measured.kl_teacher_student), _number(measured.kl_student_teacher)]
             table.add_row(*cells, " ".join(map(_number, measured.kl_quarters)) or "–")
@@ -242,7 +242,12 @@ def _cut_by(cfg: DictConfig) -> str:
 
 def _start(arguments: argparse.Namespace) -> tuple[DictConfig, Run]:
     cfg = merged(arguments.config, arguments.overrides)
-    for key in (RESUME, "domains", "views"):  # of a run or an evaluation, which the probe's own table does not need
+    for key in (
+        RESUME,
+        "domains",
+        "views",
+        "eval_cluster_key",
+    ):  # of a run or an evaluation, which the probe's own table does not need
         cfg.pop(key, None)
     if cfg.get("output_dir"):
         cfg.output_dir = str(Path(cfg.output_dir) / "probe")  # beside a run, never in its files

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -13,14 +14,14 @@ from pidistill.distributed.run import Run
 from pidistill.errors import InputError
 from pidistill.models.protocol import Decoder
 from pidistill.privileged.prompt import PrivilegedPrompt
-from pidistill.rollouts.base import Sampler
+from pidistill.rollouts import CollectResult, Sampler
 from pidistill.scoring.batch import make_batch
 from pidistill.scoring.score import score
 from pidistill.tokenizers import ChatTokenizer
 from pidistill.training.collector import Collect
 from pidistill.training.evaluation import sample_view
 from pidistill.training.metrics import rollout_means, rollout_sums
-from pidistill.types import Divergence, Rollout, ScoreRequest, ViewName
+from pidistill.types import Divergence, Example, Rollout, ScoreRequest, ViewName
 
 KL = (Divergence("kl_teacher_student", grad="none"), Divergence("kl_student_teacher", grad="none"))
 FLEXIBLE = "success_last_number"  # GSM8KReward's part for a right number that is written in another way
@@ -41,7 +42,7 @@ class Measured:
     flexible: float | None
     tokens: float
     truncated: float
-    leaks: float
+    leaks: float | None  # None without leak phrases
     kl_teacher_student: float | None = None
     kl_student_teacher: float | None = None
     # kl(teacher||student) by quarter of the completion; None where no answer is long enough to have a token there
@@ -96,7 +97,7 @@ class Probe:
             flexible=sum(flexible) / len(flexible) if flexible else None,
             tokens=means["completion_tokens_mean"],
             truncated=means["truncated_frac"],
-            leaks=means.get("leak_frac", 0.0),
+            leaks=means.get("leak_frac"),
         )
 
     def with_after(
@@ -107,9 +108,12 @@ class Probe:
         known = [(example, pair) for example, pair in prompts if example.id in begun]
         if not known:
             return measured
-        given = {tuple(pair.teacher): begun[example.id] for example, pair in known}
-        going_on = replace(self, collect=partial(self.collect, sampler=GoOn(self.sampler, given)))
-        sampled, _ = going_on.sample(known, "teacher", privileged)
+
+        def go_on(model: Decoder, *, examples: Sequence[Example], **settings: Any) -> CollectResult:
+            given = GoOn(self.sampler, [begun[example.id] for example in examples])
+            return self.collect(model, examples=examples, sampler=given, **settings)
+
+        sampled, _ = replace(self, collect=go_on).sample(known, "teacher", privileged)
         return replace(measured, after=self.measure(sampled, privileged).best, after_rows=len(sampled))
 
     def with_divergences(self, measured: Measured, rollouts: Sequence[Rollout], prompts: Prompts) -> Measured:

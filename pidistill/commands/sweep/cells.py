@@ -32,7 +32,8 @@ CONTROL_KEYS = {"arms": list, "values": dict}
 TYPES = {str: "a text", list: "a list", dict: "a mapping", str | list: "a text or a list"}
 SELECT = "eval_student_success"
 CHECKPOINT_KEY = "checkpointer.checkpoint_dir"
-OF_THE_MACHINE = ("device", "threads")  # typed for the training, these hold for the evaluation too
+# Where and how fast a run runs, not what it gives: typed, they hold for the evaluation too, and make no other cell.
+OF_THE_MACHINE = ("device", "threads")
 Overrides = Mapping[str, str]
 
 
@@ -83,7 +84,8 @@ class Sweep:
     arms: tuple[Arm, ...]
     seeds: tuple[int | None, ...]
     axes: Mapping[str, Axis]
-    fixed: Overrides
+    fixed: Overrides  # typed with one value, without those of the machine
+    machine: Overrides  # typed with one value, `OF_THE_MACHINE`
     evaluate: str | None
     evaluate_overrides: Overrides
     select: str
@@ -131,7 +133,8 @@ def read_sweep(
         arms=tuple(_chosen(made, arms)),
         seeds=tuple(whole_number("seeds", seed) for seed in all_seeds) if all_seeds else (None,),
         axes=axes,
-        fixed=fixed,
+        fixed={key: value for key, value in fixed.items() if key not in OF_THE_MACHINE},
+        machine={key: value for key, value in fixed.items() if key in OF_THE_MACHINE},
         evaluate=evaluate,
         evaluate_overrides=_texts(content.get("evaluate_overrides")),
         select=select,
@@ -294,8 +297,7 @@ def grid_cells(sweep: Sweep) -> list[Cell]:
 
 def evaluate_overrides(sweep: Sweep, arm: Arm) -> dict[str, str]:
     """Return what a cell's evaluation runs with."""
-    typed = {key: sweep.fixed[key] for key in OF_THE_MACHINE if key in sweep.fixed}
-    return {**typed, **evaluation_of(sweep, arm)}
+    return {**sweep.machine, **evaluation_of(sweep, arm)}
 
 
 def evaluation_of(sweep: Sweep, arm: Arm) -> dict[str, str]:
@@ -321,7 +323,7 @@ def stage_runs(sweep: Sweep, cell: Cell) -> Iterator[StageRun]:
         paths = {name: str(run.folder) for name, run in earlier.items()}
         used = {name: run.fingerprint for name, run in earlier.items() if _uses(stage, name)}
         folder = sweep.output_dir / "runs" / run_name(stage.config, fill(stage.overrides, names))
-        overrides = {"output_dir": str(folder), **fill(stage.overrides, paths)}
+        overrides = {"output_dir": str(folder), **fill(stage.overrides, paths), **sweep.machine}
         earlier[stage.name] = StageRun(stage, folder, run_command(stage.config, overrides), stage_fingerprint(stage, used))
         yield earlier[stage.name]
 

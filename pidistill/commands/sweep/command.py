@@ -14,6 +14,7 @@ cell ended well, 1 if one failed, 2 if the command or a config is wrong.
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pidistill.commands.common import config_parser, exit_on_input_error, parse_with_overrides
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--evaluate", metavar="CONFIG", help="evaluates each cell on the held-out split, such as tiny/evaluate")
     made.add_argument("--select", metavar="METRIC", help="validation metric (more is better); default eval_student_success")
     made.add_argument("--dry-run", action="store_true", help="print a grid's commands and stop")
+    made.add_argument("--against", metavar="ARM", help="arm that others are compared with, task by task; default: the first")
     made.add_argument("--report", type=Path, metavar="OUTPUT", help="only make the tables and pictures of this sweep again")
     return made
 
@@ -50,21 +52,28 @@ def main(argv: list[str]) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run a sweep and report it, or do the one of the two that is asked for."""
     if arguments.report is not None:
-        report(arguments.report)
+        report(arguments.report, arguments.against)
         return
     if arguments.config is None or arguments.workers < 1:
         raise InputError("name a config or a sweep file, and at least 1 in --workers; `pidistill sweep --help` shows both")
     chosen = {key: getattr(arguments, key) for key in ("output_dir", "arms", "seeds", "base", "evaluate", "select")}
     sweep = read_sweep(arguments.config, arguments.overrides, **chosen)
+    _check_against(arguments.against, sweep.output_dir, [arm.name for arm in sweep.arms])
     if arguments.dry_run:
         if arguments.search != "grid":
             raise InputError("--dry-run prints a grid's commands; a random or TPE search draws its values while it runs")
         print("\n".join(commands(sweep)))
         return
     ended_well = run_sweep(SweepPlan(sweep, arguments.search, arguments.trials), arguments.workers)
-    report(sweep.output_dir)
+    report(sweep.output_dir, arguments.against)
     if not ended_well:
         sys.exit(1)
+
+
+def _check_against(against: str | None, output_dir: Path, names: Sequence[str]) -> None:
+    known = list(dict.fromkeys([*names, *(row["arm"] for row in read_results(output_dir).values())]))
+    if against is not None and against not in known:
+        raise InputError(f"--against {against} is no arm here; choose one of {', '.join(known)}")
 
 
 def commands(sweep: Sweep) -> list[str]:
@@ -72,9 +81,10 @@ def commands(sweep: Sweep) -> list[str]:
     return list(dict.fromkeys(shlex.join(run.command) for cell in grid_cells(sweep) for run in stage_runs(sweep, cell)))
 
 
-def report(output_dir: Path) -> None:
+def report(output_dir: Path, against: str | None = None) -> None:
     """Print the tables, and write them to results.md with pictures and a page of the runs beside it."""
     if not read_results(output_dir):
         raise InputError(f"{output_dir} has no results.jsonl; run the sweep first, or check the name of the folder")
-    rows = write_report(output_dir)
+    _check_against(against, output_dir, [])
+    rows = write_report(output_dir, against)
     print(*[output_dir / "results.md", *draw(output_dir, rows), write_page([output_dir])], sep="\n")

@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pidistill.commands.sweep.cells import OF_THE_MACHINE
 from pidistill.errors import escape_controls
 from pidistill.jsonl import read_jsonl, write_jsonl
 from pidistill.training.evaluation import bootstrap_interval
@@ -30,6 +31,7 @@ VIEWS = {
     "student": "student_success",
     "student + PI": "student_with_pi_success",
 }
+PAIRED_COLUMNS = ["arm", "difference", "95% interval over", "higher / lower in", "p, sign test"]
 OF_A_DOMAIN = "/student greedy"  # other rows of the evaluation (`domains`) are shown greedily
 Record = dict[str, Any]
 
@@ -93,14 +95,6 @@ def evaluation_numbers(folder: Path) -> Record:
     if "leak_frac" in views.get("student", {}):
         numbers["leak_frac"] = views["student"]["leak_frac"]
     return numbers | {name: view["success"] for name, view in views.items() if name.endswith(OF_A_DOMAIN) and "success" in view}
-
-
-def success_by_task(output_dir: Path, evaluated: Record) -> dict[str, float] | None:
-    """Return the mean success of the student view per held-out task, where the evaluation wrote `rows.json`."""
-    path = output_dir / evaluated.get("folder", "") / "rows.json"
-    if not path.is_file():
-        return None
-    return json.loads(path.read_text(encoding="utf-8")).get("student")
 
 
 def read_results(output_dir: Path) -> dict[str, Record]:
@@ -181,34 +175,117 @@ def name_differences(groups: Sequence[Group]) -> list[Group]:
     return [replace(group, title=title) for group, title in zip(groups, titles, strict=True)]
 
 
+@dataclass(frozen=True)
+class TaskTable:
+    """Hold success at the sampling temperature, [evaluation][task]; without ``tasks`` there is one number per evaluation."""
+
+    values: list[list[float]]
+    tasks: tuple[str, ...] = ()
+    clusters: list[str] | None = None  # of each task, where the evaluation has `eval_cluster_key`
+
+
+def read_tasks(output_dir: Path, group: Group) -> TaskTable:
+    """Read `rows.json` of each evaluated row of a group; tasks are known where all of them have the same."""
+    rows = [row["last"] for row in group.rows if (row.get("last") or {}).get("student_success") is not None]
+    paths = [output_dir / row.get("folder", "") / "rows.json" for row in rows]
+    files = [json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {} for path in paths]
+    tables = [file.get("student") for file in files]
+    if not rows or not all(table and table.keys() == tables[0].keys() for table in tables):
+        return TaskTable([[row["student_success"]] for row in rows])
+    tasks, clusters = tuple(tables[0]), files[0].get("clusters")
+    values = [[table[task] for task in tasks] for table in tables]
+    return TaskTable(values, tasks, clusters and [clusters[task] for task in tasks])
+
+
 def group_interval(output_dir: Path, group: Group) -> tuple[tuple[float, float] | None, str]:
     """Return the interval of the last checkpoint's held-out success at the sampling temperature, and what was resampled.
 
     Of several bases their means over seeds are resampled: seeds of one base are more alike than bases are.
     """
-    bases = [values for part in group.by_base() if (values := _success_values(output_dir, part))]
+    bases = [table for part in group.by_base() if (table := read_tasks(output_dir, part)).values]
     across = len(bases) > 1
-    units = [_column_means(rows) for rows in bases] if across else [row for rows in bases for row in rows]
+    units = [_column_means(one.values) for one in bases] if across else [row for one in bases for row in one.values]
+    clusters = bases[0].clusters if bases else None
     if len({len(unit) for unit in units}) > 1:
-        units = [[statistics.fmean(unit)] for unit in units]
-    has_tasks = bool(units) and len(units[0]) > 1
-    what = [*(["bases" if across else "seeds"] if len(units) > 1 or not has_tasks else []), *(["tasks"] if has_tasks else [])]
-    enough = sum(map(len, units)) > 1  # one number has no spread to resample
-    interval = bootstrap_interval(units, seed=0, resamples=BOOTSTRAP_SAMPLES) if enough else None
-    return interval, " × ".join(what)
+        units, clusters = [[statistics.fmean(unit)] for unit in units], None
+    has_tasks = bool(units) and len(set(clusters or range(len(units[0])))) > 1
+    enough = len(units) > 1 or has_tasks  # one number has no spread to resample
+    interval = bootstrap_interval(units, seed=0, resamples=BOOTSTRAP_SAMPLES, clusters=clusters) if enough else None
+    return interval, _resampled(across, len(units) > 1 or not has_tasks, has_tasks, clusters)
+
+
+def _resampled(across: bool, units: bool, tasks: bool, clusters: Sequence[str] | None) -> str:
+    """Return what an interval resamples, such as `seeds × tasks`."""
+    names = ["bases" if across else "seeds"] * units + ["tasks" if clusters is None else "clusters"] * tasks
+    return " × ".join(names)
 
 
 def _column_means(rows: Sequence[Sequence[float]]) -> list[float]:
     return [statistics.fmean(column) for column in zip(*rows, strict=True)]
 
 
-def _success_values(output_dir: Path, group: Group) -> list[list[float]]:
-    """Return success per task of each evaluated row; one number per row where the evaluations do not have the same tasks."""
-    rows = [row for row in group.rows if (row.get("last") or {}).get("student_success") is not None]
-    tables = [success_by_task(output_dir, row["last"]) for row in rows]
-    if rows and all(table is not None and table.keys() == tables[0].keys() for table in tables):
-        return [[table[name] for name in tables[0]] for table in tables]
-    return [[row["last"]["student_success"]] for row in rows]
+# ------------------------------------------------------------------------------------------- two arms on the same tasks
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Hold how much more success a group has than another one, on the same tasks at the sampling temperature."""
+
+    mean: float
+    interval: tuple[float, float]
+    resampled: str
+    higher: int  # tasks, or clusters of tasks, in which the mean over seeds and bases is higher
+    lower: int
+
+    @property
+    def sign_test(self) -> float:
+        """Return the two-sided exact p of so uneven a split of ``higher`` and ``lower`` if both were equally likely."""
+        n = self.higher + self.lower
+        return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(self.higher, self.lower) + 1)) / 2**n)
+
+
+def paired_difference(output_dir: Path, group: Group, other: Group) -> Difference | None:
+    """Compare two groups task by task; None where they do not have the same tasks, of the same bases."""
+    bases = {part.rows[0].get("base"): read_tasks(output_dir, part) for part in other.by_base() if part.rows}
+    own = {part.rows[0].get("base"): read_tasks(output_dir, part) for part in group.by_base() if part.rows}
+    pairs = [(own[base], bases[base]) for base in own if base in bases]
+    if not pairs or len({table.tasks for pair in pairs for table in pair}) > 1:
+        return None
+    clusters, across = pairs[0][0].clusters, len(pairs) > 1
+    if len(set(clusters or pairs[0][0].tasks)) < 2:
+        return None
+    differences = [_minus(_column_means(one.values), _column_means(two.values)) for one, two in pairs]
+    values, minus = (differences, None) if across else (pairs[0][0].values, pairs[0][1].values)
+    interval = bootstrap_interval(values, 0, BOOTSTRAP_SAMPLES, clusters=clusters, minus=minus)
+    by_task, units = _column_means(differences), {}
+    for cluster, value in zip(clusters or pairs[0][0].tasks, by_task, strict=True):
+        units[cluster] = units.get(cluster, 0.0) + value
+    signs = [round(value, 9) for value in units.values()]  # sums of the same shares in another order differ by rounding
+    several = across or any(len(table.values) > 1 for table in pairs[0])
+    what = _resampled(across, several, True, clusters)
+    return Difference(statistics.fmean(by_task), interval, what, sum(v > 0 for v in signs), sum(v < 0 for v in signs))
+
+
+def _minus(one: Sequence[float], two: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(one, two, strict=True)]
+
+
+def paired_lines(output_dir: Path, groups: Sequence[Group], against: str | None) -> tuple[str, list[list[str]]]:
+    """Return the title of the group that the others are compared with, and a line of `PAIRED_COLUMNS` for each other one.
+
+    It is the first group of the arm ``against``, of any arm without one, of which the tasks are known.
+    """
+    known = [group for group in groups if group.arm == (against or group.arm) and read_tasks(output_dir, group).tasks]
+    if not known:
+        return "", []
+    found = [(group.title, paired_difference(output_dir, group, known[0])) for group in groups if group is not known[0]]
+    return known[0].title, [_paired_line(title, one) for title, one in found if one]
+
+
+def _paired_line(title: str, found: Difference) -> list[str]:
+    units = found.resampled.rpartition(" × ")[2]
+    interval = f"[{found.interval[0]:+.3f}, {found.interval[1]:+.3f}] {found.resampled}"
+    return [title, f"{found.mean:+.3f}", interval, f"{found.higher} / {found.lower} {units}", f"{found.sign_test:.2g}"]
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -278,6 +355,7 @@ def cost_columns() -> dict[str, Callable[[Group], str]]:
 NOT_THE_METHOD = {
     *("output_dir", "seed", "save_every_steps", "rollout_log_steps", "dataset.source", "checkpointer.checkpoint_dir"),
     "teacher_checkpointer.checkpoint_dir",
+    *OF_THE_MACHINE,
 }
 
 
@@ -301,7 +379,8 @@ def notes(rows: Sequence[Record]) -> list[str]:
         "`NAME, greedy` is of the rows that the evaluation's config names under `domains`; (n of m) runs have it.",
         f"Chosen on validation only: {selected}, among the checkpoints that the run saved. "
         "CPU-s: training, all stages, each with its start-up. An interval over few seeds is too narrow for what seeds do; "
-        "one of tasks that are all right or all wrong has no width, and n alike still allow 3/n of the other.",
+        "one of tasks that are all right or all wrong has no width, and n alike still allow 3/n of the other; `clusters` are "
+        "tasks that the evaluation's `eval_cluster_key` holds together.",
         f"Seeds: {', '.join(map(str, seeds)) or 'as in the configs'}. Commits: {', '.join(commits) or '–'}.",
         *of_bases,
     ]
@@ -323,8 +402,8 @@ def failures(rows: Sequence[Record]) -> list[str]:
     return [escape_controls(f"FAILED {row['cell']}: {row['error']}") for row in rows if row["status"] != "ok"]
 
 
-def write_report(output_dir: Path) -> list[Record]:
-    """Print the tables, write them to results.md, and return the rows behind them."""
+def write_report(output_dir: Path, against: str | None = None) -> list[Record]:
+    """Print the tables, write them to results.md, and return the rows behind them; ``against`` is an arm to compare with."""
     rows = list(read_results(output_dir).values())
     groups = groups_of(rows)
     domains = sorted({name for row in rows for name in row.get("last") or {} if name.endswith(OF_A_DOMAIN)})
@@ -335,6 +414,11 @@ def write_report(output_dir: Path) -> list[Record]:
         cells = [[column(group) for column in columns.values()] for group in groups]
         _print(title, list(columns), cells)
         text += _markdown(list(columns), cells)
+    reference, lines = paired_lines(output_dir, groups, against)
+    if lines:
+        title = f"Success sampled, last, against {reference} on the same tasks"
+        _print(title, PAIRED_COLUMNS, lines)
+        text += [f"{title}:", "", *_markdown(PAIRED_COLUMNS, lines)]
     ending = [*filter(None, [best_on_validation(groups)]), *failures(rows)]
     text += [line for note in [*notes(rows), *ending] for line in (note, "")]
     (output_dir / "results.md").write_text("\n".join(text), encoding="utf-8")
