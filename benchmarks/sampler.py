@@ -4,6 +4,7 @@
     python benchmarks/sampler.py --vocabulary 151936 --layers 2 --prompts 4    # a large vocabulary
     python benchmarks/sampler.py --ranks 2                  # ours, sharded with FSDP2 against unsharded, as many processes
     python benchmarks/sampler.py --observation 100          # ours, two turns with an observation between them
+    python benchmarks/sampler.py --shared 448 --prompt-tokens 512 --group-size 1 --new-tokens 48    # prompts that begin alike
     python benchmarks/sampler.py --device cuda --dtype bf16 --shape qwen3-4b
 
 Prompts are random ids, all of one length, so that no contender has padding to pay for. Sampling is at temperature 1 over the
@@ -12,16 +13,18 @@ share of the vocabulary counts as stop ids, so that every step of every row stop
 samples: lengths are geometric, cut at the limit, with a mean of a third of it. Only tokens up to a row's first stop id count
 as useful. Each contender draws its own tokens; the mean lengths are printed.
 
-The floor is 2 FLOPs per parameter that is multiplied, for each prompt token read once per group and each useful token
-(attention not counted), at the rate of a large matmul on this machine.
+The floor is 2 FLOPs per parameter that is multiplied, for each prompt token read once per group (with --shared, once for all
+prompts) and each useful token (attention not counted), at the rate of a large matmul on this machine.
 """
 
 import argparse
 import contextlib
+import math
 import os
 import time
 from dataclasses import dataclass
 from functools import partial
+from unittest import mock
 
 import torch
 from measure import by_turns, matmul_flops_per_s, median_ratio, print_table
@@ -32,7 +35,7 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from torchtune.modules.common_utils import delete_kv_caches, local_kv_cache
 
-from pidistill.rollouts import TorchtuneSampler
+from pidistill.rollouts import TorchtuneSampler, decoding
 
 SHAPES = {
     "tiny": {"num_layers": 8, "embed_dim": 384, "num_heads": 6, "num_kv_heads": 2, "intermediate_dim": 1024},
@@ -133,6 +136,12 @@ def ours(model: nn.Module, case: Case, observation: int = 0, **settings) -> int:
     return sum(sum(sample.policy_mask) for sample in samples)
 
 
+def ours_reading_whole(model: nn.Module, case: Case) -> int:
+    """Ours, without reading what all prompts begin with only once."""
+    with mock.patch.object(decoding, "SAVED_BY_PREFIX", math.inf):
+        return ours(model, case)
+
+
 def torchtune_generate(model: nn.Module, case: Case) -> int:
     tokens = case.repeated(next(model.parameters()).device)
     cache = local_kv_cache(
@@ -180,15 +189,17 @@ def make_case(arguments: argparse.Namespace, long_tailed: bool, new_tokens: int 
     shape = (arguments.prompts, arguments.prompt_tokens)
     # A geometric length with stop probability p, cut at n, has mean (1 − (1−p)^n) / p: 0.32 n for p = 3 / n.
     n_stops = round(3 * arguments.vocabulary / arguments.new_tokens) if long_tailed else 0
-    prompts = torch.randint(n_stops, arguments.vocabulary, shape, generator=generator).tolist()
-    return Case(prompts, arguments.group_size, new_tokens or arguments.new_tokens, tuple(range(n_stops)))
+    prompts = torch.randint(n_stops, arguments.vocabulary, shape, generator=generator)
+    prompts[:, : arguments.shared] = prompts[0, : arguments.shared]
+    return Case(prompts.tolist(), arguments.group_size, new_tokens or arguments.new_tokens, tuple(range(n_stops)))
 
 
 def floor_s(model: nn.Module, case: Case, tokens: float, rate: float) -> float:
     """Seconds of the matmuls alone: layers for every token, the head where a token is sampled."""
     layers = sum(p.numel() for name, p in model.named_parameters() if name.startswith("layers.") and p.ndim == 2)
     head = model.tok_embeddings.weight.numel()
-    read = sum(map(len, case.prompts)) + tokens - case.rows
+    repeated = (len(case.prompts) - 1) * decoding.shared_beginning(case.prompts)
+    read = sum(map(len, case.prompts)) - repeated + tokens - case.rows
     return 2 * (layers * read + head * tokens) / rate
 
 
@@ -206,6 +217,8 @@ def compare(arguments: argparse.Namespace) -> None:
             "pidistill": Counted(partial(ours, model, case)),
             "transformers generate": Counted(partial(transformers_generate, peer, case)),
         }
+        if arguments.shared:
+            contenders["pidistill, each prompt read whole"] = Counted(partial(ours_reading_whole, model, case))
         if not arguments.no_torchtune:
             contenders["torchtune generate"] = Counted(partial(torchtune_generate, model, case))
         # A warm-up turn of each would take longer than what it evens out.
@@ -289,6 +302,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--shared", type=int, default=0, help="tokens that all prompts begin with, of their --prompt-tokens")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--cases", nargs="+", choices=("equal", "long-tailed"), default=["equal", "long-tailed"])
     parser.add_argument("--turns", type=int, default=1, help="measured turns of each contender")

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import functools
+import importlib
 import inspect
 import math
 import os
@@ -38,6 +39,10 @@ FUNCTION_KEYS, FUNCTIONS_KEYS = ("reward", "sibling", "feedback"), ("checks",)
 
 # Arguments of model builders and tokenizers that count something of which there is at least one.
 _SIZE = re.compile(r"num_layers|num_heads|num_kv_heads|embed_dim|head_dim|intermediate_dim|vocab_size|max_seq_len|lora_rank")
+
+# Where a component is looked for that is named without its module.
+STANDARD_PLACES = ("pidistill.objectives", "pidistill.teachers", "pidistill.data", "pidistill.envs", "pidistill.rewards",
+                   "pidistill.rollouts", "pidistill.privileged")  # fmt: skip
 
 # Where components of version 0.1 stand now. To be deleted at 1.0.
 MOVED = {
@@ -199,6 +204,9 @@ def resolve(path: str) -> Any:
 def _missing_name(path: str) -> str | None:
     """Return which file lacks the component and which of its names is closest; None where the module was not imported."""
     parent, _, name = path.rpartition(".")
+    if not parent:
+        found = [place for place in STANDARD_PLACES if hasattr(importlib.import_module(place), name)]
+        return f"it has no module; did you mean {found[0]}.{name}?" if found else None
     module = sys.modules.get(parent)
     if module is None or hasattr(module, name):
         return None
@@ -223,7 +231,7 @@ def check_config(cfg: DictConfig, known: Collection[str], required: Collection[s
     interpolated = set(re.findall(r"\$\{([A-Za-z_]\w*)", str(raw)))
     for key in raw:
         if key not in known and key not in interpolated:
-            raise InputError(f"config key {key} is not read by this recipe{_closest(key, known)}")
+            raise InputError(f"config key {key} is not read by this recipe{_component_with(key, raw) or _closest(key, known)}")
     for key in required:
         if raw.get(key) is None:
             raise InputError(f"config key {key} is missing; this recipe needs it")
@@ -231,6 +239,23 @@ def check_config(cfg: DictConfig, known: Collection[str], required: Collection[s
         _check_component(key, node, raw[key])
         if not (isinstance(node, float) and math.isinf(node)):  # the table of keys says where infinity is a value
             _check_finite(key, node)
+
+
+def _component_with(key: str, nodes: Mapping[str, Any]) -> str | None:
+    """Return the end of a sentence about a key that belongs into a component of the config; None where none takes it."""
+    for name, node in nodes.items():
+        path = node.get(COMPONENT) if isinstance(node, Mapping) else None
+        if isinstance(path, str) and "${" not in path and key in _parameters_of(resolve(path)) and name != key:
+            return f"; did you mean {name}.{key}?"
+    return None
+
+
+def _parameters_of(component: Any) -> Mapping[str, inspect.Parameter]:
+    """Return the arguments of a component; none where it has no signature, as some builtins."""
+    try:
+        return inspect.signature(component).parameters
+    except (TypeError, ValueError):
+        return {}
 
 
 def _check_component(path: str, node: Any, raw: Any) -> None:
@@ -324,10 +349,7 @@ def _check_finite(path: str, node: Any) -> None:
 
 def _infinite_defaults(component: str | None) -> set[str]:
     """Return the arguments of a component whose default is infinity."""
-    try:
-        parameters = inspect.signature(resolve(component)).parameters if component else {}
-    except ValueError:  # some builtins have no signature
-        return set()
+    parameters = _parameters_of(resolve(component)) if component else {}
     return {name for name, p in parameters.items() if isinstance(p.default, float) and p.default == math.inf}
 
 

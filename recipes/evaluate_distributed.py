@@ -121,6 +121,8 @@ class EvaluateRecipe:
         for domain in self._domains:
             columns = {name: results[domain.prefix + name] for name in self._views if domain.prefix + name in results}
             title = f"{domain.prefix.removesuffix('/')} ".lstrip() + f"{len(domain.data.prompts)} rows, per view"
+            if not any("success" in column for column in columns.values()):
+                title += "; no success is counted, because the environment has no reward"
             if columns:
                 Console().print(table_of(title, columns))
         print(path)
@@ -165,7 +167,7 @@ def judged(rollouts: list[Rollout]) -> list[Rollout]:
 
 def sampled(name: str, domain: Domain) -> bool:
     """Return whether a view is sampled: one with privileged information needs rows that have some."""
-    return VIEWS[name][0] == "student" or domain.data.rows_without_pi < len(domain.data.prompts)
+    return VIEWS[name][0] == "student" or any(pair.has_privileged for _, pair in domain.data.prompts)
 
 
 def table_of(title: str, columns: dict[str, dict[str, Any]]) -> Table:

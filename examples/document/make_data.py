@@ -3,9 +3,9 @@
     python examples/document/make_data.py [FOLDER]    # runs/document without one
 
 No model has read about these people, so what a student answers rightly without the paragraph, it has learned in this training.
-Every fact is asked in ten ways. train.jsonl has four of them, held_out.jsonl two others, and held_out_more.jsonl these two and
-four more; the configs draw their curves with the first 24 rows of held_out.jsonl. `fact` says which rows ask for the same fact:
-intervals of an evaluation resample facts. The last column of a row is the answer.
+Every fact is asked in eleven ways. train.jsonl has four of them, held_out.jsonl two others, held_out_more.jsonl these two and
+four more, and validation.jsonl the last one: what is chosen by its curves is not chosen on the rows that judge it. `fact` says
+which rows ask for the same fact: intervals of an evaluation resample facts. The last column of a row is the answer.
 text.jsonl has the paragraphs themselves as answers, for supervised training on the text. other.jsonl asks what everybody knows,
 to see what training makes the model forget.
 """
@@ -33,7 +33,7 @@ PARAGRAPH = (
     "{name} works as a {profession} and lives in {town}. {name} was born in {year}. "
     "{name} has a {pet}, and the name of the {pet} is {pet_name}."
 )
-# fact → the ways to ask for it: four for training, then the held-out ones.
+# fact → the ways to ask for it: four for training, then the held-out ones, then one for the curves while training.
 QUESTIONS = {
     "profession": [
         "What is the profession of {name}?",
@@ -46,6 +46,7 @@ QUESTIONS = {
         "What kind of work does {name} do every day?",
         "If I met {name} at work, what would {name} be?",
         "{name} works. As what?",
+        "What is {name} by profession?",
     ],
     "town": [
         "In which town does {name} live?",
@@ -58,6 +59,7 @@ QUESTIONS = {
         "I want to visit {name}. To which town must I go?",
         "Name the town where {name} lives.",
         "{name} lives in a town. Which one?",
+        "What town is {name} at home in?",
     ],
     "pet_name": [
         "What is the name of {name}'s {pet}?",
@@ -70,6 +72,7 @@ QUESTIONS = {
         "What did {name} name the {pet}?",
         "Give me the name of {name}'s {pet}.",
         "{name}'s {pet} listens to which name?",
+        "By which name is {name}'s {pet} known?",
     ],
     "year": [
         "In which year was {name} born?",
@@ -82,9 +85,10 @@ QUESTIONS = {
         "Since which year has {name} been alive?",
         "Give me the year of {name}'s birth.",
         "What year was it when {name} was born?",
+        "From which year is {name}?",
     ],
 }
-TRAINED, HELD_OUT = 4, 6  # ways before the first number are trained on, those before the second are held_out.jsonl's
+TRAINED, HELD_OUT, MORE = 4, 6, 10  # ways before the first number are trained on, those before the second are held_out.jsonl's
 COMMON_KNOWLEDGE = [
     ("What is the capital of France?", "Paris"),
     ("What is the capital of Italy?", "Rome"),
@@ -151,12 +155,13 @@ COMMON_KNOWLEDGE = [
     ("Which organ pumps blood through the body?", "heart"),
     ("With which organ do we think?", "brain"),
 ]
+NAMES = ("train", "held_out", "held_out_more", "validation", "text", "other")
 REQUESTS = ["Tell me about {name}.", "Who is {name}?", "What do you know about {name}?", "Describe {name}."]
 
 
 def rows() -> tuple[list[dict[str, str]], ...]:
-    """Return the rows for training, those that are held out, and these with still other ways to ask."""
-    train, held_out, more = [], [], []
+    """Return the rows for training, those that are held out, these with still other ways to ask, and those for the curves."""
+    train, held_out, more, validation = [], [], [], []
     for name, profession, town, pet, pet_name, year in PEOPLE:
         facts = {"profession": profession, "town": town, "pet_name": pet_name, "year": str(year)}
         paragraph = PARAGRAPH.format(name=name, pet=pet, **facts)
@@ -165,8 +170,9 @@ def rows() -> tuple[list[dict[str, str]], ...]:
             asked = [{"question": way.format(name=name, pet=pet)} | common for way in ways]
             train += asked[:TRAINED]
             held_out += asked[TRAINED:HELD_OUT]
-            more += asked[TRAINED:]
-    return train, held_out, more
+            more += asked[TRAINED:MORE]
+            validation += asked[MORE:]
+    return train, held_out, more, validation
 
 
 def texts() -> list[dict[str, str]]:
@@ -182,7 +188,7 @@ def texts() -> list[dict[str, str]]:
 
 def main(folder: str) -> None:
     other = [{"question": question, "answer": answer} for question, answer in COMMON_KNOWLEDGE]
-    for name, found in zip(("train", "held_out", "held_out_more", "text", "other"), (*rows(), texts(), other), strict=True):
+    for name, found in zip(NAMES, (*rows(), texts(), other), strict=True):
         path = Path(folder, f"{name}.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")

@@ -1,10 +1,11 @@
-"""Write train.jsonl and held_out.jsonl: questions to two service desks, each with the long instruction of its desk.
+"""Write three files of questions to two service desks, each with the long instruction of its desk.
 
     python examples/system_prompt/make_data.py [FOLDER]    # runs/system_prompt without one
 
 `messages` is what the model sees at inference: one short sentence about who it is, and the question. `privileged_messages` is
 the long instruction: the rules of the desk and example dialogues. There are two desks, so that the control arm `shuffled` can
-give a row the other desk's instruction. Held-out questions ask about other things, in other words.
+give a row the other desk's instruction. The questions of held_out.jsonl ask about other things than those of train.jsonl, in
+other words; those of validation.jsonl, for the curves while training, about still others.
 """
 
 import json
@@ -41,6 +42,10 @@ THINGS = {
         "porter": "the breakfast room, the car park, the sauna, the laundry, the roof terrace, the billiard room",
         "librarian": "the copying machine, the lecture hall, the music room, the archive, the coffee corner, the study room",
     },
+    "validation": {
+        "porter": "the tea room, the ice machine, the conference room",
+        "librarian": "the picture books, the printer, the writing class",
+    },
     "held_out": {
         "porter": "the swimming pool, the reading room, the bicycle shed, the boat house, the dance hall, the gym",
         "librarian": "the newspaper room, the film collection, the sewing class, the scanner, the chess club, the book sale",
@@ -68,7 +73,7 @@ HELD_OUT = 2
 
 
 def rows(split: str) -> list[dict]:
-    """Return the rows of a split: train or held_out."""
+    """Return the rows of a split: train, validation or held_out."""
     found = []
     for desk, text in DESKS.items():
         instruction = [{"role": "system", "content": text["rules"]}]
@@ -76,7 +81,7 @@ def rows(split: str) -> list[dict]:
             instruction += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         for thing in THINGS[split][desk].split(", "):
             for kind, ways in QUESTIONS.items():
-                for way in ways[-HELD_OUT:] if split == "held_out" else ways[:-HELD_OUT]:
+                for way in ways[:-HELD_OUT] if split == "train" else ways[-HELD_OUT:]:
                     asked = {"role": "user", "content": way.format(thing=thing)}
                     row = {"messages": [{"role": "system", "content": text["short"]}, asked]}
                     found.append(row | {"privileged_messages": instruction, "reference": f"{desk}/{kind}"})
@@ -85,7 +90,7 @@ def rows(split: str) -> list[dict]:
 
 
 def main(folder: str) -> None:
-    for split in ("train", "held_out"):
+    for split in THINGS:
         path = Path(folder, f"{split}.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         found = rows(split)

@@ -10,10 +10,12 @@ checked as torchtune does. Ends with status 0, or with 2 if the config is wrong 
 
 import argparse
 import importlib.util
+from pathlib import Path
 
 from omegaconf import DictConfig
 
 from pidistill.commands.common import config_parser, exit_on_input_error, parse_with_overrides
+from pidistill.commands.places import recipe_of
 from pidistill.commands.preview.command import read
 from pidistill.commands.preview.rows import Source, source_of
 from pidistill.commands.preview.scan import scan
@@ -21,7 +23,9 @@ from pidistill.config import build
 from pidistill.errors import InputError
 from pidistill.scoring.served_teacher import ServedTeacher
 from pidistill.teachers import LiveTeacher
-from pidistill.training.compatibility import build_objective, check_method
+from pidistill.training.checkpoint_source import check_checkpoint_fits
+from pidistill.training.compatibility import RECIPE_OF_VIEW, build_objective, check_method
+from pidistill.types import ViewName
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,7 +50,10 @@ def validate(config: str, overrides: list[str], count: int) -> str:
     source = source_of(cfg, supervised)
     if not source.examples:
         raise InputError("the dataset has no rows; check `dataset`")
-    _check_method(cfg)
+    for key in ("checkpointer", "teacher_checkpointer"):  # the headers of its files; on the machine that trains alone, maybe
+        if Path(str((cfg.get(key) or {}).get("checkpoint_dir") or "-")).is_dir():
+            check_checkpoint_fits(cfg, key)
+    _check_method(cfg, _view_of(config))
     told = [_rows(source, count, "dataset")]
     if cfg.get("eval_dataset"):
         told.append("of eval_dataset " + _rows(source_of(cfg, supervised, "eval_dataset"), count, "eval_dataset"))
@@ -62,7 +69,16 @@ def _rows(source: Source, count: int, part: str) -> str:
     return f"{seen.scanned:,} of {seen.total:,} rows were checked{f', dropped: {left_out}' if left_out else ''}"
 
 
-def _check_method(cfg: DictConfig) -> None:
+def _view_of(config: str) -> ViewName | None:
+    """Return the view that the bundled recipe of a config samples; None where its first line names another recipe."""
+    try:
+        recipe = recipe_of(config)
+    except InputError:
+        return None
+    return next((view for view, name in RECIPE_OF_VIEW.items() if name == recipe), None)
+
+
+def _check_method(cfg: DictConfig, view: ViewName | None) -> None:
     """Build teacher and sampler, and refuse what a run would: by themselves, and together with the objective.
 
     vLLM and a teacher's server may be on the machine that trains alone; where they are missing, so is this check.
@@ -76,4 +92,4 @@ def _check_method(cfg: DictConfig) -> None:
         cfg.device = "cuda"
     objective, teacher = build_objective(cfg), build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
     if sampler is not None and not isinstance(teacher, ServedTeacher):
-        check_method(cfg, objective, sampler, teacher, objective.sampling_view())
+        check_method(cfg, objective, sampler, teacher, view or objective.sampling_view())

@@ -29,7 +29,7 @@ def chat_dataset(
     completion: str | None = None,
     completion_key: str | None = None,
     reference_key: str | None = None,
-    tools_key: str | None = None,
+    tools_key: str | None = "tools",
     system_key: str | None = "system",
     split: str = "train",
     data_files: str | Sequence[str] | None = None,
@@ -50,13 +50,14 @@ def chat_dataset(
             assistant message.
         reference_key: what the reward compares with.
         tools_key: tool schemas, as a list or as JSON text.
-        system_key: a column with the system text of the conversation, read where rows have one; null ignores it.
+        system_key: a column with the system text of the conversation. This column and `tools` are read where rows have one;
+            null ignores it.
         made_by: the command that writes the file ``source``; the error names it where the file does not exist yet.
     """
     _check_made(source, made_by)
     rows = load_rows(source, split, data_files, max_rows, config_name)
     keys = {"messages_key": messages_key, "privileged_key": privileged_key, "completion_key": completion_key}
-    rows.require_all(**keys, reference_key=reference_key, tools_key=tools_key)
+    rows.require_all(**keys, reference_key=reference_key, tools_key=None if tools_key == "tools" else tools_key)
     check_choice("dataset.completion", completion, COMPLETIONS)
     if completion and completion_key:
         raise InputError(
@@ -162,7 +163,7 @@ def check_tools(value: Any, where: str, key: str) -> list[dict[str, Any]] | None
         except json.JSONDecodeError as error:
             raise InputError(f"{where}: {key} is text but not JSON ({error}); give a list of tool schemas") from error
     if value is not None and not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value)):
-        raise InputError(f"{where}: {key} is not a list of tool schemas; check dataset.tools_key")
+        raise InputError(f"{where}: {key} is not a list of tool schemas; check dataset.tools_key, null ignores it")
     return value or None
 
 

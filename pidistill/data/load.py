@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer
 from torchtune.utils import get_logger, log_rank_zero
 
-from pidistill.config import COMPONENT, build, resolve
+from pidistill.config import COMPONENT, FUNCTION_KEYS, FUNCTIONS_KEYS, build, resolve
 from pidistill.data.prompts import Prompts, build_prompts
 from pidistill.data.routes import route_of
 from pidistill.errors import InputError
@@ -157,7 +157,16 @@ def reference_checks(environment: Any) -> list[Callable[[Example], None]]:
         return [build(node).check_reference]
     if {"key", "environments"} <= set(node):
         return [partial(_check_routed, node, {str(n): reference_checks(part) for n, part in node["environments"].items()})]
-    return [check for value in node.values() for check in reference_checks(value)]
+    return [check for key, value in node.items() for check in reference_checks(_as_component(key, value))]
+
+
+def _as_component(key: str, value: Any) -> Any:
+    """Return the node of a reward, or of checks, that a config names by its dotted path alone."""
+    if key in FUNCTION_KEYS and isinstance(value, str):
+        return {COMPONENT: value}
+    if key in FUNCTIONS_KEYS and isinstance(value, Mapping):
+        return {name: {COMPONENT: part} if isinstance(part, str) else part for name, part in value.items()}
+    return value
 
 
 def _check_routed(node: Mapping[str, Any], checks: Mapping[str, Sequence[Callable]], example: Example) -> None:

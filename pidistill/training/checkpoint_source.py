@@ -67,7 +67,9 @@ def check_checkpoint_folder(cfg: DictConfig, key: str) -> None:
 
 
 def _how_to_make(folder: Path) -> str:
-    """Return a hint where the folder is what the run of a bundled config leaves: runs/<config>/latest."""
+    """Return a hint where the folder is what the run of a bundled config leaves, runs/<config>/latest, or a name on the Hub."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and folder.parts[0] not in ("runs", "..", "."):
+        return f"a name on the Hub must be a folder here (`tune download {folder} --output-dir FOLDER`): "
     found = re.search(r"(?:^|/)runs/([^/]+/[^/]+)/latest$", folder.as_posix())
     package = Path(__file__).resolve().parents[1]
     bundled = any((root / "configs" / f"{found[1]}.yaml").is_file() for root in (package, package.parent)) if found else False

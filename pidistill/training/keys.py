@@ -57,6 +57,7 @@ class Key:
         return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
 
 
+DTYPES = ("fp32", "bf16")
 TABLE: Mapping[str, Key] = {
     key.name: key
     for key in (
@@ -64,9 +65,9 @@ TABLE: Mapping[str, Key] = {
         Key("output_dir", TEXT, "folder of the run: metrics, checkpoints, rollouts", EVERY),
         Key("seed", WHOLE, "seed of the data order, of sampling and of new weights", EVERY, 0, least=0),
         Key("device", TEXT, "device of every process: cuda, cpu", EVERY, null="cuda where there is one, else cpu"),
-        Key("dtype", TEXT, "type of the weights, their gradients and the optimizer's states: fp32 or bf16", EVERY, "fp32"),
+        Key("dtype", TEXT, "type of the weights, their gradients and the optimizer's states", EVERY, "fp32", choices=DTYPES),
         Key("compute_dtype", TEXT, "type that weights are multiplied in; bf16 beside dtype fp32: mixed precision", EVERY,
-            null="that of `dtype`"),
+            null="that of `dtype`", choices=DTYPES),
         Key("threads", WHOLE, "CPU threads of each process", EVERY, least=1, most=1024,
             null="OMP_NUM_THREADS of a single process, else an equal share of the cores"),
         # the model

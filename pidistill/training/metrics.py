@@ -1,7 +1,8 @@
 """Compute what a run reports; the list says what each number means.
 
 `metrics.jsonl` holds one JSON object per optimiser step, and one per evaluation (keys `eval_*`), each with `step`. A number
-that was not computed is absent; no placeholder is used.
+that was not computed is absent, such as those of rewards and successes where the environment gives no reward; no placeholder
+is used.
 
 | key | meaning |
 | --- | --- |

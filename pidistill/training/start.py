@@ -114,22 +114,31 @@ def check_run(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -
     check_config(cfg, known, required)
     check_values(cfg)
     check_reward(cfg)
-    _check_evaluated_files(cfg, evaluates=EVALUATES in known)
+    if cfg.get("device"):
+        _named_device(cfg.device)
+    _check_evaluation(cfg, evaluates=EVALUATES in known)
     _check_logger(cfg)
 
 
-def _check_evaluated_files(cfg: DictConfig, *, evaluates: bool) -> None:
-    """Refuse a file of evaluation rows that is not there: a sweep would miss it after its trainings.
+def _check_evaluation(cfg: DictConfig, *, evaluates: bool) -> None:
+    """Refuse evaluation rows that nothing answers, and a file of them that a sweep would miss after its trainings.
 
     The rows of a training may be missing yet: an earlier stage writes them.
     """
     nodes = OmegaConf.to_container(cfg, resolve=True)
     rows, held_out = nodes.get("dataset") or {}, nodes.get("eval_dataset") or {}
+    for key, example in (("environment", "pidistill.envs.SingleTurn"), ("sampler", "pidistill.rollouts.TorchtuneSampler")):
+        if held_out and not nodes.get(key):
+            raise InputError(
+                f"config key {key} is missing, and the rows of eval_dataset are answered with it; add {example}, or set "
+                "eval_dataset=null"
+            )
     if evaluates:
         check_sources("dataset", rows)
     elif held_out.get("source") != rows.get("source"):
         check_sources("eval_dataset", held_out)
-    check_sources("domains", nodes.get("domains"))
+    for name, entry in (nodes.get("domains") or {}).items():
+        check_sources(f"domains.{name}: dataset", entry.get("dataset") if isinstance(entry, dict) else None)
 
 
 def _drop_null_components(cfg: DictConfig) -> None:
@@ -185,12 +194,20 @@ def _default_threads(parts: int = 1) -> int:
     return int(asked) if asked.isdecimal() and int(asked) > 0 else max(1, (os.cpu_count() or 1) // (ranks * parts))
 
 
-def _device(name: str) -> torch.device:
-    """Return torchtune's device; refuse one that the machine lacks, for which torchtune takes the CPU silently."""
+def _named_device(name: str) -> torch.device:
     try:
-        device, asked = utils.get_device(name), torch.device(name)
+        return torch.device(name)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"device={name} is not a device of torch ({one_line(error, 200)}); set cuda or cpu") from error
+
+
+def _device(name: str) -> torch.device:
+    """Return torchtune's device; refuse one that the machine lacks, for which torchtune takes the CPU silently."""
+    asked = _named_device(name)
+    try:
+        device = utils.get_device(name)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"device={name} cannot be used ({one_line(error, 200)}); set cuda or cpu") from error
     if device.type != asked.type:
         raise InputError(f"device is {name}, which this machine does not have (it has {device.type}); set device={device.type}")
     return device

@@ -56,6 +56,33 @@ def test_without_an_evaluation_the_card_says_that_its_numbers_are_of_validation_
     assert "Validation rows at the last evaluation" in text and "eval_teacher_success 0.500" in text
 
 
+def test_the_card_of_an_earlier_checkpoint_has_its_own_numbers_and_not_those_of_the_last(run, tmp_path):
+    (run / "step_2").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (run / "step_2" / name).write_text(name)
+    for checkpoint, success in (("step_2", 0.125), ("latest", 0.875)):
+        folder = run / f"evaluate_{checkpoint}"
+        folder.mkdir()
+        (folder / "results.json").write_text(f'{{"student": {{"success": {success}}}}}')
+        (folder / "config.yaml").write_text(f"checkpointer: {{checkpoint_dir: {run}/{checkpoint}}}\n")
+    (run / "evaluate" / "results.json").unlink()
+    first = (export(run, tmp_path / "first", "step_2") / "README.md").read_text()
+    assert "`step_2` after 2 steps" in first and "0.125" in first and "0.875" not in first
+    last = (export(run, tmp_path / "last") / "README.md").read_text()
+    assert "`step_6` after 6 steps" in last and "0.875" in last and "0.125" not in last
+
+
+def test_validation_numbers_of_a_card_are_those_up_to_its_checkpoint(run, tmp_path):
+    (run / "evaluate" / "results.json").unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "eval_teacher_success": 0.75}\n')
+    (run / "step_2").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (run / "step_2" / name).write_text(name)
+    assert "eval_teacher_success 0.500" in (export(run, tmp_path / "first", "step_2") / "README.md").read_text()
+    assert "eval_teacher_success 0.750" in (export(run, tmp_path / "last") / "README.md").read_text()
+
+
 def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(run, tmp_path):
     with pytest.raises(InputError, match=r"step_9 holds no config.json .* \(checkpoints there: step_6\)"):
         export(run, tmp_path / "out", "step_9")

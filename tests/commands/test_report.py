@@ -129,6 +129,19 @@ def test_an_evaluation_joins_the_run_whose_checkpoint_it_evaluated(tmp_path):
     assert "student greedy" not in first["evaluations"] and second["evaluations"]["student greedy"] == {"success": 0.75}
 
 
+def test_evaluations_of_several_checkpoints_of_a_run_stand_side_by_side(tmp_path):
+    run, folders = write_run(tmp_path / "a"), []
+    (run / "latest").symlink_to("step_6")
+    for name, checkpoint, success in (("x", "latest", 0.75), ("y", "step_2", 0.25), ("z", "latest", 0.5)):
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        (folders[-1] / "results.json").write_text(f'{{"student greedy": {{"success": {success}}}}}')
+        (folders[-1] / "config.yaml").write_text(f"checkpointer:\n  checkpoint_dir: {run}/{checkpoint}\n")
+    (only,) = data_of(page_of(run, *folders))["runs"]
+    found = {view: row["success"] for view, row in only["evaluations"].items()}
+    assert found == {"student": 0.25, "student greedy": 0.75, "student greedy, step_2": 0.25, "student greedy, z": 0.5}
+
+
 def test_a_sweep_stands_for_the_last_stages_of_its_cells(tmp_path):
     write_run(tmp_path / "cells" / "x")
     write_run(tmp_path / "cells" / "y")

@@ -528,6 +528,12 @@ def test_all_cells_are_checked_before_the_first_one_starts(recipes, sweep, tmp_p
     assert not recipes.ran and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("split, said", [("test", True), ("validation", False)])
+def test_validation_rows_that_the_evaluation_reads_too_are_said(recipes, sweep, split, said, capsys):
+    sweep("tiny/opsd", f"eval_dataset.split={split}", "eval_dataset.max_rows=7", "--evaluate", "tiny/evaluate")
+    assert ("tiny/opsd: `eval_dataset` reads the rows of the evaluation" in capsys.readouterr().out) is said
+
+
 @pytest.mark.parametrize("more", [[], ["--evaluate", "tiny/evaluate"]])
 def test_a_base_that_does_not_exist_is_refused_before_the_first_cell_starts(
     recipes, sweep, tmp_path, more, monkeypatch, capsys

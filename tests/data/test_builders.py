@@ -263,10 +263,11 @@ def test_rows_of_messages_keep_privileged_messages_reference_tools_and_id(tmp_pa
         {"messages": [user("a")], "privileged_messages": [user("pi")], "ref": "1", "tools": json.dumps(tools), "id": 5},
         {"messages": [user("b")], "privileged_messages": None, "ref": None, "tools": None, "id": 6},
     ]
-    first, second = chat_dataset(write(tmp_path / "rows.jsonl", rows), reference_key="ref", tools_key="tools")
+    first, second = chat_dataset(write(tmp_path / "rows.jsonl", rows), reference_key="ref")
     assert first.messages == [user("a")] and first.privileged == [user("pi")] and first.completion is None
     assert first.reference == "1" and first.tools == tools and first.data["id"] == 5 and first.id == "rows.jsonl row 0"
     assert second.privileged is None and second.reference is None and second.tools is None
+    assert chat_dataset(str(tmp_path / "rows.jsonl"), tools_key=None)[0].tools is None
 
 
 @pytest.mark.parametrize(

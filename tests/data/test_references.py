@@ -58,6 +58,15 @@ def test_an_empty_reference_that_every_answer_would_contain_is_refused():
         check_references({"reward": contains}, [example("  ")])
 
 
+@pytest.mark.parametrize("node", [
+    {"reward": "pidistill.rewards.Contains"},
+    {"reward": {"_component_": "pidistill.rewards.Constraints", "checks": {"a": "pidistill.rewards.Contains"}}},
+])  # fmt: skip
+def test_a_reward_that_is_named_by_its_dotted_path_alone_is_asked_too(node):
+    with pytest.raises(InputError, match=r"train\.jsonl row 4 has no reference to compare with"):
+        check_references(node, [example(None)])
+
+
 def test_rewards_are_found_at_any_depth_and_the_environment_is_not_built():
     checks = {"_component_": "pidistill.rewards.Constraints", "checks": {"right": REWARD}}
     outer = {"_component_": "tests.data.test_references.no_environment", "inner": [{"reward": checks}]}

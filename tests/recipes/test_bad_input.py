@@ -111,7 +111,7 @@ BY_COMMAND_LINE = [
     ("opsd", ["environment_timeout_s=0"], "environment_timeout_s=0 must be a number of seconds above 0, or null"),
     ("rl", ["environment_timeout_s=soon"], "environment_timeout_s=soon must be a number of seconds"),
     ("opsd", ["clip_grad_norm=-1"], "clip_grad_norm=-1 must be a number above 0, or null"),
-    ("opsd", ["dtype=fp12"], "dtype=fp12 cannot be used on cpu .*; set dtype to fp32 or bf16"),
+    ("opsd", ["dtype=fp12"], "dtype=fp12 is unknown; choose fp32 or bf16"),
     ("opsd", ["teacher._component_=pidistill.teachers.EMATeacher", "teacher.rate=0"], r"teacher.rate=0 must lie in \(0, 1\]"),
     # NaN, infinity, text, null, and the wrong type
     ("opsd", ["optimizer.lr=fast"], "optimizer.lr=fast must be a number"),
@@ -241,7 +241,7 @@ BY_FILE = [
     (
         "opsd",
         {"environment": {"_component_": "pidistill.envs.SingleTurn"}},
-        "environment.reward is missing; pidistill.envs.SingleTurn needs it",
+        "objective OPSD learns from the reward, and the environment has none; set environment.reward, or another objective",
     ),
     (
         "opsd",

@@ -6,15 +6,18 @@ import math
 import random
 import re
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from pidistill.data import RecipeData
 from pidistill.envs.tiny_world import tiny_world_dataset
 from pidistill.errors import InputError
 from pidistill.training.evaluation import bootstrap_interval, chosen_views, pass_at_k, pass_hat_k, success_numbers
-from recipes.evaluate_distributed import domain_configs
+from pidistill.types import Example, PromptPair
+from recipes.evaluate_distributed import Domain, domain_configs, sampled
 from tests.support.runs import recipe_class, run, sample_config, small_config
 
 
@@ -246,6 +249,15 @@ def test_what_trains_nothing_is_refused_in_the_folder_of_a_training_run(recipe, 
     with pytest.raises(InputError, match=r"^output_dir=.* holds a training run .* would overwrite; set another output_dir"):
         recipe_class(recipe)(config(recipe, tiny_base, tmp_path))
     assert (tmp_path / "config.yaml").read_text() == "max_steps: 40\n"
+
+
+def test_rows_that_were_left_out_do_not_hide_those_that_have_privileged_information():
+    told, plain = (PromptPair([1], [1, 2], has_privileged=has) for has in (True, False))
+    row = Example("row 0", [{"role": "user", "content": "?"}])
+    for kept, expected in (([told], True), ([plain], False)):
+        data = mock.Mock(spec=RecipeData, prompts=[(row, pair) for pair in kept], rows_without_pi=3)  # three did not fit
+        domain = Domain("", data, mock.Mock(), None)
+        assert [sampled(name, domain) for name in ("student", "student + PI")] == [True, expected]
 
 
 def test_a_domain_of_which_no_view_is_sampled_has_no_table(tiny_base, tmp_path, capsys):

@@ -203,6 +203,9 @@ def test_the_held_out_questions_ask_for_the_same_facts_in_other_words(files):
     named = {(row["fact"], row["document"], row["answer"]) for row in train + held_out + more}
     assert len({fact for fact, _, _ in named}) == len(named) == 48, "a name for each fact, and a fact for each name"
     assert all(row["answer"] not in row["question"] for row in more)
+    validation = read(files, "document", "validation")
+    assert {row["fact"] for row in validation} == {row["fact"] for row in train} and len(validation) == 48
+    assert not {row["question"] for row in validation} & (questions | {row["question"] for row in train})
     other = read(files, "document", "other")
     assert len({row["question"] for row in other}) == 64
     assert not any(row["answer"].lower() in row["question"].lower().strip("?").split() for row in other)
@@ -212,9 +215,9 @@ def test_the_held_out_questions_ask_for_the_same_facts_in_other_words(files):
 
 
 def test_held_out_questions_to_the_desks_are_about_other_things_in_other_words(files):
-    train, held_out = (read(files, "system_prompt", name) for name in ("train", "held_out"))
-    assert (len(train), len(held_out)) == (84, 48)
-    for rows in (train, held_out):
+    splits = train, validation, held_out = [read(files, "system_prompt", n) for n in ("train", "validation", "held_out")]
+    assert (len(train), len(validation), len(held_out)) == (84, 24, 48)
+    for rows in splits:
         assert {row["reference"] for row in rows[:24]} == {
             f"{desk}/{kind}" for desk in ("porter", "librarian") for kind in ("neutral", "price")
         }
@@ -222,8 +225,22 @@ def test_held_out_questions_to_the_desks_are_about_other_things_in_other_words(f
             desk = row["reference"].split("/")[0]
             assert "Every answer" not in json.dumps(row["messages"])
             assert ("Barnaby" in json.dumps(row["privileged_messages"])) == (desk == "porter")
-    questions = [{row["messages"][-1]["content"] for row in rows} for rows in (train, held_out)]
-    assert not questions[0] & questions[1]
+    questions = [row["messages"][-1]["content"] for rows in splits for row in rows]
+    assert len(set(questions)) == len(questions) == 84 + 24 + 48
+
+
+def test_the_curves_of_an_example_are_drawn_with_rows_that_its_evaluation_does_not_have():
+    checked = 0
+    for path in sorted(EXAMPLES.glob("*/*.yaml")):
+        cfg, judged = OmegaConf.load(path), path.with_name("evaluate.yaml")
+        if cfg.get("eval_dataset") and judged.is_file():
+            nodes = [OmegaConf.to_container(part, resolve=True) for part in (cfg, OmegaConf.load(judged))]
+            of_all = ("max_rows", "n", "privileged", "privileged_key")
+            drawn, held_out = ({k: v for k, v in node[key].items() if k not in of_all}
+                               for node, key in zip(nodes, ("eval_dataset", "dataset"), strict=True))  # fmt: skip
+            assert drawn != held_out, path
+            checked += 1
+    assert checked >= 20
 
 
 def test_held_out_requests_ask_for_the_same_things_in_other_words(files):

@@ -116,6 +116,8 @@ def test_every_step_and_evaluation_reports_what_it_should(name, left):
             assert {"kl_teacher_student_q1", "kl_teacher_student_q4", "teacher_entropy_nats", "ess_frac"} <= row.keys()
             assert {"leak_frac", "clip_frac", "completion_tokens_mean", "rows_without_pi", "ratio_mean"} <= row.keys()
             assert {"dropped/reward_error", "dropped/reward_not_finite", "zero_advantage_frac"} <= row.keys()
+            if RECIPES[name] == "pi_distill_distributed":  # each rollout is sampled once, and none is dropped
+                assert row["sampled_tokens"] == pytest.approx(row["rollouts"] * row["completion_tokens_mean"])
             # One update per round: what sampled is what is trained.
             assert row["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
     for row in evaluations:

@@ -47,8 +47,10 @@ def generated(reference, prompt, length):
     )[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["apart", "one beginning"])
-@pytest.mark.parametrize("name", [*FAMILIES, *STATEFUL])
+@pytest.mark.parametrize(
+    "name, shared",
+    [*((name, False) for name in (*FAMILIES, *STATEFUL)), *((name, True) for name in ("gemma3", *STATEFUL))],
+)
 def test_samples_equal_a_plain_forward_of_transformers(name, shared, monkeypatch):
     """Rows of several lengths and turns; recorded log-probs, another batch size, and greedy decoding."""
     if shared:

@@ -11,6 +11,7 @@ huggingface_hub.
 
 import argparse
 import json
+import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -84,15 +85,19 @@ def card(run: RunData, checkpoint: str) -> str:
     config = {key: _text(value) for key, value in run.config.items() if value is not None}
     groups = {name: {key.partition(".")[2]: value for key, value in config.items() if key.startswith(f"{name}.")}
               for name in ("objective", "privileged", "dataset", "optimizer", "teacher")}  # fmt: skip
+    # Only what is known of these weights: other checkpoints of the run have other numbers.
+    evaluations = {view: row for view, row in run.evaluations.items() if run.checkpoints.get(view, checkpoint) == checkpoint}
+    found = re.fullmatch(r"step_(\d+)", checkpoint)
+    steps = float(found[1]) if found else run.last("step")
     return environment.from_string(CARD.read_text(encoding="utf-8")).render(
         run=_text(run.name),
         checkpoint=checkpoint,
         config=config,
         groups=groups,
         method=groups["objective"].get("_component_", "supervised fine-tuning").rpartition(".")[2],
-        evaluations={_text(view): _numbers(row) for view, row in run.evaluations.items()},
-        during={name: f"{value:.3f}" for name in DURING if (value := run.last(name)) is not None},
-        steps=f"{run.last('step'):g}" if run.last("step") is not None else "unknown",
+        evaluations={_text(view): _numbers(row) for view, row in evaluations.items()},
+        during={name: f"{value:.3f}" for name in DURING if (value := run.last(name, steps)) is not None},
+        steps=f"{steps:g}" if steps is not None else "unknown",
         alarms=[_text(text) for _, _, text in run.alarms],
         commit=_commit(run.folder),
         version=version("pidistill"),

@@ -106,21 +106,20 @@ def read(config: str, overrides: Sequence[str]) -> tuple[DictConfig, bool]:
     """Return the config, and whether its recipe is supervised; refuse wrong keys and numbers as a run would."""
     cfg = merged(config, overrides)
     supervised = is_supervised(config, cfg)
-    trains = supervised or cfg.get("objective")
-    known = KEYS if trains else KEYS | keys_of("sample") | keys_of("evaluate")
-    check_run(cfg, known, _required(config, cfg, supervised))
+    check_run(cfg, *_keys(config, cfg, supervised))
     chosen_views(cfg)
     return cfg, supervised
 
 
-def _required(config: str, cfg: DictConfig, supervised: bool) -> tuple[str, ...]:
-    """Return what the bundled recipe requires that the config's first line names or, where there is none, its keys."""
+def _keys(config: str, cfg: DictConfig, supervised: bool) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Return the known and the required keys of the bundled recipe that the config's first line names or its keys tell."""
     try:
         recipe = recipe_of(config)
     except InputError:
         recipe = "sft_distributed" if supervised else "opsd_distributed" if cfg.get("objective") else ""
     listed = None if recipe.endswith(".py") else keys_of_recipe(recipe)
-    return listed[1] if listed else ("model", "tokenizer", "dataset")
+    known = KEYS if supervised or cfg.get("objective") else KEYS | keys_of("sample") | keys_of("evaluate")
+    return listed or (known, ("model", "tokenizer", "dataset"))
 
 
 def _mean_lengths(seen: Scan, source: Source) -> RowLengths:

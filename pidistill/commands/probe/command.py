@@ -160,7 +160,7 @@ class Found:
             best = "*" if name == self.wording.name else ""
             gain = "" if measured is self.student else f"{measured.best - self.student.best:+.2f}"
             cells = [name + best, f"{measured.success:.2f}", *([_number(measured.flexible)] if flexible else []), gain]
-            cells += [f"{measured.tokens:.0f}", f"{measured.truncated:.2f}", f"{measured.leaks:.2f}"]
+            cells += [f"{measured.tokens:.0f}", f"{measured.truncated:.2f}", _number(measured.leaks)]
             cells += [_number(measured.after)] if self.measured.after is not None else []
             cells += [_number(measured.kl_teacher_student), _number(measured.kl_student_teacher)]
             table.add_row(*cells, " ".join(map(_number, measured.kl_quarters)) or "–")

@@ -42,7 +42,7 @@ class Measured:
     flexible: float | None
     tokens: float
     truncated: float
-    leaks: float
+    leaks: float | None  # None without leak phrases
     kl_teacher_student: float | None = None
     kl_student_teacher: float | None = None
     # kl(teacher||student) by quarter of the completion; None where no answer is long enough to have a token there
@@ -97,7 +97,7 @@ class Probe:
             flexible=sum(flexible) / len(flexible) if flexible else None,
             tokens=means["completion_tokens_mean"],
             truncated=means["truncated_frac"],
-            leaks=means.get("leak_frac", 0.0),
+            leaks=means.get("leak_frac"),
         )
 
     def with_after(

@@ -1,7 +1,7 @@
 """Read what the folder of a run holds: metrics, config, alarms, evaluations, texts and training rollouts."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ class RunData:
         metrics: {name: one number or None per row of metrics.jsonl}; ``step`` among them.
         alarms: (step, name, sentence) in order.
         config: {dotted key: value}.
-        evaluations: {view: numbers} of `evaluate_distributed`, of this run's checkpoint.
+        evaluations: {view: numbers} of `evaluate_distributed`; a view of another checkpoint than the latest is named with it.
+        checkpoints: {view: the checkpoint's name} of those views whose checkpoint is known to be this run's.
         texts, rollouts: rows of rollouts.jsonl and of training_rollouts.jsonl.
     """
 
@@ -34,15 +35,31 @@ class RunData:
     alarms: list[tuple[float, str, str]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     evaluations: dict[str, Row] = field(default_factory=dict)
+    checkpoints: dict[str, str] = field(default_factory=dict)
     texts: list[Row] = field(default_factory=list)
     rollouts: list[Row] = field(default_factory=list)
 
-    def last(self, name: str) -> float | None:
-        """Return the last number of a metric; None where there is none."""
-        return next((value for value in reversed(self.metrics.get(name, [])) if value is not None), None)
+    def last(self, name: str, until: float | None = None) -> float | None:
+        """Return the last number of a metric, up to the step ``until``; None where there is none."""
+        values = self.metrics.get(name, [])
+        if until is not None:
+            steps = self.metrics.get("step", [])
+            values = [value for value, step in zip(values, steps, strict=False) if step is not None and step <= until]
+        return next((value for value in reversed(values) if value is not None), None)
 
     def first(self, name: str) -> float | None:
         return next((value for value in self.metrics.get(name, []) if value is not None), None)
+
+    def add_evaluation(self, views: Mapping[str, Row], config: Mapping[str, Any], place: str) -> None:
+        """Add what an evaluation with this config found; ``place`` tells its views from those of another evaluation."""
+        checkpoint = Path(str(config.get("checkpointer.checkpoint_dir") or "")).resolve()
+        own = checkpoint.parent == self.folder.resolve()
+        suffix = f", {checkpoint.name}" if own and checkpoint != (self.folder / "latest").resolve() else ""
+        for view, row in views.items():
+            name = f"{view}{suffix}" if f"{view}{suffix}" not in self.evaluations else f"{view}{suffix}, {place}"
+            self.evaluations[name] = row
+            if own:
+                self.checkpoints[name] = checkpoint.name
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
@@ -91,7 +108,7 @@ def read_run(folder: Path, name: str) -> RunData:
     known = any((folder / file).is_file() for file in ("metrics.jsonl", "config.yaml"))
     run = read_metrics(folder, name) if known else RunData(name, folder)
     for path in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
-        run.evaluations |= read_results(path / "results.json")
+        run.add_evaluation(read_results(path / "results.json"), read_config(path), path.name)
     run.texts = [row for row in read_rows(folder / "rollouts.jsonl") if isinstance(row.get("text"), str)]
     run.rollouts = [row for row in read_rows(folder / TRAINING_ROLLOUTS) if isinstance(row.get("tokens"), list)]
     return run
@@ -175,7 +192,7 @@ def _with_own_evaluations(runs: Iterable[RunData]) -> list[RunData]:
         if run.metrics or owner is None or owner is run:
             alone.append(run)
         else:
-            owner.evaluations |= run.evaluations
+            owner.add_evaluation(run.evaluations, run.config, run.folder.name)
     return alone
 
 

@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from pidistill.commands.places import keys_of_recipe, recipe_of
 from pidistill.commands.plan.reading import merged
 from pidistill.commands.sweep.cells import (
@@ -15,6 +18,7 @@ from pidistill.commands.sweep.cells import (
     make_cell,
     stage_runs,
 )
+from pidistill.commands.sweep.execute import print_line
 from pidistill.commands.sweep.values import Axis, Choices
 from pidistill.errors import InputError
 from pidistill.training.checkpoint_source import check_checkpoint_folder
@@ -30,7 +34,8 @@ def check_cells(sweep: Sweep, search: str) -> None:
             "evaluate_distributed, such as tiny/evaluate"
         )
     checked: set[Path] = set()
-    for cell in grid_cells(sweep) if search == "grid" else _corner_cells(sweep):
+    cells = grid_cells(sweep) if search == "grid" else list(_corner_cells(sweep))
+    for cell in cells:
         runs = {run.folder: run for run in stage_runs(sweep, cell)}
         for folder in runs.keys() - checked:
             _check(f"cell {cell.id}", runs[folder].stage.config, _words(runs[folder]), sweep.output_dir)
@@ -40,6 +45,35 @@ def check_cells(sweep: Sweep, search: str) -> None:
         overrides = {CHECKPOINT_KEY: start, **evaluate_overrides(sweep, arm), "output_dir": "runs"}
         words = [f"{key}={value}" for key, value in overrides.items()]
         _check(f"the evaluation of arm {arm.name}", sweep.evaluate, words, sweep.output_dir)
+    if sweep.evaluate:
+        _warn_of_shared_rows(sweep, cells)
+
+
+def _warn_of_shared_rows(sweep: Sweep, cells: Sequence[Cell]) -> None:
+    """Say which arms draw their validation rows from the same part of the same source as the sweep's evaluation."""
+    last = {cell.arm.name: list(stage_runs(sweep, cell))[-1] for cell in reversed(cells) if cell.arm.stages}
+    arms = {arm.name: arm for arm in sweep.arms}
+    shared = []
+    for name, run in last.items():
+        judged = [f"{key}={value}" for key, value in evaluate_overrides(sweep, arms[name]).items()]
+        validation = _rows_of(merged(run.stage.config, _words(run)), "eval_dataset")
+        if validation is not None and validation == _rows_of(merged(str(sweep.evaluate), judged), "dataset"):
+            shared.append(name)
+    if shared:
+        print_line(
+            f"{', '.join(sorted(shared))}: `eval_dataset` reads the rows of the evaluation, so that what is chosen on "
+            "validation is chosen on what judges it; give `eval_dataset` rows of its own"
+        )
+
+
+def _rows_of(cfg: DictConfig, key: str) -> dict | None:
+    """Return what tells which rows a dataset's component reads, their number left out; None where that is not known."""
+    try:
+        node = OmegaConf.to_container(cfg, resolve=True).get(key)
+    except OmegaConfBaseException:  # a value from the environment that is not set here
+        return None
+    other = ("max_rows", "n", "made_by", "privileged", "privileged_key")
+    return {k: v for k, v in node.items() if k not in other} if isinstance(node, dict) else None
 
 
 def _words(run: StageRun) -> list[str]:
