@@ -8,7 +8,8 @@ from rich.console import Console
 from pidistill.commands.common import exit_on_input_error
 from pidistill.commands.preview.show import marked, show_findings
 from pidistill.commands.sweep.execute import last_error, print_line
-from pidistill.commands.sweep.results import failures, groups_of
+from pidistill.commands.sweep.groups import groups_of
+from pidistill.commands.sweep.results import failures
 from pidistill.commands.trace_report import main as trace_report
 from pidistill.errors import InputError
 

@@ -27,18 +27,9 @@ from pidistill.commands import main as entry
 from pidistill.commands.places import config_path, recipe_of
 from pidistill.commands.sweep import check, command, execute, search
 from pidistill.commands.sweep.cells import as_text, grid_cells, read_sweep, stage_runs
+from pidistill.commands.sweep.groups import Difference, group_interval, groups_of, paired_difference
 from pidistill.commands.sweep.pictures import heat_table, mean_curve
-from pidistill.commands.sweep.results import (
-    Difference,
-    best_step,
-    group_interval,
-    groups_of,
-    mean_and_sd,
-    paired_difference,
-    read_results,
-    run_numbers,
-    total,
-)
+from pidistill.commands.sweep.results import best_step, mean_and_sd, read_results, run_numbers, total
 from pidistill.commands.sweep.values import Choices, Range, grid_values, parse_axis, parse_overrides, split_top_level
 from pidistill.errors import InputError
 from pidistill.jsonl import read_jsonl

@@ -3,7 +3,8 @@
 import pytest
 
 from pidistill.commands.sweep.cells import grid_cells, read_sweep
-from pidistill.commands.sweep.results import Group, append_result, name_differences
+from pidistill.commands.sweep.groups import Group, name_differences
+from pidistill.commands.sweep.results import append_result
 from pidistill.commands.sweep.search import count_finished, progress_line
 
 

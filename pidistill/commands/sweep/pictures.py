@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from pidistill.commands.sweep.results import Group, Record, group_interval, groups_of, is_number, name_differences
+from pidistill.commands.sweep.groups import Group, Record, group_interval, groups_of, name_differences
+from pidistill.commands.sweep.results import is_number
 from pidistill.jsonl import read_jsonl
 
 PANELS_FROM = 7  # from so many arms on, each gets a panel of its own

@@ -1,0 +1,187 @@
+"""Group cells that differ by seed and base, and say how sure their success is: alone, and against another group."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pidistill.errors import escape_controls
+from pidistill.training.evaluation import bootstrap_interval
+
+BOOTSTRAP_SAMPLES = 4000
+PAIRED_COLUMNS = ["arm", "difference", "95% interval over", "higher / lower in", "p, sign test"]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Hold one line of the table: the cells of an arm with the same swept values, one per seed and base."""
+
+    title: str
+    arm: str
+    settings: Mapping[str, str]
+    rows: list[Record]  # those that ended well
+    failed: int
+
+    def values(self, part: str, name: str) -> list[float]:
+        """Return one number per cell that has it; ``part`` is last, best, validation, or "" for the row itself."""
+        nodes = [(row.get(part) if part else row) or {} for row in self.rows]
+        return [node[name] for node in nodes if node.get(name) is not None]
+
+    def by_base(self) -> list["Group"]:
+        """Return one group per base; this group alone where the sweep has one base."""
+        bases = list(dict.fromkeys(row.get("base") for row in self.rows))
+        return [replace(self, rows=[row for row in self.rows if row.get("base") == base]) for base in bases]
+
+
+def groups_of(rows: Sequence[Record]) -> list[Group]:
+    found: dict[str, list[Record]] = {}
+    for row in count_once(rows):
+        found.setdefault(json.dumps([row["arm"], row["settings"]], sort_keys=True), []).append(row)
+    groups = []
+    for members in found.values():
+        first, good = members[0], [row for row in members if row["status"] == "ok"]
+        title = escape_controls(" ".join([first["title"], *(f"{key}={value}" for key, value in first["settings"].items())]))
+        groups.append(Group(title, first["arm"], first["settings"], good, len(members) - len(good)))
+    return groups
+
+
+def count_once(rows: Sequence[Record]) -> list[Record]:
+    """Return the rows without those of a lone base that is one of several in a later command on the folder: the same runs."""
+    of_bases = {(row["arm"], row.get("fingerprint")) for row in rows if row.get("base")}
+    return [row for row in rows if row.get("base") or (row["arm"], row.get("fingerprint")) not in of_bases]
+
+
+def name_differences(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups with short titles, for pictures.
+
+    Settings that all share are left out, keys are their last word where no other key ends with it, and the title of the arm is
+    left out where there is one arm alone.
+    """
+    keys = list(dict.fromkeys(key for group in groups for key in group.settings))
+    shown = [key for key in keys if len({group.settings.get(key) for group in groups}) > 1]
+    ends = [key.rpartition(".")[2] for key in shown]
+    names = {key: end if ends.count(end) == 1 else key for key, end in zip(shown, ends, strict=True)}
+    one_arm = len({group.arm for group in groups}) == 1 and bool(shown)
+    titles = []
+    for group in groups:
+        settings = [f"{names[key]}={group.settings[key]}" for key in shown if key in group.settings]
+        title = group.rows[0]["title"] if group.rows else group.arm
+        titles.append(escape_controls(" ".join(settings if one_arm and settings else [title, *settings])))
+    return [replace(group, title=title) for group, title in zip(groups, titles, strict=True)]
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """Hold success at the sampling temperature, [evaluation][task]; without ``tasks`` there is one number per evaluation."""
+
+    values: list[list[float]]
+    tasks: tuple[str, ...] = ()
+    clusters: list[str] | None = None  # of each task, where the evaluation has `eval_cluster_key`
+
+
+def read_tasks(output_dir: Path, group: Group) -> TaskTable:
+    """Read `rows.json` of each evaluated row of a group; tasks are known where all of them have the same."""
+    rows = [row["last"] for row in group.rows if (row.get("last") or {}).get("student_success") is not None]
+    paths = [output_dir / row.get("folder", "") / "rows.json" for row in rows]
+    files = [json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {} for path in paths]
+    tables = [file.get("student") for file in files]
+    if not rows or not all(table and table.keys() == tables[0].keys() for table in tables):
+        return TaskTable([[row["student_success"]] for row in rows])
+    tasks, clusters = tuple(tables[0]), files[0].get("clusters")
+    values = [[table[task] for task in tasks] for table in tables]
+    return TaskTable(values, tasks, clusters and [clusters[task] for task in tasks])
+
+
+def group_interval(output_dir: Path, group: Group) -> tuple[tuple[float, float] | None, str]:
+    """Return the interval of the last checkpoint's held-out success at the sampling temperature, and what was resampled.
+
+    Of several bases their means over seeds are resampled: seeds of one base are more alike than bases are.
+    """
+    bases = [table for part in group.by_base() if (table := read_tasks(output_dir, part)).values]
+    across = len(bases) > 1
+    units = [_column_means(one.values) for one in bases] if across else [row for one in bases for row in one.values]
+    clusters = bases[0].clusters if bases else None
+    if len({len(unit) for unit in units}) > 1:
+        units, clusters = [[statistics.fmean(unit)] for unit in units], None
+    has_tasks = bool(units) and len(set(clusters or range(len(units[0])))) > 1
+    enough = len(units) > 1 or has_tasks  # one number has no spread to resample
+    interval = bootstrap_interval(units, seed=0, resamples=BOOTSTRAP_SAMPLES, clusters=clusters) if enough else None
+    return interval, _resampled(across, len(units) > 1 or not has_tasks, has_tasks, clusters)
+
+
+def _resampled(across: bool, units: bool, tasks: bool, clusters: Sequence[str] | None) -> str:
+    """Return what an interval resamples, such as `seeds × tasks`."""
+    names = ["bases" if across else "seeds"] * units + ["tasks" if clusters is None else "clusters"] * tasks
+    return " × ".join(names)
+
+
+def _column_means(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.fmean(column) for column in zip(*rows, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------- two arms on the same tasks
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Hold how much more success a group has than another one, on the same tasks at the sampling temperature."""
+
+    mean: float
+    interval: tuple[float, float]
+    resampled: str
+    higher: int  # tasks, or clusters of tasks, in which the mean over seeds and bases is higher
+    lower: int
+
+    @property
+    def sign_test(self) -> float:
+        """Return the two-sided exact p of so uneven a split of ``higher`` and ``lower`` if both were equally likely."""
+        n = self.higher + self.lower
+        return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(self.higher, self.lower) + 1)) / 2**n)
+
+
+def paired_difference(output_dir: Path, group: Group, other: Group) -> Difference | None:
+    """Compare two groups task by task; None where they do not have the same tasks, of the same bases."""
+    bases = {part.rows[0].get("base"): read_tasks(output_dir, part) for part in other.by_base() if part.rows}
+    own = {part.rows[0].get("base"): read_tasks(output_dir, part) for part in group.by_base() if part.rows}
+    pairs = [(own[base], bases[base]) for base in own if base in bases]
+    if not pairs or len({table.tasks for pair in pairs for table in pair}) > 1:
+        return None
+    clusters, across = pairs[0][0].clusters, len(pairs) > 1
+    if len(set(clusters or pairs[0][0].tasks)) < 2:
+        return None
+    differences = [_minus(_column_means(one.values), _column_means(two.values)) for one, two in pairs]
+    values, minus = (differences, None) if across else (pairs[0][0].values, pairs[0][1].values)
+    interval = bootstrap_interval(values, 0, BOOTSTRAP_SAMPLES, clusters=clusters, minus=minus)
+    by_task, units = _column_means(differences), {}
+    for cluster, value in zip(clusters or pairs[0][0].tasks, by_task, strict=True):
+        units[cluster] = units.get(cluster, 0.0) + value
+    signs = [round(value, 9) for value in units.values()]  # sums of the same shares in another order differ by rounding
+    several = across or any(len(table.values) > 1 for table in pairs[0])
+    what = _resampled(across, several, True, clusters)
+    return Difference(statistics.fmean(by_task), interval, what, sum(v > 0 for v in signs), sum(v < 0 for v in signs))
+
+
+def _minus(one: Sequence[float], two: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(one, two, strict=True)]
+
+
+def paired_lines(output_dir: Path, groups: Sequence[Group], against: str | None) -> tuple[str, list[list[str]]]:
+    """Return the title of the group that the others are compared with, and a line of `PAIRED_COLUMNS` for each other one.
+
+    It is the first group of the arm ``against``, of any arm without one, of which the tasks are known.
+    """
+    known = [group for group in groups if group.arm == (against or group.arm) and read_tasks(output_dir, group).tasks]
+    if not known:
+        return "", []
+    found = [(group.title, paired_difference(output_dir, group, known[0])) for group in groups if group is not known[0]]
+    return known[0].title, [_paired_line(title, one) for title, one in found if one]
+
+
+def _paired_line(title: str, found: Difference) -> list[str]:
+    units = found.resampled.rpartition(" × ")[2]
+    interval = f"[{found.interval[0]:+.3f}, {found.interval[1]:+.3f}] {found.resampled}"
+    return [title, f"{found.mean:+.3f}", interval, f"{found.higher} / {found.lower} {units}", f"{found.sign_test:.2g}"]
