@@ -25,6 +25,8 @@ from pidistill.training.evaluation import (
     chosen_views,
     eval_dropped,
     row_clusters,
+    row_counts,
+    row_names,
     sample_view,
     success_numbers,
     text_row,
@@ -83,12 +85,13 @@ class EvaluateRecipe:
                 collected = sample_view(self._model, prompts, domain.collect, self._run, **settings)
                 rollouts = self._run.gather(collected.rollouts)
                 check_rewards(len(rollouts), self._run.sums(collected.dropped), f"of {domain.prefix}{name}")
-                results[domain.prefix + name] = self.summarise(domain, rollouts, samples) | eval_dropped([collected], self._run)
+                numbers = self.summarise(domain, rollouts, samples) | eval_dropped([collected], self._run)
+                results[domain.prefix + name] = numbers | row_counts(domain.data)
                 self._rows[domain.prefix + name] = self.row_success(domain, rollouts)
                 self._texts += [{"view": domain.prefix + name} | text_row(rollout) for rollout in rollouts]
             if domain.clusters is not None:
-                ids = [example.id for example, _ in domain.data.prompts]
-                self._rows[f"{domain.prefix}clusters"] = dict(zip(ids, domain.clusters, strict=True))
+                names = row_names(domain.data)
+                self._rows[f"{domain.prefix}clusters"] = dict(zip(names, domain.clusters, strict=True))
         return results
 
     def summarise(self, domain: Domain, rollouts: list[Rollout], samples: int) -> dict[str, Any]:
@@ -104,10 +107,10 @@ class EvaluateRecipe:
         return result | success_numbers(successes, samples, self._run.seed, clusters) | means
 
     def row_success(self, domain: Domain, rollouts: list[Rollout]) -> dict[str, float]:
-        """Return the share of successes of each row's samples, by row id."""
-        successes: dict[str, list[bool]] = {}
+        """Return the share of successes of each row's samples, by the row's name."""
+        names, successes = row_names(domain.data), {}
         for rollout in judged(rollouts):
-            successes.setdefault(rollout.example.id, []).append(rollout.task_reward >= domain.data.success_threshold)
+            successes.setdefault(names[rollout.group], []).append(rollout.task_reward >= domain.data.success_threshold)
         return {row: sum(values) / len(values) for row, values in successes.items()}
 
     def report(self, results: dict[str, dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from pidistill.data.load import RecipeData
 from pidistill.errors import InputError, bounded_repr
 from pidistill.tokenizers import ChatTokenizer
 from pidistill.tokenizers.rendering import Piece, encode_completion
-from pidistill.types import Example, PromptPair, Rollout
+from pidistill.types import Example, Message, PromptPair, Rollout
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ def build_demonstrations(
     if dropped:
         log_rank_zero(_log, f"{len(rollouts):,} demonstrations fit into max_seq_len {max_seq_len:,}; {dropped:,} are left out")
     _warn_about_earlier_turns(rollouts, tokenizer)
+    _warn_about_malformed_calls(rollouts)
     return rollouts, dropped
 
 
@@ -68,6 +69,23 @@ def _warn_about_earlier_turns(rollouts: Sequence[Rollout], tokenizer: ChatTokeni
         log_rank_zero(_log, told, level=logging.WARNING)
 
 
+def _warn_about_malformed_calls(rollouts: Sequence[Rollout]) -> None:
+    found = [rollout.example.id for rollout in rollouts if any(map(_calls_without_object, rollout.turns))]
+    if found:
+        told = (
+            f"{len(found)} of {len(rollouts)} demonstrations teach a call whose arguments are no JSON object, as written "
+            f'(first: {found[0]}): the model learns to write such calls; give these turns "weight": 0, or leave the rows out'
+        )
+        log_rank_zero(_log, told, level=logging.WARNING)
+
+
+def _calls_without_object(message: Message) -> bool:
+    """Return whether a message that is learned calls a tool with arguments that are not an object."""
+    calls = message.get("tool_calls") or []
+    learned = message["role"] == "assistant" and message.get("weight", 1) != 0
+    return learned and any(not isinstance(call["function"]["arguments"], Mapping) for call in calls)
+
+
 def sft_demonstrations(cfg: DictConfig, data: RecipeData) -> list[Rollout]:
     """Return what `sft_weight` trains on beside the rollouts: the dataset's own completions; none where it is 0."""
     if not cfg.get("sft_weight"):
@@ -95,6 +113,7 @@ def row_completions(data: RecipeData, temperature: float = 1.0) -> list[Rollout]
                 f"max_seq_len {data.max_seq_len:,}; raise tokenizer.max_seq_len and the model's, or leave the row out"
             )
     _warn_about_earlier_turns(rollouts, data.tokenizer)
+    _warn_about_malformed_calls(rollouts)
     return rollouts
 
 

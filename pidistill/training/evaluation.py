@@ -1,6 +1,7 @@
 """Measure success with and without privileged information, which every comparison rests on."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -95,6 +96,26 @@ def eval_dropped(views: Iterable[CollectResult], run: Run) -> dict[str, float]:
     reasons = {reason for view in views for reason in view.dropped}
     counts = run.sums({f"eval_dropped/{reason}": sum(view.dropped.get(reason, 0) for view in views) for reason in reasons})
     return {name: count for name, count in counts.items() if count}
+
+
+def row_names(data: RecipeData) -> list[str]:
+    """Return a name of each evaluated row: its id, with a number behind it where an earlier row has the same one."""
+    seen: Counter[str] = Counter()
+    names = []
+    for example, _ in data.prompts:
+        seen[example.id] += 1
+        names.append(example.id if seen[example.id] == 1 else f"{example.id} ({seen[example.id]})")
+    return names
+
+
+def row_counts(data: RecipeData) -> dict[str, int]:
+    """Count the rows that were left out, by reason, and those with privileged information where not all have some.
+
+    The views with privileged information play all rows; those without any get the student's prompt there.
+    """
+    counts = {f"dropped_rows/{reason}": count for reason, count in data.dropped.items() if count}
+    privileged = sum(pair.has_privileged for _, pair in data.prompts)
+    return counts if privileged in (0, len(data.prompts)) else counts | {"rows_with_privileged": privileged}
 
 
 def sample_view(

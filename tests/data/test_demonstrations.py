@@ -86,6 +86,20 @@ def test_no_warning_is_given_where_a_server_shows_the_same_turns(tmp_path, caplo
     assert not caplog.records
 
 
+def call_with(arguments, **fields):
+    call = {"type": "function", "id": "0", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call], **fields}
+
+
+def test_a_demonstration_whose_call_has_no_object_as_arguments_is_said_unless_the_turn_is_not_learned(tmp_path, caplog):
+    tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path)))
+    end = [{"role": "tool", "content": "ok", "tool_call_id": "0"}, {"role": "assistant", "content": "Done."}]
+    rows = rows_of_turns(tokenizer, [call_with({"a": 1})], [call_with('{"a": ')], [call_with("x", weight=0), *end])
+    build_demonstrations(rows, tokenizer, max_seq_len=600, on_overflow=None)
+    (said,) = [record.getMessage() for record in caplog.records if "no JSON object" in record.getMessage()]
+    assert said.startswith("1 of 3 demonstrations") and "(first: row 1)" in said and '"weight": 0' in said
+
+
 def test_recorded_ids_that_say_another_text_than_the_rows_completion_are_of_another_tokenizer():
     tokenizer = tiny_world_tokenizer(max_seq_len=96)
     messages, said = [{"role": "user", "content": "i1 g1"}], [{"role": "assistant", "content": "g1 i2"}]

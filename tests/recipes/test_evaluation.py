@@ -160,6 +160,31 @@ def test_an_evaluation_resamples_the_clusters_that_its_key_names_and_keeps_them_
         run("evaluate", cfg)
 
 
+def rows_of_two_files(max_rows):
+    """Make rows of which every second one has the id of the row before, and the last has no privileged information."""
+    rows = list(tiny_world_dataset(split="test", max_rows=max_rows))
+    rows[-1] = replace(rows[-1], privileged=None)
+    return [replace(row, id=rows[i // 2 * 2].id) for i, row in enumerate(rows)]
+
+
+def test_rows_with_the_same_id_stay_apart_and_rows_without_privileged_information_or_too_long_are_counted(tiny_base, tmp_path):
+    cfg = small_config(
+        "evaluate", tiny_base, tmp_path, dataset={"_component_": f"{__name__}.rows_of_two_files", "max_rows": 5},
+        eval_success_threshold=0.2, views=["student"],
+    )  # fmt: skip
+    run("evaluate", cfg)
+    result, rows = (json.loads((tmp_path / name).read_text())["student"] for name in ("results.json", "rows.json"))
+    first, third, fifth = [example.id for example in rows_of_two_files(5)][::2]
+    assert list(rows) == [first, f"{first} (2)", third, f"{third} (2)", fifth]
+    assert sum(rows.values()) / 5 == pytest.approx(result["success"]) and result["rows_with_privileged"] == 4
+    assert not [name for name in result if name.startswith("dropped_rows")]
+    cfg.tokenizer.max_seq_len = cfg.sampler.max_new_tokens + 10  # room for the prompts without privileged information alone
+    cfg.on_overflow = "drop"
+    run("evaluate", cfg)
+    result = json.loads((tmp_path / "results.json").read_text())["student"]
+    assert result["dropped_rows/prompt_too_long"] == 4 and result["rollouts"] == result["samples"]
+
+
 PENALTY = [{"_component_": "tests.rewards.test_shaping.Fixed", "value": -5.0}]
 
 
