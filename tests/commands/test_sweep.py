@@ -28,11 +28,11 @@ from pidistill.commands.places import config_path, recipe_of
 from pidistill.commands.sweep import check, command, execute, search
 from pidistill.commands.sweep.cells import as_text, grid_cells, read_sweep, stage_runs
 from pidistill.commands.sweep.groups import Difference, group_interval, groups_of, paired_difference
-from pidistill.commands.sweep.pictures import heat_table, mean_curve
-from pidistill.commands.sweep.results import best_step, mean_and_sd, read_results, run_numbers, total
+from pidistill.commands.sweep.pictures import final_label, final_values, heat_table, mean_curve
+from pidistill.commands.sweep.results import best_step, mean_and_sd, read_results, run_numbers, total, write_report
 from pidistill.commands.sweep.values import Choices, Range, grid_values, parse_axis, parse_overrides, split_top_level
 from pidistill.errors import InputError
-from pidistill.jsonl import read_jsonl
+from pidistill.jsonl import read_jsonl, write_jsonl
 from pidistill.training.checkpoint_source import check_checkpoint_folder
 from pidistill.training.evaluation import bootstrap_interval
 from tests.support.runs import quick_setup
@@ -851,6 +851,27 @@ def test_the_sign_test_is_the_share_of_all_signs_that_are_split_as_unevenly(high
     signs = list(itertools.product([1, -1], repeat=higher + lower))
     expected = sum(abs(sum(one)) >= abs(higher - lower) for one in signs) / len(signs)
     assert Difference(0.0, (0.0, 0.0), "tasks", higher, lower).sign_test == pytest.approx(expected)
+
+
+def test_arms_are_measured_by_their_greedy_answers_where_no_evaluation_sampled(tmp_path, capsys):
+    rows = [evaluated(tmp_path, arm, 0, values) for arm, values in (("base", BASE), ("a", [1.0, 1.0, 1.0, 1.0, 0.0]))]
+    for row in rows:
+        row["last"] = {"student_greedy_success": row["last"].pop("student_success"), "folder": row["last"]["folder"]}
+        path = tmp_path / row["last"]["folder"] / "rows.json"
+        path.write_text(path.read_text().replace('"student"', '"student greedy"'))
+    base, arm = groups_of(rows)
+    interval, what = group_interval(tmp_path, arm)
+    assert what == "clusters" and interval == bootstrap_interval([[1.0, 1.0, 1.0, 1.0, 0.0]], 0, 4000, clusters=[*"xxxyz"])
+    assert paired_difference(tmp_path, arm, base).mean == pytest.approx(0.6)
+    assert final_label([base, arm]) == "success without PI, greedy, held-out, last checkpoint" and final_values(arm) == [0.5]
+    write_jsonl(tmp_path / "results.jsonl", rows)
+    write_report(tmp_path, "base")
+    printed = capsys.readouterr().out
+    assert "Success greedy, last, against base on the same tasks" in printed and "+0.600" in printed
+    assert "greedy, 95% interval over" in (tmp_path / "results.md").read_text()
+    # One evaluation with samples is enough for the whole table: no line may hold another number than its neighbours.
+    mixed = groups_of([*rows, evaluated(tmp_path, "b", 0, BASE)])
+    assert {group.view for group in mixed} == {"student"} and group_interval(tmp_path, mixed[0])[0] is None
 
 
 def test_arms_without_the_same_tasks_are_not_compared(tmp_path):

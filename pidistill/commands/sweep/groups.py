@@ -14,6 +14,12 @@ from pidistill.training.evaluation import bootstrap_interval
 BOOTSTRAP_SAMPLES = 4000
 PAIRED_COLUMNS = ["arm", "difference", "95% interval over", "higher / lower in", "p, sign test"]
 Record = dict[str, Any]
+# The views of an evaluation that a table shows, and their numbers in results.jsonl.
+VIEWS = {
+    "student greedy": "student_greedy_success",
+    "student": "student_success",
+    "student + PI": "student_with_pi_success",
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,12 @@ class Group:
     settings: Mapping[str, str]
     rows: list[Record]  # those that ended well
     failed: int
+    view: str = "student"  # of which intervals, comparisons and pictures are
+
+    @property
+    def success(self) -> list[float]:
+        """Return the held-out success of each cell's last checkpoint in ``view``, of the cells that have it."""
+        return self.values("last", VIEWS[self.view])
 
     def values(self, part: str, name: str) -> list[float]:
         """Return one number per cell that has it; ``part`` is last, best, validation, or "" for the row itself."""
@@ -41,12 +53,18 @@ def groups_of(rows: Sequence[Record]) -> list[Group]:
     found: dict[str, list[Record]] = {}
     for row in count_once(rows):
         found.setdefault(json.dumps([row["arm"], row["settings"]], sort_keys=True), []).append(row)
-    groups = []
+    groups, view = [], measured_view(rows)
     for members in found.values():
         first, good = members[0], [row for row in members if row["status"] == "ok"]
         title = escape_controls(" ".join([first["title"], *(f"{key}={value}" for key, value in first["settings"].items())]))
-        groups.append(Group(title, first["arm"], first["settings"], good, len(members) - len(good)))
+        groups.append(Group(title, first["arm"], first["settings"], good, len(members) - len(good), view))
     return groups
+
+
+def measured_view(rows: Sequence[Record]) -> str:
+    """Return the view that arms are measured by: samples, or the greedy answers where the evaluations have no samples."""
+    have = {view for row in rows for view, name in VIEWS.items() if (row.get("last") or {}).get(name) is not None}
+    return "student greedy" if "student" not in have and "student greedy" in have else "student"
 
 
 def count_once(rows: Sequence[Record]) -> list[Record]:
@@ -76,7 +94,7 @@ def name_differences(groups: Sequence[Group]) -> list[Group]:
 
 @dataclass(frozen=True)
 class TaskTable:
-    """Hold success at the sampling temperature, [evaluation][task]; without ``tasks`` there is one number per evaluation."""
+    """Hold success in the view of a group, [evaluation][task]; without ``tasks`` there is one number per evaluation."""
 
     values: list[list[float]]
     tasks: tuple[str, ...] = ()
@@ -85,19 +103,20 @@ class TaskTable:
 
 def read_tasks(output_dir: Path, group: Group) -> TaskTable:
     """Read `rows.json` of each evaluated row of a group; tasks are known where all of them have the same."""
-    rows = [row["last"] for row in group.rows if (row.get("last") or {}).get("student_success") is not None]
+    name = VIEWS[group.view]
+    rows = [row["last"] for row in group.rows if (row.get("last") or {}).get(name) is not None]
     paths = [output_dir / row.get("folder", "") / "rows.json" for row in rows]
     files = [json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {} for path in paths]
-    tables = [file.get("student") for file in files]
+    tables = [file.get(group.view) for file in files]
     if not rows or not all(table and table.keys() == tables[0].keys() for table in tables):
-        return TaskTable([[row["student_success"]] for row in rows])
+        return TaskTable([[row[name]] for row in rows])
     tasks, clusters = tuple(tables[0]), files[0].get("clusters")
     values = [[table[task] for task in tasks] for table in tables]
     return TaskTable(values, tasks, clusters and [clusters[task] for task in tasks])
 
 
 def group_interval(output_dir: Path, group: Group) -> tuple[tuple[float, float] | None, str]:
-    """Return the interval of the last checkpoint's held-out success at the sampling temperature, and what was resampled.
+    """Return the interval of the last checkpoint's held-out success in the group's view, and what was resampled.
 
     Of several bases their means over seeds are resampled: seeds of one base are more alike than bases are.
     """
@@ -128,7 +147,7 @@ def _column_means(rows: Sequence[Sequence[float]]) -> list[float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Hold how much more success a group has than another one, on the same tasks at the sampling temperature."""
+    """Hold how much more success a group has than another one, on the same tasks in their view."""
 
     mean: float
     interval: tuple[float, float]

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -88,13 +89,14 @@ def draw_curves(output_dir: Path, groups: Sequence[Group]):
 
 def final_values(group: Group) -> list[float]:
     """Return the held-out success of the last checkpoints; where none was evaluated, the last one on validation."""
-    return group.values("last", "student_success") or group.values("validation", "last")
+    return group.success or group.values("validation", "last")
 
 
 def final_label(groups: Sequence[Group]) -> str:
-    held_out = [bool(group.values("last", "student_success")) for group in groups]
+    held_out = [bool(group.success) for group in groups]
     if all(held_out):
-        return "success without PI, sampled, held-out, last checkpoint"
+        how = "sampled" if groups[0].view == "student" else "greedy"
+        return f"success without PI, {how}, held-out, last checkpoint"
     return "success without PI, last checkpoint (" + ("some " if any(held_out) else "") + "on validation)"
 
 
@@ -126,7 +128,7 @@ def draw_kl(groups: Sequence[Group]):
         (group.title, row["kl_teacher_student_nats"], success[0])
         for group in groups
         for row in group.rows
-        if row.get("kl_teacher_student_nats") is not None and (success := final_values(Group("", "", {}, [row], 0)))
+        if row.get("kl_teacher_student_nats") is not None and (success := final_values(replace(group, rows=[row])))
     ]
     if not points:
         return None

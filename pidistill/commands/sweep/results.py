@@ -16,18 +16,22 @@ from rich.console import Console
 from rich.table import Table
 
 from pidistill.commands.sweep.cells import OF_THE_MACHINE
-from pidistill.commands.sweep.groups import PAIRED_COLUMNS, Group, Record, group_interval, groups_of, paired_lines
+from pidistill.commands.sweep.groups import (
+    PAIRED_COLUMNS,
+    VIEWS,
+    Group,
+    Record,
+    group_interval,
+    groups_of,
+    measured_view,
+    paired_lines,
+)
 from pidistill.errors import escape_controls
 from pidistill.jsonl import read_jsonl, write_jsonl
 
 RESULTS = "results.jsonl"
 ORDER = "arms.json"
 KL_ROWS = 5  # the final KL is the mean over so many last steps, because a single step's is noisy
-VIEWS = {
-    "student greedy": "student_greedy_success",
-    "student": "student_success",
-    "student + PI": "student_with_pi_success",
-}
 OF_A_DOMAIN = "/student greedy"  # other rows of the evaluation (`domains`) are shown greedily
 
 
@@ -135,19 +139,21 @@ def interval_text(output_dir: Path, group: Group) -> str:
 
 def between_bases(group: Group) -> str:
     """Return the standard deviation between the bases' mean successes; a dash where fewer than two bases have one."""
-    means = [statistics.fmean(values) for part in group.by_base() if (values := part.values("last", "student_success"))]
+    means = [statistics.fmean(values) for part in group.by_base() if (values := part.success)]
     return f"{statistics.stdev(means):.3f} of {len(means)}" if len(means) > 1 else "–"
 
 
-def success_columns(output_dir: Path, several_bases: bool, domains: Sequence[str]) -> dict[str, Callable[[Group], str]]:
+def success_columns(
+    output_dir: Path, several_bases: bool, domains: Sequence[str], shown: str
+) -> dict[str, Callable[[Group], str]]:
     return {
         "arm": lambda g: g.title,
         "seeds": lambda g: f"{len(g.rows)}" + (f" ({g.failed} failed)" if g.failed else ""),
         "greedy": lambda g: mean_and_sd(g.values("last", "student_greedy_success")),
         "sampled, last": lambda g: mean_and_sd(g.values("last", "student_success")),
         **({"between bases": between_bases} if several_bases else {}),
-        "95% interval over": lambda g: interval_text(output_dir, g),
-        "sampled, best on validation": lambda g: mean_and_sd(g.values("best", "student_success")),
+        f"{shown}, 95% interval over": lambda g: interval_text(output_dir, g),
+        f"{shown}, best on validation": lambda g: mean_and_sd(g.values("best", VIEWS[g.view])),
         "with PI": lambda g: mean_and_sd(g.values("last", "student_with_pi_success")),
         **{f"{name.removesuffix(OF_A_DOMAIN)}, greedy": partial(_last_values, name=name) for name in domains},
         "leak rate": lambda g: mean_and_sd(g.values("last", "leak_frac")),
@@ -228,7 +234,8 @@ def write_report(output_dir: Path, against: str | None = None) -> list[Record]:
     rows = list(read_results(output_dir).values())
     groups = groups_of(rows)
     domains = sorted({name for row in rows for name in row.get("last") or {} if name.endswith(OF_A_DOMAIN)})
-    columns = success_columns(output_dir, any(row.get("base") for row in rows), domains)
+    shown = "sampled" if measured_view(rows) == "student" else "greedy"
+    columns = success_columns(output_dir, any(row.get("base") for row in rows), domains, shown)
     tables = {"Success": columns, "Cost": cost_columns()}
     text = [f"# {output_dir.name}", ""]
     for title, columns in tables.items():
@@ -237,7 +244,7 @@ def write_report(output_dir: Path, against: str | None = None) -> list[Record]:
         text += _markdown(list(columns), cells)
     reference, lines = paired_lines(output_dir, groups, against)
     if lines:
-        title = f"Success sampled, last, against {reference} on the same tasks"
+        title = f"Success {shown}, last, against {reference} on the same tasks"
         _print(title, PAIRED_COLUMNS, lines)
         text += [f"{title}:", "", *_markdown(PAIRED_COLUMNS, lines)]
     ending = [*filter(None, [best_on_validation(groups)]), *failures(rows)]
