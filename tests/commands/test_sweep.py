@@ -857,6 +857,7 @@ def test_arms_are_measured_by_their_greedy_answers_where_no_evaluation_sampled(t
     rows = [evaluated(tmp_path, arm, 0, values) for arm, values in (("base", BASE), ("a", [1.0, 1.0, 1.0, 1.0, 0.0]))]
     for row in rows:
         row["last"] = {"student_greedy_success": row["last"].pop("student_success"), "folder": row["last"]["folder"]}
+        row["last"]["student_with_pi_greedy_success"] = 0.321
         path = tmp_path / row["last"]["folder"] / "rows.json"
         path.write_text(path.read_text().replace('"student"', '"student greedy"'))
     base, arm = groups_of(rows)
@@ -868,7 +869,8 @@ def test_arms_are_measured_by_their_greedy_answers_where_no_evaluation_sampled(t
     write_report(tmp_path, "base")
     printed = capsys.readouterr().out
     assert "Success greedy, last, against base on the same tasks" in printed and "+0.600" in printed
-    assert "greedy, 95% interval over" in (tmp_path / "results.md").read_text()
+    table = (tmp_path / "results.md").read_text()
+    assert "greedy, 95% interval over" in table and "0.321" in table
     # One evaluation with samples is enough for the whole table: no line may hold another number than its neighbours.
     mixed = groups_of([*rows, evaluated(tmp_path, "b", 0, BASE)])
     assert {group.view for group in mixed} == {"student"} and group_interval(tmp_path, mixed[0])[0] is None

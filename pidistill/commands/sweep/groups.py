@@ -19,6 +19,7 @@ VIEWS = {
     "student greedy": "student_greedy_success",
     "student": "student_success",
     "student + PI": "student_with_pi_success",
+    "student + PI greedy": "student_with_pi_greedy_success",
 }
 
 

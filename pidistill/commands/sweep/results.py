@@ -154,7 +154,7 @@ def success_columns(
         **({"between bases": between_bases} if several_bases else {}),
         f"{shown}, 95% interval over": lambda g: interval_text(output_dir, g),
         f"{shown}, best on validation": lambda g: mean_and_sd(g.values("best", VIEWS[g.view])),
-        "with PI": lambda g: mean_and_sd(g.values("last", "student_with_pi_success")),
+        "with PI": lambda g: mean_and_sd(g.values("last", VIEWS["student + PI" + g.view.removeprefix("student")])),
         **{f"{name.removesuffix(OF_A_DOMAIN)}, greedy": partial(_last_values, name=name) for name in domains},
         "leak rate": lambda g: mean_and_sd(g.values("last", "leak_frac")),
         "validation, last": lambda g: mean_and_sd(g.values("validation", "last")),
@@ -202,7 +202,8 @@ def notes(rows: Sequence[Record]) -> list[str]:
     of_bases = [f"Bases: {', '.join(bases)}; `seeds` counts the runs from all of them."] if bases else []
     return [
         "Success without privileged information on the held-out split, greedy and sampled at the temperature of the "
-        "evaluation's config; `with PI` is the ceiling; mean ± sd over seeds (no sd for one); `last` is the last checkpoint. "
+        "evaluation's config; `with PI` is the ceiling, sampled or greedy as the intervals are; mean ± sd "
+        "over seeds (no sd for one); `last` is the last checkpoint. "
         "`NAME, greedy` is of the rows that the evaluation's config names under `domains`; (n of m) runs have it.",
         f"Chosen on validation only: {selected}, among the checkpoints that the run saved. "
         "CPU-s: training, all stages, each with its start-up. An interval over few seeds is too narrow for what seeds do; "
