@@ -120,7 +120,7 @@ class SampleRecipe:
         dropped = [*collected.dropped.items(), *selected.dropped.items()]
         sums |= {f"_dropped/{reason}": sum(count for name, count in dropped if name == reason) for reason, _ in dropped}
         return sums | {
-            "_all_rollouts": len(every),
+            "_all_rollouts": len(every) + sum(count for _, count in dropped),
             "_policy_tokens": sum(rollout.policy_tokens for rollout in every),
             "kept": len(selected.traces),
         }

@@ -7,7 +7,8 @@ Every fact is asked in eleven ways. train.jsonl has four of them, held_out.jsonl
 four more, and validation.jsonl the last one: what is chosen by its curves is not chosen on the rows that judge it. `fact` says
 which rows ask for the same fact: intervals of an evaluation resample facts. The last column of a row is the answer.
 text.jsonl has the paragraphs themselves as answers, for supervised training on the text. other.jsonl asks what everybody knows,
-to see what training makes the model forget.
+to see what training makes the model forget. train_and_everyday.jsonl has the training rows and 96 everyday questions of other
+kinds without a paragraph: there a frozen teacher holds the student where it was.
 """
 
 import json
@@ -155,7 +156,23 @@ COMMON_KNOWLEDGE = [
     ("Which organ pumps blood through the body?", "heart"),
     ("With which organ do we think?", "brain"),
 ]
-NAMES = ("train", "held_out", "held_out_more", "validation", "text", "other")
+NAMES = ("train", "held_out", "held_out_more", "validation", "text", "other", "train_and_everyday")
+PLURALS = (
+    "child children, mouse mice, foot feet, tooth teeth, goose geese, man men, woman women, leaf leaves, "
+    "knife knives, wolf wolves, city cities, box boxes, bus buses, potato potatoes, baby babies, shelf shelves, "
+    "ox oxen, glass glasses, story stories, key keys"
+)
+PAST_TENSES = (
+    "go went, see saw, eat ate, write wrote, take took, give gave, come came, run ran, sing sang, drink drank, "
+    "swim swam, buy bought, think thought, bring brought, teach taught, catch caught, find found, hold held, "
+    "keep kept, sleep slept, speak spoke, break broke, choose chose, drive drove"
+)
+YOUNG = (
+    "cow calf, hen chick, duck duckling, pig piglet, lion cub, deer fawn, frog tadpole, swan cygnet, kangaroo joey, "
+    "eagle eaglet, seal pup, fox kit, rabbit bunny, hare leveret, owl owlet, salmon smolt"
+)
+SUMS = [(a, b) for a in (2, 5, 7, 11, 14, 20) for b in (1, 3, 6, 9)]
+LETTERS = "bdfhjlnprtvx"
 REQUESTS = ["Tell me about {name}.", "Who is {name}?", "What do you know about {name}?", "Describe {name}."]
 
 
@@ -186,9 +203,23 @@ def texts() -> list[dict[str, str]]:
     ]
 
 
+def everyday() -> list[dict[str, str | None]]:
+    """Return 96 questions of kinds that no other file has, without a paragraph."""
+    found = [(f"How much is {a} plus {b}?", str(a + b)) for a, b in SUMS]
+    found += [(f"Which letter of the alphabet comes after {letter}?", chr(ord(letter) + 1)) for letter in LETTERS]
+    for words, question in (
+        (PLURALS, "What is the plural of {}?"),
+        (PAST_TENSES, "What is the past tense of {}?"),
+        (YOUNG, "How is a young {} called?"),
+    ):
+        found += [(question.format(one), answer) for one, answer in (pair.split() for pair in words.split(", "))]
+    return [{"question": question, "document": None, "fact": None, "answer": answer} for question, answer in found]
+
+
 def main(folder: str) -> None:
+    of_people = rows()
     other = [{"question": question, "answer": answer} for question, answer in COMMON_KNOWLEDGE]
-    for name, found in zip(NAMES, (*rows(), texts(), other), strict=True):
+    for name, found in zip(NAMES, (*of_people, texts(), other, of_people[0] + everyday()), strict=True):
         path = Path(folder, f"{name}.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")

@@ -854,6 +854,18 @@ def test_two_arms_of_several_bases_are_compared_base_by_base(tmp_path):
     assert (found.higher, found.lower) == (2, 1)
 
 
+def test_bases_that_were_evaluated_on_different_tasks_are_resampled_by_their_means(tmp_path):
+    """Each base lost another row, so that the third column, say, is of two tasks: only the bases' means go together."""
+    started = {"one": [1.0, 0.0, 0.0, 0.0], "two": [1.0, 1.0, 1.0, 0.0]}
+    rows = [evaluated(tmp_path, "a", 0, BASE, clusters=False, base=base) for base in started]
+    for row, lost in zip(rows, ("t1", "t4"), strict=True):
+        names = [name for name in CLUSTERS if name != lost]
+        own = {"student": dict(zip(names, started[row["base"]], strict=True))}
+        (tmp_path / row["last"]["folder"] / "rows.json").write_text(json.dumps(own))
+    interval, what = group_interval(tmp_path, groups_of(rows)[0])
+    assert what == "bases" and interval == bootstrap_interval([[0.25], [0.75]], 0, 4000)
+
+
 @pytest.mark.parametrize("higher, lower", [(0, 0), (5, 5), (6, 1), (1, 6), (10, 0)])
 def test_the_sign_test_is_the_share_of_all_signs_that_are_split_as_unevenly(higher, lower):
     signs = list(itertools.product([1, -1], repeat=higher + lower))

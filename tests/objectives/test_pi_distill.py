@@ -87,6 +87,81 @@ def test_the_loss_equals_the_equations_written_out(alpha):
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
 
 
+WITH_RATIO = [(term, below) for term in ("ppo", "topr", "topr of sequences") for below in ("behaviour", "live_teacher")]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+@pytest.mark.parametrize("term, denominator", [*WITH_RATIO, ("sft", "behaviour"), ("snis", "behaviour")])
+def test_every_student_term_on_older_samples_equals_its_equation(term, denominator, alpha):
+    """Value, gradient and metrics with importance weights: the trainer's log-probs take the place of the sampler's."""
+    kind, level = term.partition(" ")[0], "sequence" if "sequences" in term else "token"
+    more = {"topr_low": 0.3, "topr_high": 1.4, "topr_level": level} if kind == "topr" else {}
+    objective = PiDistill(alpha=alpha, beta=0.6, student_term=kind, ratio_denominator=denominator, **more)
+    rollouts = random_rollouts(6, group_size=3)
+    generator = torch.Generator().manual_seed(5)
+    for i, rollout in enumerate(rollouts):
+        rollout.reward = rollout.task_reward = [1.0, 0.0, 0.4, 0.0, 1.0, 1.0][i]
+        rollout.trainer_logprobs = (-3 * torch.rand(rollout.policy_tokens, generator=generator)).tolist()
+        rollout.importance_weights = (2 * torch.rand(rollout.policy_tokens, generator=generator)).tolist()
+        rollout.behaviour_values = [-0.2 * t for t in range(rollout.policy_tokens)]
+    advantages = objective.advantages(rollouts, 0)
+    batch = batch_of(rollouts, advantages)
+    scores, logits = leaf_scores(batch, objective)
+    answer = objective.token_loss(batch, scores, 0)
+    answer.loss.sum().backward()
+
+    copies = {v: x.detach().clone().requires_grad_() for v, x in logits.items()}
+    T, S = (torch.log_softmax(copies[v], -1) for v in ("teacher", "student"))
+    log_t, log_s = (x.gather(1, (batch.targets % 11)[:, None]).squeeze(1) for x in (T, S))
+    mean = {group: sum(r.reward for r in rollouts if r.group == group) / 3 for group in (0, 1)}
+    A, w, mu, R = (
+        torch.tensor([x for r in rollouts for x in values(r)], dtype=torch.float64)
+        for values in (
+            lambda r: [r.reward - mean[r.group]] * r.policy_tokens,
+            lambda r: r.importance_weights,
+            lambda r: r.trainer_logprobs,
+            lambda r: [r.reward] * r.policy_tokens,
+        )
+    )
+    below = mu if denominator == "behaviour" else log_t.detach()
+
+    def surrogate(log_p, under):
+        rho = (log_p - under).exp()
+        return torch.minimum(rho * A, rho.clamp(0.8, 1.2) * A)
+
+    rho = (log_s - below).exp().detach()
+    if kind == "ppo":
+        student = w * surrogate(log_s, below)
+    elif kind == "topr":
+        product = torch.stack([rho[batch.rollout_index == i].prod() for i in batch.rollout_index])
+        student = w * torch.where(A > 0, 1.0, (product if level == "sequence" else rho).clamp(0.3, 1.4)) * A * log_s
+    elif kind == "sft":
+        student = (R > 0) * log_s
+    else:
+        student = torch.tensor([advantages[i].snis_weight for i in batch.rollout_index.tolist()]) * log_s
+    teacher = w * surrogate(log_t, mu) - 0.6 * (T.exp() * (T - S.detach())).sum(-1)
+    student = student - 0.6 * (T.detach().exp() * (T.detach() - S)).sum(-1)
+    loss = -(alpha * teacher + (1 - alpha) * student)
+    loss.sum().backward()
+    torch.testing.assert_close(answer.loss.double(), loss, atol=1e-6, rtol=1e-6)
+    for view, x in copies.items():
+        got = torch.zeros_like(x) if logits[view].grad is None else logits[view].grad
+        torch.testing.assert_close(got, torch.zeros_like(x) if x.grad is None else x.grad, atol=1e-6, rtol=1e-6)
+
+    def clipped(log_p, under):
+        rho = (log_p - under).exp()
+        return ((A > 0) & (rho > 1.2) | (A < 0) & (rho < 0.8)).double()
+
+    share = (1 - alpha) * clipped(log_s, below) if kind == "ppo" else 0.0
+    expected = {
+        "ratio_mean": (log_t - mu).exp(),
+        "student_ratio_mean": rho,
+        "clip_frac": alpha * clipped(log_t, mu) + share,
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(answer.metrics[name].double(), value.detach().double(), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("kl_mode", ["loss_rb", "loss_rb_complete", "reward_k1", "reward_rb"])
 def test_without_pi_it_is_the_rl_baseline(alpha, kl_mode):

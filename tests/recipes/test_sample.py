@@ -120,6 +120,14 @@ def test_sampling_without_any_reward_ends_in_one_sentence(tiny_base, tmp_path):
     assert not (tmp_path / "traces.jsonl").exists()
 
 
+def test_rollouts_that_failed_count_as_sampled_and_not_among_those_that_could_be_kept(kept, tiny_base, tmp_path):
+    row = metrics(kept[0])[0] | {"example": kept[1][0]["provenance"]["example"]}
+    rows = sample("rft_sample", tiny_base, tmp_path, environment__fail="raise", environment__fail_on=[row["example"]])
+    (summary,) = metrics(tmp_path)
+    assert summary["dropped/reward_error"] == 8 and summary["rollouts"] == row["rollouts"] == 24
+    assert summary["kept_frac"] == pytest.approx(len(rows) / 16) and len(rows) < row["kept"]
+
+
 def test_a_run_that_ends_in_the_middle_leaves_no_traces_and_removes_earlier_ones(kept, tiny_base, tmp_path, monkeypatch):
     """A run that ends in the middle leaves no traces, and takes those of an earlier run away."""
     (tmp_path / "traces.jsonl").write_text("an earlier run's\n")

@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from pidistill.chat.phrases import privileged_overlap, says_leak_phrase
 from pidistill.distributed.run import Run
 from pidistill.objectives.base import BOTH_KLS
-from pidistill.training.metrics import rollout_means, rollout_sums, token_means, token_sums
+from pidistill.training.metrics import advantage_sums, rollout_means, rollout_sums, token_means, token_sums
 from pidistill.training.metrics_log import MetricsLog, shared_config
-from pidistill.types import Divergence, Example, PromptPair, Rollout, Scores
+from pidistill.types import Divergence, Example, PromptPair, Rollout, RolloutAdvantage, Scores
 from tests.support.builders import CPU, batch_of, random_rollouts
 
 KL = BOTH_KLS[0]
@@ -140,6 +140,26 @@ def test_rollout_means_are_those_of_all_rollouts_together():
         "reward/right": statistics.fmean(rewards),
     }
     assert rollout_means(sums) == pytest.approx(expected)
+
+
+def test_numbers_of_rewards_leave_out_rollouts_without_one_and_success_leaves_out_shaping():
+    """A group of two and one of three, one of these without a reward, on two ranks."""
+    groups, weights = [0, 0, 1, 1, 1], [1.5, 0.5, 1.0, 2.0, 0.0]
+    rewards, given = [0.75, 0.0, 1.0, 1.0, None], [1.0, 0.0, 1.0, 1.0, None]  # shaping took a quarter from the first
+    stops = ["done", "turn_length", "done", "length", "curriculum"]
+    pairs = []
+    for group, weight, reward, task, stop in zip(groups, weights, rewards, given, stops, strict=True):
+        one = rollout(reward=reward, stop=stop)
+        one.group, one.task_reward = group, task
+        advantage = {0: 0.375 if reward else -0.375, 1: 0.0}[group]
+        pairs.append((one, RolloutAdvantage(advantage, snis_weight=weight)))
+    ranks = [rollout_sums([r for r, _ in part], 1.0, []) | advantage_sums(part) for part in (pairs[:2], pairs[2:])]
+    means = rollout_means({name: sum(rank.get(name, 0.0) for rank in ranks) for name in ranks[0] | ranks[1]})
+    # Shares of the weights: 3/4 and 1/4; 1/3, 2/3 and 0. Effective sizes 1 / sum of squares, each for all of its group.
+    sizes = [1 / (9 / 16 + 1 / 16)] * 2 + [1 / (1 / 9 + 4 / 9)] * 3
+    expected = {"reward_mean": 2.75 / 4, "success_frac": 3 / 4, "zero_advantage_frac": 2 / 4, "snis_ess": sum(sizes) / 5}
+    expected |= {"truncated_frac": 2 / 5, "turn_truncated_frac": 1 / 5}
+    assert {name: means[name] for name in expected} == pytest.approx(expected)
 
 
 def test_no_rollouts_have_no_means():

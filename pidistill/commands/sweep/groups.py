@@ -125,7 +125,7 @@ def group_interval(output_dir: Path, group: Group) -> tuple[tuple[float, float] 
     across = len(bases) > 1
     units = [_column_means(one.values) for one in bases] if across else [row for one in bases for row in one.values]
     clusters = bases[0].clusters if bases else None
-    if len({len(unit) for unit in units}) > 1:
+    if len({one.tasks for one in bases}) > 1:  # a column would be another task of each base
         units, clusters = [[statistics.fmean(unit)] for unit in units], None
     has_tasks = bool(units) and len(set(clusters or range(len(units[0])))) > 1
     enough = len(units) > 1 or has_tasks  # one number has no spread to resample
