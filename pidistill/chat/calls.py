@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from pidistill.chat.messages import message_text, parsed_arguments
+from pidistill.chat.messages import ARGUMENT_KEYS, message_text, parsed_arguments
 from pidistill.chat.templates import check_template
 from pidistill.types import Message
 
 ACTION_TAGS = ("action", "tool_call")
-_ARGUMENT_KEYS = ("arguments", "kwargs", "parameters")  # OpenAI and Qwen; τ-bench's reference actions; Llama 3
 
 CALL_TEMPLATE = "{number}. {name}({arguments})"
 
@@ -70,12 +69,17 @@ def unreadable_calls(message: Message, action_tags: Sequence[str] = ACTION_TAGS)
     return sum(call is None for call in _found(message, action_tags))
 
 
+def has_malformed_call(message: Message, action_tags: Sequence[str] = ACTION_TAGS) -> bool:
+    """Return whether a message calls a tool with arguments that are not a JSON object."""
+    return any(not isinstance(call.arguments, Mapping) for call in calls_of(message, action_tags))
+
+
 def as_call(value: Any) -> ToolCall | None:
     """Return the call that ``{"name", "arguments" | "kwargs" | "parameters"}``, maybe under ``"function"``, says, or None."""
     function = value.get("function", value) if isinstance(value, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         return None
-    given = next((function[key] for key in _ARGUMENT_KEYS if function.get(key) is not None), {})
+    given = next((function[key] for key in ARGUMENT_KEYS if function.get(key) is not None), {})
     return ToolCall(function["name"], parsed_arguments(given))
 
 

@@ -9,6 +9,7 @@ form that the rest of the package knows:
     the roles developer, function                    system, tool
     function_call (OpenAI's older form)              tool_calls with one call
     arguments as JSON text; "" or null               an object; {}
+    kwargs, parameters of a call                     arguments
     weight, train, loss_weight: 0 or false           weight: 0 (the turn is shown and not learned)
 """
 
@@ -21,6 +22,7 @@ from pidistill.errors import InputError, bounded_repr
 from pidistill.types import Message
 
 ROLES = ("system", "user", "assistant", "tool")
+ARGUMENT_KEYS = ("arguments", "kwargs", "parameters")  # OpenAI and Qwen; τ-bench's reference actions; Llama 3
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -193,7 +195,9 @@ def _check_tool_call(call: Any, where: str) -> dict[str, Any]:
         raise InputError(
             f"{where} has a tool call without a function name ({bounded_repr(call)}); give it a name, or leave the row out"
         )
-    function = {**_without_null_fields(function), "arguments": parsed_arguments(function.get("arguments"))}
+    function = _without_null_fields(function)
+    given = next((function.pop(key) for key in ARGUMENT_KEYS if key in function), None)
+    function["arguments"] = parsed_arguments(given)
     return {**_without_null_fields(call), "function": function} if "function" in call else function
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torchtune.utils import log_rank_zero
 
-from pidistill.chat.calls import ACTION_TAGS, CALL_TEMPLATE, CallStyle, ToolCall, as_call, unreadable_calls
+from pidistill.chat.calls import ACTION_TAGS, CALL_TEMPLATE, CallStyle, ToolCall, as_call, has_malformed_call, unreadable_calls
 from pidistill.chat.messages import check_messages, with_system
 from pidistill.data.builders import check_tools
 from pidistill.data.dataset import ExampleDataset, convert_rows
@@ -120,6 +120,7 @@ def trace_dataset(
             f"none of the {len(tasks)} tasks of {source} has a trace with {reward_key} ≥ {success_threshold}; lower "
             "dataset.success_threshold, or set dataset.unsolved: keep"
         )
+    _warn_of_malformed_calls(source, [task.source for task in chosen if task.source is not None], action_tags)
     return ExampleDataset([_example(task, how, common) for task in chosen], _count_dropped(tasks, chosen) | rows.unusable)
 
 
@@ -186,7 +187,7 @@ def read_traces(
     for trace in traces:
         tasks.setdefault(trace.task, []).append(trace)
     _warn_of_scale(source, traces, success_threshold)
-    said = [turn for trace in traces for turn in trace.turns if turn["role"] == "assistant"]
+    said = [turn for trace in traces for turn in _assistant_turns(trace)]
     seen = [call for turn in said for call in map(as_call, turn.get("tool_calls") or []) if call is not None]
     without = len(found) - len(traces)
     return TraceRows(
@@ -208,6 +209,21 @@ def _warn_of_scale(source: str, traces: Sequence[AgentTrace], threshold: float) 
             f"if these are percentages or points, set dataset.success_threshold (now {threshold:g}) to that of a success",
             level=logging.WARNING,
         )
+
+
+def _warn_of_malformed_calls(source: str, traces: Sequence[AgentTrace], action_tags: Sequence[str]) -> None:
+    found = [trace.id for trace in traces if any(has_malformed_call(turn, action_tags) for turn in _assistant_turns(trace))]
+    if found:
+        log_rank_zero(
+            _log,
+            f"{source}: {len(found)} of the {len(traces)} successful traces that are used have a call whose arguments are no "
+            f"JSON object (first: {found[0]}); it is shown, learned and replayed as written: correct it, or leave the row out",
+            level=logging.WARNING,
+        )
+
+
+def _assistant_turns(trace: AgentTrace) -> list[Message]:
+    return [turn for turn in trace.turns if turn["role"] == "assistant"]
 
 
 def _read_trace(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from omegaconf import DictConfig
 from torchtune.utils import log_rank_zero
 
+from pidistill.chat.calls import has_malformed_call
 from pidistill.chat.messages import message_text
 from pidistill.data.load import RecipeData
 from pidistill.errors import InputError, bounded_repr
@@ -81,9 +82,7 @@ def _warn_about_malformed_calls(rollouts: Sequence[Rollout]) -> None:
 
 def _calls_without_object(message: Message) -> bool:
     """Return whether a message that is learned calls a tool with arguments that are not an object."""
-    calls = message.get("tool_calls") or []
-    learned = message["role"] == "assistant" and message.get("weight", 1) != 0
-    return learned and any(not isinstance(call["function"]["arguments"], Mapping) for call in calls)
+    return message["role"] == "assistant" and message.get("weight", 1) != 0 and has_malformed_call(message)
 
 
 def sft_demonstrations(cfg: DictConfig, data: RecipeData) -> list[Rollout]:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pidistill.chat.calls import CallStyle, ToolCall, as_call, calls_of, unreadable_calls
+from pidistill.chat.messages import check_messages, tool_call_text
 from pidistill.errors import InputError
 
 JSON = st.recursive(
@@ -58,6 +59,15 @@ def test_calls_within_reasoning_are_not_carried_out():
 def test_arguments_that_are_no_object_stay_the_text_that_was_written():
     assert as_call({"name": "f", "arguments": "[1, 2]"}) == ToolCall("f", "[1, 2]")
     assert as_call({"function": {"name": "f", "arguments": "not json"}}) == ToolCall("f", "not json")
+
+
+@pytest.mark.parametrize("key", ["arguments", "kwargs", "parameters"])
+@pytest.mark.parametrize("bare", [False, True])
+def test_arguments_of_a_call_in_a_message_are_read_under_each_name_that_a_call_in_the_text_may_use(key, bare):
+    function = {"name": "f", key: '{"a": 1}'}
+    said = {"role": "assistant", "tool_calls": [function if bare else {"type": "function", "function": function}]}
+    (message,) = check_messages([said], "row 0", "messages")
+    assert calls_of(message) == [ToolCall("f", {"a": 1})] and tool_call_text(message["tool_calls"][0]) == 'f({"a": 1})'
 
 
 @given(CALLS)

@@ -29,7 +29,15 @@ from pidistill.commands.sweep import check, command, execute, search
 from pidistill.commands.sweep.cells import as_text, grid_cells, read_sweep, stage_runs
 from pidistill.commands.sweep.groups import Difference, group_interval, groups_of, paired_difference
 from pidistill.commands.sweep.pictures import final_label, final_values, heat_table, mean_curve
-from pidistill.commands.sweep.results import best_step, mean_and_sd, read_results, run_numbers, total, write_report
+from pidistill.commands.sweep.results import (
+    best_step,
+    evaluation_numbers,
+    mean_and_sd,
+    read_results,
+    run_numbers,
+    total,
+    write_report,
+)
 from pidistill.commands.sweep.values import Choices, Range, grid_values, parse_axis, parse_overrides, split_top_level
 from pidistill.errors import InputError
 from pidistill.jsonl import read_jsonl, write_jsonl
@@ -869,7 +877,7 @@ def test_arms_are_measured_by_their_greedy_answers_where_no_evaluation_sampled(t
     rows = [evaluated(tmp_path, arm, 0, values) for arm, values in (("base", BASE), ("a", [1.0, 1.0, 1.0, 1.0, 0.0]))]
     for row in rows:
         row["last"] = {"student_greedy_success": row["last"].pop("student_success"), "folder": row["last"]["folder"]}
-        row["last"]["student_with_pi_greedy_success"] = 0.321
+        row["last"] |= {"student_with_pi_greedy_success": 0.321, "student_greedy_leak_frac": 0.123}
         path = tmp_path / row["last"]["folder"] / "rows.json"
         path.write_text(path.read_text().replace('"student"', '"student greedy"'))
     base, arm = groups_of(rows)
@@ -882,10 +890,25 @@ def test_arms_are_measured_by_their_greedy_answers_where_no_evaluation_sampled(t
     printed = capsys.readouterr().out
     assert "Success greedy, last, against base on the same tasks" in printed and "+0.600" in printed
     table = (tmp_path / "results.md").read_text()
-    assert "greedy, 95% interval over" in table and "0.321" in table
+    assert "greedy, 95% interval over" in table and "0.321" in table and "0.123" in table and "Not compared" not in table
     # One evaluation with samples is enough for the whole table: no line may hold another number than its neighbours.
     mixed = groups_of([*rows, evaluated(tmp_path, "b", 0, BASE)])
     assert {group.view for group in mixed} == {"student"} and group_interval(tmp_path, mixed[0])[0] is None
+
+
+def test_an_evaluation_of_greedy_answers_alone_keeps_its_leak_rate(tmp_path):
+    views = {"student greedy": {"success": 0.5, "leak_frac": 0.25}}
+    (tmp_path / "results.json").write_text(json.dumps(views))
+    assert evaluation_numbers(tmp_path) == {"student_greedy_success": 0.5, "student_greedy_leak_frac": 0.25}
+
+
+def test_arms_that_the_comparison_lacks_are_named(tmp_path, capsys):
+    rows = [evaluated(tmp_path, "a", 0, BASE), evaluated(tmp_path, "b", 0, BASE), result("c", 0, 0.5)]
+    write_jsonl(tmp_path / "results.jsonl", rows)
+    write_report(tmp_path, "a")
+    assert "Not compared with a" in capsys.readouterr().out and "same tasks: c\n" in (tmp_path / "results.md").read_text()
+    write_report(tmp_path, "c")
+    assert "Not compared with c" in capsys.readouterr().out
 
 
 def test_arms_without_the_same_tasks_are_not_compared(tmp_path):

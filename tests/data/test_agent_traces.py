@@ -137,6 +137,14 @@ def test_calls_between_tags_are_calls_too(write):
     assert read_traces(source).unreadable_calls == 1
 
 
+def test_a_used_trace_whose_call_has_no_object_as_arguments_is_said(write, caplog):
+    broken = {"role": "assistant", "content": "", "tool_calls": [{"name": "look", "arguments": '{"city": '}]}
+    source = write(episode(1, 1.0, broken), episode(2, 0.0, broken), episode(3, 1.0, {"role": "assistant", "content": "No."}))
+    trace_dataset(source)
+    (said,) = [record.getMessage() for record in caplog.records if "no JSON object" in record.getMessage()]
+    assert "1 of the 2 successful traces that are used" in said and "row 0" in said
+
+
 def test_a_success_without_calls_is_information_and_a_failure_is_none(write):
     refusal = {"role": "assistant", "content": "I must not do that."}
     source = write(episode(1, 1.0, refusal), episode(2, 0.0, refusal, task={"actions": []}))

@@ -94,10 +94,11 @@ def call_with(arguments, **fields):
 def test_a_demonstration_whose_call_has_no_object_as_arguments_is_said_unless_the_turn_is_not_learned(tmp_path, caplog):
     tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path)))
     end = [{"role": "tool", "content": "ok", "tool_call_id": "0"}, {"role": "assistant", "content": "Done."}]
-    rows = rows_of_turns(tokenizer, [call_with({"a": 1})], [call_with('{"a": ')], [call_with("x", weight=0), *end])
+    bare = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    rows = rows_of_turns(tokenizer, [call_with({"a": 1})], [call_with('{"a": ')], [call_with("x", weight=0), *end], [bare])
     build_demonstrations(rows, tokenizer, max_seq_len=600, on_overflow=None)
     (said,) = [record.getMessage() for record in caplog.records if "no JSON object" in record.getMessage()]
-    assert said.startswith("1 of 3 demonstrations") and "(first: row 1)" in said and '"weight": 0' in said
+    assert said.startswith("1 of 4 demonstrations") and "(first: row 1)" in said and '"weight": 0' in said
 
 
 def test_recorded_ids_that_say_another_text_than_the_rows_completion_are_of_another_tokenizer():

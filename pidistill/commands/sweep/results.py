@@ -32,6 +32,7 @@ from pidistill.jsonl import read_jsonl, write_jsonl
 RESULTS = "results.jsonl"
 ORDER = "arms.json"
 KL_ROWS = 5  # the final KL is the mean over so many last steps, because a single step's is noisy
+LEAKS = {"student": "leak_frac", "student greedy": "student_greedy_leak_frac"}  # view: its number in results.jsonl
 OF_A_DOMAIN = "/student greedy"  # other rows of the evaluation (`domains`) are shown greedily
 
 
@@ -91,8 +92,7 @@ def evaluation_numbers(folder: Path) -> Record:
     """Return held-out numbers from an evaluation's results.json; a view that was not sampled is absent."""
     views = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     numbers = {name: views[view]["success"] for view, name in VIEWS.items() if "success" in views.get(view, {})}
-    if "leak_frac" in views.get("student", {}):
-        numbers["leak_frac"] = views["student"]["leak_frac"]
+    numbers |= {name: views[view]["leak_frac"] for view, name in LEAKS.items() if "leak_frac" in views.get(view, {})}
     return numbers | {name: view["success"] for name, view in views.items() if name.endswith(OF_A_DOMAIN) and "success" in view}
 
 
@@ -156,7 +156,7 @@ def success_columns(
         f"{shown}, best on validation": lambda g: mean_and_sd(g.values("best", VIEWS[g.view])),
         "with PI": lambda g: mean_and_sd(g.values("last", VIEWS["student + PI" + g.view.removeprefix("student")])),
         **{f"{name.removesuffix(OF_A_DOMAIN)}, greedy": partial(_last_values, name=name) for name in domains},
-        "leak rate": lambda g: mean_and_sd(g.values("last", "leak_frac")),
+        "leak rate": lambda g: mean_and_sd(g.values("last", LEAKS[g.view])),
         "validation, last": lambda g: mean_and_sd(g.values("validation", "last")),
     }
 
@@ -226,6 +226,16 @@ def best_on_validation(groups: Sequence[Group]) -> str | None:
     )
 
 
+def not_compared(groups: Sequence[Group], reference: str, lines: Sequence[Sequence[str]], against: str | None) -> str | None:
+    """Return the sentence about the arms that the comparison lacks; None where it lacks none, or where nobody asked for one."""
+    missing = [group.title for group in groups if group.title not in {reference, *(line[0] for line in lines)}]
+    if not missing or not (lines or against):
+        return None
+    return (
+        f"Not compared with {reference or against}, for want of an evaluation of both on the same tasks: {', '.join(missing)}"
+    )
+
+
 def failures(rows: Sequence[Record]) -> list[str]:
     return [escape_controls(f"FAILED {row['cell']}: {row['error']}") for row in rows if row["status"] != "ok"]
 
@@ -248,7 +258,7 @@ def write_report(output_dir: Path, against: str | None = None) -> list[Record]:
         title = f"Success {shown}, last, against {reference} on the same tasks"
         _print(title, PAIRED_COLUMNS, lines)
         text += [f"{title}:", "", *_markdown(PAIRED_COLUMNS, lines)]
-    ending = [*filter(None, [best_on_validation(groups)]), *failures(rows)]
+    ending = [*filter(None, [best_on_validation(groups), not_compared(groups, reference, lines, against)]), *failures(rows)]
     text += [line for note in [*notes(rows), *ending] for line in (note, "")]
     (output_dir / "results.md").write_text("\n".join(text), encoding="utf-8")
     for line in [*notes(rows)[2:], *ending]:
