@@ -23,6 +23,7 @@ from pidistill.training.optimizers import (
     clear_gradients,
     clip_gradients,
     keep_second_moments_above_zero,
+    kernel_arguments,
     set_group_value,
     settings,
     use_settings,
@@ -49,7 +50,8 @@ class Updates:
 
     def __init__(self, cfg: DictConfig, run: Run, model: nn.Module) -> None:
         self.run, self.model = run, model
-        self.optimizer: Optimizer = build(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer: Optimizer = build(cfg.optimizer, trained, **kernel_arguments(cfg.optimizer))
         self.scheduler: LRScheduler | None = build(cfg.lr_scheduler, self.optimizer) if cfg.get("lr_scheduler") else None
         self.clip_grad_norm = float(cfg.get("clip_grad_norm") or math.inf)
         self._settings = settings(self.optimizer)

@@ -11,7 +11,14 @@ from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
 from torchao.optim.subclass_8bit import get_qmap_unsigned
 
 from pidistill.errors import InputError
-from pidistill.training.optimizers import keep_second_moments_above_zero, optimizer_state, restore_optimizer
+from pidistill.training.optimizers import (
+    keep_second_moments_above_zero,
+    kernel_arguments,
+    optimizer_state,
+    restore_optimizer,
+    settings,
+    use_settings,
+)
 
 
 def steps(optimizer_class, guarded: bool) -> torch.Tensor:
@@ -78,3 +85,61 @@ def sharded_after_a_step(rows: int) -> tuple[torch.nn.Module, AdamW8bit]:
     with torch.compiler.set_stance("force_eager"):
         optimizer.step()
     return model, optimizer
+
+
+# ---------------------------------------------------------------------------------------------- the fused kernel
+
+
+@pytest.mark.parametrize(
+    ("node", "expected"),
+    [
+        ({"_component_": "torch.optim.AdamW", "lr": 0.1}, {"fused": True}),
+        ({"_component_": "torch.optim.SGD", "lr": 0.1}, {"fused": True}),
+        ({"_component_": "torch.optim.AdamW", "fused": False}, {}),
+        ({"_component_": "torch.optim.AdamW", "foreach": True}, {}),
+        ({"_component_": "torch.optim.Adamax"}, {}),  # has no such kernel
+        ({"_component_": "torchao.optim.AdamW8bit"}, {}),
+        ({"_component_": "pidistill.training.optimizers.cpu_offload"}, {}),
+    ],
+)
+def test_torchs_optimizers_are_fused_where_the_config_names_no_kernel(node, expected):
+    assert kernel_arguments(node) == expected
+
+
+def adamw_steps(gradients: list[torch.Tensor], fused: bool | None) -> torch.Tensor:
+    parameter = torch.nn.Parameter(torch.linspace(-1.0, 1.0, gradients[0].numel(), dtype=torch.float64))
+    optimizer = torch.optim.AdamW([parameter], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    return parameter.detach()
+
+
+def test_the_fused_kernel_makes_the_steps_of_the_equations():
+    """Against AdamW written out in float64 (Loshchilov and Hutter 2019, Algorithm 2)."""
+    gradients = list(torch.randn(5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    weight = torch.linspace(-1.0, 1.0, 64, dtype=torch.float64)
+    first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+    for step, gradient in enumerate(gradients, start=1):
+        first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient**2
+        adam = (first / (1 - 0.9**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
+        weight = weight - 0.01 * 0.1 * weight - 0.01 * adam
+    for fused in (True, None):
+        torch.testing.assert_close(adamw_steps(gradients, fused), weight, rtol=1e-12, atol=1e-12)
+
+
+def test_a_checkpoint_without_the_fused_kernel_resumes_with_it():
+    """Its states are the same but for the counts of steps, which the kernel reads beside the weights, as floats."""
+    parameter = torch.nn.Parameter(torch.ones(8))
+    optimizer = torch.optim.AdamW([parameter], lr=0.01, fused=True)
+    configured = settings(optimizer)
+    old = torch.optim.AdamW([torch.nn.Parameter(torch.ones(8))], lr=0.01)
+    old.param_groups[0]["params"][0].grad = torch.ones(8)
+    old.step()
+    optimizer.load_state_dict(old.state_dict())
+    optimizer.state[parameter]["step"] = torch.tensor(1.0, dtype=torch.float64)
+    assert use_settings(optimizer, configured) == ["optimizer.fused None -> True"]
+    assert optimizer.param_groups[0]["fused"] is True and optimizer.state[parameter]["step"].dtype == torch.float32
+    parameter.grad = torch.ones(8)
+    optimizer.step()
+    assert optimizer.state[parameter]["step"].item() == 2.0
