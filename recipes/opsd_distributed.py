@@ -143,8 +143,8 @@ class OPSDRecipe:
     ) -> list[Rollout]:
         """Sample `group_size` rollouts of each (group, row), in ``view``."""
         collected = self._rounds.collect_groups(weights, round_, groups, view, first_member)
-        tokens = sum(rollout.policy_tokens for rollout in collected.rollouts)
-        counts.update(collected.dropped | {"rollouts": len(groups) * self._round_sizes.group_size, "sampled_tokens": tokens})
+        sampled = {"rollouts": len(groups) * self._round_sizes.group_size, "sampled_tokens": collected.sampled_tokens}
+        counts.update(collected.dropped | sampled)
         return collected.rollouts
 
     def guide_failed_groups(

@@ -118,9 +118,8 @@ class PiDistillRecipe:
         """Sample this rank's groups of a round, with rewards and μ's log-probs."""
         groups = self._rounds.groups(round_)
         collected = self._rounds.collect_groups(weights, round_, groups, SAMPLING_VIEW)
-        tokens = sum(rollout.policy_tokens for rollout in collected.rollouts)
-        counts = {"rollouts": len(groups) * self._round_sizes.group_size, "sampled_tokens": tokens} | collected.dropped
-        return collected.rollouts, {name: float(count) for name, count in counts.items()}
+        sampled = {"rollouts": len(groups) * self._round_sizes.group_size, "sampled_tokens": collected.sampled_tokens}
+        return collected.rollouts, {name: float(count) for name, count in (sampled | collected.dropped).items()}
 
     def sampling_teacher(self, step: int) -> Teacher:
         """Return the teacher whose weights sample: the trained model, or at α=0 the config's `teacher`."""

@@ -121,7 +121,7 @@ class SampleRecipe:
         sums |= {f"_dropped/{reason}": sum(count for name, count in dropped if name == reason) for reason, _ in dropped}
         return sums | {
             "_all_rollouts": len(every) + sum(count for _, count in dropped),
-            "_policy_tokens": sum(rollout.policy_tokens for rollout in every),
+            "_policy_tokens": collected.sampled_tokens + sum(rollout.policy_tokens for rollout in selected.rollouts),
             "kept": len(selected.traces),
         }
 

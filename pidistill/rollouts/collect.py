@@ -33,6 +33,7 @@ class CollectResult:
 
     rollouts: list[Rollout]
     dropped: dict[str, int]
+    sampled_tokens: int = 0  # policy tokens, those of failed rollouts too
 
 
 def collect_rollouts(
@@ -114,7 +115,8 @@ def collect_rollouts(
     _warn([episode for episode in episodes if episode.failure is not None])
     counts = Counter(episode.failure.reason for episode in episodes if episode.failure is not None)
     kept = [rollout for rollout in rollouts if rollout is not None]
-    return from_first(ranks, CollectResult(kept, {reason: counts[reason] for reason in DROP_REASONS}))
+    tokens = sum(sum(sample.policy_mask) for sample in samples)
+    return from_first(ranks, CollectResult(kept, {reason: counts[reason] for reason in DROP_REASONS}, tokens))
 
 
 def _check_arguments(examples: int, prompts: int, groups: int, max_turns: int | None) -> None:

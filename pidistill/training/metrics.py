@@ -39,7 +39,7 @@ is used.
 | policy_tokens | policy tokens in the step, all ranks: the loss's denominator |
 | completion_tokens_mean | policy tokens per rollout |
 | rollouts | sampled in this round, all ranks, dropped and replaced ones included |
-| sampled_tokens | policy tokens sampled in this round, all ranks, those of replaced rollouts included |
+| sampled_tokens | policy tokens sampled in this round, all ranks, those of replaced and failed rollouts too |
 | guided_groups | groups sampled again with the hint; the round's reward and leak numbers hold the hinted samples (Guide-GRPO) |
 | refilled_groups | groups of equal rewards that `refill` replaced in this round; uniform_groups: those left at its end |
 | rollouts_with_pi_frac | share of this round's rollouts for which hindsight found privileged information |

@@ -173,6 +173,7 @@ def test_a_rollout_without_a_reward_is_dropped_counted_and_logged(how, reason, t
         result = collect(sampler, Failing(how), "abbc", group_size=1)
     assert [(r.example.id, r.reward) for r in result.rollouts] == [("row a", 11.0), ("row c", 11.0)]
     assert result.dropped == dict.fromkeys(DROP_REASONS, 0) | {reason: 2}
+    assert result.sampled_tokens == 8  # two of each row: a failed one costs what it sampled
     (record,) = caplog.records
     assert all(part in record.getMessage() for part in ("2 rollouts", reason, "row b", told))
     assert ("Traceback" in record.getMessage()) == (reason == "reward_error")  # that of the user's own code
