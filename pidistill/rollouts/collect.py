@@ -33,7 +33,7 @@ class CollectResult:
 
     rollouts: list[Rollout]
     dropped: dict[str, int]
-    sampled_tokens: int = 0  # policy tokens, those of failed rollouts too
+    sampled_tokens: int  # policy tokens, those of failed rollouts too
 
 
 def collect_rollouts(

@@ -4,7 +4,6 @@
 4096 elements stay in fp32). Its step is compiled, which takes seconds per shape of parameter at the first step.
 """
 
-import inspect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -48,16 +47,16 @@ def cpu_offload(params: list[nn.Parameter], optimizer: str = "torch.optim.AdamW"
     return CPUOffloadOptimizer(params, resolve(optimizer), **arguments)
 
 
-def kernel_arguments(node: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``fused=True`` for an optimizer of torch that has this kernel, and nothing where its settings name a kernel.
+def kernel_arguments(node: Mapping[str, Any], tensor_parallel_dim: int = 1) -> dict[str, Any]:
+    """Return ``fused=True`` for torch's Adam and AdamW, and nothing where their settings name a kernel.
 
     torch itself chooses a loop over single tensors for FSDP2's sharded weights, several small kernels for each of them. The
-    fused one makes the same step in one pass and in place, 5 times as fast on a CPU; the last bits are rounded differently.
+    fused one makes the same step in one pass and in place; the last bits are rounded differently. torch's other optimizers
+    have no fused kernel for sharded weights, and tensor parallelism shards weights in several ways, which the kernel refuses.
     """
-    optimizer = resolve(node["_component_"])
-    own = inspect.isclass(optimizer) and optimizer.__module__.startswith("torch.optim.")
+    has_kernel = resolve(node["_component_"]) in (torch.optim.Adam, torch.optim.AdamW) and tensor_parallel_dim == 1
     named = any(name in node for name in ("fused", "foreach", "differentiable"))
-    return {"fused": True} if own and not named and "fused" in inspect.signature(optimizer).parameters else {}
+    return {"fused": True} if has_kernel and not named else {}
 
 
 def check_mixed_precision(optimizer: str | None) -> None:
@@ -202,19 +201,19 @@ def use_settings(optimizer: Optimizer, configured: list[dict[str, Any]]) -> list
                     f"optimizer.{key}={value} needs other states than the checkpoint holds, which was trained with {found}; "
                     f"resume with optimizer.{key}={found}, or set another output_dir"
                 )
-            if key == "fused" and value:
-                _move_step_counts(optimizer, group)
+            if key == "fused":
+                _move_step_counts(optimizer, group, beside_weights=bool(value or group.get("capturable")))
             changes[f"optimizer.{'lr' if key == 'initial_lr' else key} {found} -> {value}"] = None
             set_group_value(group, key, value)
     return list(changes)
 
 
-def _move_step_counts(optimizer: Optimizer, group: dict[str, Any]) -> None:
-    """Put the counts of steps beside the weights, where the fused kernel reads them; the others keep them on the CPU."""
+def _move_step_counts(optimizer: Optimizer, group: dict[str, Any], *, beside_weights: bool) -> None:
+    """Put the counts of steps where the kernel reads them: the fused one beside the weights, as floats, others on the CPU."""
     for parameter in group["params"]:
         state = optimizer.state.get(parameter, {})
         if isinstance(state.get("step"), torch.Tensor):
-            state["step"] = state["step"].to(parameter.device, torch.float32)
+            state["step"] = state["step"].to(parameter.device if beside_weights else "cpu", torch.float32)
 
 
 def set_group_value(group: dict[str, Any], key: str, value: Any) -> None:

@@ -51,7 +51,8 @@ class Updates:
     def __init__(self, cfg: DictConfig, run: Run, model: nn.Module) -> None:
         self.run, self.model = run, model
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer: Optimizer = build(cfg.optimizer, trained, **kernel_arguments(cfg.optimizer))
+        kernel = kernel_arguments(cfg.optimizer, cfg.get("tensor_parallel_dim") or 1)
+        self.optimizer: Optimizer = build(cfg.optimizer, trained, **kernel)
         self.scheduler: LRScheduler | None = build(cfg.lr_scheduler, self.optimizer) if cfg.get("lr_scheduler") else None
         self.clip_grad_norm = float(cfg.get("clip_grad_norm") or math.inf)
         self._settings = settings(self.optimizer)

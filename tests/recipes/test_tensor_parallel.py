@@ -229,7 +229,7 @@ class NeverAsked:
 
 def test_a_rank_that_follows_samples_along_and_takes_the_result_of_the_first(monkeypatch):
     """With the same arguments as the first one, which the gathering of its parameters and its forwards depend on."""
-    ranks, firsts, sampler = Mock(spec=ProcessGroup), CollectResult([], {"reward_error": 7}), Script("x.")
+    ranks, firsts, sampler = Mock(spec=ProcessGroup), CollectResult([], {"reward_error": 7}, 0), Script("x.")
     ranks.rank.return_value = 1
     monkeypatch.setattr(collect_module, "tensor_parallel_group", lambda model: ranks)
     monkeypatch.setattr(collect_module, "from_first", lambda group, *own: firsts if group is ranks and not own else own)

@@ -181,7 +181,7 @@ def test_a_penalty_does_not_change_what_counts_as_a_success(tmp_path):
     kept = Successes().select(rollouts, [], lambda cuts: pytest.fail("nothing is rewritten"), 0)
     assert [trace.completion[0]["content"] for trace in kept.traces] == ["right"]
     asked = []
-    Interventions().select(rollouts, [], lambda cuts: asked.extend(cuts) or CollectResult([], {}), 0)
+    Interventions().select(rollouts, [], lambda cuts: asked.extend(cuts) or CollectResult([], {}, 0), 0)
     assert [cut.rollout.turns[0]["content"] for cut in asked] == ["wrong"]
     assert Hindsight(Transcript()).texts(rollouts) == [None, "assistant: right"]
 

@@ -218,14 +218,14 @@ def test_an_environment_that_answers_the_same_turns_differently_is_refused():
 
 def test_a_fix_whose_reward_failed_is_dropped_and_counted():
     rollouts = sampled([["act"]], EXAMPLES[:1], view="student")
-    selected = Interventions().select(rollouts, [], lambda cuts: CollectResult([], {"reward_error": len(cuts)}), 0)
+    selected = Interventions().select(rollouts, [], lambda cuts: CollectResult([], {"reward_error": len(cuts)}, 0), 0)
     assert (selected.traces, selected.dropped) == ([], {"reward_error": 1})
 
 
 def test_cutting_a_rollout_for_an_intervention_leaves_the_rollout_unchanged():
     rollouts = sampled([["act"]], EXAMPLES[:1])
     seen: list[Cut] = []
-    Interventions().select(rollouts, [], lambda cuts: seen.extend(cuts) or CollectResult([], {}), 0)
+    Interventions().select(rollouts, [], lambda cuts: seen.extend(cuts) or CollectResult([], {}, 0), 0)
     assert [cut.turns for cut in seen] == [[]] and len(rollouts[0].turns) == 1
 
 

@@ -1,15 +1,18 @@
 """Test optimizer states in 8 bits: a gradient of 0 after a larger one, which torchao's own rounding turns into a leap."""
 
+import copy
 import functools
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
 from torchao.optim.subclass_8bit import get_qmap_unsigned
 
+from pidistill.config import resolve
 from pidistill.errors import InputError
 from pidistill.training.optimizers import (
     keep_second_moments_above_zero,
@@ -94,16 +97,35 @@ def sharded_after_a_step(rows: int) -> tuple[torch.nn.Module, AdamW8bit]:
     ("node", "expected"),
     [
         ({"_component_": "torch.optim.AdamW", "lr": 0.1}, {"fused": True}),
-        ({"_component_": "torch.optim.SGD", "lr": 0.1}, {"fused": True}),
+        ({"_component_": "torch.optim.Adam"}, {"fused": True}),
+        ({"_component_": "torch.optim.SGD", "lr": 0.1}, {}),  # whose kernel does not know sharded weights
         ({"_component_": "torch.optim.AdamW", "fused": False}, {}),
         ({"_component_": "torch.optim.AdamW", "foreach": True}, {}),
-        ({"_component_": "torch.optim.Adamax"}, {}),  # has no such kernel
+        ({"_component_": "torch.optim.Adamax"}, {}),
         ({"_component_": "torchao.optim.AdamW8bit"}, {}),
         ({"_component_": "pidistill.training.optimizers.cpu_offload"}, {}),
     ],
 )
-def test_torchs_optimizers_are_fused_where_the_config_names_no_kernel(node, expected):
+def test_adam_and_adamw_are_fused_where_the_config_names_no_kernel(node, expected):
     assert kernel_arguments(node) == expected
+    assert kernel_arguments(node, tensor_parallel_dim=2) == {}
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "Adagrad", "Adamax", "RMSprop"])
+def test_every_optimizer_of_torch_steps_on_sharded_weights(name):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        whole = torch.nn.Linear(8, 4)
+        sharded = copy.deepcopy(whole)
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        node, inputs = {"_component_": f"torch.optim.{name}"}, torch.randn(3, 8)
+        for model, arguments in ((whole, {}), (sharded, kernel_arguments(node))):
+            optimizer = resolve(node["_component_"])(model.parameters(), lr=0.1, **arguments)
+            model(inputs).square().sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(sharded.weight.full_tensor(), whole.weight)
+    finally:
+        dist.destroy_process_group()
 
 
 def adamw_steps(gradients: list[torch.Tensor], fused: bool | None) -> torch.Tensor:
@@ -143,3 +165,6 @@ def test_a_checkpoint_without_the_fused_kernel_resumes_with_it():
     parameter.grad = torch.ones(8)
     optimizer.step()
     assert optimizer.state[parameter]["step"].item() == 2.0
+    assert use_settings(optimizer, [configured[0] | {"fused": False}]) == ["optimizer.fused True -> False"]
+    optimizer.step()
+    assert optimizer.state[parameter]["step"].item() == 3.0
