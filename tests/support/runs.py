@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from pidistill.envs.tiny_world import dataset
 from pidistill.envs.tiny_world.world import World, make_split
+from pidistill.models.precision import _rounds_factors
 from pidistill.training.checkpoints import STATE_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -201,6 +202,11 @@ def save_config(cfg: DictConfig, path: Path) -> Path:
 
 
 # ------------------------------------------------------------------------------------------- what a run left
+
+
+def multiplies_with_amx() -> bool:
+    """Return True on a CPU with AMX, where products of bf16 factors round differently in batches of other sizes."""
+    return _rounds_factors()
 
 
 def metrics(output_dir: Path) -> list[dict[str, Any]]:
