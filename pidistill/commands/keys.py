@@ -2,7 +2,7 @@
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from pidistill.commands.common import Parser, exit_on_input_error
 from pidistill.errors import InputError
@@ -28,7 +28,7 @@ def show(word: str) -> None:
     found = list(rows(word=word))
     if not found:
         raise InputError(f"no row of the config keys contains {word!r}; `pidistill keys` prints all of them")
-    table = Table(*COLUMNS)
+    table = Table(Column("key", no_wrap=True), *COLUMNS[1:])  # a key is for copying, so that other columns give way to it
     for row in found:
         table.add_row(*map(escape, row))
     Console().print(table)

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from pidistill.distributed.run import Run
 from pidistill.training import health
-from pidistill.training.health import STEPS, ZERO_GRADIENT_STEPS, Health
+from pidistill.training.health import RULES, STEPS, ZERO_GRADIENT_STEPS, Health
 from pidistill.training.metrics_log import MetricsLog
 from tests.support.builders import CPU
 
@@ -173,3 +173,9 @@ def test_an_alarm_stands_in_its_row_and_is_not_repeated_after_a_resume(tmp_path,
     assert [list(row.get("alarms", {})) for row in rows] == [[], ["entropy_lost"], ["kl_lost"]]
     assert "from 0.5 to 0.009" in rows[2]["alarms"]["kl_lost"]  # measured from the start, which is before the resume
     assert len(warnings) == 2
+
+
+def test_every_alarm_stands_in_the_table_of_what_goes_wrong():
+    page = (Path(__file__).parents[2] / "docs" / "what-goes-wrong.md").read_text(encoding="utf-8")
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    assert [name for name in RULES if not any(f"`{name}`" in line for line in table)] == []

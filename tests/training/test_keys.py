@@ -77,3 +77,9 @@ def test_a_number_is_refused_as_text_nan_and_minus_infinity(key):
     else:
         with pytest.raises(InputError, match=f"{key}=inf must be a "):
             check_values(wrong)
+
+
+def test_a_narrow_terminal_shows_a_key_whole(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    keys_command(["eval_every"])
+    assert "eval_every_steps" in capsys.readouterr().out
