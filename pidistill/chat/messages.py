@@ -11,8 +11,10 @@ form that the rest of the package knows:
     arguments as JSON text; "" or null               an object; {}
     kwargs, parameters of a call                     arguments
     weight, train, loss_weight: 0 or false           weight: 0 (the turn is shown and not learned)
+    results of parallel calls in any order           in the order of the calls, by tool_call_id
 """
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -24,6 +26,11 @@ from pidistill.types import Message
 ROLES = ("system", "user", "assistant", "tool")
 ARGUMENT_KEYS = ("arguments", "kwargs", "parameters")  # OpenAI and Qwen; τ-bench's reference actions; Llama 3
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_TEXT_TYPES = (None, "text", "input_text", "output_text")
+_OTHER_CONTENT = (
+    "image", "images", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "input_video",
+    "file", "file_data", "input_file", "refusal", "thought", *REASONING_KEYS, "tool_calls", "function_call",
+)  # fmt: skip
 
 
 def message_text(message: Message) -> str:
@@ -60,6 +67,13 @@ def messages_text(messages: Sequence[Message]) -> str:
     return "\n\n".join(text for text in texts if text)
 
 
+def privileged_text(given: str | Sequence[Message] | None) -> str:
+    """Return privileged information as text; of messages also the reasoning that stands in a field of its own."""
+    if isinstance(given, str):
+        return given
+    return "\n\n".join(filter(None, (text for m in given or [] for text in (reasoning_of(m), messages_text([m])))))
+
+
 def transcript_text(turns: Sequence[Message]) -> str:
     """Return who said what, message by message: text, then tool calls, one a line; results with their tool's name."""
     return "\n".join(map(_spoken, turns))
@@ -87,15 +101,24 @@ _LIKE_A_WEIGHT = re.compile(r"(^|_)(weights?|train(ing|able|ed)?|loss|masks?|mas
 
 
 def messages_from_text(text: str) -> list[Any] | None:
-    """Return the messages that ``text`` holds as JSON (a list of objects with a role); None where it is ordinary text."""
+    """Return the messages that ``text`` holds as JSON; None where it is ordinary text.
+
+    Every object of the list names a speaker, and one at least also says something: a list of flights ``from`` one city ``to``
+    another is ordinary text.
+    """
     if not text.lstrip().startswith("["):
         return None
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    is_messages = isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "from"} & set(m) for m in value)
-    return value if is_messages else None
+    has_speakers = isinstance(value, list) and all(isinstance(m, dict) and {"role", "from"} & set(m) for m in value)
+    return value if has_speakers and any(map(_says_something, value)) else None
+
+
+def _says_something(message: Message) -> bool:
+    keys = message.keys()
+    return {"from", "value"} <= keys or ("role" in keys and not keys.isdisjoint(("content", "tool_calls", "function_call")))
 
 
 def check_messages(value: Any, where: str, key: str) -> list[Message]:
@@ -110,7 +133,8 @@ def check_messages(value: Any, where: str, key: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         found = "empty" if isinstance(value, list) else f"a {type(value).__name__}"
         raise InputError(f"{where}: {key} is {found}, not a list of messages like {{'role': 'user', 'content': '...'}}")
-    return [_check_message(message, f"{where}: {key}[{i}]") for i, message in enumerate(value)]
+    where = f"{where}: {key}"
+    return _order_results([_check_message(message, f"{where}[{i}]") for i, message in enumerate(value)], where)
 
 
 def _check_message(message: Any, where: str) -> Message:
@@ -123,9 +147,10 @@ def _check_message(message: Any, where: str) -> Message:
         raise InputError(
             f"{where} has no 'role' (it has: {', '.join(message) or 'nothing'}); give it one of {', '.join(ROLES)}"
         )
-    message["role"] = _OTHER_ROLES.get(message["role"], message["role"])
-    if message["role"] not in ROLES:
-        raise InputError(f"{where} has the unknown role {message['role']!r}; known roles are {', '.join(ROLES)}")
+    role = message["role"]
+    if not isinstance(role, str) or _OTHER_ROLES.get(role, role) not in ROLES:
+        raise InputError(f"{where} has the unknown role {bounded_repr(role)}; known roles are {', '.join(ROLES)}")
+    message["role"] = _OTHER_ROLES.get(role, role)
     _read_function_call(message, where)
     _check_content(message, where)
     if "tool_calls" in message:
@@ -137,8 +162,9 @@ def _check_message(message: Any, where: str) -> Message:
 def _from_sharegpt(message: Message, where: str) -> Message:
     """Return a message of ``from`` and ``value`` with ``role`` and ``content``."""
     speaker = message.pop("from")
-    if speaker not in _SHAREGPT_ROLES:
-        raise InputError(f"{where} is from {speaker!r}, which is unknown; write one of {', '.join(_SHAREGPT_ROLES)}")
+    if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
+        known = ", ".join(_SHAREGPT_ROLES)
+        raise InputError(f"{where} is from {bounded_repr(speaker)}, which is unknown; write one of {known}")
     message = {"role": _SHAREGPT_ROLES[speaker], **message}
     if "value" in message:
         message["function_call" if speaker == "function_call" else "content"] = message.pop("value")
@@ -167,22 +193,29 @@ def _check_content(message: Message, where: str) -> None:
                 "empty, or leave the row out"
             )
     elif isinstance(content, list):
-        other = [part for part in content if not (isinstance(part, Mapping) and isinstance(part.get("text"), str))]
+        other = [part for part in content if not _is_text(part)]
         if other:
             raise InputError(
-                f"{where} has a content part that is not text ({bounded_repr(other[0])}); write tool calls as 'tool_calls' and "
-                "results as messages of the role tool, or leave the row out"
+                f"{where} has a content part that is not text ({bounded_repr(other[0])}); write reasoning as "
+                "'reasoning_content', tool calls as 'tool_calls' and results as messages of the role tool, or leave the row out"
             )
         message["content"] = [_without_null_fields(part) for part in content]
     elif not isinstance(content, str):
         raise InputError(f"{where} has a 'content' of type {type(content).__name__}; it must be text")
 
 
+def _is_text(part: Any) -> bool:
+    """Return whether a content part is text alone; what is said about the text, such as annotations, may stand beside it."""
+    if not isinstance(part, Mapping) or not isinstance(part.get("text"), str) or part.get("type") not in _TEXT_TYPES:
+        return False
+    return not any(without_nulls(part.get(key)) for key in _OTHER_CONTENT)
+
+
 def _check_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(calls, str):  # a table, whose columns have one type, holds calls as JSON text
         try:
             calls = json.loads(calls or "[]")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where} has 'tool_calls' that are text but not JSON ({error}); give a list of calls") from error
     if not isinstance(calls, list):
         raise InputError(f"{where} has 'tool_calls' of type {type(calls).__name__}; give a list of calls")
@@ -199,6 +232,34 @@ def _check_tool_call(call: Any, where: str) -> dict[str, Any]:
     given = next((function.pop(key) for key in ARGUMENT_KEYS if key in function), None)
     function["arguments"] = parsed_arguments(given)
     return {**_without_null_fields(call), "function": function} if "function" in call else function
+
+
+def _order_results(messages: list[Message], where: str) -> list[Message]:
+    """Return the messages with the results of parallel calls in the order of the calls: many templates show no ids.
+
+    Results stay as they are where one of them, or one of the calls before them, has no id, or where two calls share an id.
+    """
+    ordered: list[Message] = []
+    calls: list[str] = []  # ids of the calls directly before
+    for role, group in itertools.groupby(messages, key=lambda message: message["role"]):
+        same = list(group)
+        results = [str(message.get("tool_call_id", "")) for message in same]
+        if role == "tool" and calls and all([*calls, *results]) and len(set(calls)) == len(calls):
+            _check_result_ids(results, calls, where, len(ordered))
+            same.sort(key=lambda message: calls.index(str(message["tool_call_id"])))
+        calls = [str(call.get("id", "")) for message in same for call in message.get("tool_calls") or []]
+        ordered += same
+    return ordered
+
+
+def _check_result_ids(results: list[str], calls: list[str], where: str, start: int) -> None:
+    for i, result in enumerate(results):
+        if result not in calls or result in results[:i]:
+            reason = "an earlier result has, too" if result in calls else "none of the calls before it has"
+            raise InputError(
+                f"{where}[{start + i}] has the tool_call_id {bounded_repr(result)}, which {reason} (ids of the calls: "
+                f"{bounded_repr(calls)}); correct it, or remove 'tool_call_id' from these results to keep them in their order"
+            )
 
 
 def _read_weight(message: Message, where: str) -> None:
@@ -234,7 +295,7 @@ def parsed_arguments(arguments: Any) -> Any:
         return {}
     try:
         parsed = json.loads(arguments)
-    except ValueError:  # a model may write arguments that are not JSON; the template gets the text as it is
+    except (ValueError, RecursionError):  # a model may write arguments that are not JSON; the template gets the text as it is
         return arguments
     return parsed if isinstance(parsed, dict) else arguments
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from pidistill.chat.messages import messages_text, reasoning_of
+from pidistill.chat.messages import messages_text, privileged_text, reasoning_of
 from pidistill.types import Message, Rollout
 
 
@@ -27,8 +27,7 @@ def privileged_overlap(rollout: Rollout, n: int = 4) -> tuple[int, int]:
     privileged = rollout.example.privileged
     if privileged is None:
         return 0, 0
-    text = privileged if isinstance(privileged, str) else messages_text(privileged)
-    known, said = set(_ngrams(text, n)), _ngrams(assistant_text(rollout.turns), n)
+    known, said = set(_ngrams(privileged_text(privileged), n)), _ngrams(assistant_text(rollout.turns), n)
     return sum(gram in known for gram in said), len(said)
 
 
@@ -37,6 +36,18 @@ def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
+# Thai to Khmer, kana, CJK and Hangul: writing without spaces between words, or with particles joined to them.
+_JOINED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+LETTER = rf"[^\W{_JOINED}]"
+"""The pattern of a letter or digit that a word ends with: none of a script that joins its words."""
+
+
+def whole_words(phrase: str) -> str:
+    """Return the pattern of ``phrase`` as whole words; next to a script that joins its words, any place counts."""
+    starts_joined, ends_joined = (re.match(rf"[{_JOINED}]", edge) for edge in (phrase[:1], phrase[-1:]))
+    return ("" if starts_joined else rf"(?<!{LETTER})") + re.escape(phrase) + ("" if ends_joined else rf"(?!{LETTER})")
+
+
 def count_phrases(text: str, phrases: Sequence[str]) -> int:
     """Count how often ``text`` says any of the phrases as whole words, whatever the case; phrases inside others count."""
-    return sum(len(re.findall(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE)) for phrase in phrases)
+    return sum(len(re.findall(whole_words(phrase), text, re.IGNORECASE)) for phrase in phrases)

@@ -57,9 +57,15 @@ def parse_turn_text(text: str, format: str, tools: Tools = None) -> Message:
 
 
 def visible_text(message: Message) -> str:
-    """Return what a reader is meant to see of an assistant message: its content without the reasoning."""
+    """Return what a reader is meant to see of an assistant message: its content without the reasoning, stripped."""
+    return answer_text(message).strip()
+
+
+def answer_text(message: Message) -> str:
+    """Return the content without the reasoning and the white space behind that; otherwise as it is written."""
     text = message_text(message)
-    return text[len(_reasoning(text)) :].strip()
+    reasoning = _reasoning(text)
+    return text[len(reasoning) :].lstrip() if reasoning else text
 
 
 def _reasoning(text: str) -> str:

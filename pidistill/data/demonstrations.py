@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -124,7 +125,8 @@ def _check_recorded_text(rollout: Rollout, tokenizer: ChatTokenizer) -> None:
     """Refuse recorded ids that say, with this tokenizer, nothing of what the row's completion says."""
     record = rollout.example.data[RECORDED]
     ids = list(record["ids"]) if isinstance(record, Mapping) and "ids" in record else []
-    said = [text for turn in rollout.turns if turn["role"] == "assistant" and (text := message_text(turn).strip())]
+    texts = [message_text(turn) for turn in rollout.turns if turn["role"] == "assistant"]
+    said = [piece.strip() for text in texts for piece in re.split("</?think>", text) if piece.strip()]  # the prompt may open it
     if not said or not all(type(token) is int and 0 <= token < tokenizer.vocab_size for token in ids):
         return  # nothing to compare, or refused below
     decoded = tokenizer.decode(ids)

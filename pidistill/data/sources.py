@@ -1,7 +1,8 @@
 """Read rows out of files and from the Hub.
 
-JSON and CSV files are read as they are, so that a null of a row stays a null. Parquet files, folders and Hub datasets go
-through Hugging Face datasets; the nulls that a table holds for the fields of other rows are removed from lists.
+JSON and CSV files, also those of a folder, are read as they are, so that a null of a row stays a null and a text stays a text.
+Parquet files, other folders and Hub datasets go through Hugging Face datasets, which may turn a text into a date or a number;
+the nulls that a table holds for the fields of other rows are removed from lists.
 """
 
 import codecs
@@ -11,7 +12,8 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from pidistill.errors import InputError, check_count
 from pidistill.jsonl import parse_jsonl
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+LONGEST_CELL = 2**31 - 1  # characters of a CSV cell; Python's own limit is 131,072, and a prompt may have more
 
 _MISSING = object()
 _NULL_MEANS = {  # by option: what follows "set dataset.<option>"
@@ -98,6 +101,8 @@ def load_rows(
     files = _local_files(source)
     if files and files[0].suffix != ".parquet":
         rows = _slice([row for file in files for row in read_rows(file)], source, split)[:max_rows]
+    elif by_split := _files_of_folder(source, data_files, config_name):
+        rows = _rows_of_folder(by_split, source, split)[:max_rows]
     else:
         loaded = _load_table(source, files, split, data_files, config_name)
         loaded = loaded if max_rows is None else loaded.select(range(min(max_rows, len(loaded))))
@@ -124,13 +129,51 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
             f"dataset.source {file} cannot be loaded (line {line} holds the byte 0x{byte:02x}, which is not UTF-8); write it "
             f"as UTF-8, for example with `iconv -f {written} -t utf-8 {file.name}`"
         ) from error
-    if file.suffix == ".csv":  # every value is text, as it is written; an empty cell has no value
-        return [{key: value or None for key, value in row.items()} for row in csv.DictReader(io.StringIO(text, newline=""))]
+    if file.suffix == ".csv":
+        return _csv_rows(file, text)
     lines = file.suffix == ".jsonl" and not text[:99].lstrip().startswith("[")
     rows = _json_lines(file, text) if lines else _json_rows(file, text)
     for where, row in rows:
         _check_row(row, f"dataset.source {file} {where}")
     return [row for _, row in rows]
+
+
+def _csv_rows(file: Path, text: str) -> list[dict[str, Any]]:
+    """Return the rows of a CSV file; every value is text, as it is written, and an empty cell has no value."""
+    lines = _csv_lines(file, text)
+    _, header = next(lines, (1, []))
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    if twice:
+        raise InputError(
+            f"dataset.source {file} has {header.count(twice[0])} columns with the name {twice[0]!r} in its header; give each "
+            "column a name of its own"
+        )
+    rows = []
+    for line, cells in lines:
+        if len(cells) != len(header):
+            raise InputError(
+                f"dataset.source {file} line {line} has {len(cells)} cells and the header has {len(header)}; put a text "
+                'with a comma, a quote or a line break between quotes ("), and double each quote in it'
+            )
+        rows.append({name: cell or None for name, cell in zip(header, cells, strict=True)})
+    return rows
+
+
+def _csv_lines(file: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line on which it starts, cells) of the header and of every row; empty lines are none."""
+    csv.field_size_limit(LONGEST_CELL)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    start = 1
+    try:
+        for cells in reader:
+            if cells:
+                yield start, cells
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(
+            f"dataset.source {file} cannot be loaded ({error} in the row that starts on line {start}); check the line: a quote "
+            '(") may be missing or not doubled'
+        ) from error
 
 
 def _json_rows(file: Path, text: str) -> list[tuple[str, Any]]:
@@ -227,14 +270,42 @@ def check_sources(key: str, node: Any) -> None:
 
 
 def _load_table(source: str, files: list[Path], split: str, data_files: Any, config_name: str | None) -> Any:
-    folder = Path(source)
     if files:
         return _load(source, "parquet", split, {split.partition("[")[0]: [str(file) for file in files]})
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+    if _is_saved(Path(source)):
         return _load_saved(source, split)
-    if folder.is_dir() and data_files is None:
+    return _load(source, source, split, data_files, config_name, local=Path(source).is_dir())
+
+
+def _files_of_folder(source: str, data_files: Any, config_name: str | None) -> dict[str, list[Path]]:
+    """Return the JSON or CSV files of a folder by split, which Hugging Face datasets tells by their names or the folder's card.
+
+    Return nothing where that library must read the folder: it has files of another type, or a card that says how to read them.
+    """
+    folder = Path(source)
+    if not folder.is_dir() or _is_saved(folder):
+        return {}
+    if data_files is None:
         _warn_of_mixed_files(folder)
-    return _load(source, source, split, data_files, config_name, local=folder.is_dir())
+    local = datasets.DownloadConfig(local_files_only=True)
+    try:
+        config = datasets.load_dataset_builder(source, config_name, data_files=data_files, download_config=local).config
+    except Exception:  # the folder cannot be read; `_load`, which meets the same error, says why
+        return {}
+    plain = type(config)(config.name, config.version, config.data_dir, config.data_files, config.description)
+    by_split = {str(name): [Path(file) for file in files] for name, files in (config.data_files or {}).items()}
+    suffixes = {file.suffix if file.is_file() else None for files in by_split.values() for file in files}
+    return by_split if config == plain and suffixes <= {".json", ".jsonl", ".csv"} else {}
+
+
+def _rows_of_folder(by_split: Mapping[str, list[Path]], source: str, split: str) -> list[dict[str, Any]]:
+    rows = []
+    for part in by_split if split == "all" else split.split("+"):
+        name = part.partition("[")[0].strip()
+        if name not in by_split:
+            raise _no_split(source, by_split, name)
+        rows += _slice([row for file in by_split[name] for row in read_rows(file)], source, part.strip())
+    return rows
 
 
 def _warn_of_mixed_files(folder: Path) -> None:
@@ -249,13 +320,18 @@ def _warn_of_mixed_files(folder: Path) -> None:
         )
 
 
+def _is_saved(folder: Path) -> bool:
+    """Return whether ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote the folder."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
 def _load_saved(source: str, split: str) -> Any:
-    """Return the split of a folder that ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote."""
+    """Return the split of a folder for which :func:`_is_saved` holds."""
     saved = datasets.load_from_disk(source)
     name, bracket, _ = split.partition("[")
     if isinstance(saved, datasets.DatasetDict):
         if name not in saved:
-            raise InputError(f"dataset.source {source} has the splits {', '.join(saved)}, and not {name!r}; set dataset.split")
+            raise _no_split(source, saved, name)
         saved = saved[name]
     return saved.select(_slice(range(len(saved)), source, split)) if bracket else saved
 
@@ -270,6 +346,10 @@ def _load(source: str, path: str, split: str, data_files: Any, config_name: str 
         reason = re.sub(r"\s+", " ", str(error.__cause__ or error)).strip()[:300]
         advice = "check the file" if local else "it is no file or folder here; check dataset.source, split and config_name"
         raise InputError(f"dataset.source {source} cannot be loaded ({reason}); {advice}") from error
+
+
+def _no_split(source: str, splits: Iterable[str], name: str) -> InputError:
+    return InputError(f"dataset.source {source} has the splits {', '.join(splits)}, and not {name!r}; set dataset.split")
 
 
 def _no_rows(source: str, split: str) -> InputError:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pidistill.chat.messages import message_text
+from pidistill.chat.tool_calls import visible_text
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs.base import EnvStep
 from pidistill.envs.extras import load_extra
@@ -66,7 +66,7 @@ class GEMEnvironment:
         return pickle.loads(start.pickled)
 
     def step(self, state: GEMEpisode, turn: Message, *, truncated: bool) -> EnvStep:
-        text = message_text(turn)
+        text = visible_text(turn)
         with state.streams.in_use():
             observation, reward, terminated, out_of_time, info = state.env.step(text)
         done = bool(terminated or out_of_time)

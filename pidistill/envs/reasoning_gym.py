@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pidistill.chat.messages import message_text
+from pidistill.chat.tool_calls import visible_text
 from pidistill.data.dataset import ExampleDataset
 from pidistill.data.sources import get
 from pidistill.envs.base import EnvStep
@@ -53,8 +53,8 @@ class ReasoningGymEnvironment:
 
     def step(self, state: Example, turn: Message, *, truncated: bool) -> EnvStep:
         row = state.data["reasoning_gym"]
-        text = message_text(turn)
-        answer = text.strip() if row["answer_format"] == "text" else _last_answer(text)
+        text = visible_text(turn)
+        answer = text if row["answer_format"] == "text" else _last_answer(text)
         score = _task(row["task"], row["config"]).score_answer(answer=answer, entry=row["entry"])
         return EnvStep([], score, done=True)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pidistill.chat.messages import message_text
+from pidistill.chat.tool_calls import visible_text
 from pidistill.errors import InputError
 from pidistill.jsonl import parse_jsonl
 
@@ -33,4 +33,4 @@ def _hint_of(row: Any, where: str) -> tuple[str, str]:
         raise InputError(
             f"{where} is not a hint with its task; set dataset.hints to a file of selection pidistill.rollouts.hints.Hints"
         )
-    return str(provenance["task"]), message_text(turns[-1]).strip()
+    return str(provenance["task"]), visible_text(turns[-1])

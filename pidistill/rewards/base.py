@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, time
 from typing import Any
 
-from pidistill.chat.messages import message_text
+from pidistill.chat.tool_calls import answer_text
 from pidistill.errors import InputError, bounded_repr
 from pidistill.types import Example, Message
 
@@ -35,7 +36,8 @@ The number may be a :class:`RewardWithParts`. A reward that raises, or returns w
 which is counted; it never counts as 0.
 
 A reward may have a method ``check_reference(example)``, which raises InputError where it cannot judge the example at all. It is
-asked about every row before any weights are loaded; see :func:`pidistill.data.load.check_references`.
+asked about every row before any weights are loaded; see :func:`pidistill.data.load.check_references`. An environment that gives
+the reward itself may have the method too; it is built for the check.
 """
 
 
@@ -46,12 +48,16 @@ def judge(reward: Reward, example: Example, turns: Sequence[Message]) -> tuple[A
 
 
 def last_answer(turns: Sequence[Message]) -> str:
-    """Return the text of the last assistant turn, "" where there is none."""
-    return next((message_text(turn) for turn in reversed(turns) if turn["role"] == "assistant"), "")
+    """Return the text of the last assistant turn without its reasoning, "" where there is none."""
+    return next((answer_text(turn) for turn in reversed(turns) if turn["role"] == "assistant"), "")
 
 
 def reference_text(example: Example) -> str:
-    """Return the reference of the example as text; refuse an example without one, or with several."""
+    """Return the reference of the example as text; refuse an example without one, with several, or with a time.
+
+    A date is written as ``1999-05-04``. A time can be written in several ways, and may not be what the source says: of the text
+    "1999-05-04", Hugging Face datasets makes the time 1999-05-04 00:00:00.
+    """
     reference = example.reference
     if reference is None or (isinstance(reference, float) and math.isnan(reference)):  # NaN: the empty cell of a table
         raise InputError(
@@ -62,6 +68,12 @@ def reference_text(example: Example) -> str:
         raise InputError(
             f"{example.id}: the reference is {bounded_repr(reference)}, and this reward compares with one text or "
             "number; store one, or name a function of your own in environment.reward"
+        )
+    if isinstance(reference, datetime | time):  # a date without a time is neither
+        raise InputError(
+            f"{example.id}: the reference is the time {reference.isoformat()}, which the source may write in "
+            "another way; store the text that a right answer gives (a local JSON or CSV file is read as it is), or name "
+            "another column in dataset.reference_key (of qa_dataset: answer_key)"
         )
     # A table whose column has an empty cell holds whole numbers as 7.0.
     return str(int(reference) if isinstance(reference, float) and reference.is_integer() else reference)

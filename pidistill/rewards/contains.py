@@ -4,14 +4,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pidistill.chat.phrases import LETTER, whole_words
 from pidistill.errors import InputError
 from pidistill.rewards.base import last_answer, reference_text
 from pidistill.types import Example, Message
+
+# A number with its sign, thousands and decimals: `7` is not said by "7.5", "17,000" or "-7".
+_NUMBER = r"(?:(?<![\w)])[-−])?(?>\d+(?:,\d{3}(?!\d))*(?:\.\d+)?)"
 
 
 @dataclass(frozen=True)
 class Contains:
     """Return 1.0 where the last assistant turn contains ``example.reference`` as whole words, else 0.0.
+
+    Reasoning within ``<think>`` is no part of the answer. A reference that is a number counts where the answer has that number
+    whole: "7" is not said by "7.5", "17,000" or "-7". Scripts without spaces between words have no whole words.
 
     An answer that lists many candidates passes too; keep ``sampler.max_new_tokens`` short, or add a length penalty.
 
@@ -28,5 +35,8 @@ class Contains:
 
     def __call__(self, example: Example, turns: Sequence[Message]) -> float:
         text, wanted = last_answer(turns), reference_text(example).strip()
+        if re.fullmatch(_NUMBER, wanted):
+            numbers = re.findall(rf"(?<!{LETTER}){_NUMBER}(?!{LETTER})", text)
+            return float(wanted.replace("−", "-") in (number.replace("−", "-") for number in numbers))
         flags = re.IGNORECASE if self.casefold else 0
-        return float(re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", text, flags) is not None)
+        return float(re.search(whole_words(wanted), text, flags) is not None)

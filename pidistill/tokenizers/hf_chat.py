@@ -22,6 +22,7 @@ from pidistill.tokenizers.prefix import common_prefix_length
 from pidistill.tokenizers.template_probes import (
     find_default_system,
     find_end_of_turn,
+    find_opened_reasoning,
     find_rewritten_turns,
     find_separators,
     find_tool_format,
@@ -97,6 +98,7 @@ class HFChatTokenizer:
         added = self._tokenizer.get_added_tokens_decoder().values()
         written = find_separators(self._template, [token.content for token in added])
         self._control_pattern = any_of(token.content for token in added if token.special or token.content in written)
+        self._opened = find_opened_reasoning(self._template)
         self._default_systems: dict[str, str | None] = {}
         self._rewritten: list[str] | None = None
         self.tool_format, self._plain_tools = self._find_tool_format(self._chosen_tool_format)
@@ -243,9 +245,11 @@ class HFChatTokenizer:
         Without tools nothing is a call, except between tags where ``tool_format`` names them: there the messages may say what
         can be called.
         """
-        said = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
+        text = self.decode(ids[:-1] if ids and ids[-1] in self.stop_ids else ids)
+        if self._opened and "</think>" not in text:
+            text = self._opened + text  # all of it is reasoning, which the text alone does not show
         is_read = tools or self._reads_tags_without_tools or self.tool_format == "harmony"  # whose answers have a channel too
-        return parse_turn_text(self.decode(said), self.tool_format if is_read else "none", tools)
+        return parse_turn_text(text, self.tool_format if is_read else "none", tools)
 
     def default_system(self, tools: Tools = None) -> str | None:
         """Return the text s for which [system s, user] and [user] give the same prompt, found by rendering both."""
@@ -315,16 +319,20 @@ class HFChatTokenizer:
     def _after_prefill(self, history: Sequence[Message], turn: Message, tools: Tools, marker: str, prompt: str) -> str | None:
         """Return what a model says where the prompt opened its reasoning, which finished turns then lack (R1).
 
-        The turn begins with what the prompt opens, and ends as the template ends a turn; None where it does not.
+        The turn may begin with what the prompt opens, and ends as the template ends a turn; None where it does neither that
+        nor close the reasoning.
         """
         word = unused_word([*history, turn], tools)
         finished = self._render([*history, {**turn, "content": word}], tools, marker, generation_prompt=False)
         head, found, tail = finished.rpartition(word)
         stop = self._stop_pattern.match(tail)
         opened, said = prompt[len(head) :], mark(message_text(turn), self._control_pattern, marker)
-        if not (found and stop and opened and prompt.startswith(head) and said.startswith(opened)):
+        if not (found and stop and opened and prompt.startswith(head)):
             return None
-        return said[len(opened) :] + stop[0]
+        if said.startswith(opened):
+            return said[len(opened) :] + stop[0]
+        is_sampled = opened == self._opened and "</think>" in said and "<think>" not in said
+        return said + stop[0] if is_sampled else None
 
     # ------------------------------------------------------------------------------------------- what the model's files say
 

@@ -198,7 +198,7 @@ def find_missing(text: str, parts: Sequence[Part]) -> Part | None:
     missing: list[Part] = []
     for part in parts:
         forms = tuple(filter(None, map(_compact, part.forms)))
-        if forms:
+        if _compact(part.forms[0]):  # white space alone need not be written, though its escapes are text
             wanted.setdefault(forms, []).append(part)
     for forms, same in sorted(wanted.items(), key=lambda item: -len(item[0][0])):
         for form in forms:

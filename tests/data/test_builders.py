@@ -146,6 +146,73 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
         qa_dataset("some/name")
 
 
+def write_csv(path, text):
+    path.write_text(text, newline="")
+    return str(path)
+
+
+HEADER = "question,answer,hint\n"
+
+
+def test_a_csv_file_may_have_line_breaks_quotes_long_cells_and_empty_lines(tmp_path):
+    long = "x" * 200_000
+    text = HEADER + '\n"two\r\nlines, ""quoted""",01234,NA\n\n' + f"q,5,{long}\n" + "q,6,\n\n"
+    rows = qa_dataset(write_csv(tmp_path / "rows.csv", text), privileged_key="hint")
+    assert [row.messages[0]["content"] for row in rows] == ['two\r\nlines, "quoted"', "q", "q"]
+    assert [(row.reference, row.privileged) for row in rows] == [("01234", "NA"), ("5", long), ("6", None)]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (HEADER + 'q1,7,h1\nq2,8,"he said: h2\nq3,9,h3\n', r"unexpected end of data in the row that starts on line 3\)"),
+        (HEADER + '"q\n1",7,h1\nq2,8,"he said"h2\n', r"expected after '\"' in the row that starts on line 4\)"),
+        (HEADER + '"q\n1",7,h1\n\nq2,8,first, then\n', r" line 5 has 4 cells and the header has 3; put a text"),
+        (HEADER + "q1,7\n", r" line 2 has 2 cells and the header has 3"),
+        ("question,answer,hint,answer\nq,1,h,2\n", r" has 2 columns with the name 'answer' in its header; give each"),
+    ],
+    ids=["open quote", "stray quote", "comma", "short", "header"],
+)
+def test_a_csv_file_that_would_be_misread_is_refused_with_its_line(tmp_path, text, said):
+    with pytest.raises(InputError, match=rf"dataset\.source .*rows\.csv.*{said}"):
+        qa_dataset(write_csv(tmp_path / "rows.csv", text), privileged_key="hint")
+
+
+def test_a_folder_keeps_the_texts_of_its_files_and_their_splits(tmp_path, no_network):
+    for folder, suffix in (("json", "jsonl"), ("csv", "csv")):
+        for part, answers in (("train", ["1999-05-04", "01234", "NA"]), ("test", ["2001-10-11"])):
+            file = tmp_path / folder / f"{part}.{suffix}"
+            write(file, [{"question": "q", "answer": answer} for answer in answers])
+            if suffix == "csv":
+                write_csv(file, "question,answer\n" + "".join(f"q,{answer}\n" for answer in answers))
+        for split, expected in {
+            "train": ["1999-05-04", "01234", "NA"],
+            "test": ["2001-10-11"],
+            "train[1:]": ["01234", "NA"],
+            "train[:34%] + test": ["1999-05-04", "2001-10-11"],
+            "all": ["1999-05-04", "01234", "NA", "2001-10-11"],
+        }.items():
+            rows = qa_dataset(str(tmp_path / folder), privileged_key=None, split=split)
+            assert [row.reference for row in rows] == expected
+        (row,) = qa_dataset(str(tmp_path / folder), privileged_key=None, data_files=f"test.{suffix}")
+        assert row.reference == "2001-10-11"
+        with pytest.raises(InputError, match=r"has the splits train, test, and not 'dev'; set dataset\.split"):
+            qa_dataset(str(tmp_path / folder), privileged_key=None, split="dev")
+
+
+def test_a_folders_card_says_which_files_are_a_split_and_how_they_are_read(tmp_path, no_network):
+    write(tmp_path / "rows" / "a.jsonl", [{"question": "q", "answer": "01"}])
+    write(tmp_path / "rows" / "b.jsonl", [{"question": "q", "answer": "1999-05-04"}])
+    (tmp_path / "rows" / "README.md").write_text("---\nconfigs:\n- config_name: late\n  data_files: b.jsonl\n---\n")
+    (row,) = qa_dataset(str(tmp_path / "rows"), privileged_key=None, config_name="late")
+    assert row.reference == "1999-05-04"
+    (tmp_path / "table").mkdir()
+    write_csv(tmp_path / "table" / "rows.csv", "question;answer\nq;yes\n")
+    card = '---\nconfigs:\n- config_name: default\n  data_files: rows.csv\n  sep: ";"\n---\n'
+    (tmp_path / "table" / "README.md").write_text(card)
+    assert qa_dataset(str(tmp_path / "table"), privileged_key=None)[0].reference == "yes"
+
+
 def test_a_list_of_rows_is_read_under_the_suffix_of_json_lines_too(tmp_path):
     for name, indent in (("indented.jsonl", 1), ("one_line.jsonl", None)):
         (tmp_path / name).write_text("\ufeff\n" + json.dumps(ROWS, indent=indent) + "\n\n", encoding="utf-8")

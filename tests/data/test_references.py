@@ -1,6 +1,7 @@
 """Test that references which the reward cannot judge are refused by row before any weights are loaded."""
 
 import json
+from datetime import date, datetime, time
 
 import pytest
 from omegaconf import OmegaConf
@@ -49,6 +50,20 @@ def test_a_reference_of_several_parts_is_refused_where_one_text_is_compared(rewa
 def test_an_empty_cell_is_no_reference(reward, reference):
     with pytest.raises(InputError, match=r"train\.jsonl row 4 has no reference to compare with; fill the column that dataset"):
         reward.check_reference(example(reference))
+
+
+@pytest.mark.parametrize("reward", [GSM8KReward(), Contains(), ExactMatch()], ids=lambda reward: type(reward).__name__)
+@pytest.mark.parametrize("reference", [datetime(1999, 5, 4), time(12, 30)], ids=repr)
+def test_a_reference_that_is_a_time_is_refused_because_its_text_is_not_known(reward, reference):
+    with pytest.raises(InputError, match=rf"row 4: the reference is the time {reference.isoformat()}, .* as it is"):
+        reward.check_reference(example(reference))
+
+
+@pytest.mark.parametrize("reward", [Contains(), ExactMatch()], ids=lambda reward: type(reward).__name__)
+def test_a_reference_that_is_a_date_is_compared_as_year_month_and_day(reward):
+    reward.check_reference(example(date(1999, 5, 4)))
+    for said, right in (("1999-05-04", 1.0), ("1999-05-05", 0.0)):
+        assert reward(example(date(1999, 5, 4)), [{"role": "assistant", "content": said}]) == right
 
 
 def test_an_empty_reference_that_every_answer_would_contain_is_refused():

@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 
-from pidistill.chat.messages import check_messages
+from pidistill.chat.messages import check_messages, message_text
 from pidistill.data import build_demonstrations, build_prompts, chat_dataset, demonstration, qa_dataset, trace_dataset
 from pidistill.errors import InputError
 from pidistill.privileged.prompt import PrivilegedPrompt
@@ -49,7 +49,8 @@ def test_messages_as_json_text_are_messages(tmp_path, name):
 
 
 def test_a_text_that_only_looks_like_a_list_is_one_user_message(tmp_path):
-    for text in ("[1, 2]", "[brackets", '[{"city": "Rome"}]'):
+    flights = '[{"from": "Rome", "to": "Paris"}]'
+    for text in ("[1, 2]", "[brackets", '[{"city": "Rome"}]', flights, '[{"role": "waiter"}]', "[" * 200_000):
         (row,) = read(tmp_path / "rows.jsonl", {"messages": text}, completion=None)
         assert row.messages == [{"role": "user", "content": text}]
 
@@ -64,6 +65,110 @@ def test_sharegpt_rows_are_read(tmp_path):
     assert result == {"role": "tool", "content": "booked"} and said == ANSWER
     with pytest.raises(InputError, match=r"rows.jsonl row 0: messages\[0\] is from 'alien', which is unknown; write one"):
         read(tmp_path / "rows.jsonl", {"messages": [{"from": "alien", "value": "x"}]})
+
+
+def test_a_question_or_information_that_only_looks_like_messages_is_a_text(tmp_path):
+    flights = '[{"from": "Rome", "to": "Paris"}]'
+    (row,) = qa_dataset(lines(tmp_path / "qa.jsonl", {"question": flights, "answer": "1", "pi": flights}), privileged_key="pi")
+    assert row.messages == [{"role": "user", "content": flights}] and row.privileged == flights
+    with pytest.raises(InputError, match=r"messages\[1\] has no 'content'"):
+        read(tmp_path / "rows.jsonl", {"messages": json.dumps([USER, {"role": "assistant"}])})
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": ["user"], "content": "a"}, r"has the unknown role \['user'\]; known roles are system, user"),
+        ({"role": {"a": 1}, "content": "a"}, r"has the unknown role \{'a': 1\}; known roles"),
+        ({"from": ["human"], "value": "a"}, r"is from \['human'\], which is unknown; write one of human"),
+    ],
+)
+def test_a_role_that_is_no_text_is_refused(message, said):
+    with pytest.raises(InputError, match=rf"row 0: messages\[0\] {said}"):
+        check_messages([message], "row 0", "messages")
+
+
+def test_text_parts_may_have_what_is_said_about_the_text_and_nulls_of_a_table():
+    parts = [
+        {"text": "a"},
+        {"type": "input_text", "text": "b", "image_url": None, "input_audio": {"data": None}},
+        {"type": "output_text", "text": "c", "annotations": [{"type": "file_citation", "file_id": "f"}], "logprobs": [0.5]},
+        {"type": "text", "text": "d", "cache_control": {"type": "ephemeral"}, "citations": [{"cited_text": "e"}], "index": 1},
+    ]
+    (message,) = check_messages([{"role": "user", "content": parts}], "row 0", "messages")
+    assert message_text(message) == "abcd"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "reasoning", "text": "Secret thought."},
+        {"type": "image_url", "image_url": {"url": "cat.png"}, "text": ""},
+        {"type": "text", "text": "", "image_url": {"url": "cat.png"}},
+        {"text": "What animal is this?", "image": b"png"},
+        {"text": "Secret thought.", "thought": True},
+    ],
+)
+def test_a_content_part_that_holds_more_or_other_than_text_is_refused(part):
+    with pytest.raises(InputError, match=r"row 0: messages\[0\] has a content part that is not text .* leave the row out"):
+        check_messages([{"role": "assistant", "content": [part, {"type": "text", "text": "Answer."}]}], "row 0", "messages")
+
+
+# ------------------------------------------------------------------------------------------- results of parallel calls
+
+
+def asks(*ids):
+    return {"role": "assistant", "content": "", "tool_calls": [{"id": i, "function": BOOK} for i in ids]}
+
+
+def results(*ids):
+    """Return one result per id, with its place in the given order as content."""
+    return [{"role": "tool", "content": str(at), "tool_call_id": i} for at, i in enumerate(ids)]
+
+
+def order_of(*messages):
+    return "".join(m["content"] for m in check_messages([USER, *messages], "row 0", "messages") if m["role"] == "tool")
+
+
+def test_results_of_parallel_calls_stand_in_the_order_of_the_calls():
+    assert order_of(asks("a", "b", "c"), *results("c", "a", "b")) == "120"
+    assert order_of(asks("a", "b", "c"), *results("c", "a")) == "10"
+    assert order_of(asks(1, 0), *results("0", "1")) == "10"
+    assert order_of(asks("a"), asks("b"), *results("b", "a")) == "10"
+    assert order_of(asks("a", "b"), *results("b", "a"), ANSWER, asks("b", "a"), *results("b", "a")) == "1001"
+
+
+@pytest.mark.parametrize(
+    ("calls", "ids"),
+    [
+        ("aa", "aa"),
+        ("aab", "baa"),
+        ("ab", [None, None]),
+        ("ab", ["", ""]),
+        ("ab", ["b", None]),
+        (["", ""], "ba"),
+        ([None, "b"], "b"),
+    ],
+)
+def test_results_stay_in_their_order_where_ids_do_not_say_one(calls, ids):
+    assert order_of(asks(*calls), *results(*ids)) == "012"[: len(ids)]
+
+
+def test_results_that_follow_no_call_stay_as_they_are():
+    said = {"role": "assistant", "content": '<action>{"name": "book"}</action>'}
+    assert order_of(said, *results("b", "a")) == "01" and order_of(asks("a"), USER, *results("x")) == "0"
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ("bx", r"'x', which none of the calls before it has \(ids of the calls: \['a', 'b'\]\); correct it, or remove"),
+        ("bb", r"'b', which an earlier result has, too \(ids of the calls"),
+    ],
+)
+def test_a_result_of_an_unknown_or_a_repeated_call_is_refused(ids, said):
+    with pytest.raises(InputError, match=rf"row 0: messages\[3\] has the tool_call_id {said}"):
+        order_of(asks("a", "b"), *results(*ids))
 
 
 def test_a_system_column_is_the_system_message(tmp_path):
@@ -90,6 +195,14 @@ def test_the_older_function_call_is_a_call(tmp_path, tokenizer):
     assert "book" in example.privileged and example.tools[0]["function"]["name"] == "book"
     with pytest.raises(InputError, match="has both 'function_call' and 'tool_calls'"):
         check_messages([old | {"tool_calls": [{"function": BOOK}]}], "row 0", "messages")
+
+
+def test_nesting_without_end_in_calls_as_text_is_refused_and_in_arguments_stays_text():
+    deep = "[" * 200_000
+    with pytest.raises(InputError, match=r"messages\[0\] has 'tool_calls' that are text but not JSON \(maximum recursion"):
+        check_messages([{"role": "assistant", "tool_calls": deep}], "row 0", "messages")
+    (message,) = check_messages([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": deep}]}], "row 0", "messages")
+    assert message["tool_calls"] == [{"name": "f", "arguments": deep}]
 
 
 @pytest.mark.parametrize("arguments", ["", " ", None, "{}", {}])

@@ -3,7 +3,7 @@
 import pytest
 
 from pidistill.errors import InputError
-from pidistill.rewards import Contains
+from pidistill.rewards import Contains, ExactMatch, GSM8KReward
 from pidistill.types import Example
 
 
@@ -34,6 +34,24 @@ def said(text):
         (7, "7", 1.0),
         (7.0, "7", 1.0),  # a table whose column has an empty cell holds its whole numbers so
         (7.5, "it is 7.5", 1.0),
+        (7, "It is 7.", 1.0),
+        (7, "It is 7.5.", 0.0),
+        (7, "7.5kg", 0.0),
+        ("17", "17,000", 0.0),
+        ("17,000", "17,000 or so", 1.0),
+        (5, "2,3,5", 1.0),
+        (5, "it is -5", 0.0),
+        (-5, "it is −5 degrees", 1.0),
+        (5, "3-5", 1.0),  # a range
+        (19, "COVID-19", 1.0),
+        (1951, "on 12.05.1951", 1.0),
+        (7, "the 7th", 0.0),
+        ("北京", "首都是北京。", 1.0),
+        ("東京", "答えは東京です", 1.0),
+        ("Paris", "首都是Paris。", 1.0),
+        ("3", "有3个", 1.0),
+        ("서울", "수도는 서울이다", 1.0),
+        ("owl", "a fowl 鳥", 0.0),
         ("x", "", 0.0),
     ],
 )
@@ -49,3 +67,12 @@ def test_the_case_of_letters_counts_where_casefold_is_off():
 def test_a_row_without_reference_is_refused():
     with pytest.raises(InputError, match="row 4 has no reference"):
         Contains()(example(None), said("x"))
+
+
+@pytest.mark.parametrize(
+    "text", ["<think>\nParis or Rome?\n</think>\n\nIt is Rome.", "Paris?\n</think>\nRome", "<think>Paris, I think"]
+)
+def test_reasoning_is_no_part_of_the_answer(text):
+    assert Contains()(example("Paris"), said(text)) == 0.0
+    assert GSM8KReward()(example("72"), said(text.replace("Paris", "\\boxed{72}").replace("Rome", "75"))) == 0.0
+    assert ExactMatch()(example("Paris"), said("<think>Rome?</think>\n\nParis")) == 1.0

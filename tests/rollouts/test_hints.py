@@ -81,10 +81,8 @@ def test_the_first_usable_hint_of_each_prompt_is_kept_with_its_trace():
 
 
 def test_the_first_hint_of_each_task_is_read_back(tmp_path):
-    rows = [
-        trace_row(t, {"seed": 3})
-        for t in Hints().select([rollout(" Look. ", 0), rollout("Book.", 1)], (), no_rewriting, 0).traces
-    ]
+    rollouts = [rollout(" Look. ", 0), rollout("<think>\nWhat?\n</think>\n\nBook.", 1)]
+    rows = [trace_row(t, {"seed": 3}) for t in Hints().select(rollouts, (), no_rewriting, 0).traces]
     rows.append(rows[0] | {"completion": said("Other.")})
     (tmp_path / "hints.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read_hints(str(tmp_path / "hints.jsonl")) == {"t0": "Look.", "t1": "Book."}

@@ -54,6 +54,15 @@ def learned(tokenizer, *completion, tools=None):
 # ------------------------------------------------------------------------------------------- what is left out
 
 
+@pytest.mark.parametrize("name", ["plain", "qwen", "qwen3"])
+def test_white_space_alone_need_not_be_written(tokenizers, name):
+    [said] = learned(tokenizers[name], assistant("<think>\n\n</think>\n\nHello"))
+    assert said.endswith("Hello<|im_end|>")
+    turns = [assistant("\n\n", tool_calls=call()["tool_calls"]), tool("\n"), assistant("Done.")]
+    if name != "plain":
+        assert learned(tokenizers[name], *turns, tools=[SCHEMA])[-1].endswith("Done.<|im_end|>")
+
+
 @pytest.mark.parametrize(
     ("name", "turn", "said"),
     [

@@ -9,9 +9,12 @@ from tokenizers import Tokenizer
 from torchtune.data import Message as TorchtuneMessage
 from transformers import PreTrainedTokenizerFast
 
+from pidistill.chat.messages import message_text
+from pidistill.chat.tool_calls import visible_text
 from pidistill.errors import InputError
 from pidistill.tokenizers import HFChatTokenizer, TorchtuneChatTokenizer, WordTokenizer, as_chat_tokenizer
 from tests.support.chat_templates import QWEN3, QWEN25
+from tests.support.newer_templates import QWEN35, newer_folder
 from tests.support.tiny_tokenizers import (
     QWEN_ADDED,
     QWEN_SPECIAL,
@@ -277,6 +280,25 @@ def test_a_turn_that_the_template_does_not_continue_is_refused(tmp_path):
         tokenizer.encode_turn([user("a")], assistant("b"))
     ids = tokenizer.encode_observations([user("a"), assistant("b")], [user("c")])
     assert tokenizer.decode(ids) == "<|User|>c<|Assistant|><think>\n"
+
+
+def test_a_turn_is_encoded_with_and_without_the_reasoning_that_its_prompt_opened(tmp_path):
+    """What is sampled after such a prompt lacks the opening; files of finished turns may have it."""
+    tokenizer = HFChatTokenizer(str(r1_folder(tmp_path)))
+    for opened in ("", "<think>\n"):
+        ids = tokenizer.encode_turn([user("a")], assistant(f"{opened}two and three\n</think>\n\n5"))
+        assert tokenizer.decode(ids).startswith("two and three\n</think>\n\n5<")
+        assert message_text(tokenizer.parse_turn(ids)) == "two and three\n</think>\n\n5"
+
+
+def test_a_turn_that_never_closes_the_reasoning_of_its_prompt_is_reasoning(tmp_path):
+    tools = [{"type": "function", "function": {"name": "pay", "parameters": {"type": "object", "properties": {}}}}]
+    text = "Maybe <tool_call>\n<function=pay>\n</function>\n</tool_call> would be wrong"
+    for variables, is_call in (({}, False), ({"enable_thinking": False}, True)):
+        tokenizer = HFChatTokenizer(str(newer_folder(tmp_path, QWEN35)), template_kwargs=variables)
+        said = tokenizer.parse_turn(tokenizer._ids(text), tools)
+        assert ("tool_calls" in said) is is_call
+        assert is_call or (visible_text(said) == "" and message_text(said) == "<think>\n" + text)
 
 
 def test_a_turn_with_text_behind_its_stop_token_is_refused(tmp_path):

@@ -159,6 +159,9 @@ def test_numbers_of_rewards_leave_out_rollouts_without_one_and_success_leaves_ou
     sizes = [1 / (9 / 16 + 1 / 16)] * 2 + [1 / (1 / 9 + 4 / 9)] * 3
     expected = {"reward_mean": 2.75 / 4, "success_frac": 3 / 4, "zero_advantage_frac": 2 / 4, "snis_ess": sum(sizes) / 5}
     expected |= {"truncated_frac": 2 / 5, "turn_truncated_frac": 1 / 5}
+    others = rollout_sums([rollout(reward=1.0)] * 5, 1.0, []) | advantage_sums([(rollout(reward=1.0), RolloutAdvantage(1.0))])
+    both = {name: sum(rank.get(name, 0.0) for rank in (*ranks, others)) for name in ranks[0] | ranks[1]}
+    assert rollout_means(both)["snis_ess"] == pytest.approx(sum(sizes) / 5), "rollouts of other objectives have no weight"
     assert {name: means[name] for name in expected} == pytest.approx(expected)
 
 
@@ -191,6 +194,7 @@ def test_leak_phrases_are_text_not_patterns():
     assert says_leak_phrase(rollout("see (a.b)"), ["a.b"])
     assert not says_leak_phrase(rollout("see (axb)"), ["a.b"])
     assert says_leak_phrase(rollout("c++ it is"), ["c++"])
+    assert says_leak_phrase(rollout("根据参考答案可知"), ["参考答案"]), "no spaces stand between words there"
 
 
 def test_only_what_the_assistant_says_leaks():

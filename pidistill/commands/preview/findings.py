@@ -3,8 +3,8 @@
 import re
 from collections.abc import Callable, Sequence
 
-from pidistill.chat.messages import message_text, messages_text
-from pidistill.chat.phrases import count_phrases
+from pidistill.chat.messages import message_text, privileged_text
+from pidistill.chat.phrases import count_phrases, whole_words
 from pidistill.commands.preview.rows import Source
 from pidistill.commands.preview.scan import Scan
 from pidistill.types import Example
@@ -40,8 +40,7 @@ def _about(
 
 
 def private_text(example: Example) -> str:
-    given = example.privileged
-    return given if isinstance(given, str) else messages_text(given or [])
+    return privileged_text(example.privileged)
 
 
 def _in_students_view(example: Example, student: str) -> bool:
@@ -56,4 +55,4 @@ def _in_students_view(example: Example, student: str) -> bool:
 
 
 def _says(text: str, words: str) -> bool:
-    return bool(words) and re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
+    return bool(words) and re.search(whole_words(words), text) is not None
