@@ -104,5 +104,5 @@ def _tagged(tags: tuple[str, ...]) -> re.Pattern[str]:
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # of an endless number json raises a plain ValueError
         return None

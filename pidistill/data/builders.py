@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pidistill.chat.messages import check_messages, last_user_index, messages_from_text, messages_text, with_system
+from pidistill.chat.messages import check_messages, last_user_index, messages_from_text, privileged_text, with_system
 from pidistill.chat.templates import check_template
 from pidistill.data.dataset import ExampleDataset, convert_rows
 from pidistill.data.sources import get, load_rows, require_value
@@ -78,7 +78,7 @@ def chat_dataset(
             completion=demonstration,
             reference=get(row, reference_key) if reference_key else None,
             tools=check_tools(get(row, tools_key), where, tools_key) if tools_key else None,
-            data=row,
+            data=_with_wrong(row, where),
         )
 
     return ExampleDataset(convert_rows(rows, convert))
@@ -150,7 +150,12 @@ def _privileged(row: Mapping[str, Any], key: str | None, where: str) -> str | li
     if isinstance(value, str):
         return value
     messages = check_messages(value, where, str(key))
-    return messages if messages_text(messages).strip() else None
+    return messages if privileged_text(messages).strip() else None
+
+
+def _with_wrong(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return the row with the wrong information that it may bring in the form that :func:`_privileged` gives its own."""
+    return {**row, WRONG_KEY: _privileged(row, WRONG_KEY, where)} if WRONG_KEY in row else row
 
 
 def check_tools(value: Any, where: str, key: str) -> list[dict[str, Any]] | None:
@@ -160,7 +165,7 @@ def check_tools(value: Any, where: str, key: str) -> list[dict[str, Any]] | None
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also numbers and nesting without end
             raise InputError(f"{where}: {key} is text but not JSON ({error}); give a list of tool schemas") from error
     if value is not None and not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value)):
         raise InputError(f"{where}: {key} is not a list of tool schemas; check dataset.tools_key, null ignores it")
@@ -210,7 +215,7 @@ def qa_dataset(
             privileged=_privileged(row, privileged_key, where),
             completion=_demonstration(get(row, completion_key), where, completion_key) if completion_key else None,
             reference=require_value(row, answer_key, where, "answer_key") if answer_key else None,
-            data=row,
+            data=_with_wrong(row, where),
         )
 
     return ExampleDataset(convert_rows(rows, convert))

@@ -147,7 +147,7 @@ def told_later(cfg: DictConfig) -> bool:
 
 
 def reference_checks(environment: Any) -> list[Callable[[Example], None]]:
-    """Return the ``check_reference`` of every reward that a config node names, at any depth."""
+    """Return the ``check_reference`` of every reward and environment that a config node names, at any depth."""
     node = OmegaConf.to_container(environment, resolve=True) if isinstance(environment, DictConfig) else environment
     if isinstance(node, list):
         return [check for value in node for check in reference_checks(value)]

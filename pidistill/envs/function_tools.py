@@ -75,6 +75,11 @@ def tool(function: Callable[..., Any]) -> Tool:
     Annotations may be str, int, float, bool, ``Literal``, ``list[...]``, ``dict[str, ...]`` and unions of these (with None).
     The docstring's text up to ``Args:`` is the description, and its ``Args:`` describe the arguments.
     """
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise InputError(
+            f"the tool {function.__name__} is an async function, and nothing here awaits its answer; write it with `def`, and "
+            "call asyncio.run in it where it must await something"
+        )
     signature = inspect.signature(function)
     hints = typing.get_type_hints(function)
     text, described = _read_docstring(inspect.getdoc(function) or "")

@@ -57,14 +57,22 @@ class ReplayEnvironment:
         check_count("environment.max_errors", self.max_errors)
 
     def reset(self, example: Example) -> ReplayState:
+        trace, reward = self.check_reference(example)
+        return ReplayState(recorded_steps(trace.turns), reward)
+
+    def check_reference(self, example: Example) -> tuple["AgentTrace", float]:
+        """Return the recorded episode and its reward; refuse an example that lacks one of them."""
         trace: AgentTrace | None = example.data.get("trace")
         if trace is None:
             raise InputError(
                 f"{example.id} has no recorded episode to replay; set dataset._component_=pidistill.data.trace_dataset"
             )
         if trace.reward is None:
-            raise InputError(f"{trace.id} has no reward, which the episode would get; set dataset.reward_key")
-        return ReplayState(recorded_steps(trace.turns), trace.reward)
+            raise InputError(
+                f"{trace.id} has no reward, which the episode would get; write a number in the row, leave the row out, or set "
+                "dataset.reward_key where it is null"
+            )
+        return trace, trace.reward
 
     def step(self, state: ReplayState, turn: Message, *, truncated: bool) -> EnvStep:
         recorded, answers = state.steps[state.at]

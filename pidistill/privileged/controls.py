@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from pidistill.chat.messages import messages_text
+from pidistill.chat.messages import messages_text, privileged_text
 from pidistill.errors import InputError
 from pidistill.types import Example
 
@@ -48,8 +48,7 @@ def show_other_problems(examples: Sequence[Example], seed: int) -> list[Example]
 def problem_and_information(example: Example) -> str:
     """Return the words of the example's problem, its system text left out, and below them its privileged information."""
     problem = messages_text([message for message in example.messages if message["role"] != "system"])
-    given = example.privileged
-    return f"{problem}\n\n{given if isinstance(given, str) else messages_text(given or [])}"
+    return f"{problem}\n\n{privileged_text(example.privileged)}"
 
 
 def pair_rows(examples: Sequence[Example], keys: Sequence[str], seed: int, control: str) -> dict[int, int]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pidistill.chat.messages import last_user_index, messages_text, with_text
+from pidistill.chat.messages import last_user_index, privileged_text, with_text
 from pidistill.chat.templates import check_template
 from pidistill.errors import InputError, check_choice
 from pidistill.privileged.controls import (
@@ -158,7 +158,7 @@ class PrivilegedPrompt:
             )
         shown = self.teacher_messages(example, messages)
         try:
-            teacher_ids = _encode_whole(shown, example, teacher)
+            teacher_ids = self._encode_shown(shown, example, teacher)
         except InputError as error:
             raise InputError(self._refused(example, messages, teacher, error)) from error
         pair = PromptPair(ids, teacher_ids, has_privileged=True)
@@ -181,10 +181,17 @@ class PrivilegedPrompt:
 
     def _is_taken(self, example: Example, student: list[Message], tokenizer: ChatTokenizer) -> bool:
         try:
-            _encode_whole(self.teacher_messages(example, student), example, tokenizer)
+            self._encode_shown(self.teacher_messages(example, student), example, tokenizer)
         except InputError:
             return False
         return True
+
+    def _encode_shown(self, messages: list[Message], example: Example, tokenizer: ChatTokenizer) -> list[int]:
+        """Return the ids of the teacher's prompt; refuse one that leaves out reasoning of privileged messages, too."""
+        ids = _encode_whole(messages, example, tokenizer)
+        if self.placement in ("before_user", "after_user"):
+            check_written(tokenizer.decode(ids), self._extra_messages(example), None, reasoning=True)
+        return ids
 
     def teacher_messages(self, example: Example, messages: list[Message]) -> list[Message]:
         """Return ``messages`` with the example's privileged information in its place."""
@@ -216,8 +223,7 @@ class PrivilegedPrompt:
 
     def block(self, example: Example) -> str:
         """Return the template with the example's privileged information in it, as text."""
-        given = example.privileged
-        return self.template.format(privileged=given if isinstance(given, str) else messages_text(given or []))
+        return self.template.format(privileged=privileged_text(example.privileged))
 
     def _extra_messages(self, example: Example) -> list[Message]:
         if isinstance(example.privileged, str):

@@ -30,7 +30,7 @@ from jaxtyping import Float
 from omegaconf import DictConfig
 from torch import Tensor
 
-from pidistill.chat.messages import messages_text, tool_call_text
+from pidistill.chat.messages import privileged_text, tool_call_text
 from pidistill.chat.phrases import says_leak_phrase
 from pidistill.data import RecipeData
 from pidistill.distributed.run import Run
@@ -98,7 +98,7 @@ class RolloutLog:
             "leak": says_leak_phrase(rollout, self._data.leak_phrases),
             "student_prompt": _cut(self._decode(tuple(rollout.prompts.student))),
             "teacher_prompt": _cut(self._decode(tuple(rollout.prompts.teacher))),
-            "privileged": privileged if privileged is None or isinstance(privileged, str) else messages_text(privileged),
+            "privileged": None if privileged is None else privileged_text(privileged),
             "turns": [_outline(turn) for turn in rollout.turns],
             "policy_tokens": rollout.policy_tokens,
             "tokens": token_texts(self._decode, rollout.completion[: len(policy)]),

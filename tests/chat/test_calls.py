@@ -39,7 +39,10 @@ def test_other_tags_are_text_until_they_are_named():
     assert calls_of(said) == [] and calls_of(said, ["call"]) == [ToolCall("look", {})]
 
 
-@pytest.mark.parametrize("inside", ["look up the flight", "[1]", '{"arguments": {}}', '{"name": 3}', "{"])
+UNREADABLE = ["look up the flight", "[1]", '{"arguments": {}}', '{"name": 3}', "{", "1" * 5000, "[" * 200_000]
+
+
+@pytest.mark.parametrize("inside", UNREADABLE, ids=len)
 def test_an_unreadable_action_is_counted_and_is_not_a_call(inside):
     said = {"role": "assistant", "content": f'<action>{inside}</action><action>{{"name": "look"}}</action>'}
     assert calls_of(said) == [ToolCall("look", {})] and unreadable_calls(said) == 1

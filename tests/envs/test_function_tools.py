@@ -70,7 +70,18 @@ def test_functions_that_have_no_schema_are_refused():
     def odd(a: set):
         pass
 
-    for function, said in ((untyped, "parameter a without a type"), (odd, "parameter a of the tool odd has the type")):
+    async def later(a: int) -> str:
+        return "a"
+
+    async def pieces(a: int):
+        yield "a"
+
+    for function, said in (
+        (untyped, "parameter a without a type"),
+        (odd, "parameter a of the tool odd has the type"),
+        (later, "the tool later is an async function, and nothing here awaits its answer; write it with `def`"),
+        (pieces, "the tool pieces is an async function"),
+    ):
         with pytest.raises(InputError, match=said):
             tool(function)
     with pytest.raises(InputError, match="two tools have one name"):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pidistill.data import chat_dataset, trace_dataset
+from pidistill.data.load import check_references
 from pidistill.envs import Environment, ReplayEnvironment
 from pidistill.envs.replay import MISMATCH_ERROR, recorded_steps
 from pidistill.errors import InputError
@@ -152,11 +153,24 @@ def test_rows_that_cannot_be_replayed_are_refused(tmp_path):
     (row,) = chat_dataset(str(tmp_path / "rows.jsonl"), privileged_key=None)
     with pytest.raises(InputError, match="row 0 has no recorded episode to replay; set dataset._component_"):
         ReplayEnvironment().reset(row)
-    with pytest.raises(InputError, match="has no reward, which the episode would get; set dataset.reward_key"):
+    with pytest.raises(InputError, match="has no reward, which the episode would get; write a number in the row"):
         ReplayEnvironment().reset(example(reward=None))
     for settings_, said in (({"on_mismatch": "stop"}, "on_mismatch=stop is unknown"), ({"max_errors": 0}, "max_errors=0 must")):
         with pytest.raises(InputError, match=said):
             ReplayEnvironment(**settings_)
+
+
+def test_a_trace_whose_reward_is_null_is_refused_before_the_environment_plays(tmp_path):
+    rows = [{"task_id": i, "reward": reward, "messages": [USER, *TURNS]} for i, reward in enumerate([1.0, None, 0.0])]
+    (tmp_path / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    solved, unknown, failed = trace_dataset(str(tmp_path / "traces.jsonl"))
+    node = {"_component_": "pidistill.envs.ReplayEnvironment"}
+    check_references(node, [solved, failed])
+    with pytest.raises(InputError, match=r"traces\.jsonl row 1 has no reward, .* set dataset\.reward_key where it is null"):
+        check_references(node, [solved, unknown, failed])
+    routed = {"key": "task", "environments": {"0": node, "1": node, "2": {"_component_": "pidistill.envs.SingleTurn"}}}
+    with pytest.raises(InputError, match=r"traces\.jsonl row 1 has no reward"):
+        check_references(routed, [failed, unknown])
 
 
 @needs_data

@@ -1,10 +1,11 @@
 """Each control shows the teacher something else in the place of a row's own information, and changes nothing besides."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
-from pidistill.data import build_prompts, gsm8k_dataset
+from pidistill.data import build_prompts, chat_dataset, gsm8k_dataset, qa_dataset
 from pidistill.envs.tiny_world import tiny_world_dataset, tiny_world_tokenizer
 from pidistill.errors import InputError
 from pidistill.jsonl import write_jsonl
@@ -115,6 +116,29 @@ def test_wrong_needs_the_rows_key(tokenizers):
         InputError, match=r"row 0 has no privileged_wrong, the information .* that privileged\.control: wrong shows"
     ):
         build_prompts(rows, tokenizers["llama3"], PrivilegedPrompt(control="wrong"), max_new_tokens=1)
+
+
+SHAREGPT = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "It is 5."}]
+MESSAGES = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "It is 5."}]
+
+
+@pytest.mark.parametrize("make", [chat_dataset, qa_dataset])
+@pytest.mark.parametrize("wrong", ["It is 5.", SHAREGPT, MESSAGES, json.dumps(MESSAGES)], ids=str)
+def test_wrong_information_is_read_in_every_form_in_which_a_rows_own_is_read(tokenizers, tmp_path, make, wrong):
+    row = {"messages": "2 + 2?", "question": "2 + 2?", "answer": "4", "privileged": "It is 4.", "privileged_wrong": wrong}
+    write_jsonl(tmp_path / "rows.jsonl", [row])
+    own = make(str(tmp_path / "rows.jsonl"), privileged_key="privileged_wrong")[0].privileged
+    rows = list(make(str(tmp_path / "rows.jsonl"), privileged_key="privileged"))
+    (shown,) = PrivilegedPrompt(control="wrong").apply_control(rows, tokenizers["llama3"])
+    assert shown.privileged == own == ("It is 5." if wrong == "It is 5." else MESSAGES)
+
+
+@pytest.mark.parametrize("make", [chat_dataset, qa_dataset])
+def test_wrong_information_that_is_no_text_and_no_messages_is_refused_with_its_value(tmp_path, make):
+    row = {"messages": "2 + 2?", "question": "2 + 2?", "answer": "4", "privileged": "It is 4.", "privileged_wrong": 5}
+    write_jsonl(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(InputError, match=r"rows\.jsonl row 0: privileged_wrong is 5; privileged information is one text or"):
+        make(str(tmp_path / "rows.jsonl"), privileged_key="privileged")
 
 
 def test_the_tiny_worlds_wrong_information_is_wrong_in_every_slot_that_is_told():

@@ -5,8 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from pidistill.chat.messages import messages_text
+from pidistill.commands.preview.findings import private_text
 from pidistill.data import build_prompts
 from pidistill.errors import InputError
+from pidistill.privileged.controls import problem_and_information
 from pidistill.privileged.prompt import DEFAULT_TEMPLATE, PLACEMENTS, PrivilegedPrompt, shuffle_privileged
 from pidistill.tokenizers import HFChatTokenizer, TorchtuneChatTokenizer, WordTokenizer
 from pidistill.types import Example
@@ -120,6 +123,27 @@ def test_messages_are_spliced_as_they_are_or_become_text(tokenizers):
     assert teacher("before_user") == [*given, user("a")] and teacher("after_user") == [user("a"), *given]
     text = 'do\n\nlook({"dept": "d2"})\n\nyes {braces}'
     assert teacher("user_end") == [user(f"a\n\n<{text}>")] and teacher("system_end") == [system(f"<{text}>"), user("a")]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_the_reasoning_of_privileged_messages_is_in_their_text(key):
+    given = [user("Solve it."), assistant("14") | {key: "First 3*4=12, then +2"}]
+    example = Example(id="r", messages=[user("a")], privileged=given)
+    text = "Solve it.\n\nFirst 3*4=12, then +2\n\n14"
+    assert PrivilegedPrompt(template="<{privileged}>").block(example) == f"<{text}>"
+    assert problem_and_information(example) == f"a\n\n{text}" and private_text(example) == text
+    only = Example(id="r", messages=[user("a")], privileged=[assistant("") | {key: "It is 14."}])
+    assert PrivilegedPrompt(template="<{privileged}>").block(only) == "<It is 14.>"
+    assert messages_text(given) == "Solve it.\n\n14", "what is not privileged is written as it is seen"
+
+
+def test_a_template_that_leaves_out_the_reasoning_of_privileged_messages_is_refused_with_a_placement_that_shows_it(tokenizers):
+    given = [user("Solve it."), assistant("14") | {"reasoning_content": "First 3*4=12, then +2"}]
+    example = Example(id="r", messages=[user("a")], privileged=given)
+    with pytest.raises(InputError, match=r"r: .*leaves out the reasoning.*privileged\.placement=(system_end|user_end)"):
+        PrivilegedPrompt(placement="before_user").build(example, tokenizers["qwen2.5"])
+    shown = PrivilegedPrompt(placement="user_end").build(example, tokenizers["qwen2.5"])
+    assert "First 3*4=12" in tokenizers["qwen2.5"].decode(shown.pair.teacher)
 
 
 def test_default_system_text_is_written_out_in_both_views(tokenizers):
