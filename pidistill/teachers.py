@@ -301,7 +301,10 @@ class SnapshotTeacher(Teacher):
         _reshard(model)
         trained = _trained_parameters(model)
         for name in self._copied:
-            self.module.get_parameter(name).copy_(trained[name])
+            target, weight = self.module.get_parameter(name), trained[name]
+            # In mixed precision one process shards what it trains, and not this teacher.
+            whole = isinstance(weight, DTensor) and not isinstance(target, DTensor)
+            target.copy_(weight.full_tensor() if whole else weight)
 
     def state_dict(self) -> dict[str, Any]:
         weights = {name: self.module.get_parameter(name).detach() for name in self._copied}

@@ -176,19 +176,24 @@ class KeptSets:
 
     Attributes:
         ids: [M]. starts: [N + 1] the ids of token n are ``ids[starts[n] : starts[n + 1]]``.
+        by_teacher: [N] whether the teacher's view sampled the token.
     """
 
     ids: Int[Tensor, " M"]
     starts: Int[Tensor, " _"]
+    by_teacher: Bool[Tensor, " N"]
 
-    def rows(self, first: int, last: int) -> Int[Tensor, "n K"]:
-        """Return the ids of tokens ``first`` to ``last`` − 1, -1 behind the last one of a row."""
+    def rows(self, first: int, last: int, view: str) -> Int[Tensor, "n K"]:
+        """Return the ids of tokens ``first`` to ``last`` − 1, -1 behind the last one of a row.
+
+        A token of the other view has no ids: what that view's distribution lost says nothing of this one's.
+        """
         counts = self.starts[first + 1 : last + 1] - self.starts[first:last]
         longest = int(counts.max()) if len(counts) else 0
         inside = torch.arange(longest, device=counts.device) < counts[:, None]
         rows = self.ids.new_full(inside.shape, -1)
         rows[inside] = self.ids[int(self.starts[first]) : int(self.starts[last])]
-        return rows
+        return rows.masked_fill((self.by_teacher[first:last] != (view == "teacher"))[:, None], -1)
 
 
 @dataclass(frozen=True)
@@ -281,7 +286,8 @@ class Scores:
     def policy_logprobs(self, view: ViewName) -> Float[Tensor, " N"]:
         """Return the log-probs of the distribution that a sampler with these weights draws from: what ratios are made of.
 
-        That is log S(y) − log Σ_{v kept} S(v), with gradient through both; log S(y) where nothing was cut or recorded.
+        That is log S(y) − log Σ_{v kept} S(v), with gradient through both; log S(y) where nothing was cut or recorded, or where
+        the other view sampled.
         """
         logprobs, mass = getattr(self, f"{view}_logprobs"), getattr(self, f"{view}_kept_mass")
         return logprobs if mass is None else logprobs - mass

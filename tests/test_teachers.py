@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
 from torchtune import modules, training
 from torchtune.models.llama3 import lora_llama3
@@ -14,10 +15,20 @@ from torchtune.modules.peft import get_adapter_params
 from pidistill.errors import InputError
 from pidistill.models.adapters import merged, train_adapters_only, with_initial_adapters
 from pidistill.scoring.score import score
-from pidistill.teachers import AdapterOffTeacher, EMATeacher, FrozenTeacher, LiveTeacher, Teacher, TrustRegionTeacher
+from pidistill.teachers import (
+    AdapterOffTeacher,
+    EMATeacher,
+    FrozenTeacher,
+    LiveTeacher,
+    SnapshotTeacher,
+    Teacher,
+    TrustRegionTeacher,
+)
 from pidistill.testing import TINY_SIZES
 from pidistill.types import Divergence, ScoreRequest
 from tests.support.builders import VOCABULARY, batch_of, model, random_rollouts
+from tests.support.runs import MODEL, metrics, quick_setup, run, small_config
+from tests.support.tiny_base import make_base
 
 TOKENS = torch.arange(12).view(2, 6)
 
@@ -124,6 +135,24 @@ def test_activation_checkpointing_of_the_trained_model_does_not_hide_its_weights
         step(trained)
         teacher.update(trained)
     assert all(torch.equal(a, b) for a, b in zip(*(t.module.parameters() for t in teachers), strict=True))
+
+
+def test_a_snapshot_in_mixed_precision_with_one_process_is_the_trained_weights_rounded(tmp_path):
+    """The trained model is sharded over one process then, and the teacher is not."""
+    teacher = {"_component_": "pidistill.teachers.SnapshotTeacher", "sync_steps": 1}
+    changes = {"compute_dtype": "bf16", "teacher": teacher, "max_steps": 2}
+    with quick_setup():
+        recipe = run("rlsd", small_config("rlsd", make_base(tmp_path / "base", MODEL), tmp_path / "run", **changes))
+    copied, trained = dict(recipe._teacher.module.named_parameters()), dict(recipe._model.named_parameters())
+    assert all(isinstance(weight, DTensor) for weight in trained.values()) and copied.keys() == trained.keys()
+    assert all(torch.equal(copied[name], weight.full_tensor().bfloat16()) for name, weight in trained.items())
+    assert all(row["grad_norm"] > 0 for row in metrics(tmp_path / "run"))
+    fresh = SnapshotTeacher(sync_steps=1)
+    fresh.attach(lambda: copy.deepcopy(recipe._teacher.module).requires_grad_())
+    state = {name: torch.zeros_like(value) for name, value in recipe._teacher.state_dict().items()}
+    fresh.load_state_dict(state)
+    fresh.update(recipe._model)
+    assert all(torch.equal(fresh.module.get_parameter(name), weight) for name, weight in copied.items())
 
 
 @pytest.mark.parametrize("teacher", [FrozenTeacher(), EMATeacher(0.5), TrustRegionTeacher()], ids=["frozen", "ema", "region"])

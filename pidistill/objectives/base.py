@@ -87,7 +87,7 @@ class Objective(Protocol):
 
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
         """Return one advantage per rollout of a round made of whole groups."""
-        return rollout_advantages(rollouts, "group_mean", drop_zero_advantage=False)
+        return drop_untold(self.no_pi, rollouts, rollout_advantages(rollouts, "group_mean", drop_zero_advantage=False))
 
     def coefficients(self, step: int) -> dict[str, float]:
         """Return the objective's weights at this step, for the log."""
@@ -115,6 +115,18 @@ class Objective(Protocol):
         None where a token's loss depends on the numbers of other tokens; the head then runs a second time in the backward.
         """
         return lambda batch, scores: self.weighted_loss(batch, scores, step).loss
+
+
+def drop_untold(no_pi: str, rollouts: Sequence[Rollout], advantages: Sequence[RolloutAdvantage]) -> list[RolloutAdvantage]:
+    """Drop, with `no_pi: drop`, rollouts without any privileged information from the loss and from the token count.
+
+    Rows without it are dropped at load, except where it comes with the rollouts, or where the parts of a routed objective
+    differ in `no_pi`. Rewards of dropped rollouts stay in the group's mean.
+    """
+    if no_pi != "drop":
+        return list(advantages)
+    pairs = zip(rollouts, advantages, strict=True)
+    return [replace(a, keep=a.keep and any(rollout.tokens_with_privileged())) for rollout, a in pairs]
 
 
 def distill_weight(no_pi: str, batch: Batch) -> Float[Tensor, " N"]:

@@ -27,6 +27,7 @@ from pidistill.objectives.base import (
     check_clip,
     check_token_weight,
     distill_weight,
+    drop_untold,
 )
 from pidistill.objectives.schedule import as_schedule
 from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss
@@ -90,7 +91,8 @@ class OPSD(Objective):
 
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
         kl = self.kl.advantages(rollouts, self.beta(step), self.advantage, self.no_pi)
-        return rollout_advantages(rollouts, self.advantage, self.drop_zero_advantage, kl, kl_in_reward=self.kl.in_reward)
+        result = rollout_advantages(rollouts, self.advantage, self.drop_zero_advantage, kl, kl_in_reward=self.kl.in_reward)
+        return drop_untold(self.no_pi, rollouts, result)
 
     def coefficients(self, step: int) -> dict[str, float]:
         return {"beta": self.beta(step), "reward_weight": self.reward_weight(step)}

@@ -44,6 +44,7 @@ from pidistill.objectives.base import (
     check_topr,
     distill_loss,
     distill_weight,
+    drop_untold,
 )
 from pidistill.objectives.schedule import as_schedule
 from pidistill.types import (
@@ -166,6 +167,7 @@ class PiDistill(Objective):
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
         kl = self.kl.advantages(rollouts, self.beta(step), self.advantage, self.no_pi)
         result = rollout_advantages(rollouts, self.advantage, self.drop_zero_advantage, kl, kl_in_reward=self.kl.in_reward)
+        result = drop_untold(self.no_pi, rollouts, result)
         if self.student_term != "snis":
             return result
         weights = self.snis_weights(rollouts, step)

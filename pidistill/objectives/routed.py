@@ -70,7 +70,7 @@ class RoutedObjective(Objective):
         self.uses_teacher = any(objective.uses_teacher for objective in parts)
         self.takes_importance_weights = any(objective.takes_importance_weights for objective in parts)
         policies = {objective.no_pi for objective in parts}
-        self.no_pi = policies.pop() if len(policies) == 1 else "rl"  # else each leaves its own rows out of its loss
+        self.no_pi = policies.pop() if len(policies) == 1 else "rl"  # else each drops its own in `advantages`
 
     def _alike(self, what: str, values: set) -> Any:
         if len(values) > 1:
@@ -116,19 +116,13 @@ class RoutedObjective(Objective):
         return self._asks[0].behaviour_values(scores)
 
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
-        """Return those that each objective gives its own rows; what only some of them use is neutral on the others' rows."""
+        """Return those that each objective gives its own rows."""
         found: dict[int, RolloutAdvantage] = {}
         names = [self.name_of(rollout.example) for rollout in rollouts]
         for name, objective in self.objectives.items():  # each on all ranks, in one order: some exchange numbers
             places = [i for i, own in enumerate(names) if own == name]
             found |= dict(zip(places, objective.advantages([rollouts[i] for i in places], step), strict=True))
-        answers = [found[i] for i in range(len(rollouts))]
-        if any(answer.kl is not None for answer in answers):
-            lengths = [rollout.policy_tokens for rollout in rollouts]
-            answers = [replace(a, kl=[0.0] * n if a.kl is None else a.kl) for a, n in zip(answers, lengths, strict=True)]
-        if any(answer.snis_weight is not None for answer in answers):
-            answers = [replace(a, snis_weight=1.0 if a.snis_weight is None else a.snis_weight) for a in answers]
-        return answers
+        return [found[i] for i in range(len(rollouts))]
 
     # ------------------------------------------------------------------------------------------------ the update
 

@@ -14,7 +14,6 @@ tells how many had any.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -22,7 +21,7 @@ from pidistill.errors import InputError, check_choice
 from pidistill.losses.policy_gradient import ppo_clip_loss
 from pidistill.losses.rollout_advantages import rollout_advantages
 from pidistill.losses.token_weights import TokenWeight, weighted
-from pidistill.objectives.base import Objective, check_clip, distill_request, distill_weight, student_divergence
+from pidistill.objectives.base import Objective, check_clip, distill_request, distill_weight, drop_untold, student_divergence
 from pidistill.types import Batch, Rollout, RolloutAdvantage, ScoreRequest, Scores, TokenLoss
 
 
@@ -37,6 +36,7 @@ class SDPO(Objective):
         clip_low, clip_high, dual_clip, advantage: of the GRPO fallback, as in π-Distill.
         token_weight: see :mod:`pidistill.losses.token_weights`; acts on the divergence.
         no_pi: rollouts without privileged information: "rl" (GRPO), "distill" (where another model teaches), "drop", "error".
+            The first three hold for single turns without any too, where the environment gives it turn by turn.
     """
 
     def __init__(
@@ -63,17 +63,13 @@ class SDPO(Objective):
         self.token_weight, self.no_pi = token_weight, no_pi
 
     def advantages(self, rollouts: Sequence[Rollout], step: int) -> list[RolloutAdvantage]:
-        result = rollout_advantages(rollouts, self.advantage, drop_zero_advantage=False)
-        told = [any(rollout.tokens_with_privileged()) for rollout in rollouts]
-        without = told.count(False)
+        without = [any(rollout.tokens_with_privileged()) for rollout in rollouts].count(False)
         if without and self.no_pi == "error":
             raise InputError(
                 f"{without} of the round's {len(rollouts)} rollouts have no privileged information, and objective.no_pi=error; "
                 "give hindsight a feedback, or set objective.no_pi to rl or drop"
             )
-        if self.no_pi != "drop":
-            return result
-        return [replace(a, keep=keep) for a, keep in zip(result, told, strict=True)]
+        return drop_untold(self.no_pi, rollouts, rollout_advantages(rollouts, self.advantage, drop_zero_advantage=False))
 
     def score_request(self, step: int) -> ScoreRequest:
         return distill_request(self.divergence, self.token_weight)
@@ -85,4 +81,6 @@ class SDPO(Objective):
         importance = 1.0 if self.importance_clip is None else ratio.clamp(max=self.importance_clip)
         distilled = importance * weighted(self.token_weight, scores.divergences[self.divergence], batch, scores)
         distils = distill_weight(self.no_pi, batch) > 0
-        return TokenLoss(torch.where(distils, distilled, fallback), {"ratio_mean": ratio, "clip_frac": clipped & ~distils})
+        falls_back = ~distils & (self.no_pi != "drop")  # a kept rollout can have turns without information
+        loss = torch.where(distils, distilled, fallback.masked_fill(~falls_back, 0.0))
+        return TokenLoss(loss, {"ratio_mean": ratio, "clip_frac": clipped & falls_back})

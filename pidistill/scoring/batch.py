@@ -162,8 +162,8 @@ def make_batch(
         ratio_logprobs=trained if weighed else recorded,
         rewards=per_token(sampled and judged, lambda: [r.task_reward or 0.0 for _, r, _ in tokens]),
         advantages=per_token(advantages is not None, lambda: _advantages(rollouts, given)),
-        kl_advantages=per_token(_all_have(advantages, "kl"), lambda: [x for a in given for x in a.kl]),
-        snis_weights=per_token(_all_have(advantages, "snis_weight"), lambda: [given[row].snis_weight for row, _, _ in tokens]),
+        kl_advantages=per_token(_any_has(advantages, "kl"), lambda: _kl_advantages(rollouts, given)),
+        snis_weights=per_token(_any_has(advantages, "snis_weight"), lambda: _snis_weights(rollouts, given)),
         has_privileged=torch.tensor([x for r in rollouts for x in r.tokens_with_privileged()], dtype=torch.bool, device=device),
         importance_weights=per_token(weighed, lambda: [x for r in rollouts for x in r.importance_weights]),
         loss_weights=per_token(
@@ -177,13 +177,26 @@ def make_batch(
     )
 
 
-def _all_have(advantages: Sequence[RolloutAdvantage] | None, name: str) -> bool:
-    return advantages is not None and all(getattr(advantage, name) is not None for advantage in advantages)
+def _any_has(advantages: Sequence[RolloutAdvantage] | None, name: str) -> bool:
+    """Return whether a batch has a number that only some objectives give; an empty batch has it."""
+    return advantages is not None and (not advantages or any(getattr(a, name) is not None for a in advantages))
 
 
 def _advantages(rollouts: Sequence[Rollout], advantages: Sequence[RolloutAdvantage]) -> list[float]:
     pairs = zip(rollouts, advantages, strict=True)
     return [x for rollout, a in pairs for x in a.tokens or [a.advantage] * rollout.policy_tokens]
+
+
+def _kl_advantages(rollouts: Sequence[Rollout], advantages: Sequence[RolloutAdvantage]) -> list[float]:
+    """Return 0 for the tokens of a rollout without any: another objective trains it, and the batch holds rollouts of both."""
+    pairs = zip(rollouts, advantages, strict=True)
+    return [x for rollout, a in pairs for x in a.kl or [0.0] * rollout.policy_tokens]
+
+
+def _snis_weights(rollouts: Sequence[Rollout], advantages: Sequence[RolloutAdvantage]) -> list[float]:
+    """Return 1 for the tokens of a rollout without a weight, which another objective trains."""
+    weights = [1.0 if a.snis_weight is None else a.snis_weight for a in advantages]
+    return [weight for rollout, weight in zip(rollouts, weights, strict=True) for _ in range(rollout.policy_tokens)]
 
 
 def turn_lengths(rollout: Rollout) -> list[int]:
@@ -211,4 +224,6 @@ def _kept_sets(rollouts: Sequence[Rollout], device: torch.device) -> KeptSets:
             sets.append([] if kept is None else list(kept))
     starts = itertools.accumulate(map(len, sets), initial=0)
     flat = [i for ids in sets for i in ids]
-    return KeptSets(*(torch.tensor(x, dtype=torch.long, device=device) for x in (flat, list(starts))))
+    by_teacher = [r.sampled_by == "teacher" for r in rollouts for _ in range(r.policy_tokens)]
+    ids, starts = (torch.tensor(x, dtype=torch.long, device=device) for x in (flat, list(starts)))
+    return KeptSets(ids, starts, torch.tensor(by_teacher, dtype=torch.bool, device=device))

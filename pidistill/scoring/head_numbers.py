@@ -98,9 +98,9 @@ def _blocks(plan: ScorePlan, chunk: slice, vocabulary: int) -> Iterator[tuple[sl
         yield block, targets[block]
 
 
-def _kept_of_block(plan: ScorePlan, chunk: slice, block: slice, size: int) -> Int[Tensor, "c K"] | None:
+def _kept_of_block(plan: ScorePlan, chunk: slice, block: slice, size: int) -> dict[str, Int[Tensor, "c K"]]:
     first = chunk.start + block.start
-    return None if plan.kept is None else plan.kept.rows(first, first + size)
+    return {} if plan.kept is None else {view: plan.kept.rows(first, first + size, view) for view in plan.request.views}
 
 
 def _listed_of_block(plan: ScorePlan, chunk: slice, block: slice, size: int) -> ListedTeacher | None:
@@ -133,7 +133,7 @@ def _block_numbers(
     plan: ScorePlan,
     logp: dict[str, Float[Tensor, "c _"]],
     targets: Int[Tensor, " c"],
-    kept: Int[Tensor, "c K"] | None,
+    kept: dict[str, Int[Tensor, "c K"]],
     listed: ListedTeacher | None,
 ) -> list[Float[Tensor, " c"]]:
     p = {side: x.exp() for side, x in logp.items()}
@@ -149,7 +149,8 @@ def _block_numbers(
         elif name.endswith("_logprobs"):
             values[name] = _at(logp[name.removesuffix("_logprobs")], targets)
         elif name.endswith("_kept_mass"):
-            values[name] = _kept_mass(logp[name.removesuffix("_kept_mass")], kept)[0]
+            side = name.removesuffix("_kept_mass")
+            values[name] = _kept_mass(logp[side], kept[side])[0]
         else:
             side = name.removesuffix("_entropy")
             values[name] = -(p[side] * logp[side]).sum(-1)
@@ -240,7 +241,7 @@ def logits_to_gradients(
             ]
             if (mass := of_block.get(f"{side}_kept_mass")) is not None:
                 kept = _kept_of_block(plan, chunk, block, len(targets))
-                terms.append((mass, _kept_mass(logp[side], kept)[1]))
+                terms.append((mass, _kept_mass(logp[side], kept[side])[1]))
             grad = _through_softmax(terms, of_block.get(f"{side}_logprobs"), targets, p[side])
             if plan.cap is not None:
                 grad.mul_(1 - (logits[side][block] / plan.cap).square())  # the slope of c·tanh(x / c), from its value

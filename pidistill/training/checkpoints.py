@@ -8,8 +8,8 @@
     the round that was sampled ahead (`rollout_lag: 1`), and the version of this format.
 
 `output_dir/latest` points to the newest. Checkpoints fall on round ends, so no half-used rollouts need saving. `keep_last: N`
-removes all but the newest N. Every file is on the disk before the link moves. A new checkpoint
-replaces one of the same name only if both hold the same weights; any other is kept as `step_N_replaced_M`.
+removes all but the newest N, and the one that the process resumed from. Every file is on the disk before the link moves. A
+new checkpoint replaces one of the same name only if both hold the same weights; any other is kept as `step_N_replaced_M`.
 """
 
 import contextlib
@@ -329,9 +329,9 @@ class Checkpoints:
             log.warning(f"no adapter in PEFT's format is saved: config.json's model_type is none of {', '.join(FAMILIES)}")
 
     def _started_from(self) -> set[Path]:
-        """Return the folders that the config starts from."""
+        """Return the folders that the config starts from, and the one resumed from: every save copies its small files."""
         paths = [(self._cfg.get(key) or {}).get("checkpoint_dir") for key in ("checkpointer", "teacher_checkpointer")]
-        return {Path(path).resolve() for path in paths if path}
+        return {Path(path).resolve() for path in (*paths, self._source) if path}
 
     def _full(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return whole CPU tensors on rank 0; every rank takes part in gathering them."""

@@ -8,7 +8,7 @@ is used.
 | --- | --- |
 | step | optimiser steps done, this one included |
 | loss | the minimised loss, per policy token of the whole step, nats where it is a KL |
-| reward_mean, reward_std | of this round's rollouts; parts of a reward, `reward_shaping` among them, as `reward/<name>` |
+| reward_mean, reward_std | of this round's rollouts; `reward/<name>`: mean of a part (also `reward_shaping`) over all of them |
 | success_frac | share of this round's rollouts with reward ≥ `eval_success_threshold`, `reward_shaping` left out |
 | kl_teacher_student_nats | kl(teacher||student) per policy token, full vocabulary, on the sampled traces |
 | kl_student_teacher_nats | kl(student||teacher), likewise |
@@ -192,7 +192,7 @@ def advantage_sums(pairs: Sequence[tuple[Rollout, RolloutAdvantage]]) -> dict[st
         groups = torch.tensor([group for group, _ in weighted])
         slot, size = group_slots(groups)
         weights = torch.tensor([weight for _, weight in weighted]) / size[slot]
-        sums["snis_ess"] = float(effective_sample_size(weights, groups)[slot].sum())
+        sums |= {"snis_ess": float(effective_sample_size(weights, groups)[slot].sum()), "_weighted": float(len(weighted))}
     return sums
 
 
@@ -205,6 +205,8 @@ def rollout_means(sums: dict[str, float]) -> dict[str, float]:
     if not count:
         return {}
     counts = {name: judged if name in OF_REWARDS else count for name in sums if not name.startswith("_")}
+    if "snis_ess" in sums:  # several objectives: over the rollouts that SNIS weighs
+        counts["snis_ess"] = sums["_weighted"]
     means = {name: sums[name] / over for name, over in counts.items() if over}
     if judged:
         means["reward_std"] = max(0.0, sums["_reward_squared"] / judged - means["reward_mean"] ** 2) ** 0.5

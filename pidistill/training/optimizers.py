@@ -34,6 +34,11 @@ def cpu_offload(params: list[nn.Parameter], optimizer: str = "torch.optim.AdamW"
     Args:
         optimizer: dotted path of the optimizer that steps there; it gets ``arguments``.
     """
+    if arguments.get("offload_gradients"):
+        raise InputError(
+            "optimizer.offload_gradients=True frees each gradient during the backward: a step would lose those of earlier "
+            "micro-batches, and one that is NaN would not be seen; set optimizer.offload_gradients=False"
+        )
     if not torch.cuda.is_available():
         raise InputError(
             "optimizer._component_=pidistill.training.optimizers.cpu_offload moves states from a GPU to the CPU, and this "
@@ -69,17 +74,22 @@ def check_mixed_precision(optimizer: str | None) -> None:
         )
 
 
-def keep_second_moments_above_zero(optimizer: Optimizer) -> None:
+def keep_second_moments_above_zero(optimizer: Optimizer, key: str = "optimizer._component_") -> None:
     """Raise the code 0 to the smallest one above, after every step of torchao's 8-bit optimizers.
 
     torchao rounds a small second moment to 0 and keeps the first. Where the next gradient is 0 (the embedding of a token that
     a batch lacks, all weights where no rollout has an advantage) the step would be first moment / eps: 92 at lr 0.01 in a test.
     Its 4-bit states have no code for 0. States in fp8 have the same leap (1640 there) and no code to raise: they are refused.
+    ``key`` is the one of the config that names the optimizer.
     """
+    if isinstance(optimizer, CPUOffloadOptimizer):
+        for inner in filter(None, (*optimizer.optim_dict.values(), optimizer.d_opt)):
+            keep_second_moments_above_zero(inner, "optimizer.optimizer")
+        return
     if isinstance(optimizer, (AdamFp8, AdamWFp8)):
         raise InputError(
             f"{type(optimizer).__name__} rounds small second moments to 0, and a gradient of 0 then makes a step of the first "
-            "moment / eps; set optimizer._component_=torchao.optim.AdamW8bit"
+            f"moment / eps; set {key}=torchao.optim.AdamW8bit"
         )
 
     def raise_codes(*_: Any) -> None:
@@ -133,11 +143,13 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, is_main: bool) -> di
     """Return everything that a checkpoint holds of an optimizer, on CPU; a collective, of use on rank 0.
 
     Whole states under their parameters' names, for any number of ranks; but of optimizers whose states torch cannot gather each
-    rank's own part, for the same number of ranks.
+    rank's own part, for the same number of ranks. Before the first step there are only settings.
     """
     if isinstance(optimizer, CPUOffloadOptimizer):
         return {PARTS: [optimizer.state_dict()]}
     if not _states_stay_apart(optimizer):
+        if not optimizer.state:  # torch's function would make states by a step without gradient, which Adam then counts
+            return {"state": {}, "param_groups": _groups(optimizer)}
         return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     parts: list[Any] | None = [None] * dist.get_world_size() if is_main else None
     dist.gather_object(_own_part(optimizer), parts)
@@ -167,12 +179,17 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, A
         optimizer.load_state_dict(state[PARTS][0])
     elif in_parts:
         _load_own_part(optimizer, state[PARTS][rank])
-    elif not state["state"]:  # SGD without momentum keeps none, which torch's function does not expect
+    elif not state["state"]:  # before the first step, and of SGD without momentum, which torch's function does not expect
         for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-            group |= {key: value for key, value in saved.items() if key != "params"}
+            for key in saved.keys() - {"params"}:
+                set_group_value(group, key, saved[key])
     else:
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks > 1)
+        names = [name for group in state["param_groups"] for name in group["params"]]
+        without = [p for p, name in zip(_parameters(optimizer), names, strict=True) if name not in state["state"]]
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks > 1, strict=not without)
         set_optimizer_state_dict(model, optimizer, state, options=options)
+        for parameter in without:  # it had no gradient yet; torch's function made its state by a step without one
+            optimizer.state.pop(parameter, None)
 
 
 # Settings that decide which states an optimizer keeps: a change on resume would need states that the checkpoint lacks.
@@ -181,8 +198,7 @@ _STATE_SETTINGS = ("amsgrad", "centered")
 
 def settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Return the settings of every parameter group as plain values (lr, betas, weight_decay, …), without the parameters."""
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    return [{key: _plain(value) for key, value in group.items()} for group in groups]
+    return [{key: _plain(value) for key, value in group.items()} for group in _groups(optimizer)]
 
 
 def use_settings(optimizer: Optimizer, configured: list[dict[str, Any]]) -> list[str]:
@@ -240,10 +256,15 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the settings of every parameter group as they are, without the parameters."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
 def _own_part(optimizer: Optimizer) -> dict[str, Any]:
     states = [optimizer.state.get(p, {}) for p in _parameters(optimizer)]
     local = [{k: (v.to_local() if isinstance(v, DTensor) else v).cpu() for k, v in state.items()} for state in states]
-    return {"state": local, "groups": [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]}
+    return {"state": local, "groups": _groups(optimizer)}
 
 
 def _load_own_part(optimizer: Optimizer, part: dict[str, Any]) -> None:

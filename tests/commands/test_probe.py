@@ -235,6 +235,16 @@ def test_a_teacher_that_goes_on_from_the_students_words_is_measured_on_the_whole
     assert {numbers["after"] for numbers in most["wordings"].values()} == {None}
 
 
+def of_one_id(**settings) -> ExampleDataset:
+    return ExampleDataset([replace(example, id="row") for example in gsm8k_dataset(**settings)])
+
+
+def test_rows_of_the_same_id_are_not_taken_for_each_other(words, capsys):
+    words = [*words, f"sampler._component_={__name__}.EndsWhatIsBegun", "--rows", "3", "--after", "1"]
+    told_apart, of_one = run(words, capsys), run([*words, f"dataset._component_={__name__}.of_one_id"], capsys)
+    assert of_one["wordings"] == told_apart["wordings"]
+
+
 def test_an_answer_that_is_over_has_no_beginning_to_go_on_from():
     rollout = Rollout.__new__(Rollout)
     rollout.completion, rollout.turn_policy_tokens = [5, 6, 9, 1, 2, 7, 9], [3, 2]

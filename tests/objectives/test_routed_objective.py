@@ -36,7 +36,7 @@ from pidistill.training.health import reads_rewards
 from pidistill.training.metrics import token_means, token_sums
 from pidistill.types import Example
 from tests.support.builders import batch_of, gradients, model, random_rollouts, relative_difference
-from tests.support.objective_runs import on_policy
+from tests.support.objective_runs import fill_behaviour_kl, on_policy
 
 
 def rows(module, view="student", count=8):
@@ -190,7 +190,50 @@ def test_the_number_that_one_objective_needs_before_the_update_reaches_it():
     own = [r for r in rollouts if r.example.data["domain"] == "a"]
     together = dict(zip([id(r) for r in rollouts], routed.advantages(rollouts, 0), strict=True))
     assert [together[id(r)] for r in own] == a.advantages(own, 0)
-    assert all(x == 0.0 for r in rollouts if r not in own for x in together[id(r)].kl)
+    assert all(together[id(r)].kl is None for r in rollouts if r not in own)
+
+
+SHARED = {
+    "reward_k1": ("student", GRPO(), OPSD(kl_mode="reward_k1")),
+    "reward_rb": ("student", GRPO(), OPSD(kl_mode="reward_rb")),
+    "loss_rb_complete": ("student", GRPO(), OPSD(kl_mode="loss_rb_complete")),
+    "snis": ("teacher", PiDistill(), PiDistill(student_term="snis", snis_beta=0.7)),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_the_loss_is_that_of_each_objective_alone_however_rows_are_divided_among_ranks(name):
+    """One rank's rows may all be of one objective; groups then move, and a micro-batch holds rows of both."""
+    view, a, b = SHARED[name]
+    module, routed = model(), RoutedObjective("domain", {"a": a, "b": b})
+    rollouts = rows(module, view)
+    fill_behaviour_kl(routed, module, rollouts)
+    parts = [[r for r in rollouts if r.example.data["domain"] == key] for key in "ab"]
+    expected = torch.cat([step(module, own, o)[0].loss for own, o in zip(parts, (a, b), strict=True)])
+    mixed = parts[0] + parts[1]
+    for ranks in ([mixed], parts, [parts[0] + parts[1][:2], parts[1][2:]]):
+        batch = batch_of(mixed, [advantage for own in ranks for advantage in routed.advantages(own, 0)])
+        scores = score(module, batch, routed.score_request(0), teacher=LiveTeacher())
+        torch.testing.assert_close(routed.weighted_loss(batch, scores, 0).loss, expected, rtol=1e-4, atol=1e-6)
+    alone = batch_of(parts[0], GRPO().advantages(parts[0], 0))
+    assert alone.kl_advantages is None and alone.snis_weights is None
+
+
+@pytest.mark.parametrize(
+    "a", [OPSD(no_pi="drop"), OPSD(no_pi="drop", kl_mode="reward_k1"), SDPO(no_pi="drop", top_k=10), SDFT()]
+)
+def test_rows_without_information_of_an_objective_that_drops_them_leave_loss_and_token_count(a):
+    module, routed = model(), RoutedObjective("domain", {"a": a, "b": GRPO()})
+    assert routed.no_pi == "rl"  # the dataset keeps them for the other objective
+    rollouts = rows(module)
+    for rollout in rollouts[:4]:  # a group of each objective
+        rollout.prompts = replace(rollout.prompts, teacher=rollout.prompts.student, has_privileged=False)
+    fill_behaviour_kl(routed, module, rollouts)
+    assert [x.keep for x in routed.advantages(rollouts, 0)] == [False] * 2 + [True] * 6
+    answer, batch, _, gradient = step(module, rollouts, routed)
+    expected, fewer, _, control = step(module, rollouts[2:], routed)
+    assert len(batch.targets) == len(fewer.targets) == sum(r.policy_tokens for r in rollouts[2:])
+    assert torch.equal(answer.loss, expected.loss) and relative_difference(gradient, control) < 1e-6
 
 
 def test_a_config_names_objectives_environments_and_datasets_together():

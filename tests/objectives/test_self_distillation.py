@@ -10,7 +10,21 @@ from torch import Tensor
 from pidistill.errors import InputError
 from pidistill.losses.divergences import check_divergence
 from pidistill.losses.token_weights import ClipTerm
-from pidistill.objectives import GKD, GRPO, OPD, OPDPPO, OPSDUCLA, PCSD, SDFT, SDPO, GuideGRPO, Objective
+from pidistill.objectives import (
+    GKD,
+    GRPO,
+    OPD,
+    OPDPPO,
+    OPSD,
+    OPSDUCLA,
+    PCSD,
+    SDFT,
+    SDPO,
+    GuideGRPO,
+    Objective,
+    PiDistill,
+    SemiOPD,
+)
 from pidistill.objectives.base import BOTH_KLS
 from pidistill.types import Batch, Rollout
 from tests.support import oracles
@@ -131,6 +145,7 @@ CASES: dict[str, tuple[Objective, Callable[[Token], Tensor]]] = {
     "opd_ppo": (OPDPPO(), lambda x: opd_ppo(x, 0.0)),
     "opd_ppo_trust_region": (OPDPPO(beta=0.3), lambda x: opd_ppo(x, 0.3)),
     "sdpo": (SDPO(top_k=3), lambda x: sdpo(x, 2.0, 3)),
+    "sdpo_drop": (SDPO(top_k=3, no_pi="drop"), only_with_pi(lambda x: sdpo(x, 2.0, 3))),
     "sdpo_unweighted": (SDPO(top_k=3, importance_clip=None), lambda x: sdpo(x, None, 3)),
     "grpo": (GRPO(), ppo),
     "guide_grpo": (GuideGRPO(), ppo),
@@ -268,6 +283,30 @@ def test_sdpo_keeps_or_drops_rollouts_without_hindsight():
     assert [a.keep for a in SDPO(no_pi="drop").advantages(rollouts, 0)] == [False, True] * 3
     with_drop, without = (SDPO(no_pi=n).advantages(rollouts, 0) for n in ("drop", "rl"))
     assert [a.advantage for a in with_drop] == [a.advantage for a in without]  # the group's mean is of all its rollouts
+
+
+@pytest.mark.parametrize("make", [OPSD, PiDistill, SDPO, OPSDUCLA, PCSD, SDFT, GKD, OPDPPO, SemiOPD])
+def test_no_pi_drop_leaves_rollouts_without_information_out_and_keeps_those_told_in_one_turn(make):
+    """Wherever the rows were not dropped at load: the information comes with the rollouts, or another part trains the rows."""
+    rollouts = mixed_rollouts()
+    assert [a.keep for a in make(no_pi="drop").advantages(rollouts, 0)] == [False, True] * 3
+    first = rollouts[0].policy_mask.index(False)
+    rollouts[0].teacher_reads = [(first, rollouts[0].policy_mask.index(True, first), [7, 7])]
+    assert 0 < sum(rollouts[0].tokens_with_privileged()) < rollouts[0].policy_tokens
+    kept = make(no_pi="drop").advantages(rollouts, 0)
+    assert [a.keep for a in kept] == [True, True, False, True, False, True]
+    others = make(no_pi="distill").advantages(rollouts, 0)
+    assert all(a.keep for a in others) and [a.advantage for a in kept] == [a.advantage for a in others]
+
+
+def test_sdpo_gives_turns_without_information_no_loss_and_no_clipped_token_where_it_drops_them():
+    objective, batch = SDPO(top_k=3, no_pi="drop"), batch_of(mixed_rollouts(), GRPO().advantages(mixed_rollouts(), 0))
+    batch.ratio_logprobs = batch.ratio_logprobs - 2.0  # far from the samples, beyond the clip
+    scores, logits, _ = dense_scores(objective, batch)
+    answer = objective.token_loss(batch, scores, 0)
+    answer.loss.sum().backward()
+    assert not answer.metrics["clip_frac"].any() and not answer.loss[~batch.has_privileged].any()
+    assert not logits["student"].grad[~batch.has_privileged].any() and logits["student"].grad.any()
 
 
 def test_sdpo_refuses_rollouts_without_hindsight_where_it_must():

@@ -10,6 +10,7 @@ from torchao.optim.subclass_8bit import OptimState8bit
 
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
+from pidistill.training.optimizers import cpu_offload, keep_second_moments_above_zero
 from pidistill.training.update import Updates
 from tests.recipes.conftest import WIDE
 from tests.support.builders import CPU
@@ -200,6 +201,18 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu(changes, message, wide_base, tmp_p
         pytest.skip("this machine has a GPU")
     with pytest.raises(InputError, match=message):
         memory_run(wide_base, tmp_path, **changes)
+
+
+def test_states_in_8_bits_are_guarded_on_the_cpu_too(stand_in_gpu):
+    weights = [torch.nn.Parameter(torch.ones(2, 64)), torch.nn.Parameter(torch.ones(2))]
+    outer = cpu_offload(weights, "torchao.optim.AdamW8bit", lr=0.1, minimal_size=64)
+    keep_second_moments_above_zero(outer)
+    assert all(inner._optimizer_step_post_hooks for inner in (*outer.optim_dict.values(), outer.d_opt))
+
+
+def test_states_in_fp8_are_refused_on_the_cpu_too(stand_in_gpu, wide_base, tmp_path):
+    with pytest.raises(InputError, match="AdamWFp8 rounds small .*; set optimizer.optimizer=torchao.optim.AdamW8bit"):
+        memory_run(wide_base, tmp_path, **(ON_CPU | {"optimizer.optimizer": "torchao.optim.AdamWFp8"}))
 
 
 def test_clipping_that_would_have_no_effect_is_refused(stand_in_gpu, wide_base, tmp_path):

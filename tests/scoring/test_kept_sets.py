@@ -145,7 +145,11 @@ def test_the_heads_mass_and_gradient_equal_the_dense_ones(chunk, temperature, si
     sets = [sorted({int(t), *range(n % 5)}) for n, t in enumerate(targets)]
     sets[2], sets[4] = [], [int(targets[4])]  # the whole vocabulary, and a single id
     starts = torch.tensor(list(itertools.accumulate(map(len, sets), initial=0)))
-    kept = KeptSets(torch.tensor([i for ids in sets for i in ids]), starts)
+    by_teacher = torch.full((tokens,), side == "teacher")
+    by_teacher[5] = side == "student"  # a token that the other view sampled: its set says nothing of this side
+    assert sets[5]
+    kept = KeptSets(torch.tensor([i for ids in sets for i in ids]), starts, by_teacher)
+    sets[5] = []
     request = ScoreRequest(side == "student", side == "teacher", views=(side,), entropy=False)
     scores = ScorePlan(targets, request, temperature, chunk, kept=kept)
     ours = scores.as_scores(apply_head(scores, {side: hidden}, weight)).policy_logprobs(side)
@@ -193,6 +197,16 @@ def test_a_fresh_sample_has_ratio_1_under_top_p_and_top_k(settings, packing):
     ratio = (scores.policy_logprobs("student") - batch.ratio_logprobs).exp()
     assert (ratio - 1).abs().max() < 1e-5
     assert (scores.student_logprobs - batch.ratio_logprobs).abs().max() > 0.05  # without replay it is the kept mass
+
+
+def test_ids_that_the_teachers_view_kept_say_nothing_of_the_students_distribution():
+    """Where a sure teacher keeps one id, the student's log-prob of it must stay below 0, and have a gradient."""
+    module = model()
+    rollouts = [replace(r, sampled_by="teacher") for r in sampled(module, top_p=0.8, top_k=20)]
+    with torch.no_grad():
+        scores = score(module, batch_of(rollouts), ScoreRequest(False, False, views=("student", "teacher"), entropy=False))
+    assert torch.equal(scores.policy_logprobs("student"), scores.student_logprobs)
+    assert (scores.policy_logprobs("teacher") - batch_of(rollouts).ratio_logprobs).abs().max() < 1e-5
 
 
 def test_top_k_of_the_whole_vocabulary_changes_no_bit():

@@ -362,6 +362,24 @@ def test_keep_last_bounds_the_checkpoints(keep, left, hub, tmp_path):
     assert resumed(hub, tmp_path / "run").progress["step"] == 10
 
 
+@pytest.mark.parametrize("component", ["torchtune.training.FullModelHFCheckpointer", "pidistill.models.HFCheckpointer"])
+def test_keep_last_leaves_the_folder_that_a_resumed_run_copies_its_small_files_from(component, hub, tmp_path):
+    small_files = {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    source = shutil.copytree(hub, tmp_path / "hub")
+    for name in small_files - {"config.json"}:
+        (source / name).write_text("{}")
+    node = {"checkpoint_dir": str(source), "checkpoint_files": ["model.safetensors"], "model_type": "LLAMA3"}
+    changes = {"keep_last": 1, "checkpointer": {"_component_": component, **node}}
+    Training(tmp_path / "run", source, **changes).save(1)
+    for steps, left in (((2, 3), {"step_1", "step_3"}), ((4, 5), {"step_3", "step_5"})):
+        training = resumed(source, tmp_path / "run", **changes)
+        for step in steps:
+            training.save(step)
+        assert small_files <= {path.name for path in (tmp_path / "run" / "latest").iterdir()}
+        assert {path.name for path in (tmp_path / "run").glob("step_*")} == left
+    assert resumed(source, tmp_path / "run", **changes).progress["step"] == 5
+
+
 def test_everything_is_on_the_disk_before_the_link_moves(hub, tmp_path, monkeypatch):
     training = Training(tmp_path / "run", hub)
     events = []

@@ -1,7 +1,10 @@
-"""Test optimizer states in 8 bits: a gradient of 0 after a larger one, which torchao's own rounding turns into a leap."""
+"""Test optimizer states: in 8 bits after a gradient of 0, which torchao's own rounding turns into a leap, and resumed ones."""
 
 import copy
 import functools
+import time
+from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from torchao.optim.subclass_8bit import get_qmap_unsigned
 from pidistill.config import resolve
 from pidistill.errors import InputError
 from pidistill.training.optimizers import (
+    cpu_offload,
     keep_second_moments_above_zero,
     kernel_arguments,
     optimizer_state,
@@ -88,6 +92,72 @@ def sharded_after_a_step(rows: int) -> tuple[torch.nn.Module, AdamW8bit]:
     with torch.compiler.set_stance("force_eager"):
         optimizer.step()
     return model, optimizer
+
+
+def test_gradients_that_are_freed_before_they_are_added_up_are_refused():
+    with pytest.raises(InputError, match="optimizer.offload_gradients=True frees .*; set optimizer.offload_gradients=False"):
+        cpu_offload([torch.nn.Parameter(torch.ones(2))], lr=0.1, offload_gradients=True)
+
+
+# ---------------------------------------------------------------------------------------------- states that do not exist yet
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_states_that_do_not_exist_yet_are_made_neither_by_a_save_nor_by_a_resume(processes, tmp_path):
+    """Before the first step, and of a weight that had no gradient: Adam's first step of it would be another one."""
+    store = str(tmp_path / "store")
+    if processes == 1:
+        _check_resumes(0, 1, store)
+    else:
+        torch.multiprocessing.spawn(_check_resumes, args=(processes, store), nprocs=processes)
+
+
+def _check_resumes(rank: int, processes: int, store: str) -> None:
+    """Compare steps with and without a resume before each of them, as one of the processes."""
+    rendezvous = {"init_method": f"file://{store}", "rank": rank, "world_size": processes, "timeout": timedelta(minutes=5)}
+    dist.init_process_group("gloo", **rendezvous)
+    try:
+        for build in (
+            functools.partial(torch.optim.AdamW, fused=True),
+            functools.partial(torch.optim.SGD, momentum=0.9),
+            AdamW8bit,
+        ):
+            for resumed, expected in zip(*(_weights_after_two_steps(build, resumes) for resumes in (True, False)), strict=True):
+                assert torch.equal(resumed, expected)
+    finally:
+        dist.destroy_process_group()
+    if processes > 1:
+        time.sleep(0.2)  # gloo's thread must end before the interpreter does
+
+
+def _weights_after_two_steps(build: Callable[..., torch.optim.Optimizer], resumes: bool) -> list[torch.Tensor]:
+    """Return the weights of two layers; the second layer has no gradient in the first step."""
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList([torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(8, 4, bias=False)])
+    if dist.get_world_size() > 1:
+        for layer in layers:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = build(layers.parameters(), lr=0.1)
+    for used in (layers[:1], layers):
+        if resumes:
+            optimizer = _resumed(layers, optimizer, build(layers.parameters(), lr=0.5))
+        for layer in used:
+            layer(torch.ones(2, 8)).square().sum().backward()
+        with torch.compiler.set_stance("force_eager"):
+            optimizer.step()
+        optimizer.zero_grad()
+    return [getattr(w, "full_tensor", lambda w=w: w)().detach() for w in layers.parameters()]
+
+
+def _resumed(model: torch.nn.Module, optimizer: torch.optim.Optimizer, fresh: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Save the states, which must leave them as they are, and put them into a fresh optimizer of other settings."""
+    before = set(optimizer.state)
+    states = [optimizer_state(model, optimizer, is_main=dist.get_rank() == 0)]
+    assert set(optimizer.state) == before
+    dist.broadcast_object_list(states)  # as every rank reads the file
+    restore_optimizer(model, fresh, states[0], type(optimizer).__name__)
+    assert settings(fresh) == settings(optimizer) and set(fresh.state) == before
+    return fresh
 
 
 # ---------------------------------------------------------------------------------------------- the fused kernel

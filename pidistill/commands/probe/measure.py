@@ -57,6 +57,11 @@ class Measured:
         return self.success if self.flexible is None else self.flexible
 
 
+def _row_of(example: Example) -> tuple[str, str]:
+    """Return what tells a row from the others, also where a dataset of one's own gives several the same id."""
+    return example.id, str(example.messages)
+
+
 @dataclass(frozen=True)
 class Probe:
     """Hold what all measurements of one command share."""
@@ -104,13 +109,13 @@ class Probe:
         self, measured: Measured, rollouts: Sequence[Rollout], prompts: Prompts, privileged: PrivilegedPrompt, count: int
     ) -> Measured:
         """Return ``measured`` with the success of a teacher that goes on from the first ``count`` ids of ``rollouts``."""
-        begun = {r.example.id: ids for r in rollouts if (ids := beginning(r, count)) is not None}
-        known = [(example, pair) for example, pair in prompts if example.id in begun]
+        begun = {_row_of(r.example): ids for r in rollouts if (ids := beginning(r, count)) is not None}
+        known = [(example, pair) for example, pair in prompts if _row_of(example) in begun]
         if not known:
             return measured
 
         def go_on(model: Decoder, *, examples: Sequence[Example], **settings: Any) -> CollectResult:
-            given = GoOn(self.sampler, [begun[example.id] for example in examples])
+            given = GoOn(self.sampler, [begun[_row_of(example)] for example in examples])
             return self.collect(model, examples=examples, sampler=given, **settings)
 
         sampled, _ = replace(self, collect=go_on).sample(known, "teacher", privileged)
@@ -118,8 +123,8 @@ class Probe:
 
     def with_divergences(self, measured: Measured, rollouts: Sequence[Rollout], prompts: Prompts) -> Measured:
         """Return ``measured`` with the divergences on the student's ``rollouts``, whose teacher sees ``prompts``."""
-        pair_of = {example.id: pair for example, pair in prompts}
-        own = [replace(r, prompts=pair_of[r.example.id]) for r in rollouts if r.example.id in pair_of]
+        pair_of = {_row_of(example): pair for example, pair in prompts}
+        own = [replace(r, prompts=pair_of[_row_of(r.example)]) for r in rollouts if _row_of(r.example) in pair_of]
         sums = torch.zeros(2 + 4, dtype=torch.float64)
         counts = torch.zeros_like(sums)
         for start in range(0, len(own), self.micro_batch_rows):
