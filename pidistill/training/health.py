@@ -115,7 +115,7 @@ class Health:
         if entropy[1] > 1.5 * entropy[0] + 0.1 and success[1] < 0.5 * success[0]:
             return (
                 f"entropy rose from {entropy[0]:.3g} to {entropy[1]:.3g} nats while {key} fell from {success[0]:.3g} to "
-                f"{success[1]:.3g} (means of {STEPS} steps); the updates are too large: lower optimizer.lr or set "
+                f"{success[1]:.3g} (means of {STEPS} steps); likely the updates are too large: lower optimizer.lr or set "
                 "clip_grad_norm, and start from an earlier checkpoint"
             )
         return None
