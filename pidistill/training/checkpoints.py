@@ -330,8 +330,10 @@ class Checkpoints:
 
     def _started_from(self) -> set[Path]:
         """Return the folders that the config starts from, and the one resumed from: every save copies its small files."""
-        paths = [(self._cfg.get(key) or {}).get("checkpoint_dir") for key in ("checkpointer", "teacher_checkpointer")]
-        return {Path(path).resolve() for path in (*paths, self._source) if path}
+        nodes = [self._cfg.get("checkpointer"), self._cfg.get("teacher_checkpointer")]
+        nodes += (self._cfg.get("teacher_checkpointers") or {}).values()
+        paths = [(node or {}).get("checkpoint_dir") for node in nodes]
+        return {Path(path).resolve() for path in (*paths, self._cfg.get("adapter_dir"), self._source) if path}
 
     def _full(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return whole CPU tensors on rank 0; every rank takes part in gathering them."""

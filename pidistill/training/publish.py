@@ -64,11 +64,11 @@ def _rename_plain_latest(latest: Path, target: Path) -> None:
 
 
 def remove_old(output_dir: Path, step: int, keep_last: int | None, used: Collection[Path]) -> None:
-    """Remove all but the newest ``keep_last`` checkpoints up to ``step``, but none of the folders ``used``; None keeps all."""
+    """Remove checkpoints up to ``step``; the newest ``keep_last`` (None: all) and those that hold a folder of ``used`` stay."""
     if not keep_last:
         return
     for folder in [folder for folder in step_folders(output_dir) if step_of(folder) <= step][:-keep_last]:
-        if folder.resolve() not in used:
+        if not any(path.is_relative_to(folder.resolve()) for path in used):
             # A half-removed folder must not look like a checkpoint.
             removed = output_dir / ".removing"
             remove_tree(removed)

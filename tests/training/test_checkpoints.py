@@ -362,6 +362,15 @@ def test_keep_last_bounds_the_checkpoints(keep, left, hub, tmp_path):
     assert resumed(hub, tmp_path / "run").progress["step"] == 10
 
 
+def test_keep_last_leaves_what_teachers_and_adapters_start_from(hub, tmp_path):
+    steps = [tmp_path / "run" / f"step_{step}" for step in (1, 2)]
+    training = Training(tmp_path / "run", hub, keep_last=1, teacher_checkpointers={"one": {"checkpoint_dir": str(steps[0])}})
+    training.cfg.adapter_dir = str(steps[1] / "adapter")
+    for step in (1, 2, 3, 4, 5):
+        training.save(step)
+    assert {path.name for path in (tmp_path / "run").glob("step_*")} == {"step_1", "step_2", "step_5"}
+
+
 @pytest.mark.parametrize("component", ["torchtune.training.FullModelHFCheckpointer", "pidistill.models.HFCheckpointer"])
 def test_keep_last_leaves_the_folder_that_a_resumed_run_copies_its_small_files_from(component, hub, tmp_path):
     small_files = {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
