@@ -98,6 +98,11 @@ class Rollout:
     def policy_tokens(self) -> int:
         return sum(self.policy_mask)
 
+    @property
+    def reads_alike(self) -> bool:
+        """Return whether both views read the same ids."""
+        return self.prompts.student == self.prompts.teacher and not self.teacher_reads
+
     def sequence(self, view: ViewName) -> tuple[list[int], list[int]]:
         """Return the ids that a view reads, the prompt first, and where each policy token stands among them."""
         ids, done, end = list(self.prompts.of(view)), 0, len(self.completion)
@@ -176,24 +181,24 @@ class KeptSets:
 
     Attributes:
         ids: [M]. starts: [N + 1] the ids of token n are ``ids[starts[n] : starts[n + 1]]``.
-        by_teacher: [N] whether the teacher's view sampled the token.
+        of_view: view → [N], whether the ids are those of its distribution: it sampled, or reads what the one that did reads.
     """
 
     ids: Int[Tensor, " M"]
     starts: Int[Tensor, " _"]
-    by_teacher: Bool[Tensor, " N"]
+    of_view: dict[str, Bool[Tensor, " N"]]
 
     def rows(self, first: int, last: int, view: str) -> Int[Tensor, "n K"]:
         """Return the ids of tokens ``first`` to ``last`` − 1, -1 behind the last one of a row.
 
-        A token of the other view has no ids: what that view's distribution lost says nothing of this one's.
+        A token of the other view alone has no ids: what that view's distribution lost says nothing of this one's.
         """
         counts = self.starts[first + 1 : last + 1] - self.starts[first:last]
         longest = int(counts.max()) if len(counts) else 0
         inside = torch.arange(longest, device=counts.device) < counts[:, None]
         rows = self.ids.new_full(inside.shape, -1)
         rows[inside] = self.ids[int(self.starts[first]) : int(self.starts[last])]
-        return rows.masked_fill((self.by_teacher[first:last] != (view == "teacher"))[:, None], -1)
+        return rows.masked_fill(~self.of_view[view][first:last, None], -1)
 
 
 @dataclass(frozen=True)

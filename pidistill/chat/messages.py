@@ -134,7 +134,7 @@ def check_messages(value: Any, where: str, key: str) -> list[Message]:
         found = "empty" if isinstance(value, list) else f"a {type(value).__name__}"
         raise InputError(f"{where}: {key} is {found}, not a list of messages like {{'role': 'user', 'content': '...'}}")
     where = f"{where}: {key}"
-    return _order_results([_check_message(message, f"{where}[{i}]") for i, message in enumerate(value)], where)
+    return _order_results([_check_message(message, f"{where}[{i}]") for i, message in enumerate(value)])
 
 
 def _check_message(message: Any, where: str) -> Message:
@@ -234,32 +234,21 @@ def _check_tool_call(call: Any, where: str) -> dict[str, Any]:
     return {**_without_null_fields(call), "function": function} if "function" in call else function
 
 
-def _order_results(messages: list[Message], where: str) -> list[Message]:
+def _order_results(messages: list[Message]) -> list[Message]:
     """Return the messages with the results of parallel calls in the order of the calls: many templates show no ids.
 
-    Results stay as they are where one of them, or one of the calls before them, has no id, or where two calls share an id.
+    Results stay as they are where the id of one is none of the calls directly before, or where two of these calls share an id.
     """
     ordered: list[Message] = []
     calls: list[str] = []  # ids of the calls directly before
     for role, group in itertools.groupby(messages, key=lambda message: message["role"]):
         same = list(group)
-        results = [str(message.get("tool_call_id", "")) for message in same]
-        if role == "tool" and calls and all([*calls, *results]) and len(set(calls)) == len(calls):
-            _check_result_ids(results, calls, where, len(ordered))
+        results = {str(message.get("tool_call_id", "")) for message in same}
+        if role == "tool" and results <= set(calls) - {""} and len(set(calls)) == len(calls):
             same.sort(key=lambda message: calls.index(str(message["tool_call_id"])))
         calls = [str(call.get("id", "")) for message in same for call in message.get("tool_calls") or []]
         ordered += same
     return ordered
-
-
-def _check_result_ids(results: list[str], calls: list[str], where: str, start: int) -> None:
-    for i, result in enumerate(results):
-        if result not in calls or result in results[:i]:
-            reason = "an earlier result has, too" if result in calls else "none of the calls before it has"
-            raise InputError(
-                f"{where}[{start + i}] has the tool_call_id {bounded_repr(result)}, which {reason} (ids of the calls: "
-                f"{bounded_repr(calls)}); correct it, or remove 'tool_call_id' from these results to keep them in their order"
-            )
 
 
 def _read_weight(message: Message, where: str) -> None:

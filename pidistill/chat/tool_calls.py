@@ -24,7 +24,7 @@ from typing import Any
 
 from pidistill.chat.call_json import MalformedCall, function_call, read_json
 from pidistill.chat.harmony import read_harmony
-from pidistill.chat.messages import message_text
+from pidistill.chat.messages import message_text, reasoning_of
 from pidistill.chat.xml_calls import read_xml_call
 from pidistill.types import Message, Tools
 
@@ -62,10 +62,17 @@ def visible_text(message: Message) -> str:
 
 
 def answer_text(message: Message) -> str:
-    """Return the content without the reasoning and the white space behind that; otherwise as it is written."""
+    """Return the content without the reasoning and the white space behind that; otherwise as it is written.
+
+    Reasoning begins with ``<think>``, or was opened by the prompt; an answer may speak of these tags.
+    """
     text = message_text(message)
-    reasoning = _reasoning(text)
-    return text[len(reasoning) :].lstrip() if reasoning else text
+    reasoning, closed, answer = text.partition("</think>")
+    if reasoning_of(message) is not None:  # it stands in a field of its own
+        return text
+    if text.lstrip().startswith("<think>") or (closed and "<think>" not in reasoning):
+        return answer.lstrip()
+    return text
 
 
 def _reasoning(text: str) -> str:

@@ -154,8 +154,14 @@ def _privileged(row: Mapping[str, Any], key: str | None, where: str) -> str | li
 
 
 def _with_wrong(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Return the row with the wrong information that it may bring in the form that :func:`_privileged` gives its own."""
-    return {**row, WRONG_KEY: _privileged(row, WRONG_KEY, where)} if WRONG_KEY in row else row
+    """Return the row with the wrong information that it may bring in the form that :func:`_privileged` gives its own.
+
+    What has no such form stays as it is: only the control that shows it has to refuse it.
+    """
+    try:
+        return {**row, WRONG_KEY: _privileged(row, WRONG_KEY, where)} if WRONG_KEY in row else row
+    except InputError:
+        return row
 
 
 def check_tools(value: Any, where: str, key: str) -> list[dict[str, Any]] | None:

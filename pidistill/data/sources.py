@@ -9,6 +9,7 @@ import codecs
 import csv
 import glob
 import io
+import itertools
 import json
 import logging
 import re
@@ -140,8 +141,14 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 def _csv_rows(file: Path, text: str) -> list[dict[str, Any]]:
     """Return the rows of a CSV file; every value is text, as it is written, and an empty cell has no value."""
-    lines = _csv_lines(file, text)
-    _, header = next(lines, (1, []))
+    first = text.lstrip().partition("\n")[0]
+    other = next((mark for mark in ";\t" if mark in first and "," not in first), None)
+    if other:
+        raise InputError(f"dataset.source {file} separates its columns by {other!r}; save it with commas between them")
+    lines = list(_csv_lines(file, text))
+    header = lines[0][1] if lines else []
+    while header and not header[-1] and not any("".join(cells[len(header) - 1 :]) for _, cells in lines[1:]):
+        header = header[:-1]  # spreadsheets write empty columns behind the last one
     twice = [name for name, count in Counter(header).items() if count > 1]
     if twice:
         raise InputError(
@@ -149,24 +156,27 @@ def _csv_rows(file: Path, text: str) -> list[dict[str, Any]]:
             "column a name of its own"
         )
     rows = []
-    for line, cells in lines:
-        if len(cells) != len(header):
+    for line, cells in lines[1:]:
+        while len(cells) > len(header) and not cells[-1]:
+            cells = cells[:-1]
+        # Spreadsheets leave out empty cells at the end of a row; one cell alone is the rest of a text with a line break.
+        if len(cells) > len(header) or (len(cells) == 1 < len(header)):
             raise InputError(
                 f"dataset.source {file} line {line} has {len(cells)} cells and the header has {len(header)}; put a text "
                 'with a comma, a quote or a line break between quotes ("), and double each quote in it'
             )
-        rows.append({name: cell or None for name, cell in zip(header, cells, strict=True)})
+        rows.append({name: cell or None for name, cell in itertools.zip_longest(header, cells)})
     return rows
 
 
 def _csv_lines(file: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line on which it starts, cells) of the header and of every row; empty lines are none."""
+    """Yield (line on which it starts, cells) of the header and of every row; blank lines are none."""
     csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     start = 1
     try:
         for cells in reader:
-            if cells:
+            if len(cells) > 1 or "".join(cells).strip():
                 yield start, cells
             start = reader.line_num + 1
     except csv.Error as error:

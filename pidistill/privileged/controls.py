@@ -13,11 +13,11 @@ The student's prompt is the same, id for id, in all of them.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from pidistill.chat.messages import messages_text, privileged_text
-from pidistill.errors import InputError
+from pidistill.errors import InputError, bounded_repr
 from pidistill.types import Example
 
 CONTROLS = (None, "none", "template", "shuffled", "other_problem", "wrong", "length_matched")
@@ -82,6 +82,11 @@ def show_wrong(example: Example) -> Example:
         raise InputError(
             f"{example.id} has no {WRONG_KEY}, the information of the same form with a wrong value that privileged.control: "
             f"wrong shows to the teacher; give the rows a column {WRONG_KEY}, or choose another privileged.control"
+        )
+    if not isinstance(wrong, str) and not (isinstance(wrong, list) and all(isinstance(message, Mapping) for message in wrong)):
+        raise InputError(
+            f"{example.id}: {WRONG_KEY} is {bounded_repr(wrong)}; privileged.control: wrong shows one text or a list of "
+            "messages, as privileged information is: write it so"
         )
     return replace(example, privileged=wrong)
 

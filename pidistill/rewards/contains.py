@@ -36,7 +36,13 @@ class Contains:
     def __call__(self, example: Example, turns: Sequence[Message]) -> float:
         text, wanted = last_answer(turns), reference_text(example).strip()
         if re.fullmatch(_NUMBER, wanted):
-            numbers = re.findall(rf"(?<!{LETTER}){_NUMBER}(?!{LETTER})", text)
-            return float(wanted.replace("−", "-") in (number.replace("−", "-") for number in numbers))
+            said = (found[0].replace("−", "-") for found in re.finditer(_NUMBER, text) if _is_alone(found))
+            return float(wanted.replace("−", "-") in said)
         flags = re.IGNORECASE if self.casefold else 0
         return float(re.search(whole_words(wanted), text, flags) is not None)
+
+
+def _is_alone(found: re.Match[str]) -> bool:
+    """Return whether a number is no part of a word: "v1.5" and "7th" have none."""
+    around = found.string[max(0, found.start() - 1) : found.start()] + found.string[found.end() : found.end() + 1]
+    return not re.search(LETTER, around)

@@ -107,7 +107,8 @@ def collect_rollouts(
     title = f"sampling, {view} view{', greedy' if temperature == 0 else ''}"
     with marked_interrupts(), sampling_progress(len(seeds), title):
         rows = [row for row in range(len(prompts)) for _ in range(group_size)]
-        episodes, samples = _play(rules, sample, [examples[row] for row in rows], environment_threads)
+        starts = [(examples[row], prompts[row].of(view)) for row in rows]
+        episodes, samples = _play(rules, sample, starts, environment_threads)
         rollouts = [
             episode.rollout(sample, prompts[row], view, groups[row])
             for episode, sample, row in zip(episodes, samples, rows, strict=True)
@@ -126,12 +127,15 @@ def _check_arguments(examples: int, prompts: int, groups: int, max_turns: int | 
 
 
 def _play(
-    rules: EpisodeRules, sample: Callable[..., list[Sample]], examples: Sequence[Example], environment_threads: int | None
+    rules: EpisodeRules,
+    sample: Callable[..., list[Sample]],
+    starts: Sequence[tuple[Example, Sequence[int]]],
+    environment_threads: int | None,
 ) -> tuple[list[Episode], list[Sample]]:
-    """Return one episode and one sample per example, all of them ended."""
+    """Return one episode and one sample for each of the examples with their prompts, all of them ended."""
     with DaemonThreads(environment_threads) if environment_threads else nullcontext() as threads:
         each = threads.map if threads else map
-        episodes = list(each(partial(Episode, rules), examples))
+        episodes = list(each(lambda start: Episode(rules, *start), starts))
 
         def answer(row: int, ids: list[int]) -> list[int] | None:
             return episodes[row].on_turn_end(ids)

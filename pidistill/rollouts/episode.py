@@ -7,7 +7,7 @@ no other; :meth:`Episode._ask` is the one place where it is caught.
 import copy
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -81,6 +81,7 @@ class Episode:
 
     rules: EpisodeRules
     example: Example
+    before: Sequence[int] = ()  # ids right before the next turn: the prompt, then the last observation
     turns: list[Message] = field(default_factory=list)  # assistant turns and those observations that are in the context
     turn_rewards: list[float] = field(default_factory=list)
     turn_policy_tokens: list[int] = field(default_factory=list)
@@ -117,6 +118,7 @@ class Episode:
         self.turns += self.observations
         forced = self._show_teacher(history, observation_ids) if self.privileged else observation_ids
         self.tokens += 0 if forced is None else len(forced)
+        self.before = forced or ()
         return forced
 
     def _show_teacher(self, history: list[Message], own: list[int]) -> list[int] | None:
@@ -193,7 +195,10 @@ class Episode:
         if self.failure is not None:
             return True
         where = f"turn {len(self.turn_policy_tokens) + 1}"
-        turn = self._ask(f"reading {where}", partial(self.rules.tokenizer.parse_turn, ids, self.example.tools))
+        read = partial(self.rules.tokenizer.parse_turn, ids, self.example.tools)
+        if hasattr(self.rules.tokenizer, "parse_turn_after"):
+            read = partial(self.rules.tokenizer.parse_turn_after, self.before, ids, self.example.tools)
+        turn = self._ask(f"reading {where}", read)
         if turn is None:
             return True
         self.turns.append(turn)

@@ -224,6 +224,9 @@ def _kept_sets(rollouts: Sequence[Rollout], device: torch.device) -> KeptSets:
             sets.append([] if kept is None else list(kept))
     starts = itertools.accumulate(map(len, sets), initial=0)
     flat = [i for ids in sets for i in ids]
-    by_teacher = [r.sampled_by == "teacher" for r in rollouts for _ in range(r.policy_tokens)]
     ids, starts = (torch.tensor(x, dtype=torch.long, device=device) for x in (flat, list(starts)))
-    return KeptSets(ids, starts, torch.tensor(by_teacher, dtype=torch.bool, device=device))
+    of_view = {
+        view: [r.sampled_by == view or r.reads_alike for r in rollouts for _ in range(r.policy_tokens)]
+        for view in ("student", "teacher")
+    }
+    return KeptSets(ids, starts, {view: torch.tensor(x, dtype=torch.bool, device=device) for view, x in of_view.items()})

@@ -49,7 +49,7 @@ def share_equal_views(
 
 def _tokens_of_equal_prompts(views: BatchInputs, states: Float[Tensor, "N H"]) -> Bool[Tensor, "N 1"] | None:
     """Return which policy tokens belong to rollouts with equal prompts; None where no rollout has."""
-    per_rollout = [r.prompts.student == r.prompts.teacher and not r.teacher_reads for r in views.rollouts]
+    per_rollout = [rollout.reads_alike for rollout in views.rollouts]
     if not any(per_rollout):
         return None
     lengths = torch.tensor([rollout.policy_tokens for rollout in views.rollouts])

@@ -36,7 +36,8 @@ class ChatTokenizer(Protocol):
     def parse_turn(self, ids: Sequence[int], tools: Tools = None) -> Message:
         """Return the assistant message that the sampled ids of one turn say; the stop id is not part of its text.
 
-        ``tools`` are those of the prompt. Where there are none, an answer that looks like a call is an answer.
+        ``tools`` are those of the prompt. Where there are none, an answer that looks like a call is an answer. A tokenizer
+        that has to know the ids before the turn may have ``parse_turn_after(before, ids, tools)`` too, which is then asked.
         """
 
     def default_system(self, tools: Tools = None) -> str | None:

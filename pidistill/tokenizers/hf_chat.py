@@ -8,6 +8,7 @@ import copy
 import itertools
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from pidistill.tokenizers.prefix import common_prefix_length
 from pidistill.tokenizers.template_probes import (
     find_default_system,
     find_end_of_turn,
-    find_opened_reasoning,
     find_rewritten_turns,
     find_separators,
     find_tool_format,
@@ -31,6 +31,8 @@ from pidistill.types import Message, Tools
 
 _log = logging.getLogger(__name__)
 _WARNED: set[str] = set()
+_OPENED = re.compile(r"<think>\s*$")
+_OPENED_TOKENS = 16  # at least those of the tag and of the white space behind it
 
 
 class HFChatTokenizer:
@@ -98,7 +100,6 @@ class HFChatTokenizer:
         added = self._tokenizer.get_added_tokens_decoder().values()
         written = find_separators(self._template, [token.content for token in added])
         self._control_pattern = any_of(token.content for token in added if token.special or token.content in written)
-        self._opened = find_opened_reasoning(self._template)
         self._default_systems: dict[str, str | None] = {}
         self._rewritten: list[str] | None = None
         self.tool_format, self._plain_tools = self._find_tool_format(self._chosen_tool_format)
@@ -245,9 +246,16 @@ class HFChatTokenizer:
         Without tools nothing is a call, except between tags where ``tool_format`` names them: there the messages may say what
         can be called.
         """
+        return self.parse_turn_after([], ids, tools)
+
+    def parse_turn_after(self, before: Sequence[int], ids: Sequence[int], tools: Tools = None) -> Message:
+        """Return what :meth:`parse_turn` does, for a turn that was sampled after ``before``.
+
+        Where that opens the reasoning, and the turn never closes it, all of it is reasoning: it gets the tag in front.
+        """
         text = self.decode(ids[:-1] if ids and ids[-1] in self.stop_ids else ids)
-        if self._opened and "</think>" not in text:
-            text = self._opened + text  # all of it is reasoning, which the text alone does not show
+        if "</think>" not in text and (opened := _OPENED.search(self.decode(before[-_OPENED_TOKENS:]))):
+            text = opened[0] + text
         is_read = tools or self._reads_tags_without_tools or self.tool_format == "harmony"  # whose answers have a channel too
         return parse_turn_text(text, self.tool_format if is_read else "none", tools)
 
@@ -331,7 +339,7 @@ class HFChatTokenizer:
             return None
         if said.startswith(opened):
             return said[len(opened) :] + stop[0]
-        is_sampled = opened == self._opened and "</think>" in said and "<think>" not in said
+        is_sampled = _OPENED.fullmatch(opened) and "</think>" in said and "<think>" not in said
         return said + stop[0] if is_sampled else None
 
     # ------------------------------------------------------------------------------------------- what the model's files say

@@ -36,15 +36,6 @@ def find_rewritten_turns(template: ChatTemplate) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def find_opened_reasoning(template: ChatTemplate) -> str:
-    """Return what the generation prompt opens a turn's reasoning with, ``<think>`` and white space; "" where it does not."""
-    try:
-        opened = re.search(r"<think>\s*$", template.render([QUESTION], None, True))
-    except TemplateRefusal:
-        return ""
-    return opened[0] if opened else ""
-
-
 def find_default_system(template: ChatTemplate, tools: Tools) -> str | None:
     """Return the text s for which [system s, user] and [user] give the same prompt; None where there is none."""
     word = unused_word([QUESTION], tools)

@@ -206,6 +206,7 @@ def _check_truncation(cfg: DictConfig, objective: Objective, sampler: Sampler) -
     The recorded log-probs are of the truncated distribution, so that the ratio of a fresh sample is the mass that was kept.
     """
     if not cuts_off(sampler):
+        _check_other_view(objective, sampler)
         return
     settings = " and ".join(f"sampler.{key}={getattr(sampler, key)}" for key in ("top_p", "top_k") if getattr(sampler, key))
     if cfg.get("importance_weights"):
@@ -222,6 +223,17 @@ def _check_truncation(cfg: DictConfig, objective: Objective, sampler: Sampler) -
             f"sampler.top_p={sampler.top_p} is below objective.clip_low={clip_low}: the ratio of a fresh sample is the mass "
             "that top_p keeps, so that tokens of negative advantage would lose their gradient in the very first update; "
             f"{correction}raise sampler.top_p, or lower objective.clip_low"
+        )
+
+
+def _check_other_view(objective: Objective, sampler: Sampler) -> None:
+    """Refuse what `_check_truncation` does where kept sets are recorded: the view that did not sample has none."""
+    clip_low = getattr(objective, "clip", {}).get("clip_low", 0.0)
+    if getattr(objective, "student_term", "") == "ppo" and sampler.top_p is not None and sampler.top_p < clip_low:
+        raise InputError(
+            f"sampler.top_p={sampler.top_p} is below objective.clip_low={clip_low}: where the student agrees with the teacher, "
+            "who samples, its ratio is the mass that top_p keeps, so that tokens of negative advantage would lose their "
+            "gradient in the very first update; raise sampler.top_p, lower objective.clip_low, or choose another student_term"
         )
 
 

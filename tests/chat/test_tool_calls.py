@@ -199,6 +199,9 @@ def test_the_visible_text_leaves_reasoning_out():
     assert visible_text(turn("<think>\nlong\n</think>\n\nHello. ")) == "Hello."
     assert visible_text(turn("opened by the prompt\n</think>\nHello.")) == "Hello."
     assert visible_text(turn("<think>never closed")) == "" and visible_text(turn("Hello.")) == "Hello."
+    for spoken in ("Use <think> to begin; answer 7", "`<think>` and `</think>`: 7 then"):
+        assert visible_text(turn(spoken)) == spoken, "an answer may speak of the tags"
+    assert visible_text(turn("7 <think>") | {"reasoning_content": "r"}) == "7 <think>"
 
 
 AROUND = ("{}", "<tool_call>{}</tool_call>", "<action>{}</action>", "<|python_tag|>{}")

@@ -162,16 +162,24 @@ def test_a_csv_file_may_have_line_breaks_quotes_long_cells_and_empty_lines(tmp_p
     assert [(row.reference, row.privileged) for row in rows] == [("01234", "NA"), ("5", long), ("6", None)]
 
 
+def test_a_csv_file_may_be_written_as_spreadsheets_write_it(tmp_path):
+    text = "question,answer,hint,,\nq,1,h,,\nr,2\n  \ns,3,,,,,\n"
+    rows = qa_dataset(write_csv(tmp_path / "rows.csv", text), privileged_key="hint")
+    assert [(row.reference, row.privileged) for row in rows] == [("1", "h"), ("2", None), ("3", None)]
+    assert set(rows[0].data) == {"question", "answer", "hint"}
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         (HEADER + 'q1,7,h1\nq2,8,"he said: h2\nq3,9,h3\n', r"unexpected end of data in the row that starts on line 3\)"),
         (HEADER + '"q\n1",7,h1\nq2,8,"he said"h2\n', r"expected after '\"' in the row that starts on line 4\)"),
         (HEADER + '"q\n1",7,h1\n\nq2,8,first, then\n', r" line 5 has 4 cells and the header has 3; put a text"),
-        (HEADER + "q1,7\n", r" line 2 has 2 cells and the header has 3"),
+        (HEADER + "q1,7,h1\nsplit\n", r" line 3 has 1 cells and the header has 3"),
+        ("question;answer;hint\nq, or r;1;h\n", r" separates its columns by ';'; save it with commas"),
         ("question,answer,hint,answer\nq,1,h,2\n", r" has 2 columns with the name 'answer' in its header; give each"),
     ],
-    ids=["open quote", "stray quote", "comma", "short", "header"],
+    ids=["open quote", "stray quote", "comma", "line break", "semicolons", "header"],
 )
 def test_a_csv_file_that_would_be_misread_is_refused_with_its_line(tmp_path, text, said):
     with pytest.raises(InputError, match=rf"dataset\.source .*rows\.csv.*{said}"):

@@ -9,7 +9,7 @@ from pidistill.data import build_prompts, chat_dataset, gsm8k_dataset, qa_datase
 from pidistill.envs.tiny_world import tiny_world_dataset, tiny_world_tokenizer
 from pidistill.errors import InputError
 from pidistill.jsonl import write_jsonl
-from pidistill.privileged.controls import WRONG_KEY
+from pidistill.privileged.controls import WRONG_KEY, show_wrong
 from pidistill.privileged.prompt import CONTROLS, PLACEMENTS, PrivilegedPrompt
 from pidistill.tokenizers import HFChatTokenizer
 from pidistill.types import Example
@@ -137,8 +137,9 @@ def test_wrong_information_is_read_in_every_form_in_which_a_rows_own_is_read(tok
 def test_wrong_information_that_is_no_text_and_no_messages_is_refused_with_its_value(tmp_path, make):
     row = {"messages": "2 + 2?", "question": "2 + 2?", "answer": "4", "privileged": "It is 4.", "privileged_wrong": 5}
     write_jsonl(tmp_path / "rows.jsonl", [row])
-    with pytest.raises(InputError, match=r"rows\.jsonl row 0: privileged_wrong is 5; privileged information is one text or"):
-        make(str(tmp_path / "rows.jsonl"), privileged_key="privileged")
+    [example] = make(str(tmp_path / "rows.jsonl"), privileged_key="privileged")  # which no other control reads
+    with pytest.raises(InputError, match=r"row 0: privileged_wrong is 5; privileged\.control: wrong shows one text"):
+        show_wrong(example)
 
 
 def test_the_tiny_worlds_wrong_information_is_wrong_in_every_slot_that_is_told():

@@ -149,6 +149,11 @@ def test_a_top_p_below_the_clip_is_refused_without_a_correction(tiny_base, tmp_p
         rows_of("rl", tiny_base, tmp_path / "refused", sampler__top_p=0.5)
     with pytest.raises(InputError, match=r"top_p=0.5 is below objective.clip_low=0.8: .* update; raise sampler.top_p"):
         rows_of("sdpo", tiny_base, tmp_path / "sdpo", sampler__top_p=0.5)
+    replay = {"sampler__top_p": 0.5, "sampler__record_kept": True}
+    with pytest.raises(
+        InputError, match=r"top_p=0.5 is below objective.clip_low=0.8: where the student agrees with the teacher"
+    ):
+        rows_of("pi_distill", tiny_base, tmp_path / "replayed", objective__student_term="ppo", **replay)
     (row,) = rows_of("rl", tiny_base, tmp_path / "corrected", sampler__top_p=0.5, max_steps=1, **WEIGHTS)
     assert row["ratio_mean"] == pytest.approx(1.0, abs=1e-4) and row["clip_frac"] == 0
     rows_of("opsd_ucla", tiny_base, tmp_path / "no clip", sampler__top_p=0.5, max_steps=1)

@@ -145,10 +145,9 @@ def test_the_heads_mass_and_gradient_equal_the_dense_ones(chunk, temperature, si
     sets = [sorted({int(t), *range(n % 5)}) for n, t in enumerate(targets)]
     sets[2], sets[4] = [], [int(targets[4])]  # the whole vocabulary, and a single id
     starts = torch.tensor(list(itertools.accumulate(map(len, sets), initial=0)))
-    by_teacher = torch.full((tokens,), side == "teacher")
-    by_teacher[5] = side == "student"  # a token that the other view sampled: its set says nothing of this side
+    of_side = torch.arange(tokens) != 5  # a token that the other view sampled: its set says nothing of this side
     assert sets[5]
-    kept = KeptSets(torch.tensor([i for ids in sets for i in ids]), starts, by_teacher)
+    kept = KeptSets(torch.tensor([i for ids in sets for i in ids]), starts, {side: of_side})
     sets[5] = []
     request = ScoreRequest(side == "student", side == "teacher", views=(side,), entropy=False)
     scores = ScorePlan(targets, request, temperature, chunk, kept=kept)
@@ -203,10 +202,13 @@ def test_ids_that_the_teachers_view_kept_say_nothing_of_the_students_distributio
     """Where a sure teacher keeps one id, the student's log-prob of it must stay below 0, and have a gradient."""
     module = model()
     rollouts = [replace(r, sampled_by="teacher") for r in sampled(module, top_p=0.8, top_k=20)]
+    told = [replace(r, prompts=PromptPair([7], r.prompts.teacher, True)) for r in rollouts]
+    both = ScoreRequest(False, False, views=("student", "teacher"), entropy=False)
     with torch.no_grad():
-        scores = score(module, batch_of(rollouts), ScoreRequest(False, False, views=("student", "teacher"), entropy=False))
+        scores, alike = score(module, batch_of(told), both), score(module, batch_of(rollouts), both)
     assert torch.equal(scores.policy_logprobs("student"), scores.student_logprobs)
-    assert (scores.policy_logprobs("teacher") - batch_of(rollouts).ratio_logprobs).abs().max() < 1e-5
+    for equal in (scores.policy_logprobs("teacher"), alike.policy_logprobs("teacher"), alike.policy_logprobs("student")):
+        assert (equal - batch_of(rollouts).ratio_logprobs).abs().max() < 1e-5, "without information the views are one"
 
 
 def test_top_k_of_the_whole_vocabulary_changes_no_bit():

@@ -296,9 +296,11 @@ def test_a_turn_that_never_closes_the_reasoning_of_its_prompt_is_reasoning(tmp_p
     text = "Maybe <tool_call>\n<function=pay>\n</function>\n</tool_call> would be wrong"
     for variables, is_call in (({}, False), ({"enable_thinking": False}, True)):
         tokenizer = HFChatTokenizer(str(newer_folder(tmp_path, QWEN35)), template_kwargs=variables)
-        said = tokenizer.parse_turn(tokenizer._ids(text), tools)
+        said = tokenizer.parse_turn_after(tokenizer.encode_prompt([user("a")], tools), tokenizer._ids(text), tools)
         assert ("tool_calls" in said) is is_call
         assert is_call or (visible_text(said) == "" and message_text(said) == "<think>\n" + text)
+    answered = tokenizer.parse_turn_after(tokenizer._ids("nothing opened"), tokenizer._ids("The answer is 5."))
+    assert message_text(answered) == "The answer is 5."
 
 
 def test_a_turn_with_text_behind_its_stop_token_is_refused(tmp_path):
