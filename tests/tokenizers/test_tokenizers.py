@@ -283,7 +283,7 @@ def test_a_turn_that_the_template_does_not_continue_is_refused(tmp_path):
 
 
 def test_a_turn_is_encoded_with_and_without_the_reasoning_that_its_prompt_opened(tmp_path):
-    """What is sampled after such a prompt lacks the opening; files of finished turns may have it."""
+    """Take what was sampled after such a prompt, which lacks the opening, and a finished turn of a file, which may have it."""
     tokenizer = HFChatTokenizer(str(r1_folder(tmp_path)))
     for opened in ("", "<think>\n"):
         ids = tokenizer.encode_turn([user("a")], assistant(f"{opened}two and three\n</think>\n\n5"))
