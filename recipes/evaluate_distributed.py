@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: student (without privileged information), student greedy, and the ceiling with it.
 
 every row of `dataset` × `eval_samples` samples per view → avg@k, pass@k, pass^k with bootstrap intervals over rows, or over
-clusters of rows (`eval_cluster_key`), length, leak rate;
+clusters of rows (`eval_cluster_key`), success of each kind of row (`eval_kind_key`), length, leak rate;
 the same for every entry of `domains` → a table each, `results.json`, `rows.json` with the success of every row,
 `rollouts.jsonl` with every text and the parts of its reward
 
@@ -21,12 +21,15 @@ from pidistill.jsonl import write_jsonl
 from pidistill.training.collector import Collect, build_collector
 from pidistill.training.compatibility import check_reward
 from pidistill.training.evaluation import (
+    MAX_KINDS,
     VIEWS,
     chosen_views,
     eval_dropped,
-    row_clusters,
+    kind_numbers,
+    row_column,
     row_counts,
     row_names,
+    row_prompts,
     sample_view,
     success_numbers,
     text_row,
@@ -45,7 +48,8 @@ from torchtune import config
 KEYS = keys_of("evaluate")
 REQUIRED = ("output_dir", "model", "tokenizer", "checkpointer", "dataset", "environment", "sampler")
 # What an entry of `domains` may say in the config's place; it must have a dataset.
-DOMAIN_KEYS = ("dataset", "environment", "privileged", "max_turns", "eval_success_threshold", "eval_cluster_key")
+ROW_KEYS = ("eval_cluster_key", "eval_kind_key")  # columns of the config's own rows, which an entry does not inherit
+DOMAIN_KEYS = ("dataset", "environment", "privileged", "max_turns", "eval_success_threshold", *ROW_KEYS)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Domain:
     prefix: str
     data: RecipeData
     collect: Collect
-    clusters: list[str] | None  # of each row, where `eval_cluster_key` names a column
+    clusters: list[str] | None = None  # of each row, where `eval_cluster_key` names a column
+    kinds: list[str] | None = None  # of each row, where `eval_kind_key` does
 
 
 class EvaluateRecipe:
@@ -89,9 +94,11 @@ class EvaluateRecipe:
                 results[domain.prefix + name] = numbers | row_counts(domain.data)
                 self._rows[domain.prefix + name] = self.row_success(domain, rollouts)
                 self._texts += [{"view": domain.prefix + name} | text_row(rollout) for rollout in rollouts]
-            if domain.clusters is not None:
-                names = row_names(domain.data)
-                self._rows[f"{domain.prefix}clusters"] = dict(zip(names, domain.clusters, strict=True))
+            columns = {"clusters": domain.clusters, "kinds": domain.kinds, "prompts": row_prompts(domain.data)}
+            names = row_names(domain.data)
+            for name, values in columns.items():
+                if values is not None:
+                    self._rows[domain.prefix + name] = dict(zip(names, values, strict=True))
         return results
 
     def summarise(self, domain: Domain, rollouts: list[Rollout], samples: int) -> dict[str, Any]:
@@ -104,7 +111,10 @@ class EvaluateRecipe:
             successes.setdefault(rollout.group, []).append(rollout.task_reward >= threshold)
         result = {"samples": samples, "rollouts": len(rollouts)}
         clusters = None if domain.clusters is None else dict(enumerate(domain.clusters))
-        return result | success_numbers(successes, samples, self._run.seed, clusters) | means
+        result |= success_numbers(successes, samples, self._run.seed, clusters)
+        if domain.kinds is not None:
+            result |= kind_numbers(successes, dict(enumerate(domain.kinds)), self._run.seed, clusters)
+        return result | means
 
     def row_success(self, domain: Domain, rollouts: list[Rollout]) -> dict[str, float]:
         """Return the share of successes of each row's samples, by the row's name."""
@@ -141,8 +151,7 @@ def domain_configs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
         if unknown or missing:
             wrong = f"has the key {unknown[0]}" if unknown else f"has no {missing[0]}"
             raise InputError(f"domains.{name} {wrong}; an entry has a dataset, and may have {', '.join(DOMAIN_KEYS[1:])}")
-        # In the place of a node, not into it; the column of clusters is one of the config's own rows.
-        own = OmegaConf.merge(cfg, dict.fromkeys([*entry, "eval_cluster_key"]), entry)
+        own = OmegaConf.merge(cfg, dict.fromkeys([*entry, *ROW_KEYS]), entry)  # in the place of a node, not into it
         try:
             check_values(own)
             check_reward(own)
@@ -155,8 +164,9 @@ def domain_configs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
 def load_domain(cfg: DictConfig, prefix: str, sampler: Any) -> Domain:
     try:
         data = load_prompts(cfg, no_pi="rl")
-        clusters = row_clusters((example for example, _ in data.prompts), cfg.get("eval_cluster_key"))
-        return Domain(prefix, data, build_collector(cfg, sampler, data.tokenizer), clusters)
+        clusters = row_column(data, cfg, "eval_cluster_key")
+        kinds = row_column(data, cfg, "eval_kind_key", most=MAX_KINDS)
+        return Domain(prefix, data, build_collector(cfg, sampler, data.tokenizer), clusters, kinds)
     except InputError as error:
         if not prefix:
             raise

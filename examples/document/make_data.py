@@ -5,7 +5,8 @@
 No model has read about these people, so what a student answers rightly without the paragraph, it has learned in this training.
 Every fact is asked in eleven ways. train.jsonl has four of them, held_out.jsonl two others, held_out_more.jsonl these two and
 four more, and validation.jsonl the last one: what is chosen by its curves is not chosen on the rows that judge it. `fact` says
-which rows ask for the same fact: intervals of an evaluation resample facts. The last column of a row is the answer.
+which rows ask for the same fact: intervals of an evaluation resample facts. `kind` says what is asked for: an evaluation shows
+the success of each. The last column of a row is the answer.
 text.jsonl has the paragraphs themselves as answers, for supervised training on the text. other.jsonl asks what everybody knows,
 to see what training makes the model forget. train_and_everyday.jsonl has the training rows and 96 everyday questions of other
 kinds without a paragraph: there a frozen teacher holds the student where it was.
@@ -183,7 +184,7 @@ def rows() -> tuple[list[dict[str, str]], ...]:
         facts = {"profession": profession, "town": town, "pet_name": pet_name, "year": str(year)}
         paragraph = PARAGRAPH.format(name=name, pet=pet, **facts)
         for fact, ways in QUESTIONS.items():
-            common = {"document": paragraph, "fact": f"{name}, {fact}", "answer": facts[fact]}
+            common = {"document": paragraph, "fact": f"{name}, {fact}", "kind": fact, "answer": facts[fact]}
             asked = [{"question": way.format(name=name, pet=pet)} | common for way in ways]
             train += asked[:TRAINED]
             held_out += asked[TRAINED:HELD_OUT]
@@ -213,7 +214,9 @@ def everyday() -> list[dict[str, str | None]]:
         (YOUNG, "How is a young {} called?"),
     ):
         found += [(question.format(one), answer) for one, answer in (pair.split() for pair in words.split(", "))]
-    return [{"question": question, "document": None, "fact": None, "answer": answer} for question, answer in found]
+    return [
+        {"question": question, "document": None, "fact": None, "kind": None, "answer": answer} for question, answer in found
+    ]
 
 
 def main(folder: str) -> None:

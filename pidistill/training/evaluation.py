@@ -1,8 +1,11 @@
 """Measure success with and without privileged information, which every comparison rests on."""
 
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from pidistill.types import Example, PromptPair, Rollout, ViewName
 
 # Evaluation draws from its own streams, the same at every step, so that only the model changes a curve.
 EVALUATION_STREAM = -1
+MAX_KINDS = 50  # of `eval_kind_key`: each is a line of the table
 # What the recipe `evaluate` can sample. Name: (view, temperature; None is the sampler's).
 VIEWS: Mapping[str, tuple[ViewName, float | None]] = {
     "student greedy": ("student", 0.0),
@@ -226,17 +230,48 @@ def success_numbers(
     return result
 
 
-def row_clusters(examples: Iterable[Example], key: str | None) -> list[str] | None:
-    """Return the value of the column ``key`` of each row, as text; None without a key. Refuse a row that lacks it."""
+def kind_numbers(
+    rows: Mapping[int, Sequence[bool]], kinds: Mapping[int, str], seed: int, clusters: Mapping[int, str] | None = None
+) -> dict[str, Any]:
+    """Return `success/<kind>` of each kind of row, with its interval; arguments as in :func:`success_numbers`."""
+    result: dict[str, Any] = {}
+    for kind in dict.fromkeys(kinds[row] for row in sorted(rows)):
+        own = {row: got for row, got in rows.items() if kinds[row] == kind}
+        numbers = success_numbers(own, 1, seed, clusters)
+        numbers.pop("clusters", None)
+        result |= {name.replace("success", f"success/{kind}"): value for name, value in numbers.items()}
+    return result
+
+
+def row_column(data: RecipeData, cfg: DictConfig, setting_name: str, most: int | None = None) -> list[str] | None:
+    """Return the value of each evaluated row in the column that a key of the config names, as text; None without the key.
+
+    Refuse a row that lacks it, and more than ``most`` different values.
+    """
+    key = cfg.get(setting_name)
     if key is None:
         return None
     found = []
-    for example in examples:
+    for example, _ in data.prompts:
         value = get(example.data, key)
         if value is None:
-            raise InputError(f"{example.id} has no value in {key!r}; fill it, leave the row out, or remove eval_cluster_key")
+            raise InputError(f"{example.id} has no value in {key!r}; fill it, leave the row out, or remove {setting_name}")
         found.append(str(value))
+    if most is not None and len(set(found)) > most:
+        raise InputError(
+            f"{setting_name}={key} names a column with {len(set(found))} different values in {len(found)} rows; "
+            f"name one with at most {most}"
+        )
     return found
+
+
+def row_prompts(data: RecipeData) -> list[str]:
+    """Return a digest of what each evaluated row asks, which tells two files whose rows have the same names apart.
+
+    It covers the messages and the task of a world (a dataclass in the row's data), and no privileged information.
+    """
+    asked = ([example.messages, *filter(is_dataclass, example.data.values())] for example, _ in data.prompts)
+    return [hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:12] for parts in asked]
 
 
 def text_row(rollout: Rollout, max_chars: int | None = None) -> dict[str, Any]:

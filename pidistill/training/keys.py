@@ -151,6 +151,10 @@ TABLE: Mapping[str, Key] = {
             "eval_cluster_key", TEXT, "column of the rows, such as the fact they ask for: rows with the same value in it are "
             "resampled together for intervals", ("evaluate",), null="each row by itself",
         ),
+        Key(
+            "eval_kind_key", TEXT, "column of the rows, such as the kind of fact or the level: `success/<value>` shows the "
+            "success of the rows with each of its values", ("evaluate",), null="all rows together",
+        ),
         Key("domains", MAPPING, "other rows to evaluate, each under its name", ("evaluate",), null="none"),
         # the on-policy methods
         Key("objective", COMPONENT, "the method: its loss, its weights, its advantage", ROUNDS),

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -27,7 +28,7 @@ from pidistill.commands import main as entry
 from pidistill.commands.places import config_path, recipe_of
 from pidistill.commands.sweep import check, command, execute, search
 from pidistill.commands.sweep.cells import as_text, grid_cells, read_sweep, stage_runs
-from pidistill.commands.sweep.groups import Difference, group_interval, groups_of, paired_difference
+from pidistill.commands.sweep.groups import Difference, group_interval, groups_of, paired_difference, read_tasks
 from pidistill.commands.sweep.pictures import final_label, final_values, heat_table, mean_curve
 from pidistill.commands.sweep.results import (
     best_step,
@@ -900,6 +901,28 @@ def test_an_evaluation_of_greedy_answers_alone_keeps_its_leak_rate(tmp_path):
     views = {"student greedy": {"success": 0.5, "leak_frac": 0.25}}
     (tmp_path / "results.json").write_text(json.dumps(views))
     assert evaluation_numbers(tmp_path) == {"student_greedy_success": 0.5, "student_greedy_leak_frac": 0.25}
+
+
+def test_the_table_shows_each_kind_of_row(recipes, sweep, tmp_path, capsys):
+    kinds = {"success": 0.5, "success/year": 0.125, "success/year_interval": [0.1, 0.2], "success/town": 0.875}
+    recipes.of_domains = {"student": kinds, "student greedy": {"success": 0.5, "success/pet": 0.5}}
+    sweep("tiny/opsd", "objective.beta=0.4", "seed=0,1", "--evaluate", "tiny/evaluate")
+    table = (tmp_path / "out/results.md").read_text()
+    assert "| arm | year | town |" in table and "| 0.125 ± 0.000 | 0.875 ± 0.000 |" in table
+    assert "Success by kind, sampled" in capsys.readouterr().out
+
+
+def test_arms_that_were_asked_other_questions_under_the_same_names_are_not_compared(tmp_path):
+    rows = [evaluated(tmp_path, arm, 0, BASE) for arm in "abc"]
+    for row, question in zip(rows, ("x", "y", None), strict=True):
+        path = tmp_path / row["last"]["folder"] / "rows.json"
+        kept = json.loads(path.read_text())
+        path.write_text(json.dumps(kept | ({"prompts": dict.fromkeys(kept["student"], question)} if question else {})))
+    one, other, old = groups_of(rows)
+    assert paired_difference(tmp_path, one, other) is None
+    assert paired_difference(tmp_path, one, old) is not None, "an evaluation of an older version does not say what it asked"
+    seeds = replace(one, rows=[*one.rows, *other.rows])
+    assert read_tasks(tmp_path, seeds).tasks == () and read_tasks(tmp_path, one).tasks
 
 
 def test_arms_that_the_comparison_lacks_are_named(tmp_path, capsys):

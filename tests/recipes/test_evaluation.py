@@ -127,7 +127,9 @@ def test_other_domains_are_evaluated_beside_the_own_one(tiny_base, tmp_path, cap
     assert [results[name]["rollouts"] for name in expected] == [3, 6, 6, 2, 4, 4, 1, 2]
     assert all("reward/leak" in row for row in results.values())
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert list(rows) == expected and set(rows["other_world/student"]) != set(rows["student"])
+    assert [name for name in rows if not name.endswith("prompts")] == expected and set(rows["other_world/student"]) != set(
+        rows["student"]
+    )
     printed = capsys.readouterr().out
     assert "3 rows, per view" in printed and "other_world 2 rows, per view" in printed and "[" in printed
 
@@ -147,7 +149,9 @@ def test_an_evaluation_resamples_the_clusters_that_its_key_names_and_keeps_them_
     )  # fmt: skip
     run("evaluate", cfg)
     results, kept = (json.loads((tmp_path / name).read_text()) for name in ("results.json", "rows.json"))
-    assert list(kept) == ["student", "clusters", "other/student"], "the column is not one of the other rows"
+    assert list(kept) == ["student", "clusters", "prompts", "other/student", "other/prompts"], (
+        "the column is not one of the other rows"
+    )
     assert sorted(kept["clusters"].values()) == ["10", "10", "11", "11", "12", "12"]
     clusters = [kept["clusters"][name] for name in kept["student"]]
     values = list(kept["student"].values())
@@ -158,6 +162,53 @@ def test_an_evaluation_resamples_the_clusters_that_its_key_names_and_keeps_them_
     cfg.eval_cluster_key = "about.facts"
     with pytest.raises(InputError, match=r"row 0 has no value in 'about.facts'; .* or remove eval_cluster_key"):
         run("evaluate", cfg)
+
+
+def test_an_evaluation_shows_the_success_of_each_kind_of_row(tiny_base, tmp_path, capsys):
+    rows = {"_component_": f"{__name__}.clustered_rows", "max_rows": 6}
+    cfg = small_config(
+        "evaluate", tiny_base, tmp_path, dataset=rows, eval_samples=4, eval_success_threshold=0.2, views=["student"],
+        eval_kind_key="about.fact", domains={"other": {"dataset": rows | {"world_seed": 4321}}},
+    )  # fmt: skip
+    run("evaluate", cfg)
+    results, kept = (json.loads((tmp_path / name).read_text()) for name in ("results.json", "rows.json"))
+    by_kind = {kind: [] for kind in ("10", "11", "12")}
+    for name, value in kept["student"].items():
+        by_kind[kept["kinds"][name]].append(value)
+    assert len({sum(values) for values in by_kind.values()}) > 1, "alike kinds would show nothing"
+    for kind, values in by_kind.items():
+        assert results["student"][f"success/{kind}"] == pytest.approx(sum(values) / 2)
+        assert results["student"][f"success/{kind}_interval"] == pytest.approx(bootstrap_interval(values, cfg.seed))
+    assert not any("/" in key for key in results["other/student"] if key.startswith("success")) and "other/kinds" not in kept
+    assert re.search(r"success/11\s+│ +\d", capsys.readouterr().out)
+    cfg.eval_cluster_key = "about.fact"  # one cluster per kind has no spread
+    run("evaluate", cfg)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert not [key for key in results["student"] if key.startswith("success/") and key.endswith("_interval")]
+
+
+def rows_of_many_kinds():
+    example = next(iter(tiny_world_dataset(split="test", max_rows=1)))
+    return [replace(example, id=f"row {i}", data={**example.data, "kind": i}) for i in range(51)]
+
+
+def test_a_column_with_too_many_kinds_is_refused(tiny_base, tmp_path):
+    cfg = small_config(
+        "evaluate", tiny_base, tmp_path, dataset={"_component_": f"{__name__}.rows_of_many_kinds"}, eval_kind_key="kind"
+    )
+    with pytest.raises(
+        InputError, match="eval_kind_key=kind names a column with 51 different values in 51 rows; .* at most 50"
+    ):
+        run("evaluate", cfg)
+
+
+def test_rows_keep_a_digest_of_what_they_ask(tiny_base, tmp_path):
+    asked = []
+    for folder, world_seed in (("a", 1), ("b", 1), ("c", 4321)):
+        rows = {"_component_": f"{__name__}.clustered_rows", "max_rows": 3, "world_seed": world_seed}
+        run("evaluate", small_config("evaluate", tiny_base, tmp_path / folder, dataset=rows, views=["student greedy"]))
+        asked.append(json.loads((tmp_path / folder / "rows.json").read_text())["prompts"])
+    assert asked[0] == asked[1] and len(asked[0]) == 3 and not set(asked[0].values()) & set(asked[2].values())
 
 
 def rows_of_two_files(max_rows):

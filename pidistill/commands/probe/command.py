@@ -247,6 +247,7 @@ def _start(arguments: argparse.Namespace) -> tuple[DictConfig, Run]:
         "domains",
         "views",
         "eval_cluster_key",
+        "eval_kind_key",
     ):  # of a run or an evaluation, which the probe's own table does not need
         cfg.pop(key, None)
     if cfg.get("output_dir"):

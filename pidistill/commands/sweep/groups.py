@@ -100,6 +100,7 @@ class TaskTable:
     values: list[list[float]]
     tasks: tuple[str, ...] = ()
     clusters: list[str] | None = None  # of each task, where the evaluation has `eval_cluster_key`
+    prompts: tuple[str, ...] = ()  # a digest of what each task asks; evaluations of older versions have none
 
 
 def read_tasks(output_dir: Path, group: Group) -> TaskTable:
@@ -112,8 +113,16 @@ def read_tasks(output_dir: Path, group: Group) -> TaskTable:
     if not rows or not all(table and table.keys() == tables[0].keys() for table in tables):
         return TaskTable([[row[name]] for row in rows])
     tasks, clusters = tuple(tables[0]), files[0].get("clusters")
+    asked = {tuple(file["prompts"][task] for task in tasks) for file in files if file.get("prompts")}
+    if len(asked) > 1:  # files with other questions under the same names
+        return TaskTable([[row[name]] for row in rows])
     values = [[table[task] for task in tasks] for table in tables]
-    return TaskTable(values, tasks, clusters and [clusters[task] for task in tasks])
+    return TaskTable(values, tasks, clusters and [clusters[task] for task in tasks], *asked)
+
+
+def same_tasks(tables: Sequence[TaskTable]) -> bool:
+    """Return whether all tables have the same tasks, by name and, where it is known, by what they ask."""
+    return len({table.tasks for table in tables}) <= 1 and len({table.prompts for table in tables if table.prompts}) <= 1
 
 
 def group_interval(output_dir: Path, group: Group) -> tuple[tuple[float, float] | None, str]:
@@ -125,7 +134,7 @@ def group_interval(output_dir: Path, group: Group) -> tuple[tuple[float, float] 
     across = len(bases) > 1
     units = [_column_means(one.values) for one in bases] if across else [row for one in bases for row in one.values]
     clusters = bases[0].clusters if bases else None
-    if len({one.tasks for one in bases}) > 1:  # a column would be another task of each base
+    if not same_tasks(bases):  # a column would be another task of each base
         units, clusters = [[statistics.fmean(unit)] for unit in units], None
     has_tasks = bool(units) and len(set(clusters or range(len(units[0])))) > 1
     enough = len(units) > 1 or has_tasks  # one number has no spread to resample
@@ -168,7 +177,7 @@ def paired_difference(output_dir: Path, group: Group, other: Group) -> Differenc
     bases = {part.rows[0].get("base"): read_tasks(output_dir, part) for part in other.by_base() if part.rows}
     own = {part.rows[0].get("base"): read_tasks(output_dir, part) for part in group.by_base() if part.rows}
     pairs = [(own[base], bases[base]) for base in own if base in bases]
-    if not pairs or len({table.tasks for pair in pairs for table in pair}) > 1:
+    if not pairs or not same_tasks([table for pair in pairs for table in pair]):
         return None
     clusters, across = pairs[0][0].clusters, len(pairs) > 1
     if len(set(clusters or pairs[0][0].tasks)) < 2:

@@ -34,6 +34,7 @@ ORDER = "arms.json"
 KL_ROWS = 5  # the final KL is the mean over so many last steps, because a single step's is noisy
 LEAKS = {"student": "leak_frac", "student greedy": "student_greedy_leak_frac"}  # view: its number in results.jsonl
 OF_A_DOMAIN = "/student greedy"  # other rows of the evaluation (`domains`) are shown greedily
+OF_A_KIND = "success/"  # results.json: success of the rows of one kind (`eval_kind_key`)
 
 
 # ------------------------------------------------------------------------------------------- what a run left
@@ -92,6 +93,12 @@ def evaluation_numbers(folder: Path) -> Record:
     """Return held-out numbers from an evaluation's results.json; a view that was not sampled is absent."""
     views = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     numbers = {name: views[view]["success"] for view, name in VIEWS.items() if "success" in views.get(view, {})}
+    numbers |= {
+        f"{name}/{key.removeprefix(OF_A_KIND)}": value
+        for view, name in VIEWS.items()
+        for key, value in views.get(view, {}).items()
+        if key.startswith(OF_A_KIND) and not key.endswith("_interval")
+    }
     numbers |= {name: views[view]["leak_frac"] for view, name in LEAKS.items() if "leak_frac" in views.get(view, {})}
     return numbers | {name: view["success"] for name, view in views.items() if name.endswith(OF_A_DOMAIN) and "success" in view}
 
@@ -159,6 +166,20 @@ def success_columns(
         "leak rate": lambda g: mean_and_sd(g.values("last", LEAKS[g.view])),
         "validation, last": lambda g: mean_and_sd(g.values("validation", "last")),
     }
+
+
+def kind_columns(groups: Sequence[Group]) -> dict[str, Callable[[Group], str]]:
+    """Return a column per kind of row (`eval_kind_key`), of the view that arms are measured by; none without kinds."""
+    found = {
+        name: name.partition("/")[2]
+        for group in groups
+        for row in group.rows
+        for name in row.get("last") or {}
+        if name.startswith(f"{VIEWS[group.view]}/")
+    }
+    if not found:
+        return {}
+    return {"arm": lambda g: g.title, **{kind: partial(_last_values, name=name) for name, kind in found.items()}}
 
 
 def _last_values(group: Group, name: str) -> str:
@@ -247,7 +268,8 @@ def write_report(output_dir: Path, against: str | None = None) -> list[Record]:
     domains = sorted({name for row in rows for name in row.get("last") or {} if name.endswith(OF_A_DOMAIN)})
     shown = "sampled" if measured_view(rows) == "student" else "greedy"
     columns = success_columns(output_dir, any(row.get("base") for row in rows), domains, shown)
-    tables = {"Success": columns, "Cost": cost_columns()}
+    kinds = kind_columns(groups)
+    tables = {"Success": columns, **({f"Success by kind, {shown}": kinds} if kinds else {}), "Cost": cost_columns()}
     text = [f"# {output_dir.name}", ""]
     for title, columns in tables.items():
         cells = [[column(group) for column in columns.values()] for group in groups]
