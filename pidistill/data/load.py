@@ -119,12 +119,14 @@ def gives_privileged(environment: Any) -> bool:
 def gives_no_reward(environment: Any) -> bool:
     """Return whether a config node names, at any depth, an environment without a reward.
 
-    That is one whose argument `reward` is null, or one of the user's own that says ``gives_reward = False``.
+    That is one whose argument `reward` is null, typed or by its default, or one of the user's own that says
+    ``gives_reward = False``.
     """
 
     def lacks(component: Any, node: Mapping[str, Any]) -> bool:
-        takes = "reward" in inspect.signature(component).parameters
-        return getattr(component, "gives_reward", True) is False or (takes and node.get("reward") is None)
+        parameter = inspect.signature(component).parameters.get("reward")
+        given = node.get("reward", None if parameter is None or parameter.default is parameter.empty else parameter.default)
+        return getattr(component, "gives_reward", True) is False or (parameter is not None and given is None)
 
     return _some_component(environment, lacks)
 

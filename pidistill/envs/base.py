@@ -1,5 +1,6 @@
 """Say what an environment is, and check what one answers. One stateless object serves many episodes, each with its state."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,16 @@ class Environment(Protocol):
         With ``environment_threads`` or ``environment_timeout_s`` this is called from several threads, each episode from one
         at a time.
         """
+
+
+def judge_unfinished(environment: Environment, state: Any) -> EnvStep:
+    """Return the environment's verdict on an episode that `max_turns` or the token limit ended after a whole turn.
+
+    An environment may have the method ``unfinished(state) -> EnvStep``, of which reward and parts are read. Without one such an
+    episode keeps the rewards of its turns: 0 where the answer alone is judged.
+    """
+    verdict = getattr(environment, "unfinished", None)
+    return EnvStep([], 0.0, done=True) if verdict is None else verdict(state)
 
 
 class EnvironmentTimeout(Exception):
@@ -146,6 +157,11 @@ def _observations(value: Any, max_chars: int | None) -> list[Message]:
             message_text(message).encode()
         except UnicodeEncodeError as error:  # half a surrogate pair: no tokenizer takes it
             raise EnvironmentOutputError(f"an observation holds what is no text: {error}") from error
+        for key, value in message.items():  # files of traces and of checkpoints keep whole messages
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise EnvironmentOutputError(f"an observation's {key!r} is {_shown(value)}, no plain data: {error}") from error
     return messages
 
 

@@ -12,6 +12,7 @@ gets wrong (an unknown tool, wrong arguments, JSON that is none) is answered wit
 run. Arguments are data: they are checked against the schema and handed over, nothing else.
 """
 
+import copy
 import inspect
 import json
 import logging
@@ -63,6 +64,8 @@ class Tool:
         _check_arguments(self, arguments)
         given = {STATE: state, **arguments} if self.takes_state else arguments
         result = self.function(**given)
+        if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+            raise _no_text(self.name)
         return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
 
 
@@ -75,13 +78,16 @@ def tool(function: Callable[..., Any]) -> Tool:
     Annotations may be str, int, float, bool, ``Literal``, ``list[...]``, ``dict[str, ...]`` and unions of these (with None).
     The docstring's text up to ``Args:`` is the description, and its ``Args:`` describe the arguments.
     """
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        raise InputError(
-            f"the tool {function.__name__} is an async function, and nothing here awaits its answer; write it with `def`, and "
-            "call asyncio.run in it where it must await something"
-        )
+    if not callable(function) or not hasattr(function, "__name__"):
+        raise InputError(f"the tool {bounded_repr(function)} is no function with a name; write it with `def`")
+    plain = inspect.unwrap(function)  # what a decorator such as a cache or a retry wraps
+    if inspect.iscoroutinefunction(plain) or inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain):
+        raise _no_text(function.__name__)
     signature = inspect.signature(function)
-    hints = typing.get_type_hints(function)
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError) as error:
+        raise InputError(f"the tool {function.__name__} has an annotation that names no type: {error}") from error
     text, described = _read_docstring(inspect.getdoc(function) or "")
     properties, required = {}, []
     for name, parameter in signature.parameters.items():
@@ -98,6 +104,13 @@ def tool(function: Callable[..., Any]) -> Tool:
     return Tool(function.__name__, text, parameters, function, STATE in signature.parameters)
 
 
+def _no_text(name: str) -> InputError:
+    return InputError(
+        f"the tool {name} is an async function or a generator, and nothing here awaits or reads its answer; write it with "
+        "`def` and `return`, and call asyncio.run in it where it must await something"
+    )
+
+
 def tools_by_name(functions: Iterable[Callable[..., Any] | str]) -> dict[str, Tool]:
     """Return the tools of functions, or of dotted paths to functions, by their names."""
     made = [tool(resolve(function) if isinstance(function, str) else function) for function in functions]
@@ -108,18 +121,19 @@ def tools_by_name(functions: Iterable[Callable[..., Any] | str]) -> dict[str, To
 
 
 def _read_docstring(doc: str) -> tuple[str, dict[str, str]]:
-    """Return (description, description of each argument) of a docstring with an ``Args:`` part."""
+    """Return (description, description of each argument) of a docstring with an ``Args:`` part, as Google writes them."""
     text, _, rest = doc.partition("\nArgs:\n")
     described: dict[str, str] = {}
-    name = ""
-    for line in rest.splitlines():
-        begins = re.match(r"    (\w+): (.*)", line)
-        if begins:
-            name, described[begins[1]] = begins[1], begins[2].strip()
-        elif name and line.startswith("     "):
-            described[name] += f" {line.strip()}"
-        elif line.strip():
+    name, indent = "", len(rest) - len(rest.lstrip(" "))
+    for line in filter(str.strip, rest.splitlines()):
+        deeper = len(line) - len(line.lstrip(" ")) - indent
+        begins = re.match(r"\*{0,2}(\w+)(?: *\(.*?\))?: *(.*)", line.strip())  # a type in brackets may follow the name
+        if indent == 0 or deeper < 0:
             break
+        if deeper == 0 and begins:
+            name, described[begins[1]] = begins[1], begins[2].strip()
+        elif deeper > 0 and name:
+            described[name] = f"{described[name]} {line.strip()}".strip()
     return " ".join(text.split()), described
 
 
@@ -162,6 +176,8 @@ def _carry_out(call: Mapping[str, Any], tools: Mapping[str, Tool], state: Any) -
         return _answer(call, name, tools[name].call(arguments, state))
     except ToolError as error:
         return _answer(call, name, f"Error: {error}")
+    except InputError:  # the function is no tool: no model can mend that
+        raise
     except Exception as error:  # an error in the tool: the model may try something else, and the log shows where it is
         _warn_once(name, error)
         text, _ = attempt(partial(str, error))
@@ -243,17 +259,24 @@ class FunctionToolEnvironment:
         functions: the tools, as functions or as dotted paths to them; the dataset shows their schemas (:func:`with_tools`).
         reward: sees the episode's messages as turns, and the state as ``example.data["state"]``; null for none, where the
             objective needs none.
-        begin: the state of a new episode, a function of the example or a dotted path; null for none. Functions that take no
-            ``state`` must not keep any: one environment serves many episodes, from several threads with `environment_threads`.
+        begin: the state of a new episode, a function of the example or a dotted path; null for none. It gets a copy of the
+            example, so that a state which is part of the row belongs to one episode. Functions that take no ``state`` must not
+            keep any: one environment serves many episodes, from several threads with `environment_threads`.
+        judge_unfinished: True: an episode that `max_turns` or the token limit ends before its answer is judged as it stands;
+            False: its reward is 0. Set it where a wrong answer costs something, else an agent that never answers has more than
+            one that errs.
     """
 
     functions: Sequence[Callable[..., Any] | str]
     reward: Reward | None = None
     begin: Callable[[Example], Any] | str | None = None
+    judge_unfinished: bool = False
 
     def __post_init__(self) -> None:
         if not self._tools:
             raise InputError("environment.functions is empty; name the functions that are the tools")
+        if self.begin:
+            self._begin  # noqa: B018  a path that leads nowhere is said before the first episode
 
     @cached_property
     def _tools(self) -> dict[str, Tool]:
@@ -262,7 +285,11 @@ class FunctionToolEnvironment:
     @cached_property
     def _begin(self) -> Callable[[Example], Any]:
         begin = resolve(self.begin) if isinstance(self.begin, str) else self.begin
-        return begin or (lambda example: None)
+        if inspect.iscoroutinefunction(inspect.unwrap(begin)):
+            raise InputError(
+                f"environment.begin={self.begin} is an async function, and nothing awaits its state; write it with `def`"
+            )
+        return begin
 
     def reset(self, example: Example) -> ToolEpisode:
         if not example.tools:  # without tools in the row no text of the model is read as a call
@@ -270,7 +297,7 @@ class FunctionToolEnvironment:
                 f"{example.id} shows no tools to the model, and the environment has {', '.join(self._tools)}; set "
                 "dataset._component_=pidistill.envs.function_tools.with_tools around the dataset, with the same functions"
             )
-        return ToolEpisode(example, self._begin(example))
+        return ToolEpisode(example, self._begin(_copied(example)) if self.begin else None)
 
     def step(self, state: ToolEpisode, turn: Message, *, truncated: bool) -> EnvStep:
         if state.done:
@@ -279,8 +306,24 @@ class FunctionToolEnvironment:
         answers = [] if truncated else call_tools(turn, self._tools, state.state)
         state.turns += answers
         state.done = not answers
-        if answers:
-            return EnvStep(answers, 0.0 if self.reward else None, done=False)
-        example = replace(state.example, data={**state.example.data, STATE: state.state})
+        return EnvStep(answers, 0.0 if self.reward else None, done=False) if answers else self._verdict(state)
+
+    def unfinished(self, state: ToolEpisode) -> EnvStep:
+        """Judge an episode that a limit ended before its answer."""
+        return self._verdict(state) if self.judge_unfinished else EnvStep([], 0.0, done=True)
+
+    def _verdict(self, state: ToolEpisode) -> EnvStep:
+        own = {STATE: state.state} if self.begin else {}  # without it a row's own column of that name stays
+        example = replace(state.example, data={STATE: None} | state.example.data | own)
         reward, parts = judge(self.reward, example, state.turns) if self.reward else (None, {})
         return EnvStep([], reward, done=True, reward_parts=parts)
+
+
+def _copied(example: Example) -> Example:
+    try:
+        return copy.deepcopy(example)
+    except Exception as error:
+        raise InputError(
+            f"{example.id} cannot be copied ({type(error).__name__}: {error}), and environment.begin gets a copy, since "
+            "episodes must not share what it makes of the row; keep plain data in rows, and open what is none in begin"
+        ) from error

@@ -55,8 +55,8 @@ class SavedStart:
 class GEMEnvironment:
     """Play the rows of :func:`gem_dataset`; rewards are GEM's, each in [-0.1, 1] for its games.
 
-    One call at a time per process, since the random streams are the process's: for slow games wrap it in
-    :class:`pidistill.envs.ProcessEnvironment`.
+    One call at a time per process, since the random streams are the process's: a call that hangs keeps them, and every later
+    one is late too. For games that are slow or may hang, wrap it in :class:`pidistill.envs.ProcessEnvironment`.
     """
 
     def reset(self, example: Example) -> GEMEpisode:

@@ -16,7 +16,15 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from pidistill.envs.base import Environment, EnvironmentCrash, EnvironmentOutputError, EnvironmentTimeout, EnvStep, check_step
+from pidistill.envs.base import (
+    Environment,
+    EnvironmentCrash,
+    EnvironmentOutputError,
+    EnvironmentTimeout,
+    EnvStep,
+    check_step,
+    judge_unfinished,
+)
 from pidistill.envs.streams import RandomStreams
 from pidistill.errors import InputError, attempt, bounded_repr, bounded_traceback
 from pidistill.types import Example, Message
@@ -75,6 +83,9 @@ class ProcessEnvironment:
 
     def step(self, state: _State, turn: Message, *, truncated: bool) -> EnvStep:
         return self._call(state, ("step", state.pickled, turn, truncated))
+
+    def unfinished(self, state: _State) -> EnvStep:
+        return self._call(state, ("unfinished", state.pickled))
 
     def _call(self, state: _State, request: tuple) -> Any:
         message = pickle.dumps(request)
@@ -203,7 +214,7 @@ def _end_with_the_parent() -> None:
 
 def _answer(environment: Environment, request: tuple) -> bytes:
     """Return (exception, value, state and streams) pickled."""
-    answer, error = attempt(lambda: (_reset if request[0] == "reset" else _step)(environment, *request[1:]))
+    answer, error = attempt(lambda: _REQUESTS[request[0]](environment, *request[1:]))
     if error is None:
         return answer
     return pickle.dumps((pickle.loads(_pickled_error(error)), None, None))
@@ -222,6 +233,16 @@ def _step(environment: Environment, pickled: bytes, turn: Message, truncated: bo
     with streams.in_use():
         step = check_step(environment.step(state, turn, truncated=truncated), rewarded=False)  # the caller asks again
     return pickle.dumps((None, step, _pickled_state(environment, state, streams)))
+
+
+def _unfinished(environment: Environment, pickled: bytes) -> bytes:
+    state, streams = pickle.loads(pickled)
+    with streams.in_use():
+        step = check_step(judge_unfinished(environment, state), rewarded=False)
+    return pickle.dumps((None, step, pickled))
+
+
+_REQUESTS = {"reset": _reset, "step": _step, "unfinished": _unfinished}
 
 
 def _pickled_state(environment: Environment, state: Any, streams: RandomStreams) -> bytes:

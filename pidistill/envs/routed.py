@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pidistill.data.routes import route_of
-from pidistill.envs.base import Environment, EnvStep
+from pidistill.envs.base import Environment, EnvStep, judge_unfinished
 from pidistill.errors import InputError
 from pidistill.types import Example, Message
 
@@ -32,3 +32,7 @@ class RoutedEnvironment:
     def step(self, state: tuple[str, Any], turn: Message, *, truncated: bool) -> EnvStep:
         name, own = state
         return self.environments[name].step(own, turn, truncated=truncated)
+
+    def unfinished(self, state: tuple[str, Any]) -> EnvStep:
+        name, own = state
+        return judge_unfinished(self.environments[name], own)

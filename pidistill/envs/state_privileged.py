@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from pidistill.config import resolve
-from pidistill.envs.base import Environment, EnvStep
+from pidistill.envs.base import Environment, EnvStep, judge_unfinished
 from pidistill.errors import InputError
 from pidistill.types import Example, Message
 
@@ -34,3 +34,6 @@ class StatePrivileged:
     def step(self, state: Any, turn: Message, *, truncated: bool) -> EnvStep:
         step = self.environment.step(state, turn, truncated=truncated)
         return step if step.done else replace(step, privileged=self.text(state))
+
+    def unfinished(self, state: Any) -> EnvStep:
+        return judge_unfinished(self.environment, state)

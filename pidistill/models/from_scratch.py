@@ -1,6 +1,7 @@
 """Make a checkpoint of random weights, for models that are trained from nothing."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import nn
 from torchtune import training
 from torchtune.models import convert_weights
 from torchtune.modules import TransformerDecoder
+
+from pidistill.errors import InputError
+from pidistill.models.hf_folder import SINGLE, weight_files
 
 
 def from_scratch(
@@ -25,7 +29,8 @@ def from_scratch(
     """Return a torchtune HF checkpointer; its initial checkpoint is made from random weights if it is not there yet.
 
     It serves to train a small base from nothing. ``hf_config`` becomes config.json and must describe ``model``; linear weights
-    are drawn with standard deviation 0.02, embeddings with 0.05.
+    are drawn with standard deviation 0.02, embeddings with 0.05. Without ``checkpoint_files`` the files are those that the
+    folder's index names, so that a checkpoint of a run can stand in place of the initial one, to resume or to evaluate it.
     """
     folder = Path(checkpoint_dir)
     is_main = not dist.is_initialized() or dist.get_rank() == 0
@@ -35,13 +40,18 @@ def from_scratch(
         dist.barrier()
     return training.FullModelHFCheckpointer(
         checkpoint_dir=checkpoint_dir,
-        checkpoint_files=checkpoint_files or ["model.safetensors"],
+        checkpoint_files=checkpoint_files or weight_files(folder),
         model_type=model_type,
         output_dir=output_dir,
     )
 
 
 def _write_random_weights(folder: Path, model: TransformerDecoder, hf_config: dict[str, Any], seed: int) -> None:
+    if re.fullmatch(r"latest|step_\d+", folder.name):  # else an evaluation would be one of random weights
+        raise InputError(
+            f"checkpoint folder {folder} holds no config.json, and a run's own checkpoints are not made from random weights; "
+            "train first, or check checkpoint_dir"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -53,6 +63,6 @@ def _write_random_weights(folder: Path, model: TransformerDecoder, hf_config: di
         num_kv_heads=hf_config["num_key_value_heads"],
         dim=hf_config["hidden_size"],
     )
-    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / SINGLE, metadata={"format": "pt"})
     # Last: a folder with a config.json is a whole one.
     (folder / "config.json").write_text(json.dumps(hf_config, indent=2))

@@ -23,6 +23,7 @@ from pidistill.envs.base import (
     EnvStep,
     check_step,
     is_usable,
+    judge_unfinished,
 )
 from pidistill.errors import InputError, attempt, bounded_repr, bounded_traceback
 from pidistill.privileged.prompt import PrivilegedPrompt
@@ -30,7 +31,8 @@ from pidistill.rewards.shaping import Shaping, add_shaping
 from pidistill.rollouts.base import Sample
 from pidistill.rollouts.calls import ask
 from pidistill.tokenizers.base import ChatTokenizer
-from pidistill.types import Example, Message, PromptPair, Rollout, ViewName
+from pidistill.tokenizers.rendering import check_written
+from pidistill.types import Example, Message, PromptPair, Rollout, Tools, ViewName
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -107,10 +109,11 @@ class Episode:
             return None
         if len(self.turn_policy_tokens) == self.rules.max_turns:
             self.out_of_turns = True
+            self._judge_unfinished()
             return None
         tokenizer, history = self.rules.tokenizer, [*self.example.messages, *self.turns]
         _warn_of_rewritten_turns(tokenizer)
-        encode = partial(tokenizer.encode_observations, history, self.observations, self.example.tools)
+        encode = partial(_encode_observations, tokenizer, history, self.observations, self.example.tools)
         where = f"the tokenizer, with the observation after turn {len(self.turn_policy_tokens)}"
         observation_ids = self._ask(where, encode, reason="environment_output")
         if observation_ids is None:
@@ -128,7 +131,7 @@ class Episode:
         *others, last = self.observations or [{"role": "user", "content": ""}]
 
         def encode(text: str) -> list[int]:
-            return self.rules.tokenizer.encode_observations(history, [*others, with_text(last, text)], self.example.tools)
+            return _encode_observations(self.rules.tokenizer, history, [*others, with_text(last, text)], self.example.tools)
 
         row = replace(self.example, privileged=self.privileged)
         ask_prompt = partial(self.rules.privileged.show_at_turn, row, encode)
@@ -147,6 +150,7 @@ class Episode:
         if len(sample.tokens) < self.tokens:  # the observation was refused whole: it is not part of the completion
             del self.turns[len(self.turns) - len(self.observations) :]
             self.shown = [entry for entry in self.shown if entry[0] < len(sample.tokens)]
+            self._judge_unfinished()
         elif len(sample.tokens) > self.tokens:
             self._step(sample.tokens[self.tokens :], truncated=True)
 
@@ -218,6 +222,18 @@ class Episode:
         answer, most = ask(call, self.rules.timeout_s), self.rules.max_observation_chars
         return check_step(answer, most, rewarded=self.rules.rewarded)
 
+    def _judge_unfinished(self) -> None:
+        """Add the environment's verdict on an episode that a limit ended after a whole turn; it counts to that turn."""
+        call = partial(judge_unfinished, self.rules.environment, self.state)
+        where = "the unfinished episode"
+        step = self._ask(where, lambda: check_step(ask(call, self.rules.timeout_s), rewarded=self.rules.rewarded))
+        if step is None or not self._check_numbers(where, step.reward, step.reward_parts):
+            return
+        before = self.turn_rewards[:-1], self.turn_rewards[-1:]
+        self._add(step.reward, step.reward_parts)
+        if self.turn_rewards:
+            self.turn_rewards = [*before[0], before[1][0] + step.reward]
+
     def _ask(
         self, where: str, call: Callable[[], T], reason: str = "reward_error", passes: type[BaseException] | tuple = ()
     ) -> T | None:
@@ -241,6 +257,15 @@ class Episode:
         self.turn_rewards = [] if self.reward is None else [*self.turn_rewards, reward]
         for name, value in parts.items():
             self.reward_parts[name] = self.reward_parts.get(name, 0.0) + value
+
+
+def _encode_observations(
+    tokenizer: ChatTokenizer, history: list[Message], observations: list[Message], tools: Tools
+) -> list[int]:
+    """Return the observations' ids; an InputError where the chat template leaves a part of them out, as some do with roles."""
+    ids = tokenizer.encode_observations(history, observations, tools)
+    check_written(tokenizer.decode(ids), observations, None)
+    return ids
 
 
 def leave_out_what_is_too_long(rollout: Rollout, max_seq_len: int | None) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from pidistill.chat.phrases import assistant_text, count_phrases
 from pidistill.distributed.run import Run
-from pidistill.envs.base import Environment, EnvStep
+from pidistill.envs.base import Environment, EnvStep, judge_unfinished
 from pidistill.errors import InputError, check_count
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.rollouts import CollectResult, rollout_seed
@@ -221,6 +221,9 @@ class AfterTurns:
 
     def step(self, state: Any, turn: Message, *, truncated: bool) -> EnvStep:
         return self.environment.step(state, turn, truncated=truncated)
+
+    def unfinished(self, state: Any) -> EnvStep:
+        return judge_unfinished(self.environment, state)
 
 
 @dataclass(frozen=True)

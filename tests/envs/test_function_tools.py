@@ -1,7 +1,9 @@
 """Test functions as tools: their schemas, and that every mistake of a model is answered with a sentence."""
 
+import functools
 import json
 import logging
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal
@@ -9,12 +11,14 @@ from typing import Literal
 import pytest
 
 from pidistill.data.dataset import ExampleDataset
-from pidistill.envs import Environment, EnvStep
+from pidistill.envs import Environment, EnvStep, RoutedEnvironment, StatePrivileged
 from pidistill.envs.function_tools import FunctionToolEnvironment, ToolError, call_tools, tool, tools_by_name, with_tools
 from pidistill.envs.tool_world import tool_world_dataset
 from pidistill.errors import InputError
 from pidistill.privileged import PrivilegedPrompt
 from pidistill.rewards import Constraints
+from pidistill.rewards.base import RewardWithParts
+from pidistill.rollouts.selections import AfterTurns
 from pidistill.tokenizers import HFChatTokenizer
 from pidistill.types import Example
 from tests.support.tiny_tokenizers import qwen_folder
@@ -79,7 +83,7 @@ def test_functions_that_have_no_schema_are_refused():
     for function, said in (
         (untyped, "parameter a without a type"),
         (odd, "parameter a of the tool odd has the type"),
-        (later, "the tool later is an async function, and nothing here awaits its answer; write it with `def`"),
+        (later, "the tool later is an async function or a generator, and nothing here awaits or reads its answer; write"),
         (pieces, "the tool pieces is an async function"),
     ):
         with pytest.raises(InputError, match=said):
@@ -218,6 +222,137 @@ def test_episodes_in_threads_have_states_of_their_own():
     with ThreadPoolExecutor(8) as threads:
         results = list(threads.map(lambda start: play(env, start)[1].reward, list(range(10)) * 20))
     assert results == [1.0] * 200
+
+
+# ------------------------------------------------------------------------------------------- what belongs to one episode
+
+
+def order(state: dict) -> str:
+    """Order one."""
+    state["orders"].append("one")
+    return "ok"
+
+
+def one_order(example, turns):
+    return float(len(example.data["state"]["orders"]) == 1)
+
+
+def test_a_state_that_is_part_of_the_row_belongs_to_one_episode():
+    env = FunctionToolEnvironment([order], one_order, begin=lambda example: example.data["shop"])
+    shown = replace(example(1), tools=[tool(order).schema], data={"shop": {"orders": []}})
+    rewards = []
+    for _ in range(3):
+        state = env.reset(shown)
+        env.step(state, says("", ("order", {})), truncated=False)
+        rewards.append(env.step(state, says("done"), truncated=False).reward)
+    assert rewards == [1.0, 1.0, 1.0] and shown.data == {"shop": {"orders": []}}
+
+
+def test_a_row_that_cannot_be_copied_is_refused():
+    env = FunctionToolEnvironment([order], one_order, begin=lambda example: {"orders": []})
+    with pytest.raises(InputError, match=r"row 1 cannot be copied \(TypeError: .*environment.begin gets a copy"):
+        env.reset(replace(example(1), data={"lock": threading.Lock()}))
+    without = FunctionToolEnvironment([order], one_order)
+    assert without.reset(replace(example(1), data={"lock": threading.Lock()})).state is None, "nothing needs a copy there"
+
+
+def test_without_begin_the_reward_reads_a_rows_own_column_state():
+    seen = []
+    for begin in (None, lambda example: "of the tools"):
+        env = FunctionToolEnvironment([ratio], lambda example, turns: seen.append(example.data["state"]) or 0.0, begin=begin)
+        for data in ({"state": "Texas"}, {}):
+            env.step(env.reset(replace(example(1), data=data)), says("done"), truncated=False)
+    assert seen == ["Texas", None, "of the tools", "of the tools"]
+
+
+def wrapped(function):
+    @functools.wraps(function)
+    def inner(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return inner
+
+
+async def fetch(a: int) -> str:
+    """Fetch."""
+    return "x"
+
+
+def pages(a: int):
+    """Give pages."""
+    yield "x"
+
+
+def lazy(a: int) -> str:
+    """Give what nobody has awaited."""
+    return pages(a)
+
+
+def not_a_type(a: "Nothing") -> str:  # noqa: F821
+    """Have an annotation without a type."""
+
+
+def test_what_gives_no_text_is_no_tool():
+    for function in (fetch, wrapped(fetch), pages, wrapped(pages)):
+        with pytest.raises(InputError, match="is an async function or a generator"):
+            tool(function)
+    with pytest.raises(InputError, match="the tool lazy is an async function or a generator"):
+        call_tools(says("", ("lazy", {"a": 1})), tools_by_name([lazy]))
+    with pytest.raises(InputError, match="is no function with a name"):
+        tool(functools.partial(ratio, 1.0))
+    with pytest.raises(InputError, match="the tool not_a_type has an annotation that names no type: name 'Nothing'"):
+        tool(not_a_type)
+    with pytest.raises(InputError, match=r"environment.begin=.*fetch.* is an async function"):
+        FunctionToolEnvironment([ratio], begin=wrapped(fetch))
+
+
+def test_a_docstring_may_name_types_and_indent_as_it_likes():
+    def search(query: str, k: int = 5) -> str:
+        """Search.
+
+        Args:
+          query (str): words
+            to look for.
+          k (int, optional): how many; see
+            also: the manual.
+        """
+
+    def one_line(query: str) -> str:
+        """Search.
+
+        Args:
+            query:
+                words to look for.
+
+        Returns: all of them.
+        """
+
+    properties = tool(search).parameters["properties"]
+    assert properties["query"]["description"] == "words to look for."
+    assert properties["k"]["description"] == "how many; see also: the manual."
+    assert tool(one_line).parameters["properties"]["query"]["description"] == "words to look for."
+
+
+# ------------------------------------------------------------------------------------------- episodes that a limit ends
+
+
+def test_an_episode_without_an_answer_is_judged_where_the_environment_is_told_to():
+    def wrong(example, turns):
+        return RewardWithParts(-0.5, {"wrong": -1.0, "turns": 0.25 * len(turns)})
+
+    env = FunctionToolEnvironment([ratio], wrong)
+    state = env.reset(example(1))
+    env.step(state, says("", ("ratio", {"a": 1.0, "b": 2.0})), truncated=False)
+    assert env.unfinished(state).reward == 0.0
+    judging = replace(env, judge_unfinished=True)
+    told = judging.unfinished(state)
+    assert (told.reward, told.reward_parts) == (-0.5, {"wrong": -1.0, "turns": 0.5})
+    for around, of in (
+        (RoutedEnvironment("kind", {"a": judging}, default="a"), lambda state: ("a", state)),
+        (StatePrivileged(judging, lambda state: None), lambda state: state),
+        (AfterTurns(judging), lambda state: state),
+    ):
+        assert around.unfinished(of(state)).reward == -0.5
 
 
 def test_a_dataset_shows_the_schemas():

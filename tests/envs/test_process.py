@@ -107,6 +107,19 @@ def test_states_travel_with_their_episodes(talkative):
     assert len(pids) == 1 and str(os.getpid()) not in pids  # called one after the other, they need one worker
 
 
+class Ended(Talkative):
+    def unfinished(self, state):
+        return EnvStep([], float(state["turns"]), True)
+
+
+def test_a_worker_judges_an_unfinished_episode(talkative):
+    ended = ProcessEnvironment(Ended(), workers=1, timeout_s=2.0)
+    state = ended.reset(row())
+    say(ended, state, "pid")
+    assert ended.unfinished(state).reward == 1.0
+    assert talkative.unfinished(talkative.reset(row())).reward == 0.0, "an environment without a verdict adds nothing"
+
+
 def test_two_threads_that_want_the_last_idle_worker_both_get_one(talkative):
     class TakenInBetween(list):
         def __len__(self):

@@ -7,6 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from pidistill.config import build
+from pidistill.data.load import gives_no_reward
 from pidistill.errors import InputError
 from pidistill.training.compatibility import check_reward, check_routed_rewards
 from pidistill.types import Example
@@ -55,13 +56,26 @@ def test_sdft_without_a_reward_learns_the_same_and_writes_no_number_of_rewards(t
     assert tokens and all("reward" not in row and "advantage" not in row["values"] for row in tokens)
 
 
+class Defaults:
+    """Have a reward that no config need repeat."""
+
+    def __init__(self, reward=1.0):
+        self.reward = reward
+
+
+@pytest.mark.parametrize(("node", "lacks"), [({}, False), ({"reward": 0.5}, False), ({"reward": None}, True)])
+def test_a_reward_by_default_is_a_reward(node, lacks):
+    assert gives_no_reward({"_component_": f"{__name__}.Defaults"} | node) == lacks
+
+
 def test_an_evaluation_without_a_reward_reports_lengths_and_no_success(tiny_base, tmp_path):
     run("evaluate", small_config("evaluate", tiny_base, tmp_path, environment=SILENT, eval_samples=2, dataset__max_rows=2))
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {"student greedy", "student", "student + PI"}
     for view in results.values():
         assert view["completion_tokens_mean"] > 0 and not [name for name in view if re.search("success|reward|pass", name)]
-    assert json.loads((tmp_path / "rows.json").read_text()) == {view: {} for view in results}
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows.pop("prompts")) == 2 and rows == {view: {} for view in results}
 
 
 SHAPING = [{"_component_": "pidistill.rewards.OverlongPenalty", "limit": 8, "buffer": 4}]

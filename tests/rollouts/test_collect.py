@@ -4,7 +4,9 @@ import inspect
 import logging
 import math
 import threading
+from decimal import Decimal
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,6 +127,65 @@ def test_an_observation_that_does_not_fit_is_in_neither_tokens_nor_turns():
     assert rollout.turns == [assistant("x"), tool("1"), assistant("y")]
     assert [truncated for _, _, truncated in environment.steps] == [False, False]  # the turn was whole
     assert (rollout.stop_reason, rollout.reward) == ("length", 2.0)
+
+
+class Judging(Counting):
+    """Take back what the turns earned where a limit ends the episode."""
+
+    def unfinished(self, state):
+        self.steps.append((state["id"], "unfinished", state["turns"]))
+        return EnvStep([tool("never shown")], -5.0, False, {"unfinished": -5.0})
+
+
+@pytest.mark.parametrize(("limits", "stop"), [({"max_turns": 2}, "max_turns"), ({}, "length")])
+def test_an_episode_that_a_limit_ends_after_a_whole_turn_may_be_judged(limits, stop):
+    environment = Judging()
+    long, short = collect(Script("x.y.z.", "q.", max_new_tokens=9), environment, **limits).rollouts
+    assert [step for step in environment.steps if step[1] == "unfinished"] == [("row a", "unfinished", 2)]
+    assert (long.stop_reason, long.reward, long.turn_rewards) == (stop, -3.0, [1.0, -4.0]), "it counts to the last turn"
+    assert long.reward_parts == {"turn": 2.0, "end": 0.0, "unfinished": -5.0} and len(long.turn_policy_tokens) == 2
+    assert long.turns == [assistant("x"), tool("1"), assistant("y")]
+    assert (short.reward, short.stop_reason) == (11.0, "done")
+
+
+def test_a_verdict_on_an_unfinished_episode_that_fails_costs_it():
+    class Broken(Counting):
+        def unfinished(self, state):
+            raise ZeroDivisionError
+
+    result = collect(Script("x.y.", "q."), Broken(), max_turns=1)
+    assert [r.example.id for r in result.rollouts] == ["row b"] and result.dropped["reward_error"] == 1
+
+
+# ---------------------------------------------------------------------------------------------- what templates write
+
+
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_an_observation_that_the_template_leaves_out_costs_its_episode(role, caplog):
+    class Forgetful(LetterTokenizer):
+        def encode_observations(self, history, observations, tools=None):
+            return super().encode_observations(history, [o for o in observations if o["role"] != "system"], tools)
+
+    class Answers(Counting):
+        def step(self, state, turn, *, truncated):
+            done = turn["content"] == "q"
+            return EnvStep([] if done else [{"role": role, "content": "7"}], 1.0, done)
+
+    result = collect(Script("x.q.", "q."), Answers(), tokenizer=Forgetful())
+    assert [r.example.id for r in result.rollouts] == (["row b"] if role == "system" else ["row a", "row b"])
+    assert role == "tool" or "leaves out the content of the system message '7'" in caplog.text
+
+
+@pytest.mark.parametrize("extra", [np.arange(3), {1, 2}, Decimal(1), threading.Lock()], ids=lambda value: type(value).__name__)
+def test_an_observation_with_more_than_plain_data_costs_its_episode(extra, caplog):
+    class Answers(Counting):
+        def step(self, state, turn, *, truncated):
+            done = turn["content"] == "q"
+            return EnvStep([] if done else [tool("7") | {"raw": extra, "kept": [1, None]}], 1.0, done)
+
+    result = collect(Script("x.q.", "q."), Answers())
+    assert [r.example.id for r in result.rollouts] == ["row b"] and result.dropped["environment_output"] == 1
+    assert "an observation's 'raw' is" in caplog.text and "no plain data" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------- rewards that fail
