@@ -38,6 +38,19 @@ def read_xml_call(text: str, tools: Tools) -> dict[str, Any]:
     return function_call(name, arguments)
 
 
+def as_xml_reads(name: str, arguments: Mapping[str, Any], tools: Tools) -> dict[str, Any]:
+    """Return arguments with each text as :func:`read_xml_call` would read it, where the schema permits texts and other types.
+
+    There XML cannot tell the text "5" from the number 5.
+    """
+    schemas, read = _parameter_schemas(name, tools), dict(arguments)
+    for key, value in arguments.items():
+        types = _types(schemas.get(key))
+        if isinstance(value, str) and "string" in types:
+            read[key] = _typed(value, types)
+    return read
+
+
 def _parameters(name: str, inside: str) -> Iterator[tuple[str, str]]:
     inside, at = inside.rstrip(), 0
     while at < len(inside):

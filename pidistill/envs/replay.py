@@ -1,14 +1,15 @@
 """Replay recorded episodes: as long as the agent makes the recorded calls, it gets the recorded answers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pidistill.chat.calls import ACTION_TAGS, ToolCall, calls_of
+from pidistill.chat.xml_calls import as_xml_reads
 from pidistill.envs.base import EnvStep
 from pidistill.envs.function_tools import call_tools
 from pidistill.errors import InputError, check_choice, check_count
-from pidistill.types import Example, Message
+from pidistill.types import Example, Message, Tools
 
 if TYPE_CHECKING:
     from pidistill.privileged.trace_task import AgentTrace
@@ -22,6 +23,7 @@ class ReplayState:
 
     steps: list[tuple[Message, list[Message]]]
     reward: float
+    tools: Tools = None  # that the row shows
     at: int = 0
     errors: int = 0
 
@@ -30,8 +32,9 @@ class ReplayState:
 class ReplayEnvironment:
     """Follow ``example.data["trace"]`` of :func:`pidistill.data.trace_dataset`.
 
-    A turn matches the recorded one if it makes the same calls: the same tools, in the same order, with equal arguments. Where
-    the recorded turn makes none, any turn without a call matches, whatever it says: the recorded reply follows, which may not
+    A turn matches the recorded one if it makes the same calls: the same tools, in the same order, with equal arguments; the
+    text "5" is the number 5 where the tool's schema permits both, since XML calls cannot tell them apart. Where the recorded
+    turn makes none, any turn without a call matches, whatever it says: the recorded reply follows, which may not
     fit it. An episode that matches to the last recorded turn gets the trace's reward; every other one ``mismatch_reward``. So a
     success means "did what the agent of the trace did", not "did what the user wanted": another way to a right end counts as a
     mismatch. For that, use the benchmark itself as an environment.
@@ -58,7 +61,7 @@ class ReplayEnvironment:
 
     def reset(self, example: Example) -> ReplayState:
         trace, reward = self.check_reference(example)
-        return ReplayState(recorded_steps(trace.turns), reward)
+        return ReplayState(recorded_steps(trace.turns), reward, example.tools)
 
     def check_reference(self, example: Example) -> tuple["AgentTrace", float]:
         """Return the recorded episode and its reward; refuse an example that lacks one of them."""
@@ -76,21 +79,26 @@ class ReplayEnvironment:
 
     def step(self, state: ReplayState, turn: Message, *, truncated: bool) -> EnvStep:
         recorded, answers = state.steps[state.at]
-        if truncated or not self._matches(turn, recorded):
+        if truncated or not self._matches(turn, recorded, state.tools):
             return self._mismatch(state, turn, truncated)
         state.at += 1
         done = state.at == len(state.steps)
         followed = {"followed": 1 / len(state.steps)}
         return EnvStep([] if done else answers, state.reward if done else 0.0, done, followed)
 
-    def _matches(self, turn: Message, recorded: Message) -> bool:
+    def _matches(self, turn: Message, recorded: Message, tools: Tools) -> bool:
         if turn.get("tool_call_error"):  # the tokenizer found a call that cannot be read
             return False
-        return self._compared(turn) == self._compared(recorded)
+        return self._compared(turn, tools) == self._compared(recorded, tools)
 
-    def _compared(self, turn: Message) -> list[ToolCall]:
-        calls = calls_of(turn, self.action_tags)
-        return [ToolCall(call.name, None) if call.name in self.free_arguments else call for call in calls]
+    def _compared(self, turn: Message, tools: Tools) -> list[ToolCall]:
+        return [self._without_form(call, tools) for call in calls_of(turn, self.action_tags)]
+
+    def _without_form(self, call: ToolCall, tools: Tools) -> ToolCall:
+        if call.name in self.free_arguments:
+            return ToolCall(call.name, None)
+        is_object = isinstance(call.arguments, Mapping)
+        return ToolCall(call.name, as_xml_reads(call.name, call.arguments, tools)) if is_object else call
 
     def _mismatch(self, state: ReplayState, turn: Message, truncated: bool) -> EnvStep:
         state.errors += 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,32 @@ def test_arguments_of_free_tools_are_not_compared():
     turns = [STEPS[0][0], saying("?"), calling(("think", {"thought": "other"}), ("book", {"flight": "F1"})), saying("Bye")]
     assert play(ReplayEnvironment(), turns)[1] == [0.0, 0.0, 0.0]
     assert play(ReplayEnvironment(free_arguments=["think"]), turns)[1] == [0.0, 0.0, 0.0, 1.0]
+
+
+UNION = {"type": ["integer", "number", "string"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "recorded", "made", "matches"),
+    [
+        (UNION, "5", 5, True),
+        (UNION, 5, "5", True),
+        (UNION, "5.5", 5.5, True),
+        (UNION, "five", "five", True),
+        (UNION, "007", 7, False),
+        (UNION, "6", 5, False),
+        ({"type": "integer"}, 5, "5", False),
+        ({"type": "string"}, "5", 5, False),
+        (None, "5", 5, False),
+    ],
+)
+def test_a_text_is_the_number_that_xml_calls_read_it_as_where_the_schema_permits_both(schema, recorded, made, matches):
+    turns = [calling(("pay", {"amount": recorded})), {"role": "tool", "name": "pay", "content": "ok"}, saying("Paid.")]
+    parameters = {"type": "object", "properties": {} if schema is None else {"amount": schema}}
+    tools = [{"type": "function", "function": {"name": "pay", "parameters": parameters}}]
+    row = replace(example(turns), tools=tools)
+    _, rewards, _, done = play(ReplayEnvironment(), [calling(("pay", {"amount": made})), saying("Done.")], row)
+    assert done and rewards == ([0.0, 1.0] if matches else [0.0])
 
 
 def test_a_turn_cut_short_never_matches():
