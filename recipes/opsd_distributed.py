@@ -91,6 +91,7 @@ class OPSDRecipe:
         self._round_sizes.check_progress(self._step, self._round, self._max_steps)
         steps = {"first_step": self._step, "last_step": self._max_steps}
         self._log = MetricsLog(cfg, self._run, data=self._data, title=cfg.objective._component_.rpartition(".")[2], **steps)
+        self._checkpoints.record_config()
 
     # ------------------------------------------------------------------------------------------------ the method
 

@@ -81,6 +81,7 @@ class PiDistillRecipe:
         self._round_sizes.check_progress(self._step, self._round, self._max_steps)
         steps = {"first_step": self._step, "last_step": self._max_steps}
         self._log = MetricsLog(cfg, self._run, data=self._data, title="π-Distill", **steps)
+        self._checkpoints.record_config()
 
     # ------------------------------------------------------------------------------------------------ the method
 

@@ -71,6 +71,7 @@ class SFTRecipe:
         self._updates = Updates(cfg, self._run, self._model)
         self._step = self._checkpoints.restore(self._model, self._updates, None)["step"]
         self._log = MetricsLog(cfg, self._run, first_step=self._step, last_step=self._max_steps, title="SFT")
+        self._checkpoints.record_config()
 
     # ------------------------------------------------------------------------------------------------ the method
 

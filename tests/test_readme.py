@@ -32,6 +32,7 @@ TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 READERS_OWN = ("mine.", "my_rewards.")  # files that a page lets the reader write
 OWN_FILES = {name: text for page in PAGES for name, text in files_of(page).items()}  # that a page tells its reader to save
 STOCK = {"full_finetune_distributed"}  # torchtune's own
+MADE = {"mine_test.yaml"}  # a command before makes it; tests/test_first_run.py runs both
 
 
 def code_lines() -> list[str]:
@@ -54,7 +55,7 @@ def test_a_run_command_names_a_recipe_a_config_and_real_keys(command, tmp_path, 
     words = shlex.split(command)
     recipe = words[words.index("--config") - 1]
     config = words[words.index("--config") + 1]
-    if recipe in STOCK:
+    if recipe in STOCK or config in MADE:
         return
     name = Path(recipe).stem.replace("my_recipe", "pi_distill_distributed")
     if config in OWN_FILES:

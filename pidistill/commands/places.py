@@ -41,17 +41,25 @@ def _load(path: Path, _mtime_ns: int, _size: int) -> DictConfig:
 
 
 def recipe_of(name: str) -> str:
-    """Return the recipe in the command of a config's first line: a bundled one by name, another one by its path."""
-    first = config_path(name).read_text(encoding="utf-8", errors="replace").split("\n", 1)[0]
+    """Return the recipe in the command of a config's first line: a bundled one by name, another one by its path.
+
+    As in `pidistill run`, a Python file of the working folder comes before the bundled recipe of its name; a bundled config's
+    line names the bundled recipe.
+    """
+    path = config_path(name)
+    first = path.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0]
     found = re.match(r"#.*\brun\b(?:\s+--nproc_per_node[ =]\d+)?\s+(\S+)\s+--config\s", first)
     if not found:
         raise InputError(
             f"config {name} does not say its recipe; begin it with a line like `# tune run --nproc_per_node 1 "
             f"recipes/opsd_distributed.py --config {name}`"
         )
-    recipe = Path(found[1])
-    bundled = recipe.parent.name in ("", "recipes") and (folders()[0] / f"{recipe.stem}.py").is_file()
-    return recipe.stem if bundled else found[1]
+    recipe, (recipes, configs) = Path(found[1]), folders()
+    bundled = recipes / f"{recipe.stem}.py"
+    if recipe.parent.name not in ("", "recipes") or not bundled.is_file():
+        return found[1]
+    is_own = recipe.suffix == ".py" and recipe.is_file() and not recipe.samefile(bundled)
+    return found[1] if is_own and not path.resolve().is_relative_to(configs.resolve()) else recipe.stem
 
 
 @functools.cache

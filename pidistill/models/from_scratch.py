@@ -33,6 +33,11 @@ def from_scratch(
     folder's index names, so that a checkpoint of a run can stand in place of the initial one, to resume or to evaluate it.
     """
     folder = Path(checkpoint_dir)
+    if re.fullmatch(r"latest|step_\d+", folder.name) and not (folder / "config.json").is_file():
+        raise InputError(
+            f"checkpoint folder {folder} is named like the checkpoint of a run and holds no config.json; no random weights are "
+            "written there: train first, or check checkpoint_dir"
+        )
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     if is_main and not (folder / "config.json").is_file():
         _write_random_weights(folder, model, hf_config, seed)
@@ -47,11 +52,6 @@ def from_scratch(
 
 
 def _write_random_weights(folder: Path, model: TransformerDecoder, hf_config: dict[str, Any], seed: int) -> None:
-    if re.fullmatch(r"latest|step_\d+", folder.name):  # else an evaluation would be one of random weights
-        raise InputError(
-            f"checkpoint folder {folder} holds no config.json, and a run's own checkpoints are not made from random weights; "
-            "train first, or check checkpoint_dir"
-        )
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

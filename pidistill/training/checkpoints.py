@@ -14,6 +14,7 @@ new checkpoint replaces one of the same name only if both hold the same weights;
 
 import contextlib
 import functools
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,7 @@ from pidistill.distributed.run import Run
 from pidistill.errors import InputError, one_line
 from pidistill.models.adapter_dir import base_config, with_adapter_dir
 from pidistill.models.adapters import has_adapters, merged
+from pidistill.models.hf_folder import INDEX
 from pidistill.models.hf_format import FAMILIES
 from pidistill.models.nf4 import whole
 from pidistill.models.peft_format import FOLDER
@@ -52,6 +54,7 @@ from pidistill.training.run_folder import (
     STATE_FILE,
     holds_run,
     newest_checkpoint,
+    record_config,
     step_folder,
     step_folders,
     step_of,
@@ -72,6 +75,8 @@ from pidistill.training.training_state import (
 from pidistill.training.update import Updates, crossed
 
 log = utils.get_logger("INFO")
+
+WEIGHTS = (".safetensors", ".bin")  # how the names of files of weights end
 
 
 def saves_if_sampler_ends(train: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -108,6 +113,7 @@ class Checkpoints:
         self._every, self._keep_last = cfg.get("save_every_steps"), cfg.get("keep_last")
         self.state: dict[str, Any] | None = None  # the training state that was found on resume
         self._stop, self.saved_step = 0, 0  # 0: no checkpoint was saved yet
+        self._recorded = not wants_resume(cfg)
         folder = run.from_main(lambda: self._newest() if wants_resume(cfg) else None)
         if folder is not None:
             self.state = self._read_state(folder)
@@ -163,7 +169,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, folder: Path | None, what: str, refusals: type | tuple = ()) -> Iterator[None]:
-        """Say that ``what`` in a checkpoint is damaged where the block fails to read it; ``refusals`` pass as they are."""
+        """Say why ``what`` in a checkpoint cannot be read where the block fails to; ``refusals`` pass as they are."""
         try:
             yield
         except DAMAGED as error:
@@ -172,9 +178,8 @@ class Checkpoints:
             last = step_of(folder) if folder.name.removeprefix("step_").isdecimal() else math.inf  # `latest` may be a folder
             before = [step.name for step in step_folders(self.run.output_dir) if step != folder and step_of(step) < last]
             remedy = f"the run then resumes from {before[-1]}" if before else f"no older one is left: set {RESUME}=start_over"
-            raise InputError(
-                f"{what} in {folder} is cut short or damaged ({one_line(error, 160)}); move {folder} away, {remedy}"
-            ) from error
+            fault = "is missing" if what != STATE_FILE and _lacks_file(folder, error) else "is cut short or damaged"
+            raise InputError(f"{what} in {folder} {fault} ({one_line(error, 160)}); move {folder} away, {remedy}") from error
 
     def _open(self, folder: Path | None) -> Any:
         self._writing = self.run.output_dir / ".writing"
@@ -186,7 +191,7 @@ class Checkpoints:
             self._source = folder
             overrides |= {"checkpoint_dir": str(folder)}
             if self._node.get("checkpoint_files"):  # else the folder's own index names them
-                overrides["checkpoint_files"] = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+                overrides["checkpoint_files"] = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHTS)
         with self._reading(self._source, "a file of weights or config.json"):
             return build_checkpointer(self._node, self._cfg.model, **overrides)
 
@@ -252,6 +257,16 @@ class Checkpoints:
                 f"with the `{key}` that it was trained with, or set another output_dir"
             )
 
+    def record_config(self) -> None:
+        """Write the config of a resumed run into its folder; a recipe calls this once nothing can be refused any more.
+
+        A resume that is refused leaves the config.yaml that the saved weights were trained with. A fresh run has written its
+        own when it claimed the folder.
+        """
+        if not self._recorded:
+            self.run.from_main(lambda: record_config(self._cfg, self.run.output_dir))
+        self._recorded = True
+
     def due(self, before: int, now: int) -> bool:
         """Return whether to save: a multiple of save_every_steps lies in (before, now], or a signal asks the run to stop."""
         self._stop = self.run.max_of_processes(received_signal())
@@ -267,6 +282,7 @@ class Checkpoints:
         rounds: RoundSampler | None = None,
     ) -> None:
         """Write `step_N` whole, then move it into place: a kill leaves the previous checkpoint as the newest."""
+        self.record_config()  # for a recipe that did not: config.yaml describes the weights beside it
         weights = self._full(model.state_dict())
         optimizer = optimizer_state(model, updates.optimizer, self.run.is_main)
         teacher_state = self._full(teacher.state_dict()) if teacher is not None else {}
@@ -343,3 +359,13 @@ class Checkpoints:
             if self.run.is_main:
                 full[name] = gathered.cpu().contiguous()
         return full
+
+
+def _lacks_file(folder: Path, error: BaseException) -> bool:
+    """Return whether a checkpoint lacks config.json, weights that its index names, or a file that torchtune was asked for."""
+    names = {"config.json"}
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        names |= set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    holds_weights = any(path.suffix in WEIGHTS for path in folder.iterdir())
+    absent = not holds_weights or any(not (folder / str(name)).is_file() for name in names)
+    return absent or "No file with name" in str(error)

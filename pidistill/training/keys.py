@@ -70,6 +70,10 @@ TABLE: Mapping[str, Key] = {
             null="that of `dtype`", choices=DTYPES),
         Key("threads", WHOLE, "CPU threads of each process", EVERY, least=1, most=1024,
             null="OMP_NUM_THREADS of a single process, else an equal share of the cores"),
+        Key(
+            "collective_timeout_minutes", WHOLE, "minutes that a process waits for the others, such as for the slowest one's "
+            "sampling, before the run ends", EVERY, 60, least=1, most=_ROWS,
+        ),
         # the model
         Key("model", COMPONENT, "builder of the model that is trained, sampled or evaluated", EVERY),
         Key("tokenizer", COMPONENT, "tokenizer with its chat template and `max_seq_len`", EVERY),

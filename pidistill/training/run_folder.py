@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 
 from pidistill.errors import InputError
-from pidistill.jsonl import TRAINING_ROLLOUTS
+from pidistill.jsonl import TRAINING_ROLLOUTS, replace_file
 from pidistill.training.disk import free_name
 
 log = utils.get_logger("INFO")
@@ -204,6 +204,11 @@ def public_config(cfg: DictConfig) -> dict[str, Any]:
     """
     raw, resolved = (OmegaConf.to_container(cfg, resolve=resolve) for resolve in (False, True))
     return _public(raw, resolved, _secrets(raw, resolved))
+
+
+def record_config(cfg: DictConfig, output_dir: Path) -> None:
+    """Write the public config into the folder of its run; rank 0 calls this."""
+    replace_file(output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(public_config(cfg))).encode())
 
 
 def log_config(cfg: DictConfig, recipe: str) -> None:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from pidistill.distributed.machines import check_same_folder, same_refusal_on_al
 from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import check_replicas, check_tensor_parallel, make_mesh, make_replicas
 from pidistill.errors import InputError, escape_logs, one_line
-from pidistill.jsonl import replace_file
 from pidistill.models.adapter_dir import check_adapter_dir
 from pidistill.models.offloading import check_offloading
 from pidistill.training.checkpoint_source import check_checkpoint_fits, check_checkpoint_folder, use_fallback_checkpoint
@@ -37,7 +37,14 @@ from pidistill.training.disk import is_disk_fault
 from pidistill.training.interrupts import Stopped, handle_signals, training_run
 from pidistill.training.keys import check_values, setting
 from pidistill.training.optimizers import check_mixed_precision
-from pidistill.training.run_folder import RESUME, claim_run_folder, public_config, refuse_training_run
+from pidistill.training.run_folder import (
+    RESUME,
+    claim_run_folder,
+    holds_run,
+    record_config,
+    refuse_training_run,
+    wants_resume,
+)
 
 log = utils.get_logger("INFO")
 
@@ -66,22 +73,30 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
         output_dir = make_output_dir(cfg.output_dir)
     if device.type == "cpu":
         torch.set_num_threads(setting(cfg, "threads") or _default_threads(1 + setting(cfg, "rollout_lag")))
+    timeout = timedelta(minutes=setting(cfg, "collective_timeout_minutes"))
     if not dist.is_initialized():
         offload = setting(cfg, "fsdp_cpu_offload") and device.type != "cpu"
         backend = training.get_distributed_backend(device.type, offload_ops_to_cpu=offload)
         if training.is_distributed():
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timeout)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     rank = dist.get_rank()
     mesh = make_mesh(device.type, processes, shares, groups) if shares > 1 else None
     replicas = make_replicas(device.type, processes, groups)
+    _wait_at_most(timeout)
     seed = setting(cfg, "seed")
     seed_global_streams(seed)
     run = Run(device, dtype, rank // shares, processes // shares, seed, output_dir, mesh, compute_dtype, replicas)
     check_same_folder(run)
     run.from_main(lambda: _begin_folder(cfg, output_dir, trains=RESUME in known))
     return run
+
+
+def _wait_at_most(timeout: timedelta) -> None:
+    """Set the timeout of all process groups: those of a mesh have torch's own, 10 minutes with NCCL."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def seed_global_streams(seed: int) -> None:
@@ -92,12 +107,17 @@ def seed_global_streams(seed: int) -> None:
 
 
 def _begin_folder(cfg: DictConfig, output_dir: Path, *, trains: bool) -> None:
-    """Claim the run's folder for a training run, or refuse it to any other, and write the config into it, in one process."""
+    """Claim the run's folder for a training run, or refuse it to any other, and write the config into it, in one process.
+
+    A resume may still be refused: its config is written by ``Checkpoints.record_config``, and until then config.yaml remains
+    that of the weights in the folder.
+    """
     if trains:
         claim_run_folder(cfg, output_dir)
     else:
         refuse_training_run(output_dir)
-    replace_file(output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(public_config(cfg))).encode())
+    if not (trains and wants_resume(cfg) and holds_run(output_dir)):
+        record_config(cfg, output_dir)
 
 
 def _processes() -> int:

@@ -1,12 +1,17 @@
 """Test `pidistill export`: what the shared folder holds and what its card says."""
 
+import json
+import shutil
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
 from pidistill.commands.export.command import export, main
 from pidistill.errors import InputError
+from pidistill.tokenizers import HFChatTokenizer
 from tests.support.reported_runs import write_run
+from tests.support.tiny_tokenizers import qwen_folder
 
 
 @pytest.fixture
@@ -40,6 +45,79 @@ def test_the_tokenizer_of_the_config_comes_before_that_of_the_checkpoint_the_run
     with (run / "config.yaml").open("a") as file:
         file.write(f"words: {tmp_path}/words\ntokenizer:\n  path: ${{words}}\n")
     assert (export(run, tmp_path / "out") / "tokenizer.json").read_text() == '{"words": 1}'
+
+
+@pytest.fixture
+def chat_run(run, tmp_path):
+    """A run of a real tokenizer, whose template it replaces; the checkpoint holds the base's files."""
+    folder = qwen_folder(tmp_path / "instruct")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    shutil.copytree(folder, run / "step_6", dirs_exist_ok=True)
+
+    def with_settings(**settings):
+        node = {"_component_": "pidistill.tokenizers.HFChatTokenizer", "path": str(folder), **settings}
+        with (run / "config.yaml").open("a") as file:
+            file.write(OmegaConf.to_yaml({"tokenizer": node}))
+        return run, HFChatTokenizer(**{key: value for key, value in node.items() if key != "_component_"})
+
+    return with_settings
+
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_transformers_builds_the_prompts_of_the_run_from_the_exported_folder_and_the_call_of_its_card(
+    as_file, chat_run, tmp_path
+):
+    from transformers import PreTrainedTokenizerFast
+
+    (tmp_path / "own.jinja").write_text(TEMPLATE)
+    chosen = str(tmp_path / "own.jinja") if as_file else TEMPLATE
+    run, trained = chat_run(chat_template=chosen, template_kwargs={"enable_thinking": False}, stop_tokens=["<|im_end|>"])
+    out = export(run, tmp_path / "out")
+    card = (out / "README.md").read_text()
+    call = "tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)"
+    assert f"\n{call}\n" in card and '{"enable_thinking": false}' in card
+    assert r"| template_kwargs.enable\_thinking | false |" in card and "| chat_template | in chat_template.jinja |" in card
+    assert r'| stop_tokens | \["\<\|im\_end\|\>"\] |' in card
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    prompt = eval(call, {"tokenizer": tokenizer, "messages": MESSAGES})
+    assert prompt == trained.decode(trained.encode_prompt(MESSAGES)) and prompt.endswith("<think></think>")
+    assert tokenizer.apply_chat_template(MESSAGES, tools=[], tokenize=False, add_generation_prompt=True)
+    assert "chat_template" not in json.loads((out / "tokenizer_config.json").read_text())
+    assert not (out / "additional_chat_templates").exists()
+
+
+def test_the_template_of_the_tokenizers_own_folder_replaces_that_of_the_checkpoint(chat_run, run, tmp_path):
+    (run / "step_6" / "chat_template.jinja").write_text("the base's")
+    run, _ = chat_run()
+    out = export(run, tmp_path / "out")
+    assert not (out / "chat_template.jinja").exists()
+    assert (out / "tokenizer_config.json").read_text() == (tmp_path / "instruct" / "tokenizer_config.json").read_text()
+    assert (out / "additional_chat_templates" / "tool_use.jinja").read_text() == "tools"
+    assert "## Prompt" not in (out / "README.md").read_text()
+
+
+def test_a_template_of_the_training_that_is_gone_is_refused_before_anything_is_written(chat_run, tmp_path):
+    (tmp_path / "own.jinja").write_text(TEMPLATE)
+    run, _ = chat_run(chat_template=str(tmp_path / "own.jinja"))
+    (tmp_path / "own.jinja").unlink()
+    with pytest.raises(InputError, match=r"chat template that the run was trained with is not found .*own.jinja.*put its file"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_says_that_tools_were_plain_text(chat_run, tmp_path):
+    run, _ = chat_run(tool_format="action")
+    text = (export(run, tmp_path / "out") / "README.md").read_text()
+    assert "| tool_format | action |" in text and "plain text in the messages" in text
 
 
 def test_the_card_says_method_data_results_and_alarms_of_the_run(run, tmp_path):

@@ -25,7 +25,7 @@ from torchtune import _recipe_registry as recipe_registry
 
 from pidistill import commands
 from pidistill.commands import main as entry
-from pidistill.commands.places import config_path, recipe_of
+from pidistill.commands.places import config_path, keys_of_recipe, recipe_of
 from pidistill.commands.sweep import check, command, execute, search
 from pidistill.commands.sweep.cells import as_text, grid_cells, read_sweep, stage_runs
 from pidistill.commands.sweep.groups import Difference, group_interval, groups_of, paired_difference, read_tasks
@@ -42,12 +42,17 @@ from pidistill.commands.sweep.results import (
 from pidistill.commands.sweep.values import Choices, Range, grid_values, parse_axis, parse_overrides, split_top_level
 from pidistill.errors import InputError
 from pidistill.jsonl import read_jsonl, write_jsonl
+from pidistill.objectives import OPSD
 from pidistill.training.checkpoint_source import check_checkpoint_folder
 from pidistill.training.evaluation import bootstrap_interval
 from tests.support.runs import quick_setup
 from tests.support.sweeps import check_commands, overrides_of
 
 ROOT = Path(__file__).parents[2]
+
+
+class OwnObjective(OPSD):
+    """An objective of the user, which may write metrics of any name."""
 
 
 class Recipes:
@@ -178,11 +183,29 @@ def test_the_recipe_comes_from_the_configs_first_line(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text("# tune run --nproc_per_node 1 my/recipe.py --config own.yaml\nseed: 0\n")
     assert recipe_of(str(own)) == "my/recipe.py"
+    own.write_text("# pidistill run opsd_distributed --config own.yaml\nseed: 0\n")
+    assert recipe_of(str(own)) == "opsd_distributed"
     own.write_text("seed: 0\n")
     with pytest.raises(InputError, match="does not say its recipe; begin it with a line like"):
         recipe_of(str(own))
     with pytest.raises(InputError, match="config tiny/nothing is neither a file nor a bundled config"):
         config_path("tiny/nothing")
+
+
+@pytest.mark.parametrize("named", ["opsd_distributed.py", "recipes/opsd_distributed.py"])
+def test_an_edited_copy_of_a_recipe_in_the_working_folder_is_run_in_place_of_the_bundled_one(named, tmp_path, monkeypatch):
+    own = tmp_path / "own.yaml"
+    own.write_text(f"# tune run --nproc_per_node 1 {named} --config own.yaml\nseed: 0\n")
+    monkeypatch.chdir(tmp_path)
+    assert recipe_of("own.yaml") == "opsd_distributed"  # there is no such file: the bundled one is meant
+    Path(named).parent.mkdir(exist_ok=True)
+    text = (ROOT / "recipes" / "opsd_distributed.py").read_text()
+    Path(named).write_text(text.replace('keys_of("opsd")', 'keys_of("opsd") | {"my_key"}'))
+    assert recipe_of("own.yaml") == named
+    assert "my_key" in keys_of_recipe(recipe_of("own.yaml"))[0]
+    assert recipe_of("tiny/opsd") == "opsd_distributed"  # a bundled config's line names the bundled recipe
+    monkeypatch.chdir(ROOT)
+    assert recipe_of(str(own)) == "opsd_distributed"
 
 
 # ------------------------------------------------------------------------------------------- cells
@@ -526,6 +549,36 @@ def test_all_cells_are_checked_before_the_first_one_starts(recipes, sweep, tmp_p
     assert end.value.code == 2 and said.startswith("error: ") and "\n" not in said
     assert sentence in said and "nothing was started" in said
     assert not recipes.ran and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--select", "eval_student_sucess"],
+         "select=eval_student_sucess is no metric of a run, so nothing was started; did you mean eval_student_success?"),
+        (["--select", "succes_frac"], "did you mean success_frac?"),
+        (["--select", "eval_teacher_success", "eval_dataset=null"], "tiny/opsd: select=eval_teacher_success is measured on "
+         "`eval_dataset`, which the config lacks"),
+        (["objective.beta=0.1..1.0", "--search", "tpe", "--trials", "2", "eval_dataset=null"],
+         "tiny/opsd: select=eval_student_success is measured on `eval_dataset`"),
+    ],
+)  # fmt: skip
+def test_a_metric_that_no_run_writes_is_refused_before_the_first_cell_starts(recipes, sweep, tmp_path, words, sentence, capsys):
+    with pytest.raises(SystemExit) as end:
+        sweep("tiny/opsd", *words)
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and sentence in said and "nothing was started" in said and "\n" not in said
+    assert not recipes.ran and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [
+    ["--select", "eval_reward/success_strict"], ["--select", "kl_teacher_student_q2"], ["--select", "reward/format"],
+    ["--select", "selected_frac"], ["eval_dataset=null"], ["eval_every_steps=null", "--select", "eval_teacher_success"],
+    ["--select", "succes_frac", "objective._component_=tests.commands.test_sweep.OwnObjective"],
+    ["--select", "masked_success_frac", "eval_dataset=null"],
+], ids=" ".join)  # fmt: skip
+def test_metrics_that_a_run_may_write_and_grids_without_validation_are_taken(recipes, sweep, words):
+    assert sweep("tiny/opsd", *words) and recipes.ran
 
 
 @pytest.mark.parametrize("split, said", [("test", True), ("validation", False)])

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from pidistill.errors import InputError
 from pidistill.training import checkpoints
@@ -15,6 +16,7 @@ from tests.support.forks import Fork, shared_server
 from tests.support.runs import (
     EMA,
     RECIPES,
+    TINY,
     Stop,
     assert_same_tensors,
     metrics,
@@ -105,6 +107,50 @@ def test_a_stopped_run_resumes_exactly(method, stop, tiny_base, tmp_path, uninte
     assert training_state(tmp_path)["step"] == max(step for step in SAVED[method] if step < stop)
     resume(method, tiny_base, tmp_path)
     assert_same_run(tmp_path, uninterrupted(method))
+
+
+def test_a_run_from_random_weights_resumes_exactly_and_its_checkpoint_is_evaluated(tmp_path):
+    """configs/tiny/base.yaml starts from `pidistill.models.from_scratch`, whose files have other names than a saved step's."""
+    steps = {"max_steps": 3, "dataset__n": 12, "save_every_steps": 1}
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    run("base", small_config("base", tmp_path, whole, **steps))
+    run("base", small_config("base", tmp_path, halved, **steps), stop_after_row(3))
+    assert training_state(halved)["step"] == 2
+    run("base", small_config("base", tmp_path, halved, **steps, resume_from_checkpoint=True))
+    assert_same_run(halved, whole)
+
+    scratch = small_config("base", tmp_path, halved).checkpointer | {"checkpoint_dir": str(halved / "latest")}
+    scratch["model"] = {**OmegaConf.load(TINY / "base.yaml").model, **{k.partition(".")[2]: v for k, v in runs.MODEL.items()}}
+    evaluated = small_config("evaluate", tmp_path, halved / "test", checkpointer=scratch, dataset__max_rows=2)
+    model = run("evaluate", evaluated)._model
+    assert torch.equal(model.state_dict()["norm.scale"], weights(halved)["model.norm.weight"])
+
+
+@pytest.mark.parametrize("wrong", ["objective", "must_match", "checkpoint", "objective's argument"])
+def test_a_resume_that_is_refused_leaves_the_config_of_the_saved_weights(wrong, tiny_base, tmp_path):
+    run("opsd", small_config("opsd", tiny_base, tmp_path, max_steps=1))
+    before = (tmp_path / "config.yaml").read_text()
+    changes = {
+        "objective": {"objective": {"_component_": "pidistill.objectives.PCSD"}},
+        "must_match": {"group_size": 2},
+        "checkpoint": {"objective__beta": 0.7},
+        "objective's argument": {"objective__clip_low": 1.5},
+    }[wrong]
+    if wrong == "checkpoint":
+        (file,) = (tmp_path / "step_1").glob("*.safetensors")
+        file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(InputError):
+        run("opsd", small_config("opsd", tiny_base, tmp_path, max_steps=2, resume_from_checkpoint=True, **changes))
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("value", [True, "auto"])
+def test_a_resume_that_trains_writes_its_config(value, tiny_base, tmp_path):
+    run("opsd", small_config("opsd", tiny_base, tmp_path, max_steps=1))
+    changes = {"objective__beta": 0.7, "resume_from_checkpoint": value}
+    run("opsd", small_config("opsd", tiny_base, tmp_path, max_steps=2, **changes))
+    written = OmegaConf.load(tmp_path / "config.yaml")
+    assert (written.max_steps, written.objective.beta) == (2, 0.7)
 
 
 def test_half_a_line_at_the_end_is_cut_off(tiny_base, tmp_path, uninterrupted):

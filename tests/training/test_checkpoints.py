@@ -343,6 +343,14 @@ def test_damaged_weights_are_one_sentence_that_names_the_step_before(hub, three_
         resumed(hub, three_steps)
 
 
+@pytest.mark.parametrize("name", ["model-00001-of-00001.safetensors", "config.json"])
+def test_a_file_that_is_missing_is_not_called_damaged(name, hub, three_steps):
+    (three_steps / "step_10" / name).unlink()
+    with pytest.raises(InputError, match=r"in .*step_10 is missing \(.*resumes from step_4$") as refused:
+        resumed(hub, three_steps)
+    assert "damaged" not in str(refused.value)
+
+
 def test_a_state_of_a_later_format_is_refused(hub, three_steps):
     path = three_steps / "step_10" / STATE_FILE
     state = torch.load(path, weights_only=True)
@@ -537,6 +545,25 @@ def test_random_weights_are_seeded_and_of_the_stated_size(tmp_path):
 def test_weights_that_are_there_are_kept(tmp_path):
     first = scratch(tmp_path / "a")
     assert all(torch.equal(weight, first[name]) for name, weight in scratch(tmp_path / "a", seed=9).items())
+
+
+def test_a_checkpoint_that_a_run_saved_is_read_by_the_files_of_its_index(tmp_path):
+    """torchtune saves model-00001-of-00001.safetensors, whatever the first checkpoint's file was called."""
+    first = scratch(tmp_path / "a")
+    saver = from_scratch(str(tmp_path / "a"), str(tmp_path / "out"), tiny_model(VOCABULARY), HF_CONFIG, "LLAMA3")
+    saver.load_checkpoint()
+    saver.save_checkpoint({"model": {name: 2 * weight for name, weight in first.items()}}, epoch=0)
+    saved = tmp_path / "step_1"
+    (tmp_path / "out" / "epoch_0").rename(saved)
+    assert not (saved / "model.safetensors").exists()
+    assert all(torch.equal(weight, 2 * first[name]) for name, weight in scratch(saved).items())
+
+
+@pytest.mark.parametrize("name", ["latest", "step_7"])
+def test_no_random_weights_are_written_where_a_checkpoint_of_a_run_should_be(name, tmp_path):
+    with pytest.raises(InputError, match=rf"checkpoint folder .*{name} is named like the checkpoint of a run .*train first"):
+        scratch(tmp_path / name)
+    assert not (tmp_path / name).exists()
 
 
 def test_random_weights_are_a_checkpoint_of_transformers(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -296,6 +297,18 @@ def test_one_process_takes_the_threads_of_the_environment_and_several_share_the_
     if asked is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
     assert _default_threads() == threads
+
+
+@pytest.mark.parametrize("minutes", [None, 7])
+def test_every_process_group_waits_as_long_as_the_config_says(minutes, tmp_path, no_process_group, monkeypatch):
+    """Those of a mesh too, which get torch's own limit otherwise."""
+    begin, groups = dist.init_process_group, []
+    monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: (begin(*a, **k), groups.append(dist.new_group([0]))))
+    key = {} if minutes is None else {"collective_timeout_minutes": minutes}
+    cfg = OmegaConf.create({"output_dir": str(tmp_path), "device": "cpu", **key})
+    start(cfg, frozenset(cfg), ())
+    limits = [group._get_backend(CPU).options._timeout for group in (dist.group.WORLD, *groups)]
+    assert limits == 2 * [timedelta(minutes=minutes or 60)]
 
 
 def test_a_component_that_is_nulled_by_its_name_is_absent(tmp_path, no_process_group):

@@ -4,9 +4,10 @@ pidistill export runs/tiny/pi_distill --output shared/tiny
 pidistill export runs/tiny/pi_distill --checkpoint step_40 --output shared/tiny
 pidistill export runs/tiny/pi_distill --output shared/tiny --push name/model
 
-The folder has the weights, the tokenizer, the generation config and README.md; no training state. Where the checkpoint lacks
-tokenizer files, those of the config's `tokenizer.path` or `checkpointer.checkpoint_dir` are taken. `--push` uploads it with
-huggingface_hub.
+The folder has the weights, the tokenizer, the generation config and README.md; no training state. Tokenizer files are those of
+the config's `tokenizer.path`, then those of the checkpoint, then those of `checkpointer.checkpoint_dir`. A template of
+`tokenizer.chat_template` becomes chat_template.jinja; the other settings of `tokenizer` that change prompts stand in README.md.
+`--push` uploads the folder with huggingface_hub.
 """
 
 import argparse
@@ -23,11 +24,13 @@ from omegaconf import OmegaConf
 from pidistill.commands.common import Parser, exit_on_input_error
 from pidistill.commands.report.read import RunData, read_run
 from pidistill.errors import InputError, escape_controls, one_line
+from pidistill.jsonl import read_object
 
 STATE = ("training_state.pt", "adapter")  # the adapter stands merged in the weights
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json",
              "merges.txt", "tokenizer.model", "generation_config.json", "added_tokens.json")  # fmt: skip
 TOKENIZER_FOLDERS = ("tokenizer.path", "checkpointer.checkpoint_dir")
+GENERATION, TEMPLATE, MORE_TEMPLATES = "generation_config.json", "chat_template.jinja", "additional_chat_templates"
 CARD = Path(__file__).parent / "card.md.jinja"
 
 
@@ -57,9 +60,12 @@ def export(folder: Path, output: Path, checkpoint: str = "latest") -> Path:
                          "with --checkpoint")  # fmt: skip
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} exists and is not an empty folder; name another one with --output")
+    template = _chosen_template(run, source)
     try:
         shutil.copytree(source.resolve(), output, ignore=shutil.ignore_patterns(*STATE), dirs_exist_ok=True)
         _add_tokenizer(run, output)
+        if template is not None:
+            _set_template(output, template)
         (output / "README.md").write_text(card(run, source.resolve().name), encoding="utf-8")
     except OSError as error:
         raise InputError(f"{output} cannot be written ({error.strerror}); name another folder with --output") from error
@@ -67,16 +73,67 @@ def export(folder: Path, output: Path, checkpoint: str = "latest") -> Path:
 
 
 def _add_tokenizer(run: RunData, output: Path) -> None:
-    """Copy the tokenizer's files that the checkpoint lacks, from the tokenizer's folder or from that of the initial weights."""
+    """Copy the tokenizer's files that the run was trained with; those of a whole `tokenizer.path` replace the checkpoint's."""
+    own, initial = (_folder(run, key) for key in TOKENIZER_FOLDERS)
+    is_whole = own is not None and (own / "tokenizer.json").is_file()
+    if own is not None and is_whole:  # the checkpoint may have come with another chat template
+        for name in TOKENIZER:
+            if name != GENERATION:
+                (output / name).unlink(missing_ok=True)
+        shutil.rmtree(output / MORE_TEMPLATES, ignore_errors=True)
+        if (own / MORE_TEMPLATES).is_dir():
+            shutil.copytree(own / MORE_TEMPLATES, output / MORE_TEMPLATES)
+    for name in TOKENIZER:
+        folders = (own,) if is_whole and name != GENERATION else (own, initial)
+        found = next((folder / name for folder in folders if folder is not None and (folder / name).is_file()), None)
+        if found is not None and not (output / name).exists():
+            shutil.copy(found, output / name)
+
+
+def _folder(run: RunData, key: str) -> Path | None:
+    found = _setting(run, key)
+    return Path(str(found)) if found else None
+
+
+def _setting(run: RunData, name: str) -> Any:
+    """Return a value of the run's config, its interpolations resolved; None where it has none."""
     config = OmegaConf.create()
     for key, value in run.config.items():
         OmegaConf.update(config, key, value)
-    named = [OmegaConf.select(config, key, throw_on_resolution_failure=False) for key in TOKENIZER_FOLDERS]
-    folders = [Path(str(folder)) for folder in named if folder]
-    for name in TOKENIZER:
-        found = next((folder / name for folder in folders if (folder / name).is_file()), None)
-        if found is not None and not (output / name).exists():
-            shutil.copy(found, output / name)
+    return OmegaConf.select(config, name, throw_on_resolution_failure=False)
+
+
+def _chosen_template(run: RunData, source: Path) -> str | None:
+    """Return the text of `tokenizer.chat_template`, a text, a file or a name of the model's; None where the run set none."""
+    chosen = _setting(run, "tokenizer.chat_template")
+    if chosen is None or not str(run.config.get("tokenizer._component_")).startswith("pidistill."):
+        return None
+    from pidistill.tokenizers.chat_template import find_templates  # here, since they import torch
+    from pidistill.tokenizers.hf_files import read_json
+
+    folders = (_folder(run, TOKENIZER_FOLDERS[0]), source, _folder(run, TOKENIZER_FOLDERS[1]))
+    folder = next((folder for folder in folders if folder is not None and (folder / "tokenizer.json").is_file()), source)
+    try:
+        return find_templates(folder, read_json(folder / "tokenizer_config.json"), str(chosen))["default"]
+    except InputError as error:
+        raise InputError(
+            f"the chat template that the run was trained with is not found ({error}); put its file back, or export from the "
+            "folder that the run was started in"
+        ) from error
+
+
+def _set_template(output: Path, text: str) -> None:
+    """Make ``text`` the only chat template of the folder.
+
+    transformers prefers chat_template.jinja to the `chat_template` of tokenizer_config.json (older versions do not know it),
+    and with tools the `tool_use` of the additional templates to both.
+    """
+    (output / TEMPLATE).write_text(text, encoding="utf-8")
+    shutil.rmtree(output / MORE_TEMPLATES, ignore_errors=True)
+    path = output / "tokenizer_config.json"
+    config = read_object(path, "copy the model's own") if path.is_file() else {}
+    if config.pop("chat_template", None) is not None:
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def card(run: RunData, checkpoint: str) -> str:
@@ -98,10 +155,32 @@ def card(run: RunData, checkpoint: str) -> str:
         evaluations={_text(view): _numbers(row) for view, row in evaluations.items()},
         during={name: f"{value:.3f}" for name in DURING if (value := run.last(name, steps)) is not None},
         steps=f"{steps:g}" if steps is not None else "unknown",
+        prompt=_prompt_settings(run),
         alarms=[_text(text) for _, _, text in run.alarms],
         commit=_commit(run.folder),
         version=version("pidistill"),
     )
+
+
+def _prompt_settings(run: RunData) -> dict[str, Any]:
+    """Return what changed the run's prompts beside the tokenizer's files: table rows, the call, and variables as JSON."""
+    values: Any = OmegaConf.to_container(OmegaConf.create(_setting(run, "tokenizer") or {}), resolve=False)
+    variables = values.get("template_kwargs") or {}
+    rows = {f"template_kwargs.{_text(key)}": _text(value) for key, value in variables.items()}
+    if values.get("chat_template") is not None:
+        rows["chat_template"] = f"in {TEMPLATE}"
+    if values.get("tool_format") not in (None, "auto"):
+        rows["tool_format"] = _text(values["tool_format"])
+    if values.get("stop_tokens") is not None:
+        rows["stop_tokens"] = _text(values["stop_tokens"])
+    words = [f"{key}={value!r}" if key.isidentifier() else f"**{ {key: value}!r}" for key, value in variables.items()]
+    call = ", ".join(["messages", "tokenize=False", "add_generation_prompt=True", *words])
+    return {
+        "rows": rows,
+        "call": escape_controls(f"tokenizer.apply_chat_template({call})"),
+        "variables": escape_controls(json.dumps(variables, default=str)) if variables else None,
+        "plain_tools": values.get("tool_format") == "action",
+    }
 
 
 DURING = ("eval_student_success_greedy", "eval_student_success", "eval_teacher_success", "eval_leak_frac")

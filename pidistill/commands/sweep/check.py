@@ -1,7 +1,10 @@
 """Check every run of a sweep before the first one starts, as the recipe does: keys, numbers, components, first checkpoint."""
 
-from collections.abc import Iterator, Sequence
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -10,6 +13,7 @@ from pidistill.commands.places import keys_of_recipe, recipe_of
 from pidistill.commands.plan.reading import merged
 from pidistill.commands.sweep.cells import (
     CHECKPOINT_KEY,
+    SELECT,
     Cell,
     StageRun,
     Sweep,
@@ -20,7 +24,9 @@ from pidistill.commands.sweep.cells import (
 )
 from pidistill.commands.sweep.execute import print_line
 from pidistill.commands.sweep.values import Axis, Choices
+from pidistill.config import COMPONENT
 from pidistill.errors import InputError
+from pidistill.training import metrics
 from pidistill.training.checkpoint_source import check_checkpoint_folder
 from pidistill.training.start import check_run
 
@@ -45,18 +51,68 @@ def check_cells(sweep: Sweep, search: str) -> None:
         overrides = {CHECKPOINT_KEY: start, **evaluate_overrides(sweep, arm), "output_dir": "runs"}
         words = [f"{key}={value}" for key, value in overrides.items()]
         _check(f"the evaluation of arm {arm.name}", sweep.evaluate, words, sweep.output_dir)
+    last = _last_configs(sweep, cells)
+    _check_select(sweep, last, search)
     if sweep.evaluate:
-        _warn_of_shared_rows(sweep, cells)
+        _warn_of_shared_rows(sweep, {name: cfg for name, (_, cfg) in last.items()})
 
 
-def _warn_of_shared_rows(sweep: Sweep, cells: Sequence[Cell]) -> None:
-    """Say which arms draw their validation rows from the same part of the same source as the sweep's evaluation."""
+def _last_configs(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, tuple[str, DictConfig]]:
+    """Return (name of the config, config with overrides) of the last stage of each arm's first cell."""
     last = {cell.arm.name: list(stage_runs(sweep, cell))[-1] for cell in reversed(cells) if cell.arm.stages}
+    return {name: (run.stage.config, merged(run.stage.config, _words(run))) for name, run in last.items()}
+
+
+def _check_select(sweep: Sweep, last: Mapping[str, tuple[str, DictConfig]], search: str) -> None:
+    """Refuse a metric to choose by that no run writes: a wrong name, or an evaluation's where no evaluation is made.
+
+    A grid needs none and has a default, so that one that was named is asked for alone; TPE needs it of every arm. Recipes and
+    objectives of the user may write metrics of their own.
+    """
+    recipes = [recipe_of(config) for config, _ in last.values()]
+    own_recipe = any(recipe.endswith(".py") or keys_of_recipe(recipe) is None for recipe in recipes)
+    words = set(re.findall(r"[a-z][a-z0-9_]*", metrics.__doc__ or ""))
+    words |= {word.replace("sampler_mismatch", "rollout_lag") for word in words}
+    name = re.sub(r"_q[2-4]$", "_q1", sweep.select.partition("/")[0])
+    if own_recipe or not words:
+        return
+    of_evaluation = name.startswith("eval_")
+    own_objective = any(_has_own_component(cfg.get("objective")) for _, cfg in last.values())
+    if name not in words and (of_evaluation or not own_objective):
+        known = sorted(word for word in words if word.startswith("eval_") or ("_" in word and not of_evaluation))
+        closest = difflib.get_close_matches(name, known, n=1, cutoff=0.5 if of_evaluation else 0.85)
+        if of_evaluation or closest:
+            raise InputError(
+                f"select={sweep.select} is no metric of a run, so nothing was started; "
+                f"{f'did you mean {closest[0]}?' if closest else 'the metrics are listed in pidistill/training/metrics.py'}"
+            )
+    without = [arm for arm, (_, cfg) in last.items() if not (cfg.get("eval_dataset") or {}).get(COMPONENT)]
+    if of_evaluation and without and (search == "tpe" or (len(without) == len(last) and sweep.select != SELECT)):
+        raise InputError(
+            f"{', '.join(without)}: select={sweep.select} is measured on `eval_dataset`, which the config lacks, so nothing "
+            "was started; add eval_dataset, or set --select to a metric of the training, such as success_frac"
+        )
+
+
+def _has_own_component(node: Any) -> bool:
+    """Return whether a config node names a component of the user at any depth."""
+    if isinstance(node, DictConfig):
+        node = OmegaConf.to_container(node, resolve=False)
+    if isinstance(node, list):
+        return any(map(_has_own_component, node))
+    if not isinstance(node, dict):
+        return False
+    own = isinstance(node.get(COMPONENT), str) and not node[COMPONENT].startswith("pidistill.")
+    return own or any(map(_has_own_component, node.values()))
+
+
+def _warn_of_shared_rows(sweep: Sweep, last: Mapping[str, DictConfig]) -> None:
+    """Say which arms draw their validation rows from the same part of the same source as the sweep's evaluation."""
     arms = {arm.name: arm for arm in sweep.arms}
     shared = []
-    for name, run in last.items():
+    for name, cfg in last.items():
         judged = [f"{key}={value}" for key, value in evaluate_overrides(sweep, arms[name]).items()]
-        validation = _rows_of(merged(run.stage.config, _words(run)), "eval_dataset")
+        validation = _rows_of(cfg, "eval_dataset")
         if validation is not None and validation == _rows_of(merged(str(sweep.evaluate), judged), "dataset"):
             shared.append(name)
     if shared:

@@ -191,7 +191,7 @@ function evaluations() {
       const interval = numbers[`${key}_interval`];
       return shown(numbers[key]) + (Array.isArray(interval) ? ` [${shown(interval[0])}, ${shown(interval[1])}]` : "");
     };
-    page.append(make("h2", {}, "Held-out rows, with 95% intervals of a bootstrap over rows (over clusters of rows where their number is given)"), make("div", { class: "card scroll" }, make("table", {},
+    page.append(make("h2", {}, "Evaluated rows, with 95% intervals of a bootstrap over rows (over clusters of rows where their number is given)"), make("div", { class: "card scroll" }, make("table", {},
       make("thead", {}, make("tr", {}, ...["run", "view", "success", "samples", ...columns].map((name, k) => make("th", {}, k === 2 ? "" : name)))),
       make("tbody", {}, ...rows.map(([run, i, view, numbers]) => make("tr", {},
         make("td", {}, make("span", { class: "dot", style: `background:${color(i)}` }), " ", run.name), make("td", {}, view), make("td", {}, bar(numbers)),
