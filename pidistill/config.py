@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cli_args
 
 from pidistill.annotations import accepts, demanded
-from pidistill.errors import InputError, one_line
+from pidistill.errors import InputError, bounded_repr, one_line
 
 COMPONENT = "_component_"
 
@@ -132,6 +132,8 @@ def _build(node: Any, path: str, args: Sequence[Any] = (), kwargs: Mapping[str, 
     if isinstance(node, Mapping) and COMPONENT in node:
         arguments = {key: _build(value, f"{path}.{key}") for key, value in node.items() if key != COMPONENT}
         component = resolve(node[COMPONENT])
+        for key, name, made in _functions_of(node, arguments):
+            check_function(key, name, made)
         if _may_be_function(path) and _is_used_as_it_is(component, arguments):
             return functools.partial(component, **arguments) if arguments else component
         return _call(component, node[COMPONENT], args, {**arguments, **kwargs})
@@ -162,12 +164,91 @@ def _may_be_function(path: str) -> bool:
     return key in FUNCTION_KEYS or parent.rpartition(".")[2] in FUNCTIONS_KEYS
 
 
+def _functions_of(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    """Return (key, dotted path, value) of each argument of ``node`` that is called with an example and turns.
+
+    The values are those of ``arguments``. A component that is not of this package has none: it may call them in another way.
+    """
+    found = []
+    if str(node.get(COMPONENT)).startswith("pidistill."):
+        found += [(key, node.get(key), arguments.get(key)) for key in FUNCTION_KEYS]
+        for key in FUNCTIONS_KEYS:
+            given = node.get(key)
+            if isinstance(given, Mapping) and COMPONENT not in given:
+                found += [(f"{key}.{name}", part, arguments[key][name]) for name, part in given.items()]
+    named = [(key, part.get(COMPONENT) if isinstance(part, Mapping) else part, value) for key, part, value in found]
+    return [(key, name, value) for key, name, value in named if isinstance(name, str)]
+
+
+def check_function(key: str, name: str, made: Any) -> None:
+    """Refuse what a component gave for a function of an example and turns, where it cannot be called or gives no value at once.
+
+    Args:
+        key, name: the config key, and the component's dotted path, for the message.
+    """
+    if not callable(made):
+        raise InputError(
+            f"{key}: {name} gives {bounded_repr(made)}, which cannot be called with an example and the turns of its episode; "
+            f"define it as def {name.rpartition('.')[2]}(example, turns)"
+        )
+    is_function = inspect.isroutine(made) or isinstance(made, functools.partial)
+    _check_gives_value(key, name, made if is_function else type(made).__call__)
+
+
+def _check_gives_value(key: str, name: str, function: Any) -> None:
+    other = "a generator" if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function) else None
+    other = "an async function" if inspect.iscoroutinefunction(function) else other
+    if other:
+        raise InputError(
+            f"{key}: {name} is {other}, which gives no value when it is called; define it with `def` and `return` (in it, "
+            "asyncio.run waits for what is async)"
+        )
+
+
+def check_made_functions(node: Any) -> None:
+    """Call each function without parameters that makes a reward somewhere in a config node, and refuse what it makes.
+
+    Classes and functions with parameters are not called: they may load what a reward needs.
+    """
+    if isinstance(node, list):
+        for part in node:
+            check_made_functions(part)
+    if not isinstance(node, Mapping):
+        return
+    for key, name, _ in _functions_of(node, node):
+        maker = resolve(name)
+        if inspect.isfunction(maker) and not inspect.signature(maker).parameters:
+            check_function(key, name, _call(maker, name, (), {}))
+    for part in node.values():
+        check_made_functions(part)
+
+
+def _check_function_component(path: str, key: str, name: str) -> None:
+    """Refuse a component whose instances cannot be called, or which is an async function, before it is built."""
+    component = resolve(name)
+    if inspect.isclass(component):
+        call = next((vars(base)["__call__"] for base in component.__mro__ if "__call__" in vars(base)), None)
+        if call is None and component.__new__ is object.__new__:
+            raise InputError(
+                f"{path}.{key}: {name} is a class whose objects cannot be called; give it a method "
+                "__call__(self, example, turns)"
+            )
+        component = call
+    _check_gives_value(f"{path}.{key}", name, component)
+
+
 def _is_used_as_it_is(component: Any, arguments: Mapping[str, Any]) -> bool:
-    """Return whether a component is a function that needs more than ``arguments``; one that does not makes what is used."""
+    """Return whether a component is a function that needs more than ``arguments``; one that does not makes what is used.
+
+    A function that takes any number of arguments is used as it is: a decorator may hide those that are needed.
+    """
     if inspect.isclass(component):
         return False
+    signature = inspect.signature(component)
+    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+        return True
     try:
-        inspect.signature(component).bind(**arguments)
+        signature.bind(**arguments)
     except TypeError:
         return True
     return False
@@ -225,7 +306,8 @@ def _moved(path: str) -> str | None:
 def check_config(cfg: DictConfig, known: Collection[str], required: Collection[str] = ()) -> None:
     """Refuse a key that nothing reads, naming the closest real one, and a component whose arguments are unknown or missing.
 
-    Top-level keys outside ``known`` may only serve interpolation (``${key}``) elsewhere in the config.
+    Top-level keys outside ``known`` may only serve interpolation (``${key}``) elsewhere in the config. A reward that is null is
+    taken out of ``cfg`` where its component takes none: a command line that names another component cannot remove it.
     """
     raw = OmegaConf.to_container(cfg, resolve=False)
     interpolated = set(re.findall(r"\$\{([A-Za-z_]\w*)", str(raw)))
@@ -235,10 +317,26 @@ def check_config(cfg: DictConfig, known: Collection[str], required: Collection[s
     for key in required:
         if raw.get(key) is None:
             raise InputError(f"config key {key} is missing; this recipe needs it")
+    _drop_null_functions(cfg)
     for key, node in OmegaConf.to_container(cfg, resolve=True).items():
         _check_component(key, node, raw[key])
         if not (isinstance(node, float) and math.isinf(node)):  # the table of keys says where infinity is a value
             _check_finite(key, node)
+
+
+def _drop_null_functions(node: Any) -> None:
+    """Take out the null of each function key (:data:`FUNCTION_KEYS`) that its component does not take, at every depth."""
+    if not isinstance(node, DictConfig | ListConfig):
+        return
+    for key in node if isinstance(node, DictConfig) else range(len(node)):
+        if not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key):
+            _drop_null_functions(node[key])
+    null = [key for key in FUNCTION_KEYS if key in node and node[key] is None]
+    if null and isinstance(node.get(COMPONENT), str):
+        parameters = _parameters_of(resolve(node[COMPONENT]))
+        for key in null:
+            if key not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                del node[key]
 
 
 def _component_with(key: str, nodes: Mapping[str, Any]) -> str | None:
@@ -294,8 +392,11 @@ def _check_arguments(path: str, node: dict[str, Any], raw: Any) -> None:
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in node:
             if key != COMPONENT and key not in parameters:
-                raise InputError(f"config key {path}.{key} is not an argument of {node[COMPONENT]}{_closest(key, parameters)}")
+                other = _closest(key, parameters, none="; it takes none")
+                raise InputError(f"config key {path}.{key} is not an argument of {node[COMPONENT]}{other}")
     given = {key: value for key, value in node.items() if key != COMPONENT}
+    for key, name, _ in _functions_of(node, node):
+        _check_function_component(path, key, name)
     if _may_be_function(path) and _is_used_as_it_is(component, given):
         return _check_function(path, node[COMPONENT], component, given)
     singular = re.sub(r"^teacher_checkpointers\..*", "teacher_checkpointer", path)
@@ -353,8 +454,10 @@ def _infinite_defaults(component: str | None) -> set[str]:
     return {name for name, p in parameters.items() if isinstance(p.default, float) and p.default == math.inf}
 
 
-def _closest(key: str, candidates: Collection[str]) -> str:
-    """Return the end of a sentence about an unknown ``key``: the most similar candidate, or those that there are."""
+def _closest(key: str, candidates: Collection[str], none: str = "") -> str:
+    """Return the end of a sentence about an unknown ``key``: the most similar candidate, those that there are, or ``none``."""
+    if not candidates:
+        return none
     matches = difflib.get_close_matches(key, list(candidates), n=1, cutoff=0.5)
     if matches:
         return f"; did you mean {matches[0]}?"

@@ -230,6 +230,26 @@ def test_an_argument_that_a_component_does_not_have_is_refused_at_every_depth():
         check(box=node(first=1, inner=[{}, {"_component_": BOX, "frist": 2}]))
 
 
+class Bare:
+    """A component without arguments."""
+
+
+def test_an_argument_of_a_component_that_takes_none_is_refused():
+    with pytest.raises(InputError, match=r"box\.first is not an argument of tests.test_config.Bare; it takes none$"):
+        check_config(OmegaConf.create({"box": {"_component_": "tests.test_config.Bare", "first": 1}}), {"box"})
+
+
+def test_a_null_reward_is_taken_out_where_the_component_takes_none():
+    bare, some = {"_component_": "tests.test_config.Bare", "reward": None}, "pidistill.envs.SingleTurn"
+    cfg = OmegaConf.create({"box": node(first=bare), "list": [bare], "kept": {"_component_": some, "reward": None}, "no": None})
+    check_config(cfg, set(cfg))
+    assert "reward" not in cfg.box.first and "reward" not in cfg.list[0] and "reward" in cfg.kept
+    assert isinstance(build(cfg.box).first, Bare)
+    for other in ({"first": None}, {"reward": 1}):
+        with pytest.raises(InputError, match="is not an argument of tests.test_config.Bare"):
+            check_config(OmegaConf.create({"box": {"_component_": "tests.test_config.Bare", **other}}), {"box"})
+
+
 def test_an_argument_that_a_component_needs_must_be_there():
     with pytest.raises(InputError, match="config key box.first is missing; tests.test_config.Box needs it"):
         check(box=node(second=1))

@@ -13,8 +13,10 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.training import MODEL_KEY, FullModelHFCheckpointer
 
 from pidistill.errors import InputError
+from pidistill.privileged import PrivilegedPrompt
 from pidistill.testing import QWEN3_HEAD_DIM, TINY_SIZES, tiny_hf_checkpoint, tiny_model
 from pidistill.tokenizers.byte import BYTE_VOCABULARY, byte_tokenizer, byte_tokenizer_folder
+from pidistill.types import Example
 
 VOCAB_SIZE = 40
 FAMILIES = {
@@ -147,6 +149,18 @@ def test_each_byte_is_an_id_and_any_text_is_read_back(tmp_path):
     assert tokenizer.parse_turn(turn) == {"role": "assistant", "content": ANY_TEXT}
     assert tokenizer.decode(tokenizer.encode_prompt(messages)) == "<|im_start|>user\n2<|im_end|>\n<|im_start|>assistant\n"
     assert len(set(tokenizer.encode_prompt([{"role": "user", "content": bytes(range(128)).decode()}]))) >= 128
+
+
+def test_the_byte_tokenizer_writes_tools_as_text_where_it_is_told_to(tmp_path):
+    function = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+    tools, messages = [{"type": "function", "function": function}], [{"role": "user", "content": "2"}]
+    call = {"role": "assistant", "content": "so", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
+    with pytest.raises(InputError, match="set tokenizer.tool_format: action"):
+        PrivilegedPrompt().build(Example("row", messages, tools=tools), byte_tokenizer(str(tmp_path)))
+    tokenizer = byte_tokenizer(str(tmp_path), tool_format="action")
+    assert '"add"' in tokenizer.decode(tokenizer.encode_prompt(messages, tools))
+    read = tokenizer.parse_turn(tokenizer.encode_turn(messages, call, tools), tools)
+    assert read["content"] == "so" and read["tool_calls"][0]["function"] == call["tool_calls"][0]["function"]
 
 
 def test_the_byte_tokenizers_files_are_those_of_a_model_on_the_hub(tmp_path):

@@ -44,7 +44,8 @@ class Endpoint:
         key_env: the environment variable that holds the key; None where the server needs none. The key is read when a question
             is asked, and is in no log and no error.
         timeout_s: for one try, from connecting to the last byte.
-        retries: further tries after a time-out, a connection error, an answer that cannot be used, or status 408, 429 or 5xx.
+        retries: further tries after a time-out, a connection error, an answer that cannot be used, or a status of
+            :data:`RETRIED`.
         backoff_s: pause before the first retry; doubled before each further one.
     """
 

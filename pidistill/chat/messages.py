@@ -253,7 +253,7 @@ def _order_results(messages: list[Message]) -> list[Message]:
 
 def _read_weight(message: Message, where: str) -> None:
     """Leave ``weight: 0`` in an assistant message that is not to be learned, and no other key of this kind."""
-    given = {key: message.pop(key) for key in [*message] if _LIKE_A_WEIGHT.search(key)}
+    given = {key: message.pop(key) for key in [*message] if _says_what_is_learned(message, key)}
     for key, value in given.items():
         if key not in _WEIGHT_KEYS:
             known = ", ".join(_WEIGHT_KEYS)
@@ -272,6 +272,16 @@ def _read_weight(message: Message, where: str) -> None:
         raise InputError(f"{where}: {' and '.join(given)} contradict each other; keep one of them")
     if given and message["role"] == "assistant" and not any(given.values()):
         message["weight"] = 0
+
+
+def _says_what_is_learned(message: Message, key: str) -> bool:
+    """Return whether a field seems to say if its message is learned; an id does not, and on a question only 0 or 1 does."""
+    if key in _WEIGHT_KEYS:
+        return True
+    if not _LIKE_A_WEIGHT.search(key) or key.endswith(("_id", "_ids")):
+        return False
+    value = message[key]
+    return message["role"] == "assistant" or (isinstance(value, bool | int | float) and value in (0, 1))
 
 
 def parsed_arguments(arguments: Any) -> Any:

@@ -10,22 +10,26 @@ checked as torchtune does. Ends with status 0, or with 2 if the config is wrong 
 
 import argparse
 import importlib.util
+import inspect
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from pidistill.commands.common import config_parser, exit_on_input_error, parse_with_overrides
 from pidistill.commands.places import recipe_of
 from pidistill.commands.preview.command import read
-from pidistill.commands.preview.rows import Source, source_of
-from pidistill.commands.preview.scan import scan
-from pidistill.config import build
+from pidistill.commands.preview.rows import Source, judge_row, source_of
+from pidistill.commands.preview.scan import Scan, scan
+from pidistill.config import build, check_made_functions, resolve
+from pidistill.data.load import trained_rows_sentence
 from pidistill.errors import InputError
 from pidistill.scoring.served_teacher import ServedTeacher
 from pidistill.teachers import LiveTeacher
 from pidistill.training.checkpoint_source import check_checkpoint_fits
 from pidistill.training.compatibility import RECIPE_OF_VIEW, build_objective, check_method
-from pidistill.types import ViewName
+from pidistill.types import Example, PromptPair, ViewName
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,19 +58,47 @@ def validate(config: str, overrides: list[str], count: int) -> str:
         if Path(str((cfg.get(key) or {}).get("checkpoint_dir") or "-")).is_dir():
             check_checkpoint_fits(cfg, key)
     _check_method(cfg, _view_of(config))
-    told = [_rows(source, count, "dataset")]
+    _check_environment(cfg)
+    seen = _scan_rows(source, count, "dataset")
+    told = [_told(source, count, seen)]
     if cfg.get("eval_dataset"):
-        told.append("of eval_dataset " + _rows(source_of(cfg, supervised, "eval_dataset"), count, "eval_dataset"))
+        held_out = source_of(cfg, supervised, "eval_dataset")
+        evaluated = _scan_rows(held_out, count, "eval_dataset")
+        told.append("of eval_dataset " + _told(held_out, count, evaluated))
+        if said := trained_rows_sentence(_pairs(seen), _pairs(evaluated)):
+            told.append(f"but {said}")
     return f"{config} is right: {'; '.join(told)}"
 
 
-def _rows(source: Source, count: int, part: str) -> str:
-    """Return what was checked of a dataset; refuse a row that a run would refuse."""
+def _scan_rows(source: Source, count: int, part: str) -> Scan:
+    """Return what the first ``count`` rows of a dataset are like; refuse a row that a run would refuse."""
     seen = scan(source, count)
     if stops := seen.stops(source, part):
         raise InputError(stops)
+    return seen
+
+
+def _told(source: Source, count: int, seen: Scan) -> str:
+    """Return what was checked of a dataset."""
     left_out = ", ".join(f"{reason} {number:,}" for reason, number in seen.dropped.items() if number)
+    if left_out and (first := _first_left_out(source, count)):
+        left_out += f"; the first is {first}"
     return f"{seen.scanned:,} of {seen.total:,} rows were checked{f', dropped: {left_out}' if left_out else ''}"
+
+
+def _first_left_out(source: Source, count: int) -> str | None:
+    """Return the id of the first row that a run leaves out; None where the dataset's builder alone left rows out."""
+
+    def left_out(example: Example) -> bool:
+        if source.no_pi == "drop" and not source.privileged.teaches(example):
+            return True
+        return judge_row(example, source.privileged.build(example, source.tokenizer), source).left_out
+
+    return next((example.id for example in source.examples[:count] if left_out(example)), None)
+
+
+def _pairs(seen: Scan) -> list[tuple[Example, PromptPair]]:
+    return [(example, views.pair) for example, views in zip(seen.examples, seen.views, strict=True)]
 
 
 def _view_of(config: str) -> ViewName | None:
@@ -93,3 +125,44 @@ def _check_method(cfg: DictConfig, view: ViewName | None) -> None:
     objective, teacher = build_objective(cfg), build(cfg.teacher) if cfg.get("teacher") else LiveTeacher()
     if sampler is not None and not isinstance(teacher, ServedTeacher):
         check_method(cfg, objective, sampler, teacher, view or objective.sampling_view())
+
+
+def _check_environment(cfg: DictConfig) -> None:
+    """Refuse environments without the methods of one, and functions in the place of a reward that give none."""
+    nodes = OmegaConf.to_container(cfg, resolve=True)
+    for key in ("environment", "hindsight"):
+        check_made_functions(nodes.get(key))
+    for path, name in _environments("environment", nodes.get("environment")):
+        made = resolve(name)
+        if inspect.isclass(made) and not hasattr(made, "__getattr__"):
+            _check_methods(path, name, made)
+
+
+def _environments(path: str, node: Any) -> Iterator[tuple[str, str]]:
+    """Yield (path, component) of a config node of an environment and of those that it wraps or chooses among."""
+    if not isinstance(node, dict):
+        return
+    if isinstance(node.get("_component_"), str):
+        yield path, node["_component_"]
+    yield from _environments(f"{path}.environment", node.get("environment"))
+    among = node.get("environments")
+    for name, part in among.items() if isinstance(among, dict) else ():
+        yield from _environments(f"{path}.environments.{name}", part)
+
+
+def _check_methods(path: str, name: str, environment: type) -> None:
+    for method, shape, arguments, flags in (
+        ("reset", "reset(self, example)", (None, None), {}),
+        ("step", "step(self, state, turn, *, truncated)", (None, None, None), {"truncated": False}),
+    ):
+        function = inspect.getattr_static(environment, method, None)
+        wrong = f"has no method {method}" if function is None else None
+        if inspect.isfunction(function):
+            try:
+                inspect.signature(function).bind(*arguments, **flags)
+            except TypeError as error:
+                wrong = f"has a method {method} that cannot be called as it is ({error})"
+            if inspect.iscoroutinefunction(function):
+                wrong = f"has the async method {method}, which gives no answer when it is called"
+        if wrong:
+            raise InputError(f"{path}: {name} {wrong}; define {shape}, as docs/environments.md says")

@@ -4,7 +4,7 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,17 +53,20 @@ def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True, judged: b
     privileged = load_privileged(cfg, tokenizer)
     room = int(cfg.sampler.max_new_tokens) if cfg.get("sampler") else 0
     limits = {"on_overflow": cfg.get("on_overflow"), "max_seq_len": max_seq_len}
-    train = build_prompts(
-        build(cfg.dataset), tokenizer, privileged, no_pi=no_pi, max_new_tokens=room if samples else 0, **limits
-    )
-    _say_what_is_left_out("dataset", train)
+    dataset = build(cfg.dataset)
+    train = build_prompts(dataset, tokenizer, privileged, no_pi=no_pi, max_new_tokens=room if samples else 0, **limits)
+    _say_what_is_left_out("dataset", dataset, train)
+    _warn_of_repeated_rows(cfg, len(train.prompts))
     _say_who_sampled([example for example, _ in train.prompts], privileged.control)
     if samples and judged:
         check_references(cfg.get("environment"), [example for example, _ in train.prompts])
     evaluation = Prompts([], {}, 0)
     if cfg.get("eval_dataset"):
-        evaluation = build_prompts(build(cfg.eval_dataset), tokenizer, privileged, no_pi="rl", max_new_tokens=room, **limits)
-        _say_what_is_left_out("eval_dataset", evaluation)
+        dataset = build(cfg.eval_dataset)
+        evaluation = build_prompts(dataset, tokenizer, privileged, no_pi="rl", max_new_tokens=room, **limits)
+        _say_what_is_left_out("eval_dataset", dataset, evaluation)
+        if said := trained_rows_sentence(train.prompts, evaluation.prompts):
+            log_rank_zero(_log, said, level=logging.WARNING)
         check_references(cfg.get("environment"), [example for example, _ in evaluation.prompts])
     return RecipeData(
         tokenizer=tokenizer,
@@ -79,10 +82,56 @@ def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True, judged: b
     )
 
 
-def _say_what_is_left_out(part: str, found: Prompts) -> None:
+def _say_what_is_left_out(part: str, rows: Iterable[Example], found: Prompts) -> None:
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in found.dropped.items() if count)
     if reasons:
-        log_rank_zero(_log, f"`{part}` gives {len(found.prompts):,} rows; left out are: {reasons}")
+        first = _first_left_out(rows, [example.id for example, _ in found.prompts])
+        said = f"`{part}` gives {len(found.prompts):,} rows; left out are: {reasons}"
+        log_rank_zero(_log, said + (f"; the first is {first}" if first else ""))
+
+
+def _first_left_out(rows: Iterable[Example], kept: Sequence[str]) -> str | None:
+    """Return the id of the first row that is not among the ``kept`` ones, which have the order of the rows.
+
+    None where all are kept: the dataset's builder left out rows of its source, and says only how many.
+    """
+    ids = iter(kept)
+    return next((row.id for row in rows if row.id != next(ids, None)), None)
+
+
+def _warn_of_repeated_rows(cfg: DictConfig, rows: int) -> None:
+    """Warn where a round has more prompts than there are rows: a row's groups are then several, each with its own mean."""
+    prompts = cfg.get("prompts_per_round")
+    if prompts is not None and prompts > rows:
+        log_rank_zero(
+            _log,
+            f"prompts_per_round={prompts} is more than the {rows:,} rows of `dataset`, so that every round has several groups "
+            f"of the same row; set prompts_per_round={rows} and raise group_size, or add rows",
+            level=logging.WARNING,
+        )
+
+
+def trained_rows_sentence(
+    train: Iterable[tuple[Example, PromptPair]], evaluation: Sequence[tuple[Example, PromptPair]]
+) -> str | None:
+    """Return the warning about evaluation rows that are training rows, with how many there are; None without any.
+
+    Rows count as the same where student prompt, reference and task of a world (a dataclass in the row's data) are equal.
+    """
+    asked = [_row_hash(example, pair) for example, pair in evaluation]
+    trained = set(asked) & {_row_hash(example, pair) for example, pair in train}
+    if not trained:
+        return None
+    return (
+        f"{sum(one in trained for one in asked):,} of {len(asked):,} evaluation rows are training rows (the same prompt and "
+        "reference), so that their success says nothing about other rows; choose another eval_dataset.split or source (a file "
+        "is its whole split, whatever its name; a part of it is `train[90%:]`)"
+    )
+
+
+def _row_hash(example: Example, pair: PromptPair) -> int:
+    tasks = [value for value in example.data.values() if is_dataclass(value)]
+    return hash((tuple(pair.student), repr(example.reference), repr(tasks)))
 
 
 def _say_who_sampled(examples: Sequence[Example], control: str | None) -> None:

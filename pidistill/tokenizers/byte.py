@@ -41,6 +41,9 @@ def byte_tokenizer_folder(path: str | Path) -> Path:
     return folder
 
 
-def byte_tokenizer(path: str, max_seq_len: int | None = None) -> HFChatTokenizer:
-    """Write the files of :func:`byte_tokenizer_folder` to ``path`` and return their tokenizer: a config's `tokenizer`."""
-    return HFChatTokenizer(str(byte_tokenizer_folder(path)), max_seq_len=max_seq_len)
+def byte_tokenizer(path: str, max_seq_len: int | None = None, tool_format: str = "auto") -> HFChatTokenizer:
+    """Write the files of :func:`byte_tokenizer_folder` to ``path`` and return their tokenizer: a config's `tokenizer`.
+
+    Its template has no tools; ``tool_format="action"`` writes them as text.
+    """
+    return HFChatTokenizer(str(byte_tokenizer_folder(path)), max_seq_len=max_seq_len, tool_format=tool_format)

@@ -20,6 +20,8 @@ from pidistill.rollouts import CollectResult, rollout_seed
 from pidistill.training.collector import Collect
 from pidistill.training.keys import setting
 from pidistill.training.metrics import rollout_means, rollout_sums
+from pidistill.training.rounds import check_rewards
+from pidistill.training.run_folder import wants_resume
 from pidistill.training.update import crossed
 from pidistill.types import Example, PromptPair, Rollout, ViewName
 
@@ -43,6 +45,8 @@ class Evaluation:
         # `collect` may be None where there are no such rows.
         self._run, self._data, self._collect = run, data, collect
         self._samples = setting(cfg, "eval_samples")
+        # An environment that fails later must not cost steps that are not saved yet; a resumed run begins in their midst.
+        self._worked = wants_resume(cfg)
 
     def numbers(self, model) -> dict[str, float]:
         """Return the `eval_*` numbers of the model, the same on every rank; empty without rows."""
@@ -51,7 +55,9 @@ class Evaluation:
             return {}
         settings = {"success_threshold": data.success_threshold, "leak_phrases": data.leak_phrases, "samples": self._samples}
         dropped = {f"eval_dropped_rows/{reason}": count for reason, count in data.eval_dropped.items()}
-        return evaluate(model, data.eval_prompts, self._collect, self._run, **settings) | dropped
+        numbers = evaluate(model, data.eval_prompts, self._collect, self._run, may_fail=self._worked, **settings)
+        self._worked = True
+        return numbers | dropped
 
 
 def evaluate(
@@ -63,13 +69,17 @@ def evaluate(
     samples: int,
     success_threshold: float,
     leak_phrases: Sequence[str],
+    may_fail: bool = False,
 ) -> dict[str, float]:
     """Return `eval_*` numbers of the model on ``prompts``, the same on every rank; see :mod:`pidistill.training.metrics`.
 
     Greedy without privileged information; ``samples`` per prompt at the sampling temperature without it, and with it
     (the ceiling), where any row has it. Where the environment gives no reward, only the second is sampled, for its lengths.
+    Unless it ``may_fail``, it raises InputError where every rollout of the first view has failed: the reward cannot work then.
     """
     sampled = sample_view(model, prompts, collect, run, view="student", samples=samples)
+    if not may_fail:
+        check_rewards(run.sum(len(sampled.rollouts)), run.sums(sampled.dropped), "of the evaluation")
     views = {"eval_student_success": sampled}
     judged = run.sum(sum(r.task_reward is not None for r in sampled.rollouts)) or not run.sum(len(sampled.rollouts))
     if judged:

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 from omegaconf import OmegaConf
@@ -10,6 +11,7 @@ from omegaconf import OmegaConf
 from pidistill.commands.places import config_path
 from pidistill.commands.preview.command import main as preview
 from pidistill.commands.validate import main as validate
+from pidistill.envs.tiny_world import tiny_world_dataset
 
 SKIP = "{_component_: pidistill.losses.token_weights.SkipFirst, tokens: 500}"
 FEW = ["dataset.max_rows=20"]
@@ -130,4 +132,58 @@ def test_rows_that_are_left_out_are_counted(capsys, tmp_path):
     dataset = f"dataset:\n  _component_: pidistill.data.chat_dataset\n  source: {tmp_path}/rows.jsonl\n"
     (tmp_path / "config.yaml").write_text(text[:start] + dataset + text[end:])
     validate([str(tmp_path / "config.yaml"), "privileged.on_overflow=drop"])
-    assert capsys.readouterr().out.endswith("is right: 3 of 3 rows were checked, dropped: prompt_too_long 1\n")
+    said = "is right: 3 of 3 rows were checked, dropped: prompt_too_long 1; the first is rows.jsonl row 1\n"
+    assert capsys.readouterr().out.endswith(said)
+
+
+def test_the_first_row_without_privileged_information_is_named(capsys):
+    validate(["tiny/opsd", "dataset.max_rows=8", "dataset.privileged=dfk", "eval_dataset=null", "objective.no_pi=drop",
+              "dataset._component_=tests.commands.test_validate.some_rows"])  # fmt: skip
+    said = "8 of 8 rows were checked, dropped: rows_without_pi 2; the first is tiny_world train row 3\n"
+    assert capsys.readouterr().out.endswith(said)
+
+
+def some_rows(split, privileged, max_rows):
+    rows = list(tiny_world_dataset(split=split, privileged=privileged, max_rows=max_rows))
+    return [replace(row, privileged=None) if place in (3, 5) else row for place, row in enumerate(rows)]
+
+
+def test_evaluation_rows_that_are_training_rows_are_counted(capsys):
+    validate(["tiny/opsd", *FEW, "eval_dataset.split=train", "eval_dataset.max_rows=30"])
+    assert "; but 20 of 30 evaluation rows are training rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, said", [
+    (["environment.reward=tests.support.own_rewards.of_nothing"], "of_nothing gives 1.0, which cannot be called"),
+    (["environment.reward=tests.support.own_rewards.later"], "later is an async function"),
+    (["environment._component_=tests.commands.test_validate.NoStep"], "environment: tests.commands.test_validate.NoStep has no "
+     "method step; define step(self, state, turn, *, truncated)"),
+    (["environment._component_=tests.commands.test_validate.Short"], "has a method step that cannot be called as it is"),
+    (["environment._component_=tests.commands.test_validate.Later"], "has the async method reset"),
+])  # fmt: skip
+def test_an_environment_or_a_reward_that_cannot_work_is_refused(words, said, tmp_path, capsys):
+    text = config_path("tiny/sdft").read_text()
+    start, end = text.index("environment:\n"), text.index("privileged:\n")
+    environment = "environment:\n  _component_: pidistill.envs.SingleTurn\n  reward: null\n"
+    (tmp_path / "config.yaml").write_text(text[:start] + environment + text[end:])
+    validate([str(tmp_path / "config.yaml"), *FEW])
+    assert ended(validate, str(tmp_path / "config.yaml"), *FEW, *words) == 2
+    assert said in capsys.readouterr().err
+
+
+class NoStep:
+    def reset(self, example):
+        return example
+
+
+class Short(NoStep):
+    def step(self, state, turn):
+        return None
+
+
+class Later(Short):
+    async def reset(self, example):
+        return example
+
+    def step(self, state, turn, *, truncated):
+        return None

@@ -6,14 +6,17 @@ import logging
 from omegaconf import OmegaConf
 
 from pidistill.data import load_prompts
+from pidistill.data.load import trained_rows_sentence
+from pidistill.envs.tiny_world.world import Task
 from pidistill.testing import TINY_SIZES
+from pidistill.types import Example, PromptPair
 from tests.support.tiny_tokenizers import qwen_folder
 
 
 def test_rows_that_are_left_out_are_said_by_reason_and_part(tmp_path, caplog):
     rows = [{"question": question, "answer": "4", "hint": hint} for question, hint in
-            [("q", "h"), ("q", None), ("q", ""), ("q " * 400, "h")]]  # fmt: skip
-    for name, some in (("train", rows), ("eval", rows[:2])):
+            [("q", "h"), ("q", None), ("q", ""), ("q " * 400, "h"), ("other", "h"), ("last", None)]]  # fmt: skip
+    for name, some in (("train", rows[:4]), ("eval", rows[4:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     folder = qwen_folder(tmp_path / "model")
     dataset = {"_component_": "pidistill.data.qa_dataset", "privileged_key": "hint", "completion_key": "answer"}
@@ -28,15 +31,65 @@ def test_rows_that_are_left_out_are_said_by_reason_and_part(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     load_prompts(cfg, no_pi="drop")
     said = [record.getMessage() for record in caplog.records]
-    assert said == ["`dataset` gives 1 rows; left out are: rows_without_pi 2, prompt_too_long 1"]
-    caplog.clear()
-    cfg.eval_dataset.source = cfg.dataset.source
-    load_prompts(cfg, no_pi="rl")
-    assert [record.getMessage() for record in caplog.records] == [
-        "`dataset` gives 3 rows; left out are: prompt_too_long 1",
-        "`eval_dataset` gives 3 rows; left out are: prompt_too_long 1",
+    assert said == [
+        "`dataset` gives 1 rows; left out are: rows_without_pi 2, prompt_too_long 1; the first is train.jsonl row 1"
     ]
-    cfg.on_overflow, cfg.dataset.max_rows, cfg.eval_dataset.max_rows = None, 2, 2
+    caplog.clear()
+    cfg.dataset.split, cfg.eval_dataset.source = "train[1:]", cfg.dataset.source
+    load_prompts(cfg, no_pi="rl")
+    assert [record.getMessage() for record in caplog.records][:2] == [
+        "`dataset` gives 2 rows; left out are: prompt_too_long 1; the first is train.jsonl row 2",
+        "`eval_dataset` gives 3 rows; left out are: prompt_too_long 1; the first is train.jsonl row 3",
+    ]
+    cfg.on_overflow, cfg.dataset.max_rows, cfg.eval_dataset.source = None, 2, str(tmp_path / "eval.jsonl")
     caplog.clear()
     load_prompts(cfg, no_pi="rl")
     assert caplog.records == []
+
+
+def small_config(tmp_path, rows, held_out):
+    """Return a config of rows with questions and answers."""
+    for name, some in (("train", rows), ("eval", held_out)):
+        lines = [json.dumps({"question": question, "answer": answer}) + "\n" for question, answer in some]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    folder = qwen_folder(tmp_path / "model")
+    dataset = {"_component_": "pidistill.data.qa_dataset", "privileged_key": None}
+    return OmegaConf.create({
+        "model": {"_component_": "torchtune.models.llama3.llama3", **TINY_SIZES, "vocab_size": 700, "max_seq_len": 400},
+        "tokenizer": {"_component_": "pidistill.tokenizers.HFChatTokenizer", "path": str(folder)},
+        "checkpointer": {"_component_": "pidistill.models.HFCheckpointer", "checkpoint_dir": str(folder)},
+        "dataset": dataset | {"source": str(tmp_path / "train.jsonl")},
+        "eval_dataset": dataset | {"source": str(tmp_path / "eval.jsonl")},
+    })  # fmt: skip
+
+
+def test_evaluation_rows_that_are_training_rows_are_counted_in_one_warning(tmp_path, caplog):
+    train = [(f"question {n}", str(n)) for n in range(5)]
+    cfg = small_config(tmp_path, train, [train[0], ("question 1", "another answer"), train[3], ("question 9", "9")])
+    load_prompts(cfg, no_pi="rl")
+    (warning,) = caplog.records
+    assert warning.levelname == "WARNING"
+    assert warning.getMessage().startswith("2 of 4 evaluation rows are training rows (the same prompt and reference)")
+    assert "eval_dataset.split" in warning.getMessage()
+
+
+def test_rows_whose_tasks_differ_are_others_though_their_prompts_are_equal():
+    def pair(task):
+        example = Example("row", [{"role": "user", "content": "play"}], data={"task": task})
+        return example, PromptPair([1, 2], [1, 2], has_privileged=False)
+
+    tasks = [Task(n, 0, 0, (1, 2, 3), 0, 0, 0, 0) for n in range(3)]
+    assert trained_rows_sentence([pair(tasks[0])], [pair(tasks[1]), pair(tasks[2])]) is None
+    assert trained_rows_sentence([pair(tasks[0])], [pair(tasks[0]), pair(tasks[2])]).startswith("1 of 2 evaluation rows")
+
+
+def test_a_round_of_more_prompts_than_rows_is_said_once(tmp_path, caplog):
+    cfg = small_config(tmp_path, [("a", "1"), ("b", "2"), ("c", "3")], [("d", "4")])
+    cfg.prompts_per_round = 3
+    load_prompts(cfg, no_pi="rl")
+    assert caplog.records == []
+    cfg.prompts_per_round = 4
+    load_prompts(cfg, no_pi="rl")
+    (warning,) = caplog.records
+    assert warning.levelname == "WARNING"
+    assert warning.getMessage().startswith("prompts_per_round=4 is more than the 3 rows of `dataset`")

@@ -273,6 +273,13 @@ def test_weights_that_cannot_be_honoured_are_refused(fields, said):
         check_messages([ANSWER | fields], "row 0", "messages")
 
 
+def test_a_field_that_does_not_say_what_is_learned_is_kept():
+    messages = [USER | {"train_id": 5, "loss_group": "b"}, ANSWER | {"train_id": 6}]
+    assert check_messages(messages, "row 0", "messages") == messages
+    with pytest.raises(InputError, match="has the key 'masked', which seems to say"):
+        check_messages([USER | {"masked": True}, ANSWER], "row 0", "messages")
+
+
 def test_a_row_of_which_nothing_is_learned_is_refused(tmp_path, tokenizer):
     (row,) = read(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER | {"weight": 0}]})
     with pytest.raises(InputError, match="row 0: every assistant turn has weight 0"):

@@ -9,6 +9,8 @@ from omegaconf import OmegaConf
 from pidistill.config import build
 from pidistill.data.load import gives_no_reward
 from pidistill.errors import InputError
+from pidistill.rollouts import DROP_REASONS, CollectResult
+from pidistill.training import evaluation
 from pidistill.training.compatibility import check_reward, check_routed_rewards
 from pidistill.types import Example
 from tests.support.runs import EVALUATION, TIMES, TINY, assert_same_tensors, metrics, run, small_config, weights
@@ -30,6 +32,37 @@ def test_an_evaluation_without_any_reward_ends_in_one_sentence(tiny_base, tmp_pa
     cfg = small_config("evaluate", tiny_base, tmp_path, **FAILING)
     with pytest.raises(InputError, match=r"no rollout of student greedy has a reward \(reward_error \d+\); the warning above"):
         run("evaluate", cfg)
+
+
+def test_a_training_whose_reward_never_works_ends_after_the_first_view_of_its_first_evaluation(
+    tiny_base, tmp_path, monkeypatch
+):
+    views, sample = [], evaluation.sample_view
+
+    def counted(*arguments, **settings):
+        views.append(settings["view"])
+        return sample(*arguments, **settings)
+
+    monkeypatch.setattr(evaluation, "sample_view", counted)
+    with pytest.raises(InputError, match=r"no rollout of the evaluation has a reward \(reward_error \d+\); the warning above"):
+        run("rl", small_config("rl", tiny_base, tmp_path, **FAILING, **EVALUATION))
+    assert views == ["student"] and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_an_environment_that_fails_in_a_later_evaluation_does_not_cost_the_run(tiny_base, tmp_path, monkeypatch):
+    sample, calls = evaluation.sample_view, []
+
+    def fail_later(*arguments, **settings):
+        calls.append(settings["view"])
+        if len(calls) <= 3:
+            return sample(*arguments, **settings)
+        return CollectResult([], dict.fromkeys(DROP_REASONS, 0) | {"environment_crash": 4}, 0)
+
+    monkeypatch.setattr(evaluation, "sample_view", fail_later)
+    run("rl", small_config("rl", tiny_base, tmp_path, max_steps=2, **EVALUATION))
+    evaluated = [row for row in metrics(tmp_path) if "loss" not in row]
+    assert "eval_student_success" in evaluated[0] and "eval_student_success" not in evaluated[-1]
+    assert evaluated[-1]["eval_dropped/environment_crash"] >= 4 and (tmp_path / "step_2").is_dir()
 
 
 # ---------------------------------------------------------------------------------------------- no reward at all

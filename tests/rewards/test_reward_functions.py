@@ -64,11 +64,32 @@ def test_a_function_that_needs_no_example_makes_the_reward_as_a_class_does():
         (f"{PATH}.gone", "component tests.support.own_rewards.gone cannot be found"),
         ({"_component_": f"{PATH}.is_short", "limits": 3}, r"reward.limits is not an argument of .*did you mean limit\?"),
         ({"_component_": f"{PATH}.is_short", "limit": "many"}, "environment.reward.limit=many must be"),
+        (f"{PATH}.of_nothing", r"of_nothing gives 1\.0, which cannot be called .*def of_nothing\(example, turns\)"),
+        (f"{PATH}.later", "environment.reward: tests.support.own_rewards.later is an async function, which gives no value"),
+        (f"{PATH}.in_parts", "environment.reward: tests.support.own_rewards.in_parts is a generator"),
+        (f"{PATH}.NotCalled", "environment.reward: .*NotCalled is a class whose objects cannot be called"),
+        (
+            {"_component_": "pidistill.rewards.Constraints", "checks": {"late": f"{PATH}.later"}},
+            r"environment\.reward\.checks\.late: tests.support.own_rewards.later is an async function",
+        ),
     ],
 )
 def test_a_wrong_reward_function_is_refused_with_the_config(reward, message):
     with pytest.raises(InputError, match=message):
         environment(reward)
+
+
+@pytest.mark.parametrize(("arguments", "rewards"), [({}, [1.0, 0.0]), ({"limit": 21}, [1.0, 1.0])])
+def test_a_reward_behind_a_decorator_that_hides_its_arguments_is_the_reward(arguments, rewards):
+    made = environment({"_component_": f"{PATH}.decorated", **arguments})
+    assert [reward_of(made, text).reward for text in ("x" * 20, "x" * 21)] == rewards
+
+
+def test_an_environment_of_the_user_may_take_a_reward_that_is_no_function():
+    node = {"_component_": f"{PATH}.Holder", "reward": {"_component_": f"{PATH}.NotCalled"}}
+    cfg = OmegaConf.create({"environment": node})
+    check_config(cfg, {"environment"})
+    assert isinstance(build(cfg.environment).reward, own_rewards.NotCalled)
 
 
 def test_a_judge_may_be_a_function():

@@ -24,6 +24,34 @@ def of_one(turns):
     return 1.0
 
 
+def of_nothing():
+    return 1.0
+
+
+async def later(example, turns):
+    return 1.0
+
+
+def in_parts(example, turns):
+    yield 1.0
+
+
+class NotCalled:
+    """An object that is no function."""
+
+
+def plain_decorator(function):
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+@plain_decorator
+def decorated(example, turns, limit=20):
+    return is_short(example, turns, limit)
+
+
 def say_look(example, turns):
     return "look"
 
@@ -35,3 +63,10 @@ class Silent:
     """An environment of one's own that gives no reward."""
 
     gives_reward = False
+
+
+class Holder:
+    """An environment of one's own that asks its reward in its own way."""
+
+    def __init__(self, reward):
+        self.reward = reward
