@@ -1,7 +1,7 @@
 """Run a vLLM engine in the training process: the same device, weights handed over in memory, stepped by hand.
 
 vLLM is imported when the engine starts and not before. What it does to the process that hosts it (random state, torch's
-threads, environment variables) is undone.
+threads, environment variables, the CUDA stream) is undone.
 """
 
 import importlib.util
@@ -95,8 +95,9 @@ class VLLMEngine:
         os.environ.update(_ENVIRONMENT)
         for name, value in _ENVIRONMENT_DEFAULTS.items():
             os.environ.setdefault(name, value)
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        with _process_kept(device), _own_class(model_dir):
+        check_gpu(device)
+        self._streams = Streams(device)
+        with _process_kept(device), self._streams.of_engine(), _own_class(model_dir):
             from vllm import LLM
             from vllm.platforms import current_platform
 
@@ -112,7 +113,7 @@ class VLLMEngine:
                     enable_prefix_caching=True,
                     enable_sleep_mode=sleep,
                     disable_log_stats=True,
-                    distributed_executor_backend="external_launcher" if several else "uni",
+                    distributed_executor_backend="external_launcher" if _several_processes() else "uni",
                     **settings,
                 )
             except Exception as error:  # what vLLM cannot do is an error of any kind: an assertion, an absent key or package
@@ -129,19 +130,21 @@ class VLLMEngine:
         self._begun = 0
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        if self._asleep:
-            self._llm.wake_up(tags=["weights"])
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
-        self._llm.apply_model(_repack)
-        if self._asleep:
-            self._llm.wake_up(tags=["kv_cache"])
-            self._asleep = False
-        if not self._llm.reset_prefix_cache():  # keys and values of the old weights
-            raise RuntimeError("vLLM kept its prefix cache, whose keys and values are of the weights before")
+        with self._streams.of_engine():
+            if self._asleep:
+                self._llm.wake_up(tags=["weights"])
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+            self._llm.apply_model(_repack)
+            if self._asleep:
+                self._llm.wake_up(tags=["kv_cache"])
+                self._asleep = False
+            if not self._llm.reset_prefix_cache():  # keys and values of the old weights
+                raise RuntimeError("vLLM kept its prefix cache, whose keys and values are of the weights before")
 
     def rest(self) -> None:
         if self._sleep:
-            self._llm.sleep(level=2)
+            with self._streams.of_engine():
+                self._llm.sleep(level=2)
             self._asleep = True
 
     def begin(self, row: int, ids: Sequence[int], seed: int, max_tokens: int, settings: Settings) -> None:
@@ -157,7 +160,7 @@ class VLLMEngine:
             max_tokens=max_tokens,
             stop_token_ids=list(settings.stop_ids),
             ignore_eos=True,  # the model's own end of text, where the tokenizer's stop ids lack it
-            seed=None if greedy else seed,
+            seed=seed,  # also where nothing is drawn: for a request without one, vLLM on a GPU draws from numpy's global stream
             # Only of the sampled token, or of all that may be left: what is cut off has -inf.
             logprobs=min((settings.top_k or 0) + TIES, self._vocabulary) if settings.kept and not greedy else 0,
             detokenize=False,
@@ -171,13 +174,14 @@ class VLLMEngine:
 
     def step(self) -> list[Turn]:
         # vLLM on CPU draws from torch's global stream too, and leaves those draws unused where a request has a seed.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), self._streams.of_engine():
             outputs = self._engine.step()
         return [self._turn(output) for output in outputs if output.finished]
 
     def abort(self) -> None:
         if self._rows:
-            self._engine.abort_request(list(self._rows))
+            with self._streams.of_engine():
+                self._engine.abort_request(list(self._rows))
             self._rows.clear()
 
     def _turn(self, output: Any) -> Turn:
@@ -205,6 +209,22 @@ def kept_ids(of_id: Mapping[int, Any], vocabulary: int) -> list[int] | None:
             f"more than {TIES} others tie with the last one of top_k; set sampler.dtype=float32, or sampler.record_kept=False"
         )
     return sorted(kept)
+
+
+def check_gpu(device: torch.device) -> None:
+    """Refuse a GPU that the engine of a lone process would not run on: vLLM takes the first one that the process sees.
+
+    Of several processes each has the GPU of its number, which vLLM knows.
+    """
+    if device.type == "cuda" and device.index and not _several_processes():
+        raise InputError(
+            f"device={device} does not work with pidistill.rollouts.VLLMSampler, which samples on cuda:0 in a run of one "
+            f"process; set device=cuda:0, and the environment variable CUDA_VISIBLE_DEVICES={device.index} to run on that GPU"
+        )
+
+
+def _several_processes() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _check_device(engine: str, model: torch.device, sleep: bool) -> None:
@@ -271,6 +291,38 @@ def _own_class(model_dir: Path) -> Iterator[None]:
         MODEL_MAPPING._extra_content.pop(config)
         if before is not None:
             AutoModel.register(config, before)
+
+
+class Streams:
+    """Keep the trainer's CUDA stream and vLLM's apart; on a CPU there is nothing to do.
+
+    vLLM may move the thread to a stream of its own, for good, and later expects to find it. The trainer's kernels would run
+    there too, behind the back of what has noted its stream before (activation offloading).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._of_engine = device, None
+
+    @contextmanager
+    def of_engine(self) -> Iterator[None]:
+        """Go to the stream that vLLM left last, and back to the trainer's; each waits for what the other has begun."""
+        if self._device.type != "cuda":
+            yield
+            return
+        before = torch.cuda.current_stream(self._device)
+        if self._of_engine is not None:
+            _go_to(self._of_engine, before)
+        try:
+            yield
+        finally:
+            self._of_engine = torch.cuda.current_stream(self._device)
+            _go_to(before, self._of_engine)
+
+
+def _go_to(stream: torch.cuda.Stream, present: torch.cuda.Stream) -> None:
+    if stream != present:
+        stream.wait_stream(present)
+        torch.cuda.set_stream(stream)  # not by a `with`: vLLM notes what is set here
 
 
 @contextmanager

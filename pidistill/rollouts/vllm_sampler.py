@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pidistill.distributed.shards import forward_device
 from pidistill.errors import InputError, check_share
 from pidistill.models.adapters import adapter_modules, merged
 from pidistill.models.hf_format import family, to_hf
@@ -34,7 +35,7 @@ from pidistill.rollouts.request import (
     end_turn,
     not_finite,
 )
-from pidistill.rollouts.vllm_engine import TIES, Engine, Settings, Turn, VLLMEngine, require_vllm
+from pidistill.rollouts.vllm_engine import TIES, Engine, Settings, Turn, VLLMEngine, check_gpu, require_vllm
 
 
 @dataclass(kw_only=True)
@@ -130,7 +131,7 @@ class VLLMSampler:
         check_request(model, prompts, group_size, seeds, request)
         self._check_length(max(map(len, prompts), default=0) + request.max_new_tokens)
         if self._engine is None:
-            self.check_model(model, next(model.parameters()).device, compute_dtype_of(model))
+            self.check_model(model, forward_device(model), compute_dtype_of(model))
             self._engine = self._start(model)
         # At every call: a stale copy would train silently on another policy's samples, and no counter of torch's sees every
         # way in which a weight can change.
@@ -147,7 +148,11 @@ class VLLMSampler:
         return [row.sample for row in rows]
 
     def check_model(self, model: Decoder, device: torch.device, compute_dtype: torch.dtype) -> None:
-        """Refuse what vLLM 0.32 would compute in another way than ``model``, or not at all; the weights may be missing yet."""
+        """Refuse what vLLM 0.32 would compute in another way than ``model``, elsewhere, or not at all.
+
+        The weights may be missing yet.
+        """
+        check_gpu(device)
         if not has_own_names(model):
             family(self._config)  # refuses what weights cannot be converted for
             return
@@ -178,7 +183,6 @@ class VLLMSampler:
         return to_stored(weights, Path(self.model_dir)) if has_own_names(model) else to_hf(weights, self._config)
 
     def _start(self, model: Decoder) -> Engine:
-        weight = next(model.parameters())
         settings: dict[str, Any] = {} if self.max_batch_size is None else {"max_num_seqs": self.max_batch_size}
         if self.kv_cache_gib is not None:
             settings["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
@@ -186,7 +190,7 @@ class VLLMSampler:
             settings["max_logprobs"] = self.top_k + TIES
         return VLLMEngine(
             Path(self.model_dir),
-            weight.device,
+            forward_device(model),
             sleep=self.sleep,
             dtype=self._dtype(compute_dtype_of(model)),
             gpu_memory_utilization=self.gpu_memory_utilization,

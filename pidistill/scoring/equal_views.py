@@ -95,4 +95,4 @@ def _are_equal(own: Tensor, trained: Tensor) -> bool:
     own, trained = _local(own), _local(trained)
     if type(own) is not Tensor or type(trained) is not Tensor or own.shape != trained.shape:
         return False
-    return torch.equal(own, trained.to(own.dtype))
+    return torch.equal(own, trained.to(own))  # with `fsdp_cpu_offload` one of them may be on the CPU

@@ -138,12 +138,13 @@ def _score(plan: ScorePlan, model: Decoder, batch: Batch, parts: list[MixturePar
     """
     views, forwards = batch.views, list_forwards(plan.request, live_teacher=not parts)
     called = forwards.called
-    constants = {side: [_constant(MixturePart(1.0, model), views, side, model)] for side in forwards.constant}
+    device = batch.targets.device
+    constants = {side: [_constant(MixturePart(1.0, model), views, side, device, model)] for side in forwards.constant}
     if forwards.given is not None:
         # What the live teacher view is about to compute anyway is not computed twice.
         ready = model if "teacher" in called else None
         shared = model if called else None
-        constants[forwards.given] = [_constant(part, views, "teacher", shared, ready) for part in parts]
+        constants[forwards.given] = [_constant(part, views, "teacher", device, shared, ready) for part in parts]
     if not called:
         return apply_head(plan, {}, constants["teacher"][0].weight, constants)
 
@@ -210,14 +211,19 @@ def _local_weight(model: Decoder) -> Float[Tensor, "V H"]:
 
 @torch.no_grad()
 def _constant(
-    part: MixturePart, views: BatchInputs, side: ViewName, shared: nn.Module | None, ready: nn.Module | None = None
+    part: MixturePart,
+    views: BatchInputs,
+    side: ViewName,
+    device: torch.device,
+    shared: nn.Module | None,
+    ready: nn.Module | None = None,
 ) -> ConstantPart:
-    """Compute a part on a view that gets no gradient.
+    """Compute a part on a view that gets no gradient, on ``device``, the batch's; a part's weights may wait on the CPU.
 
     Under FSDP2 this is one more gathering of its layers, and of its head, unless that is the head of ``shared``, which is at
     hand in the forward to come. A part of ``ready`` needs no forward.
     """
-    own, share = _rows_read(part, views)
+    own, share = _rows_read(part, views, device)
     if part.module is ready and part.adapters:
         return ConstantPart(share, None, None)
 
@@ -229,7 +235,7 @@ def _constant(
     if part.memory is None:
         hidden = read()
     else:
-        hidden = part.memory.of(own.rollouts, torch.empty(0, head.shape[1], dtype=dtype, device=head.device), read)
+        hidden = part.memory.of(own.rollouts, torch.empty(0, head.shape[1], dtype=dtype, device=device), read)
     if isinstance(share, Tensor):
         everywhere = hidden.new_zeros(len(share), hidden.shape[1])
         everywhere[share != 0] = hidden
@@ -238,12 +244,12 @@ def _constant(
         return ConstantPart(share, hidden, None)
     weight = own_wide_head(part.module, head_module(part.module))
     if weight is None:
-        weight = head.detach().to(dtype)
+        weight = head.detach().to(device, dtype)
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
     return ConstantPart(share, hidden, weight, logit_cap(part.module))
 
 
-def _rows_read(part: MixturePart, views: BatchInputs) -> tuple[BatchInputs, float | Float[Tensor, " N"]]:
+def _rows_read(part: MixturePart, views: BatchInputs, device: torch.device) -> tuple[BatchInputs, float | Float[Tensor, " N"]]:
     """Return what a part reads of a batch, and its share: one number, or one per policy token, 0 where it reads nothing.
 
     A part that reads no rollout here still runs a forward: under FSDP2 its layers are gathered on all ranks or on none.
@@ -254,5 +260,4 @@ def _rows_read(part: MixturePart, views: BatchInputs) -> tuple[BatchInputs, floa
     shares = [
         part.share * read for read, rollout in zip(reads, views.rollouts, strict=True) for _ in range(rollout.policy_tokens)
     ]
-    device = next(part.module.parameters()).device
     return views.only([i for i, read in enumerate(reads) if read]), torch.tensor(shares, dtype=torch.float32, device=device)

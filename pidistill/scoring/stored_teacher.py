@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from torchtune.utils import get_logger, log_rank_zero
 
 from pidistill.distributed.run import gather_of_all
+from pidistill.distributed.shards import forward_device
 from pidistill.errors import InputError
 from pidistill.models.precision import compute_dtype_of
 from pidistill.models.protocol import Decoder, head_module, logit_cap
@@ -187,7 +188,7 @@ class StoredTeacher(FrozenTeacher):
 
     def mixture(self, model: Decoder) -> list[MixturePart]:
         if self._head is None:
-            weight = _read(self.folder / HEAD, "weight").to(next(model.parameters()).device)
+            weight = _read(self.folder / HEAD, "weight").to(forward_device(model))
             self._head = HeadAlone(weight, self._about()["logit_cap"])
         return [StoredPart(1.0, self._head, memory=self._memory, load=lambda: self.module)]
 

@@ -8,6 +8,7 @@ A row of ten thousand tokens is mostly pairs that do not see each other. On CUDA
 elsewhere queries go through scaled_dot_product_attention a block at a time, with the keys that some query of the block sees.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import Any
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torchtune.modules import MultiHeadAttention
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 from pidistill.models.layer_masks import AttentionForm, LayerMask, Rule, attend
 from pidistill.models.modules import attention_modules
 from pidistill.models.protocol import Decoder, carried_state
@@ -26,6 +28,9 @@ from pidistill.models.protocol import Decoder, carried_state
 FLEX_BLOCK = 128
 # More gives fewer and larger kernels; less gives fewer keys that only other queries of the block see. 256 is best on two cores.
 _QUERY_BLOCK = 256
+# Compiled variants of flex attention, of all models of a run together: two to four for each shape of heads, rule of a mask and
+# form, as many again without gradient. torch's own limit is 8.
+_FLEX_VARIANTS = 64
 
 
 @dataclass(frozen=True)
@@ -173,9 +178,25 @@ def tree_attention(
 
 
 @cache
-def _compiled_flex_attention() -> Any:
-    # Every batch has another length; torchtune's own compilation is static and would take seconds at each.
-    return torch.compile(flex_attention, dynamic=True)
+def _compiled_flex_attention() -> Callable[..., Any]:
+    """Return flex attention, compiled as a whole or not at all: what is left of it uncompiled makes all scores, [heads, L, L].
+
+    Every batch has another length; torchtune's own compilation is static and would take seconds at each. Floats are constants
+    all the same: torch does not compile the gradient of a cap that is a variable.
+    """
+    compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+    def attend_compiled(*inputs: Any, **options: Any) -> Any:
+        try:
+            with torch._dynamo.config.patch(recompile_limit=_FLEX_VARIANTS, specialize_float=True):
+                return compiled(*inputs, **options)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            raise InputError(
+                f"torch {torch.__version__} could not compile flex attention for packed trees ({one_line(error, 300)}); set "
+                "packing=padded"
+            ) from error
+
+    return attend_compiled
 
 
 def flex_tree_attention(flex: Any, q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, form: AttentionForm) -> Tensor:

@@ -127,6 +127,8 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
     if hasattr(sampler, "check_model"):  # vLLM's own modules compute some models in another way
         dtype = PRECISION_STR_TO_DTYPE[setting(cfg, "compute_dtype") or setting(cfg, "dtype")]
         device = torch.device(setting(cfg, "device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if setting(cfg, "rollout_lag"):  # a process of its own samples, which sees its GPU as the first one
+            device = torch.device(device.type)
         sampler.check_model(shared_empty_model(cfg.model), device, dtype)
     if isinstance(teacher, ServedTeacher):
         teacher.check_server()

@@ -15,6 +15,7 @@ from torchtune import training
 from pidistill.config import build
 from pidistill.data.load import told_later
 from pidistill.distributed.run import Run
+from pidistill.distributed.shards import shard_in_place
 from pidistill.distributed.tensor_parallel import parallelize, shard_model
 from pidistill.errors import InputError, one_line
 from pidistill.models.adapter_dir import with_adapter_dir
@@ -107,17 +108,25 @@ def load_initial(cfg: DictConfig, run: Run) -> Decoder:
     return load_model(cfg, run, cfg.model, with_adapter_dir(cfg, cfg.model, weights), trained=False)
 
 
-def _keep_buffers(model: nn.Module, names: list[str]) -> None:
-    """Make buffers again what torchtune's loader has made trained parameters (Gemma 4's scale of each layer)."""
+def _keep_buffers(model: nn.Module, names: list[str], device: torch.device) -> None:
+    """Make buffers again what torchtune's loader has made trained parameters (Gemma 4's scale of each layer).
+
+    They go to ``device``: with `fsdp_cpu_offload` the loader puts them on the CPU, and FSDP moves parameters only.
+    """
     for name in names:
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
-        if (parameter := module._parameters.pop(key, None)) is not None:
-            module.register_buffer(key, parameter.detach())
+        tensor = module._parameters.pop(key, None)
+        tensor = module._buffers[key] if tensor is None else tensor
+        module.register_buffer(key, tensor.detach().to(device))
 
 
 def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: bool, spread: Collection[str] = ()) -> None:
-    """Put the weights of a state dict into a model; those named in ``spread`` that come in bf16 get fp32 values around them."""
+    """Put the weights of a state dict into a model; those named in ``spread`` that come in bf16 get fp32 values around them.
+
+    With ``cpu_offload`` shards are on the CPU, from where FSDP takes them. Whole weights (of a frozen teacher or base, and of
+    one process that trains nothing) are on the run's device in any case.
+    """
 
     def value_of(name: str, weight: Any) -> Any:
         rounded = name in spread and weight.dtype == torch.bfloat16
@@ -126,15 +135,17 @@ def _fill(model: nn.Module, run: Run, state_dict: dict[str, Any], cpu_offload: b
     try:
         if run.processes > 1:
             weights = PlacedWeights({name: value_of(name, weight) for name, weight in state_dict.items()})
-            buffers = [name for name, _ in model.named_buffers() if name in weights]
+            # Activation checkpointing wraps layers, which shows in the names of buffers and not in a state dict's.
+            buffers = [n for n, _ in model.named_buffers() if n.replace("_checkpoint_wrapped_module.", "") in weights]
             training.load_from_full_model_state_dict(model, weights, run.device, strict=True, cpu_offload=cpu_offload)
-            _keep_buffers(model, buffers)
+            _keep_buffers(model, buffers, run.device)
         else:
             wanted = model.state_dict()
-            device = torch.device("cpu") if cpu_offload else run.device
+            offloaded = {name for name, like in wanted.items() if cpu_offload and isinstance(like, DTensor)}
+            devices = dict.fromkeys(offloaded, torch.device("cpu"))
             placed = PlacedWeights(state_dict).items()
             dtypes = {name: like.dtype for name, like in wanted.items()}
-            tensors = {name: value_of(name, t).to(device, dtypes.get(name)) for name, t in placed}
+            tensors = {name: value_of(name, t).to(devices.get(name, run.device), dtypes.get(name)) for name, t in placed}
             tensors = {name: _whole_shard(t, wanted.get(name)) for name, t in stored_as_in(model, tensors).items()}
             model.load_state_dict(tensors, strict=True, assign=True)
     except (RuntimeError, KeyError, AttributeError) as error:
@@ -148,7 +159,7 @@ def _whole_shard(tensor: Tensor, like: Tensor | None) -> Tensor:
     """Return a full tensor as the only process's shard of it, without a copy, where ``like`` is sharded."""
     if not isinstance(like, DTensor):
         return tensor
-    return DTensor.from_local(tensor, like.device_mesh, like.placements, run_check=False)
+    return shard_in_place(tensor, like.device_mesh, like.placements, tensor.shape, tensor.stride())
 
 
 def build_teacher(cfg: DictConfig, examples: Sequence[Example], objective: Objective) -> Teacher:

@@ -23,6 +23,7 @@ from torchao.optim.adam import _AdamBase
 from torchao.optim.subclass_8bit import OptimState8bit
 
 from pidistill.config import resolve
+from pidistill.distributed.shards import shard_in_place
 from pidistill.errors import InputError
 
 PARTS = "parts"
@@ -285,5 +286,4 @@ def _placed(value: torch.Tensor, parameter: DTensor, key: str) -> torch.Tensor:
     if key == "step":
         return value
     shard = value.to(parameter.to_local().device)
-    layout = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
-    return DTensor.from_local(shard, parameter.device_mesh, parameter.placements, **layout)
+    return shard_in_place(shard, parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride())

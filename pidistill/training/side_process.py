@@ -7,12 +7,13 @@ share and sends rows; rollouts come back. One call is answered at a time.
 
 import math
 import multiprocessing
+import os
 import pickle
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 from typing import Any
@@ -42,6 +43,7 @@ from pidistill.training.training_state import random_state, set_random_state
 START_METHOD = "spawn"
 _ALIGNMENT = 64  # bytes, as torch aligns its own tensors: how a product rounds can depend on it
 _SECONDS_TO_END = 5.0
+_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 class SamplerEnded(InputError):
@@ -58,10 +60,12 @@ class SideProcess:
         memory = context.RawArray("B", _ALIGNMENT + sum(map(_aligned_bytes, layout.values())))
         self._weights, self._adapters = _views(memory, layout), True
         here, there = context.Pipe()
+        device, variables = _as_first_gpu(device)
         alone = Run(device, run.dtype, 0, 1, run.seed, run.output_dir, compute_dtype=run.compute_dtype)
         arguments = (here, there, cfg, alone, memory, layout, torch.get_num_threads())
         self._process = context.Process(target=_serve, args=arguments, name="pidistill rollouts")
-        self._process.start()
+        with _environment(variables):
+            self._process.start()
         there.close()
         self._connection = here
         Finalize(self, _end, args=(self._process, here), exitpriority=10)  # before multiprocessing waits for its children
@@ -118,6 +122,31 @@ class SideProcess:
             raise InputError(error) if is_input_error else RuntimeError(f"in the process that samples:\n{error}")
         self._random_state = random_streams
         return value
+
+
+def _as_first_gpu(device: torch.device) -> tuple[torch.device, dict[str, str]]:
+    """Return what the other process calls ``device``, and the environment variables that make it so.
+
+    vLLM samples on the first GPU that its process sees. A later one is therefore the only one that the process sees.
+    """
+    if device.type != "cuda" or not device.index:
+        return device, {}
+    visible = [name.strip() for name in os.environ.get(_GPUS, "").split(",") if name.strip()]
+    return torch.device("cuda", 0), {_GPUS: visible[device.index] if visible else str(device.index)}
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for a process that is started meanwhile: it may ask for its GPUs as soon as it imports a package."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _end(process: multiprocessing.process.BaseProcess, connection: Connection) -> None:

@@ -376,6 +376,35 @@ def test_the_device_of_the_second_process_is_by_default_that_of_the_training(tmp
     assert rollout_device(OmegaConf.create({"rollout_device": "cpu"}), one_process(tmp_path)) == torch.device("cpu")
 
 
+@pytest.mark.parametrize(
+    "device, visible, expected",
+    [
+        ("cuda:1", None, ("cuda:0", "1")),
+        ("cuda:1", "4,7", ("cuda:0", "7")),
+        ("cuda:2", "GPU-a, GPU-b, GPU-c", ("cuda:0", "GPU-c")),
+        ("cuda:0", "4,7", ("cuda:0", "4,7")),
+        ("cuda:0", None, ("cuda:0", None)),
+        ("cpu", "4,7", ("cpu", "4,7")),
+    ],
+)
+def test_the_second_process_sees_its_gpu_as_the_first_one(device, visible, expected, tiny_base, tmp_path, monkeypatch):
+    """vLLM samples on the first one. The variable is there before the process starts, and the training's own is as before."""
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    seen, connection = [], mock.MagicMock()
+    connection.recv.return_value = (None, None, False, b"")
+    context = mock.MagicMock(Pipe=lambda: (connection, mock.MagicMock()), RawArray=multiprocessing.RawArray)
+    context.Process = lambda target, args, name: mock.MagicMock(
+        is_alive=lambda: False, start=lambda: seen.append((str(args[3].device), os.environ.get("CUDA_VISIBLE_DEVICES")))
+    )
+    monkeypatch.setattr(side_process.multiprocessing, "get_context", lambda method: context)
+    side_process.SideProcess(small_config("opsd", tiny_base, tmp_path, **LAG), one_process(tmp_path), torch.device(device))
+    assert seen == [expected]
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+
+
 def one_process(folder: Path, processes: int = 1) -> Run:
     return Run(torch.device("cpu"), torch.float32, 0, processes, 0, folder)
 

@@ -7,19 +7,26 @@ import json
 import math
 import random
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtune.models.qwen2 import lora_qwen2, qwen2
 from torchtune.modules.peft import disable_adapter
 
 from pidistill.config import build
+from pidistill.distributed.shards import shard_in_place
 from pidistill.errors import InputError
 from pidistill.models.hf_format import from_hf
 from pidistill.rollouts import VLLMSampler, vllm_engine, vllm_sampler
@@ -40,7 +47,8 @@ CONFIG = {
 class ScriptedEngine:
     """Turns of a length that (ids, seed) decide; one token of each per step."""
 
-    def __init__(self, *_, **settings) -> None:
+    def __init__(self, _, device, **settings) -> None:
+        self.device = device
         self.settings, self.begun, self.loaded, self.running, self.steps, self.rested = settings, [], [], {}, 0, 0
         self.nan_after: int | None = None
 
@@ -256,7 +264,65 @@ def test_the_engine_gets_the_models_dtype_device_and_length(make, model):
     model.to(torch.float32)
     settings = sampler._engine.settings
     assert (settings["dtype"], settings["max_model_len"], settings["max_num_seqs"]) == ("bfloat16", 256, 3)
-    assert settings["kv_cache_memory_bytes"] == 2**29
+    assert settings["kv_cache_memory_bytes"] == 2**29 and sampler._engine.device == torch.device("cpu")
+
+
+def test_the_engine_is_on_the_device_that_computes_while_the_weights_wait_on_the_cpu(make, monkeypatch):
+    """As with `fsdp_cpu_offload`; a mesh of CUDA devices without its backend stands for a GPU's."""
+    model = tiny(qwen2)
+    weight = model.tok_embeddings.weight.detach()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        mesh = DeviceMesh("cuda", [0], _init_backend=False)
+        shard = shard_in_place(weight, mesh, [Shard(0)], weight.shape, weight.stride())
+        model.tok_embeddings.weight = torch.nn.Parameter(shard)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        assert make()._start(model).device == torch.device("cuda", 0)
+    finally:
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------- vLLM's engine, without vLLM
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_every_request_has_a_seed(temperature, monkeypatch):
+    """vLLM on a GPU draws one from numpy's global stream, which the recipe's own parts draw from, where a request has none."""
+    modules = {"vllm": {"SamplingParams": SimpleNamespace}, "vllm.inputs": {}, "vllm.inputs.engine": {"tokens_input": list}}
+    modules["vllm.sampling_params"] = {"RequestOutputKind": SimpleNamespace(FINAL_ONLY="final")}
+    for name, attributes in modules.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**attributes))
+    asked = []
+    engine = object.__new__(vllm_engine.VLLMEngine)
+    vars(engine).update(_begun=0, _rows={}, _vocabulary=VOCABULARY)
+    engine._engine = SimpleNamespace(add_request=lambda name, ids, params: asked.append((ids, params.seed)))
+    engine.begin(3, [1, 2], 17, 5, Settings(temperature, None, None, (STOP,)))
+    assert asked == [([1, 2], 17)] and engine._rows == {"0": 3}
+
+
+def test_the_trainers_stream_and_the_engines_are_kept_apart(monkeypatch):
+    """vLLM moves the thread to a stream of its own, also where it fails, and finds that one at its next call."""
+    ours, theirs = (mock.MagicMock(spec=torch.cuda.Stream) for _ in range(2))
+    now = [ours]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: now[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: now.__setitem__(0, stream))
+    streams = vllm_engine.Streams(torch.device("cuda", 0))
+    with pytest.raises(ValueError, match="no engine"), streams.of_engine():
+        assert now == [ours]
+        now[0] = theirs
+        raise ValueError("no engine")
+    assert now == [ours]
+    ours.wait_stream.assert_called_once_with(theirs)
+    with streams.of_engine():
+        assert now == [theirs]
+        theirs.wait_stream.assert_called_once_with(ours)
+    assert now == [ours] and ours.wait_stream.call_count == 2
+
+
+def test_an_engine_on_a_cpu_touches_no_stream(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: pytest.fail("CUDA was asked"))
+    with vllm_engine.Streams(torch.device("cpu")).of_engine():
+        pass
 
 
 # ------------------------------------------------------------------------------------------- refusals
@@ -312,6 +378,16 @@ def test_without_vllm_one_sentence_names_the_extra(folder, monkeypatch):
 def test_settings_out_of_range_are_refused(settings, message, make):
     with pytest.raises(InputError, match=message):
         make(**settings)
+
+
+def test_a_gpu_that_the_engine_of_one_process_would_not_run_on_is_refused_before_weights_are_loaded(make, model, monkeypatch):
+    sampler, sentence = make(), r"device=cuda:1 .* samples on cuda:0 .*; set device=cuda:0, and .* CUDA_VISIBLE_DEVICES=1 "
+    with pytest.raises(InputError, match=sentence):
+        sampler.check_model(model, torch.device("cuda:1"), torch.float32)
+    for device in ("cuda", "cuda:0", "cpu"):
+        sampler.check_model(model, torch.device(device), torch.float32)
+    monkeypatch.setattr(vllm_engine, "_several_processes", lambda: True)
+    sampler.check_model(model, torch.device("cuda:1"), torch.float32)
 
 
 def test_a_family_without_a_conversion_is_refused_before_the_engine_starts(make, folder, model):
