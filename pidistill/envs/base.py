@@ -45,8 +45,9 @@ def judge_unfinished(environment: Environment, state: Any) -> EnvStep:
     An environment may have the method ``unfinished(state) -> EnvStep``, of which reward and parts are read. Without one such an
     episode keeps the rewards of its turns: 0 where the answer alone is judged.
     """
-    verdict = getattr(environment, "unfinished", None)
-    return EnvStep([], 0.0, done=True) if verdict is None else verdict(state)
+    if not callable(getattr(type(environment), "unfinished", None)):  # a proxy may have an attribute of every name
+        return EnvStep([], 0.0, done=True)
+    return environment.unfinished(state)
 
 
 class EnvironmentTimeout(Exception):
@@ -157,12 +158,16 @@ def _observations(value: Any, max_chars: int | None) -> list[Message]:
             message_text(message).encode()
         except UnicodeEncodeError as error:  # half a surrogate pair: no tokenizer takes it
             raise EnvironmentOutputError(f"an observation holds what is no text: {error}") from error
-        for key, value in message.items():  # files of traces and of checkpoints keep whole messages
-            try:
-                json.dumps(value)
-            except (TypeError, ValueError, RecursionError) as error:
-                raise EnvironmentOutputError(f"an observation's {key!r} is {_shown(value)}, no plain data: {error}") from error
-    return messages
+    return [{key: value for key, value in message.items() if _is_plain(value)} for message in messages]
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether JSON can hold a field of a message: files of traces and of checkpoints keep whole messages."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _is_longer(value: Any, max_chars: int) -> bool:

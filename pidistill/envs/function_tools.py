@@ -12,10 +12,10 @@ gets wrong (an unknown tool, wrong arguments, JSON that is none) is answered wit
 run. Arguments are data: they are checked against the schema and handed over, nothing else.
 """
 
-import copy
 import inspect
 import json
 import logging
+import pickle
 import re
 import types
 import typing
@@ -80,8 +80,8 @@ def tool(function: Callable[..., Any]) -> Tool:
     """
     if not callable(function) or not hasattr(function, "__name__"):
         raise InputError(f"the tool {bounded_repr(function)} is no function with a name; write it with `def`")
-    plain = inspect.unwrap(function)  # what a decorator such as a cache or a retry wraps
-    if inspect.iscoroutinefunction(plain) or inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain):
+    # What a decorator wraps may be async: the decorator may await it. The call itself shows what is left (Tool.call).
+    if any(test(function) for test in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)):
         raise _no_text(function.__name__)
     signature = inspect.signature(function)
     try:
@@ -124,8 +124,9 @@ def _read_docstring(doc: str) -> tuple[str, dict[str, str]]:
     """Return (description, description of each argument) of a docstring with an ``Args:`` part, as Google writes them."""
     text, _, rest = doc.partition("\nArgs:\n")
     described: dict[str, str] = {}
-    name, indent = "", len(rest) - len(rest.lstrip(" "))
-    for line in filter(str.strip, rest.splitlines()):
+    lines = list(filter(str.strip, rest.splitlines()))
+    name, indent = "", len(lines[0]) - len(lines[0].lstrip(" ")) if lines else 0
+    for line in lines:
         deeper = len(line) - len(line.lstrip(" ")) - indent
         begins = re.match(r"\*{0,2}(\w+)(?: *\(.*?\))?: *(.*)", line.strip())  # a type in brackets may follow the name
         if indent == 0 or deeper < 0:
@@ -260,8 +261,9 @@ class FunctionToolEnvironment:
         reward: sees the episode's messages as turns, and the state as ``example.data["state"]``; null for none, where the
             objective needs none.
         begin: the state of a new episode, a function of the example or a dotted path; null for none. It gets a copy of the
-            example, so that a state which is part of the row belongs to one episode. Functions that take no ``state`` must not
-            keep any: one environment serves many episodes, from several threads with `environment_threads`.
+            row's data, so that a state which is part of the row belongs to one episode (what cannot be pickled is shared).
+            Functions that take no ``state`` must not keep any: one environment serves many episodes, from several threads with
+            `environment_threads`.
         judge_unfinished: True: an episode that `max_turns` or the token limit ends before its answer is judged as it stands;
             False: its reward is 0. Set it where a wrong answer costs something, else an agent that never answers has more than
             one that errs.
@@ -284,12 +286,7 @@ class FunctionToolEnvironment:
 
     @cached_property
     def _begin(self) -> Callable[[Example], Any]:
-        begin = resolve(self.begin) if isinstance(self.begin, str) else self.begin
-        if inspect.iscoroutinefunction(inspect.unwrap(begin)):
-            raise InputError(
-                f"environment.begin={self.begin} is an async function, and nothing awaits its state; write it with `def`"
-            )
-        return begin
+        return resolve(self.begin) if isinstance(self.begin, str) else self.begin
 
     def reset(self, example: Example) -> ToolEpisode:
         if not example.tools:  # without tools in the row no text of the model is read as a call
@@ -297,7 +294,10 @@ class FunctionToolEnvironment:
                 f"{example.id} shows no tools to the model, and the environment has {', '.join(self._tools)}; set "
                 "dataset._component_=pidistill.envs.function_tools.with_tools around the dataset, with the same functions"
             )
-        return ToolEpisode(example, self._begin(_copied(example)) if self.begin else None)
+        state = self._begin(_with_own_data(example)) if self.begin else None
+        if inspect.isawaitable(state):
+            raise InputError(f"environment.begin={self.begin} is an async function, and nothing awaits it; write it with `def`")
+        return ToolEpisode(example, state)
 
     def step(self, state: ToolEpisode, turn: Message, *, truncated: bool) -> EnvStep:
         if state.done:
@@ -319,11 +319,10 @@ class FunctionToolEnvironment:
         return EnvStep([], reward, done=True, reward_parts=parts)
 
 
-def _copied(example: Example) -> Example:
-    try:
-        return copy.deepcopy(example)
-    except Exception as error:
-        raise InputError(
-            f"{example.id} cannot be copied ({type(error).__name__}: {error}), and environment.begin gets a copy, since "
-            "episodes must not share what it makes of the row; keep plain data in rows, and open what is none in begin"
-        ) from error
+def _with_own_data(example: Example) -> Example:
+    """Return the example with a copy of each column of its data; one that cannot be copied stays what it is."""
+    data = {}
+    for key, value in example.data.items():
+        copied, error = attempt(lambda value=value: pickle.loads(pickle.dumps(value)))  # ten times as fast as a deepcopy
+        data[key] = value if error else copied
+    return replace(example, data=data)

@@ -86,6 +86,10 @@ class ReplayEnvironment:
         followed = {"followed": 1 / len(state.steps)}
         return EnvStep([] if done else answers, state.reward if done else 0.0, done, followed)
 
+    def unfinished(self, state: ReplayState) -> EnvStep:
+        """Give an episode that a limit ended before the last recorded turn what every other one gets that left the trace."""
+        return EnvStep([], self.mismatch_reward, done=True)
+
     def _matches(self, turn: Message, recorded: Message, tools: Tools) -> bool:
         if turn.get("tool_call_error"):  # the tokenizer found a call that cannot be read
             return False

@@ -31,8 +31,7 @@ from pidistill.rewards.shaping import Shaping, add_shaping
 from pidistill.rollouts.base import Sample
 from pidistill.rollouts.calls import ask
 from pidistill.tokenizers.base import ChatTokenizer
-from pidistill.tokenizers.rendering import check_written
-from pidistill.types import Example, Message, PromptPair, Rollout, Tools, ViewName
+from pidistill.types import Example, Message, PromptPair, Rollout, ViewName
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -113,7 +112,7 @@ class Episode:
             return None
         tokenizer, history = self.rules.tokenizer, [*self.example.messages, *self.turns]
         _warn_of_rewritten_turns(tokenizer)
-        encode = partial(_encode_observations, tokenizer, history, self.observations, self.example.tools)
+        encode = partial(tokenizer.encode_observations, history, self.observations, self.example.tools)
         where = f"the tokenizer, with the observation after turn {len(self.turn_policy_tokens)}"
         observation_ids = self._ask(where, encode, reason="environment_output")
         if observation_ids is None:
@@ -131,7 +130,7 @@ class Episode:
         *others, last = self.observations or [{"role": "user", "content": ""}]
 
         def encode(text: str) -> list[int]:
-            return _encode_observations(self.rules.tokenizer, history, [*others, with_text(last, text)], self.example.tools)
+            return self.rules.tokenizer.encode_observations(history, [*others, with_text(last, text)], self.example.tools)
 
         row = replace(self.example, privileged=self.privileged)
         ask_prompt = partial(self.rules.privileged.show_at_turn, row, encode)
@@ -257,15 +256,6 @@ class Episode:
         self.turn_rewards = [] if self.reward is None else [*self.turn_rewards, reward]
         for name, value in parts.items():
             self.reward_parts[name] = self.reward_parts.get(name, 0.0) + value
-
-
-def _encode_observations(
-    tokenizer: ChatTokenizer, history: list[Message], observations: list[Message], tools: Tools
-) -> list[int]:
-    """Return the observations' ids; an InputError where the chat template leaves a part of them out, as some do with roles."""
-    ids = tokenizer.encode_observations(history, observations, tools)
-    check_written(tokenizer.decode(ids), observations, None)
-    return ids
 
 
 def leave_out_what_is_too_long(rollout: Rollout, max_seq_len: int | None) -> None:

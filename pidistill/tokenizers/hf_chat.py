@@ -20,6 +20,7 @@ from pidistill.tokenizers.chat_template import ChatTemplate, TemplateRefusal, fi
 from pidistill.tokenizers.hf_files import read_tokenizer_files
 from pidistill.tokenizers.markers import any_of, mark, split_at, unused_marker, unused_word, with_sentinel
 from pidistill.tokenizers.prefix import common_prefix_length
+from pidistill.tokenizers.rendering import check_written
 from pidistill.tokenizers.template_probes import (
     find_default_system,
     find_end_of_turn,
@@ -143,6 +144,7 @@ class HFChatTokenizer:
         """Return the ids of what follows the turn.
 
         Templates may rewrite the turn itself once it is answered, and end it with another token than a model does (harmony).
+        Some leave out messages of a role that they do not know, which is refused.
         """
         if not history or history[-1]["role"] != "assistant":
             raise InputError("observations follow an assistant turn, and the history does not end with one")
@@ -164,6 +166,7 @@ class HFChatTokenizer:
                 stop = other  # it stands where the last turn has a stop token
         if stop is None:
             raise self._no_stop_error()
+        check_written("".join(split_at(text[stop.end() :], marker)), observations, None)
         return self._encode(text[stop.end() :], marker, after=text[: stop.end()])
 
     def encode_at_once(

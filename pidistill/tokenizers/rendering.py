@@ -190,10 +190,13 @@ def _forms(value: Any) -> tuple[str, ...]:
 def find_missing(text: str, parts: Sequence[Part]) -> Part | None:
     """Return the first of the parts that ``text`` lacks, or None.
 
-    A place in the text counts for one part, so that an answer "5" is not found inside the reasoning that was written. The
-    longest parts take their places first; equal ones are counted together, and each kind of part reads the text once.
+    A place in the text counts for one part, so that an answer "5" is not found inside the reasoning that was written. Where the
+    parts do not stand in their order, one behind the other, the longest take their places first; equal ones are counted
+    together, and each kind of part reads the text once.
     """
     left = _compact(text)
+    if _stand_in_order(left, parts):
+        return None
     wanted: dict[tuple[str, ...], list[Part]] = {}
     missing: list[Part] = []
     for part in parts:
@@ -209,6 +212,18 @@ def find_missing(text: str, parts: Sequence[Part]) -> Part | None:
                 break
         missing += same
     return min(missing, key=parts.index, default=None)
+
+
+def _stand_in_order(text: str, parts: Sequence[Part]) -> bool:
+    """Return whether the compact ``text`` has a place for each part behind the place of the part before it."""
+    at = 0
+    for part in parts:
+        forms = [form for form in map(_compact, part.forms) if form] if _compact(part.forms[0]) else []
+        ends = [found + len(form) for form in forms if (found := text.find(form, at)) >= 0]
+        if forms and not ends:
+            return False
+        at = min(ends, default=at)
+    return True
 
 
 def _compact(text: str) -> str:

@@ -958,10 +958,12 @@ def test_an_evaluation_of_greedy_answers_alone_keeps_its_leak_rate(tmp_path):
 
 def test_the_table_shows_each_kind_of_row(recipes, sweep, tmp_path, capsys):
     kinds = {"success": 0.5, "success/year": 0.125, "success/year_interval": [0.1, 0.2], "success/town": 0.875}
+    kinds |= {"success/arm": 0.25, "success/a|b_interval": 0.75}
     recipes.of_domains = {"student": kinds, "student greedy": {"success": 0.5, "success/pet": 0.5}}
     sweep("tiny/opsd", "objective.beta=0.4", "seed=0,1", "--evaluate", "tiny/evaluate")
     table = (tmp_path / "out/results.md").read_text()
-    assert "| arm | year | town |" in table and "| 0.125 ± 0.000 | 0.875 ± 0.000 |" in table
+    assert "| arm | year | town | kind arm | a\\|b_interval |" in table
+    assert "| 0.125 ± 0.000 | 0.875 ± 0.000 | 0.250 ± 0.000 | 0.750 ± 0.000 |" in table
     assert "Success by kind, sampled" in capsys.readouterr().out
 
 

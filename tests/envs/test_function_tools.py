@@ -1,5 +1,6 @@
 """Test functions as tools: their schemas, and that every mistake of a model is answered with a sentence."""
 
+import asyncio
 import functools
 import json
 import logging
@@ -248,12 +249,11 @@ def test_a_state_that_is_part_of_the_row_belongs_to_one_episode():
     assert rewards == [1.0, 1.0, 1.0] and shown.data == {"shop": {"orders": []}}
 
 
-def test_a_row_that_cannot_be_copied_is_refused():
-    env = FunctionToolEnvironment([order], one_order, begin=lambda example: {"orders": []})
-    with pytest.raises(InputError, match=r"row 1 cannot be copied \(TypeError: .*environment.begin gets a copy"):
-        env.reset(replace(example(1), data={"lock": threading.Lock()}))
-    without = FunctionToolEnvironment([order], one_order)
-    assert without.reset(replace(example(1), data={"lock": threading.Lock()})).state is None, "nothing needs a copy there"
+def test_what_cannot_be_copied_is_shared_and_the_other_columns_are_not():
+    lock, shop = threading.Lock(), {"orders": []}
+    env = FunctionToolEnvironment([order], one_order, begin=lambda example: example.data)
+    state = env.reset(replace(example(1), data={"lock": lock, "shop": shop})).state
+    assert state["lock"] is lock and state["shop"] == shop and state["shop"] is not shop
 
 
 def test_without_begin_the_reward_reads_a_rows_own_column_state():
@@ -293,17 +293,31 @@ def not_a_type(a: "Nothing") -> str:  # noqa: F821
 
 
 def test_what_gives_no_text_is_no_tool():
-    for function in (fetch, wrapped(fetch), pages, wrapped(pages)):
+    for function in (fetch, pages):
         with pytest.raises(InputError, match="is an async function or a generator"):
             tool(function)
-    with pytest.raises(InputError, match="the tool lazy is an async function or a generator"):
-        call_tools(says("", ("lazy", {"a": 1})), tools_by_name([lazy]))
+    for function in (lazy, wrapped(fetch), wrapped(pages)):  # a decorator may await what it wraps: the call shows it
+        with pytest.raises(InputError, match=f"the tool {function.__name__} is an async function or a generator"):
+            call_tools(says("", (function.__name__, {"a": 1})), tools_by_name([function]))
     with pytest.raises(InputError, match="is no function with a name"):
         tool(functools.partial(ratio, 1.0))
     with pytest.raises(InputError, match="the tool not_a_type has an annotation that names no type: name 'Nothing'"):
         tool(not_a_type)
     with pytest.raises(InputError, match=r"environment.begin=.*fetch.* is an async function"):
-        FunctionToolEnvironment([ratio], begin=wrapped(fetch))
+        FunctionToolEnvironment([ratio], begin=wrapped(fetch)).reset(example(1))
+
+
+def test_a_tool_may_run_what_it_wraps():
+    @functools.wraps(fetch)
+    def awaited(a):
+        return asyncio.run(fetch(a))
+
+    @functools.wraps(pages)
+    def joined(a):
+        return "".join(pages(a))
+
+    tools = tools_by_name([awaited, joined])
+    assert [call_tools(says("", (name, {"a": 1})), tools)[0]["content"] for name in tools] == ["x", "x"]
 
 
 def test_a_docstring_may_name_types_and_indent_as_it_likes():

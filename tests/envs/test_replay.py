@@ -126,6 +126,13 @@ def test_arguments_of_free_tools_are_not_compared():
     assert play(ReplayEnvironment(free_arguments=["think"]), turns)[1] == [0.0, 0.0, 0.0, 1.0]
 
 
+def test_an_episode_that_a_limit_ends_has_the_reward_of_a_mismatch():
+    environment = ReplayEnvironment(on_mismatch="error", max_errors=5, mismatch_reward=-1.0)
+    state = environment.reset(example())
+    environment.step(state, TURNS[0], truncated=False)
+    assert environment.unfinished(state).reward == -1.0 and ReplayEnvironment().unfinished(state).reward == 0.0
+
+
 UNION = {"type": ["integer", "number", "string"]}
 
 

@@ -3,9 +3,12 @@
 import itertools
 import json
 import math
+import os
 import random
 import re
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import numpy as np
@@ -185,6 +188,30 @@ def test_an_evaluation_shows_the_success_of_each_kind_of_row(tiny_base, tmp_path
     run("evaluate", cfg)
     results = json.loads((tmp_path / "results.json").read_text())
     assert not [key for key in results["student"] if key.startswith("success/") and key.endswith("_interval")]
+
+
+@dataclass(frozen=True)
+class World:
+    doors: frozenset[str]
+    draws: random.Random
+    rooms: dict[str, int]
+
+
+def test_digests_are_the_same_in_every_process():
+    script = (
+        "import random; from unittest import mock; from pidistill.types import Example; "
+        "from pidistill.training.evaluation import row_prompts; from tests.recipes.test_evaluation import World; "
+        "world = World(frozenset('abcdefgh'), random.Random(0), {'x': 1}); "
+        "row = Example('r', [{'role': 'user', 'content': '?'}], data={'world': world}); "
+        "print(row_prompts(mock.Mock(prompts=[(row, None)])))"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True
+        )
+        for seed in "12"
+    ]
+    assert said[0].stdout == said[1].stdout != "", said[0].stderr
 
 
 def rows_of_many_kinds():

@@ -19,6 +19,7 @@ from pidistill.rollouts.collect import DROP_REASONS
 from pidistill.scoring.batch import make_batch
 from pidistill.scoring.score import score
 from pidistill.testing import tiny_model
+from pidistill.tokenizers.rendering import TextLeftOut
 from pidistill.training.keys import TABLE
 from pidistill.types import PromptPair, ScoreRequest
 from tests.support.episodes import STOP, Counting, LetterTokenizer, Script, assistant, collect, pair, tool
@@ -160,32 +161,55 @@ def test_a_verdict_on_an_unfinished_episode_that_fails_costs_it():
 # ---------------------------------------------------------------------------------------------- what templates write
 
 
-@pytest.mark.parametrize("role", ["system", "tool"])
-def test_an_observation_that_the_template_leaves_out_costs_its_episode(role, caplog):
+class Answers(Counting):
+    """Answer the first turn with the message that is given."""
+
+    def __init__(self, message):
+        super().__init__()
+        self.message = message
+
+    def step(self, state, turn, *, truncated):
+        done = turn["content"] == "q"
+        return EnvStep([] if done else [self.message], 1.0, done)
+
+
+def test_an_observation_that_the_tokenizer_refuses_costs_its_episode(caplog):
     class Forgetful(LetterTokenizer):
         def encode_observations(self, history, observations, tools=None):
-            return super().encode_observations(history, [o for o in observations if o["role"] != "system"], tools)
+            raise TextLeftOut("the chat template leaves out the content of the system message '7'")
 
-    class Answers(Counting):
-        def step(self, state, turn, *, truncated):
-            done = turn["content"] == "q"
-            return EnvStep([] if done else [{"role": role, "content": "7"}], 1.0, done)
-
-    result = collect(Script("x.q.", "q."), Answers(), tokenizer=Forgetful())
-    assert [r.example.id for r in result.rollouts] == (["row b"] if role == "system" else ["row a", "row b"])
-    assert role == "tool" or "leaves out the content of the system message '7'" in caplog.text
+    result = collect(Script("x.q.", "q."), Answers({"role": "system", "content": "7"}), tokenizer=Forgetful())
+    assert [r.example.id for r in result.rollouts] == ["row b"] and result.dropped["environment_output"] == 1
+    assert "leaves out the content of the system message '7'" in caplog.text
 
 
 @pytest.mark.parametrize("extra", [np.arange(3), {1, 2}, Decimal(1), threading.Lock()], ids=lambda value: type(value).__name__)
-def test_an_observation_with_more_than_plain_data_costs_its_episode(extra, caplog):
-    class Answers(Counting):
-        def step(self, state, turn, *, truncated):
-            done = turn["content"] == "q"
-            return EnvStep([] if done else [tool("7") | {"raw": extra, "kept": [1, None]}], 1.0, done)
+def test_what_is_no_plain_data_is_left_out_of_an_observation(extra):
+    (rollout,) = collect(Script("x.q."), Answers(tool("7") | {"raw": extra, "kept": [1, None]}), "a").rollouts
+    assert rollout.turns[1] == tool("7") | {"kept": [1, None]}
 
-    result = collect(Script("x.q.", "q."), Answers())
-    assert [r.example.id for r in result.rollouts] == ["row b"] and result.dropped["environment_output"] == 1
-    assert "an observation's 'raw' is" in caplog.text and "no plain data" in caplog.text
+
+@pytest.mark.parametrize("attribute", [False, [1], 5])
+def test_an_attribute_that_is_no_method_judges_nothing(attribute):
+    class Odd(Counting):
+        unfinished = attribute
+
+    class Remote:
+        def __init__(self):
+            self.world = Counting()
+
+        def __getattr__(self, name):
+            return getattr(self.world, name, lambda *arguments: None)
+
+        def reset(self, example):
+            return self.world.reset(example)
+
+        def step(self, state, turn, *, truncated):
+            return self.world.step(state, turn, truncated=truncated)
+
+    for environment in (Odd(), Remote()):
+        (rollout,) = collect(Script("x.y."), environment, "a", max_turns=1).rollouts
+        assert (rollout.stop_reason, rollout.reward) == ("max_turns", 1.0)
 
 
 # ---------------------------------------------------------------------------------------------- rewards that fail

@@ -7,10 +7,17 @@ from hypothesis import strategies as st
 from pidistill.errors import InputError
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.tokenizers import HFChatTokenizer
-from pidistill.tokenizers.rendering import Part, _encode_one_by_one, _turns_with_answers, encode_completion, find_missing
+from pidistill.tokenizers.rendering import (
+    Part,
+    _encode_one_by_one,
+    _turns_with_answers,
+    check_written,
+    encode_completion,
+    find_missing,
+)
 from pidistill.types import Example
 from tests.support.chat_templates import QWEN3
-from tests.support.tiny_tokenizers import llama_folder, qwen_folder, torchtune_llama3
+from tests.support.tiny_tokenizers import llama_folder, qwen_folder, r1_folder, spaced_folder, torchtune_llama3
 
 PLAIN = (  # knows no tools and no reasoning
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -206,3 +213,33 @@ def test_the_cost_of_a_long_conversation_is_linear(tokenizers, monkeypatch):
         learned(tokenizer, *completion, assistant("Done."), tools=[SCHEMA])
         counts.append(sum(rendered))
     assert counts[1] < 2.2 * counts[0]
+
+
+# ---------------------------------------------------------------------------------------------- observations
+
+
+HISTORY = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "hm"}]
+
+
+def test_an_observation_of_a_role_that_the_template_does_not_write_is_refused(tmp_path):
+    """R1's template puts system texts in front of everything, where an episode that goes on has no place for them."""
+    tokenizer = HFChatTokenizer(str(r1_folder(tmp_path)))
+    assert tokenizer.encode_observations(HISTORY, [{"role": "user", "content": "TIME LEFT: 3"}])
+    with pytest.raises(InputError, match="leaves out the content of the system message 'TIME LEFT: 3'"):
+        tokenizer.encode_observations(HISTORY, [{"role": "system", "content": "TIME LEFT: 3"}])
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_what_decoding_loses_is_no_fault_of_the_template(scheme, tmp_path):
+    tokenizer = HFChatTokenizer(str(spaced_folder(tmp_path, scheme)))
+    for said in ("loss: ▁▂▃", "snake▁case", "½ ﬁ", "a\xa0b", "<|im_end|> and <s>"):
+        assert tokenizer.encode_observations(HISTORY, [{"role": "user", "content": said}])
+
+
+@pytest.mark.parametrize("said", [("12", "121"), ("OK", "OKO"), ("ab", "aba"), ("5", "5"), ("", " ")])
+def test_texts_that_overlap_have_places_of_their_own(said):
+    messages = [{"role": "tool", "content": text} for text in said]
+    check_written(" ".join(said), messages, None)
+    if said[0].strip():
+        with pytest.raises(InputError, match="leaves out"):
+            check_written(max(said, key=len), messages, None)

@@ -97,7 +97,7 @@ def evaluation_numbers(folder: Path) -> Record:
         f"{name}/{key.removeprefix(OF_A_KIND)}": value
         for view, name in VIEWS.items()
         for key, value in views.get(view, {}).items()
-        if key.startswith(OF_A_KIND) and not key.endswith("_interval")
+        if key.startswith(OF_A_KIND) and not (key.endswith("_interval") and isinstance(value, list))
     }
     numbers |= {name: views[view]["leak_frac"] for view, name in LEAKS.items() if "leak_frac" in views.get(view, {})}
     return numbers | {name: view["success"] for name, view in views.items() if name.endswith(OF_A_DOMAIN) and "success" in view}
@@ -179,7 +179,8 @@ def kind_columns(groups: Sequence[Group]) -> dict[str, Callable[[Group], str]]:
     }
     if not found:
         return {}
-    return {"arm": lambda g: g.title, **{kind: partial(_last_values, name=name) for name, kind in found.items()}}
+    columns = {"kind arm" if kind == "arm" else kind: partial(_last_values, name=name) for name, kind in found.items()}
+    return {"arm": lambda g: g.title, **columns}
 
 
 def _last_values(group: Group, name: str) -> str:
@@ -300,7 +301,7 @@ def _print(title: str, headers: Sequence[str], cells: Sequence[Sequence[str]]) -
 
 
 def _markdown(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(row) + " |" for row in [headers, *cells]]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [headers, *cells]]
     rule = "| " + " | ".join("---" if header in ("arm", "config") else "---:" for header in headers) + " |"
     return [lines[0], rule, *lines[1:], ""]
 
