@@ -39,15 +39,14 @@ class Environment(Protocol):
         """
 
 
-def judge_unfinished(environment: Environment, state: Any) -> EnvStep:
+def judge_unfinished(environment: Any, state: Any) -> EnvStep:
     """Return the environment's verdict on an episode that `max_turns` or the token limit ended after a whole turn.
 
     An environment may have the method ``unfinished(state) -> EnvStep``, of which reward and parts are read. Without one such an
     episode keeps the rewards of its turns: 0 where the answer alone is judged.
     """
-    if not callable(getattr(type(environment), "unfinished", None)):  # a proxy may have an attribute of every name
-        return EnvStep([], 0.0, done=True)
-    return environment.unfinished(state)
+    has_verdict = callable(getattr(type(environment), "unfinished", None))  # a proxy may have an attribute of every name
+    return environment.unfinished(state) if has_verdict else EnvStep([], 0.0, done=True)
 
 
 class EnvironmentTimeout(Exception):
