@@ -134,14 +134,34 @@ def _build(node: Any, path: str, args: Sequence[Any] = (), kwargs: Mapping[str, 
         component = resolve(node[COMPONENT])
         for key, name, made in _functions_of(node, arguments):
             check_function(key, name, made)
-        if _may_be_function(path) and _is_used_as_it_is(component, arguments):
-            return functools.partial(component, **arguments) if arguments else component
+        if _may_be_function(path):
+            return _function(component, node[COMPONENT], arguments, args, kwargs)
         return _call(component, node[COMPONENT], args, {**arguments, **kwargs})
     if isinstance(node, Mapping):
         return {key: _build(value, f"{path}.{key}") for key, value in node.items()}
     if isinstance(node, list):
         return [_build(value, f"{path}[]") for value in node]
     return node
+
+
+def _function(component: Any, name: str, arguments: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return a function of an example and turns: what the component makes, or the component itself with its arguments."""
+    as_it_is = functools.partial(component, **arguments) if arguments else component
+    if _is_used_as_it_is(component, arguments):
+        return as_it_is
+    if _hides_arguments(component):  # a decorator's wrapper: only a call tells a maker from a function of an example and turns
+        try:
+            made = component(*args, **arguments, **kwargs)
+        except TypeError:
+            return as_it_is
+        return made if callable(made) else as_it_is
+    return _call(component, name, args, {**arguments, **kwargs})
+
+
+def _hides_arguments(component: Any) -> bool:
+    """Return whether a function says that it takes any number of arguments."""
+    kinds = [] if inspect.isclass(component) else [p.kind for p in inspect.signature(component).parameters.values()]
+    return inspect.Parameter.VAR_POSITIONAL in kinds
 
 
 def _call(component: Any, path: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -205,30 +225,12 @@ def _check_gives_value(key: str, name: str, function: Any) -> None:
         )
 
 
-def check_made_functions(node: Any) -> None:
-    """Call each function without parameters that makes a reward somewhere in a config node, and refuse what it makes.
-
-    Classes and functions with parameters are not called: they may load what a reward needs.
-    """
-    if isinstance(node, list):
-        for part in node:
-            check_made_functions(part)
-    if not isinstance(node, Mapping):
-        return
-    for key, name, _ in _functions_of(node, node):
-        maker = resolve(name)
-        if inspect.isfunction(maker) and not inspect.signature(maker).parameters:
-            check_function(key, name, _call(maker, name, (), {}))
-    for part in node.values():
-        check_made_functions(part)
-
-
 def _check_function_component(path: str, key: str, name: str) -> None:
     """Refuse a component whose instances cannot be called, or which is an async function, before it is built."""
     component = resolve(name)
     if inspect.isclass(component):
         call = next((vars(base)["__call__"] for base in component.__mro__ if "__call__" in vars(base)), None)
-        if call is None and component.__new__ is object.__new__:
+        if call is None and component.__new__ is object.__new__ and type(component).__call__ is type.__call__:
             raise InputError(
                 f"{path}.{key}: {name} is a class whose objects cannot be called; give it a method "
                 "__call__(self, example, turns)"
@@ -238,17 +240,11 @@ def _check_function_component(path: str, key: str, name: str) -> None:
 
 
 def _is_used_as_it_is(component: Any, arguments: Mapping[str, Any]) -> bool:
-    """Return whether a component is a function that needs more than ``arguments``; one that does not makes what is used.
-
-    A function that takes any number of arguments is used as it is: a decorator may hide those that are needed.
-    """
+    """Return whether a component is a function that needs more than ``arguments``; one that does not makes what is used."""
     if inspect.isclass(component):
         return False
-    signature = inspect.signature(component)
-    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
-        return True
     try:
-        signature.bind(**arguments)
+        inspect.signature(component).bind(**arguments)
     except TypeError:
         return True
     return False
@@ -331,6 +327,8 @@ def _drop_null_functions(node: Any) -> None:
     for key in node if isinstance(node, DictConfig) else range(len(node)):
         if not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key):
             _drop_null_functions(node[key])
+    if isinstance(node, ListConfig):
+        return
     null = [key for key in FUNCTION_KEYS if key in node and node[key] is None]
     if null and isinstance(node.get(COMPONENT), str):
         parameters = _parameters_of(resolve(node[COMPONENT]))

@@ -22,7 +22,7 @@ from pidistill.commands.places import recipe_of
 from pidistill.commands.preview.command import read
 from pidistill.commands.preview.rows import Source, judge_row, source_of
 from pidistill.commands.preview.scan import Scan, scan
-from pidistill.config import build, check_made_functions, resolve
+from pidistill.config import build, resolve
 from pidistill.data.load import trained_rows_sentence
 from pidistill.errors import InputError
 from pidistill.scoring.served_teacher import ServedTeacher
@@ -128,10 +128,8 @@ def _check_method(cfg: DictConfig, view: ViewName | None) -> None:
 
 
 def _check_environment(cfg: DictConfig) -> None:
-    """Refuse environments without the methods of one, and functions in the place of a reward that give none."""
+    """Refuse environments without the methods of one."""
     nodes = OmegaConf.to_container(cfg, resolve=True)
-    for key in ("environment", "hindsight"):
-        check_made_functions(nodes.get(key))
     for path, name in _environments("environment", nodes.get("environment")):
         made = resolve(name)
         if inspect.isclass(made) and not hasattr(made, "__getattr__"):
@@ -139,11 +137,12 @@ def _check_environment(cfg: DictConfig) -> None:
 
 
 def _environments(path: str, node: Any) -> Iterator[tuple[str, str]]:
-    """Yield (path, component) of a config node of an environment and of those that it wraps or chooses among."""
-    if not isinstance(node, dict):
+    """Yield (path, component) of a config node of an environment and of those that this package's own wrap or choose among."""
+    if not isinstance(node, dict) or not isinstance(node.get("_component_"), str):
         return
-    if isinstance(node.get("_component_"), str):
-        yield path, node["_component_"]
+    yield path, node["_component_"]
+    if not node["_component_"].startswith("pidistill."):
+        return
     yield from _environments(f"{path}.environment", node.get("environment"))
     among = node.get("environments")
     for name, part in among.items() if isinstance(among, dict) else ():
@@ -151,12 +150,14 @@ def _environments(path: str, node: Any) -> Iterator[tuple[str, str]]:
 
 
 def _check_methods(path: str, name: str, environment: type) -> None:
+    makes_itself = type(environment).__call__ is not type.__call__ or environment.__new__ is not object.__new__
+    makes_itself = makes_itself or environment.__init__ is not object.__init__  # methods may be set there
     for method, shape, arguments, flags in (
         ("reset", "reset(self, example)", (None, None), {}),
         ("step", "step(self, state, turn, *, truncated)", (None, None, None), {"truncated": False}),
     ):
         function = inspect.getattr_static(environment, method, None)
-        wrong = f"has no method {method}" if function is None else None
+        wrong = f"has no method {method}" if function is None and not makes_itself else None
         if inspect.isfunction(function):
             try:
                 inspect.signature(function).bind(*arguments, **flags)

@@ -116,7 +116,8 @@ def trained_rows_sentence(
 ) -> str | None:
     """Return the warning about evaluation rows that are training rows, with how many there are; None without any.
 
-    Rows count as the same where student prompt, reference and task of a world (a dataclass in the row's data) are equal.
+    Rows count as the same where student prompt, reference and task are equal. The task is what the row's data hold as a
+    dataclass, and all of the data where there is no reference.
     """
     asked = [_row_hash(example, pair) for example, pair in evaluation]
     trained = set(asked) & {_row_hash(example, pair) for example, pair in train}
@@ -130,7 +131,7 @@ def trained_rows_sentence(
 
 
 def _row_hash(example: Example, pair: PromptPair) -> int:
-    tasks = [value for value in example.data.values() if is_dataclass(value)]
+    tasks = [(key, part) for key, part in sorted(example.data.items()) if example.reference is None or is_dataclass(part)]
     return hash((tuple(pair.student), repr(example.reference), repr(tasks)))
 
 

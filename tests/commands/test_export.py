@@ -93,6 +93,26 @@ def test_transformers_builds_the_prompts_of_the_run_from_the_exported_folder_and
     assert tokenizer.apply_chat_template(MESSAGES, tools=[], tokenize=False, add_generation_prompt=True)
     assert "chat_template" not in json.loads((out / "tokenizer_config.json").read_text())
     assert not (out / "additional_chat_templates").exists()
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == sorted(trained.stop_ids)
+
+
+def test_the_exported_model_stops_where_the_tokenizers_own_folder_says(chat_run, run, tmp_path):
+    (run / "step_6" / "generation_config.json").write_text('{"eos_token_id": 1, "top_p": 0.9}')
+    (tmp_path / "instruct" / "generation_config.json").write_text('{"eos_token_id": [7, 5], "top_p": 0.5}')
+    (run / "step_6" / "tokenizer.json").unlink()
+    run, _ = chat_run()
+    assert json.loads((export(run, tmp_path / "out") / "generation_config.json").read_text()) == {
+        "eos_token_id": [7, 5],
+        "top_p": 0.9,
+    }
+
+
+def test_a_tokenizer_of_its_own_folder_that_is_not_found_from_here_is_refused(chat_run, tmp_path):
+    run, _ = chat_run()
+    shutil.move(tmp_path / "instruct", tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"tokenizer.path=.*instruct of the run is not found; .* or export from the folder"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_template_of_the_tokenizers_own_folder_replaces_that_of_the_checkpoint(chat_run, run, tmp_path):

@@ -557,8 +557,6 @@ def test_all_cells_are_checked_before_the_first_one_starts(recipes, sweep, tmp_p
         (["--select", "eval_student_sucess"],
          "select=eval_student_sucess is no metric of a run, so nothing was started; did you mean eval_student_success?"),
         (["--select", "succes_frac"], "did you mean success_frac?"),
-        (["--select", "eval_teacher_success", "eval_dataset=null"], "tiny/opsd: select=eval_teacher_success is measured on "
-         "`eval_dataset`, which the config lacks"),
         (["objective.beta=0.1..1.0", "--search", "tpe", "--trials", "2", "eval_dataset=null"],
          "tiny/opsd: select=eval_student_success is measured on `eval_dataset`"),
     ],
@@ -575,10 +573,12 @@ def test_a_metric_that_no_run_writes_is_refused_before_the_first_cell_starts(rec
     ["--select", "eval_reward/success_strict"], ["--select", "kl_teacher_student_q2"], ["--select", "reward/format"],
     ["--select", "selected_frac"], ["eval_dataset=null"], ["eval_every_steps=null", "--select", "eval_teacher_success"],
     ["--select", "succes_frac", "objective._component_=tests.commands.test_sweep.OwnObjective"],
-    ["--select", "masked_success_frac", "eval_dataset=null"],
+    ["--select", "masked_success_frac", "eval_dataset=null"], ["--select", "eval_teacher_success", "eval_dataset=null"],
 ], ids=" ".join)  # fmt: skip
-def test_metrics_that_a_run_may_write_and_grids_without_validation_are_taken(recipes, sweep, words):
+def test_metrics_that_a_run_may_write_and_grids_without_validation_are_taken(recipes, sweep, words, capsys):
     assert sweep("tiny/opsd", *words) and recipes.ran
+    told = "tiny/opsd: select=eval_teacher_success is measured on `eval_dataset`, which the config lacks, so that nothing"
+    assert (told in capsys.readouterr().out) == ("eval_dataset=null" in words and "eval_teacher_success" in words)
 
 
 @pytest.mark.parametrize("split, said", [("test", True), ("validation", False)])

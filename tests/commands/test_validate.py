@@ -154,7 +154,6 @@ def test_evaluation_rows_that_are_training_rows_are_counted(capsys):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["environment.reward=tests.support.own_rewards.of_nothing"], "of_nothing gives 1.0, which cannot be called"),
     (["environment.reward=tests.support.own_rewards.later"], "later is an async function"),
     (["environment._component_=tests.commands.test_validate.NoStep"], "environment: tests.commands.test_validate.NoStep has no "
      "method step; define step(self, state, turn, *, truncated)"),
@@ -169,6 +168,41 @@ def test_an_environment_or_a_reward_that_cannot_work_is_refused(words, said, tmp
     validate([str(tmp_path / "config.yaml"), *FEW])
     assert ended(validate, str(tmp_path / "config.yaml"), *FEW, *words) == 2
     assert said in capsys.readouterr().err
+
+
+class Gym:
+    """A thing of another shape that an adapter wraps."""
+
+    def reset(self, *, seed=None):
+        return 0, {}
+
+    def step(self, action):
+        return 0, 0.0, True, False, {}
+
+
+class Adapter:
+    def __init__(self, environment=None):
+        self.reset = lambda example: example
+        self.step = lambda state, turn, *, truncated: None
+
+
+def refuses_to_be_called():
+    raise OSError("no judge server on this machine")
+
+
+@pytest.mark.parametrize("words", [
+    ["environment._component_=tests.commands.test_validate.Adapter"],
+    ["environment._component_=tests.commands.test_validate.Adapter",
+     "environment.environment={_component_: tests.commands.test_validate.Gym}"],
+    ["environment.reward=tests.commands.test_validate.refuses_to_be_called"],
+])  # fmt: skip
+def test_adapters_and_makers_of_the_user_are_not_called_and_not_refused(words, tmp_path, capsys):
+    text = config_path("tiny/sdft").read_text()
+    start, end = text.index("environment:\n"), text.index("privileged:\n")
+    environment = "environment:\n  _component_: pidistill.envs.SingleTurn\n  reward: null\n"
+    (tmp_path / "config.yaml").write_text(text[:start] + environment + text[end:])
+    validate([str(tmp_path / "config.yaml"), *FEW, *words])
+    assert "is right" in capsys.readouterr().out
 
 
 class NoStep:

@@ -3,6 +3,7 @@
 import json
 import logging
 
+import pytest
 from omegaconf import OmegaConf
 
 from pidistill.data import load_prompts
@@ -81,6 +82,16 @@ def test_rows_whose_tasks_differ_are_others_though_their_prompts_are_equal():
     tasks = [Task(n, 0, 0, (1, 2, 3), 0, 0, 0, 0) for n in range(3)]
     assert trained_rows_sentence([pair(tasks[0])], [pair(tasks[1]), pair(tasks[2])]) is None
     assert trained_rows_sentence([pair(tasks[0])], [pair(tasks[0]), pair(tasks[2])]).startswith("1 of 2 evaluation rows")
+
+
+@pytest.mark.parametrize("reference", [None, "4"])
+def test_tasks_in_plain_columns_tell_rows_without_a_reference_apart(reference):
+    def pair(seed):
+        example = Example("row", [{"role": "user", "content": "play"}], data={"seed": seed}, reference=reference)
+        return example, PromptPair([1, 2], [1, 2], has_privileged=False)
+
+    assert (trained_rows_sentence([pair(0)], [pair(100)]) is None) == (reference is None)
+    assert trained_rows_sentence([pair(0)], [pair(0)]) is not None
 
 
 def test_a_round_of_more_prompts_than_rows_is_said_once(tmp_path, caplog):

@@ -85,6 +85,22 @@ def test_a_reward_behind_a_decorator_that_hides_its_arguments_is_the_reward(argu
     assert [reward_of(made, text).reward for text in ("x" * 20, "x" * 21)] == rewards
 
 
+@pytest.mark.parametrize("node", [
+    {"_component_": f"{PATH}.make_of_names", "threshold": 0.25}, f"{PATH}.hidden_maker", f"{PATH}.ByMeta",
+])  # fmt: skip
+def test_makers_that_hide_or_do_without_arguments_make_the_reward(node):
+    assert reward_of(environment(node), "x").reward == 0.25
+
+
+@pytest.mark.parametrize("word", ["reward", "feedback", "sibling"])
+def test_a_list_may_hold_the_name_of_a_function_key(word):
+    cfg = OmegaConf.create(
+        {"privileged": {"_component_": "pidistill.privileged.PrivilegedPrompt", "leak_phrases": [word, "b"]}}
+    )
+    check_config(cfg, {"privileged"})
+    assert list(cfg.privileged.leak_phrases) == [word, "b"]
+
+
 def test_an_environment_of_the_user_may_take_a_reward_that_is_no_function():
     node = {"_component_": f"{PATH}.Holder", "reward": {"_component_": f"{PATH}.NotCalled"}}
     cfg = OmegaConf.create({"environment": node})

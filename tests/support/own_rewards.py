@@ -52,6 +52,24 @@ def decorated(example, turns, limit=20):
     return is_short(example, turns, limit)
 
 
+def make_of_names(*names, threshold=0.5):
+    return lambda example, turns: threshold
+
+
+@plain_decorator
+def hidden_maker():
+    return lambda example, turns: 0.25
+
+
+class Making(type):
+    def __call__(cls):
+        return lambda example, turns: 0.25
+
+
+class ByMeta(metaclass=Making):
+    """A class whose call makes a function."""
+
+
 def say_look(example, turns):
     return "look"
 

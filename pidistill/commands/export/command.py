@@ -60,10 +60,12 @@ def export(folder: Path, output: Path, checkpoint: str = "latest") -> Path:
                          "with --checkpoint")  # fmt: skip
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} exists and is not an empty folder; name another one with --output")
+    _check_tokenizer(run)
     template = _chosen_template(run, source)
     try:
         shutil.copytree(source.resolve(), output, ignore=shutil.ignore_patterns(*STATE), dirs_exist_ok=True)
         _add_tokenizer(run, output)
+        _set_stop_ids(run, output)
         if template is not None:
             _set_template(output, template)
         (output / "README.md").write_text(card(run, source.resolve().name), encoding="utf-8")
@@ -88,6 +90,34 @@ def _add_tokenizer(run: RunData, output: Path) -> None:
         found = next((folder / name for folder in folders if folder is not None and (folder / name).is_file()), None)
         if found is not None and not (output / name).exists():
             shutil.copy(found, output / name)
+
+
+def _check_tokenizer(run: RunData) -> None:
+    """Refuse a run whose tokenizer has a folder of its own that is not found from here."""
+    own, initial = (_folder(run, key) for key in TOKENIZER_FOLDERS)
+    if own is not None and own != initial and not own.exists():
+        raise InputError(
+            f"tokenizer.path={own} of the run is not found; put the folder back, or export from the folder that the run was "
+            "started in"
+        )
+
+
+def _set_stop_ids(run: RunData, output: Path) -> None:
+    """Let generation_config.json stop where the run's samples stopped.
+
+    Those are the ids of `tokenizer.stop_tokens`, or of a `tokenizer.path` whose own generation_config.json names some.
+    """
+    own, initial = (_folder(run, key) for key in TOKENIZER_FOLDERS)
+    named, path, ids = _setting(run, "tokenizer.stop_tokens"), output / "tokenizer.json", None
+    if named and path.is_file():
+        added = read_object(path, "copy the model's own").get("added_tokens") or []
+        ids = [token["id"] for token in added if token.get("content") in list(named)]
+    elif own is not None and own != initial and (own / GENERATION).is_file():
+        ids = read_object(own / GENERATION, "copy the model's own").get("eos_token_id")
+    if ids:
+        path = output / GENERATION
+        config = read_object(path, "copy the model's own") if path.is_file() else {}
+        path.write_text(json.dumps(config | {"eos_token_id": ids}, indent=2), encoding="utf-8")
 
 
 def _folder(run: RunData, key: str) -> Path | None:

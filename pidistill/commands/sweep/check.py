@@ -88,10 +88,11 @@ def _check_select(sweep: Sweep, last: Mapping[str, tuple[str, DictConfig]], sear
             )
     without = [arm for arm, (_, cfg) in last.items() if not (cfg.get("eval_dataset") or {}).get(COMPONENT)]
     if of_evaluation and without and (search == "tpe" or (len(without) == len(last) and sweep.select != SELECT)):
-        raise InputError(
-            f"{', '.join(without)}: select={sweep.select} is measured on `eval_dataset`, which the config lacks, so nothing "
-            "was started; add eval_dataset, or set --select to a metric of the training, such as success_frac"
-        )
+        told = f"{', '.join(without)}: select={sweep.select} is measured on `eval_dataset`, which the config lacks"
+        advice = "add eval_dataset, or set --select to a metric of the training, such as success_frac"
+        if search == "tpe":
+            raise InputError(f"{told}, so nothing was started; {advice}")
+        print_line(f"{told}, so that nothing can be chosen by it; {advice}")  # one arm of a file may run alone
 
 
 def _has_own_component(node: Any) -> bool:
