@@ -91,8 +91,10 @@ def _found(message: Message, action_tags: Sequence[str]) -> list[ToolCall | None
 
 def _said(message: Message) -> str:
     """Return the text behind the reasoning, in which nothing is a call."""
-    reasoning, closed, said = message_text(message).partition("</think>")
-    return said if closed else reasoning.partition("<think>")[0]
+    text = message_text(message)
+    _, closed, said = text.partition("</think>")
+    is_open = text.lstrip().startswith("<think>")  # elsewhere the tag may be a word of an argument
+    return said if closed or is_open else text
 
 
 @lru_cache

@@ -307,6 +307,6 @@ def test_a_scale_that_is_a_buffer_is_not_trained_after_torchtunes_loader(tmp_pat
     trained = [name for name, _ in model.named_parameters()]
     model.load_state_dict({name: torch.nn.Parameter(t) for name, t in model.state_dict().items()}, assign=True)
     assert len(buffers) == 4 and set(buffers) <= dict(model.named_parameters()).keys()
-    _keep_buffers(model, buffers)
+    _keep_buffers(model, buffers, torch.device("cpu"))
     assert [name for name, _ in model.named_parameters()] == trained
     assert set(buffers) <= model.state_dict().keys() and not dict(model.named_buffers())[buffers[0]].requires_grad
