@@ -94,9 +94,10 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
 
 
 def _wait_at_most(timeout: timedelta) -> None:
-    """Set the timeout of all process groups: those of a mesh have torch's own, 10 minutes with NCCL."""
+    """Set the timeout of the process groups of a mesh, which have torch's own otherwise, 10 minutes with NCCL."""
     for group in dist.distributed_c10d._world.pg_map:
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
+        if group is not dist.group.WORLD:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def seed_global_streams(seed: int) -> None:
