@@ -301,7 +301,7 @@ def test_one_process_takes_the_threads_of_the_environment_and_several_share_the_
 
 @pytest.mark.parametrize("minutes", [None, 7])
 def test_every_process_group_waits_as_long_as_the_config_says(minutes, tmp_path, no_process_group, monkeypatch):
-    """Those of a mesh too, which get torch's own limit otherwise."""
+    """Set the limit of a mesh's groups too, which have torch's own otherwise."""
     begin, groups = dist.init_process_group, []
     monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: (begin(*a, **k), groups.append(dist.new_group([0]))))
     key = {} if minutes is None else {"collective_timeout_minutes": minutes}
