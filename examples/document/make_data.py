@@ -6,7 +6,8 @@ No model has read about these people, so what a student answers rightly without 
 Every fact is asked in eleven ways. train.jsonl has four of them, held_out.jsonl two others, held_out_more.jsonl these two and
 four more, and validation.jsonl the last one: what is chosen by its curves is not chosen on the rows that judge it. `fact` says
 which rows ask for the same fact: intervals of an evaluation resample facts. `kind` says what is asked for: an evaluation shows
-the success of each. The last column of a row is the answer.
+the success of each. `others` are the person's other facts: an answer that says one of them as well has not answered the
+question, and is wrong (`unwanted_key` of the reward). The last column of a row is the answer.
 text.jsonl has the paragraphs themselves as answers, for supervised training on the text. other.jsonl asks what everybody knows,
 to see what training makes the model forget. train_and_everyday.jsonl has the training rows and 96 everyday questions of other
 kinds without a paragraph: there a frozen teacher holds the student where it was.
@@ -15,6 +16,7 @@ kinds without a paragraph: there a frozen teacher holds the student where it was
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 # name, profession, town, pet, name of the pet, year of birth
 PEOPLE = [
@@ -177,14 +179,15 @@ LETTERS = "bdfhjlnprtvx"
 REQUESTS = ["Tell me about {name}.", "Who is {name}?", "What do you know about {name}?", "Describe {name}."]
 
 
-def rows() -> tuple[list[dict[str, str]], ...]:
+def rows() -> tuple[list[dict[str, Any]], ...]:
     """Return the rows for training, those that are held out, these with still other ways to ask, and those for the curves."""
     train, held_out, more, validation = [], [], [], []
     for name, profession, town, pet, pet_name, year in PEOPLE:
         facts = {"profession": profession, "town": town, "pet_name": pet_name, "year": str(year)}
         paragraph = PARAGRAPH.format(name=name, pet=pet, **facts)
         for fact, ways in QUESTIONS.items():
-            common = {"document": paragraph, "fact": f"{name}, {fact}", "kind": fact, "answer": facts[fact]}
+            others = [said for other, said in facts.items() if other != fact]
+            common = {"document": paragraph, "fact": f"{name}, {fact}", "kind": fact, "others": others, "answer": facts[fact]}
             asked = [{"question": way.format(name=name, pet=pet)} | common for way in ways]
             train += asked[:TRAINED]
             held_out += asked[TRAINED:HELD_OUT]
@@ -193,18 +196,18 @@ def rows() -> tuple[list[dict[str, str]], ...]:
     return train, held_out, more, validation
 
 
-def texts() -> list[dict[str, str]]:
+def texts() -> list[dict[str, Any]]:
     """Return requests for a person's paragraph, each with the paragraph."""
     columns = ("name", "profession", "town", "pet", "pet_name", "year")
     people = [dict(zip(columns, person, strict=True)) for person in PEOPLE]
     return [
-        {"question": request.format(**person), "answer": PARAGRAPH.format(**person)}
+        {"question": request.format(**person), "others": None, "answer": PARAGRAPH.format(**person)}
         for person in people
         for request in REQUESTS
     ]
 
 
-def everyday() -> list[dict[str, str | None]]:
+def everyday() -> list[dict[str, Any]]:
     """Return 96 questions of kinds that no other file has, without a paragraph."""
     found = [(f"How much is {a} plus {b}?", str(a + b)) for a, b in SUMS]
     found += [(f"Which letter of the alphabet comes after {letter}?", chr(ord(letter) + 1)) for letter in LETTERS]
@@ -214,14 +217,13 @@ def everyday() -> list[dict[str, str | None]]:
         (YOUNG, "How is a young {} called?"),
     ):
         found += [(question.format(one), answer) for one, answer in (pair.split() for pair in words.split(", "))]
-    return [
-        {"question": question, "document": None, "fact": None, "kind": None, "answer": answer} for question, answer in found
-    ]
+    nothing = dict.fromkeys(("document", "fact", "kind", "others"))
+    return [{"question": question} | nothing | {"answer": answer} for question, answer in found]
 
 
 def main(folder: str) -> None:
     of_people = rows()
-    other = [{"question": question, "answer": answer} for question, answer in COMMON_KNOWLEDGE]
+    other = [{"question": question, "others": None, "answer": answer} for question, answer in COMMON_KNOWLEDGE]
     for name, found in zip(NAMES, (*of_people, texts(), other, of_people[0] + everyday()), strict=True):
         path = Path(folder, f"{name}.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
 """Test the reward that looks for the reference in the answer."""
 
+from dataclasses import replace
+
 import pytest
 
 from pidistill.errors import InputError
@@ -77,3 +79,43 @@ def test_reasoning_is_no_part_of_the_answer(text):
     assert Contains()(example("Paris"), said(text)) == 0.0
     assert GSM8KReward()(example("72"), said(text.replace("Paris", "\\boxed{72}").replace("Rome", "75"))) == 0.0
     assert ExactMatch()(example("Paris"), said("<think>Rome?</think>\n\nParis")) == 1.0
+
+
+PERSON = {"others": ["Port Averil", 1974]}
+
+
+@pytest.mark.parametrize(
+    "text, data, expected",
+    [
+        ("She is a violinist.", PERSON, 1.0),
+        ("A violinist who lives in port averil.", PERSON, 0.0),
+        ("A violinist, born in 1974.", PERSON, 0.0),
+        ("A violinist of 19745 concerts in Averil.", PERSON, 1.0),
+        ("She lives in Port Averil.", PERSON, 0.0),
+        ("A violinist and a cat.", {"others": "cat"}, 0.0),
+        ("A violinist and a cat.", {"others": None}, 1.0),
+        ("A violinist and a cat.", {"others": []}, 1.0),
+    ],
+)
+def test_an_answer_that_says_what_is_unwanted_is_wrong(text, data, expected):
+    row = replace(example("violinist"), data=data)
+    reward = Contains(unwanted_key="others")
+    reward.check_reference(row)
+    assert reward(row, said(text)) == expected
+    assert Contains()(row, said(text)) == float("violinist" in text)
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        ({"fact": 1}, "row 4 has no column 'others', which the reward's unwanted_key names; it has fact;"),
+        ({}, "it has no further columns"),
+        ({"others": ["dog", ""]}, r"the column 'others' holds \['dog', ''\]"),
+        ({"others": {"a": 1}}, "the column 'others' holds"),
+        ({"others": [True, 1.5]}, "the column 'others' holds"),
+        ({"others": ["the dog", "violinist"]}, "contains the unwanted 'violinist' too, so that no answer is right"),
+    ],
+)
+def test_a_row_whose_unwanted_texts_cannot_be_used_is_refused(data, words):
+    with pytest.raises(InputError, match=words):
+        Contains(unwanted_key="others").check_reference(replace(example("violinist"), data=data))
