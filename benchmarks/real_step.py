@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchtune import training
 
 import pidistill.distributed.run as timing
-from pidistill.config import resolve
+from pidistill.components import resolve
 from pidistill.models.hf_format import to_hf
 from pidistill.tokenizers.byte import byte_tokenizer_folder
 

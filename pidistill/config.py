@@ -1,16 +1,11 @@
 """Read, check and build configs: every key is read by something, every component binds, nested components are built."""
 
 import argparse
-import difflib
 import functools
-import importlib
 import inspect
 import math
-import os
 import re
-import sys
 import traceback
-import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -19,9 +14,10 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torchtune.config._utils import _get_component_from_path, _merge_yaml_and_cli_args
+from torchtune.config._utils import _merge_yaml_and_cli_args
 
 from pidistill.annotations import accepts, demanded
+from pidistill.components import closest, hints_of, parameters_of, resolve
 from pidistill.errors import InputError, bounded_repr, one_line
 
 COMPONENT = "_component_"
@@ -39,26 +35,6 @@ FUNCTION_KEYS, FUNCTIONS_KEYS = ("reward", "sibling", "feedback"), ("checks",)
 
 # Arguments of model builders and tokenizers that count something of which there is at least one.
 _SIZE = re.compile(r"num_layers|num_heads|num_kv_heads|embed_dim|head_dim|intermediate_dim|vocab_size|max_seq_len|lora_rank")
-
-# Where a component is looked for that is named without its module.
-STANDARD_PLACES = ("pidistill.objectives", "pidistill.teachers", "pidistill.data", "pidistill.envs", "pidistill.rewards",
-                   "pidistill.rollouts", "pidistill.privileged")  # fmt: skip
-
-# Where components of version 0.1 stand now. To be deleted at 1.0.
-MOVED = {
-    "pidistill.checkpoints.from_scratch": "pidistill.models.from_scratch",
-    "pidistill.divergences": "pidistill.losses.divergences",
-    "pidistill.envs.tools": "pidistill.envs.function_tools",
-    "pidistill.hindsight": "pidistill.privileged",
-    "pidistill.hints": "pidistill.rollouts.hints",
-    "pidistill.judges": "pidistill.privileged.judges",
-    "pidistill.mismatch": "pidistill.scoring.mismatch",
-    "pidistill.optimizers": "pidistill.training.optimizers",
-    "pidistill.schedules": "pidistill.training.lr_schedules",
-    "pidistill.testing.byte_tokenizer": "pidistill.tokenizers.byte_tokenizer",
-    "pidistill.token_weights": "pidistill.losses.token_weights",
-    "pidistill.traces": "pidistill.rollouts.selections",
-}
 
 
 def check_command_line(words: Sequence[str]) -> None:
@@ -261,44 +237,6 @@ def _check_function(path: str, name: str, function: Any, arguments: Mapping[str,
         ) from None
 
 
-def resolve(path: str) -> Any:
-    """Return the object under a dotted path; modules of the working directory are found, as in torchtune's `instantiate`."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        return _get_component_from_path(path)
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except BaseException as error:  # a user's module may fail in any way while it is imported, also with SystemExit
-        if (new := _moved(path)) is not None:
-            raise InputError(f"component {path} has moved; write {new}") from None
-        cause = error.__cause__ or error
-        lacking = isinstance(cause, ModuleNotFoundError) and cause.name == path  # the module is there, and not the name
-        reason = (_missing_name(path) if lacking else None) or one_line(cause)
-        raise InputError(f"component {path} cannot be found ({reason}); check the dotted path") from error
-
-
-def _missing_name(path: str) -> str | None:
-    """Return which file lacks the component and which of its names is closest; None where the module was not imported."""
-    parent, _, name = path.rpartition(".")
-    if not parent:
-        found = [place for place in STANDARD_PLACES if hasattr(importlib.import_module(place), name)]
-        return f"it has no module; did you mean {found[0]}.{name}?" if found else None
-    module = sys.modules.get(parent)
-    if module is None or hasattr(module, name):
-        return None
-    names = [own for own in vars(module) if not own.startswith("_")]
-    return f"{getattr(module, '__file__', None) or parent} has no {name}{_closest(name, names)}"
-
-
-def _moved(path: str) -> str | None:
-    """Return the present path of a component of version 0.1, or None where it has not moved."""
-    for old, new in MOVED.items():
-        if path == old or path.startswith(f"{old}."):
-            return new + path.removeprefix(old)
-    return None
-
-
 def check_config(cfg: DictConfig, known: Collection[str], required: Collection[str] = ()) -> None:
     """Refuse a key that nothing reads, naming the closest real one, and a component whose arguments are unknown or missing.
 
@@ -309,7 +247,7 @@ def check_config(cfg: DictConfig, known: Collection[str], required: Collection[s
     interpolated = set(re.findall(r"\$\{([A-Za-z_]\w*)", str(raw)))
     for key in raw:
         if key not in known and key not in interpolated:
-            raise InputError(f"config key {key} is not read by this recipe{_component_with(key, raw) or _closest(key, known)}")
+            raise InputError(f"config key {key} is not read by this recipe{_component_with(key, raw) or closest(key, known)}")
     for key in required:
         if raw.get(key) is None:
             raise InputError(f"config key {key} is missing; this recipe needs it")
@@ -331,7 +269,7 @@ def _drop_null_functions(node: Any) -> None:
         return
     null = [key for key in FUNCTION_KEYS if key in node and node[key] is None]
     if null and isinstance(node.get(COMPONENT), str):
-        parameters = _parameters_of(resolve(node[COMPONENT]))
+        parameters = parameters_of(resolve(node[COMPONENT]))
         for key in null:
             if key not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
                 del node[key]
@@ -341,17 +279,9 @@ def _component_with(key: str, nodes: Mapping[str, Any]) -> str | None:
     """Return the end of a sentence about a key that belongs into a component of the config; None where none takes it."""
     for name, node in nodes.items():
         path = node.get(COMPONENT) if isinstance(node, Mapping) else None
-        if isinstance(path, str) and "${" not in path and key in _parameters_of(resolve(path)) and name != key:
+        if isinstance(path, str) and "${" not in path and key in parameters_of(resolve(path)) and name != key:
             return f"; did you mean {name}.{key}?"
     return None
-
-
-def _parameters_of(component: Any) -> Mapping[str, inspect.Parameter]:
-    """Return the arguments of a component; none where it has no signature, as some builtins."""
-    try:
-        return inspect.signature(component).parameters
-    except (TypeError, ValueError):
-        return {}
 
 
 def _check_component(path: str, node: Any, raw: Any) -> None:
@@ -383,14 +313,14 @@ def _check_arguments(path: str, node: dict[str, Any], raw: Any) -> None:
         parameters = inspect.signature(component).parameters
     except ValueError:  # some builtins have none
         return
-    hints = _hints(component)
+    hints = hints_of(component)
     for key in parameters.keys() & node.keys():
         shown = raw[key] if isinstance(raw, dict) else raw
         _check_argument(f"{path}.{key}", node[key], shown, parameters[key], hints.get(key, Any))
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in node:
             if key != COMPONENT and key not in parameters:
-                other = _closest(key, parameters, none="; it takes none")
+                other = closest(key, parameters, none="; it takes none")
                 raise InputError(f"config key {path}.{key} is not an argument of {node[COMPONENT]}{other}")
     given = {key: value for key, value in node.items() if key != COMPONENT}
     for key, name, _ in _functions_of(node, node):
@@ -404,14 +334,6 @@ def _check_arguments(path: str, node: dict[str, Any], raw: Any) -> None:
         required = parameter.default is parameter.empty and not variadic
         if required and parameter.name not in node and parameter.name not in keywords:
             raise InputError(f"config key {path}.{parameter.name} is missing; {node[COMPONENT]} needs it")
-
-
-def _hints(component: Any) -> dict[str, Any]:
-    """Return the types of a component's arguments; none where they cannot be read."""
-    try:
-        return typing.get_type_hints(component.__init__ if isinstance(component, type) else component)
-    except Exception:  # names that exist for a type checker only, or a callable object
-        return {}
 
 
 def _check_argument(path: str, value: Any, raw: Any, parameter: inspect.Parameter, hint: Any) -> None:
@@ -448,16 +370,5 @@ def _check_finite(path: str, node: Any) -> None:
 
 def _infinite_defaults(component: str | None) -> set[str]:
     """Return the arguments of a component whose default is infinity."""
-    parameters = _parameters_of(resolve(component)) if component else {}
+    parameters = parameters_of(resolve(component)) if component else {}
     return {name for name, p in parameters.items() if isinstance(p.default, float) and p.default == math.inf}
-
-
-def _closest(key: str, candidates: Collection[str], none: str = "") -> str:
-    """Return the end of a sentence about an unknown ``key``: the most similar candidate, those that there are, or ``none``."""
-    if not candidates:
-        return none
-    matches = difflib.get_close_matches(key, list(candidates), n=1, cutoff=0.5)
-    if matches:
-        return f"; did you mean {matches[0]}?"
-    nearest = difflib.get_close_matches(key, sorted(candidates), n=12, cutoff=0.0)
-    return f"; {'known here' if len(nearest) == len(candidates) else 'the nearest ones are'}: {', '.join(sorted(nearest))}"

@@ -10,7 +10,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from pidistill.config import MOVED, build, check_command_line, check_config, read_yaml, resolve
+from pidistill.components import MOVED, resolve
+from pidistill.config import build, check_command_line, check_config, read_yaml
 from pidistill.errors import InputError
 
 

@@ -20,7 +20,8 @@ from torchtune import _recipe_registry as recipe_registry
 from pidistill.commands import main as _cli
 from pidistill.commands.plan.command import main as plan
 from pidistill.commands.plan.devices import GIB
-from pidistill.config import COMPONENT, build, check_config, resolve
+from pidistill.components import resolve
+from pidistill.config import COMPONENT, build, check_config
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs import Environment
 from pidistill.rollouts import Sampler

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pidistill.config import resolve
+from pidistill.components import resolve
 from pidistill.privileged.prompt import CONTROLS
 from pidistill.privileged.trace_kinds import KINDS
 

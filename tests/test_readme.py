@@ -20,7 +20,8 @@ from pidistill.commands.sweep.cells import grid_cells, read_sweep
 from pidistill.commands.sweep.command import parser as sweep_parser
 from pidistill.commands.sweep.search import SweepPlan, check_plan
 from pidistill.commands.watch import parser as watch_parser
-from pidistill.config import check_config, resolve
+from pidistill.components import resolve
+from pidistill.config import check_config
 from tests.support.pages import files_of
 from tests.support.reported_runs import write_run
 from tests.support.sweeps import check_commands

@@ -22,7 +22,8 @@ from pidistill.commands.places import recipe_of
 from pidistill.commands.preview.command import read
 from pidistill.commands.preview.rows import Source, judge_row, source_of
 from pidistill.commands.preview.scan import Scan, scan
-from pidistill.config import build, resolve
+from pidistill.components import resolve
+from pidistill.config import build
 from pidistill.data.load import trained_rows_sentence
 from pidistill.errors import InputError
 from pidistill.scoring.served_teacher import ServedTeacher

@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer
 from torchtune.utils import get_logger, log_rank_zero
 
-from pidistill.config import COMPONENT, FUNCTION_KEYS, FUNCTIONS_KEYS, build, resolve
+from pidistill.components import resolve
+from pidistill.config import COMPONENT, FUNCTION_KEYS, FUNCTIONS_KEYS, build
 from pidistill.data.prompts import Prompts, build_prompts
 from pidistill.data.routes import route_of
 from pidistill.errors import InputError

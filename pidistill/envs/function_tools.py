@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
-from pidistill.config import resolve
+from pidistill.components import resolve
 from pidistill.data.dataset import ExampleDataset
 from pidistill.envs.base import EnvStep
 from pidistill.errors import InputError, attempt, bounded_repr, bounded_traceback, escape_controls

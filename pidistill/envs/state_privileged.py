@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pidistill.config import resolve
+from pidistill.components import resolve
 from pidistill.envs.base import Environment, EnvStep, judge_unfinished
 from pidistill.errors import InputError
 from pidistill.types import Example, Message

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pidistill.config import resolve
+from pidistill.components import resolve
 from pidistill.errors import InputError, check_choice, check_share
 from pidistill.losses.divergences import NAMES as DIVERGENCE_NAMES
 from pidistill.losses.divergences import check_divergence, divergence

@@ -9,7 +9,8 @@ from torch import nn
 from torchtune import utils
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
-from pidistill.config import build, resolve
+from pidistill.components import resolve
+from pidistill.config import build
 from pidistill.data.load import gives_no_reward, told_later
 from pidistill.data.routes import route_of
 from pidistill.errors import InputError

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torchtune import utils
 
-from pidistill.config import resolve
+from pidistill.components import resolve
 
 log = utils.get_logger("INFO")
 

@@ -22,7 +22,7 @@ from torchao.optim import (  # the import also lets `weights_only` loading read 
 from torchao.optim.adam import _AdamBase
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from pidistill.config import resolve
+from pidistill.components import resolve
 from pidistill.distributed.shards import shard_in_place
 from pidistill.errors import InputError
 

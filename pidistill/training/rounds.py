@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from pidistill.config import resolve
+from pidistill.components import resolve
 from pidistill.data import RecipeData, epoch_order
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError

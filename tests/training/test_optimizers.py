@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
 from torchao.optim.subclass_8bit import get_qmap_unsigned
 
-from pidistill.config import resolve
+from pidistill.components import resolve
 from pidistill.errors import InputError
 from pidistill.training.optimizers import (
     cpu_offload,

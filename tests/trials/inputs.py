@@ -16,7 +16,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 
-from pidistill.config import COMPONENT, resolve
+from pidistill.components import resolve
+from pidistill.config import COMPONENT
 from pidistill.training import keys
 from tests.support.runs import RECIPES, TINY, small_config
 

@@ -9,7 +9,8 @@ from pidistill.commands.plan.devices import Device
 from pidistill.commands.plan.lengths import Lengths, RowLengths
 from pidistill.commands.plan.memory import chunk_tokens, memory, peak
 from pidistill.commands.plan.reading import dtype_of, setup_of, shape_of, workload_of
-from pidistill.config import build, resolve
+from pidistill.components import resolve
+from pidistill.config import build
 from pidistill.errors import InputError
 from pidistill.models.adapters import has_adapters
 from pidistill.models.empty import shared_empty_model

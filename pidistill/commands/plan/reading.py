@@ -15,7 +15,8 @@ from pidistill.commands.places import keys_of_recipe, learns_demonstrations, loa
 from pidistill.commands.plan.lengths import Lengths
 from pidistill.commands.plan.shape import ModelShape, model_shape
 from pidistill.commands.plan.workload import Pass, Setup, Workload
-from pidistill.config import build, merge, resolve
+from pidistill.components import resolve
+from pidistill.config import build, merge
 from pidistill.errors import InputError
 from pidistill.models.empty import empty_model
 from pidistill.scoring.packer import packing_of
