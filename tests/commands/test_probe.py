@@ -338,7 +338,7 @@ def test_wordings_that_the_tokenizer_does_not_take_are_left_out_and_the_configs_
     own = PrivilegedPrompt(template="{privileged}")
     prompts, said = prompts_by_wording([configured(own), *builtin_wordings("dfk")], rows, tokenizer, own, **limits)
     assert {name: len(pairs) for name, pairs in prompts.items()} == {"the config's": 3}
-    assert len(said) == 5 and said[0].startswith(
+    assert len(said) == 6 and said[0].startswith(
         "block, system is left out: tiny_world validation row 0: the word '<privileged_"
     )
     with pytest.raises(InputError, match="is not among the 85 words"):

@@ -60,6 +60,7 @@ def builtin_wordings(kind: str | None) -> list[Wording]:
         Wording("plain, system", plain, "system_end"),
         Wording("plain, user", plain, "user_end"),
         Wording("understand, user", f"{noun}:\n{{privileged}}\n\n{_RETHINK}", "user_end"),
+        Wording("plain, before", f"{noun}:\n{{privileged}}", "before_user"),  # the question comes last: it is not recited
     ]
     if kind == "solution":
         found.append(Wording("rewrite, user", f"The solution is: {{privileged}}\n\n{_SOLUTION}", "user_end"))
