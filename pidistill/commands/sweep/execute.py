@@ -11,8 +11,10 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -72,11 +74,36 @@ def try_lock(output_dir: Path, name: str, *, wait: bool = False) -> Any:
 
 
 def execute(command: Sequence[str], log: Path, lock: int) -> int:
-    """Run `pidistill ...` with its output in ``log``; return its exit status. It holds the lock even if this worker dies."""
+    """Run `pidistill ...` with its output in ``log``; return its exit status. It holds the lock even if this worker dies.
+
+    Where this worker is told to end, the run is told too, and may save before it does.
+    """
     with log.open("w") as file:
         program = [sys.executable, "-m", "pidistill.commands.main", *command[1:]]
-        done = subprocess.run(program, stdout=file, stderr=subprocess.STDOUT, pass_fds=(lock,), check=False)
-    return done.returncode
+        run = subprocess.Popen(program, stdout=file, stderr=subprocess.STDOUT, pass_fds=(lock,))
+    try:
+        return run.wait()
+    except BaseException:  # SystemExit of a signal, and KeyboardInterrupt
+        run.terminate()
+        run.wait()
+        raise
+
+
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit(143) within, so that it also ends what was started from here."""
+    if threading.current_thread() is not threading.main_thread():  # signal handlers belong to the main thread
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def last_error(log: Path) -> str:

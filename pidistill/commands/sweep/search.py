@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -28,7 +28,7 @@ from pidistill.commands.sweep.cells import (
     with_overrides,
 )
 from pidistill.commands.sweep.check import check_cells
-from pidistill.commands.sweep.execute import cell_fingerprint, locked, print_line, run_cell, try_lock
+from pidistill.commands.sweep.execute import cell_fingerprint, locked, print_line, run_cell, sigterm_raises, try_lock
 from pidistill.commands.sweep.results import append_result, read_results, write_order
 from pidistill.commands.sweep.values import Axis, Choices
 from pidistill.errors import InputError, check_choice
@@ -73,16 +73,31 @@ def run_sweep(plan: SweepPlan, workers: int = 1) -> bool:
     if workers == 1:
         work(plan)
         return not _failed_cells(plan)
-    context = multiprocessing.get_context("spawn")  # a fork would share SQLite's connections
-    processes = [context.Process(target=work, args=(plan,)) for _ in range(workers)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    ended_badly = [process.exitcode for process in processes if process.exitcode]
+    ended_badly = [code for code in run_processes(work, (plan,), workers) if code]
     if ended_badly:
         print_line(f"{len(ended_badly)} of {workers} workers ended early (exit codes {ended_badly}); run the command again")
     return not ended_badly and not _failed_cells(plan)
+
+
+def run_processes(target: Callable[..., None], args: tuple[Any, ...], count: int) -> list[int | None]:
+    """Run ``target`` in ``count`` processes; return their exit codes. A signal to this process ends them too."""
+    context = multiprocessing.get_context("spawn")  # a fork would share SQLite's connections
+    processes = [context.Process(target=target, args=args) for _ in range(count)]
+    with sigterm_raises():
+        try:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join()
+        except BaseException:  # SystemExit of a signal, and KeyboardInterrupt
+            for process in processes:
+                if process.is_alive():
+                    process.terminate()
+            for process in processes:
+                if process.pid is not None:
+                    process.join()
+            raise
+    return [process.exitcode for process in processes]
 
 
 def _failed_cells(plan: SweepPlan) -> list[str]:
@@ -94,6 +109,11 @@ def _failed_cells(plan: SweepPlan) -> list[str]:
 
 
 def work(plan: SweepPlan) -> None:
+    with sigterm_raises():
+        _work(plan)
+
+
+def _work(plan: SweepPlan) -> None:
     if plan.search == "grid":
         begin, before = time.perf_counter(), count_finished(plan.sweep)
         while work_on_a_cell(plan.sweep):
