@@ -39,8 +39,8 @@ def leave_one_out(rewards: Float[Tensor, " R"], groups: Int[Tensor, " R"]) -> Fl
 def standardised(rewards: Float[Tensor, " R"], groups: Int[Tensor, " R"], eps: float = 1e-4) -> Float[Tensor, " R"]:
     """Return (R_i − mean) / (std + eps), mean and unbiased std of the group, i included (GRPO, arXiv 2402.03300).
 
-    A deviation from π-Distill, which does not divide. The scale of the reward drops out (so β weighs the KL against a reward of
-    unit spread), and groups of little spread count as much as those of much.
+    A deviation from π-Distill, which does not divide. The scale of the reward drops out, and groups of little spread count as
+    much as those of much. A KL in the reward is added after the division, so that β weighs it against a reward of unit spread.
     """
     centred = group_mean(rewards, groups)
     slot, size = group_slots(groups)

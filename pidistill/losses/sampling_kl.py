@@ -17,7 +17,8 @@ from pidistill.types import Divergence, Rollout, ScoreRequest, Scores, ViewName
 KL_MODES = {
     "loss_rb": "full-vocabulary KL at each token as a loss (pathwise gradient; low variance, ignores how tokens move later KL)",
     "loss_rb_complete": "loss_rb plus the future-KL term; with kl_gamma=1 the whole gradient of the sequence KL",
-    "loss_k2": "half the squared log-ratio of the sampled token as a loss; its expected gradient is that of loss_rb",
+    "loss_k2": "half the squared log-ratio of the sampled token as a loss; its expected gradient is that of loss_rb on samples "
+    "of the present weights without top-p and top-k, so that these and updates_per_round above 1 are refused",
     "reward_k1": "the sequence's summed log-ratio, taken from the reward; unbiased, high variance",
     "reward_rb": "the sequence's summed full-vocabulary KL, taken from the reward; the paper's text, biased",
 }
@@ -37,7 +38,7 @@ class SamplingKL:
         policy: P.
         mode: a key of ``KL_MODES``.
         gamma: discount of the future-KL term of ``loss_rb_complete``: 0 is ``loss_rb``, 1 the complete gradient.
-        reward_scale: "sum" (nats of the whole sequence) or "token_mean"; only for ``reward_rb``.
+        reward_scale: "sum" (nats of the whole sequence) or "token_mean" (their mean); only for ``reward_rb``.
     """
 
     policy: ViewName
@@ -68,7 +69,7 @@ class SamplingKL:
 
     @property
     def needs_present_samples(self) -> str:
-        """Return the setting whose expected gradient is right on samples of P alone, which have no ratio to another policy."""
+        """Return the setting whose expected gradient is right on samples of P alone: it has no ratio to another policy."""
         return "kl_mode=loss_k2" if self.mode == "loss_k2" else ""
 
     def divergence(self, grad: ViewName | Literal["none"] = "none") -> Divergence:
@@ -97,19 +98,26 @@ class SamplingKL:
         return scores.divergences[self.divergence(self.policy)]
 
     def advantages(self, rollouts: Sequence[Rollout], beta: float, advantage: str, no_pi: str) -> list[list[float]] | None:
-        """Return, per policy token, what this term adds to the reward's advantage for P; None where it adds nothing."""
+        """Return, per policy token, what this term adds to the reward's advantage for P; None where it adds nothing.
+
+        The KL is compared among those rollouts of a group that are distilled; the others get 0. It stays in nats: divided by
+        its own deviation in the group, as `standardised` divides the reward, it would no longer depend on β.
+        """
         if not self.needs_behaviour:
             return None
-        kls = [as_fp32(_distilled_values(rollout, no_pi)) for rollout in rollouts]
-        groups = [r.group for r in rollouts]
+        result = [[0.0] * rollout.policy_tokens for rollout in rollouts]
+        distilled = [i for i, rollout in enumerate(rollouts) if _is_distilled(rollout, no_pi)]
+        kls = [as_fp32(_distilled_values(rollouts[i], no_pi)) for i in distilled]
+        groups = [rollouts[i].group for i in distilled]
         if self.mode == "loss_rb_complete":
-            to_go = complete_kl_advantages(kls, groups, self.gamma)
-            return [(-beta * x).tolist() for x in to_go]
-        penalties = [float(k.sum() if self.reward_scale == "sum" else k.mean()) if len(k) else 0.0 for k in kls]
-        rewards = _known_rewards(rollouts)
-        with_kl = group_advantages(advantage, [x - beta * p for x, p in zip(rewards, penalties, strict=True)], groups)
-        without = group_advantages(advantage, rewards, groups)
-        return [[a - b] * r.policy_tokens for a, b, r in zip(with_kl, without, rollouts, strict=True)]
+            values = [x.tolist() for x in complete_kl_advantages(kls, groups, self.gamma)]
+        else:
+            penalties = [float(k.sum() if self.reward_scale == "sum" else k.mean()) if len(k) else 0.0 for k in kls]
+            centred = group_advantages("group_mean" if advantage == "standardised" else advantage, penalties, groups)
+            values = [[x] * len(k) for x, k in zip(centred, kls, strict=True)]
+        for i, own in zip(distilled, values, strict=True):
+            result[i] = [-beta * x for x in own]
+        return result
 
     def _logprobs(self, scores: Scores) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """Return log P and log sg Q of the sampled token."""
@@ -118,18 +126,11 @@ class SamplingKL:
         return scores.student_logprobs, scores.teacher_logprobs.detach()
 
 
+def _is_distilled(rollout: Rollout, no_pi: str) -> bool:
+    return no_pi == "distill" or rollout.prompts.has_privileged or any(rollout.tokens_with_privileged())
+
+
 def _distilled_values(rollout: Rollout, no_pi: str) -> list[float]:
     """Return the KL of each policy token that is distilled, and 0 of the others; see :func:`distill_weight`."""
     told = [True] * rollout.policy_tokens if no_pi == "distill" else rollout.tokens_with_privileged()
-    values = rollout.behaviour_values if any(told) else [0.0] * len(told)
-    return [value if counts else 0.0 for value, counts in zip(values, told, strict=True)]
-
-
-def _known_rewards(rollouts: Sequence[Rollout]) -> list[float]:
-    """Return each rollout's reward; the mean of its group's for an episode that `turn_curriculum` ended without one."""
-    known: dict[int, list[float]] = {}
-    for rollout in rollouts:
-        if rollout.reward is not None:
-            known.setdefault(rollout.group, []).append(rollout.reward)
-    means = {group: sum(values) / len(values) for group, values in known.items()}
-    return [means.get(r.group, 0.0) if r.reward is None else r.reward for r in rollouts]
+    return [value if counts else 0.0 for value, counts in zip(rollout.behaviour_values, told, strict=True)]

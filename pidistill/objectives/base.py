@@ -49,8 +49,9 @@ class Objective(Protocol):
         guides_failed_groups: a group without any reward is sampled again from the view with privileged information.
         on_policy_frac: share of the prompts that are answered by the policy; the others by the dataset's own completion.
         takes_importance_weights: its policy-gradient loss is multiplied with ``Batch.importance_weights`` where there are any.
-        needs_present_samples: the setting, as "key=value", under which its loss is right for samples of the present weights
-            alone, so that `rollout_lag: 1` is refused; empty where ratios correct for the lag or no sampled token is looked at.
+        needs_present_samples: the setting, as "key=value", under which its loss is right for samples of the present weights'
+            whole distribution alone, so that `rollout_lag: 1`, `updates_per_round` above 1, top-p and top-k are refused; empty
+            where ratios correct for these or no sampled token is looked at.
     """
 
     uses_teacher: bool = True

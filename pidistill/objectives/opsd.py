@@ -5,8 +5,9 @@
 S is θ without privileged information and samples; T, the view with it, scores what S wrote and never gets gradient. The paper's
 teacher is the live θ; `teacher` in the config also takes frozen and EMA weights.
 
-What we do differently from the paper: `kl_mode: loss_rb` is the default, as in π-Distill; the KL estimators are the same, with
-the roles of the views exchanged.
+What we do differently from the paper: `kl_mode: loss_rb` is the default, as in π-Distill, and β multiplies the KL summed over
+the sequence, where the authors' trainer averages it over tokens. The KL estimators are those of π-Distill, with the roles of
+the views exchanged.
 """
 
 from collections.abc import Sequence
@@ -37,8 +38,10 @@ class OPSD(Objective):
     """Run PPO on the student's own samples plus β·kl(S||sg T).
 
     Args:
-        beta: weight of the KL in nats summed over the sequence, or ``{start, end, steps}``. The paper uses 0.5.
-        kl_mode, kl_gamma, kl_reward_scale: how the KL is estimated; see ``objectives.base.KL_MODES``.
+        beta: weight of the KL in nats summed over the sequence, or ``{start, end, steps}``. The paper uses 0.5, which the
+            authors' trainer applies to the KL's mean over tokens: `token_weight: MeanOverTokens` here, or
+            `kl_reward_scale: token_mean` with `kl_mode: reward_rb`.
+        kl_mode, kl_gamma, kl_reward_scale: how the KL is estimated; see ``losses.sampling_kl.KL_MODES``.
         reward_weight: weight of the policy-gradient term; 0 is distillation without a reward.
         clip_low, clip_high, dual_clip, advantage, drop_zero_advantage: as in π-Distill.
         token_weight: see :mod:`pidistill.losses.token_weights`; acts on the KL where it is a loss.
@@ -71,11 +74,6 @@ class OPSD(Objective):
         check_token_weight(token_weight, self.kl)
         self.token_weight = token_weight
         self.clip = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
-        if self.kl.in_reward and advantage == "standardised" and reward_weight != 1:
-            raise InputError(
-                f"objective.reward_weight={reward_weight} has no effect on a standardised advantage that holds the KL too; set "
-                "advantage: group_mean, or a kl_mode that is a loss"
-            )
         reward_free = self.reward_weight.start == self.reward_weight.end == 0.0
         if reward_free and self.beta.start == self.beta.end == 0.0:
             raise InputError("objective.beta=0 and objective.reward_weight=0 leave nothing to train; raise one of them")

@@ -11,8 +11,9 @@ What we do differently from the paper, all of it by configuration:
   1. `kl_mode: loss_rb` (the full-vocabulary KL as a loss) is the default; the paper's text describes `reward_rb`, which is not
      a gradient of the KL. `reward_k1` and `loss_rb_complete` are unbiased.
   2. β multiplies the KL summed over the sequence in every mode; the authors' trainer averages it over tokens in the reward
-     (`kl_mode: reward_rb`, `kl_reward_scale: token_mean`). In the loss modes `token_weight: MeanOverTokens` averages it; take
-     it where answers are long, or the KL outweighs the reward and the teacher learns to answer as the student does.
+     (`kl_mode: reward_rb`, `kl_reward_scale: token_mean`, which averages the student half's KL too). In the loss modes
+     `token_weight: MeanOverTokens` averages it; take it where answers are long, or the KL outweighs the reward and the teacher
+     learns to answer as the student does.
   3. `student_kl: loss` is Eq. 3; `shared_reward` is their Algorithm 1 as printed, one advantage for both halves.
   4. `student_term` replaces the PPO term of the student half: `topr` (arXiv 2503.14286), `sft` (log S of the traces with a
      reward above 0, unweighted: rejection sampling when α=0 and β=0), `snis` (Σ_k w_k·log S(y_k), w = softmax over the group
@@ -68,9 +69,10 @@ class PiDistill(Objective):
     Args:
         alpha: weight of the teacher half in [0, 1], or ``{start, end, steps}``. The paper uses 0, 0.5 and 1.
         beta: weight of the KL in nats summed over the sequence, or a schedule. The paper uses 0.25.
-        kl_mode: how the teacher half's KL is estimated; see ``objectives.base.KL_MODES``.
+        kl_mode: how the teacher half's KL is estimated; see ``losses.sampling_kl.KL_MODES``.
         kl_gamma: discount of the future-KL term of ``loss_rb_complete``.
-        kl_reward_scale: "sum" or "token_mean", for ``reward_rb``.
+        kl_reward_scale: "sum", or, for ``reward_rb``, "token_mean": β multiplies the KL's mean over the answer's tokens, in the
+            student half too.
         student_kl: the student half's KL: "loss" (Eq. 3), "shared_reward" (the teacher half's advantage, KL and all, and no
             term of its own; needs a reward ``kl_mode``), "none".
         student_term: "ppo" (Eq. 3), "topr", "sft" or "snis", for the student half; see 4. above.
@@ -249,7 +251,8 @@ class PiDistill(Objective):
             loss = reinforce_loss(student, batch.snis_weights)
         loss = importance_weighted(loss, batch.importance_weights if self._weighs_student else None)
         if self.student_kl == "loss":
-            loss = loss + self.beta(step) * distill_loss(STUDENT_KL, self.no_pi, self.token_weight, batch, scores)
+            kl = distill_loss(STUDENT_KL, self.no_pi, self.token_weight, batch, scores)
+            loss = loss + self.beta(step) * (kl / batch.rollout_tokens if self.kl.reward_scale == "token_mean" else kl)
         return loss, ratio, clipped
 
     def _denominator(self, batch: Batch, scores: Scores) -> Tensor:

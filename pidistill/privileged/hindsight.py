@@ -1,8 +1,9 @@
 """Make privileged information of a sampled round: a sibling that succeeded, what the environment answered.
 
 Each rollout's teacher prompt is written again, from its own example with the information found for it; the student's prompt and
-the completion stay, id for id. A rollout for which nothing is found has no privileged information, and is counted: SDPO trains
-it on its reward; with the other self-distillation objectives it gets weight 0 and stays in the denominator.
+the completion stay, id for id. A rollout for which nothing is found has no privileged information, and is counted. The
+objective's `no_pi` says what becomes of it: by default SDPO, OPSD, SDAR and RLSD train it on its reward alone (`rl`), and with
+PCSD, SDFT, OPSDUCLA and GKD it leaves the loss and the token count (`drop`).
 """
 
 import logging

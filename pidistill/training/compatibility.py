@@ -21,7 +21,7 @@ from pidistill.models.empty import shared_empty_model
 from pidistill.objectives import GRPO, SDFT, SDPO, RoutedObjective
 from pidistill.objectives.base import Objective
 from pidistill.rollouts import Sampler
-from pidistill.scoring.mismatch import cuts_off
+from pidistill.scoring.mismatch import cuts_off, truncates
 from pidistill.scoring.served_teacher import ServedTeacher, check_served
 from pidistill.scoring.stored_teacher import StoredTeacher
 from pidistill.teachers import NO_ADAPTERS, AdapterOffTeacher, EMATeacher, RoutedTeacher, SnapshotTeacher, Teacher
@@ -111,7 +111,15 @@ def check_method(cfg: DictConfig, objective: Objective, sampler: Sampler, teache
         )
     if cfg.get("mismatch_mask"):
         _check_mask(cfg, objective, sampler)
-    parts = list(objective.objectives.values()) if isinstance(objective, RoutedObjective) else [objective]
+    _check_present_samples(cfg, objective, sampler)
+    routes = objective.objectives if isinstance(objective, RoutedObjective) else {}
+    for name, part in routes.items():
+        if cfg.get("importance_weights") and isinstance(part, SDPO):
+            raise InputError(
+                f"objective.objectives.{name} is SDPO, which has an importance clip of its own and applies no "
+                f"importance_weights; remove importance_weights, or set another objective.objectives.{name}"
+            )
+    parts = list(routes.values()) or [objective]
     for part in parts:
         _check_truncation(cfg, part, sampler)
         _check_skipped(part, sampler)
@@ -226,6 +234,24 @@ def _check_truncation(cfg: DictConfig, objective: Objective, sampler: Sampler) -
             f"sampler.top_p={sampler.top_p} is below objective.clip_low={clip_low}: the ratio of a fresh sample is the mass "
             "that top_p keeps, so that tokens of negative advantage would lose their gradient in the very first update; "
             f"{correction}raise sampler.top_p, or lower objective.clip_low"
+        )
+
+
+def _check_present_samples(cfg: DictConfig, objective: Objective, sampler: Sampler) -> None:
+    """Refuse later updates on the same samples, and a cut distribution, where the loss has no ratio that corrects for them."""
+    if not objective.needs_present_samples:
+        return
+    updates = int(setting(cfg, "updates_per_round"))
+    if updates > 1:
+        raise InputError(
+            f"objective.{objective.needs_present_samples} needs samples of the present weights, and with updates_per_round="
+            f"{updates} the later updates of a round train on samples of older weights; change it, or set updates_per_round=1"
+        )
+    if truncates(sampler):
+        cut = f"top_p={sampler.top_p}" if sampler.top_k is None else f"top_k={sampler.top_k}"
+        raise InputError(
+            f"objective.{objective.needs_present_samples} needs samples of the whole distribution, and sampler.{cut} cuts it; "
+            "change it, or set sampler.top_p and sampler.top_k to null"
         )
 
 

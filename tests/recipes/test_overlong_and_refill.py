@@ -79,8 +79,9 @@ def test_overlong_changes_the_numerator_or_the_mean_and_no_advantage(tiny_base, 
 
 def test_the_penalty_falls_linearly_over_the_buffer_and_is_zero_before_it():
     penalty, (rollout,) = OverlongPenalty(limit=20, buffer=4, factor=0.5), random_rollouts(1)
+    rollout.turn_policy_tokens = [1, 2]  # the other tokens are observations, which sampler.max_new_tokens counts too
     for tokens, expected in ((3, 0.0), (16, 0.0), (17, -0.125), (18, -0.25), (20, -0.5), (30, -0.5)):
-        rollout.turn_policy_tokens = [1, tokens - 1]
+        rollout.completion = [5] * tokens
         assert penalty(rollout) == [0.0, expected]
         assert not (expected == 0.0 and str(penalty(rollout)[1]).startswith("-"))
     with pytest.raises(InputError, match="OverlongPenalty needs 0 < buffer <= limit"):

@@ -12,6 +12,7 @@ from tests.support.runs import metrics, run, small_config
 
 MISMATCH = [f"sampler_mismatch_{name}_nats" for name in ("k3", "mean", "max")]
 WEIGHTS = {"importance_weights": {"_component_": "pidistill.scoring.mismatch.TruncatedImportanceWeights", "cap": 2.0}}
+OBJECTIVES = "pidistill.objectives"
 FROZEN = {"teacher": {"_component_": "pidistill.teachers.FrozenTeacher"}}
 METHODS = {  # where each method's samples come from
     "opsd": {},
@@ -19,6 +20,12 @@ METHODS = {  # where each method's samples come from
     "pi_distill": {"objective__student_term": "ppo"},
     "pi_distill from a frozen teacher": {"objective__alpha": 0.0, "objective__student_term": "ppo", **FROZEN},
 }
+
+
+def routed_between(**parts: dict) -> dict:
+    """A RoutedObjective of GRPO, which trains all rows of the tiny world, and of ``parts``."""
+    grpo = {"a": {"_component_": f"{OBJECTIVES}.GRPO"}}
+    return {"_component_": f"{OBJECTIVES}.RoutedObjective", "key": "kind", "default": "a", "objectives": grpo | parts}
 
 
 @dataclass(kw_only=True)
@@ -157,6 +164,31 @@ def test_a_top_p_below_the_clip_is_refused_without_a_correction(tiny_base, tmp_p
     (row,) = rows_of("rl", tiny_base, tmp_path / "corrected", sampler__top_p=0.5, max_steps=1, **WEIGHTS)
     assert row["ratio_mean"] == pytest.approx(1.0, abs=1e-4) and row["clip_frac"] == 0
     rows_of("opsd_ucla", tiny_base, tmp_path / "no clip", sampler__top_p=0.5, max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"updates_per_round": 2}, r"with updates_per_round=2 the later updates .* change it, or set updates_per_round=1"),
+        ({"sampler__top_p": 0.9}, r"the whole distribution, and sampler.top_p=0.9 cuts it; change"),
+        ({"sampler__top_k": 3, "sampler__record_kept": True}, r"the whole distribution, and sampler.top_k=3 cuts it; change"),
+    ],
+)
+@pytest.mark.parametrize("routed", [False, True])
+def test_loss_k2_is_refused_where_samples_are_not_of_the_present_weights_whole_distribution(
+    changes, sentence, routed, tiny_base, tmp_path
+):
+    key, k2 = "objective.kl_mode=loss_k2 needs samples of ", {"_component_": f"{OBJECTIVES}.OPSD", "kl_mode": "loss_k2"}
+    if routed:
+        key, k2 = key.replace("objective.", "objective.objectives.b."), routed_between(b=k2)
+    with pytest.raises(InputError, match=key + ".*" + sentence):
+        rows_of("opsd", tiny_base, tmp_path, objective=k2, **changes)
+
+
+def test_importance_weights_beside_a_part_that_is_sdpo_are_refused(tiny_base, tmp_path):
+    sdpo = {"_component_": f"{OBJECTIVES}.SDPO", "top_k": 10, "clip_low": 0.3}
+    with pytest.raises(InputError, match=r"objective.objectives.b is SDPO, which .* remove importance_weights, or set another"):
+        rows_of("opsd", tiny_base, tmp_path, objective=routed_between(b=sdpo), **WEIGHTS)
 
 
 def test_importance_weights_say_what_they_cannot_correct(tiny_base, tmp_path, monkeypatch):

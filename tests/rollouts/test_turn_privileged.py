@@ -17,7 +17,7 @@ from pidistill.envs.base import EnvironmentOutputError, check_step
 from pidistill.errors import InputError
 from pidistill.jsonl import TRAINING_ROLLOUTS, read_jsonl
 from pidistill.losses.sampling_kl import SamplingKL
-from pidistill.objectives import GRPO, OPSD, OPSDUCLA, SDPO
+from pidistill.objectives import GRPO, OPSD, OPSDUCLA, SDPO, PiDistill
 from pidistill.privileged import PrivilegedPrompt
 from pidistill.rollouts.selections import recorded
 from pidistill.scoring.packer import _sizes, micro_batch_lengths
@@ -182,11 +182,23 @@ def test_turns_without_information_of_their_own_are_not_distilled_where_the_row_
     objective = OPSDUCLA(no_pi="drop")
     loss = objective.token_loss(batch, score(module, batch, objective.score_request(0)), 0).loss
     assert (loss.detach() != 0).tolist() == told
-    # Beside a reward, such turns keep their policy gradient, and nothing else.
-    batch, objective = batch_of([rollout], [RolloutAdvantage(0.7)]), OPSD(beta=0.3)
-    scores = score(module, batch, objective.score_request(0))
-    both, alone = (o.token_loss(batch, scores, 0).loss for o in (objective, GRPO()))
-    assert (both != alone).tolist() == told
+
+
+@pytest.mark.parametrize(
+    ("objective", "without_kl"),
+    [
+        (OPSD(beta=0.3), GRPO()),
+        (PiDistill(alpha=1.0, beta=0.3), PiDistill(alpha=1.0, beta=0.0)),
+        (PiDistill(alpha=0.0, beta=0.3), PiDistill(alpha=0.0, beta=0.0)),
+    ],
+    ids=["opsd", "teacher half", "student half"],
+)
+def test_beside_a_reward_turns_without_information_keep_their_policy_gradient_and_nothing_else(objective, without_kl):
+    batch = batch_of([equal_prompts(play())], [RolloutAdvantage(0.7)])
+    scores = score(tiny_model(128), batch, objective.score_request(0))
+    both, alone = (o.token_loss(batch, scores, 0).loss for o in (objective, without_kl))
+    assert (both != alone).tolist() == batch.has_privileged.tolist()
+    assert (scores.student_logprobs != scores.teacher_logprobs)[~batch.has_privileged].any(), "the KL of some of them is not 0"
 
 
 def test_a_kl_in_the_reward_and_sdpos_choice_of_rollouts_see_the_turns_and_not_the_row_alone():
@@ -196,10 +208,11 @@ def test_a_kl_in_the_reward_and_sdpos_choice_of_rollouts_see_the_turns_and_not_t
         rollout.behaviour_values, rollout.reward = [float(i + 1) for i in range(10)], float(n)
     kl = SamplingKL("student", "reward_rb")
     added = [values[0] for values in kl.advantages(rollouts, 0.1, "group_mean", "rl")]
-    sums = [sum(i + 1 for i, own in enumerate(told) if own), 0, 55]
-    assert added == pytest.approx([-0.1 * (own - sum(sums) / 3) for own in sums], abs=1e-5)
+    first, last = sum(i + 1 for i, own in enumerate(told) if own), 55
+    gap = 0.1 * (first - last) / 2  # the one without any information is not compared
+    assert added == pytest.approx([-gap, 0.0, gap], abs=1e-5)
     to_go = SamplingKL("student", "loss_rb_complete").advantages(rollouts, 0.1, "group_mean", "rl")
-    assert any(to_go[0]) and all(map(any, to_go))  # a baseline of the others reaches the one without any
+    assert any(to_go[0]) and not any(to_go[1]) and any(to_go[2])
     assert [a.keep for a in SDPO(no_pi="drop").advantages(rollouts, 0)] == [True, False, True]
     with pytest.raises(InputError, match="1 of the round's 3 rollouts have no privileged information"):
         SDPO(no_pi="error").advantages(rollouts, 0)
