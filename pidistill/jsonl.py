@@ -1,6 +1,8 @@
 """Read JSON objects, read and write files of one object per line, and replace a file whole."""
 
+import functools
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from typing import Any
 from pidistill.errors import InputError
 
 TRAINING_ROLLOUTS = "training_rollouts.jsonl"  # written by pidistill.training.rollout_log, read by `pidistill report`
+EVALUATED = "checkpoint.json"  # which weights an evaluation answered with; written by its recipe, read by report and export
 
 
 def read_object(path: Path, advice: str) -> dict[str, Any]:
@@ -26,9 +29,22 @@ def read_object(path: Path, advice: str) -> dict[str, Any]:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read the whole rows of a file that :func:`write_jsonl` wrote, none where there is no file.
 
-    A last line without its newline is one that a kill cut off; it is left out.
+    A line that a kill or a full disk cut off is left out: the last one, which has no newline, and, with a warning, any other.
     """
-    return [json.loads(line) for line in whole_lines(path)]
+    rows = []
+    for line in whole_lines(path):
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError):
+            _warn_of_line(path, line[:40])
+    return rows
+
+
+@functools.cache  # a file is read several times
+def _warn_of_line(path: Path, begin: str) -> None:
+    logging.getLogger(__name__).warning(
+        f"{path}: the line that begins with {begin!r} is not JSON and is left out; a kill or a full disk probably cut it off"
+    )
 
 
 def parse_jsonl(text: str) -> list[tuple[int, Any]]:
@@ -47,18 +63,24 @@ def parse_jsonl(text: str) -> list[tuple[int, Any]]:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """Read the lines that end with a newline and are not empty, none where there is no file."""
+    """Read the lines that end with a newline and are not empty, none where there is no file.
+
+    A line may have been cut off inside a character.
+    """
     if not path.is_file():
         return []
     # Not splitlines(): a text may hold characters such as U+2028, which that takes for line ends.
-    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if line]
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Append one line per row."""
+    """Append one line per row; end a line that a kill or a full disk cut off before."""
     # A model can write half of a surrogate pair, which UTF-8 cannot hold; JSON writes it as an escape with a backslash.
-    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "backslashreplace")
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        file.write(lines if file.read(1) in (b"", b"\n") else b"\n" + lines)
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -3,21 +3,23 @@
 every row of `dataset` × `eval_samples` samples per view → avg@k, pass@k, pass^k with bootstrap intervals over rows, or over
 clusters of rows (`eval_cluster_key`), success of each kind of row (`eval_kind_key`), length, leak rate;
 the same for every entry of `domains` → a table each, `results.json`, `rows.json` with the success of every row,
-`rollouts.jsonl` with every text and the parts of its reward
+`rollouts.jsonl` with every text and the parts of its reward, `checkpoint.json` with the step that answered
 
 tune run --nproc_per_node 1 recipes/evaluate_distributed.py --config configs/tiny/evaluate.yaml
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from pidistill.config import build
 from pidistill.data import RecipeData, load_prompts
 from pidistill.errors import InputError
-from pidistill.jsonl import write_jsonl
+from pidistill.jsonl import EVALUATED, write_jsonl
 from pidistill.training.collector import Collect, build_collector
 from pidistill.training.compatibility import check_reward
 from pidistill.training.evaluation import (
@@ -43,6 +45,7 @@ from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.types import Rollout
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torchtune import config
 
 KEYS = keys_of("evaluate")
@@ -76,6 +79,7 @@ class EvaluateRecipe:
         self._domains = [load_domain(own, prefix, sampler) for prefix, own in domain_configs(cfg)]
         if not any(sampled(name, domain) for name in self._views for domain in self._domains):
             raise InputError(f"views={list(self._views)} show the privileged information, and no row has any; add student")
+        self._weights = weights_folder(cfg)
         self._model = load_initial(cfg, self._run)
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
@@ -129,6 +133,9 @@ class EvaluateRecipe:
         path = self._run.output_dir / "results.json"
         path.write_text(json.dumps(results, indent=2))
         path.with_name("rows.json").write_text(json.dumps(self._rows, indent=1))
+        # A relative path is still right where a run has been copied with its evaluations.
+        weights = self._weights and os.path.relpath(self._weights, path.parent.resolve())
+        path.with_name(EVALUATED).write_text(json.dumps({"weights": weights}))
         path.with_name("rollouts.jsonl").unlink(missing_ok=True)
         write_jsonl(path.with_name("rollouts.jsonl"), self._texts)
         for domain in self._domains:
@@ -139,6 +146,20 @@ class EvaluateRecipe:
             if columns:
                 Console().print(table_of(title, columns))
         print(path)
+
+
+def weights_folder(cfg: DictConfig) -> Path | None:
+    """Return the folder of the checkpoint, or of the adapter on it; None where the weights come from no folder.
+
+    `latest` becomes the step that it leads to, also in the config: a run that is still training moves it.
+    """
+    node = cfg.checkpointer
+    if node.get("checkpoint_dir"):
+        node.checkpoint_dir = str(Path(node.checkpoint_dir).resolve())
+    if cfg.get("adapter_dir"):
+        cfg.adapter_dir = str(Path(cfg.adapter_dir).resolve())
+    folder = cfg.get("adapter_dir") or node.get("checkpoint_dir")
+    return Path(folder) if folder else None
 
 
 def domain_configs(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
@@ -185,11 +206,11 @@ def sampled(name: str, domain: Domain) -> bool:
 
 def table_of(title: str, columns: dict[str, dict[str, Any]]) -> Table:
     """Make a table with a row per number, with its interval where it has one."""
-    table = Table(title=title, show_edge=False)
+    table = Table(title=Text(title, "table.title"), show_edge=False)  # rich takes [easy] in a str for markup
     for column in ["", *columns]:
         table.add_column(column, justify="right" if column else "left")
     for key in dict.fromkeys(key for column in columns.values() for key in column if not key.endswith("_interval")):
-        table.add_row(key, *[shown(column, key) for column in columns.values()])
+        table.add_row(Text(key), *[shown(column, key) for column in columns.values()])
     return table
 
 

@@ -1,4 +1,4 @@
-"""Test that every command, snippet, name and link of the README and of docs/ exists; tests/recipes runs the commands."""
+"""Test that all commands, snippets, names and links of the README, docs/ and examples/ exist; tests/recipes runs commands."""
 
 import importlib
 import os
@@ -28,7 +28,7 @@ from tests.support.sweeps import check_commands
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("examples/*/README.md"))]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 READERS_OWN = ("mine.", "my_rewards.")  # files that a page lets the reader write
 OWN_FILES = {name: text for page in PAGES for name, text in files_of(page).items()}  # that a page tells its reader to save
@@ -105,7 +105,7 @@ def test_a_command_that_reads_a_run_does_so_as_it_is_written(command, tmp_path, 
     """In a folder where the runs that the pages name lie; a server is not started."""
     for name in ("tiny/pi_distill", "tiny/opsd", "demo", "mine"):
         folder = write_run(tmp_path / "runs" / name)
-        (folder / "latest").mkdir()
+        (folder / "latest").resolve().mkdir()
         for file in ("config.json", "model.safetensors"):
             (folder / "latest" / file).write_text("{}")
     monkeypatch.chdir(tmp_path)
@@ -194,7 +194,7 @@ def test_the_status_row_counts_the_tables_of_methods():
     assert re.search(r"^\| status \| (\d+) methods and (\d+) baselines", README, re.MULTILINE).groups() == tuple(map(str, rows))
 
 
-LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*/*.md")), *sorted(ROOT.glob("examples/*/*.md"))]
+LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*/*.md"))]
 
 
 def anchor(heading: str) -> str:

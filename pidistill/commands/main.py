@@ -58,7 +58,10 @@ def main() -> None:
     if command in COMMANDS:
         with exit_on_input_error():  # a library that an extra would install is missing
             module = importlib.import_module(COMMANDS[command][0])
-        module.main(words[1:])
+        try:
+            module.main(words[1:])
+        except KeyboardInterrupt:  # what the command started has ended by now
+            sys.exit(130)
     elif command in TORCHTUNES:
         run_torchtune()
     else:
@@ -108,12 +111,14 @@ def register() -> None:
 
 def run_torchtune() -> None:
     """Run one of torchtune's commands; refuse wrong words, files and values with one sentence."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torchtune._cli.tune import TuneCLIParser
 
-    from pidistill.distributed.launcher import print_refusals, refusal
+    from pidistill.distributed.launcher import print_refusals, refusal, stopped_by, wait_for_processes
 
     print_refusals()
+    wait_for_processes()
     register()
     parser = TuneCLIParser()
     parser._parser.prog = "pidistill"
@@ -127,6 +132,9 @@ def run_torchtune() -> None:
         if sentence := refusal(error):
             print(sentence, file=sys.stderr, flush=True)
         sys.exit(error.get_first_failure()[1].exitcode or 1)
+    except SignalException as error:
+        print(stopped_by(error), file=sys.stderr, flush=True)
+        sys.exit(getattr(error, "status", 128 + error.sigval))
     except (ValueError, RuntimeError, AssertionError, OSError) as error:
         # With torchrun's options the recipe runs in other processes, so that an error here is one of their launch.
         if "recipe_args" not in arguments or len(sys.argv) - 3 <= len(arguments.recipe_args):

@@ -29,7 +29,7 @@ import datasets
 
 from pidistill.commands.common import Parser, exit_on_input_error
 from pidistill.data.builders import GSM8K_INSTRUCTIONS, gsm8k_dataset
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
 from pidistill.types import Example
 
 _ROLE_AND_TEXT = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
@@ -113,7 +113,10 @@ def _row(index: int, example: Example, split: str) -> dict[str, Any]:
 
 def write_parquet(output: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write the file aside and move it into place: it is whole, or there is none."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f".{output.name}")
-    datasets.Dataset.from_list(list(rows), features=FEATURES).to_parquet(str(aside))
-    os.replace(aside, output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list(list(rows), features=FEATURES).to_parquet(str(aside))
+        os.replace(aside, output)
+    except OSError as error:
+        raise InputError(f"--output {output} cannot be written ({one_line(error)}); name another file") from error

@@ -63,6 +63,9 @@ def _check(file: Path, output: Path) -> None:
             raise InputError(f"{file} is not a GGUF file: it does not begin with the letters GGUF")
     if (output / "config.json").exists():
         raise InputError(f"{output} holds a model already; choose another --output")
+    blocked = next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None)
+    if blocked is not None:
+        raise InputError(f"--output {output} cannot be made, because {blocked} is a file; choose another --output")
     absent = [name for name in ("transformers", "gguf") if importlib.util.find_spec(name) is None]
     if absent:
         raise InputError(f"reading a GGUF file needs {' and '.join(absent)}; run `pip install 'pidistill[gguf]'`")

@@ -15,12 +15,15 @@ from typing import Any
 
 import yaml
 
+from pidistill.annotations import accepts, demanded
 from pidistill.chat.messages import transcript_text
 from pidistill.commands.common import Parser, exit_on_input_error
+from pidistill.components import closest, hints_of
+from pidistill.config import COMPONENT
 from pidistill.data.agent_traces import read_traces, trace_dataset
 from pidistill.data.dataset import ExampleDataset
 from pidistill.data.demonstrations import demonstration
-from pidistill.errors import InputError, escape_controls
+from pidistill.errors import InputError, escape_controls, one_line
 from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.privileged.trace_kinds import KINDS
 from pidistill.tokenizers import ChatTokenizer, HFChatTokenizer
@@ -28,6 +31,7 @@ from pidistill.types import Example, PromptPair
 
 Numbers = dict[str, Any]
 READING = tuple(inspect.signature(read_traces).parameters)
+ARGUMENTS = inspect.signature(trace_dataset).parameters.keys() - {"source", "kind"}
 
 
 def kind_table(
@@ -145,10 +149,19 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _argument(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
+    key, equals, written = text.partition("=")
     if not equals:
         raise InputError(f"{text!r} must be written as argument=value")
-    return key, yaml.safe_load(value)
+    hints = {name: hint for name, hint in hints_of(trace_dataset).items() if name in ARGUMENTS}
+    if key not in hints:
+        raise InputError(f"argument {key} is not read here{closest(key, hints)}")
+    try:
+        value = yaml.safe_load(written)
+    except yaml.YAMLError as error:
+        raise InputError(f"{text} is not valid YAML ({one_line(error)}); quote the value") from error
+    if not accepts(hints[key], value, COMPONENT):
+        raise InputError(f"{text} must be {demanded(hints[key])}")
+    return key, value
 
 
 def _of_task(dataset: ExampleDataset, task: str) -> Example:

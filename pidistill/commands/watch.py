@@ -13,6 +13,7 @@ import argparse
 import http.server
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -36,7 +37,7 @@ SHOWN = (
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 24  # characters of a curve
 RECENT = 10  # steps whose seconds tell the time left
-FILES = ("metrics.jsonl", "rollouts.jsonl", TRAINING_ROLLOUTS, "config.yaml")
+FILES = ("metrics.jsonl", "rollouts.jsonl", TRAINING_ROLLOUTS, "config.yaml", "results.jsonl", "results.json", "*/results.json")
 LOOPBACK = "127.0.0.1"
 
 
@@ -103,7 +104,7 @@ def _known(run: RunData, name: str) -> list[float]:
 def view(run: RunData) -> RenderableType:
     """Return what the terminal shows of a run."""
     now, end, left = run.last("step") or 0, last_step(run), seconds_left(run)
-    done = "complete" if complete(run) else f"about {time.strftime('%H:%M:%S', time.gmtime(left))} left" if left else ""
+    done = "complete" if complete(run) else f"about {timedelta(seconds=round(left))} left" if left else ""
     head = Text(f"{escape_controls(run.name)} · step {now:g}" + (f" of {end}" if end else "") + (f" · {done}" if done else ""))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("")
@@ -135,8 +136,8 @@ def curve(values: Sequence[float], width: int = WIDTH) -> str:
 
 
 def version_of(folder: Path) -> str:
-    """Return a text that changes when a file of the run does."""
-    stats = [path.stat() for name in FILES if (path := folder / name).is_file()]
+    """Return a text that changes when a file of the run or of the sweep does, or of an evaluation in it."""
+    stats = [path.stat() for name in FILES for path in sorted(folder.glob(name)) if path.is_file()]
     return "-".join(f"{stat.st_mtime_ns}.{stat.st_size}" for stat in stats)
 
 

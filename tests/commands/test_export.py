@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from pidistill.commands.export.command import export, main
 from pidistill.errors import InputError
 from pidistill.tokenizers import HFChatTokenizer
-from tests.support.reported_runs import write_run
+from tests.support.reported_runs import write_evaluation, write_run
 from tests.support.tiny_tokenizers import qwen_folder
 
 
@@ -26,7 +26,6 @@ def run(tmp_path):
         (step / name).write_text(name)
     (step / "adapter").mkdir()
     (step / "adapter" / "adapter_model.safetensors").write_text("merged already")
-    (folder / "latest").symlink_to("step_6")
     config = f"checkpointer:\n  checkpoint_dir: {base}\nobjective:\n  _component_: pidistill.objectives.OPSD\n  beta: 0.5\n"
     (folder / "config.yaml").write_text(config + "dataset:\n  source: rows_<b>.jsonl\nprivileged:\n  control: null\nseed: 3\n")
     return folder
@@ -158,16 +157,39 @@ def test_the_card_of_an_earlier_checkpoint_has_its_own_numbers_and_not_those_of_
     (run / "step_2").mkdir()
     for name in ("config.json", "model.safetensors"):
         (run / "step_2" / name).write_text(name)
-    for checkpoint, success in (("step_2", 0.125), ("latest", 0.875)):
-        folder = run / f"evaluate_{checkpoint}"
-        folder.mkdir()
-        (folder / "results.json").write_text(f'{{"student": {{"success": {success}}}}}')
-        (folder / "config.yaml").write_text(f"checkpointer: {{checkpoint_dir: {run}/{checkpoint}}}\n")
+    for checkpoint, success in (("step_2", 0.125), ("step_6", 0.875)):
+        write_evaluation(run / f"evaluate_{checkpoint}", {"student": {"success": success}}, config=f"{run}/{checkpoint}")
     (run / "evaluate" / "results.json").unlink()
     first = (export(run, tmp_path / "first", "step_2") / "README.md").read_text()
     assert "`step_2` after 2 steps" in first and "0.125" in first and "0.875" not in first
     last = (export(run, tmp_path / "last") / "README.md").read_text()
     assert "`step_6` after 6 steps" in last and "0.875" in last and "0.125" not in last
+
+
+def test_the_card_has_no_numbers_of_the_base_and_of_the_step_that_latest_was_before(run, tmp_path):
+    write_evaluation(run / "evaluate", {"student": {"success": 0.875}}, "../step_2", f"{run}/latest")
+    write_evaluation(run / "base_test", {"student": {"success": 0.125}}, "../../base", f"{tmp_path}/base")
+    write_evaluation(run / "older_base_test", {"student": {"success": 0.0625}}, config=f"{tmp_path}/base")
+    text = (export(run, tmp_path / "out") / "README.md").read_text()
+    assert "Validation rows at the last evaluation" in text and "left out" not in text
+    assert not [number for number in ("0.875", "0.125", "0.0625") if number in text]
+
+
+def test_the_card_leaves_out_an_evaluation_whose_folder_says_latest_alone_and_says_so(run, tmp_path):
+    write_evaluation(run / "old", {"student": {"success": 0.875}}, config=f"{run}/latest")
+    write_evaluation(run / "no_config", {"student": {"success": 0.625}})
+    text = (export(run, tmp_path / "out") / "README.md").read_text()
+    assert "success 0.25" in text and "0.875" not in text and "0.625" not in text
+    views = r"student, no\_config, step not recorded; student, old, step not recorded"
+    assert f"does not record the checkpoint that answered are left out: {views}.\n" in text
+
+
+def test_an_evaluation_of_the_base_with_the_adapter_of_a_step_is_of_that_step(run, tmp_path):
+    write_evaluation(run / "evaluate", {"student": {"success": 0.875}}, "../step_6/adapter", f"{tmp_path}/base")
+    assert "0.875" in (export(run, tmp_path / "out") / "README.md").read_text()
+    shutil.copytree(run, tmp_path / "copy" / "run", symlinks=True)
+    shutil.rmtree(run)
+    assert "0.875" in (export(tmp_path / "copy" / "run", tmp_path / "second") / "README.md").read_text()
 
 
 def test_validation_numbers_of_a_card_are_those_up_to_its_checkpoint(run, tmp_path):

@@ -108,6 +108,16 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path, monkeypatch, capsys, wo
     assert not Path("x.parquet").exists()
 
 
+def test_a_place_that_cannot_be_written_is_said_in_one_sentence(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    (tmp_path / "folder.parquet").mkdir()
+    for output in ("rows.jsonl/x.parquet", "folder.parquet"):
+        with pytest.raises(SystemExit) as ended:
+            main(["gsm8k", "--source", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / output)])
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert ended.value.code == 2 and error.startswith("error: --output ") and error.endswith("; name another file")
+
+
 def test_a_config_that_reads_the_file_says_how_to_make_it(tmp_path):
     with pytest.raises(InputError, match="written by the stage before: run `pidistill prepare gsm8k` first"):
         qa_dataset(str(tmp_path / "rows.parquet"), **KEYS, made_by="pidistill prepare gsm8k")

@@ -124,3 +124,5 @@ def test_wrong_files_are_one_sentence(source, tmp_path, capsys):
         assert not (tmp_path / "made").exists()
     assert ended([str(file), "--output", str(folder)]) == 2
     assert "holds a model already" in capsys.readouterr().err
+    assert ended([str(file), "--output", str(tmp_path / "text.gguf" / "made")]) == 2
+    assert f"{tmp_path}/text.gguf is a file; choose another --output" in capsys.readouterr().err

@@ -203,6 +203,19 @@ def test_rows_that_do_not_fit_are_dropped_or_refused_as_in_a_run(capsys, tmp_pat
     assert code == 2 and "none of the 3 rows of dataset looked at is left (prompt_too_long 3); check the dataset" in error
 
 
+def test_a_row_of_the_evaluation_that_a_run_would_refuse_is_refused_after_the_preview(capsys, tmp_path):
+    name = config_of(tmp_path, ROWS)
+    (tmp_path / "held_out.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[0] | {"question": "long " * 600}))
+    cfg = OmegaConf.load(name)
+    cfg.eval_dataset = cfg.dataset | {"source": str(tmp_path / "held_out.jsonl")}
+    OmegaConf.save(cfg, name)
+    code, out, err = run(capsys, name)
+    assert code == 2 and "What is 6 * 12?" in out
+    assert err.startswith("error: eval_dataset: ") and "held_out.jsonl row 1" in err
+    assert run(capsys, name, "--scan", "1")[0] == 0, "the second row is not looked at"
+    assert previewed(capsys, name)["refused"].startswith("eval_dataset: ")
+
+
 def test_the_budget_is_the_rounds(capsys):
     budget = previewed(capsys, "tiny/opsd", "--scan", "50", "--rows", "0", "updates_per_round=2", "minibatch_rollouts=64")[
         "budget"
@@ -301,6 +314,7 @@ def test_there_are_configs_of_every_kind():
         (("tiny/opsd", "micro_batch_token=5"), "did you mean micro_batch_tokens?"),
         (("tiny/nothing",), "config tiny/nothing is neither a file nor a bundled config"),
         (("tiny/opsd", "--scan", "0"), "--scan 0"),
+        (("tiny/opsd", "--scan=abc"), "--scan: abc is not a number of rows"),
         (("tiny/opsd", "group_size=1=2"), "key=value"),
         (("tiny/opsd", "privileged.placement=end"), "privileged.placement=end is unknown"),
         (("tiny/opsd", "model.vocab_size=8"), "the model's vocabulary has 8"),

@@ -10,7 +10,7 @@ import pytest
 from pidistill.commands.main import main as pidistill
 from pidistill.commands.report.command import write_report
 from pidistill.errors import InputError
-from tests.support.reported_runs import HOSTILE, VALUES, rollout_row, write_rows, write_run
+from tests.support.reported_runs import HOSTILE, VALUES, rollout_row, write_evaluation, write_rows, write_run
 
 
 def page_of(*folders, **settings):
@@ -122,24 +122,28 @@ def test_several_runs_show_where_their_configs_differ(tmp_path):
 def test_an_evaluation_joins_the_run_whose_checkpoint_it_evaluated(tmp_path):
     run, other = write_run(tmp_path / "a"), write_run(tmp_path / "b")
     evaluation = tmp_path / "evaluate"
-    evaluation.mkdir()
-    (evaluation / "results.json").write_text('{"student greedy": {"success": 0.75}}')
-    (evaluation / "config.yaml").write_text(f"checkpointer:\n  checkpoint_dir: {other}/latest\n")
+    write_evaluation(evaluation, {"student greedy": {"success": 0.75}}, "../b/step_6", f"{other}/latest")
     first, second = data_of(page_of(run, other, evaluation))["runs"]
     assert "student greedy" not in first["evaluations"] and second["evaluations"]["student greedy"] == {"success": 0.75}
 
 
 def test_evaluations_of_several_checkpoints_of_a_run_stand_side_by_side(tmp_path):
     run, folders = write_run(tmp_path / "a"), []
-    (run / "latest").symlink_to("step_6")
-    for name, checkpoint, success in (("x", "latest", 0.75), ("y", "step_2", 0.25), ("z", "latest", 0.5)):
+    for name, checkpoint, success in (("x", "step_6", 0.75), ("y", "step_2", 0.25), ("z", "step_6", 0.5)):
         folders.append(tmp_path / name)
-        folders[-1].mkdir()
-        (folders[-1] / "results.json").write_text(f'{{"student greedy": {{"success": {success}}}}}')
-        (folders[-1] / "config.yaml").write_text(f"checkpointer:\n  checkpoint_dir: {run}/{checkpoint}\n")
+        write_evaluation(folders[-1], {"student greedy": {"success": success}}, f"../a/{checkpoint}", f"{run}/latest")
     (only,) = data_of(page_of(run, *folders))["runs"]
     found = {view: row["success"] for view, row in only["evaluations"].items()}
     assert found == {"student": 0.25, "student greedy": 0.75, "student greedy, step_2": 0.25, "student greedy, z": 0.5}
+
+
+def test_an_evaluation_of_other_weights_or_of_an_unknown_step_of_latest_is_named_so(tmp_path):
+    run = write_run(tmp_path / "a")
+    write_evaluation(run / "base_test", {"student": {"success": 0.125}}, "../../base/step_400")
+    write_evaluation(run / "old", {"student": {"success": 0.5}}, config=f"{run}/latest")
+    (only,) = data_of(page_of(run))["runs"]
+    found = {view: row["success"] for view, row in only["evaluations"].items()}
+    assert found == {"student": 0.25, "student, base/step_400": 0.125, "student, old, step not recorded": 0.5}
 
 
 def test_a_sweep_stands_for_the_last_stages_of_its_cells(tmp_path):
@@ -152,6 +156,18 @@ def test_a_sweep_stands_for_the_last_stages_of_its_cells(tmp_path):
     assert page == tmp_path / "report.html"
     names = [run["name"] for run in data_of(page.read_text())["runs"]]
     assert names == ["OPSD · objective.beta=1 · seed 0", "OPSD · objective.beta=1 · seed 1"]
+
+
+def test_a_cell_of_a_sweep_is_named_with_its_base_and_that_it_failed(tmp_path):
+    rows = []
+    for base, status in (("one/latest", "ok"), ("two/latest", "failed")):
+        folder = base.partition("/")[0]
+        write_run(tmp_path / folder)
+        stages = [{"folder": folder}]
+        rows.append({"cell": folder, "title": "OPSD", "base": base, "seed": 0, "status": status, "stages": stages})
+    write_rows(tmp_path / "results.jsonl", rows)
+    names = [run["name"] for run in data_of(page_of(tmp_path))["runs"]]
+    assert names == ["OPSD · base one/latest · seed 0", "OPSD · base two/latest · seed 0 · FAILED"]
 
 
 def test_rollouts_beyond_the_limit_are_thinned_evenly(tmp_path):

@@ -28,8 +28,16 @@ from pidistill.commands import main as entry
 from pidistill.commands.places import config_path, keys_of_recipe, recipe_of
 from pidistill.commands.sweep import check, command, execute, search
 from pidistill.commands.sweep.cells import as_text, grid_cells, read_sweep, stage_runs
-from pidistill.commands.sweep.groups import Difference, group_interval, groups_of, paired_difference, read_tasks
-from pidistill.commands.sweep.pictures import final_label, final_values, heat_table, mean_curve
+from pidistill.commands.sweep.check import check_cells
+from pidistill.commands.sweep.groups import (
+    Difference,
+    group_interval,
+    groups_of,
+    paired_difference,
+    read_evaluations,
+    shared_tasks,
+)
+from pidistill.commands.sweep.pictures import final_metric, final_values, heat_table, mean_curve
 from pidistill.commands.sweep.results import (
     best_step,
     evaluation_numbers,
@@ -831,9 +839,9 @@ def test_rows_are_grouped_with_their_mean_and_sd():
     rows = [result("a", 0, 0.1), result("a", 1, 0.4), result("b", 0, 0.5), result("a", 2, 0.0, status="failed", error="e")]
     first, second = groups_of(rows)
     assert (first.title, len(first.rows), first.failed) == ("a", 2, 1)
-    assert mean_and_sd(first.values("last", "student_success")) == "0.250 ± 0.212"  # |0.1 − 0.4| / √2
-    assert mean_and_sd(second.values("last", "student_success")) == "0.500", "one seed has no sd"
-    assert mean_and_sd(second.values("best", "student_success")) == "–"
+    assert mean_and_sd(first, "last", "student_success") == "0.250 ± 0.212"  # |0.1 − 0.4| / √2
+    assert mean_and_sd(second, "last", "student_success") == "0.500", "one seed has no sd"
+    assert mean_and_sd(second, "best", "student_success") == "–"
 
 
 def test_the_bootstrap_interval_is_that_of_all_resamples():
@@ -861,6 +869,7 @@ def test_the_interval_says_what_was_resampled(tmp_path):
 
 CLUSTERS = {"t0": "x", "t1": "x", "t2": "x", "t3": "y", "t4": "z"}
 BASE = [0.0, 0.0, 0.0, 1.0, 0.0]
+BASE_MEANS = {"one": 0.25, "two": 0.75}
 
 
 def evaluated(folder: Path, arm: str, seed: int, values: list[float], clusters: bool = True, base: str | None = None) -> dict:
@@ -909,13 +918,12 @@ def test_two_arms_of_several_bases_are_compared_base_by_base(tmp_path):
 
 
 def test_bases_that_were_evaluated_on_different_tasks_are_resampled_by_their_means(tmp_path):
-    """Each base lost another row, so that the third column, say, is of two tasks: only the bases' means go together."""
-    started = {"one": [1.0, 0.0, 0.0, 0.0], "two": [1.0, 1.0, 1.0, 0.0]}
-    rows = [evaluated(tmp_path, "a", 0, BASE, clusters=False, base=base) for base in started]
-    for row, lost in zip(rows, ("t1", "t4"), strict=True):
-        names = [name for name in CLUSTERS if name != lost]
-        own = {"student": dict(zip(names, started[row["base"]], strict=True))}
-        (tmp_path / row["last"]["folder"] / "rows.json").write_text(json.dumps(own))
+    rows = [
+        result("a", 0, mean, last={"student_success": mean, "folder": base}, base=base) for base, mean in BASE_MEANS.items()
+    ]
+    for base in BASE_MEANS:
+        (tmp_path / base).mkdir()
+        (tmp_path / base / "rows.json").write_text(json.dumps({"student": {f"{base} {i}": 0.0 for i in range(4)}}))
     interval, what = group_interval(tmp_path, groups_of(rows)[0])
     assert what == "bases" and interval == bootstrap_interval([[0.25], [0.75]], 0, 4000)
 
@@ -938,7 +946,7 @@ def test_arms_are_measured_by_their_greedy_answers_where_no_evaluation_sampled(t
     interval, what = group_interval(tmp_path, arm)
     assert what == "clusters" and interval == bootstrap_interval([[1.0, 1.0, 1.0, 1.0, 0.0]], 0, 4000, clusters=[*"xxxyz"])
     assert paired_difference(tmp_path, arm, base).mean == pytest.approx(0.6)
-    assert final_label([base, arm]) == "success without PI, greedy, held-out, last checkpoint" and final_values(arm) == [0.5]
+    assert final_metric(arm) == "success without PI, greedy, held-out, last checkpoint" and final_values(arm) == [0.5]
     write_jsonl(tmp_path / "results.jsonl", rows)
     write_report(tmp_path, "base")
     printed = capsys.readouterr().out
@@ -976,8 +984,8 @@ def test_arms_that_were_asked_other_questions_under_the_same_names_are_not_compa
     one, other, old = groups_of(rows)
     assert paired_difference(tmp_path, one, other) is None
     assert paired_difference(tmp_path, one, old) is not None, "an evaluation of an older version does not say what it asked"
-    seeds = replace(one, rows=[*one.rows, *other.rows])
-    assert read_tasks(tmp_path, seeds).tasks == () and read_tasks(tmp_path, one).tasks
+    seeds = read_evaluations(tmp_path, replace(one, rows=[*one.rows, *other.rows]))
+    assert shared_tasks(seeds) is None and shared_tasks(seeds[:1]).names == list(CLUSTERS)
 
 
 def test_arms_that_the_comparison_lacks_are_named(tmp_path, capsys):
@@ -1127,3 +1135,17 @@ def test_a_run_that_a_signal_stopped_is_not_recorded_as_ended_well_and_runs_agai
     assert first["status"] == "failed" and first["error"].startswith("SIGTERM: ")
     assert [execute.run_once(tmp_path, tmp_path / "run", ["train"], "mark")["status"] for _ in range(2)] == ["ok", "ok"]
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("objective.kl_mode=loss_rbb", "loss_rbb"),
+        ("privileged.control=shufled", "shufled"),
+    ],
+)
+def test_a_value_that_a_part_of_the_method_refuses_stops_a_sweep_before_it_starts(override, words, tmp_path):
+    sweep = read_sweep("tiny/opsd", ["seed=0", override], output_dir=tmp_path)
+    with pytest.raises(InputError, match=words) as refused:
+        check_cells(sweep, "grid")
+    assert "nothing was started" in str(refused.value)

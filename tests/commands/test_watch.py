@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from pidistill.commands.report.read import read_metrics
-from pidistill.commands.watch import complete, curve, main, make_server, seconds_left, view
+from pidistill.commands.watch import complete, curve, main, make_server, seconds_left, version_of, view
 from pidistill.errors import InputError
 from tests.support.reported_runs import metrics_rows, write_rows, write_run
 
@@ -32,7 +32,13 @@ def test_the_time_left_is_steps_left_times_seconds_of_a_step(tmp_path):
     (tmp_path / "config.yaml").write_text("max_steps: 13\n")
     run = read_metrics(tmp_path, "run")
     assert seconds_left(run) == pytest.approx(70.0) and not complete(run)
-    assert "step 3 of 13 · about 00:01:10 left" in shown(run)
+    assert "step 3 of 13 · about 0:01:10 left" in shown(run)
+
+
+def test_the_time_left_of_more_than_a_day_names_the_days(tmp_path):
+    write_rows(tmp_path / "metrics.jsonl", [{"step": step, "time_update_s": 60.0} for step in range(1, 101)])
+    (tmp_path / "config.yaml").write_text("max_steps: 2000\n")
+    assert "about 1 day, 7:40:00 left" in shown(read_metrics(tmp_path, "run"))
 
 
 def test_a_run_without_a_step_is_shown(tmp_path):
@@ -91,6 +97,24 @@ def test_the_served_page_knows_its_version_and_a_new_row_changes_it(ask):
         file.write('{"step": 7, "loss": 0.125}\n')
     _, after = ask("/version")
     assert after != before and "0.125" in ask("/")[1]
+
+
+@pytest.mark.parametrize("name", ["results.json", "test/results.json"])
+def test_an_evaluation_changes_the_version(name, ask):
+    _, before = ask("/version")
+    (ask.folder / name).parent.mkdir(exist_ok=True)
+    (ask.folder / name).write_text('{"student": {"success": 0.375}}')
+    assert ask("/version")[1] != before and "0.375" in ask("/")[1]
+
+
+def test_a_finished_cell_changes_the_version_of_a_sweep(tmp_path):
+    rows = [{"cell": name, "title": name, "stages": [{"folder": name}]} for name in ("first", "second")]
+    for row in rows:
+        write_run(tmp_path / row["cell"])
+    write_rows(tmp_path / "results.jsonl", rows[:1])
+    before = version_of(tmp_path)
+    write_rows(tmp_path / "results.jsonl", rows)
+    assert version_of(tmp_path) != before
 
 
 def test_another_path_and_another_host_get_nothing(ask):

@@ -310,6 +310,32 @@ def test_kl_reward_scale_token_mean_divides_by_the_policy_tokens():
     assert answers[0].kl == pytest.approx([expected] * rollouts[0].policy_tokens, abs=1e-6)
 
 
+@pytest.mark.parametrize("student_kl", ["loss", "none"])
+def test_kl_reward_scale_token_mean_divides_the_student_halfs_kl_too(student_kl):
+    """Value and gradient of −J_S with β times the KL's mean over the answer, from float64 logits."""
+    objective = PiDistill(alpha=0.0, beta=0.6, kl_mode="reward_rb", kl_reward_scale="token_mean", student_kl=student_kl)
+    rollouts = random_rollouts(4)
+    for rollout in rollouts:
+        rollout.behaviour_values = [0.1] * rollout.policy_tokens
+    batch = batch_of(rollouts, objective.advantages(rollouts, 0))
+    scores, logits = leaf_scores(batch, objective)
+    loss = objective.token_loss(batch, scores, 0).loss
+    loss.sum().backward()
+
+    copies = {v: x.detach().clone().requires_grad_() for v, x in logits.items()}
+    T, S = (torch.log_softmax(copies[v], -1) for v in ("teacher", "student"))
+    rewards = [r.reward for r in rollouts]
+    gaps = [a - (rewards[i - i % 2] + rewards[i - i % 2 + 1]) / 2 for i, a in enumerate(rewards)]
+    per_token = [(gap, r.policy_tokens) for gap, r in zip(gaps, rollouts, strict=True) for _ in range(r.policy_tokens)]
+    A, lengths = torch.tensor(per_token, dtype=torch.float64).T
+    rho = (S.gather(1, (batch.targets % 11)[:, None]).squeeze(1) - batch.ratio_logprobs.double()).exp()
+    kl = (T.detach().exp() * (T.detach() - S)).sum(-1) / lengths
+    expected = 0.6 * kl * (student_kl == "loss") - torch.minimum(rho * A, rho.clamp(0.8, 1.2) * A)
+    torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-6)
+    expected.sum().backward()
+    torch.testing.assert_close(logits["student"].grad, copies["student"].grad, atol=1e-6, rtol=1e-6)
+
+
 def test_drop_zero_advantage_drops_the_rollout_or_its_rl_term_alone():
     """`row` drops the rollout, `policy_gradient` its RL term alone; judged on the reward without KL."""
     rollouts = random_rollouts(4)
@@ -365,7 +391,7 @@ def test_wrong_settings_are_refused_in_one_sentence(arguments, sentence):
         PiDistill(**arguments)
 
 
-def test_opsd_is_grpo_at_beta_zero_and_equals_its_equation():
+def test_opsd_is_grpo_at_beta_zero_and_has_another_gradient_above():
     module = model()
     rollouts = on_policy(module, random_rollouts(6, group_size=3), "student")
     _, ours = gradient(OPSD(beta=0.0), module, rollouts)

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from pidistill.envs.tiny_world import tiny_world_dataset
 from pidistill.errors import InputError
 from pidistill.training.evaluation import bootstrap_interval, chosen_views, pass_at_k, pass_hat_k, success_numbers
 from pidistill.types import Example, PromptPair
-from recipes.evaluate_distributed import Domain, domain_configs, sampled
+from recipes.evaluate_distributed import Domain, domain_configs, sampled, weights_folder
 from tests.support.runs import recipe_class, run, sample_config, small_config
 
 
@@ -329,6 +330,26 @@ def test_only_the_named_views_are_sampled(tiny_base, tmp_path):
     own = {view: [row for row in texts if row["view"] == view] for view in results}
     assert [len(rows) for rows in own.values()] == [2, 2, 1]
     assert {row["text"] for row in own["student + PI greedy"]} != {row["text"] for row in own["student greedy"]}
+
+
+def test_an_evaluation_records_the_step_that_latest_led_to_when_the_weights_were_read(tiny_base, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copytree(tiny_base, tmp_path / "run" / "step_20")
+    (tmp_path / "run" / "latest").symlink_to("step_20")
+    output = tmp_path / "run" / "test"
+    cfg = small_config("evaluate", tmp_path / "run" / "latest", output, dataset__max_rows=1, views=["student greedy"])
+    run("evaluate", cfg)
+    assert json.loads((output / "checkpoint.json").read_text()) == {"weights": "../step_20"}
+    assert OmegaConf.load(output / "config.yaml").checkpointer.checkpoint_dir == str(tmp_path / "run" / "latest")
+
+
+def test_the_weights_that_answer_are_those_of_the_adapter_where_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = OmegaConf.create({"checkpointer": {"checkpoint_dir": "base"}})
+    assert weights_folder(cfg) == tmp_path / "base"
+    cfg.adapter_dir = "run/step_2/adapter"
+    assert weights_folder(cfg) == tmp_path / "run" / "step_2" / "adapter"
+    assert weights_folder(OmegaConf.create({"checkpointer": {"_component_": "from_scratch"}})) is None
 
 
 def test_an_evaluation_that_would_sample_nothing_is_refused(tiny_base, tmp_path):

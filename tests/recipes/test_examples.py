@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import os
+import re
 import runpy
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +16,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from pidistill.commands.places import keys_of_recipe, recipe_of
+from pidistill.commands.sweep import check
 from pidistill.commands.sweep.cells import grid_cells, read_sweep
 from pidistill.config import build, check_config
 from pidistill.envs.tool_world import tool_world_tokenizer
@@ -178,7 +182,52 @@ def test_a_job_has_its_arms_and_its_controls(job, monkeypatch):
     }
     controls = {stage.overrides.get("privileged.control") for cell in cells for stage in cell.arm.stages}
     assert {"none", "shuffled"} <= controls
+    overridden = {key for cell in cells for stage in cell.arm.stages for key in stage.overrides}
+    assert {key for key in overridden if key.partition(".")[0] in SHARED} == {"privileged.control"}
     assert (EXAMPLES / job / "README.md").is_file()
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_sweep_of_a_job_would_start_where_its_rows_and_its_base_are(job, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep = read_sweep(f"examples/{job}/methods.yaml")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / job).symlink_to(files / job)
+    (base,) = {arm.base for arm in sweep.arms}
+    shutil.copytree(files / job / "model", base, copy_function=os.symlink)
+    Path(base, "model-00001-of-00001.safetensors").touch()
+    check.check_cells(sweep, "grid")
+
+
+# All arms of a job are judged alike, sample alike and show the teacher the same, but for these settings.
+SHARED = ("environment", "privileged", "sampler")
+OTHERWISE = {
+    ("gsm8k/sdft", "sampler.temperature"): 1.0,  # as configs/*/sdft.yaml have it
+    ("stockroom/pi_distill", "sampler.temperature"): 1.0,  # at 0.5 the episodes of a group are alike: few have an advantage
+}
+
+
+def settings_of(node: dict[str, Any], path: str) -> dict[str, Any]:
+    """Return the values at the leaves of a part of a config, by their dotted keys."""
+    found = {}
+    for key, value in node.items():
+        found |= settings_of(value, f"{path}.{key}") if isinstance(value, dict) else {f"{path}.{key}": value}
+    return found
+
+
+def shared_settings(path: Path) -> dict[str, Any]:
+    cfg = OmegaConf.load(path)
+    parts = {part: OmegaConf.to_container(cfg[part]) for part in SHARED}
+    return {key: value for part, node in parts.items() for key, value in settings_of(node, part).items()}
+
+
+def test_the_arms_of_a_job_share_reward_prompt_and_sampler_with_its_evaluation():
+    found = {}
+    for path in CONFIGS:
+        own, judged = shared_settings(path), shared_settings(path.with_name("evaluate.yaml"))
+        differ = {key for key in own.keys() | judged.keys() if (key, own.get(key)) not in judged.items()}
+        found |= {(name_of(path), key): own.get(key, "absent") for key in differ}
+    assert found == OTHERWISE
 
 
 # ------------------------------------------------------------------------------------------- the data
@@ -212,6 +261,48 @@ def test_the_held_out_questions_ask_for_the_same_facts_in_other_words(files):
     assert not {answer for _, answer in facts} & {row["answer"] for row in other}
     texts = read(files, "document", "text")
     assert {row["answer"] for row in texts} == {row["document"] for row in train} and len(texts) == 48
+
+
+def test_others_are_the_three_other_facts_of_the_person(files):
+    rows = [row for name in ("train", "held_out", "held_out_more", "validation") for row in read(files, "document", name)]
+    facts: dict[str, set[str]] = {}
+    for row in rows:
+        facts.setdefault(row["document"], set()).add(row["answer"])
+    assert {len(found) for found in facts.values()} == {4}
+    for row in rows:
+        assert len(row["others"]) == 3 and {*row["others"], row["answer"]} == facts[row["document"]]
+
+
+def test_an_answer_of_the_document_is_right_where_it_says_the_reference_and_wrong_where_it_recites_the_text(files):
+    cfg = OmegaConf.load(EXAMPLES / "document" / "evaluate.yaml")
+    environment = build(cfg.environment)
+    for name in ("held_out", "train"):
+        cfg.dataset.source = str(files / "document" / f"{name}.jsonl")
+        rows = build(cfg.dataset)
+        assert len(rows) in (96, 192)
+        for row in rows:
+            assert row.reference in row.privileged
+            for answer, reward in ((row.reference, 1.0), (f"It is {row.reference}.", 1.0), (row.privileged, 0.0), ("No.", 0.0)):
+                assert play(environment, row, [{"role": "assistant", "content": answer}])[1] == reward, (row.id, answer)
+
+
+def test_the_everyday_rows_stand_beside_the_training_rows_and_have_no_text(files):
+    train, mixed = (read(files, "document", name) for name in ("train", "train_and_everyday"))
+    everyday = mixed[len(train) :]
+    assert mixed[: len(train)] == train and len(everyday) == 96
+    assert train[0].keys() == everyday[0].keys() and not any(row["document"] or row["others"] for row in everyday)
+    asked = {
+        row["question"] for name in ("train", "held_out_more", "validation", "other") for row in read(files, "document", name)
+    }
+    assert len({row["question"] for row in everyday} - asked) == 96
+    cfg = OmegaConf.load(EXAMPLES / "document" / "opsd_ucla.yaml")
+    cfg.dataset.source = str(files / "document" / "train_and_everyday.jsonl")
+    environment, rows = build(cfg.environment), build(cfg.dataset)
+    assert Counter(row.privileged is None for row in rows) == {False: 192, True: 96}
+    for row in rows:
+        assert play(environment, row, [{"role": "assistant", "content": f"It is {row.reference}."}])[1] == 1.0
+    sums = [(re.findall(r"\d+", row["question"]), row["answer"]) for row in everyday if "plus" in row["question"]]
+    assert len(sums) == 24 and all(sum(map(int, terms)) == int(answer) for terms, answer in sums)
 
 
 def test_held_out_questions_to_the_desks_are_about_other_things_in_other_words(files):

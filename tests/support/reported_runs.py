@@ -49,6 +49,16 @@ def write_run(folder: Path, *, rollouts: int = 8, beta: float = 1.0, text: str =
     results = {
         "student": {"samples": 2, "rollouts": 8, "success": 0.25, "success_interval": [0.1, 0.4], "pass@2": float("nan")}
     }
-    (folder / "evaluate").mkdir(exist_ok=True)
-    (folder / "evaluate" / "results.json").write_text(json.dumps(results))
+    (folder / "latest").symlink_to("step_6")
+    write_evaluation(folder / "evaluate", results, "../step_6")
     return folder
+
+
+def write_evaluation(folder: Path, results: dict[str, Any], weights: str | None = None, config: str | None = None) -> None:
+    """Write an evaluation of the checkpoint folder ``config``, which led to ``weights``; None is a file that is absent."""
+    folder.mkdir(exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results))
+    if weights is not None:
+        (folder / "checkpoint.json").write_text(json.dumps({"weights": weights}))
+    if config is not None:
+        (folder / "config.yaml").write_text(f"checkpointer: {{checkpoint_dir: {config}}}\n")

@@ -172,8 +172,9 @@ def card(run: RunData, checkpoint: str) -> str:
     config = {key: _text(value) for key, value in run.config.items() if value is not None}
     groups = {name: {key.partition(".")[2]: value for key, value in config.items() if key.startswith(f"{name}.")}
               for name in ("objective", "privileged", "dataset", "optimizer", "teacher")}  # fmt: skip
-    # Only what is known of these weights: other checkpoints of the run have other numbers.
-    evaluations = {view: row for view, row in run.evaluations.items() if run.checkpoints.get(view, checkpoint) == checkpoint}
+    # Only what is known of these weights: the base and other checkpoints of the run have other numbers.
+    exported = (run.folder / checkpoint).resolve()
+    evaluations = {view: row for view, row in run.evaluations.items() if run.weights.get(view) == exported}
     found = re.fullmatch(r"step_(\d+)", checkpoint)
     steps = float(found[1]) if found else run.last("step")
     return environment.from_string(CARD.read_text(encoding="utf-8")).render(
@@ -183,6 +184,7 @@ def card(run: RunData, checkpoint: str) -> str:
         groups=groups,
         method=groups["objective"].get("_component_", "supervised fine-tuning").rpartition(".")[2],
         evaluations={_text(view): _numbers(row) for view, row in evaluations.items()},
+        unknown=[_text(view) for view in run.evaluations if view not in run.weights],
         during={name: f"{value:.3f}" for name in DURING if (value := run.last(name, steps)) is not None},
         steps=f"{steps:g}" if steps is not None else "unknown",
         prompt=_prompt_settings(run),

@@ -12,8 +12,9 @@ turns that a server shows in another form.
 Overrides are those of `pidistill run`; configs of every recipe are taken. The prompts are decoded from the ids that a run
 builds, special tokens included; what only the teacher sees is in colour, or between ⟦ and ⟧ where the output is no terminal,
 and policy tokens of a row's completion between ⟨ and ⟩. No weights are read. Ends with status 0, or with 2 if the config is
-wrong or a run would refuse one of the rows. A config is code: its components are imported, and those that the prompts need
-are built (tokenizer, privileged prompt, datasets, objective); environment, reward and sampler are not.
+wrong or a run would refuse one of the rows that are looked at: the first `--scan` ones of `dataset` and of `eval_dataset`. A
+config is code: its components are imported, and those that the prompts need are built (tokenizer, privileged prompt, datasets,
+objective); environment, reward and sampler are not.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from pidistill.commands.preview.budget import budget
 from pidistill.commands.preview.findings import findings
 from pidistill.commands.preview.marks import policy_spans
 from pidistill.commands.preview.rows import PreviewRow, Source, row_of, source_of
-from pidistill.commands.preview.scan import Scan, scan, scan_all
+from pidistill.commands.preview.scan import EVALUATED, Scan, scan, scan_all
 from pidistill.commands.preview.show import show_budget, show_findings, show_row, show_scan, statistics_of
 from pidistill.errors import InputError
 from pidistill.tokenizers.prefix import common_prefix_length
@@ -50,9 +51,17 @@ ALL_ROWS = "all"
 def parser() -> argparse.ArgumentParser:
     made = config_parser("preview", __doc__)
     made.add_argument("--rows", type=int, default=2, help="rows of the dataset that are printed")
-    made.add_argument("--scan", default=1000, metavar="N", help="rows that are looked at; without a number: all, by kind")
+    made.add_argument(
+        "--scan", type=_rows, default=1000, metavar="N", help="rows that are looked at; without a number: all, by kind"
+    )
     made.add_argument("--json", action="store_true", help="ids, texts, ranges and all numbers")
     return made
+
+
+def _rows(text: str) -> str | int:
+    if not re.fullmatch(rf"-?\d+|{ALL_ROWS}", text):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of rows; give one, or none for all rows")
+    return text if text == ALL_ROWS else int(text)
 
 
 def main(argv: list[str]) -> None:
@@ -73,7 +82,7 @@ def name_all_rows(argv: Sequence[str]) -> list[str]:
 def preview(arguments: argparse.Namespace) -> None:
     """Print the preview of a config; then refuse it where a run would refuse one of the rows."""
     every_row = arguments.scan == ALL_ROWS
-    count = 1 if every_row else int(arguments.scan)
+    count = 1 if every_row else arguments.scan
     if arguments.rows < 0 or count < 1:
         raise InputError(f"--rows {arguments.rows} must be at least 0 and --scan {arguments.scan} at least 1")
     cfg, supervised = read(arguments.config, arguments.overrides)
@@ -87,6 +96,10 @@ def preview(arguments: argparse.Namespace) -> None:
     stops = seen.stops(source)
     if not seen.views:
         raise InputError(str(stops))
+    if stops is None and cfg.get(EVALUATED):
+        held_out = source_of(cfg, supervised, EVALUATED)
+        sentence = scan(held_out, count).stops(held_out, EVALUATED)
+        stops = sentence and f"{EVALUATED}: {sentence}"
     rows = [row_of(example, source) for example in source.examples[: arguments.rows]]
     own = seen.lengths["its policy tokens"]
     policy_tokens = statistics.fmean(own) if own else None

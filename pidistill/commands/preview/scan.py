@@ -20,7 +20,8 @@ from pidistill.errors import InputError, escape_controls
 from pidistill.privileged.prompt import PromptViews
 from pidistill.types import Example, Rollout
 
-PARTS = ("dataset", "eval_dataset")
+EVALUATED = "eval_dataset"
+PARTS = ("dataset", EVALUATED)
 
 NO_PI = "without privileged information"
 NOT_READ = "not read as a row"

@@ -11,8 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pidistill.errors import InputError
-from pidistill.jsonl import TRAINING_ROLLOUTS, whole_lines
+from pidistill.jsonl import EVALUATED, TRAINING_ROLLOUTS, whole_lines
 
+ADAPTER = "adapter"  # folder of a checkpoint, with the adapter of its weights
 Row = dict[str, Any]
 
 
@@ -25,7 +26,7 @@ class RunData:
         alarms: (step, name, sentence) in order.
         config: {dotted key: value}.
         evaluations: {view: numbers} of `evaluate_distributed`; a view of another checkpoint than the latest is named with it.
-        checkpoints: {view: the checkpoint's name} of those views whose checkpoint is known to be this run's.
+        weights: {view: the folder of the weights that answered}, of those views of which it is known.
         texts, rollouts: rows of rollouts.jsonl and of training_rollouts.jsonl.
     """
 
@@ -35,7 +36,7 @@ class RunData:
     alarms: list[tuple[float, str, str]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     evaluations: dict[str, Row] = field(default_factory=dict)
-    checkpoints: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, Path] = field(default_factory=dict)
     texts: list[Row] = field(default_factory=list)
     rollouts: list[Row] = field(default_factory=list)
 
@@ -50,16 +51,24 @@ class RunData:
     def first(self, name: str) -> float | None:
         return next((value for value in self.metrics.get(name, []) if value is not None), None)
 
-    def add_evaluation(self, views: Mapping[str, Row], config: Mapping[str, Any], place: str) -> None:
-        """Add what an evaluation with this config found; ``place`` tells its views from those of another evaluation."""
-        checkpoint = Path(str(config.get("checkpointer.checkpoint_dir") or "")).resolve()
-        own = checkpoint.parent == self.folder.resolve()
-        suffix = f", {checkpoint.name}" if own and checkpoint != (self.folder / "latest").resolve() else ""
+    def add_evaluation(self, views: Mapping[str, Row], weights: Path | None, place: str) -> None:
+        """Add what an evaluation found; ``place``, its folder's name, tells its views from those of another evaluation.
+
+        Args:
+            weights: as :func:`read_weights` returns it.
+        """
+        folder, latest = self.folder.resolve(), self.folder / "latest"
+        if weights is None or (weights == folder / "latest" and not (latest.is_dir() and not latest.is_symlink())):
+            weights, suffix = None, f", {place}, step not recorded"
+        elif weights.parent != folder:
+            suffix = f", {weights.parent.name}/{weights.name}"
+        else:
+            suffix = "" if weights == latest.resolve() else f", {weights.name}"
         for view, row in views.items():
             name = f"{view}{suffix}" if f"{view}{suffix}" not in self.evaluations else f"{view}{suffix}, {place}"
             self.evaluations[name] = row
-            if own:
-                self.checkpoints[name] = checkpoint.name
+            if weights is not None:
+                self.weights[name] = weights
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
@@ -107,8 +116,9 @@ def read_run(folder: Path, name: str) -> RunData:
     """Read all of a folder; its evaluations are those in it and in the folders right below it."""
     known = any((folder / file).is_file() for file in ("metrics.jsonl", "config.yaml"))
     run = read_metrics(folder, name) if known else RunData(name, folder)
-    for path in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
-        run.add_evaluation(read_results(path / "results.json"), read_config(path), path.name)
+    run.evaluations = read_results(folder / "results.json")
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+        run.add_evaluation(read_results(path / "results.json"), read_weights(path, read_config(path)), path.name)
     run.texts = [row for row in read_rows(folder / "rollouts.jsonl") if isinstance(row.get("text"), str)]
     run.rollouts = [row for row in read_rows(folder / TRAINING_ROLLOUTS) if isinstance(row.get("tokens"), list)]
     return run
@@ -131,6 +141,22 @@ def read_results(path: Path) -> dict[str, Row]:
     """Return {view: numbers} of an evaluation's results.json; nothing where there is none."""
     found = _parse(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
     return {view: row for view, row in found.items() if isinstance(row, dict)} if isinstance(found, dict) else {}
+
+
+def read_weights(folder: Path, config: Mapping[str, Any]) -> Path | None:
+    """Return the folder of the weights that an evaluation answered with; None where nothing names it.
+
+    Without the evaluation's record the folder is the one that its config names: RUN/latest then stands for any step of the run.
+    """
+    path = folder / EVALUATED
+    record = _parse(path.read_text(encoding="utf-8")) if path.is_file() else None
+    recorded = record.get("weights") if isinstance(record, dict) else None
+    named = recorded or config.get("adapter_dir") or config.get("checkpointer.checkpoint_dir")
+    if not isinstance(named, str):
+        return None
+    found = folder / named if recorded else Path(named)
+    found = found.parent if found.name == ADAPTER else found
+    return found.resolve() if recorded else found.parent.resolve() / found.name
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -165,12 +191,14 @@ def spread(rows: Sequence[Row], most: int) -> list[Row]:
 
 
 def _cells(folder: Path) -> Iterator[RunData]:
-    """Yield the last stage of each finished cell of a sweep, under the cell's title and seed, with its held-out numbers."""
+    """Yield the last stage of each cell of a sweep, named by its title, settings, base and seed, with held-out numbers."""
     last = {row["cell"]: row for row in read_rows(folder / "results.jsonl") if "cell" in row}
     for row in last.values():
         settings = ", ".join(f"{key}={value}" for key, value in (row.get("settings") or {}).items())
         seed = f"seed {row['seed']}" if row.get("seed") is not None else ""
-        name = " · ".join(filter(None, [str(row.get("title") or row["cell"]), settings, seed]))
+        base = f"base {row['base']}" if row.get("base") else ""
+        failed = "FAILED" if row.get("status") == "failed" else ""
+        name = " · ".join(filter(None, [str(row.get("title") or row["cell"]), settings, base, seed, failed]))
         stages = [stage["folder"] for stage in row.get("stages") or [] if "folder" in stage]
         held_out = (row.get("last") or {}).get("folder")
         path = folder / (stages[-1] if stages else held_out or "")
@@ -185,14 +213,13 @@ def _with_own_evaluations(runs: Iterable[RunData]) -> list[RunData]:
     runs = list(runs)
     alone = []
     for run in runs:
-        checkpoint = Path(str(run.config.get("checkpointer.checkpoint_dir") or "/"))
-        owner = next(
-            (other for other in runs if other.metrics and other.folder.resolve() in checkpoint.resolve().parents), None
-        )
+        weights = read_weights(run.folder, run.config)
+        parents = weights.parents if weights else []
+        owner = next((other for other in runs if other.metrics and other.folder.resolve() in parents), None)
         if run.metrics or owner is None or owner is run:
             alone.append(run)
         else:
-            owner.add_evaluation(run.evaluations, run.config, run.folder.name)
+            owner.add_evaluation(run.evaluations, weights, run.folder.name)
     return alone
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from pidistill.commands.places import folders, has_key, load_config, recipe_of
 from pidistill.commands.sweep.values import Axis, grid_values, parse_overrides, split_top_level, whole_number
@@ -128,8 +129,10 @@ def read_sweep(
     select = select or content.get("select") or SELECT
     evaluate = evaluate or content.get("evaluate")
     made = _arms_of_bases(content, _list_bases(base or content.get("base")), bool(evaluate))
+    output_dir = output_dir or Path(content.get("output_dir") or Path("runs/sweeps") / Path(config).stem)
+    _check_folder("output_dir", str(output_dir))
     return Sweep(
-        output_dir=output_dir or Path(content.get("output_dir") or Path("runs/sweeps") / Path(config).stem),
+        output_dir=output_dir,
         arms=tuple(_chosen(made, arms)),
         seeds=tuple(whole_number("seeds", seed) for seed in all_seeds) if all_seeds else (None,),
         axes=axes,
@@ -146,7 +149,22 @@ def _list_bases(base: str | Sequence[str] | None) -> list[str | None]:
     bases = [base] if base is None or isinstance(base, str) else [str(one) for one in base]
     if not bases or len(set(bases)) < len(bases):
         raise InputError(f"base={bases} is empty or names a checkpoint twice; name one checkpoint, or several that differ")
+    for one in filter(None, bases):
+        _check_folder("base", one)
     return bases
+
+
+def _check_folder(key: str, folder: str) -> None:
+    """Refuse a folder that a run, whose command line is read as YAML, would read as another value."""
+    try:
+        read = None if "=" in folder else OmegaConf.from_dotlist([f"folder={folder}/runs"]).folder
+    except (yaml.YAMLError, OmegaConfBaseException):
+        read = None
+    if read != f"{folder}/runs":
+        raise InputError(
+            f"{key}={folder} cannot be handed to the runs, whose command line reads `=`, ` #`, `: ` and brackets otherwise; "
+            "name a folder without them"
+        )
 
 
 def _arms_of_bases(content: Mapping[str, Any], bases: Sequence[str | None], with_base: bool) -> list[Arm]:

@@ -24,10 +24,11 @@ from pidistill.commands.sweep.cells import (
 )
 from pidistill.commands.sweep.execute import print_line
 from pidistill.commands.sweep.values import Axis, Choices
-from pidistill.config import COMPONENT
+from pidistill.config import COMPONENT, build
 from pidistill.errors import InputError
 from pidistill.training import metrics
 from pidistill.training.checkpoint_source import check_checkpoint_folder
+from pidistill.training.compatibility import build_objective
 from pidistill.training.start import check_run
 
 
@@ -161,6 +162,10 @@ def _check(what: str, config: str, words: Sequence[str], output_dir: Path) -> No
         if known is None:
             return
         check_run(cfg, *known)
+        if cfg.get("privileged"):  # like the objective it refuses wrong values when it is built
+            build(cfg.privileged)
+        if cfg.get("objective"):
+            build_objective(cfg)
         if output_dir not in Path(cfg.checkpointer.checkpoint_dir).parents and not cfg.get("fallback_checkpoint_dir"):
             check_checkpoint_folder(cfg, "checkpointer")
     except InputError as error:

@@ -39,6 +39,9 @@ from pidistill.errors import InputError, escape_controls
 from pidistill.jsonl import replace_file
 
 RECORD = "sweep.json"
+# How often what was started is looked at. The system may hand a signal to any thread of this process, of which a call that
+# waits in the main thread learns nothing.
+LOOKS_EVERY_S = 0.1
 
 
 def print_line(text: str) -> None:
@@ -82,7 +85,9 @@ def execute(command: Sequence[str], log: Path, lock: int) -> int:
         program = [sys.executable, "-m", "pidistill.commands.main", *command[1:]]
         run = subprocess.Popen(program, stdout=file, stderr=subprocess.STDOUT, pass_fds=(lock,))
     try:
-        return run.wait()
+        while run.poll() is None:
+            time.sleep(LOOKS_EVERY_S)
+        return run.returncode
     except BaseException:  # SystemExit of a signal, and KeyboardInterrupt
         run.terminate()
         run.wait()

@@ -44,6 +44,16 @@ class Group:
         nodes = [(row.get(part) if part else row) or {} for row in self.rows]
         return [node[name] for node in nodes if node.get(name) is not None]
 
+    def mean(self, part: str, name: str) -> float | None:
+        """Return the mean over bases of their means over cells; None where no cell has the number."""
+        means = [statistics.fmean(values) for base in self.by_base() if (values := base.values(part, name))]
+        return statistics.fmean(means) if means else None
+
+    @property
+    def select(self) -> str:
+        """Return the validation metric of the cells; several where they were run with several."""
+        return " or ".join(dict.fromkeys(row["select"] for row in self.rows))
+
     def by_base(self) -> list["Group"]:
         """Return one group per base; this group alone where the sweep has one base."""
         bases = list(dict.fromkeys(row.get("base") for row in self.rows))
@@ -52,7 +62,7 @@ class Group:
 
 def groups_of(rows: Sequence[Record]) -> list[Group]:
     found: dict[str, list[Record]] = {}
-    for row in count_once(rows):
+    for row in name_arms(count_once(rows)):
         found.setdefault(json.dumps([row["arm"], row["settings"]], sort_keys=True), []).append(row)
     groups, view = [], measured_view(rows)
     for members in found.values():
@@ -72,6 +82,14 @@ def count_once(rows: Sequence[Record]) -> list[Record]:
     """Return the rows without those of a lone base that is one of several in a later command on the folder: the same runs."""
     of_bases = {(row["arm"], row.get("fingerprint")) for row in rows if row.get("base")}
     return [row for row in rows if row.get("base") or (row["arm"], row.get("fingerprint")) not in of_bases]
+
+
+def name_arms(rows: Sequence[Record]) -> list[Record]:
+    """Return the rows with the arm's name behind each title that several arms have."""
+    arms: dict[str, set[str]] = {}
+    for row in rows:
+        arms.setdefault(row["title"], set()).add(row["arm"])
+    return [row | {"title": f"{row['title']} ({row['arm']})"} if len(arms[row["title"]]) > 1 else row for row in rows]
 
 
 def name_differences(groups: Sequence[Group]) -> list[Group]:
@@ -94,35 +112,56 @@ def name_differences(groups: Sequence[Group]) -> list[Group]:
 
 
 @dataclass(frozen=True)
-class TaskTable:
-    """Hold success in the view of a group, [evaluation][task]; without ``tasks`` there is one number per evaluation."""
+class Evaluation:
+    """Hold success in the view of a group, of one checkpoint: its mean and, where `rows.json` has them, that of each task."""
 
-    values: list[list[float]]
-    tasks: tuple[str, ...] = ()
-    clusters: list[str] | None = None  # of each task, where the evaluation has `eval_cluster_key`
-    prompts: tuple[str, ...] = ()  # a digest of what each task asks; evaluations of older versions have none
+    mean: float
+    tasks: Mapping[str, float]
+    clusters: Mapping[str, str]  # of each task, where the evaluation has `eval_cluster_key`
+    prompts: Mapping[str, str]  # a digest of what each task asks; evaluations of older versions have none
 
 
-def read_tasks(output_dir: Path, group: Group) -> TaskTable:
-    """Read `rows.json` of each evaluated row of a group; tasks are known where all of them have the same."""
+@dataclass(frozen=True)
+class SharedTasks:
+    """Hold the tasks that several evaluations have."""
+
+    names: list[str]
+    clusters: list[str] | None
+    known: int  # tasks that any of the evaluations has
+
+    def values(self, evaluations: Sequence[Evaluation]) -> list[list[float]]:
+        """Return success, [evaluation][task]."""
+        return [[one.tasks[name] for name in self.names] for one in evaluations]
+
+
+def read_evaluations(output_dir: Path, group: Group) -> list[Evaluation]:
     name = VIEWS[group.view]
-    rows = [row["last"] for row in group.rows if (row.get("last") or {}).get(name) is not None]
-    paths = [output_dir / row.get("folder", "") / "rows.json" for row in rows]
-    files = [json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {} for path in paths]
-    tables = [file.get(group.view) for file in files]
-    if not rows or not all(table and table.keys() == tables[0].keys() for table in tables):
-        return TaskTable([[row[name]] for row in rows])
-    tasks, clusters = tuple(tables[0]), files[0].get("clusters")
-    asked = {tuple(file["prompts"][task] for task in tasks) for file in files if file.get("prompts")}
-    if len(asked) > 1:  # files with other questions under the same names
-        return TaskTable([[row[name]] for row in rows])
-    values = [[table[task] for task in tasks] for table in tables]
-    return TaskTable(values, tasks, clusters and [clusters[task] for task in tasks], *asked)
+    found = []
+    for row in group.rows:
+        last = row.get("last") or {}
+        if last.get(name) is not None:
+            path = output_dir / last.get("folder", "") / "rows.json"
+            file = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            found.append(Evaluation(last[name], file.get(group.view, {}), file.get("clusters", {}), file.get("prompts", {})))
+    return found
 
 
-def same_tasks(tables: Sequence[TaskTable]) -> bool:
-    """Return whether all tables have the same tasks, by name and, where it is known, by what they ask."""
-    return len({table.tasks for table in tables}) <= 1 and len({table.prompts for table in tables if table.prompts}) <= 1
+def shared_tasks(evaluations: Sequence[Evaluation]) -> SharedTasks | None:
+    """Return the tasks that all evaluations have; None if they are at most half of all tasks, or ask other things somewhere."""
+    if not evaluations:
+        return None
+    first, known = evaluations[0], {name for one in evaluations for name in one.tasks}
+    names = [name for name in first.tasks if all(name in one.tasks for one in evaluations)]
+    asked = [{one.prompts[name] for one in evaluations if name in one.prompts} for name in names]
+    if 2 * len(names) <= len(known) or any(len(prompts) > 1 for prompts in asked):
+        return None
+    return SharedTasks(names, [first.clusters[name] for name in names] if first.clusters else None, len(known))
+
+
+def _evaluations_by_base(output_dir: Path, group: Group) -> dict[str | None, list[Evaluation]]:
+    """Return the evaluations of each base that has any."""
+    found = {part.rows[0].get("base"): read_evaluations(output_dir, part) for part in group.by_base()}
+    return {base: evaluations for base, evaluations in found.items() if evaluations}
 
 
 def group_interval(output_dir: Path, group: Group) -> tuple[tuple[float, float] | None, str]:
@@ -130,22 +169,23 @@ def group_interval(output_dir: Path, group: Group) -> tuple[tuple[float, float] 
 
     Of several bases their means over seeds are resampled: seeds of one base are more alike than bases are.
     """
-    bases = [table for part in group.by_base() if (table := read_tasks(output_dir, part)).values]
+    bases = list(_evaluations_by_base(output_dir, group).values())
     across = len(bases) > 1
-    units = [_column_means(one.values) for one in bases] if across else [row for one in bases for row in one.values]
-    clusters = bases[0].clusters if bases else None
-    if not same_tasks(bases):  # a column would be another task of each base
-        units, clusters = [[statistics.fmean(unit)] for unit in units], None
+    shared = shared_tasks([one for base in bases for one in base])
+    tables = [shared.values(base) if shared else [[one.mean] for one in base] for base in bases]
+    units = [_column_means(table) for table in tables] if across else [row for table in tables for row in table]
+    clusters = shared.clusters if shared else None
     has_tasks = bool(units) and len(set(clusters or range(len(units[0])))) > 1
     enough = len(units) > 1 or has_tasks  # one number has no spread to resample
     interval = bootstrap_interval(units, seed=0, resamples=BOOTSTRAP_SAMPLES, clusters=clusters) if enough else None
-    return interval, _resampled(across, len(units) > 1 or not has_tasks, has_tasks, clusters)
+    return interval, _resampled(across, len(units) > 1 or not has_tasks, has_tasks, shared)
 
 
-def _resampled(across: bool, units: bool, tasks: bool, clusters: Sequence[str] | None) -> str:
-    """Return what an interval resamples, such as `seeds × tasks`."""
-    names = ["bases" if across else "seeds"] * units + ["tasks" if clusters is None else "clusters"] * tasks
-    return " × ".join(names)
+def _resampled(across: bool, units: bool, tasks: bool, shared: SharedTasks | None) -> str:
+    """Return what an interval resamples, such as `seeds × tasks`, and of how many tasks where evaluations lack some."""
+    names = ["bases" if across else "seeds"] * units + ["clusters" if shared and shared.clusters else "tasks"] * tasks
+    lacks = shared is not None and len(shared.names) < shared.known
+    return " × ".join(names) + (f" ({len(shared.names)} of {shared.known} tasks)" if lacks else "")
 
 
 def _column_means(rows: Sequence[Sequence[float]]) -> list[float]:
@@ -173,24 +213,21 @@ class Difference:
 
 
 def paired_difference(output_dir: Path, group: Group, other: Group) -> Difference | None:
-    """Compare two groups task by task; None where they do not have the same tasks, of the same bases."""
-    bases = {part.rows[0].get("base"): read_tasks(output_dir, part) for part in other.by_base() if part.rows}
-    own = {part.rows[0].get("base"): read_tasks(output_dir, part) for part in group.by_base() if part.rows}
-    pairs = [(own[base], bases[base]) for base in own if base in bases]
-    if not pairs or not same_tasks([table for pair in pairs for table in pair]):
+    """Compare two groups on the tasks that all their evaluations have, of the bases that both have; None without such tasks."""
+    own, others = _evaluations_by_base(output_dir, group), _evaluations_by_base(output_dir, other)
+    bases = [base for base in own if base in others]
+    shared = shared_tasks([one for base in bases for one in own[base] + others[base]])
+    if shared is None or len(set(shared.clusters or shared.names)) < 2:
         return None
-    clusters, across = pairs[0][0].clusters, len(pairs) > 1
-    if len(set(clusters or pairs[0][0].tasks)) < 2:
-        return None
-    differences = [_minus(_column_means(one.values), _column_means(two.values)) for one, two in pairs]
-    values, minus = (differences, None) if across else (pairs[0][0].values, pairs[0][1].values)
-    interval = bootstrap_interval(values, 0, BOOTSTRAP_SAMPLES, clusters=clusters, minus=minus)
+    pairs, across = [(shared.values(own[base]), shared.values(others[base])) for base in bases], len(bases) > 1
+    differences = [_minus(_column_means(one), _column_means(two)) for one, two in pairs]
+    values, minus = (differences, None) if across else pairs[0]
+    interval = bootstrap_interval(values, 0, BOOTSTRAP_SAMPLES, clusters=shared.clusters, minus=minus)
     by_task, units = _column_means(differences), {}
-    for cluster, value in zip(clusters or pairs[0][0].tasks, by_task, strict=True):
+    for cluster, value in zip(shared.clusters or shared.names, by_task, strict=True):
         units[cluster] = units.get(cluster, 0.0) + value
     signs = [round(value, 9) for value in units.values()]  # sums of the same shares in another order differ by rounding
-    several = across or any(len(table.values) > 1 for table in pairs[0])
-    what = _resampled(across, several, True, clusters)
+    what = _resampled(across, across or any(len(table) > 1 for table in pairs[0]), True, shared)
     return Difference(statistics.fmean(by_task), interval, what, sum(v > 0 for v in signs), sum(v < 0 for v in signs))
 
 
@@ -203,7 +240,8 @@ def paired_lines(output_dir: Path, groups: Sequence[Group], against: str | None)
 
     It is the first group of the arm ``against``, of any arm without one, of which the tasks are known.
     """
-    known = [group for group in groups if group.arm == (against or group.arm) and read_tasks(output_dir, group).tasks]
+    named = [group for group in groups if group.arm == (against or group.arm)]
+    known = [group for group in named if shared_tasks(read_evaluations(output_dir, group))]
     if not known:
         return "", []
     found = [(group.title, paired_difference(output_dir, group, known[0])) for group in groups if group is not known[0]]
@@ -211,6 +249,6 @@ def paired_lines(output_dir: Path, groups: Sequence[Group], against: str | None)
 
 
 def _paired_line(title: str, found: Difference) -> list[str]:
-    units = found.resampled.rpartition(" × ")[2]
+    units = "clusters" if "clusters" in found.resampled else "tasks"
     interval = f"[{found.interval[0]:+.3f}, {found.interval[1]:+.3f}] {found.resampled}"
     return [title, f"{found.mean:+.3f}", interval, f"{found.higher} / {found.lower} {units}", f"{found.sign_test:.2g}"]

@@ -9,11 +9,13 @@ import math
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pidistill.commands.sweep.cells import OF_THE_MACHINE
 from pidistill.commands.sweep.groups import (
@@ -123,19 +125,19 @@ def append_result(output_dir: Path, row: Record) -> None:
 # ------------------------------------------------------------------------------------------- tables
 
 
-def mean_and_sd(values: Sequence[float]) -> str:
-    """Return `mean ± sd` (n − 1); the mean alone for one value, a dash for none."""
-    if not values:
+def mean_and_sd(group: Group, part: str, name: str) -> str:
+    """Return `mean ± sd` (n − 1) of a number (see `Group.values`); the mean alone for one value, a dash for none."""
+    values, mean = group.values(part, name), group.mean(part, name)
+    if mean is None:
         return "–"
-    mean = f"{statistics.fmean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+    return f"{mean:.3f}" if len(values) == 1 else f"{mean:.3f} ± {statistics.stdev(values):.3f}"
 
 
-def count(values: Sequence[float]) -> str:
-    """Return the mean of a count over seeds, in short form."""
-    if not values:
+def count(group: Group, name: str) -> str:
+    """Return the mean of a count in short form."""
+    mean = group.mean("", name)
+    if mean is None:
         return "–"
-    mean = statistics.fmean(values)
     return f"{mean / 1e6:.2f}M" if mean >= 1e6 else f"{mean:,.0f}"
 
 
@@ -151,20 +153,24 @@ def between_bases(group: Group) -> str:
 
 
 def success_columns(
-    output_dir: Path, several_bases: bool, domains: Sequence[str], shown: str
+    output_dir: Path, rows: Sequence[Record], domains: Sequence[str], shown: str
 ) -> dict[str, Callable[[Group], str]]:
+    several_bases = any(row.get("base") for row in rows)
+    several_metrics = len({row["select"] for row in rows}) > 1
     return {
         "arm": lambda g: g.title,
         "seeds": lambda g: f"{len(g.rows)}" + (f" ({g.failed} failed)" if g.failed else ""),
-        "greedy": lambda g: mean_and_sd(g.values("last", "student_greedy_success")),
-        "sampled, last": lambda g: mean_and_sd(g.values("last", "student_success")),
+        "greedy": lambda g: mean_and_sd(g, "last", "student_greedy_success"),
+        "sampled, last": lambda g: mean_and_sd(g, "last", "student_success"),
         **({"between bases": between_bases} if several_bases else {}),
         f"{shown}, 95% interval over": lambda g: interval_text(output_dir, g),
-        f"{shown}, best on validation": lambda g: mean_and_sd(g.values("best", VIEWS[g.view])),
-        "with PI": lambda g: mean_and_sd(g.values("last", VIEWS["student + PI" + g.view.removeprefix("student")])),
+        f"{shown}, best on validation": lambda g: mean_and_sd(g, "best", VIEWS[g.view]),
+        "with PI": lambda g: mean_and_sd(g, "last", VIEWS["student + PI" + g.view.removeprefix("student")]),
         **{f"{name.removesuffix(OF_A_DOMAIN)}, greedy": partial(_last_values, name=name) for name in domains},
-        "leak rate": lambda g: mean_and_sd(g.values("last", LEAKS[g.view])),
-        "validation, last": lambda g: mean_and_sd(g.values("validation", "last")),
+        "leak rate": lambda g: mean_and_sd(g, "last", LEAKS[g.view]),
+        "validation, last": lambda g: (
+            mean_and_sd(g, "validation", "last") + (f" ({g.select})" if several_metrics and g.rows else "")
+        ),
     }
 
 
@@ -184,19 +190,19 @@ def kind_columns(groups: Sequence[Group]) -> dict[str, Callable[[Group], str]]:
 
 
 def _last_values(group: Group, name: str) -> str:
-    values = group.values("last", name)
-    return mean_and_sd(values) + (f" ({len(values)} of {len(group.rows)})" if 0 < len(values) < len(group.rows) else "")
+    found = len(group.values("last", name))
+    return mean_and_sd(group, "last", name) + (f" ({found} of {len(group.rows)})" if 0 < found < len(group.rows) else "")
 
 
 def cost_columns() -> dict[str, Callable[[Group], str]]:
     return {
         "arm": lambda g: g.title,
-        "steps": lambda g: count(g.values("", "steps")),
-        "rollouts": lambda g: count(g.values("", "rollouts")),
-        "tokens sampled": lambda g: count(g.values("", "policy_tokens_sampled")),
-        "tokens trained": lambda g: count(g.values("", "policy_tokens_trained")),
-        "CPU-s": lambda g: count(g.values("", "cpu_seconds")),
-        "kl(T‖S), nats": lambda g: mean_and_sd(g.values("", "kl_teacher_student_nats")),
+        "steps": lambda g: count(g, "steps"),
+        "rollouts": lambda g: count(g, "rollouts"),
+        "tokens sampled": lambda g: count(g, "policy_tokens_sampled"),
+        "tokens trained": lambda g: count(g, "policy_tokens_trained"),
+        "CPU-s": lambda g: count(g, "cpu_seconds"),
+        "kl(T‖S), nats": lambda g: mean_and_sd(g, "", "kl_teacher_student_nats"),
         "config": lambda g: " → ".join(map(config_text, g.rows[0]["stages"])) if g.rows else "–",
     }
 
@@ -221,7 +227,8 @@ def notes(rows: Sequence[Record]) -> list[str]:
     commits = sorted({str(stage["commit"]) for row in rows for stage in row["stages"]})
     selected = ", ".join(sorted({row["select"] for row in rows}))
     bases = list(dict.fromkeys(row["base"] for row in rows if row.get("base")))
-    of_bases = [f"Bases: {', '.join(bases)}; `seeds` counts the runs from all of them."] if bases else []
+    told = "`seeds` counts the runs from all of them, means are those of the bases' means, and the sd is that of all runs"
+    of_bases = [f"Bases: {', '.join(bases)}; {told}."] if bases else []
     return [
         "Success without privileged information on the held-out split, greedy and sampled at the temperature of the "
         "evaluation's config; `with PI` is the ceiling, sampled or greedy as the intervals are; mean ± sd "
@@ -230,22 +237,25 @@ def notes(rows: Sequence[Record]) -> list[str]:
         f"Chosen on validation only: {selected}, among the checkpoints that the run saved. "
         "CPU-s: training, all stages, each with its start-up. An interval over few seeds is too narrow for what seeds do; "
         "one of tasks that are all right or all wrong has no width, and n alike still allow 3/n of the other; `clusters` are "
-        "tasks that the evaluation's `eval_cluster_key` holds together.",
+        "tasks that the evaluation's `eval_cluster_key` holds together. `(n of m tasks)`: evaluations lack some, such as "
+        "lost rollouts; the interval or the comparison is of the n that all have, and means are of those that each has.",
         f"Seeds: {', '.join(map(str, seeds)) or 'as in the configs'}. Commits: {', '.join(commits) or '–'}.",
         *of_bases,
     ]
 
 
-def best_on_validation(groups: Sequence[Group]) -> str | None:
-    """Return the sentence about the best last validation value; None if fewer than two lines have one."""
-    scored = [(statistics.fmean(values), group) for group in groups if (values := group.values("validation", "last"))]
-    if len(scored) < 2:
-        return None
-    value, group = max(scored, key=lambda pair: pair[0])
-    metric = group.rows[0]["select"]
-    return (
-        f"Best on validation ({metric} at the last evaluation, mean over {len(group.rows)} seeds): {group.title}, {value:.3f}"
-    )
+def best_on_validation(groups: Sequence[Group]) -> list[str]:
+    """Return the sentence about the best last value of each validation metric that at least two lines have."""
+    sentences = []
+    for select in dict.fromkeys(row["select"] for group in groups for row in group.rows):
+        own = [replace(group, rows=[row for row in group.rows if row["select"] == select]) for group in groups]
+        scored = [(mean, group) for group in own if (mean := group.mean("validation", "last")) is not None]
+        if len(scored) > 1:
+            value, group = max(scored, key=lambda pair: pair[0])
+            seeds = len(group.values("validation", "last"))
+            over = f"mean over {seeds} seeds" if seeds > 1 else "1 seed"
+            sentences.append(f"Best on validation ({select} at the last evaluation, {over}): {group.title}, {value:.3f}")
+    return sentences
 
 
 def not_compared(groups: Sequence[Group], reference: str, lines: Sequence[Sequence[str]], against: str | None) -> str | None:
@@ -268,7 +278,7 @@ def write_report(output_dir: Path, against: str | None = None) -> list[Record]:
     groups = groups_of(rows)
     domains = sorted({name for row in rows for name in row.get("last") or {} if name.endswith(OF_A_DOMAIN)})
     shown = "sampled" if measured_view(rows) == "student" else "greedy"
-    columns = success_columns(output_dir, any(row.get("base") for row in rows), domains, shown)
+    columns = success_columns(output_dir, rows, domains, shown)
     kinds = kind_columns(groups)
     tables = {"Success": columns, **({f"Success by kind, {shown}": kinds} if kinds else {}), "Cost": cost_columns()}
     text = [f"# {output_dir.name}", ""]
@@ -281,7 +291,8 @@ def write_report(output_dir: Path, against: str | None = None) -> list[Record]:
         title = f"Success {shown}, last, against {reference} on the same tasks"
         _print(title, PAIRED_COLUMNS, lines)
         text += [f"{title}:", "", *_markdown(PAIRED_COLUMNS, lines)]
-    ending = [*filter(None, [best_on_validation(groups), not_compared(groups, reference, lines, against)]), *failures(rows)]
+    lacking = not_compared(groups, reference, lines, against)
+    ending = [*best_on_validation(groups), *([lacking] if lacking else []), *failures(rows)]
     text += [line for note in [*notes(rows), *ending] for line in (note, "")]
     (output_dir / "results.md").write_text("\n".join(text), encoding="utf-8")
     for line in [*notes(rows)[2:], *ending]:
@@ -290,11 +301,11 @@ def write_report(output_dir: Path, against: str | None = None) -> list[Record]:
 
 
 def _print(title: str, headers: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title)
+    table = Table(title=Text(title, "table.title"))  # rich takes the [shuffled] of a str for markup
     for header in headers:
-        table.add_column(header, justify="left" if header in ("arm", "config") else "right", overflow="fold")
+        table.add_column(Text(header), justify="left" if header in ("arm", "config") else "right", overflow="fold")
     for row in cells:
-        table.add_row(*[text.replace("[", "\\[") for text in row])  # rich takes [shuffled] for markup
+        table.add_row(*map(Text, row))
     console = Console()
     # A pipe has no width; rich would take 80 columns, which break every cell in two.
     (console if console.is_terminal else Console(width=180)).print(table)

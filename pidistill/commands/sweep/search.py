@@ -6,6 +6,7 @@ works on a trial holds its lock, so that a trial marked as running whose lock is
 
 import json
 import multiprocessing
+import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,10 +26,20 @@ from pidistill.commands.sweep.cells import (
     make_cell,
     short_hash,
     stage_fingerprint,
+    stage_runs,
     with_overrides,
 )
 from pidistill.commands.sweep.check import check_cells
-from pidistill.commands.sweep.execute import cell_fingerprint, locked, print_line, run_cell, sigterm_raises, try_lock
+from pidistill.commands.sweep.execute import (
+    LOOKS_EVERY_S,
+    cell_fingerprint,
+    locked,
+    print_line,
+    read_record,
+    run_cell,
+    sigterm_raises,
+    try_lock,
+)
 from pidistill.commands.sweep.results import append_result, read_results, write_order
 from pidistill.commands.sweep.values import Axis, Choices
 from pidistill.errors import InputError, check_choice
@@ -82,13 +93,14 @@ def run_sweep(plan: SweepPlan, workers: int = 1) -> bool:
 def run_processes(target: Callable[..., None], args: tuple[Any, ...], count: int) -> list[int | None]:
     """Run ``target`` in ``count`` processes; return their exit codes. A signal to this process ends them too."""
     context = multiprocessing.get_context("spawn")  # a fork would share SQLite's connections
-    processes = [context.Process(target=target, args=args) for _ in range(count)]
+    processes = [context.Process(target=_leave_sigint_to_parent, args=(target, *args)) for _ in range(count)]
     with sigterm_raises():
         try:
             for process in processes:
                 process.start()
             for process in processes:
-                process.join()
+                while process.is_alive():
+                    process.join(LOOKS_EVERY_S)
         except BaseException:  # SystemExit of a signal, and KeyboardInterrupt
             for process in processes:
                 if process.is_alive():
@@ -98,6 +110,15 @@ def run_processes(target: Callable[..., None], args: tuple[Any, ...], count: int
                     process.join()
             raise
     return [process.exitcode for process in processes]
+
+
+def _leave_sigint_to_parent(target: Callable[..., None], *args: Any) -> None:
+    """Run ``target`` without an answer to SIGINT, which a terminal sends to all: the parent then sends SIGTERM.
+
+    An empty handler, since a signal that is ignored would be ignored by the runs, too.
+    """
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    target(*args)
 
 
 def _failed_cells(plan: SweepPlan) -> list[str]:
@@ -167,7 +188,11 @@ def finish_cell(sweep: Sweep, cell: Cell) -> dict[str, Any]:
     with locked(sweep.output_dir, f"cell {cell.id}"):
         row = finished_row(sweep, cell)
         if row is None:
+            before = read_results(sweep.output_dir).get(cell.id, {})
             row = run_cell(sweep, cell)
+            if not sweep.evaluate and row["stages"] == before.get("stages"):  # the same runs, which were evaluated before
+                kept = ("last", "best") if row["select"] == before["select"] else ("last",)
+                row |= {key: before[key] for key in kept if key in before}
             with locked(sweep.output_dir, "results"):
                 append_result(sweep.output_dir, row)
         return row
@@ -178,9 +203,22 @@ def finished_row(sweep: Sweep, cell: Cell) -> dict[str, Any] | None:
     if row is None or row["status"] != "ok":
         return None
     if row["fingerprint"] != cell_fingerprint(sweep, cell):
-        print_line(f"{cell.id}: its config has changed since it was finished; it is run again")
+        print_line(f"{cell.id}: {_what_differs(sweep, cell, row)}")
         return None
     return row
+
+
+def _what_differs(sweep: Sweep, cell: Cell, row: dict[str, Any]) -> str:
+    """Return what a command asks of a finished cell that its row does not have, and what is done again."""
+    runs = list(stage_runs(sweep, cell))
+    if any(read_record(run.folder).get("fingerprint") != run.fingerprint for run in runs):
+        return "its config has changed since it was finished; it is run again"
+    if row["select"] != sweep.select:
+        return f"it was selected by {row['select']}, and now by {sweep.select}; its runs are kept"
+    if not sweep.evaluate:
+        return "it was evaluated, and this command has no --evaluate; its runs and their numbers are kept"
+    what = "runs are kept and evaluated" if runs else "checkpoint is evaluated"
+    return f"its evaluation is new or has changed since it was finished; its {what}"
 
 
 # ------------------------------------------------------------------------------------------- grid
