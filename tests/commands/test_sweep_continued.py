@@ -1,33 +1,50 @@
 """Test that a sweep which another command continues keeps what was measured, and says what is different."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from pidistill.commands.sweep import check, command, execute
 from pidistill.commands.sweep.results import read_results
-from tests.commands.test_sweep import Recipes
+from tests.support.sweeps import overrides_of
 
 EVALUATE = ("--evaluate", "tiny/evaluate")
+SUCCESS = {"step_2": 0.75, "step_4": 0.25}
 
 
 @pytest.fixture
-def made(monkeypatch) -> Recipes:
-    recipes = Recipes()
-    monkeypatch.setattr(execute, "execute", recipes)
-    monkeypatch.setattr(command, "draw", lambda output_dir, rows: [])
-    monkeypatch.setattr(check, "check_checkpoint_folder", lambda cfg, key: None)
-    return recipes
+def run(monkeypatch, tmp_path, capsys):
+    """Run the sweep of one cell; return its row, the number of runs that were started, and what was printed.
 
+    A run leaves two checkpoints, of which the first is better, and an evaluation their success.
+    """
+    started = []
 
-@pytest.fixture
-def run(made, tmp_path, capsys):
-    """Run the sweep of one cell; return its row, the number of runs that were started, and what was printed."""
+    def execute_run(words, log, lock):
+        started.append(words)
+        overrides = overrides_of(words)
+        folder = Path(overrides["output_dir"])
+        if words[4].startswith("evaluate"):
+            success = SUCCESS[Path(overrides["checkpointer.checkpoint_dir"]).resolve().name]
+            (folder / "results.json").write_text(json.dumps({"student": {"success": success}}))
+            return 0
+        rows = [{"step": step, "loss": 1.0, "eval_student_success": SUCCESS[f"step_{step}"]} for step in (2, 4)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row | {"policy_tokens": 8}) + "\n" for row in rows))
+        for name in SUCCESS:
+            (folder / name).mkdir()
+        (folder / "latest").symlink_to("step_4")
+        return 0
 
     def start(*words):
-        before = len(made.ran)
+        before = len(started)
         command.main(["tiny/opsd", "seed=0", *words, "--output-dir", str(tmp_path / "out")])
         (row,) = read_results(tmp_path / "out").values()
-        return row, len(made.ran) - before, capsys.readouterr().out
+        return row, len(started) - before, capsys.readouterr().out
 
+    monkeypatch.setattr(execute, "execute", execute_run)
+    monkeypatch.setattr(command, "draw", lambda output_dir, rows: [])
+    monkeypatch.setattr(check, "check_checkpoint_folder", lambda cfg, key: None)
     return start
 
 
