@@ -440,6 +440,7 @@ def test_a_config_that_samples_with_vllm_is_read(words, capsys, monkeypatch):
 def test_every_built_in_wording_is_a_valid_setting(kind):
     wordings = builtin_wordings(kind)
     assert len({(w.template, w.placement) for w in wordings}) == len(wordings) >= 5
+    assert {w.placement for w in wordings} == {"system_end", "user_end", "before_user"}
     for wording in wordings:
         assert wording.applied(PrivilegedPrompt()).placement in PLACEMENTS
         assert yaml.safe_load(wording.as_yaml())["privileged"] == {"placement": wording.placement, "template": wording.template}

@@ -1140,8 +1140,8 @@ def test_a_run_that_a_signal_stopped_is_not_recorded_as_ended_well_and_runs_agai
 @pytest.mark.parametrize(
     "override, words",
     [
-        ("objective.kl_mode=loss_rbb", "loss_rbb"),
-        ("privileged.control=shufled", "shufled"),
+        ("objective.kl_mode=loss_rbb", "objective.kl_mode=loss_rbb is unknown"),
+        ("privileged.control=shufled", "privileged.control=shufled is unknown"),
     ],
 )
 def test_a_value_that_a_part_of_the_method_refuses_stops_a_sweep_before_it_starts(override, words, tmp_path):

@@ -30,7 +30,7 @@ def older_rollouts() -> list[Rollout]:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the equations say of the N policy tokens of some rollouts: log-probs [N, V] of both views, all else [N].
+    """Hold what the equations say of the N policy tokens of some rollouts: log-probs [N, V] of both views, all else [N].
 
     Attributes:
         T, S: log-probs of teacher and student. log_t, log_s: of the token itself. mu: of the older weights.

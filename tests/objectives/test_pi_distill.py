@@ -55,17 +55,21 @@ def test_opsd_gives_the_teacher_no_gradient(kl_mode):
     assert grads["student"].any()
 
 
+def differentiated(objective, rollouts):
+    """Return the batch, the loss per token, the logits with their gradients, and copies of them for the equations."""
+    batch = batch_of(rollouts, objective.advantages(rollouts, 0))
+    scores, logits = leaf_scores(batch, objective)
+    loss = objective.token_loss(batch, scores, 0).loss
+    loss.sum().backward()
+    return batch, loss, logits, {view: x.detach().clone().requires_grad_() for view, x in logits.items()}
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_the_loss_equals_the_equations_written_out(alpha):
     """Eq. 2–4 with PPO on both halves, straight from float64 logits; value and gradient on both sides."""
     objective = PiDistill(alpha=alpha, beta=0.6, advantage="group_mean")
     rollouts = random_rollouts(4)
-    batch = batch_of(rollouts, objective.advantages(rollouts, 0))
-    scores, logits = leaf_scores(batch, objective)
-    loss = objective.token_loss(batch, scores, 0).loss
-    loss.sum().backward()
-
-    copies = {v: x.detach().clone().requires_grad_() for v, x in logits.items()}
+    batch, loss, logits, copies = differentiated(objective, rollouts)
     T, S = (torch.log_softmax(copies[v], -1) for v in ("teacher", "student"))
     picked = (batch.targets % 11)[:, None]
     rewards = torch.tensor([r.reward for r in rollouts])
@@ -317,12 +321,7 @@ def test_kl_reward_scale_token_mean_divides_the_student_halfs_kl_too(student_kl)
     rollouts = random_rollouts(4)
     for rollout in rollouts:
         rollout.behaviour_values = [0.1] * rollout.policy_tokens
-    batch = batch_of(rollouts, objective.advantages(rollouts, 0))
-    scores, logits = leaf_scores(batch, objective)
-    loss = objective.token_loss(batch, scores, 0).loss
-    loss.sum().backward()
-
-    copies = {v: x.detach().clone().requires_grad_() for v, x in logits.items()}
+    batch, loss, logits, copies = differentiated(objective, rollouts)
     T, S = (torch.log_softmax(copies[v], -1) for v in ("teacher", "student"))
     rewards = [r.reward for r in rollouts]
     gaps = [a - (rewards[i - i % 2] + rewards[i - i % 2 + 1]) / 2 for i, a in enumerate(rewards)]
