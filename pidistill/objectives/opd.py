@@ -30,7 +30,7 @@ class OPD(Objective):
     """Distil another model on the student's samples.
 
     Args:
-        divergence: "sampled" (the log-ratio of the sampled token as its advantage), "kl_student_teacher", "kl_teacher_student"
+        divergence: "sampled" (the log-ratio of the sampled token as its advantage), "kl_student_teacher", "kl_teacher_student",
             "jsd", or the dotted path of a function of one's own.
         jsd_beta: weight of the teacher in the mixture of "jsd"; inside (0, 1).
         proximal_alpha: α of the proximal teacher, only with "sampled"; 1 is the teacher itself.

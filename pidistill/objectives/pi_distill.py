@@ -11,9 +11,9 @@ What we do differently from the paper, all of it by configuration:
   1. `kl_mode: loss_rb` (the full-vocabulary KL as a loss) is the default; the paper's text describes `reward_rb`, which is not
      a gradient of the KL. `reward_k1` and `loss_rb_complete` are unbiased.
   2. β multiplies the KL summed over the sequence in every mode; the authors' trainer averages it over tokens in the reward
-     (`kl_mode: reward_rb`, `kl_reward_scale: token_mean`, which averages the student half's KL too). In the loss modes
-     `token_weight: MeanOverTokens` averages it; take it where answers are long, or the KL outweighs the reward and the teacher
-     learns to answer as the student does.
+     (`kl_mode: reward_rb`, `kl_reward_scale: token_mean`, which averages the student half's KL too). With `loss_rb` and
+     `loss_k2` `token_weight: MeanOverTokens` averages it; take it where answers are long, or the KL outweighs the reward and
+     the teacher learns to answer as the student does.
   3. `student_kl: loss` is Eq. 3; `shared_reward` is their Algorithm 1 as printed, one advantage for both halves.
   4. `student_term` replaces the PPO term of the student half: `topr` (arXiv 2503.14286), `sft` (log S of the traces with a
      reward above 0, unweighted: rejection sampling when α=0 and β=0), `snis` (Σ_k w_k·log S(y_k), w = softmax over the group

@@ -3,6 +3,7 @@
 | selection | a row's completion | source |
 | --- | --- | --- |
 | Successes | a whole rollout that succeeded | RFT, arXiv 2308.01825; sampled with privileged information: RFT with PI |
+| All | every rollout, with what a fixed-sample method needs of it | Semi-OPD, arXiv 2610.11291 |
 | Interventions | the right turns of a rollout that failed, and the failing turn rewritten | InT, arXiv 2601.14209 |
 
 A row's messages are the example's own, without privileged information, whatever the view that sampled: training on the rows

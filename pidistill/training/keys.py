@@ -135,7 +135,10 @@ TABLE: Mapping[str, Key] = {
             least=1, null="sized to the vocabulary",
         ),
         Key("enable_activation_checkpointing", FLAG, "computes activations twice to hold fewer of them", TRAINING, False),
-        Key("enable_activation_offloading", FLAG, "keeps activations in host memory; CUDA only", TRAINING, False),
+        Key(
+            "enable_activation_offloading", FLAG, "keeps activations in host memory; CUDA only, with "
+            "`enable_activation_checkpointing`", TRAINING, False,
+        ),
         Key("compile", FLAG, "compiles the model's layers", TRAINING, False),
         Key("save_every_steps", WHOLE, "steps between two checkpoints", TRAINING, least=0, null="one at the end"),
         Key("keep_last", WHOLE, "checkpoints to keep; older ones are removed", TRAINING, least=1, null="all of them"),
@@ -171,7 +174,10 @@ TABLE: Mapping[str, Key] = {
             "weights before that one's updates", ROUNDS, 0, least=0, most=1,
         ),
         Key("rollout_device", TEXT, "device of that process, such as cuda:1", ROUNDS, null="`device`"),
-        Key("teacher", COMPONENT, "the weights that score as the teacher", ROUNDS, null="the trained weights"),
+        Key(
+            "teacher", COMPONENT, "the weights that score as the teacher; pi_distill requires it", ROUNDS,
+            null="the trained weights",
+        ),
         Key("teacher_model", COMPONENT, "builder of a teacher of its own", ROUNDS, null="`model`"),
         Key("teacher_checkpointer", COMPONENT, "reader of the teacher's weights", ROUNDS, null="`checkpointer`"),
         Key("teacher_models", MAPPING, "name → builder, of the teachers of a RoutedTeacher", ROUNDS, null="`model` for all"),

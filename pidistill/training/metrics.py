@@ -31,6 +31,11 @@ is used.
 | masked_successes | rollouts with a reward ≥ `eval_success_threshold` among them; masked_success_frac: as a share of all such |
 | token_weight_mean | mean of what `objective.token_weight` makes of a term of 1; token_weight_zero_frac: share it leaves out |
 | gap_gate_mean | mean gate of SDAR, ½ taken off; credit_factor_mean: of what RLSD multiplies advantages with |
+| gap_weight | SDAR's and RLSD's weight of the log-ratio at this step |
+| selected_frac | share of the round's tokens that ConstantNegative trains |
+| router_loss | load-balancing loss of a mixture of experts |
+| <function>_nats | mean of a divergence of one's own, named by its function |
+| kept, kept_frac | `sample_distributed`: rows written down, and as a share of the rollouts |
 | proximal_change_nats | mean difference that TOP-D's `proximal_alpha` makes to an advantage |
 | loss/<name>, <metric>/<name> | loss and metrics of one of several objectives, over its own tokens |
 | ess_frac | effective sample size of the student's token ratios S/μ, as a share of the policy tokens |

@@ -14,7 +14,7 @@ builds, special tokens included; what only the teacher sees is in colour, or bet
 and policy tokens of a row's completion between ⟨ and ⟩. No weights are read. Ends with status 0, or with 2 if the config is
 wrong or a run would refuse one of the rows that are looked at: the first `--scan` ones of `dataset` and of `eval_dataset`. A
 config is code: its components are imported, and those that the prompts need are built (tokenizer, privileged prompt, datasets,
-objective); environment, reward and sampler are not.
+objective, and rewards or environments that check the rows' references); the sampler is not.
 """
 
 import argparse
