@@ -324,9 +324,9 @@ class SnapshotTeacher(Teacher):
 class RoutedTeacher(Teacher):
     """Let a key of each row name the teacher that scores it: one teacher per row, never an average (MOPD, arXiv 2601.02780).
 
-    Teachers may be of any kind but ServedTeacher and RoutedTeacher, and of any size, with the student's tokenizer. Their weights
-    are named at the top level of the config: `teacher_models` and `teacher_checkpointers`, each a mapping from the name; a name
-    in neither has `model`'s initial weights.
+    Teachers may be of any kind but ServedTeacher and RoutedTeacher, and of any size, with the student's tokenizer. Their
+    weights are named at the top level of the config: `teacher_models` and `teacher_checkpointers`, each a mapping from the
+    name; a name in neither has `model`'s initial weights.
 
     Args:
         key: where a row says it, a key of ``Example.data``.
