@@ -9,6 +9,7 @@ import argparse
 import collections
 import importlib.util
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,13 @@ def convert(file: Path, output: Path) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:  # the reader raises whatever a broken file leads it to
         raise InputError(f"transformers cannot read {file} ({one_line(error, 300)})") from error
+    _check_whole(file, loaded, info["missing_keys"])
     model, tied = _clean(loaded)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output)
@@ -69,6 +73,29 @@ def _check(file: Path, output: Path) -> None:
     absent = [name for name in ("transformers", "gguf") if importlib.util.find_spec(name) is None]
     if absent:
         raise InputError(f"reading a GGUF file needs {' and '.join(absent)}; run `pip install 'pidistill[gguf]'`")
+
+
+def _check_whole(file: Path, loaded: Any, missing: Collection[str]) -> None:
+    """Refuse a file that lacks weights, and one whose rotations transformers would read without their scaling."""
+    from gguf import GGUFReader
+
+    absent = sorted(set(missing) - {"lm_head.weight"})  # a file with a tied head has the embedding alone
+    if absent:
+        raise InputError(
+            f"{file} lacks {len(absent):,} of the model's weights, the first of which is {absent[0]}; if it is one part of a "
+            "split file, join the parts with `llama-gguf-split --merge`"
+        )
+    reader = GGUFReader(file)
+    scaling = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_f")]
+    for name, value in reader.fields.items():
+        if name.endswith(".rope.scaling.type") and value.contents() != "none":
+            scaling.append(f"{name} {value.contents()}")
+    rotations = getattr(loaded.config.get_text_config(), "rope_parameters", None) or {}
+    if scaling and rotations.get("rope_type", "default") == "default":
+        raise InputError(
+            f"{file} scales its rotations ({scaling[0]}), which transformers does not read from a GGUF file, so that the "
+            "folder would hold another model; take the publisher's folder"
+        )
 
 
 def _clean(loaded: Any) -> tuple[Any, bool]:

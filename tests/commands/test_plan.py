@@ -19,6 +19,7 @@ from tests.support.configs import CONFIGS, REAL, load, name_of, ranks_of
 TRAINING = {name_of(path): ranks_of(path) for path in CONFIGS if path not in REAL and "optimizer" in load(path)}
 GIVEN = ("--device", "a100", "--prompt-tokens", "150", "--privileged-tokens", "200", "--completion-tokens", "300")
 OPSD = ("qwen2_5/0.5B_opsd", *GIVEN)
+TEACHERS = "pidistill.teachers"
 
 
 def run(capsys, *words: str) -> tuple[int, str]:
@@ -221,3 +222,20 @@ def test_the_command_is_reached_from_the_command_line(capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         _cli.main()
     assert ended.value.code == 0 and "Share of a round's time" in capsys.readouterr().out
+
+
+def test_one_process_that_offloads_keeps_what_it_does_not_train_on_the_device(capsys):
+    words = ("fsdp_cpu_offload=true", f"teacher._component_={TEACHERS}.FrozenTeacher", *GIVEN)
+    memory = numbers(capsys, "qwen3/8B_opsd_lora", "fsdp_cpu_offload=true", *GIVEN)["memory"]["update"]
+    assert 15 * GIB < memory["weights"] < 16 * GIB  # the frozen base in bf16, without its adapters
+    memory = numbers(capsys, "qwen3/8B_opsd", *words)["memory"]["update"]
+    assert memory["weights"] < 0.1 * GIB < 15 * GIB < memory["teacher weights"] < 16 * GIB
+
+
+@pytest.mark.parametrize(("dtype", "bytes_of_both"), [("fp32", 4), ("bf16", 6)])
+def test_a_moving_average_in_fp32_is_the_teachers_weights_themselves(capsys, dtype, bytes_of_both):
+    words = ("qwen2_5/0.5B_opsd", f"dtype={dtype}", "compute_dtype=null", f"teacher._component_={TEACHERS}.EMATeacher")
+    memory = numbers(capsys, *words, *GIVEN)["memory"]["update"]
+    both = memory["teacher weights"] + memory["moving average"]
+    itemsize = {"fp32": 4, "bf16": 2}[dtype]
+    assert both == pytest.approx(memory["teacher weights"] / itemsize * bytes_of_both)

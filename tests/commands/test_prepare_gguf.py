@@ -44,8 +44,12 @@ def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf") / "model"
     hub_folder("qwen2, tied", folder, vocab_size=640, max_position_embeddings=512)
     qwen_folder(folder)
+    return folder, write_gguf(folder, folder.parent / "model.gguf")
+
+
+def write_gguf(folder, file, *, leave_out=None, rope_freqs=False):
+    """Write a folder's model as a file; without one of its weights, or with factors of its rotations."""
     config = json.loads((folder / "config.json").read_text())
-    file = folder.parent / "model.gguf"
     writer = gguf.GGUFWriter(file, "qwen2")
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(512)
@@ -58,16 +62,18 @@ def source(tmp_path_factory):
     writer.add_vocab_size(640)
     add_tokenizer(writer, folder)
     for name, tensor in reference(folder).state_dict().items():
-        if name == "lm_head.weight":
+        if name in ("lm_head.weight", leave_out):
             continue
         values = tensor.numpy()
         kind = gguf.GGMLQuantizationType.Q8_0 if values.ndim == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(gguf_name(name), gguf.quants.quantize(values.astype(np.float32), kind), raw_dtype=kind)
+    if rope_freqs:
+        writer.add_tensor("rope_freqs.weight", np.ones(8, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return folder, file
+    return file
 
 
 def add_tokenizer(writer, folder) -> None:
@@ -126,3 +132,13 @@ def test_wrong_files_are_one_sentence(source, tmp_path, capsys):
     assert "holds a model already" in capsys.readouterr().err
     assert ended([str(file), "--output", str(tmp_path / "text.gguf" / "made")]) == 2
     assert f"{tmp_path}/text.gguf is a file; choose another --output" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_the_whole_model_is_refused(source, tmp_path, capsys):
+    folder, _ = source
+    lacking = write_gguf(folder, tmp_path / "part.gguf", leave_out="model.layers.1.mlp.up_proj.weight")
+    scaled = write_gguf(folder, tmp_path / "scaled.gguf", rope_freqs=True)
+    for file, sentence in ((lacking, "lacks 1 of the model's weights"), (scaled, "scales its rotations (rope_freqs.weight)")):
+        assert ended([str(file), "--output", str(tmp_path / "made")]) == 2
+        assert sentence in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / "made").exists()

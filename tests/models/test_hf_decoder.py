@@ -18,7 +18,7 @@ from pidistill.models.fits import check_fits
 from pidistill.models.protocol import Decoder, carried_state, has_own_names
 from pidistill.testing import tiny_model
 from pidistill.training.load import _keep_buffers
-from tests.support.hf_families import FAMILIES, HYBRIDS, decoder_of, make_config, reference_model
+from tests.support.hf_families import FAMILIES, HYBRIDS, ROPE, SIZES, decoder_of, make_config, reference_model
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -43,6 +43,24 @@ def test_a_family_is_built_without_weights_and_planned(name, tmp_path):
     assert isinstance(model, Decoder) and has_own_names(model) and bool(carried_state(model)) == (name in HYBRIDS)
     shape = model_shape(model)
     assert shape.layers == 4 and shape.heads == 4 and shape.vocabulary == 50 and min(shape.saved_bytes, shape.maps) > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "noise"),
+    [
+        ("Starcoder2Config", {"residual_dropout": 0.3, "embedding_dropout": 0.3, "sliding_window": None}),
+        ("SeedOssConfig", {"residual_dropout": 0.3, "head_dim": 16}),
+        ("MixtralConfig", {"router_jitter_noise": 0.3, "sliding_window": None}),
+    ],
+)
+def test_a_folders_dropout_and_jitter_change_no_training_forward(kind, noise, tmp_path):
+    config = getattr(transformers, kind)(**SIZES, rope_parameters=ROPE, **noise)
+    torch.manual_seed(0)
+    model = from_folder(folder_of(config, tmp_path))
+    tokens = torch.arange(12)[None]
+    trained = model.train()(tokens)
+    torch.testing.assert_close(trained, model(tokens), rtol=0, atol=0)
+    torch.testing.assert_close(trained, model.eval()(tokens), rtol=0, atol=0)
 
 
 def test_the_plan_of_both_backends_is_the_same(tmp_path):

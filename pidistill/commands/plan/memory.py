@@ -38,16 +38,21 @@ def peak(parts: dict[str, dict[str, float]]) -> tuple[str, float]:
 
 
 def _resident_bytes(setup: Setup) -> dict[str, float]:
-    """Return the bytes that are held in every phase; FSDP2 shards them, and with offloading the device holds none of them."""
+    """Return the bytes that are held in every phase; FSDP2 shards them, and with offloading the device holds no shard."""
     model, share = setup.model, 0.0 if setup.cpu_offload else 1.0 / setup.shards
+    stored, teacher = setup.stored_bytes * share, setup.teacher_bytes * share
+    if setup.cpu_offload and setup.ranks == 1:  # one process shards what it trains alone; all else is whole, on the device
+        stored = model.weights_bytes - model.trained * model.item_bytes
+        teacher = setup.teacher_bytes - setup.average_elements * model.item_bytes
+    # In mixed precision and in fp32 the average is the teacher's weights themselves.
+    is_teacher = setup.mixed or model.item_bytes == 4
     return {
         "libraries": _LIBRARIES_BYTES[setup.device],
-        "weights": setup.stored_bytes * share + model.buffers_bytes,
+        "weights": stored + model.buffers_bytes,
         "4-bit weight made whole": model.dequantizing_bytes,
         "optimizer states": model.trained * setup.state_bytes * share,
-        "teacher weights": setup.teacher_bytes * share,
-        # In mixed precision the average is the teacher's weights themselves.
-        "moving average": setup.average_elements * (4 - (model.item_bytes if setup.mixed else 0)) * share,
+        "teacher weights": teacher,
+        "moving average": setup.average_elements * (4 - (model.item_bytes if is_teacher else 0)) * share,
     }
 
 
