@@ -4,6 +4,7 @@ transformers itself reads and writes the files: some families store their weight
 (a mixture's experts one by one). Whatever the folder's code says, none of it is run.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,10 @@ def save(weights: State, source: Path, folder: Path) -> None:
     """
     from pidistill.models.hf_decoder import quiet
 
-    dtypes = {tensor.dtype for tensor in weights.values()}
-    lm = _empty_lm(source, dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in weights.values():
+        sizes[tensor.dtype] += tensor.numel()
+    lm = _empty_lm(source, sizes.most_common(1)[0][0])  # some models keep a router in fp32 beside bf16
     single = weight_files(source) == [SINGLE]
     with quiet():
         lm.save_pretrained(folder, state_dict=dict(weights), max_shard_size="1000GB" if single else _SHARD)

@@ -9,12 +9,12 @@ from torchtune import utils
 from pidistill.errors import InputError
 from pidistill.training.disk import free_name, remove_tree, set_usual_modes, sync, sync_tree
 from pidistill.training.run_folder import BEGAN, LATEST, step_folder, step_folders, step_of
-from pidistill.training.training_state import DAMAGED, read_state
+from pidistill.training.training_state import DAMAGED, WeightMarks, read_state
 
 log = utils.get_logger("INFO")
 
 
-def publish(new: Path, output_dir: Path, step: int, marks: dict[str, int], resumed_step: int) -> None:
+def publish(new: Path, output_dir: Path, step: int, marks: WeightMarks, resumed_step: int) -> None:
     """Move the folder ``new`` to `step_N` and the link to it, each only once what it names is on the disk.
 
     Args:
@@ -38,7 +38,7 @@ def publish(new: Path, output_dir: Path, step: int, marks: dict[str, int], resum
     sync(output_dir)
 
 
-def _move_aside(folder: Path, to_remove: Path, marks: dict[str, int]) -> None:
+def _move_aside(folder: Path, to_remove: Path, marks: WeightMarks) -> None:
     """Make room for a new `step_N`: a kill before the link moved leaves the same step; anything else is kept."""
     if _has_weights(folder, marks):
         os.rename(folder, to_remove)
@@ -48,7 +48,7 @@ def _move_aside(folder: Path, to_remove: Path, marks: dict[str, int]) -> None:
     os.rename(folder, kept)
 
 
-def _has_weights(folder: Path, marks: dict[str, int]) -> bool:
+def _has_weights(folder: Path, marks: WeightMarks) -> bool:
     """Return whether the training state of a checkpoint says that it holds the weights which ``marks`` describes."""
     try:
         return read_state(folder).get("weights") == marks

@@ -22,6 +22,8 @@ from pidistill.training.run_folder import STATE_FILE, step_of
 
 FORMAT = 1
 
+WeightMarks = dict[str, tuple[int, str]]  # name → checksum of a weight's bytes, and its dtype
+
 # The exceptions that reading raises where a file was cut short or overwritten.
 DAMAGED = (
     RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError,
@@ -67,18 +69,32 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def weight_marks(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Return a checksum of each tensor's bytes, by name. The tensors are on CPU."""
-    return {name: zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy()) for name, tensor in weights.items()}
+def weight_marks(weights: Mapping[str, torch.Tensor]) -> WeightMarks:
+    """Return a checksum of each tensor's bytes and its dtype, by name. The tensors are on CPU."""
+    return {name: (_checksum(tensor), str(tensor.dtype).removeprefix("torch.")) for name, tensor in weights.items()}
 
 
-def check_weights(weights: Mapping[str, torch.Tensor], marks: Mapping[str, int]) -> None:
-    """Compare loaded weights with the checksums of the saved ones."""
+def check_weights(weights: Mapping[str, torch.Tensor], marks: WeightMarks | Mapping[str, int]) -> None:
+    """Compare loaded weights with the checksums of the saved ones.
+
+    A folder of several dtypes is loaded in the widest one, so each tensor is first put back into its own. States that older
+    versions wrote have no dtypes.
+    """
     if absent := sorted(marks.keys() - weights.keys()):
         raise ValueError(f"{absent[0]} is absent")
-    found = weight_marks({name: weights[name] for name in marks})
-    if changed := sorted(name for name, mark in marks.items() if found[name] != mark):
+    if changed := sorted(name for name, mark in marks.items() if not _has_mark(weights[name], mark)):
         raise ValueError(f"{changed[0]} has other values than when the training state beside it was written")
+
+
+def _has_mark(tensor: torch.Tensor, mark: int | tuple[int, str]) -> bool:
+    if isinstance(mark, int):
+        return _checksum(tensor) == mark
+    checksum, dtype = mark
+    return _checksum(tensor.to(getattr(torch, dtype))) == checksum
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def base_mark(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -11,6 +11,8 @@ from torchtune.training import MODEL_KEY
 from pidistill.errors import InputError
 from pidistill.models import HFCheckpointer
 from pidistill.rollouts import TorchtuneSampler
+from pidistill.training.training_state import check_weights, weight_marks
+from tests.support.hf_families import reference_model
 from tests.support.hub_models import MODELS, assert_same_logits, hub_folder, loaded, reference
 
 SHARDS = {"max_shard_size": "100KB"}
@@ -121,3 +123,21 @@ def test_what_the_folder_contradicts_is_refused(folders, tmp_path):
         checkpointer(folders("qwen3"), tmp_path).save_checkpoint({MODEL_KEY: weights}, epoch=0)
     with pytest.raises(InputError, match="saves full models"):
         checkpointer(folders("qwen3"), tmp_path).save_checkpoint({MODEL_KEY: weights, "adapter": {}}, epoch=0)
+
+
+@pytest.mark.parametrize(("buffers", "dtype"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")])
+def test_a_folder_of_two_dtypes_has_the_saved_weights_and_the_dtype_of_most(tmp_path, buffers, dtype):
+    """Gemma 4 keeps a scale in bf16 beside weights in fp32; some mixtures keep their router in fp32 beside bf16."""
+    pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
+    folder = tmp_path / "model"
+    reference_model("gemma4").save_pretrained(folder)
+    weights = checkpointer(folder, tmp_path, own_names=True).load_checkpoint()[MODEL_KEY]
+    others = getattr(torch, dtype)
+    saved = {name: value.to(buffers if name.endswith("layer_scalar") else others) for name, value in weights.items()}
+    checkpointer(folder, tmp_path, own_names=True).save_checkpoint({MODEL_KEY: saved}, epoch=0)
+    assert json.loads((tmp_path / "epoch_0" / "config.json").read_text())["dtype"] == dtype
+    again = checkpointer(tmp_path / "epoch_0", tmp_path, own_names=True).load_checkpoint()[MODEL_KEY]
+    check_weights(again, weight_marks(saved))
+    again["model.norm.weight"] = again["model.norm.weight"] * 1.01
+    with pytest.raises(ValueError, match="model.norm.weight has other values"):
+        check_weights(again, weight_marks(saved))
