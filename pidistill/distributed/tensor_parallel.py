@@ -204,8 +204,21 @@ def shard_model(
         options["ignored_params"] = {p for p in model.parameters() if not p.requires_grad}
     for name, module in reversed(list(model.named_modules())):
         if any(condition(name, module) for condition in conditions):
+            if compute_dtype is None:
+                _check_one_dtype(name, module)
             fully_shard(module, mesh=of_layers if name.startswith("layers.") else everyone, **options)
     fully_shard(model, mesh=everyone, **options)
+
+
+def _check_one_dtype(name: str, module: nn.Module) -> None:
+    """Refuse a layer whose trained weights have several dtypes, which FSDP2 cannot gather together."""
+    dtypes = {str(p.dtype).removeprefix("torch."): own for own, p in module.named_parameters() if p.requires_grad}
+    if len(dtypes) > 1:
+        found = " and ".join(f"{dtype} in {own}" for dtype, own in sorted(dtypes.items(), reverse=True))
+        raise InputError(
+            f"{name} has {found}, as the model's own code wants, and several processes cannot share such a layer; set "
+            "dtype=fp32 and compute_dtype=bf16"
+        )
 
 
 def complete_gradients(model: nn.Module) -> None:

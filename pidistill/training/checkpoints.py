@@ -238,7 +238,13 @@ class Checkpoints:
 
     def _restore(self, model: Decoder, updates: Updates, teacher: Teacher | None) -> None:
         self._refuse_other_state("lr_scheduler", updates.scheduler is not None, self.state["scheduler"] is not None)
-        self._refuse_other_state("teacher", bool(teacher and teacher.state_dict()), bool(self.state["teacher"]))
+        kept = teacher.state_dict().keys() if teacher is not None else ()
+        self._refuse_other_state("teacher", bool(kept), bool(self.state["teacher"]))
+        if set(kept) != set(self.state["teacher"]):
+            raise InputError(
+                f"the checkpoint in {self.run.output_dir / LATEST} has the state of another kind of `teacher`; resume with the "
+                "`teacher` that it was trained with, or set another output_dir"
+            )
         restore_optimizer(model, updates.optimizer, self.state["optimizer"], self.state.get("optimizer_kind"))
         updates.apply_settings(self.state["scheduler"], self.state.get("scheduler_kind"))
         updates.nonfinite_steps, updates.nonfinite_in_a_row, updates.empty_steps = self.state["skipped_steps"]

@@ -13,6 +13,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pidistill.distributed.run import Run
 from pidistill.distributed.shards import forward_device, shard_in_place
+from pidistill.distributed.tensor_parallel import shard_model
+from pidistill.errors import InputError
+from pidistill.testing import tiny_model
 from pidistill.training.load import _fill, _keep_buffers
 from pidistill.training.optimizers import _placed
 
@@ -77,3 +80,12 @@ def test_a_model_computes_on_the_device_of_its_mesh(cuda_mesh, monkeypatch):
     assert forward_device(model) == CPU
     model.weight = nn.Parameter(shard_in_place(weight, cuda_mesh, [Shard(0)], weight.shape, weight.stride()))
     assert model.weight.device == CPU and forward_device(model) == torch.device("cuda", 3)
+
+
+def test_a_layer_of_two_dtypes_is_refused_before_it_is_sharded(cuda_mesh):
+    model = tiny_model(50)
+    model.layers[0].mlp.w1.to(torch.bfloat16)
+    with pytest.raises(InputError, match=r"layers.0 has float32 in .* and bfloat16 in mlp.w1.weight"):
+        shard_model(
+            model, [lambda name, _: name == "layers.0"], device_type="cuda", cpu_offload=False, reshard_after_forward=True
+        )

@@ -1,5 +1,6 @@
 """Test checkpoints: whole or absent, loadable by transformers, and enough to continue exactly."""
 
+import copy
 import gc
 import io
 import json
@@ -257,6 +258,16 @@ def test_a_teacher_without_its_state_is_refused(hub, tmp_path):
     training.checkpoints.save(1, 1, training.model, training.updates, LiveTeacher())
     resumed = Training(tmp_path / "run", hub, resume_from_checkpoint=True)
     with pytest.raises(InputError, match="lacks a state of `teacher` and this config needs it"):
+        resumed.checkpoints.restore(resumed.model, resumed.updates, resumed.teacher)
+
+
+def test_the_state_of_another_kind_of_teacher_is_refused(hub, tmp_path):
+    training = Training(tmp_path / "run", hub)
+    snapshot = copy.copy(training.teacher)
+    snapshot.state_dict = lambda: training.teacher.state_dict() | {"steps": torch.tensor(3)}
+    training.checkpoints.save(1, 1, training.model, training.updates, snapshot)
+    resumed = Training(tmp_path / "run", hub, resume_from_checkpoint=True)
+    with pytest.raises(InputError, match="has the state of another kind of `teacher`"):
         resumed.checkpoints.restore(resumed.model, resumed.updates, resumed.teacher)
 
 
