@@ -61,7 +61,7 @@ class SampleRecipe:
             privileged=self._data.privileged,
             run=self._run,
             max_new_tokens=sampler.max_new_tokens,
-            max_seq_len=self._data.max_seq_len,
+            max_seq_len=self._data.sampled_len or self._data.max_seq_len,
         )
         self._provenance = {
             "checkpoint": str(cfg.checkpointer.get("checkpoint_dir")),

@@ -20,6 +20,7 @@ from pidistill.data.routes import route_of
 from pidistill.errors import InputError
 from pidistill.models.empty import shared_empty_model
 from pidistill.privileged.prompt import PrivilegedPrompt
+from pidistill.privileged.turn_templates import check_turn_templates
 from pidistill.tokenizers import ChatTokenizer, as_chat_tokenizer
 from pidistill.training.keys import setting
 from pidistill.types import Example, PromptPair
@@ -41,6 +42,7 @@ class RecipeData:
     success_threshold: float  # the reward from which a rollout counts as a success
     max_seq_len: int  # the smaller of the tokenizer's and the model's limit, in tokens
     privileged: PrivilegedPrompt = field(default_factory=PrivilegedPrompt)  # with the teacher's own tokenizer, if it has one
+    sampled_len: int | None = None  # tokens of the longest row that the sampler takes; None for ``max_seq_len``
 
 
 def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True, judged: bool = True) -> RecipeData:
@@ -54,9 +56,13 @@ def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True, judged: b
     privileged = load_privileged(cfg, tokenizer)
     room = int(cfg.sampler.max_new_tokens) if cfg.get("sampler") else 0
     limits = {"on_overflow": cfg.get("on_overflow"), "max_seq_len": max_seq_len}
+    sampler_limit = find_sampler_limit(cfg) if room else None
     dataset = build(cfg.dataset)
     train = build_prompts(dataset, tokenizer, privileged, no_pi=no_pi, max_new_tokens=room if samples else 0, **limits)
+    train = _keep_sampled(train, sampler_limit if samples else None, cfg, privileged)
     _say_what_is_left_out("dataset", dataset, train)
+    if _answers_turns(cfg):
+        check_turn_templates(privileged, tokenizer, train.prompts[0][0])
     _warn_of_repeated_rows(cfg, len(train.prompts))
     _say_who_sampled([example for example, _ in train.prompts], privileged.control)
     if samples and judged:
@@ -65,6 +71,7 @@ def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True, judged: b
     if cfg.get("eval_dataset"):
         dataset = build(cfg.eval_dataset)
         evaluation = build_prompts(dataset, tokenizer, privileged, no_pi="rl", max_new_tokens=room, **limits)
+        evaluation = _keep_sampled(evaluation, sampler_limit, cfg, privileged)
         _say_what_is_left_out("eval_dataset", dataset, evaluation)
         if said := trained_rows_sentence(train.prompts, evaluation.prompts):
             log_rank_zero(_log, said, level=logging.WARNING)
@@ -80,7 +87,37 @@ def load_prompts(cfg: DictConfig, *, no_pi: str, samples: bool = True, judged: b
         success_threshold=float(setting(cfg, "eval_success_threshold")),
         max_seq_len=max_seq_len,
         privileged=privileged,
+        sampled_len=None if sampler_limit is None else min(max_seq_len, sampler_limit[0]),
     )
+
+
+def find_sampler_limit(cfg: DictConfig) -> tuple[int, str] | None:
+    """Return the tokens of the longest row that the sampler itself takes, and what sets them; None where it has no limit.
+
+    A sampler that has one says so by a static method ``find_length_limit(settings, model)``; the model has no weights.
+    """
+    name = cfg.sampler.get(COMPONENT)
+    find = getattr(resolve(name), "find_length_limit", None) if name else None
+    return None if find is None else find(cfg.sampler, shared_empty_model(cfg.model))
+
+
+def _keep_sampled(found: Prompts, limit: tuple[int, str] | None, cfg: DictConfig, privileged: PrivilegedPrompt) -> Prompts:
+    """Return the rows that fit into the sampler's own limit; the others are counted, or refused, as `on_overflow` says."""
+    if limit is None:
+        return found
+    room = int(cfg.sampler.max_new_tokens)
+    kept = [(row, pair) for row, pair in found.prompts if max(len(pair.student), len(pair.teacher)) + room <= limit[0]]
+    too_long = len(found.prompts) - len(kept)
+    if too_long and ((cfg.get("on_overflow") or privileged.on_overflow) == "error" or not kept):
+        row, pair = max(found.prompts, key=lambda one: max(len(one[1].student), len(one[1].teacher)))
+        longest = max(len(pair.student), len(pair.teacher))
+        raise InputError(
+            f"example {row.id}: the prompt ({longest:,} tokens) plus sampler.max_new_tokens {room:,} exceeds the {limit[0]:,} "
+            f"tokens of {limit[1]} by {longest + room - limit[0]:,}, the most of {too_long:,} such rows among "
+            f"{len(found.prompts):,}; raise that limit if it is a key, lower sampler.max_new_tokens or set `on_overflow: drop`"
+        )
+    dropped = Counter(found.dropped) + Counter({"prompt_too_long": too_long})
+    return replace(found, prompts=kept, dropped=dict(dropped) if too_long else found.dropped)
 
 
 def _say_what_is_left_out(part: str, rows: Iterable[Example], found: Prompts) -> None:
@@ -192,6 +229,12 @@ def _some_component(node: Any, test: Callable[[Any, Mapping[str, Any]], bool]) -
     if node.get(COMPONENT) and test(resolve(node[COMPONENT]), node):
         return True
     return any(_some_component(part, test) for key, part in node.items() if key != "reward")
+
+
+def _answers_turns(cfg: DictConfig) -> bool:
+    """Return whether the config shows that episodes have several turns; False where only the environment itself knows."""
+    turns = cfg.get("max_turns")
+    return turns != 1 and (turns is not None or gives_privileged(cfg.get("environment")))
 
 
 def told_later(cfg: DictConfig) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 
 from pidistill.components import resolve
 from pidistill.envs.base import Environment, EnvStep, judge_unfinished
+from pidistill.envs.process import ProcessEnvironment
+from pidistill.envs.routed import RoutedEnvironment
 from pidistill.errors import InputError
 from pidistill.types import Example, Message
 
@@ -27,6 +29,11 @@ class StatePrivileged:
         self.environment, self.text = environment, resolve(text) if isinstance(text, str) else text
         if not callable(self.text):
             raise InputError(f"environment.text={text} is no function; give one of the state that returns a text or None")
+        if _runs_in_processes(environment):
+            raise InputError(
+                "environment.text would be given the pickled state of a ProcessEnvironment, which it cannot read; exchange the "
+                "two: put StatePrivileged under the key `environment` of ProcessEnvironment"
+            )
 
     def reset(self, example: Example) -> Any:
         return self.environment.reset(example)
@@ -37,3 +44,10 @@ class StatePrivileged:
 
     def unfinished(self, state: Any) -> EnvStep:
         return judge_unfinished(self.environment, state)
+
+
+def _runs_in_processes(environment: Environment) -> bool:
+    """Return whether an episode's state is kept by a ProcessEnvironment, also one that plays only some rows."""
+    if isinstance(environment, RoutedEnvironment):
+        return any(map(_runs_in_processes, environment.environments.values()))
+    return isinstance(environment, ProcessEnvironment)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 from pidistill.chat.calls import ACTION_TAGS, CALL_TEMPLATE, CallStyle
 from pidistill.chat.messages import message_text, tool_call_text, transcript_text
@@ -26,6 +27,8 @@ from pidistill.types import Example, Message, Rollout
 _log = logging.getLogger(__name__)
 
 MAX_TEXT_CHARS = 200_000
+_PLAIN_TEXT = "a a a a"
+T = TypeVar("T")
 
 TextOfTurns = Callable[[Example, Sequence[Message]], str | None]
 
@@ -179,19 +182,20 @@ def add_hindsight(
     """Write each rollout's teacher prompt again, in place; return counts over this rank's rollouts, to be summed.
 
     ``privileged`` says where the text goes, and its ``control`` applies: another group's text stands for another row's, and a
-    sibling that failed is the wrong one. A text that does not fit into ``max_seq_len`` is left out and counted.
+    sibling that failed is the wrong one. A text that does not fit into ``max_seq_len`` is left out and counted, and so is one
+    that the chat template refuses where it takes another one.
     """
     failures, errors = getattr(hindsight.feedback, "failures", None), len(hindsight.errors)  # a judge counts its own failures
     find = hindsight.wrong_texts if privileged.control == "wrong" else hindsight.texts
     texts = run.once(lambda: find(rollouts))  # a judge may answer twice in two ways
-    texts = _controlled(privileged, rollouts, texts, tokenizer, run)
-    too_long = 0
+    texts = _controlled(hindsight, privileged, rollouts, texts, tokenizer, run)
+    too_long, build = 0, partial(privileged.build, tokenizer=tokenizer)
     for rollout, text in zip(rollouts, texts, strict=True):
-        views = privileged.build(replace(rollout.example, privileged=text), tokenizer)
-        fits = privileged.overflow(rollout.example, views) is None
+        views = _write(build, replace(rollout.example, privileged=text), hindsight.errors)
+        fits = views is not None and privileged.overflow(rollout.example, views) is None
         if not fits or len(replace(rollout, prompts=views.pair).sequence("teacher")[0]) > max_seq_len:
-            too_long += 1
-            text, views = None, privileged.build(replace(rollout.example, privileged=None), tokenizer)
+            too_long += views is not None
+            text, views = None, build(replace(rollout.example, privileged=None))
         rollout.example, rollout.prompts = replace(rollout.example, privileged=text), views.pair
     counts = {
         "_with_pi": float(sum(r.prompts.has_privileged for r in rollouts)),
@@ -209,8 +213,26 @@ def add_hindsight(
     return counts
 
 
+def _write(make: Callable[[Example], T], row: Example, errors: list[str]) -> T | None:
+    """Return what ``make`` makes of a row with its text; None, with an entry in ``errors``, where it refuses this text alone.
+
+    Where it refuses a plain word in its place too, the config is wrong, and the error is raised.
+    """
+    try:
+        return make(row)
+    except InputError as error:
+        make(replace(row, privileged=_PLAIN_TEXT if row.privileged else None))
+        errors.append(f"the text for {row.id} cannot be shown: {bounded_repr(error, 500)}")
+        return None
+
+
 def _controlled(
-    privileged: PrivilegedPrompt, rollouts: Sequence[Rollout], texts: list[str | None], tokenizer: ChatTokenizer, run: Run
+    hindsight: Hindsight,
+    privileged: PrivilegedPrompt,
+    rollouts: Sequence[Rollout],
+    texts: list[str | None],
+    tokenizer: ChatTokenizer,
+    run: Run,
 ) -> list[str | None]:
     """Return what the control shows in place of the texts that were found."""
     examples = [replace(rollout.example, privileged=text) for rollout, text in zip(rollouts, texts, strict=True)]
@@ -221,7 +243,9 @@ def _controlled(
         return _from_other_groups(rollouts, shown, [repr(example.messages) for example in examples], run)
     if privileged.control in (None, "wrong"):
         return texts
-    return [privileged.control_row(example, tokenizer).privileged if example.privileged else None for example in examples]
+    control = partial(privileged.control_row, tokenizer=tokenizer)
+    shown = [_write(control, example, hindsight.errors) if example.privileged else None for example in examples]
+    return [None if example is None else example.privileged for example in shown]
 
 
 def _from_other_groups(

@@ -1,7 +1,7 @@
 """Look for the reference anywhere in an answer, as whole words."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pidistill.chat.phrases import LETTER, whole_words
@@ -10,15 +10,18 @@ from pidistill.rewards.base import last_answer, reference_text
 from pidistill.types import Example, Message
 
 # A number with its sign, thousands and decimals: `7` is not said by "7.5", "17,000" or "-7".
-_NUMBER = r"(?:(?<![\w)])[-−])?(?>\d+(?:,\d{3}(?!\d))*(?:\.\d+)?)"
+_NUMBER = r"(?:(?<![\w)])[-−])?(?>\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|(?<![\w.)])\.\d+)"
+_BEFORE, _AFTER = f"(?<!{LETTER})", f"(?!{LETTER})"
+_UNSIGNED = r"(?<![^\w)][-−])(?<!\A[-−])"  # "-$5" does not say "$5"; "$3-$5" does
 
 
 @dataclass(frozen=True)
 class Contains:
     """Return 1.0 where the last assistant turn contains ``example.reference`` as whole words, else 0.0.
 
-    Reasoning within ``<think>`` is no part of the answer. A reference that is a number counts where the answer has that number
-    whole: "7" is not said by "7.5", "17,000" or "-7". Scripts without spaces between words have no whole words.
+    Reasoning within ``<think>`` is no part of the answer. A number in the reference counts where the answer has that number
+    whole, in whatever way it is written: "7" is said by "7.0" and not by "7.5", "17,000" or "-7", and "$5" not by "$5,000".
+    Scripts without spaces between words have no whole words.
 
     An answer that lists many candidates passes too. ``unwanted_key`` names the texts that such a list would have; else keep
     ``sampler.max_new_tokens`` short, or add a length penalty.
@@ -50,10 +53,10 @@ class Contains:
         return float(said and not any(self._says(answer, text) for text in self._unwanted(example)))
 
     def _says(self, text: str, wanted: str) -> bool:
-        if re.fullmatch(_NUMBER, wanted):
-            said = (found[0].replace("−", "-") for found in re.finditer(_NUMBER, text) if _is_alone(found))
-            return wanted.replace("−", "-") in said
-        return re.search(whole_words(wanted), text, re.IGNORECASE if self.casefold else 0) is not None
+        pieces = re.split(f"({_NUMBER})", wanted)  # text and numbers in turn; text at both ends, which may be empty
+        found = _find(pieces, text, re.IGNORECASE if self.casefold else 0)
+        values = list(map(_normal, pieces[1::2]))
+        return any(list(map(_normal, numbers)) == values for numbers in {match.groups() for match in found})
 
     def _unwanted(self, example: Example) -> list[str]:
         """Return the texts that make an answer wrong."""
@@ -76,7 +79,21 @@ class Contains:
         return texts
 
 
-def _is_alone(found: re.Match[str]) -> bool:
-    """Return whether a number is no part of a word: "v1.5" and "7th" have none."""
-    around = found.string[max(0, found.start() - 1) : found.start()] + found.string[found.end() : found.end() + 1]
-    return not re.search(LETTER, around)
+def _find(pieces: Sequence[str], text: str, flags: int) -> Iterator[re.Match[str]]:
+    """Return where ``text`` has the pieces as whole words, with any whole number in the place of each number, as groups."""
+    first, last = pieces[0], pieces[-1]
+    before = whole_words(first).removesuffix(_AFTER).removesuffix(re.escape(first)) if first else _BEFORE
+    after = whole_words(last).removeprefix(_BEFORE).removeprefix(re.escape(last)) if last else _AFTER
+    middle = "".join(f"({_NUMBER})" if n % 2 else re.escape(piece) for n, piece in enumerate(pieces))
+    pattern = re.compile(before + (_UNSIGNED if re.fullmatch(r"[$€£¥]\s?", first) else "") + middle + after, flags)
+    if first:
+        return pattern.finditer(text)
+    starts = (number.start() for number in re.finditer(_NUMBER, text))  # never within a number
+    return filter(None, (pattern.match(text, start) for start in starts))
+
+
+def _normal(number: str) -> str:
+    """Return a number in the one way of writing that all ways of its value share; leading zeros, as of a code, stay."""
+    number = number.replace("−", "-").replace(",", "")
+    number = number.rstrip("0").rstrip(".") if "." in number else number
+    return re.sub(r"^(-?)(?=\.)", r"\g<1>0", number)

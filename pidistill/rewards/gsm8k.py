@@ -19,14 +19,23 @@ MAX_DIGITS = 64
 TOLERANCE = Fraction(1, 10**6)  # 0.333333 is a third
 
 _FORMATS = ("any", "boxed", "hashes", "last_number")
-_SCALES = frozenset(
-    (
-        *("hundred", "hundreds", "thousand", "thousands", "million", "millions", "billion", "billions", "dozen", "dozens", "k"),
-        *("percent", "half", "halves", "third", "thirds", "quarter", "quarters", "tenth", "tenths", "mil", "squared", "cubed"),
-        *("times", "plus", "minus", "divided", "over", "or", "and", "not", "to"),
-    )
-)
-_SHORT_UNITS = frozenset("ghlms")
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_SCALES = _words("""
+    hundred hundreds thousand thousands million millions billion billions trillion trillions quadrillion lakh lakhs crore crores
+    dozen dozens k mil mn bn tn percent half halves third thirds quarter quarters tenth tenths fourths fifths sixths sevenths
+    eighths ninths elevenths twelfths hundredths thousandths squared cubed times plus minus divided over or not to
+""")
+_ORDINALS = _words("fourth fifth sixth seventh eighth ninth eleventh twelfth hundredth thousandth")
+_NUMBERS = _words("""
+    one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety
+""")
+_UNITS_FIRST = frozenset(("times", "percent", "quarters"))  # right behind the number these are what is counted
+_SHORT_UNITS = frozenset("ghlmsL")  # "M" is a million
 
 
 @dataclass(frozen=True)
@@ -34,11 +43,12 @@ class GSM8KReward:
     """Return 1.0 where the final answer of the last assistant turn is the number in ``example.reference``, else 0.0.
 
     An answer counts with its unit, a currency sign, bold or code marks. A calculation (``70+2``) and a number that a word
-    scales (``72 million``) do not count. Two successes are logged beside the reward, whatever ``format`` is, so that a wrong
-    answer and a right one that is written in another way can be told apart:
+    scales (``72 million``, ``3 fifths``) do not count. Two successes are logged beside the reward, whatever ``format`` is, so
+    that a wrong answer and a right one that is written in another way can be told apart:
 
         reward/success_strict        the answer stands where ``format`` says; with "last_number", where "any" says
-        reward/success_last_number   the last number of the text is right, wherever it stands ("flexible extraction")
+        reward/success_last_number   the last number of the text is right, wherever it stands ("flexible extraction"); a
+                                     fraction is one number, and the power of a unit (``km^2``) is none
 
     Attributes:
         format: where the final answer stands: "boxed" (in the last ``\\boxed{}``), "hashes" (after the last ``####``, to the
@@ -107,9 +117,11 @@ def _last_boxed(text: str) -> str | None:
 
 def _last_number(text: str) -> str | None:
     end = max(text.rfind(digit) for digit in "0123456789") + 1
-    start = max(0, end - 2 * MAX_DIGITS)
-    window = text[start:end].replace("{,}", ",").replace("\\!", "")
-    found = re.search(rf"(?:(?<![\w.)}}\]])[-−]\s?)?[$€£]?(?:{_UNSIGNED})\Z", window, re.ASCII)
+    start = max(0, end - 4 * MAX_DIGITS)
+    window = _UNIT_POWER.sub("", text[start : end + 1]).replace("{,}", ",").replace("\\!", "")
+    end = max(window.rfind(digit) for digit in "0123456789") + 1
+    closed = window[: end + window.startswith("}", end)]  # with the last brace of \frac{1}{2}
+    found = _LAST_FRACTION.search(closed) or _LAST_NUMBER.search(window[:end])
     if found is None or (start > 0 and found.start() == 0):  # the number begins before the window
         return None
     return found[0]
@@ -118,26 +130,31 @@ def _last_number(text: str) -> str | None:
 # ------------------------------------------------------------------------------------------- what a number is
 
 _UNSIGNED = r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
-_FRACTION = r"\\[dt]?frac\s?(?:\{\s?([0-9]+)\s?\}\s?\{\s?([0-9]+)\s?\}|([0-9])\s?([0-9]))|([0-9]+)\s?/\s?([0-9]+)"
+_FRACTION = r"\\[dt]?frac\s?(?:\{\s?([-+−]?[0-9]+)\s?\}\s?\{\s?([-+−]?[0-9]+)\s?\}|([0-9])\s?([0-9]))|([0-9]+)\s?/\s?([0-9]+)"
+_MIXED = rf"(?:(?P<whole>[0-9]+)(?:\s|(?=\\)))?(?P<fraction>{_FRACTION})"
 _WRITTEN = re.compile(
-    rf"(?P<sign>[-+−]?)\s?(?:(?P<number>{_UNSIGNED})|(?:(?P<whole>[0-9]+)(?:\s|(?=\\)))?(?P<fraction>{_FRACTION}))\s?%?"
-    r"(?P<unit>\s?\(?[A-Za-z]+(?:[ /-][A-Za-z]+){0,3}\)?)?\s?\.?",
+    rf"(?P<sign>[-+−]?)\s?(?:(?P<number>{_UNSIGNED})|{_MIXED})\s?%?"
+    r"(?P<unit>\s?(?:/\s?|\()?[A-Za-z]+(?:[ /-][A-Za-z]+){0,3}\)?)?\s?\.?",
     re.ASCII,
 )
+_SIGN_AND_CURRENCY = r"(?:(?<![\w.)}\]])[-−]\s?)?[$€£¥]?"
+_LAST_NUMBER = re.compile(rf"{_SIGN_AND_CURRENCY}(?:{_UNSIGNED})\Z", re.ASCII)
+_LAST_FRACTION = re.compile(rf"{_SIGN_AND_CURRENCY}(?<![\w.,/]){_MIXED}\Z", re.ASCII)
+_UNIT_POWER = re.compile(r"(?<=[A-Za-z])\}?\s?\^\{?[23](?![0-9])\}?")
 
 
 def read_number(answer: str) -> Fraction | None:
     """Return the number that an answer writes, alone or followed by a unit; None where anything could change its value.
 
-    A unit is one to four words. Words that scale the number ("million", "dozen"), operators and further numbers are no unit.
+    A unit is one to four words. Words that scale the number ("million", "fifths", "M"), operators and further numbers are no
+    unit; "times", "percent" and "quarters" are one right behind the number.
     """
     if len(answer) > MAX_ANSWER_CHARS:
         return None
     found = _WRITTEN.fullmatch(_without_markup(answer))
     if found is None:
         return None
-    words = re.findall(r"[a-z]+", (found["unit"] or "").lower())
-    if any(word in _SCALES or (len(word) == 1 and word not in _SHORT_UNITS) for word in words):
+    if not _is_unit(re.findall(r"[A-Za-z]+", found["unit"] or "")):
         return None
     texts = (found["number"] or "", found["whole"] or "0", *re.findall(r"[0-9]+", found["fraction"] or ""))
     if any(len(text) > MAX_DIGITS for text in texts):
@@ -146,21 +163,40 @@ def read_number(answer: str) -> Fraction | None:
     return -value if value is not None and found["sign"] in ("-", "−") else value
 
 
+def _is_unit(words: Sequence[str]) -> bool:
+    """Return whether words behind a number leave its value as it is; none of them do."""
+    plain = [word.lower() for word in words]
+    if plain and plain[0] in _UNITS_FIRST and plain[:2] != ["quarters", "of"]:
+        words, plain = words[1:], plain[1:]
+    if any(word in _SCALES for word in plain) or any(len(word) == 1 and word not in _SHORT_UNITS for word in words):
+        return False
+    if "and" in plain and (plain[0] == "and" or _NUMBERS.intersection(plain)):  # "5 feet and two inches"
+        return False
+    return not any(word in _ORDINALS and plain[n + 1 : n + 2] in ([], ["of"]) for n, word in enumerate(plain))
+
+
 def _fraction(found: re.Match[str]) -> Fraction | None:
     """Return the value of a fraction with what stands before it: 5 1/2 is 5.5."""
-    above, below = (int(digits) for digits in found.groups()[_FIRST_OF_FRACTION:][:6] if digits)
-    return None if below == 0 else int(found["whole"] or 0) + Fraction(above, below)
+    above, below = (int(digits.replace("−", "-")) for digits in found.groups()[_FIRST_OF_FRACTION:][:6] if digits)
+    if below == 0 or (found["whole"] and (above < 0 or below < 0)):
+        return None
+    return int(found["whole"] or 0) + Fraction(above, below)
 
 
 _FIRST_OF_FRACTION = _WRITTEN.groupindex["fraction"]
+_DEGREES = re.compile(r"(?:°|\^\{?\\circ\}?)\s?(?:[CFK](?![A-Za-z])|\\(?:text|mathrm)\s?\{\s?[CFK]\s?\})?")
+_STARS = re.compile(r"\*{1,3}+(?!\s?[0-9(.])|(?<![0-9)*])(?<![0-9)]\s)\*{1,3}+")  # of bold and italic, not those of 6*2
 
 
 def _without_markup(answer: str) -> str:
     """Return the answer without the marks of LaTeX and Markdown that do not change a number."""
-    plain = re.sub(r"\\\$|\*\*|[`_$€£°]|\\[!,;:]|\\[()\[\]]|\\(?:left|right|approx|displaystyle)(?![A-Za-z])", "", answer)
+    plain = _DEGREES.sub(" degrees ", answer)
+    plain = re.sub(r"\\\$|[`_$€£¥]|\\[!,;:]|\\[()\[\]]|\\(?:left|right|approx|displaystyle)(?![A-Za-z])", "", plain)
+    plain = _STARS.sub("", plain)
     plain = plain.replace("{,}", ",").replace("\\%", "%").replace("\\ ", " ").replace("~", " ")
     plain = re.sub(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s?\{([^{}]*)\}", r" \1 ", plain)
-    plain = re.sub(r"\^\{?\\circ\}?|(?<=[A-Za-z])\s?(?:\^\{?[23]\}?|[²³])(?![0-9])", "", plain)  # degrees, squares, cubes
+    plain = re.sub(r"(?<=[A-Za-z])\s?(?:\^\{?[23]\}?|[²³])(?![0-9])", "", plain)  # squares and cubes of units
+    plain = re.sub(r"\b(sq|cu|fl)\.", r"\1 ", plain, flags=re.IGNORECASE)
     plain = " ".join(plain.split())
     while len(plain) > 1 and plain[0] + plain[-1] in ("{}", "()"):
         plain = plain[1:-1].strip()

@@ -120,7 +120,8 @@ class OverlongPenalty:
     It is 0 up to limit − buffer and −factor from the limit on, and is added to the reward of the last turn.
 
     Attributes:
-        limit: tokens of the whole completion, observations included, usually `sampler.max_new_tokens`, which counts the same.
+        limit: tokens of the whole completion as the view that sampled read it, observations included, usually
+            `sampler.max_new_tokens`, which counts the same.
         buffer: tokens before the limit over which the reward falls.
         factor: the most that is subtracted.
     """
@@ -138,7 +139,9 @@ class OverlongPenalty:
             )
 
     def __call__(self, rollout: Rollout) -> list[float]:
-        over = len(rollout.completion) - (self.limit - self.buffer)
+        reads = rollout.teacher_reads if rollout.sampled_by == "teacher" else ()
+        longer = sum(len(shown) - (last - first) for first, last, shown in reads)  # the sampler counted these ids too
+        over = len(rollout.completion) + longer - (self.limit - self.buffer)
         share = min(max(over / self.buffer, 0.0), 1.0)
         return [0.0] * (len(rollout.turn_policy_tokens) - 1) + [-self.factor * share if share else 0.0]
 

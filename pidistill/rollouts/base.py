@@ -24,7 +24,11 @@ class Sample:
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Sample completions. The attributes are the settings; the scorer reads ``temperature``, so both use one distribution."""
+    """Sample completions. The attributes are the settings; the scorer reads ``temperature``, so both use one distribution.
+
+    A sampler that takes shorter rows than the model may have a static method ``find_length_limit(settings, model)``, which
+    returns (tokens, what sets them) or None: longer rows are then found when the data are loaded.
+    """
 
     temperature: float
     top_p: float | None

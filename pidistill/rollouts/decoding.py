@@ -361,6 +361,13 @@ def gathered_parameters(model: nn.Module) -> Iterator[None]:
             module.reshard()
 
 
+def find_window(model: Decoder) -> int | None:
+    """Return the shortest sliding window of torchtune's attention, beyond which it cannot sample; None without any."""
+    attentions = [] if takes_layer_masks(model) else attention_modules(model)
+    windows = (getattr(attention, "sliding_window_size", None) for attention in attentions)
+    return min((window for window in windows if window is not None), default=None)
+
+
 def _check_attentions(attentions: list[nn.Module], max_columns: int) -> None:
     if any(attention.kv_cache is not None for attention in attentions):
         raise InputError(

@@ -27,6 +27,7 @@ from pidistill.envs.base import (
 )
 from pidistill.errors import InputError, attempt, bounded_repr, bounded_traceback
 from pidistill.privileged.prompt import PrivilegedPrompt
+from pidistill.privileged.turn_templates import find_turn_difference
 from pidistill.rewards.shaping import Shaping, add_shaping
 from pidistill.rollouts.base import Sample
 from pidistill.rollouts.calls import ask
@@ -41,9 +42,9 @@ DROP_REASONS = ("reward_error", "reward_not_finite", "environment_output", "envi
 
 ``reward_error``: the environment, its reward or a part of `reward_shaping` raised. ``reward_not_finite``: it gave NaN, an
 infinity or a number beyond :data:`~pidistill.envs.base.LARGEST_REWARD`. ``environment_output``: it returned no EnvStep, one
-with a reward that is no number, observations that are no messages, too long, or refused by the tokenizer, or a state that
-cannot be kept. ``environment_timeout``: no answer came within the time limit. ``environment_crash``: the process that the
-environment ran in died (:class:`pidistill.envs.ProcessEnvironment`).
+with a reward that is no number, observations that are no messages, too long, or refused by the tokenizer (alone or with the
+text for the teacher), or a state that cannot be kept. ``environment_timeout``: no answer came within the time limit.
+``environment_crash``: the process that the environment ran in died (:class:`pidistill.envs.ProcessEnvironment`).
 """
 _OWN_REASONS = {
     EnvironmentOutputError: "environment_output",
@@ -115,13 +116,24 @@ class Episode:
         encode = partial(tokenizer.encode_observations, history, self.observations, self.example.tools)
         where = f"the tokenizer, with the observation after turn {len(self.turn_policy_tokens)}"
         observation_ids = self._ask(where, encode, reason="environment_output")
-        if observation_ids is None:
+        if observation_ids is None or not self._check_templates(history):
             return None
         self.turns += self.observations
         forced = self._show_teacher(history, observation_ids) if self.privileged else observation_ids
         self.tokens += 0 if forced is None else len(forced)
         self.before = forced or ()
         return forced
+
+    def _check_templates(self, history: list[Message]) -> bool:
+        """Refuse a teacher's chat template that writes the observations in another way; False where it takes none of them."""
+        if self.rules.privileged is None:
+            return True
+        arguments = (self.rules.privileged, self.rules.tokenizer, self.example, history, self.observations)
+        where = f"the teacher's tokenizer, with the observation after turn {len(self.turn_policy_tokens)}"
+        error = self._ask(where, partial(find_turn_difference, *arguments), reason="environment_output")
+        if error is not None:  # every answer would show it: the user must mend it
+            raise error
+        return self.failure is None
 
     def _show_teacher(self, history: list[Message], own: list[int]) -> list[int] | None:
         """Note what the teacher reads in the place of an observation's ids; return what the view that samples reads."""
@@ -133,9 +145,10 @@ class Episode:
             return self.rules.tokenizer.encode_observations(history, [*others, with_text(last, text)], self.example.tools)
 
         row = replace(self.example, privileged=self.privileged)
+        self.rules.privileged.check_turns(row.id)  # the config's fault; what is wrong with one text costs its own episode
         ask_prompt = partial(self.rules.privileged.show_at_turn, row, encode)
         where = f"the privileged information after turn {len(self.turn_policy_tokens)}"
-        shown = self._ask(where, ask_prompt, passes=InputError)
+        shown = self._ask(where, ask_prompt, reason="environment_output")
         if self.failure is not None:
             return None
         if shown is not None:

@@ -11,9 +11,10 @@ its environment keeps its keys and values while the others continue.
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from pidistill.distributed.tensor_parallel import in_lockstep, tensor_parallel_group
 from pidistill.models.protocol import Decoder
 from pidistill.rollouts.base import OnTurnEnd, Sample
-from pidistill.rollouts.decoding import Context, decoding, evaluating, gathered_parameters, of_like_length
+from pidistill.rollouts.decoding import Context, decoding, evaluating, find_window, gathered_parameters, of_like_length
 from pidistill.rollouts.distribution import draw, sampling_logprobs
 from pidistill.rollouts.progress import count
 from pidistill.rollouts.request import (
@@ -71,6 +72,13 @@ class TorchtuneSampler:
     def __post_init__(self) -> None:
         check_settings(self.temperature, self.max_new_tokens)
         check_truncation(self.top_p, top_k=self.top_k, max_batch_size=self.max_batch_size, max_turn_tokens=self.max_turn_tokens)
+
+    @staticmethod
+    def find_length_limit(settings: Mapping[str, Any], model: Decoder) -> tuple[int, str] | None:
+        """Return the most tokens of a prompt and its completion, and what sets them; None for the model's own."""
+        most = find_window(model)
+        what = "the model's sliding window, beyond which pidistill.rollouts.TorchtuneSampler cannot sample,"
+        return None if most is None or most >= model.max_seq_len else (most, what)
 
     def sample(
         self,

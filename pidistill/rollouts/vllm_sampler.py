@@ -6,7 +6,7 @@ far, of which the prefix cache holds the keys and values. Rows whose turn ended 
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +95,12 @@ class VLLMSampler:
         if self.kv_cache_gib is not None and not self.kv_cache_gib > 0.0:
             raise InputError(f"sampler.kv_cache_gib is {self.kv_cache_gib}; give GiB above 0, or null for vLLM's choice")
         self._config = _read_config(Path(self.model_dir))
+
+    @staticmethod
+    def find_length_limit(settings: Mapping[str, Any], model: Decoder) -> tuple[int, str] | None:
+        """Return the most tokens of a prompt and its completion, and the key that sets them; None for the model's own."""
+        most, what = settings.get("max_model_len"), "sampler.max_model_len (null for model.max_seq_len)"
+        return None if most is None or most >= model.max_seq_len else (int(most), what)
 
     def sample(
         self,

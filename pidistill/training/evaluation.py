@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
+from torchtune.utils import get_logger, log_rank_zero
 
 from pidistill.chat.phrases import privileged_overlap, turn_text
 from pidistill.data import RecipeData
@@ -24,6 +26,8 @@ from pidistill.training.rounds import check_rewards
 from pidistill.training.run_folder import wants_resume
 from pidistill.training.update import crossed
 from pidistill.types import Example, PromptPair, Rollout, ViewName
+
+_log = get_logger("INFO")
 
 # Evaluation draws from its own streams, the same at every step, so that only the model changes a curve.
 EVALUATION_STREAM = -1
@@ -313,8 +317,23 @@ class TextSamples:
         self._run, self._collect = run, collect
         self._every = setting(cfg, "rollout_log_steps")
         self._prompts = data.prompts[: setting(cfg, "rollout_log_samples")]
-        self._max_new_tokens = cfg.get("rollout_log_max_new_tokens")
+        self._max_new_tokens = self._limit(cfg.get("rollout_log_max_new_tokens"), data)
         self._max_chars = setting(cfg, "rollout_log_max_chars")
+
+    def _limit(self, asked: int | None, data: RecipeData) -> int | None:
+        """Return the tokens of a logged text that the longest row leaves room for, ``asked`` at most; warn where it is less."""
+        longest = max((len(ids) for _, pair in self._prompts for ids in (pair.student, pair.teacher)), default=0)
+        room = (data.sampled_len or data.max_seq_len) - longest
+        if asked is None or asked <= room:
+            return asked
+        if self._every:
+            log_rank_zero(
+                _log,
+                f"rollout_log_max_new_tokens={asked} is more than the {room} tokens that the longest of the logged rows leaves "
+                f"of {longest + room}, so that logged texts end after {room}; lower it, or raise model.max_seq_len",
+                level=logging.WARNING,
+            )
+        return room
 
     def due(self, before: int, now: int) -> bool:
         return crossed(self._every, before, now)

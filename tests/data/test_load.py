@@ -2,15 +2,21 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 from omegaconf import OmegaConf
 
-from pidistill.data import load_prompts
+from pidistill.data import RecipeData, load_prompts
 from pidistill.data.load import trained_rows_sentence
 from pidistill.envs.tiny_world.world import Task
+from pidistill.errors import InputError
+from pidistill.rollouts import CollectResult
 from pidistill.testing import TINY_SIZES
+from pidistill.training.evaluation import TextSamples
 from pidistill.types import Example, PromptPair
+from tests.support.episodes import LetterTokenizer
+from tests.support.siblings import ONE
 from tests.support.tiny_tokenizers import qwen_folder
 
 
@@ -104,3 +110,57 @@ def test_a_round_of_more_prompts_than_rows_is_said_once(tmp_path, caplog):
     (warning,) = caplog.records
     assert warning.levelname == "WARNING"
     assert warning.getMessage().startswith("prompts_per_round=4 is more than the 3 rows of `dataset`")
+
+
+WINDOWED = {"_component_": "torchtune.models.gemma2.gemma2", "head_dim": 16, "sliding_window_size": 100, "vocab_size": 700}
+WINDOWED |= {key: value for key, value in TINY_SIZES.items() if key != "rope_base"}
+SAMPLERS = {
+    "vLLM": ({"_component_": "pidistill.rollouts.VLLMSampler", "max_model_len": 100, "max_new_tokens": 20}, None),
+    "a sliding window": ({"_component_": "pidistill.rollouts.TorchtuneSampler", "max_new_tokens": 20}, WINDOWED),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_row_beyond_the_samplers_own_limit_is_refused_or_dropped_at_load(name, tmp_path):
+    cfg = small_config(tmp_path, [("a", "1"), ("b " * 100, "2")], [("d", "4"), ("e " * 100, "5")])
+    load_prompts(cfg, no_pi="rl")
+    sampler, model = SAMPLERS[name]
+    cfg.sampler, cfg.model = sampler, model or cfg.model
+    with pytest.raises(
+        InputError, match=r"train.jsonl row 1: .* exceeds the 100 tokens of .*(max_model_len|window).* of 1 such"
+    ):
+        load_prompts(cfg, no_pi="rl")
+    assert len(load_prompts(cfg | {"eval_dataset": None}, no_pi="rl", samples=False).prompts) == 2
+    cfg.on_overflow = "drop"
+    data = load_prompts(cfg, no_pi="rl")
+    assert data.dropped == data.eval_dropped == {"prompt_too_long": 1}
+    assert [row.id for row, _ in data.prompts + data.eval_prompts] == ["train.jsonl row 0", "eval.jsonl row 0"]
+    assert data.sampled_len == 100 and data.max_seq_len > 200
+    cfg.sampler.max_new_tokens = 99
+    with pytest.raises(InputError, match="2 such rows among 2"):
+        load_prompts(cfg, no_pi="rl")
+
+
+def test_logged_texts_are_shortened_to_the_room_of_the_longest_logged_row_with_a_warning(caplog):
+    row = (Example("row", [{"role": "user", "content": "q"}]), PromptPair([1] * 150, [1] * 201, has_privileged=True))
+    data = RecipeData(LetterTokenizer(), [row], [], {}, {}, 0, (), 1.0, 256)
+    cfg = OmegaConf.create({"rollout_log_steps": 1, "rollout_log_max_new_tokens": 64})
+
+    def logged(data):
+        seen = []
+
+        def collect(model, **arguments):
+            seen.append(arguments["max_new_tokens"])
+            return CollectResult([], {}, 0)
+
+        TextSamples(cfg, ONE, data, collect).sample(None)
+        return seen
+
+    assert logged(data) == [55, 55]
+    assert "rollout_log_max_new_tokens=64 is more than the 55 tokens" in caplog.text
+    assert logged(replace(data, sampled_len=230)) == [29, 29]
+    caplog.clear()
+    cfg.rollout_log_max_new_tokens = 55
+    assert logged(data) == [55, 55] and not caplog.records
+    cfg.rollout_log_max_new_tokens, cfg.rollout_log_steps = 64, 0
+    assert logged(data) == [55, 55] and not caplog.records

@@ -14,12 +14,20 @@ from pidistill.distributed.run import Run
 from pidistill.envs.tiny_world import SiblingCalls, VerifierFeedback, tiny_world_dataset
 from pidistill.errors import InputError
 from pidistill.objectives import SDPO
+from pidistill.privileged import PrivilegedPrompt
 from pidistill.privileged.hindsight import Hindsight, SiblingToolCalls, ToolFeedback, Transcript, add_hindsight
 from pidistill.tokenizers import HFChatTokenizer
 from pidistill.training.compatibility import check_hindsight
 from pidistill.types import Example, Message, Rollout
+from tests.support.newer_templates import SMOLLM3
 from tests.support.siblings import ONE, PRIVILEGED, ROWS, TOKENIZER, rollout
-from tests.support.tiny_tokenizers import qwen_folder
+from tests.support.tiny_tokenizers import QWEN_ADDED, QWEN_SPECIAL, model_folder, qwen_folder
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def said(example: Example, turns: list[Message]) -> str | None:
@@ -341,6 +349,38 @@ def test_what_does_not_fit_is_left_out_and_counted(limit):
 
 
 # ---------------------------------------------------------------------------------------- the tiny world's writers
+
+
+def two_answers(tokenizer, right: str) -> list[Rollout]:
+    row = Example("row 3", [{"role": "user", "content": "q"}])
+    pair, rollouts = PrivilegedPrompt().encode(row, tokenizer), []
+    for text, reward in ((right, 1.0), ("no", 0.0)):
+        turn = {"role": "assistant", "content": text}
+        ids = tokenizer.encode_turn(row.messages, turn)
+        rollouts.append(Rollout(row, pair, ids, [True] * len(ids), [-1.0] * len(ids), "student", 0, "done", [turn], reward))
+    return rollouts
+
+
+@pytest.mark.parametrize("control", [None, "length_matched"])
+def test_a_text_that_the_chat_template_refuses_costs_its_own_rollout_the_information_and_is_counted(control, tmp_path, caplog):
+    folder = model_folder(tmp_path, SMOLLM3, QWEN_SPECIAL, QWEN_ADDED, eos="<|im_end|>", pad="<|endoftext|>")
+    tokenizer, privileged = HFChatTokenizer(str(folder)), PrivilegedPrompt(control=control)
+    for right, failures in (("42", 0.0), ("say /no_think: 42", 1.0)):
+        rollouts = two_answers(tokenizer, right)
+        plain = rollouts[1].prompts
+        counts = add_hindsight(Hindsight(Transcript()), rollouts, privileged, tokenizer, ONE, max_seq_len=4000)
+        assert (counts["hindsight_failures"], counts["_with_pi"]) == (failures, 1.0 - failures)
+        assert counts["hindsight_too_long"] == 0.0
+        assert (rollouts[1].prompts.teacher == plain.teacher) == (rollouts[1].example.privileged is None) == bool(failures)
+    assert "the text for row 3 cannot be shown" in caplog.text
+
+
+def test_a_placement_that_the_chat_template_never_takes_ends_the_run(tmp_path):
+    folder = model_folder(tmp_path, NO_SYSTEM, QWEN_SPECIAL, QWEN_ADDED, eos="<|im_end|>", pad="<|endoftext|>")
+    tokenizer = HFChatTokenizer(str(folder))
+    rollouts = two_answers(tokenizer, "42")
+    with pytest.raises(InputError, match=r"row 3: the chat template does not take privileged\.placement: system_end"):
+        add_hindsight(Hindsight(Transcript()), rollouts, PrivilegedPrompt(), tokenizer, ONE, max_seq_len=4000)
 
 
 def test_the_tiny_worlds_sibling_names_its_calls_as_the_dataset_would():

@@ -1,6 +1,7 @@
 """Test the teacher's view in a chat template of its own: of another folder, or with other variables."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,12 @@ from omegaconf import OmegaConf
 from pidistill.commands.preview.rows import row_of, source_of
 from pidistill.data import load_prompts
 from pidistill.data.prompts import prompt_overflow
+from pidistill.envs.base import EnvStep
 from pidistill.errors import InputError
 from pidistill.privileged import PrivilegedPrompt
 from pidistill.privileged.hindsight import Hindsight, Transcript, add_hindsight
+from pidistill.privileged.turn_templates import check_turn_templates
+from pidistill.rollouts import Sample, collect_rollouts
 from pidistill.testing import TINY_SIZES
 from pidistill.tokenizers import HFChatTokenizer, WordTokenizer
 from pidistill.types import Example, Rollout
@@ -24,6 +28,7 @@ PLAIN = (
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
 ROW = Example(id="row 0", messages=[{"role": "user", "content": "2+2?"}], privileged="it is 4")
+SINGLE = {"_component_": "pidistill.envs.SingleTurn", "reward": None}
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 
 
@@ -120,3 +125,82 @@ def test_other_variables_change_nothing_of_the_tokenizer_itself(tmp_path):
     assert other is tokenizer.with_template_kwargs({"enable_thinking": True})
     assert other.encode_prompt(ROW.messages) != before == tokenizer.encode_prompt(ROW.messages)
     assert other.stop_ids == tokenizer.stop_ids
+
+
+# ------------------------------------------------------------------------------------------- environments that answer
+
+
+class Asking:
+    """An environment that asks once more, and gives the teacher a text with its question."""
+
+    gives_privileged = True
+
+    def reset(self, example):
+        return [0]
+
+    def step(self, state, turn, *, truncated):
+        state[0] += 1
+        done = state[0] == 2
+        return EnvStep([] if done else [{"role": "user", "content": "more"}], 1.0, done, privileged=None if done else "say 7")
+
+
+def play(tokenizer, privileged, **limits):
+    pair = privileged.encode(ROW, tokenizer)
+    arguments = {"view": "student", "group_size": 1, "seeds": [0], "privileged": privileged} | limits
+    turns = SaidIds(tokenizer.encode_turn(ROW.messages, {"role": "assistant", "content": "ok"}))
+    return collect_rollouts(None, turns, tokenizer, Asking(), [ROW], [pair], **arguments)
+
+
+class SaidIds:
+    """A sampler that says the same ids in every turn."""
+
+    temperature, top_p, top_k, max_new_tokens = 1.0, None, None, 500
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def sample(self, model, prompts, *, on_turn_end, **kwargs):
+        sample = Sample([], [], [], "done")
+        forced: list[int] | None = []
+        while forced is not None:
+            own = [*[False] * len(forced), *[True] * len(self.ids)]
+            sample.tokens += [*forced, *self.ids]
+            sample.policy_mask += own
+            sample.logprobs += [-1.0 if policy else float("nan") for policy in own]
+            forced = on_turn_end(0, self.ids)
+        return [sample]
+
+
+def test_a_teachers_template_that_writes_an_environments_answer_in_another_way_is_refused(tmp_path, folders):
+    tokenizer = HFChatTokenizer(str(folders[0]), template_kwargs={"enable_thinking": False})
+    other = PrivilegedPrompt(teacher_template_kwargs={"enable_thinking": True})
+    for view in ("student", "teacher"):
+        with pytest.raises(InputError, match=r"row 0: the teacher's own chat template \(privileged\.teacher_template_kwargs\)"):
+            play(tokenizer, other, view=view)
+    assert len(play(tokenizer, other, max_turns=1).rollouts) == 1
+    plain = HFChatTokenizer(str(folders[1]))  # its template writes no stop token
+    with pytest.raises(InputError, match=r"\(teacher_tokenizer\) takes no answer of .*; remove teacher_tokenizer,"):
+        check_turn_templates(PrivilegedPrompt(teacher_tokenizer=plain), tokenizer, ROW)
+
+
+@pytest.mark.parametrize("view", ["student", "teacher"])
+def test_a_teachers_template_that_writes_answers_alike_changes_nothing(view, folders):
+    tokenizer = HFChatTokenizer(str(folders[0]), template_kwargs={"enable_thinking": False})
+    same = PrivilegedPrompt(teacher_template_kwargs={"unused": 1})
+    (own,), (plain,) = (play(tokenizer, privileged, view=view).rollouts for privileged in (same, PrivilegedPrompt()))
+    assert own.sequence("teacher") == plain.sequence("teacher") and own.sequence("student") == plain.sequence("student")
+    assert own.teacher_reads and own.policy_mask == plain.policy_mask
+
+
+def test_such_a_template_is_refused_before_weights_are_loaded_where_the_config_has_several_turns(tmp_path, folders):
+    cfg = config(
+        tmp_path,
+        folders[0],
+        privileged={"teacher_template_kwargs": {"enable_thinking": True}},
+        template_kwargs={"enable_thinking": False},
+    )
+    asking = {"_component_": f"{__name__}.Asking"}
+    for environment, max_turns, refused in ((asking, None, True), (asking, 1, False), (SINGLE, 4, True), (SINGLE, None, False)):
+        cfg.environment, cfg.max_turns = environment, max_turns
+        with pytest.raises(InputError, match="set max_turns=1") if refused else nullcontext():
+            load_prompts(cfg, no_pi="distill")

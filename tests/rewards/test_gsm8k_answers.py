@@ -19,6 +19,24 @@ RIGHT = ["#### 72 eggs", "#### 72 dollars", "#### **72**", "**#### 72**", "#### 
 RIGHT += ["\\boxed{72 cups}", "\\boxed{72^\\circ}", "\\boxed{72\\text{ cm}^2}", "#### 72 km/h", "#### $72.00", "#### 144/2"]
 RIGHT += ["\\boxed{\\textbf{72}}", "\\boxed{{72}}", "\\boxed{(72)}", "\\boxed{x = 72}", "#### 72 m²", "\\boxed{\\approx 72}"]
 RIGHT += ["#### 72.", "\\boxed{\\$72}"]
+RIGHT += [
+    "#### 72 times",
+    "\\boxed{72 percent}",
+    "\\boxed{72\\text{ percent}}",
+    "\\boxed{72 quarters}",
+    "#### 72 times as many",
+]
+RIGHT += ["\\boxed{72 cats and dogs}", "\\boxed{72^\\circ C}", "#### 72°F", "\\boxed{72^{\\circ}\\text{F}}", "\\boxed{72/hour}"]
+RIGHT += [
+    "#### 72 sq. ft",
+    "#### ¥72",
+    "#### *72*",
+    "#### ***72*** eggs",
+    "\\boxed{\\frac{-144}{-2}}",
+    "#### 72 L",
+    "#### 72 m",
+]
+RIGHT += ["#### 72 fifth graders", "#### 72 two-point shots", "\\boxed{72 \\text{ m}^2}", "#### 72 km^2"]
 
 
 @pytest.mark.parametrize("text", RIGHT)
@@ -36,7 +54,15 @@ NOT_ONE_NUMBER = [
     "#### 71,72",
     "#### 1/0",
 ]
-NOT_ONE_NUMBER += ["\\boxed{\\$72 \\text{ million}}", "#### 72 thousand"]
+NOT_ONE_NUMBER += [
+    "\\boxed{\\$72 \\text{ million}}",
+    "#### 72 thousand",
+    "#### 72 fifths",
+    "#### 72 eighths",
+    "#### 72 trillion",
+]
+NOT_ONE_NUMBER += ["#### 72 bn", "#### 72M", "#### 72 quarters of it", "#### 72 and counting", "#### 72 feet and two inches"]
+NOT_ONE_NUMBER += ["#### 6*12", "#### 7**2", "#### 6 * 12", "#### 7*2*", "#### 72 fifth", "\\boxed{72\\frac{-1}{2}}"]
 
 
 @pytest.mark.parametrize("text", NOT_ONE_NUMBER)
@@ -47,7 +73,7 @@ def test_several_numbers_a_calculation_or_a_scaled_number_do_not_count(text):
 @pytest.mark.parametrize(
     ("text", "value"),
     [("5 1/2 hours", 5.5), ("3\\frac{1}{2}", 3.5), ("-\\frac{3}{4}", -0.75), ("\\frac12", 0.5), ("72/10", 7.2), (".5", 0.5),
-     ("−5", -5), ("-$1,234.50", -1234.5), ("0.333333", 1 / 3)],
+     ("\\frac{-1}{2}", -0.5), ("-\\frac{−1}{2}", 0.5), ("−5", -5), ("-$1,234.50", -1234.5), ("0.333333", 1 / 3)],
 )  # fmt: skip
 def test_fractions_and_signs_have_their_value(text, value):
     assert float(read_number(text)) == pytest.approx(value, abs=1e-6)
@@ -59,6 +85,9 @@ def test_fractions_and_signs_have_their_value(text, value):
 @pytest.mark.parametrize(
     ("text", "number"),
     [("She has 70 + 2 = 72 eggs.", "72"), ("so 72", "72"), ("It costs $1,234.50!", "$1,234.50"), ("5-3", "3"), ("is -5", "-5"),
+     ("The answer is 1/2.", "1/2"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("It is 5 1/2 h", "5 1/2"),
+     ("on 5/6/2024", "2024"), ("$-\\frac12$", "-\\frac12"), ("\\frac{-1}{2}", "\\frac{-1}{2}"), ("7.5/2", "2"),
+     ("It is 5 \\text{ m}^2.", "5"), ("25 km^2", "25"), ("25 cm^{2}", "25"), ("2^3", "3"), ("x^2", None), ("is ¥72", "¥72"),
      ("\\boxed{1{,}234}", "1,234"), ("none", None), ("", None), ("x" * 5000 + "7", "7"), ("7" * 5000, None)],
 )  # fmt: skip
 def test_the_last_number_of_a_text_is_found_wherever_it_stands(text, number):

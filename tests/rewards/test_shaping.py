@@ -1,6 +1,7 @@
 """Test parts that shape a reward, and rewards made of checks: what they add, what they leave alone, what they refuse."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,16 @@ from pidistill.distributed.run import Run
 from pidistill.envs import SingleTurn
 from pidistill.errors import InputError
 from pidistill.privileged.hindsight import Hindsight, Transcript
-from pidistill.rewards import Constraints, ExactMatch, LeakPenalty, LengthPenalty, Shaping, add_shaping, build_shaping
+from pidistill.rewards import (
+    Constraints,
+    ExactMatch,
+    LeakPenalty,
+    LengthPenalty,
+    OverlongPenalty,
+    Shaping,
+    add_shaping,
+    build_shaping,
+)
 from pidistill.rollouts import CollectResult
 from pidistill.rollouts.selections import Interventions, Successes
 from pidistill.training.evaluation import mean_success
@@ -74,6 +84,14 @@ def test_the_leak_penalty_counts_each_phrase_in_each_turn():
     values = LeakPenalty(["hint"], penalty=0.1)(episode([1, 1, 1], texts))
     assert values == pytest.approx([-0.2, -0.1, 0.0])
     assert not math.copysign(1, values[2]) < 0, "no -0.0 in the log"
+
+
+@pytest.mark.parametrize("view, tokens", [("student", 6), ("teacher", 10)])
+def test_the_overlong_penalty_counts_the_ids_that_the_sampling_view_read(view, tokens):
+    rollout = replace(episode([2, 2]), completion=[5] * 6, policy_mask=[True, True, False, False, True, True], sampled_by=view)
+    rollout.prompts = PromptPair([1], [1, 2, 3], True)
+    rollout.teacher_reads = [(2, 4, [7] * 6)]
+    assert OverlongPenalty(limit=16, buffer=16)(rollout) == pytest.approx([0.0, -tokens / 16])
 
 
 def test_shaping_adds_to_the_reward_and_leaves_the_task_reward():

@@ -12,7 +12,7 @@ from pidistill.data import RecipeData
 from pidistill.data.demonstrations import _under_control, recorded_completion
 from pidistill.data.load import gives_privileged, told_later
 from pidistill.distributed.run import Run
-from pidistill.envs import EnvStep, StatePrivileged
+from pidistill.envs import EnvStep, ProcessEnvironment, RoutedEnvironment, StatePrivileged
 from pidistill.envs.base import EnvironmentOutputError, check_step
 from pidistill.errors import InputError
 from pidistill.jsonl import TRAINING_ROLLOUTS, read_jsonl
@@ -146,6 +146,30 @@ def test_what_an_environment_gives_is_a_text_or_nothing():
             check_step(step, max_observation_chars=10)
     with pytest.raises(InputError, match=r"environment\.text=math\.pi is no function"):
         StatePrivileged(Till(), "math.pi")
+
+
+def test_a_function_of_the_state_is_refused_around_worker_processes_that_keep_it():
+    process = ProcessEnvironment(Till())
+    for environment in (process, RoutedEnvironment("kind", {"a": Till(), "b": process})):
+        with pytest.raises(InputError, match=r"environment\.text would be given the pickled state of a ProcessEnvironment"):
+            StatePrivileged(environment, next_to_buy)
+    assert ProcessEnvironment(StatePrivileged(RoutedEnvironment("kind", {"a": Till()}), next_to_buy))
+
+
+class Refusing(LetterTokenizer):
+    """Take no observation that says what is bought after two letters."""
+
+    def encode_observations(self, history, observations, tools=None):
+        if "2x" in observations[-1]["content"]:
+            raise InputError("the chat template leaves out 2x")
+        return super().encode_observations(history, observations, tools)
+
+
+def test_a_text_that_the_tokenizer_refuses_costs_its_own_episode():
+    script = Script("ab.bb.c.q.", "a.q.")
+    result = collect(script, ENVIRONMENT, names="ab", privileged=SHOWN, tokenizer=Refusing())
+    assert [rollout.example.id for rollout in result.rollouts] == ["row b"]
+    assert result.dropped["environment_output"] == 1
 
 
 # ------------------------------------------------------------------------------------------- what is scored
