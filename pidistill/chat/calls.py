@@ -1,9 +1,12 @@
-"""Find tool calls in agent conversations, however they are written: OpenAI's ``tool_calls``, or JSON between tags in the text.
+"""Find tool calls in agent conversations, however they are written: OpenAI's ``tool_calls``, or between tags in the text.
 
 {"role": "assistant", "tool_calls": [{"function": {"name": "find", "arguments": "{\\"day\\": 20}"}}]}
 {"role": "assistant", "content": "Looking. <action>{\\"name\\": \\"find\\", \\"arguments\\": {\\"day\\": 20}}</action>"}
+
+Between the tags a call is JSON, the same as Python writes it, or XML: :mod:`pidistill.chat.xml_calls`.
 """
 
+import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,11 +14,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from pidistill.chat.call_json import MalformedCall
 from pidistill.chat.messages import ARGUMENT_KEYS, message_text, parsed_arguments
+from pidistill.chat.reasoning import CALL_TAGS, reasoning_end
 from pidistill.chat.templates import check_template
-from pidistill.types import Message
+from pidistill.chat.xml_calls import read_xml_call
+from pidistill.types import Message, Tools
 
-ACTION_TAGS = ("action", "tool_call")
+ACTION_TAGS = CALL_TAGS
 
 CALL_TEMPLATE = "{number}. {name}({arguments})"
 
@@ -35,8 +41,7 @@ class CallStyle:
     Attributes:
         template: one line: ``{number}`` (from 1), ``{name}``, ``{arguments}`` (JSON); any of them may be left out.
         omit_tools: calls of these tools are not written (τ-bench's `think` is reasoning, not an action).
-        action_tags: between which tags an assistant's text holds calls as JSON; only looked at where a message has no
-            ``tool_calls``.
+        action_tags: between which tags an assistant's text holds calls; only looked at where a message has no ``tool_calls``.
     """
 
     template: str = CALL_TEMPLATE
@@ -46,9 +51,9 @@ class CallStyle:
     def __post_init__(self) -> None:
         check_template(self.template, "call_template", (), ("number", "name", "arguments"))
 
-    def calls(self, turns: Sequence[Message]) -> list[ToolCall]:
-        """Return the calls of all assistant turns, in order, without those of ``omit_tools``."""
-        found = [call for turn in turns if turn["role"] == "assistant" for call in calls_of(turn, self.action_tags)]
+    def calls(self, turns: Sequence[Message], tools: Tools = None) -> list[ToolCall]:
+        """Return the calls of all assistant turns, in order, without those of ``omit_tools``; ``tools`` as in `calls_of`."""
+        found = [call for turn in turns if turn["role"] == "assistant" for call in calls_of(turn, self.action_tags, tools)]
         return [call for call in found if call.name not in self.omit_tools]
 
     def write(self, calls: Sequence[ToolCall]) -> str:
@@ -59,14 +64,25 @@ class CallStyle:
         return self.template.format(number=number, name=call.name, arguments=arguments)
 
 
-def calls_of(message: Message, action_tags: Sequence[str] = ACTION_TAGS) -> list[ToolCall]:
-    """Return the readable calls of one assistant message, in order."""
-    return [call for call in _found(message, action_tags) if call is not None]
+def calls_of(message: Message, action_tags: Sequence[str] = ACTION_TAGS, tools: Tools = None) -> list[ToolCall]:
+    """Return the readable calls of one assistant message, in order; ``tools`` give the types of the arguments of XML calls."""
+    return [call for call in calls_and_unreadable(message, action_tags, tools) if isinstance(call, ToolCall)]
 
 
 def unreadable_calls(message: Message, action_tags: Sequence[str] = ACTION_TAGS) -> int:
-    """Return how many tags of the text hold something that is no call as JSON."""
-    return sum(call is None for call in _found(message, action_tags))
+    """Return how many tags of the text hold something that is no call."""
+    return sum(isinstance(call, str) for call in calls_and_unreadable(message, action_tags))
+
+
+def calls_and_unreadable(
+    message: Message, action_tags: Sequence[str] = ACTION_TAGS, tools: Tools = None
+) -> list[ToolCall | str]:
+    """Return the calls of one assistant message, in order, with the text of each that cannot be read in its place."""
+    if message.get("tool_calls"):
+        return [as_call(call) or str(call) for call in message["tool_calls"]]
+    text = message_text(message)
+    said = text[reasoning_end(text, action_tags) :]  # nothing in the reasoning is a call
+    return [_read(match["inside"] or match["unclosed"] or "", tools) for match in _tagged(tuple(action_tags)).finditer(said)]
 
 
 def has_malformed_call(message: Message, action_tags: Sequence[str] = ACTION_TAGS) -> bool:
@@ -83,28 +99,27 @@ def as_call(value: Any) -> ToolCall | None:
     return ToolCall(function["name"], parsed_arguments(given))
 
 
-def _found(message: Message, action_tags: Sequence[str]) -> list[ToolCall | None]:
-    if message.get("tool_calls"):
-        return [as_call(call) for call in message["tool_calls"]]
-    return [as_call(_json(inside)) for _, inside in _tagged(tuple(action_tags)).findall(_said(message))]
-
-
-def _said(message: Message) -> str:
-    """Return the text behind the reasoning, in which nothing is a call."""
-    text = message_text(message)
-    _, closed, said = text.partition("</think>")
-    is_open = text.lstrip().startswith("<think>")  # elsewhere the tag may be a word of an argument
-    return said if closed or is_open else text
-
-
 @lru_cache
 def _tagged(tags: tuple[str, ...]) -> re.Pattern[str]:
     names = "|".join(map(re.escape, tags)) or r"(?!)"
-    return re.compile(rf"<({names})>(.*?)</\1>", re.DOTALL)
+    unclosed = rf"<(?:{names})>\s*(?P<unclosed>(?:\{{|<function=).*)"  # a call that lacks its closing tag
+    return re.compile(rf"<(?P<tag>{names})>(?P<inside>.*?)</(?P=tag)>|{unclosed}", re.DOTALL)
 
 
-def _json(text: str) -> Any:
+def _read(inside: str, tools: Tools) -> ToolCall | str:
+    text = inside.strip()
+    try:
+        value = read_xml_call(text, tools) if text.startswith("<function=") else _json_or_literal(text)
+    except (MalformedCall, ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+    return as_call(value) or text
+
+
+def _json_or_literal(text: str) -> Any:
+    """Return what JSON says, or an object as Python writes it; the errors are those of both readers."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):  # of an endless number json raises a plain ValueError
-        return None
+    except ValueError:
+        if not text.startswith("{"):
+            raise
+        return json.loads(json.dumps(ast.literal_eval(text), allow_nan=False))

@@ -9,9 +9,12 @@ form that the rest of the package knows:
     the roles developer, function                    system, tool
     function_call (OpenAI's older form)              tool_calls with one call
     arguments as JSON text; "" or null               an object; {}
+    tool_calls: []                                   no tool_calls
     kwargs, parameters of a call                     arguments
     weight, train, loss_weight: 0 or false           weight: 0 (the turn is shown and not learned)
     results of parallel calls in any order           in the order of the calls, by tool_call_id
+    reasoning as text parts, reasoning_details,      one text
+    thinking_blocks
 """
 
 import itertools
@@ -26,6 +29,7 @@ from pidistill.types import Message
 ROLES = ("system", "user", "assistant", "tool")
 ARGUMENT_KEYS = ("arguments", "kwargs", "parameters")  # OpenAI and Qwen; τ-bench's reference actions; Llama 3
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+REASONING_PARTS = ("reasoning_details", "thinking_blocks")  # of OpenRouter and LiteLLM: lists of parts
 _TEXT_TYPES = (None, "text", "input_text", "output_text")
 _OTHER_CONTENT = (
     "image", "images", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "input_video",
@@ -155,6 +159,10 @@ def _check_message(message: Any, where: str) -> Message:
     _check_content(message, where)
     if "tool_calls" in message:
         message["tool_calls"] = _check_tool_calls(message["tool_calls"], where)
+        if not message["tool_calls"]:
+            del message["tool_calls"]  # some templates take an empty list for a call
+    if message["role"] == "assistant":
+        _read_reasoning(message, where)
     _read_weight(message, where)
     return message
 
@@ -209,6 +217,36 @@ def _is_text(part: Any) -> bool:
     if not isinstance(part, Mapping) or not isinstance(part.get("text"), str) or part.get("type") not in _TEXT_TYPES:
         return False
     return not any(without_nulls(part.get(key)) for key in _OTHER_CONTENT)
+
+
+def _read_reasoning(message: Message, where: str) -> None:
+    """Turn reasoning that is stored as parts into one text; refuse what holds no text that could be read."""
+    for key in (*REASONING_KEYS, *REASONING_PARTS):
+        value = message.get(key)
+        if key not in message or (key in REASONING_KEYS and isinstance(value, str)):
+            continue
+        del message[key]
+        text = _joined_reasoning(value, "\n\n" if key == "thinking_blocks" else "")
+        if text is None and reasoning_of(message) is None:
+            raise InputError(
+                f"{where} has a {key!r} that is not text ({bounded_repr(value)}); write the reasoning as text into "
+                "'reasoning_content', or remove the key"
+            )
+        if text and reasoning_of(message) is None:
+            message["reasoning_content"] = text
+
+
+def _joined_reasoning(value: Any, joint: str) -> str | None:
+    """Return the text of reasoning that is a list of parts, or one part; None where a part has no text."""
+    texts = [_reasoning_part(part) for part in (value if isinstance(value, list) else [value] if value else [])]
+    return None if None in texts else joint.join(texts)
+
+
+def _reasoning_part(part: Any) -> str | None:
+    if isinstance(part, str):
+        return part
+    keys = ("text", "thinking", "content", "summary")
+    return next((part[key] for key in keys if isinstance(part.get(key), str)), None) if isinstance(part, Mapping) else None
 
 
 def _check_tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:

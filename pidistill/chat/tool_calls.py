@@ -9,8 +9,8 @@
     action   <action>{"name": "f", "arguments": {...}}</action>, for models whose chat template knows no tools
     none     the text stays as it is
 
-Reasoning is text: nothing before the first ``</think>`` is a call, and nothing at all where ``<think>`` is never closed. In
-harmony it has a channel of its own, and becomes ``reasoning_content``.
+Nothing in the reasoning at the beginning of a turn is a call (:mod:`pidistill.chat.reasoning`). In harmony the reasoning has a
+channel of its own, and becomes ``reasoning_content``.
 
 A turn with a malformed call has no calls: its content is the whole text, as the model wrote it, and ``tool_call_error`` says
 what is wrong, for the environment to answer with. The content of a turn with calls is the text outside them.
@@ -24,7 +24,8 @@ from typing import Any
 
 from pidistill.chat.call_json import MalformedCall, function_call, read_json
 from pidistill.chat.harmony import read_harmony
-from pidistill.chat.messages import message_text, reasoning_of
+from pidistill.chat.messages import ARGUMENT_KEYS, message_text, reasoning_of
+from pidistill.chat.reasoning import THINK, begins_with_think, reasoning_end
 from pidistill.chat.xml_calls import read_xml_call
 from pidistill.types import Message, Tools
 
@@ -47,7 +48,7 @@ def parse_turn_text(text: str, format: str, tools: Tools = None) -> Message:
     try:
         if format == "harmony":
             return read_harmony(text)
-        head = _reasoning(text)
+        head = _reasoning(text, format)
         content, calls = _split_calls(text[len(head) :], format, tools)
     except MalformedCall as error:
         return message | {"tool_call_error": str(error)}
@@ -67,20 +68,18 @@ def answer_text(message: Message) -> str:
     Reasoning begins with ``<think>``, or was opened by the prompt; an answer may speak of these tags.
     """
     text = message_text(message)
-    reasoning, closed, answer = text.partition("</think>")
     if reasoning_of(message) is not None:  # it stands in a field of its own
         return text
-    if text.lstrip().startswith("<think>") or (closed and "<think>" not in reasoning):
-        return answer.lstrip()
-    return text
+    end = reasoning_end(text)
+    is_reasoning = begins_with_think(text) or (end > 0 and THINK not in text[:end])
+    return text[end:].lstrip() if is_reasoning else text
 
 
-def _reasoning(text: str) -> str:
-    """Return the beginning of the text up to the first ``</think>``; all of it where ``<think>`` is not closed."""
-    end = text.find("</think>")
-    if end >= 0:
-        return text[: end + len("</think>")]
-    return text if "<think>" in text else ""
+def _reasoning(text: str, format: str) -> str:
+    """Return the reasoning at the beginning of a turn; a turn of llama3 that is a call as a whole has none."""
+    if format == "llama3" and text.lstrip().startswith((_PYTHON_TAG, "{")):
+        return ""
+    return text[: reasoning_end(text)]
 
 
 def _split_calls(text: str, format: str, tools: Tools) -> tuple[str, list[dict[str, Any]]]:
@@ -118,24 +117,28 @@ def _whole(text: str) -> tuple[str, list[dict[str, Any]]]:
     """Read a turn that is one call; an answer may be JSON too, so without the tag it needs a call's two keys."""
     stripped = text.strip()
     if stripped.startswith(_PYTHON_TAG):
-        return "", [_call(stripped.removeprefix(_PYTHON_TAG), ("parameters", "arguments"))]
+        return "", [_call(stripped.removeprefix(_PYTHON_TAG), "parameters")]
     if stripped.startswith("{") and all(re.search(key, stripped) for key in (r'"name"\s*:', r'"(parameters|arguments)"\s*:')):
-        return "", [_call(stripped, ("parameters", "arguments"))]
+        return "", [_call(stripped, "parameters")]
     return text, []
 
 
 def _arguments_call(text: str) -> dict[str, Any]:
-    return _call(text, ("arguments",))
+    return _call(text, "arguments")
 
 
-def _call(text: str, argument_keys: Sequence[str]) -> dict[str, Any]:
-    call = read_json(text)
+def _call(text: str, own_key: str) -> dict[str, Any]:
+    """Read a call whose arguments stand under ``own_key`` or another name that they have elsewhere."""
+    call, form = read_json(text), f'it must be like {{"name": "...", "{own_key}": {{...}}}}'
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        keys = f'{{"name": "...", "{argument_keys[0]}": {{...}}}}'
-        raise MalformedCall(f"the tool call has no name; it must be like {keys}")
-    arguments = next((call[key] for key in argument_keys if key in call), {})
+        raise MalformedCall(f"the tool call has no name; {form}")
+    key = next((key for key in (own_key, *ARGUMENT_KEYS) if key in call), None)
+    others = sorted(call.keys() - {"name", "id", "type"})
+    if key is None and others:
+        raise MalformedCall(f"the call of {call['name']} has {', '.join(others)[:80]} in place of {own_key}; {form}")
+    arguments = {} if key is None else call[key]
     if not isinstance(arguments, dict):
-        raise MalformedCall(f"the {argument_keys[0]} of the call of {call['name']} must be a JSON object")
+        raise MalformedCall(f"the {key} of the call of {call['name']} must be a JSON object")
     return function_call(call["name"], arguments)
 
 
@@ -198,7 +201,13 @@ PROBE_CONVERSATION: list[Message] = [
     {
         "role": "assistant",
         "content": "",
-        "tool_calls": [{"type": "function", "function": {"name": "probe_name", "arguments": {"probe_key": "probe_value"}}}],
+        "tool_calls": [
+            {
+                "id": "probe0001",  # of nine letters and digits, which Mistral's templates require
+                "type": "function",
+                "function": {"name": "probe_name", "arguments": {"probe_key": "probe_value"}},
+            }
+        ],
     },
 ]
 

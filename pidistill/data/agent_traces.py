@@ -17,7 +17,16 @@ from typing import Any
 
 from torchtune.utils import log_rank_zero
 
-from pidistill.chat.calls import ACTION_TAGS, CALL_TEMPLATE, CallStyle, ToolCall, as_call, has_malformed_call, unreadable_calls
+from pidistill.chat.calls import (
+    ACTION_TAGS,
+    CALL_TEMPLATE,
+    CallStyle,
+    ToolCall,
+    as_call,
+    calls_and_unreadable,
+    has_malformed_call,
+    unreadable_calls,
+)
 from pidistill.chat.messages import check_messages, with_system
 from pidistill.data.builders import check_tools
 from pidistill.data.dataset import ExampleDataset, convert_rows
@@ -37,7 +46,7 @@ class TraceRows:
 
     tasks: list[TraceTask]
     unusable: dict[str, int]  # rows left out, by reason
-    unreadable_calls: int  # tagged calls that are no JSON; they are text to us
+    unreadable_calls: int  # calls between tags that cannot be read; they are text to us
     tools: list[dict[str, Any]] | None  # derived from the calls seen, where these are OpenAI-style; see `derived_tools`
 
 
@@ -49,7 +58,7 @@ def trace_dataset(
     reward_key: str | None = "reward",
     success_threshold: float = 1.0,
     actions_key: str | None = None,
-    tools_key: str | None = None,
+    tools_key: str | None = "tools",
     system_key: str | None = "system",
     tools_file: str | None = None,
     derive_tools: bool = True,
@@ -80,9 +89,10 @@ def trace_dataset(
         reward_key: null where every trace counts as successful.
         success_threshold: reward of a successful trace.
         actions_key: the task's reference actions, ``[{"name", "kwargs" | "arguments"}]``, for ``kind: gold_actions``.
-        tools_key: tool schemas in the rows; ``tools_file``: in a JSON file, as a list. With neither, and
-            ``derive_tools``, they are derived from the calls seen in all traces: names, arguments and JSON types, no
-            descriptions, and no tool that no trace calls. Calls between tags give none: there the system prompt says it.
+        tools_key: tool schemas in the rows; the column `tools` is read where rows have one, and null ignores it.
+            ``tools_file``: schemas in a JSON file, as a list, in place of the rows'. With neither, and ``derive_tools``, they
+            are derived from the calls seen in all traces: names, arguments and JSON types, no descriptions, and no tool that no
+            trace calls. Calls between tags give none: there the system prompt says it.
         system_key: a column with the system text of the episode, read where rows have one; null ignores it.
         call_template, omit_tools, action_tags: see :class:`pidistill.chat.calls.CallStyle`.
         header: the line above the information; null is the kind's own, "" is none.
@@ -113,15 +123,21 @@ def trace_dataset(
     if kind == "gold_actions" and all(task.actions is None for task in tasks):
         raise InputError(f"dataset.kind is gold_actions, and no row of {source} has reference actions; set dataset.actions_key")
     how.check_tasks([task.task for task in rows.tasks])
-    common = _tools_of_file(tools_file) if tools_file else rows.tools if derive_tools and tools_key is None else None
+    common = _tools_of_file(tools_file) if tools_file else rows.tools if derive_tools and not _have_tools(rows) else None
     chosen = _choose(tasks, unsolved)
     if not chosen:
         raise InputError(
             f"none of the {len(tasks)} tasks of {source} has a trace with {reward_key} ≥ {success_threshold}; lower "
             "dataset.success_threshold, or set dataset.unsolved: keep"
         )
-    _warn_of_malformed_calls(source, [task.source for task in chosen if task.source is not None], action_tags)
+    used = [task.source for task in chosen if task.source is not None]
+    _warn_of_malformed_calls(source, used, action_tags)
+    _warn_of_unreadable_calls(source, used, action_tags)
     return ExampleDataset([_example(task, how, common) for task in chosen], _count_dropped(tasks, chosen) | rows.unusable)
+
+
+def _have_tools(rows: TraceRows) -> bool:
+    return any(trace.tools is not None for task in rows.tasks for trace in task.traces)
 
 
 def _choose(tasks: Sequence[TraceTask], unsolved: str) -> list[TraceTask]:
@@ -138,12 +154,13 @@ def _count_dropped(tasks: Sequence[TraceTask], chosen: Sequence[TraceTask]) -> d
 
 def _example(task: TraceTask, how: TraceText, tools: list[dict[str, Any]] | None) -> Example:
     shown = task.shown
+    tools = tools if tools is not None else shown.tools
     return Example(
         id=shown.id,
         messages=shown.prompt,
-        privileged=how.write(task),
+        privileged=how.write(task, tools),
         completion=shown.turns if shown.success else None,
-        tools=tools if tools is not None else shown.tools,
+        tools=tools,
         data={"task": task.task, "trace": shown},
     )
 
@@ -166,7 +183,7 @@ def read_traces(
     reward_key: str | None = "reward",
     success_threshold: float = 1.0,
     actions_key: str | None = None,
-    tools_key: str | None = None,
+    tools_key: str | None = "tools",
     system_key: str | None = "system",
     action_tags: Sequence[str] = ACTION_TAGS,
     split: str = "train",
@@ -175,10 +192,10 @@ def read_traces(
 ) -> TraceRows:
     """Read the traces of ``source`` by task; arguments as in :func:`trace_dataset`."""
     rows = load_rows(source, split, data_files, None, config_name)
-    named = {"messages_key": messages_key, "task_key": task_key, "reward_key": reward_key, "tools_key": tools_key,
-             "actions_key": actions_key}  # fmt: skip
-    rows.require_all(**named)
-    read = functools.partial(_read_trace, keys=named | {"system_key": system_key}, success_threshold=success_threshold)
+    named = {"messages_key": messages_key, "task_key": task_key, "reward_key": reward_key, "actions_key": actions_key}
+    rows.require_all(**named, tools_key=None if tools_key == "tools" else tools_key)
+    keys = named | {"tools_key": tools_key, "system_key": system_key}
+    read = functools.partial(_read_trace, keys=keys, success_threshold=success_threshold)
     found = convert_rows(rows, read)
     traces = [trace for trace in found if trace is not None]
     if not traces:
@@ -218,6 +235,25 @@ def _warn_of_malformed_calls(source: str, traces: Sequence[AgentTrace], action_t
             _log,
             f"{source}: {len(found)} of the {len(traces)} successful traces that are used have a call whose arguments are no "
             f"JSON object (first: {found[0]}); it is shown, learned and replayed as written: correct it, or leave the row out",
+            level=logging.WARNING,
+        )
+
+
+def _warn_of_unreadable_calls(source: str, traces: Sequence[AgentTrace], action_tags: Sequence[str]) -> None:
+    found = [
+        (trace.id, call)
+        for trace in traces
+        for turn in _assistant_turns(trace)
+        for call in calls_and_unreadable(turn, action_tags)
+        if isinstance(call, str)
+    ]
+    if found:
+        log_rank_zero(
+            _log,
+            f"{source}: {len(dict(found))} of the {len(traces)} successful traces that are used have a call between tags that "
+            f"cannot be read (first: {found[0][0]}: {bounded_repr(found[0][1])}); it is in no privileged information, and no "
+            "turn without it follows it in a replay: correct it, leave the row out, or set dataset.action_tags to other tags "
+            "where these hold ordinary text",
             level=logging.WARNING,
         )
 

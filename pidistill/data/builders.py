@@ -68,7 +68,7 @@ def chat_dataset(
         conversation = _conversation(require_value(row, messages_key, where, "messages_key"), where, messages_key, "user")
         if system_key is not None:
             conversation = with_system(conversation, get(row, system_key), where, system_key)
-        messages, demonstration = _split_conversation(conversation, completion, f"{where}: {messages_key}")
+        messages, demonstration = _split_conversation(conversation, completion, f"{where}: {messages_key}", _LAST_ANSWER)
         if completion_key is not None:
             demonstration = _demonstration(get(row, completion_key), where, completion_key)
         return Example(
@@ -92,15 +92,21 @@ def _check_made(source: str, made_by: str | None) -> None:
 COMPLETIONS = (None, "after_last_user", "from_first_assistant")
 
 
-def _split_conversation(messages: list[Message], how: str | None, where: str) -> tuple[list[Message], list[Message] | None]:
-    """Return (prompt, demonstration). Messages after the last assistant turn answer nothing and are left out of it."""
+_LAST_ANSWER = "set dataset.completion: after_last_user to make it the demonstration"
+_OTHER_COLUMN = "move it into a column of its own and set dataset.completion_key to that, or use pidistill.data.chat_dataset"
+
+
+def _split_conversation(
+    messages: list[Message], how: str | None, where: str, advice: str
+) -> tuple[list[Message], list[Message] | None]:
+    """Return (prompt, demonstration). Messages after the last assistant turn answer nothing and are left out of it.
+
+    ``advice`` says what to do with an answer at the end of a prompt.
+    """
     roles = [message["role"] for message in messages]
     if how is None:
         if roles[-1] == "assistant":
-            raise InputError(
-                f"{where} ends with an assistant message, but a prompt ends before one; "
-                "set dataset.completion: after_last_user to make it the demonstration"
-            )
+            raise InputError(f"{where} ends with an assistant message, but a prompt ends before one; {advice}")
         return messages, None
     if "assistant" not in roles:
         raise InputError(
@@ -236,7 +242,7 @@ def _question(
     if isinstance(value, str):
         messages = [{"role": "user", "content": template.format(question=value)}]
     else:
-        messages, _ = _split_conversation(check_messages(value, where, key), None, f"{where}: {key}")
+        messages, _ = _split_conversation(check_messages(value, where, key), None, f"{where}: {key}", _OTHER_COLUMN)
     has_system = messages[0]["role"] == "system"
     return messages if has_system or system_prompt is None else [{"role": "system", "content": system_prompt}, *messages]
 

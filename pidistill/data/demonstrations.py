@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class TooLong(InputError):
-    """Mark a row that `on_overflow: drop` leaves out."""
+    """Mark a row that is too long, which `on_overflow: drop` may leave out."""
 
 
 def build_demonstrations(
@@ -97,24 +97,45 @@ def sft_demonstrations(cfg: DictConfig, data: RecipeData) -> list[Rollout]:
 def row_completions(data: RecipeData, temperature: float = 1.0) -> list[Rollout]:
     """Return the completion of every row, in the rows' order, in place of samples; both views must fit the length limit.
 
-    ``temperature``: that of the run, which recorded log-probs must have to be comparable.
+    Each row has one, so `on_overflow` leaves none of them out. ``temperature``: that of the run, which recorded log-probs must
+    have to be comparable.
     """
-    rollouts = [demonstration(example, pair, data.tokenizer, max_seq_len=data.max_seq_len) for example, pair in data.prompts]
-    if rollouts and all(RECORDED in rollout.example.data for rollout in rollouts):
-        for rollout in rollouts:
-            _check_recorded_text(rollout, data.tokenizer)
-        rollouts = [recorded_completion(rollout, data.tokenizer.vocab_size, temperature) for rollout in rollouts]
-        rollouts = [_under_control(rollout, data.privileged.control) for rollout in rollouts]
-    for rollout in rollouts:
-        length = len(rollout.sequence("teacher")[0])
-        if length > data.max_seq_len:
-            raise TooLong(
-                f"{rollout.example.id}: teacher prompt plus the dataset's completion have {length:,} tokens, more than "
-                f"max_seq_len {data.max_seq_len:,}; raise tokenizer.max_seq_len and the model's, or leave the row out"
-            )
+    settings = {"max_seq_len": data.max_seq_len, "temperature": temperature, "control": data.privileged.control}
+    settings["recorded"] = all(RECORDED in example.data for example, _ in data.prompts)
+    rollouts = [row_completion(example, pair, data.tokenizer, **settings) for example, pair in data.prompts]
     _warn_about_earlier_turns(rollouts, data.tokenizer)
     _warn_about_malformed_calls(rollouts)
     return rollouts
+
+
+def row_completion(
+    example: Example,
+    pair: PromptPair,
+    tokenizer: ChatTokenizer,
+    *,
+    max_seq_len: int,
+    recorded: bool,
+    temperature: float = 1.0,
+    control: str | None = None,
+) -> Rollout:
+    """Return the completion of one row as :func:`row_completions` does; ``recorded`` takes the ids that were sampled.
+
+    Raises:
+        TooLong: a view does not fit into ``max_seq_len`` with the completion.
+        InputError: the row has no completion to learn from, or its record is not whole.
+    """
+    rollout = demonstration(example, pair, tokenizer)
+    if recorded:
+        _check_recorded_text(rollout, tokenizer)
+        rollout = _under_control(recorded_completion(rollout, tokenizer.vocab_size, temperature), control)
+    for view in ("student", "teacher"):
+        length = len(rollout.sequence(view)[0])
+        if length > max_seq_len:
+            raise TooLong(
+                f"{example.id}: {view} prompt plus the dataset's completion have {length:,} tokens, more than max_seq_len "
+                f"{max_seq_len:,}; raise tokenizer.max_seq_len and the model's, or leave the row out"
+            )
+    return rollout
 
 
 RECORDED = "sampled"

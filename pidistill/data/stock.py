@@ -1,6 +1,7 @@
 """Give our datasets to torchtune's own supervised recipes, which need tokens and labels."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -8,8 +9,8 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from pidistill.config import build
 from pidistill.data.demonstrations import demonstration
+from pidistill.privileged.prompt import PrivilegedPrompt
 from pidistill.tokenizers import as_chat_tokenizer
-from pidistill.types import PromptPair
 
 
 class StockSFTDataset(Dataset):
@@ -24,12 +25,11 @@ class StockSFTDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         example = self._examples[index]
-        prompt = self._tokenizer.encode_prompt(example.messages, example.tools)
-        pair = PromptPair(prompt, prompt, has_privileged=False)
+        pair = PrivilegedPrompt().build(replace(example, privileged=None), self._tokenizer).pair  # checked as recipes check it
         rollout = demonstration(example, pair, self._tokenizer, max_seq_len=self._tokenizer.max_seq_len)
         both = zip(rollout.completion, rollout.policy_mask, strict=True)
         learned = [token if own else CROSS_ENTROPY_IGNORE_IDX for token, own in both]
-        return {"tokens": prompt + rollout.completion, "labels": [CROSS_ENTROPY_IGNORE_IDX] * len(prompt) + learned}
+        return {"tokens": pair.student + rollout.completion, "labels": [CROSS_ENTROPY_IGNORE_IDX] * len(pair.student) + learned}
 
 
 def stock_sft_dataset(tokenizer: Any, dataset: Mapping[str, Any]) -> StockSFTDataset:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pidistill.chat.calls import ACTION_TAGS, ToolCall, calls_of
+from pidistill.chat.calls import ACTION_TAGS, ToolCall, calls_and_unreadable
 from pidistill.chat.xml_calls import as_xml_reads
 from pidistill.envs.base import EnvStep
 from pidistill.envs.function_tools import call_tools
@@ -34,10 +34,11 @@ class ReplayEnvironment:
 
     A turn matches the recorded one if it makes the same calls: the same tools, in the same order, with equal arguments; the
     text "5" is the number 5 where the tool's schema permits both, since XML calls cannot tell them apart. Where the recorded
-    turn makes none, any turn without a call matches, whatever it says: the recorded reply follows, which may not
-    fit it. An episode that matches to the last recorded turn gets the trace's reward; every other one ``mismatch_reward``. So a
-    success means "did what the agent of the trace did", not "did what the user wanted": another way to a right end counts as a
-    mismatch. For that, use the benchmark itself as an environment.
+    turn makes none, any turn without a call matches, whatever it says: the recorded reply follows, which may not fit it. A
+    recorded call that cannot be read matches only the same text between the same tags. An episode that matches to the last
+    recorded turn gets the trace's reward; every other one ``mismatch_reward``. So a success means "did what the agent of the
+    trace did", not "did what the user wanted": another way to a right end counts as a mismatch. For that, use the benchmark
+    itself as an environment.
 
     ``reward/followed`` in the metrics is the share of recorded turns that an episode matched; it is no part of the reward.
 
@@ -95,10 +96,12 @@ class ReplayEnvironment:
             return False
         return self._compared(turn, tools) == self._compared(recorded, tools)
 
-    def _compared(self, turn: Message, tools: Tools) -> list[ToolCall]:
-        return [self._without_form(call, tools) for call in calls_of(turn, self.action_tags)]
+    def _compared(self, turn: Message, tools: Tools) -> list[ToolCall | str]:
+        return [self._without_form(call, tools) for call in calls_and_unreadable(turn, self.action_tags, tools)]
 
-    def _without_form(self, call: ToolCall, tools: Tools) -> ToolCall:
+    def _without_form(self, call: ToolCall | str, tools: Tools) -> ToolCall | str:
+        if isinstance(call, str):
+            return call
         if call.name in self.free_arguments:
             return ToolCall(call.name, None)
         is_object = isinstance(call.arguments, Mapping)

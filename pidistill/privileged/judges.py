@@ -16,7 +16,9 @@ from typing import Any
 
 from pidistill.chat.endpoint import Endpoint, Unusable
 from pidistill.chat.messages import transcript_text
+from pidistill.chat.reasoning import END_THINK, begins_with_think
 from pidistill.chat.templates import check_template
+from pidistill.chat.tool_calls import visible_text
 from pidistill.errors import InputError, attempt, bounded_repr, check_count
 from pidistill.jsonl import replace_file
 from pidistill.types import Example, Message
@@ -40,23 +42,26 @@ MAX_REASONS = 20  # reasons that are logged, so that a judge with another reason
 
 
 def usable_text(value: Any) -> str:
-    """Return a critique without spaces around it.
+    """Return a critique without the judge's reasoning before it and without spaces around it.
 
     Raises:
-        Unusable: it is no text, empty, longer than :data:`MAX_ANSWER_BYTES`, or holds half of a surrogate pair, which no
-            tokenizer takes.
+        Unusable: it is no text, empty, reasoning that is never closed, longer than :data:`MAX_ANSWER_BYTES`, or holds half of
+            a surrogate pair, which no tokenizer takes.
     """
     if not isinstance(value, str):
         raise Unusable(f"an answer that is a {type(value).__name__}, not a text")
     if len(value) > MAX_ANSWER_BYTES:
         raise Unusable(f"an answer with {len(value):,} characters, more than {MAX_ANSWER_BYTES:,}")
-    if not value.strip():
+    if begins_with_think(value) and END_THINK not in value:
+        raise Unusable("an answer that is reasoning without an end; raise ask.max_tokens", again=False)
+    value = visible_text({"role": "assistant", "content": value})
+    if not value:
         raise Unusable("an answer that is empty")
     try:
         value.encode()
     except UnicodeEncodeError:
         raise Unusable("an answer that holds half of a surrogate pair, which is no character") from None
-    return value.strip()
+    return value
 
 
 @dataclass
@@ -146,7 +151,7 @@ class ChatEndpoint:
         base_url, key_env, timeout_s, retries, backoff_s: as in :class:`pidistill.chat.endpoint.Endpoint`; the key is in no
             config, log, error or cache file.
         model: its name there.
-        temperature, max_tokens: of the answer.
+        temperature, max_tokens: of the answer, reasoning included; an answer that they cut short is a failure.
     """
 
     base_url: str
@@ -177,4 +182,7 @@ class ChatEndpoint:
 
 
 def _content(answer: Any) -> str:
-    return usable_text(answer["choices"][0]["message"]["content"])
+    choice = answer["choices"][0]
+    if choice.get("finish_reason") == "length":
+        raise Unusable("an answer that ask.max_tokens cut short; raise it", again=False)
+    return usable_text(choice["message"]["content"])

@@ -11,20 +11,21 @@
 | none | nothing: the control, and the RL baseline | all |
 
 A success without any call (the agent was right to refuse) and an empty list of reference actions are information too, and are
-written as `(no tool call)`. Each kind has a header, the line above the text, and leak phrases, which a completion that gives
-the information away would say.
+written as `(no tool call)`. A success of whose calls none can be read is refused. Each kind has a header, the line above the
+text, and leak phrases, which a completion that gives the information away would say.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from pidistill.chat.calls import CallStyle, ToolCall
+from pidistill.chat.calls import CallStyle, ToolCall, unreadable_calls
 from pidistill.chat.messages import transcript_text
 from pidistill.errors import InputError, check_choice, check_count, check_share
 from pidistill.privileged.hint_file import read_hints
 from pidistill.privileged.prompt import DEFAULT_LEAK_PHRASES
 from pidistill.privileged.trace_task import TraceTask
+from pidistill.types import Tools
 
 NO_CALL = "(no tool call)"
 
@@ -67,10 +68,10 @@ class TraceText:
         if self.hints is not None:
             self._hints.update(read_hints(self.hints))
 
-    def write(self, task: TraceTask) -> str | None:
-        """Return the privileged text of a task; None where it has none."""
+    def write(self, task: TraceTask, tools: Tools = None) -> str | None:
+        """Return the privileged text of a task; None where it has none. ``tools`` type the arguments of XML calls."""
         kind = KINDS[self.kind]
-        text = kind.write(self, task)
+        text = kind.write(self, task, tools)
         header = kind.header if self.header is None else self.header
         return None if not text else f"{header}\n{text}" if header else text
 
@@ -86,48 +87,59 @@ class TraceText:
 class Kind:
     """Describe one kind of privileged information: how it is written, the line above it, what would give it away."""
 
-    write: Callable[[TraceText, TraceTask], str | None]
+    write: Callable[[TraceText, TraceTask, Tools], str | None]
     header: str = ""
     leak_phrases: tuple[str, ...] = ()
 
 
-def _source_calls(how: TraceText, task: TraceTask) -> list[ToolCall] | None:
-    return None if task.source is None else how.style.calls(task.source.turns)
+def _source_calls(how: TraceText, task: TraceTask, tools: Tools) -> list[ToolCall] | None:
+    if task.source is None:
+        return None
+    calls, tags = how.style.calls(task.source.turns, tools), how.style.action_tags
+    said = [turn for turn in task.source.turns if turn["role"] == "assistant"]
+    unreadable = 0 if calls else sum(unreadable_calls(turn, tags) for turn in said)
+    if unreadable:
+        raise InputError(
+            f"{task.source.id}: none of its {unreadable} calls between the tags {', '.join(tags)} can be read, so that its "
+            "privileged information would say that no tool was called; correct the row or leave it out, or set "
+            "dataset.action_tags to other tags where these hold ordinary text"
+        )
+    return calls
 
 
 def _written(style: CallStyle, calls: Sequence[ToolCall] | None) -> str | None:
     return None if calls is None else style.write(calls) or NO_CALL
 
 
-def _calls(how: TraceText, task: TraceTask) -> str | None:
-    return _written(how.style, _source_calls(how, task))
+def _calls(how: TraceText, task: TraceTask, tools: Tools) -> str | None:
+    return _written(how.style, _source_calls(how, task, tools))
 
 
-def _call_names(how: TraceText, task: TraceTask) -> str | None:
-    return _written(replace(how.style, template="{number}. {name}"), _source_calls(how, task))
+def _call_names(how: TraceText, task: TraceTask, tools: Tools) -> str | None:
+    return _written(replace(how.style, template="{number}. {name}"), _source_calls(how, task, tools))
 
 
-def _solution_prefix(how: TraceText, task: TraceTask) -> str | None:
-    calls = _source_calls(how, task)
+def _solution_prefix(how: TraceText, task: TraceTask, tools: Tools) -> str | None:
+    calls = _source_calls(how, task, tools)
     if calls is None:
         return None
     return _written(how.style, calls[: how.prefix_calls or math.ceil(how.prefix_frac * len(calls))])
 
 
-def _full(how: TraceText, task: TraceTask) -> str | None:
+def _full(how: TraceText, task: TraceTask, tools: Tools) -> str | None:
     return transcript_text(task.source.turns) if task.source is not None else None
 
 
-def _hint(how: TraceText, task: TraceTask) -> str | None:
+def _hint(how: TraceText, task: TraceTask, tools: Tools) -> str | None:
     return how.hint(task.task)
 
 
-def _gold_actions(how: TraceText, task: TraceTask) -> str | None:
+def _gold_actions(how: TraceText, task: TraceTask, tools: Tools) -> str | None:
     actions = task.actions
     return None if actions is None else _written(how.style, [a for a in actions if a.name not in how.style.omit_tools])
 
 
-def _none(how: TraceText, task: TraceTask) -> None:
+def _none(how: TraceText, task: TraceTask, tools: Tools) -> None:
     return None
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pidistill.chat.messages import message_text, reasoning_of
+from pidistill.chat.reasoning import shows_its_reasoning
 from pidistill.chat.tool_calls import FORMATS, as_plain_messages, parse_turn_text
 from pidistill.errors import InputError, check_choice
 from pidistill.tokenizers.chat_template import ChatTemplate, TemplateRefusal, find_templates
@@ -27,6 +28,7 @@ from pidistill.tokenizers.template_probes import (
     find_rewritten_turns,
     find_separators,
     find_tool_format,
+    shows_tools,
 )
 from pidistill.types import Message, Tools
 
@@ -66,6 +68,7 @@ class HFChatTokenizer:
         stop_tokens: Sequence[str] | None = None,
         tool_format: str = "auto",
     ) -> None:
+        self._path = path
         files = read_tokenizer_files(Path(path))
         self._tokenizer = files.tokenizer
         self._templates = find_templates(files.folder, files.config, chat_template)
@@ -80,9 +83,7 @@ class HFChatTokenizer:
         self._read_template()
         #: What is probably wrong with the tokens that end a turn, as a sentence; None where nothing is.
         self.stop_warning = self._find_stop_warning(path) if stop_tokens is None else None
-        if self.stop_warning is not None and self.stop_warning not in _WARNED:
-            _WARNED.add(self.stop_warning)
-            _log.warning("%s", self.stop_warning)
+        _warn_once(self.stop_warning)
 
     def with_template_kwargs(self, template_kwargs: Mapping[str, Any]) -> "HFChatTokenizer":
         """Return this tokenizer with other variables of its template; variables that are not given stay as they are."""
@@ -105,10 +106,14 @@ class HFChatTokenizer:
         self._rewritten: list[str] | None = None
         self.tool_format, self._plain_tools = self._find_tool_format(self._chosen_tool_format)
         self._reads_tags_without_tools = self._chosen_tool_format in ("hermes", "xml", "action")
+        #: Why no sampled call is read, as a sentence that the first prompt with tools logs; None where calls are read.
+        self.tool_warning = self._find_tool_warning() if self._chosen_tool_format == "auto" else None
 
     # ------------------------------------------------------------------------------------------- the protocol
 
     def encode_prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
+        if tools:
+            _warn_once(self.tool_warning)
         marker = unused_marker(messages, tools)
         return self._encode(self._render(messages, tools, marker, generation_prompt=True), marker)
 
@@ -121,6 +126,14 @@ class HFChatTokenizer:
             said = self._after_prefill(history, turn, tools, marker, prompt)
             if said is not None:
                 return self._encode(said, marker, after=prompt)
+            before = self._render(history, tools, marker, generation_prompt=False).rstrip()
+            if not conversation.startswith(before):
+                raise InputError(
+                    "the chat template writes the messages before an assistant turn in another way once the turn is there "
+                    f"(...{before[-40:]!r} against ...{_divergence(before, conversation)!r}), as one does that shows the "
+                    "system text or the tools with the last user message only; write the system text into the user message, or "
+                    "set tokenizer.chat_template to another template"
+                )
             raise InputError(
                 "the chat template does not render an assistant turn as a continuation of its own generation prompt "
                 f"(...{prompt[-40:]!r} against ...{_divergence(prompt, conversation)!r}), so a given turn has no token ids "
@@ -254,10 +267,12 @@ class HFChatTokenizer:
     def parse_turn_after(self, before: Sequence[int], ids: Sequence[int], tools: Tools = None) -> Message:
         """Return what :meth:`parse_turn` does, for a turn that was sampled after ``before``.
 
-        Where that opens the reasoning, and the turn never closes it, all of it is reasoning: it gets the tag in front.
+        Where that opens the reasoning, and the turn alone does not show where it ends, it gets the tag in front: all of a turn
+        that never closes the tag is reasoning, and so is what stands before the closing tag, even if it speaks of the opening.
         """
         text = self.decode(ids[:-1] if ids and ids[-1] in self.stop_ids else ids)
-        if "</think>" not in text and (opened := _OPENED.search(self.decode(before[-_OPENED_TOKENS:]))):
+        opened = _OPENED.search(self.decode(before[-_OPENED_TOKENS:]))
+        if opened and not shows_its_reasoning(text):
             text = opened[0] + text
         is_read = tools or self._reads_tags_without_tools or self.tool_format == "harmony"  # whose answers have a channel too
         return parse_turn_text(text, self.tool_format if is_read else "none", tools)
@@ -357,10 +372,19 @@ class HFChatTokenizer:
                 f"({written or 'an unknown one'}), so earlier calls would look different from what the model wrote; set auto, "
                 "or action for a template without tools"
             )
-        if chosen == "auto" and written is None:
-            _log.warning("the chat template writes tool calls in a form unknown here: they stay text (tokenizer.tool_format)")
         format = (written or "none") if chosen == "auto" else chosen
         return format, format == "action" and written != "action"
+
+    def _find_tool_warning(self) -> str | None:
+        """Return a sentence where the template shows tools, or writes calls, and no form of calls is known."""
+        written, shown = find_tool_format(self._template), shows_tools(self._template)
+        if written not in (None, "none") or (written == "none" and not shown):
+            return None
+        does = "writes tool calls in a form unknown here" if written is None else "shows tools and leaves the calls out"
+        return (
+            f"{self._path}: the chat template {does}, so that what the model samples stays text and calls no tool; set "
+            "tokenizer.tool_format: action, which writes tools and calls as text, or tokenizer.chat_template to another one"
+        )
 
     def _find_stop_warning(self, path: str) -> str | None:
         """Return a sentence where the template ends turns with another token than the model's files name (base models)."""
@@ -383,6 +407,12 @@ class HFChatTokenizer:
             f"the chat template writes none of the model's stop tokens ({self._stop_names()}) after an assistant turn; set "
             "tokenizer.stop_tokens to what it writes"
         )
+
+
+def _warn_once(sentence: str | None) -> None:
+    if sentence is not None and sentence not in _WARNED:
+        _WARNED.add(sentence)
+        _log.warning("%s", sentence)
 
 
 def _shape(turn: Message) -> tuple[bool, ...]:

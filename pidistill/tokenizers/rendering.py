@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pidistill.chat.messages import REASONING_KEYS, message_text
+from pidistill.chat.messages import REASONING_KEYS, REASONING_PARTS, message_text
 from pidistill.errors import InputError
 from pidistill.tokenizers.base import ChatTokenizer
 from pidistill.types import Message, Tools
@@ -134,7 +134,9 @@ def message_parts(message: Message, *, reasoning: bool = False) -> Iterator[Part
     for piece in _content_pieces(message, reasoning):
         yield Part(f"the content of the {message['role']} message", _forms(piece), _CONTENT_WITH_CALLS if calls else _CONTENT)
     if reasoning:
-        for text in dict.fromkeys(message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)):
+        # What is no text is written by no template, so that a message which was not checked is refused by it.
+        given = (message[key] for key in (*REASONING_KEYS, *REASONING_PARTS) if message.get(key))
+        for text in dict.fromkeys(value if isinstance(value, str) else repr(value) for value in given):
             yield Part("the reasoning of the assistant message", _forms(text), _REASONING)
     for call in calls:
         function = call.get("function", call)

@@ -15,7 +15,7 @@ def find_rewritten_turns(template: ChatTemplate) -> list[str]:
     """Return which assistant turns the template shows differently from how they were sampled, once the conversation continues.
 
     A turn with and one without reasoning are rendered, answered by a user and by a tool. Some templates end the last turn with
-    another token than the earlier ones.
+    another token than the earlier ones, and some show the system text and the tools with the last question only.
     """
     found = []
     for role in ("user", "tool"):
@@ -33,7 +33,26 @@ def find_rewritten_turns(template: ChatTemplate) -> list[str]:
                 found.append(f"turns {kind} that a {role} message follows")
             elif not conversation.startswith(ended):
                 found.append(f"the ends of turns that a {role} message follows")
+    found += [f"what stands before turns that a {role} message follows" for role in _moving_roles(template)]
     return list(dict.fromkeys(found))
+
+
+def _moving_roles(template: ChatTemplate) -> list[str]:
+    """Return after messages of which roles the template writes the system text or the tools in another place."""
+    begin, call = [{"role": "system", "content": "text"}, QUESTION], PROBE_CONVERSATION[-1]
+    result: Message = {"role": "tool", "tool_call_id": call["tool_calls"][0]["id"], "content": "more"}
+    found = []
+    for role, continued in (("user", [{"role": "assistant", "content": "answer"}, QUESTION]), ("tool", [call, result])):
+        answered = [*begin, *continued]
+        for skipped, tools in ((0, [PROBE_TOOL]), (0, None), (1, [PROBE_TOOL])):  # some know no system role, or no tools
+            try:
+                before = template.render(begin[skipped:], tools, False).rstrip()
+                moves = not template.render(answered[skipped:], tools, True).startswith(before)
+            except TemplateRefusal:
+                continue
+            found += [role] if moves else []
+            break
+    return found
 
 
 def find_default_system(template: ChatTemplate, tools: Tools) -> str | None:
@@ -58,6 +77,14 @@ def find_tool_format(template: ChatTemplate) -> str | None:
         return written_format(template.render(PROBE_CONVERSATION, [PROBE_TOOL], False))
     except TemplateRefusal:  # a template that refuses tools
         return "none"
+
+
+def shows_tools(template: ChatTemplate) -> bool:
+    """Return whether the template writes the tools of a prompt."""
+    try:
+        return "probe_name" in template.render([QUESTION], [PROBE_TOOL], True)
+    except TemplateRefusal:
+        return False
 
 
 def find_separators(template: ChatTemplate, added: Iterable[str]) -> set[str]:

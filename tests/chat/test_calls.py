@@ -96,3 +96,25 @@ def test_calls_are_written_with_the_template_and_without_the_tools_to_omit():
 def test_a_template_that_would_write_nothing_is_refused(template):
     with pytest.raises(InputError, match="call_template"):
         CallStyle(template)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("reasoning", [{"type": "text", "text": "two "}, {"type": "text", "text": "and two"}]),
+        ("reasoning", {"text": "two and two"}),
+        ("reasoning_details", [{"type": "reasoning.text", "text": "two and two"}]),
+        ("thinking_blocks", [{"type": "thinking", "thinking": "two and two", "signature": "x"}]),
+    ],
+)
+def test_reasoning_in_parts_is_one_text_and_reasoning_without_text_is_refused(key, value):
+    question = {"role": "user", "content": "2+2?"}
+    _, answer = check_messages([question, {"role": "assistant", "content": "4", key: value}], "row 0", "messages")
+    assert answer == {"role": "assistant", "content": "4", "reasoning_content": "two and two"}
+    with pytest.raises(InputError, match=f"has a '{key}' that is not text"):
+        check_messages([question, {"role": "assistant", "content": "4", key: [{"data": "encrypted"}]}], "row 0", "messages")
+
+
+def test_an_empty_list_of_calls_is_no_call():
+    messages = [{"role": "user", "content": "hi", "tool_calls": []}, {"role": "assistant", "content": "ho", "tool_calls": []}]
+    assert all("tool_calls" not in message for message in check_messages(messages, "row 0", "messages"))

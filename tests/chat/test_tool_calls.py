@@ -35,6 +35,19 @@ THINKING = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if quiet is defined and quiet %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
+# As Mistral Nemo's: the system text and the tools stand with the last question; calls have ids of nine characters.
+NEMO = (
+    "{% set given = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}"
+    "{% for m in messages %}{% if m.role == 'user' %}"
+    "{% if tools and m == asked[-1] %}[TOOLS]{{ tools | tojson }}[/TOOLS]{% endif %}"
+    "[INST]{{ given if loop.last }}{{ m.content }}[/INST]"
+    "{% elif m.tool_calls is defined %}{% for c in m.tool_calls %}"
+    "{% if c.id is not defined or c.id | length != 9 %}{{ raise_exception('Tool call IDs have length 9!') }}{% endif %}"
+    "[TOOL_CALLS][{{ c.function | tojson }}]<|im_end|>{% endfor %}"
+    "{% elif m.role == 'assistant' %}{{ m.content }}<|im_end|>{% elif m.role == 'tool' %}[RESULT]{{ m.content }}{% endif %}"
+    "{% endfor %}"
+)
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -187,6 +200,27 @@ def test_a_turn_of_each_format_is_read_as_its_message(format, text, expected):
 def test_a_malformed_call_is_text_with_the_reason(format, text, said):
     message = parse_turn_text(text, format)
     assert said in message["tool_call_error"] and "tool_calls" not in message and message["content"] == text
+
+
+@pytest.mark.parametrize("format", ["hermes", "action"])
+def test_arguments_under_another_name_are_the_arguments_and_none_at_all_is_said(format):
+    tag = {"hermes": "tool_call", "action": "action"}[format]
+    text = f'<{tag}>{{"name": "weather", "parameters": {{"city": "Rome"}}}}</{tag}>'
+    assert parse_turn_text(text, format)["tool_calls"] == [call(city="Rome")]
+    said = parse_turn_text(text.replace("parameters", "input"), format)
+    assert "has input in place of arguments" in said["tool_call_error"] and "tool_calls" not in said
+
+
+@pytest.mark.parametrize("word", ["<think>", "</think>", "<think></think>"])
+@pytest.mark.parametrize("before", ["", "I look. ", "<think>hm</think>\n", "opened by the prompt</think>\n"])
+def test_a_tag_of_reasoning_inside_an_argument_is_text(word, before):
+    for format, text in (
+        ("hermes", f'<tool_call>{{"name": "weather", "arguments": {{"city": "{word}"}}}}</tool_call>'),
+        ("xml", xml_call("city", word)),
+    ):
+        message = parse_turn_text(before + text, format, TOOLS)
+        assert message["tool_calls"] == [call(city=word)] and "tool_call_error" not in message
+        assert message["content"].strip() == before.strip()
 
 
 def test_one_malformed_call_spoils_the_turn():
@@ -367,7 +401,26 @@ def test_an_unknown_form_is_said_and_stays_text(tmp_path, caplog):
     )
     with caplog.at_level(logging.WARNING):
         tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path, template)), stop_tokens=["<|im_end|>"])
-    assert tokenizer.tool_format == "none" and "a form unknown here" in caplog.text
+        tokenizer.encode_prompt(HISTORY)
+        assert tokenizer.tool_format == "none" and not caplog.text, "without tools nothing is a call"
+        tokenizer.encode_prompt(HISTORY, TOOLS)
+        tokenizer.encode_prompt(HISTORY, TOOLS)
+    assert caplog.text.count("a form unknown here") == 1 and "set tokenizer.tool_format: action" in caplog.text
+
+
+def test_a_template_that_wants_ids_of_nine_characters_has_a_form_that_is_unknown(tmp_path, caplog):
+    tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path, NEMO)))
+    tokenizer.encode_prompt(HISTORY, TOOLS)
+    assert tokenizer.tool_format == "none" and caplog.text.count("a form unknown here") == 1
+
+
+def test_a_template_that_shows_tools_and_leaves_calls_out_is_said(tmp_path, caplog):
+    HFChatTokenizer(str(qwen_folder(tmp_path / "a", "{{ tools or '' }}" + PLAIN))).encode_prompt(HISTORY, TOOLS)
+    assert caplog.text.count("shows tools and leaves the calls out") == 1
+    caplog.clear()
+    for name, chosen in (("b", {"tool_format": "none"}), ("c", {"tool_format": "action"})):
+        HFChatTokenizer(str(qwen_folder(tmp_path / name, PLAIN)), **chosen).encode_prompt(HISTORY, TOOLS)
+    assert not caplog.text
 
 
 def test_a_format_that_the_template_does_not_write_is_refused(tmp_path):
@@ -423,6 +476,8 @@ def test_rewritten_history_is_found(tmp_path):
     assert "turns with reasoning that a user message follows" in said
     off = HFChatTokenizer(str(qwen_folder(tmp_path / "e", THINKING)), template_kwargs={"quiet": True})
     assert "turns without reasoning that a user message follows" in off.history_rewrites()
+    said = HFChatTokenizer(str(qwen_folder(tmp_path / "g", NEMO))).history_rewrites()
+    assert said.startswith("the chat template rewrites what stands before turns that a user message follows, and what stands")
 
 
 def test_the_collector_says_it_once(tmp_path, caplog):

@@ -200,3 +200,20 @@ def test_the_first_line_of_a_config_says_whether_it_is_supervised(tmp_path):
     (tmp_path / "a.yaml").write_text("batch_size: 2\n")
     assert is_supervised(str(tmp_path / "a.yaml"), OmegaConf.create({"batch_size": 2}))
     assert not is_supervised(str(tmp_path / "a.yaml"), OmegaConf.create({"objective": {}}))
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind", "said"),
+    [
+        (["4", "4"], None, ""),
+        (["4", None], "nothing to learn", "no assistant turn"),
+        (["4", "4 " * 700], "too long", "leave the row"),
+    ],
+)
+def test_rows_whose_own_completions_stand_in_place_of_samples_need_one_that_fits(capsys, tmp_path, answers, kind, said):
+    """Each row has one where GKD samples nothing, so that `on_overflow` leaves none of them out."""
+    rows = [{"messages": [QUESTION], "hint": "it is 4", "answer": answer} for answer in answers]
+    changes = {"dataset__completion_key": "answer", "objective__lmbda": 0.0, "group_size": 1, "on_overflow": "drop"}
+    status, reports, err = scanned(capsys, config_of(tmp_path, rows, "gkd", **changes))
+    assert kinds(reports["dataset"]) == ({kind: 1} if kind else {})
+    assert status == (2 if kind else 0) and said in err and "on_overflow" not in err

@@ -166,17 +166,37 @@ def test_each_kinds_own_words_for_giving_it_away_are_leak_phrases():
 def test_tools_come_from_the_row_or_a_file_or_the_calls_seen(write, tmp_path):
     schema = [{"type": "function", "function": {"name": "look"}}]
     row = episode(1, 1.0, *LOOK, *BOOK, *BYE, tools=json.dumps(schema))
-    assert trace_dataset(write(row), tools_key="tools")[0].tools == schema
+    assert trace_dataset(write(row))[0].tools == schema
     (tmp_path / "tools.json").write_text(json.dumps(schema))
     assert trace_dataset(write(row), tools_file=str(tmp_path / "tools.json"))[0].tools == schema
-    derived = trace_dataset(write(row, episode(2, 0.0, call("look", city="LAX", day=3))))
+    derived = trace_dataset(write(row, episode(2, 0.0, call("look", city="LAX", day=3))), tools_key=None)
     assert [tool["function"]["name"] for tool in derived[0].tools] == ["look", "book"]
     assert derived[0].tools[0]["function"]["parameters"] == {
         "type": "object",
         "properties": {"city": {"type": "string"}, "day": {"type": "integer"}},
         "required": ["city"],
     }
-    assert trace_dataset(write(row), derive_tools=False)[0].tools is None
+    assert trace_dataset(write(row), tools_key=None, derive_tools=False)[0].tools is None
+
+
+XML_CALL = "<tool_call>\n<function=book>\n<parameter=city>\nSEA\n</parameter>\n</function>\n</tool_call>"
+PYTHON_CALL = "<tool_call>\n{'arguments': {'city': 'SEA'}, 'name': 'book'}\n</tool_call>"
+
+
+@pytest.mark.parametrize("text", [XML_CALL, PYTHON_CALL])
+def test_calls_as_xml_and_as_python_writes_them_are_information(write, text):
+    dataset = trace_dataset(write(episode(1, 1.0, {"role": "assistant", "content": text}, *BYE)))
+    assert 'book({"city": "SEA"})' in dataset[0].privileged
+
+
+def test_calls_that_cannot_be_read_are_never_told_as_no_call(write, caplog):
+    unreadable = {"role": "assistant", "content": "<tool_call>book(city=SEA)</tool_call>"}
+    with pytest.raises(InputError, match="none of its 1 calls between the tags action, tool_call can be read"):
+        trace_dataset(write(episode(1, 1.0, unreadable, *BYE)))
+    readable = {"role": "assistant", "content": XML_CALL}
+    dataset = trace_dataset(write(episode(1, 1.0, unreadable, readable, *BYE)))
+    assert "SEA" in dataset[0].privileged
+    assert "1 of the 1 successful traces that are used have a call between tags that cannot be read" in caplog.text
 
 
 def test_derived_tools_have_the_types_of_all_arguments_seen():

@@ -614,3 +614,13 @@ def test_no_real_solution_reaches_a_students_prompt(tmp_path):
         secret = example.privileged  # all of it: some solutions repeat a sentence of the question
         assert secret in tokenizer.decode(pair.teacher) and secret not in tokenizer.decode(pair.student)
         assert pair.student == tokenizer.encode_prompt(example.messages)
+
+
+def test_a_question_that_ends_with_an_answer_is_refused_with_a_key_that_the_builder_has(tmp_path):
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"question": messages, "messages": messages, "answer": "4"}))
+    with pytest.raises(InputError, match=r"ends with an assistant message.*dataset\.completion_key"):
+        qa_dataset(str(file), privileged_key=None)
+    with pytest.raises(InputError, match=r"ends with an assistant message.*dataset\.completion: after_last_user"):
+        chat_dataset(str(file), privileged_key=None)

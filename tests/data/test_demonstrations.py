@@ -117,3 +117,14 @@ def test_recorded_ids_that_say_another_text_than_the_rows_completion_are_of_anot
         assert read(ids) == ids
     with pytest.raises(InputError, match=r"row 0: the ids of its `sampled` say '.*' where its completion says 'g1 i2'; it was"):
         read([i - 1 for i in own.completion])
+
+
+def test_a_completion_in_place_of_a_sample_that_does_not_fit_in_a_view_is_refused_without_a_key_that_is_not_read():
+    tokenizer = tiny_world_tokenizer(max_seq_len=96)
+    example = Example("row 0", [{"role": "user", "content": "i1 g1"}], completion=[{"role": "assistant", "content": "g1 i2"}])
+    prompt = tokenizer.encode_prompt(example.messages)
+    for student, teacher, view in ((prompt * 4, prompt, "student"), (prompt, prompt * 4, "teacher")):
+        data = RecipeData(tokenizer, [(example, PromptPair(student, teacher, True))], [], {}, {}, 0, (), 1.0, 10)
+        with pytest.raises(InputError, match=rf"row 0: {view} prompt plus .* tokens, more than max_seq_len 10; ") as said:
+            row_completions(data)
+        assert "on_overflow" not in str(said.value) and "leave the row out" in str(said.value)

@@ -120,6 +120,28 @@ def test_a_call_where_the_agent_only_spoke_is_a_mismatch():
     assert play(ReplayEnvironment(), [STEPS[0][0], STEPS[0][0]])[1:] == ([0.0, 0.0], 0.25, True)
 
 
+XML_CALL = "<tool_call>\n<function=book>\n<parameter=seats>\n2\n</parameter>\n</function>\n</tool_call>"
+BOOK = {"name": "book", "parameters": {"type": "object", "properties": {"seats": {"type": "integer"}}}}
+
+
+def test_a_recorded_call_as_xml_or_as_python_writes_it_is_compared_as_a_call():
+    for text in (XML_CALL, "<tool_call>{'arguments': {'seats': 2}, 'name': 'book'}</tool_call>"):
+        row = replace(example([saying(text), {"role": "tool", "content": "ok"}, saying("Done.")]), tools=[BOOK])
+        for turn, reward in ((calling(("book", {"seats": 2})), 1.0), (saying("hello"), 0.0), (saying(text), 1.0)):
+            environment = ReplayEnvironment()
+            state = environment.reset(row)
+            step = environment.step(state, turn, truncated=False)
+            step = step if step.done else environment.step(state, saying("bye"), truncated=False)
+            assert (step.done, step.reward) == (True, reward)
+
+
+@pytest.mark.parametrize("text", ["<tool_call>book(2)</tool_call>", '<action>{"name": "book", "arguments": {'])
+def test_a_recorded_call_that_cannot_be_read_is_not_matched_by_a_turn_without_it(text):
+    environment, row = ReplayEnvironment(), example([saying(text)])
+    for turn, reward in ((saying("hello"), 0.0), (saying(text), 1.0)):
+        assert environment.step(environment.reset(row), turn, truncated=False).reward == reward
+
+
 def test_arguments_of_free_tools_are_not_compared():
     turns = [STEPS[0][0], saying("?"), calling(("think", {"thought": "other"}), ("book", {"flight": "F1"})), saying("Bye")]
     assert play(ReplayEnvironment(), turns)[1] == [0.0, 0.0, 0.0]

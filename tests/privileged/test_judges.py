@@ -9,11 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pidistill.chat.endpoint import EndpointError
+from pidistill.chat.endpoint import EndpointError, Unusable
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError
 from pidistill.privileged.hindsight import Hindsight, add_hindsight
-from pidistill.privileged.judges import ChatEndpoint, Judge
+from pidistill.privileged.judges import ChatEndpoint, Judge, _content
 from pidistill.types import Example
 from tests.support.siblings import ONE, PRIVILEGED, TOKENIZER, rollout
 
@@ -369,3 +369,16 @@ def test_templates_that_show_the_judge_nothing_are_refused():
     for template in ("look at this", "{task}", "{attempt} {reward}"):
         with pytest.raises(InputError, match="feedback.template (lacks|has the unknown placeholder|is malformed)"):
             Judge(str, template=template)
+
+
+def test_an_answer_that_the_limit_cut_and_reasoning_without_an_end_are_no_critique():
+    def answered(text, reason="stop"):
+        return {"choices": [{"finish_reason": reason, "message": {"content": text}}]}
+
+    assert _content(answered("<think>It called a.</think>\n\nCall b first.")) == "Call b first."
+    with pytest.raises(Unusable, match="ask.max_tokens cut short"):
+        _content(answered("Call b fir", "length"))
+    with pytest.raises(Unusable, match="reasoning without an end"):
+        _content(answered("<think>It called a, and"))
+    with pytest.raises(Unusable, match="empty"):
+        _content(answered("<think>It called a.</think>"))

@@ -1,15 +1,20 @@
 """Test torchtune's own recipe on our dataset builders, as the README shows for GPU users; its single-device one runs on CPU."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from omegaconf import OmegaConf
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from pidistill.config import build
 from pidistill.data import stock_sft_dataset
 from pidistill.envs.tiny_world import tiny_world_tokenizer
+from pidistill.errors import InputError
+from pidistill.tokenizers import HFChatTokenizer
+from tests.support.tiny_tokenizers import qwen_folder
 
 ROOT = Path(__file__).parents[2]
 DATASET = {"_component_": "pidistill.envs.tiny_world.tiny_world_dataset", "split": "train", "completion": "cot"}
@@ -25,6 +30,20 @@ def test_labels_are_the_assistant_tokens():
     assert text.count("act") == 3
     assert "obs" not in text
     assert "req" not in text
+
+
+def test_tools_that_the_template_does_not_show_are_refused_as_recipes_do(tmp_path):
+    plain = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path / "model")), chat_template=plain, max_seq_len=256)
+    row = {
+        "messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}],
+        "tools": [{"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {"type": "object"}}}],
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    node = {"_component_": "pidistill.data.chat_dataset", "source": f"{tmp_path}/rows.jsonl", "privileged_key": None}
+    node["completion"] = "after_last_user"
+    with pytest.raises(InputError, match="leaves out the tool 'add'"):
+        stock_sft_dataset(tokenizer, node)[0]
 
 
 def test_the_stock_recipe_trains_on_it(tmp_path):

@@ -85,6 +85,14 @@ def test_a_part_that_the_template_leaves_out_refuses_the_row_with_the_key_that_h
         learned(tokenizers[name], turn)
 
 
+@pytest.mark.parametrize("value", [[{"type": "text", "text": "Two and two."}], {"content": "Two and two."}])
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_details", "thinking_blocks"])
+def test_reasoning_of_a_message_that_was_not_checked_is_not_lost_without_a_word(tmp_path, key, value):
+    tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path, QWEN3)))
+    with pytest.raises(InputError, match="leaves out the reasoning of the assistant message"):
+        learned(tokenizer, assistant("4", **{key: value}))
+
+
 def test_an_answer_is_not_found_inside_the_reasoning(tmp_path):
     """The template writes the reasoning in place of the content."""
     template = PLAIN.replace("m.content", "(m.reasoning_content or m.content)")

@@ -303,6 +303,28 @@ def test_a_turn_that_never_closes_the_reasoning_of_its_prompt_is_reasoning(tmp_p
     assert message_text(answered) == "The answer is 5."
 
 
+def test_reasoning_that_the_prompt_opened_ends_at_the_first_closing_tag_whatever_it_speaks_of(tmp_path):
+    tokenizer = HFChatTokenizer(str(newer_folder(tmp_path, QWEN35)))
+    tools = [{"type": "function", "function": {"name": "pay", "parameters": {"type": "object", "properties": {}}}}]
+    call = "<tool_call>\n<function=pay>\n</function>\n</tool_call>"
+    prompt = tokenizer.encode_prompt([user("a")], tools)
+    for reasoning in ("the tag <think> opens", "not <tool_call>\n<function=pay>", "two and two"):
+        said = tokenizer.parse_turn_after(prompt, tokenizer._ids(f"{reasoning}\n</think>\n\n5"), tools)
+        assert visible_text(said) == "5"
+        made = tokenizer.parse_turn_after(prompt, tokenizer._ids(f"{reasoning}\n</think>\n\n{call}"), tools)
+        assert [one["function"]["name"] for one in made["tool_calls"]] == ["pay"] and visible_text(made) == ""
+
+
+def test_a_template_that_moves_the_system_text_to_the_last_question_is_refused_with_that_cause(tmp_path):
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ messages[0].content if loop.last }} {{ m.content }}[/INST]"
+        "{% elif m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path, template)))
+    with pytest.raises(InputError, match="with the last user message only; write the system text into the user message"):
+        tokenizer.encode_turn([system("Be brief."), user("a")], assistant("b"))
+
+
 def test_a_turn_with_text_behind_its_stop_token_is_refused(tmp_path):
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{{ m.name }}<|endoftext|>{% endfor %}"
     template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

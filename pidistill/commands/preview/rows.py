@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from pidistill.commands.preview.marks import Difference, Span, difference, privileged_spans
 from pidistill.config import build
 from pidistill.data import ExampleDataset, demonstration
-from pidistill.data.demonstrations import TooLong
+from pidistill.data.demonstrations import RECORDED, TooLong, row_completion
 from pidistill.data.load import check_models, load_privileged, reference_checks, told_later
 from pidistill.data.prompts import row_overflow
 from pidistill.errors import InputError
@@ -43,6 +43,8 @@ class Source:
     demonstration_overflow: str | None  # what happens to demonstrations that are too long; None where the recipe reads none
     # Checks of a row's reference by the rewards of the environment.
     reference_checks: Sequence[Callable[[Example], None]] = ()
+    takes_completions: bool = False  # the rows' own completions stand in place of samples, so that each row needs one
+    recorded: bool = False  # these are the ids that were sampled, which every row holds
 
 
 def source_of(cfg: DictConfig, supervised: bool = False, part: str = "dataset") -> Source:
@@ -58,8 +60,10 @@ def source_of(cfg: DictConfig, supervised: bool = False, part: str = "dataset") 
     dataset = build(cfg[part])
     samples = not supervised or part == "eval_dataset"
     learned = part == "dataset" and (supervised or cfg.get("sft_weight"))
+    takes_completions = part == "dataset" and _on_policy_frac(cfg) < 1.0
+    examples = privileged.apply_control(list(dataset), tokenizer)
     return Source(
-        examples=privileged.apply_control(list(dataset), tokenizer),
+        examples=examples,
         dataset_dropped=dict(dataset.dropped) if isinstance(dataset, ExampleDataset) else {},
         tokenizer=tokenizer,
         privileged=privileged,
@@ -69,12 +73,19 @@ def source_of(cfg: DictConfig, supervised: bool = False, part: str = "dataset") 
         on_overflow=cfg.get("on_overflow") or privileged.on_overflow,
         demonstration_overflow=(cfg.get("on_overflow") or "error") if learned else None,
         reference_checks=reference_checks(cfg.get("environment")) if samples and _is_judged(cfg, part) else (),
+        takes_completions=takes_completions,
+        recorded=takes_completions and all(RECORDED in example.data for example in examples),
     )
 
 
 def _is_judged(cfg: DictConfig, part: str) -> bool:
     """Return whether rewards judge the rows: GKD with `lmbda: 0` samples nothing but its evaluation."""
-    return part != "dataset" or not cfg.get("objective") or build_objective(cfg).on_policy_frac > 0.0
+    return part != "dataset" or _on_policy_frac(cfg) > 0.0
+
+
+def _on_policy_frac(cfg: DictConfig) -> float:
+    """Return the share of the rows that are answered by the policy; the others by the dataset's own completion."""
+    return build_objective(cfg).on_policy_frac if cfg.get("objective") else 1.0
 
 
 def _no_pi(cfg: DictConfig) -> str:
@@ -147,15 +158,23 @@ def judge_row(example: Example, views: PromptViews, source: Source) -> Verdict:
             check(example)
         except InputError as error:
             return Verdict(NO_REFERENCE, str(error))
-    if source.demonstration_overflow is None:
-        return Verdict()
     try:
-        made = demonstration(example, views.pair, source.tokenizer, max_seq_len=source.max_seq_len)
+        return Verdict(demonstration=_learned(example, views, source))
     except TooLong as error:
-        return _too_long("demonstration_too_long", str(error), source.demonstration_overflow)
+        on_overflow = "error" if source.takes_completions else source.demonstration_overflow
+        return _too_long("demonstration_too_long", str(error), on_overflow)
     except InputError as error:
         return Verdict(kind_of(error, NOT_LEARNED), str(error))
-    return Verdict(demonstration=made)
+
+
+def _learned(example: Example, views: PromptViews, source: Source) -> Rollout | None:
+    """Return what is learned of the row's own completion; None where the recipe reads none."""
+    if source.takes_completions:
+        settings = {"recorded": source.recorded, "control": source.privileged.control}
+        return row_completion(example, views.pair, source.tokenizer, max_seq_len=source.max_seq_len, **settings)
+    if source.demonstration_overflow is None:
+        return None
+    return demonstration(example, views.pair, source.tokenizer, max_seq_len=source.max_seq_len)
 
 
 def _too_long(reason: str, sentence: str, on_overflow: str) -> Verdict:
