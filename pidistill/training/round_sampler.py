@@ -5,8 +5,8 @@
 
 The first round of a run is sampled with the present weights in either case, and with lag 1 the second one is sampled with the
 same weights. Which weights sample a round depends on the rounds' numbers alone: how fast either process is changes no number.
-What is sampled depends on seeds as without a lag. The one exception is a run that has reached its `max_steps` and is resumed
-with more: nothing was sampled ahead for its next round, which has the present weights.
+What is sampled depends on seeds as without a lag. A run that is resumed from a checkpoint without a round ahead (of a finished
+run, for example) samples its next round with the present weights.
 
 Recorded log-probs are of the weights that sampled, so that the ratios of a policy gradient, its clipping, `importance_weights`
 and `mismatch_mask` see the lag and correct it. Everything else (teacher, KL estimates, advantages from them) is computed with
