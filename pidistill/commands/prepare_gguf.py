@@ -79,13 +79,15 @@ def _check_whole(file: Path, loaded: Any, missing: Collection[str]) -> None:
     """Refuse a file that lacks weights, and one whose rotations transformers would read without their scaling."""
     from gguf import GGUFReader
 
-    absent = sorted(set(missing) - {"lm_head.weight"})  # a file with a tied head has the embedding alone
+    reader = GGUFReader(file)
+    parts = reader.get_field("split.count")
+    if parts is not None and parts.contents() > 1:
+        raise InputError(f"{file} is one of {parts.contents()} parts of a model; join them with `llama-gguf-split --merge`")
+    absent = sorted(set(missing) - ({"lm_head.weight"} if loaded.config.tie_word_embeddings else set()))
     if absent:
         raise InputError(
-            f"{file} lacks {len(absent):,} of the model's weights, the first of which is {absent[0]}; if it is one part of a "
-            "split file, join the parts with `llama-gguf-split --merge`"
+            f"{file} lacks {len(absent):,} of the model's weights, the first of which is {absent[0]}; download it again"
         )
-    reader = GGUFReader(file)
     scaling = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_f")]
     for name, value in reader.fields.items():
         if name.endswith(".rope.scaling.type") and value.contents() != "none":

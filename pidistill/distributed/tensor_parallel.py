@@ -178,6 +178,7 @@ def shard_model(
     mesh: DeviceMesh | None = None,
     replicas: DeviceMesh | None = None,
     compute_dtype: torch.dtype | None = None,
+    frozen: bool = False,
 ) -> None:
     """Shard as torchtune's function of that name does, with layers over the data-parallel ranks and all else over all ranks.
 
@@ -191,6 +192,7 @@ def shard_model(
             None is one group.
         compute_dtype: of the gathered weights and of their gradients, which are added up over ranks and micro-batches in fp32;
             None leaves all of it in the weights' own dtype.
+        frozen: no weight gets gradients once the model is loaded, so that the weights of a layer may have several dtypes.
     """
     processes = dist.get_world_size()
     everyone = replicas or init_device_mesh(device_type, (processes,))
@@ -204,7 +206,7 @@ def shard_model(
         options["ignored_params"] = {p for p in model.parameters() if not p.requires_grad}
     for name, module in reversed(list(model.named_modules())):
         if any(condition(name, module) for condition in conditions):
-            if compute_dtype is None:
+            if compute_dtype is None and not frozen:
                 _check_one_dtype(name, module)
             fully_shard(module, mesh=of_layers if name.startswith("layers.") else everyone, **options)
     fully_shard(model, mesh=everyone, **options)

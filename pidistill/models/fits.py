@@ -161,11 +161,14 @@ def check_tensors_fit(
 def check_module_names_fit(model: nn.Module, folder: Path, builder: str) -> None:
     """Refuse a folder of another model than ``model``, whose modules are transformers', by the names and shapes of its files.
 
-    A family whose files have another layout than its modules is compared when it is loaded.
+    What files have in another layout than the modules (a mixture's experts one by one, another name of the head) is compared
+    when it is loaded: a weight is absent here only if the files hold nothing beside the modules' names.
     """
     stored = stored_tensors(folder, weight_files(folder))
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items() if "lora_" not in name and "magnitude" not in name}
     if len(wanted.keys() & stored.keys()) >= 0.9 * len(wanted):
+        if stored.keys() - wanted.keys():
+            wanted = {name: shape for name, shape in wanted.items() if name in stored}
         _check_stored(wanted, {name: tensor for name, tensor in stored.items() if name in wanted}, folder, builder)
 
 

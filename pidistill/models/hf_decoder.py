@@ -104,8 +104,21 @@ class HFDecoder(nn.Module):
             setattr(self, self._head_name, head)
         self.logit_cap = getattr(text, "final_logit_softcapping", None)
         self._logit_scale = 1.0
-        _turn_off_noise(self)
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
         self._logit_scale = _logit_scale(self, lm)
+        self.train()
+
+    def train(self, mode: bool = True) -> "HFDecoder":
+        """Set the decoder's mode; the body stays in that of evaluation, so that what is scored is the policy that sampled.
+
+        In training mode some families drop states or layers, add jitter, or draw experts. Setting their numbers to 0 would not
+        do: PhiMoE's `router_jitter_noise` also says, in evaluation, how close two experts must be to share a token.
+        """
+        super().train(mode)
+        self.body.eval()
+        return self
 
     @property
     def body(self) -> PreTrainedModel:
@@ -275,19 +288,6 @@ def read_config(path: str | Path) -> Any:
 
 
 @torch.no_grad()
-def _turn_off_noise(model: nn.Module) -> None:
-    """Set dropout and the router's jitter to 0 in all modules, so that what is scored is the policy that sampled.
-
-    Some models of transformers have no ``nn.Dropout``: they keep a probability as a number, and read it in every forward.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in name or "jitter" in name):
-                setattr(module, name, 0.0)
-
-
 def _logit_scale(decoder: HFDecoder, lm: PreTrainedModel) -> float:
     """Return s where the model's logits are cap(s · head @ h), found by giving its own forward a stub in place of the layers.
 

@@ -17,10 +17,11 @@ from pidistill.models.hf_folder import SINGLE, stored_tensors, weight_files
 State = dict[str, Tensor]
 _SHARD = "5GB"  # of a folder that came in several files
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def load(folder: Path) -> State:
-    """Return the full state dict of the folder's model, on CPU, in the widest dtype of its files; without a tied head.
+    """Return the full state dict of the folder's model, on CPU, in the dtypes of its files; without a tied head.
 
     Raises:
         InputError: the folder lacks a weight, or has one that has no place or another shape.
@@ -29,8 +30,8 @@ def load(folder: Path) -> State:
 
     from pidistill.models.hf_decoder import HFDecoder, quiet, read_config
 
-    files = weight_files(folder)
-    dtypes = {stored.dtype for stored in stored_tensors(folder, files).values()}
+    stored = {name: tensor.dtype for name, tensor in stored_tensors(folder, weight_files(folder)).items()}
+    dtypes = set(stored.values())
     dtype = torch.float32 if "F32" in dtypes else torch.float16 if dtypes == {"F16"} else torch.bfloat16
     try:
         with quiet(), torch.device("cpu"):
@@ -48,7 +49,23 @@ def load(folder: Path) -> State:
     ):
         if names := sorted(map(str, info.get(key) or ())):
             raise InputError(f"the checkpoint folder {folder} {what} {names[0]} ({len(names):,} in all); check checkpoint_dir")
-    return HFDecoder(lm).state_dict()
+    weights = HFDecoder(lm).state_dict()
+    return _as_stored(weights, stored, lm) if len(dtypes) > 1 else weights
+
+
+def _as_stored(weights: State, stored: dict[str, str], lm: Any) -> State:
+    """Return weights, which transformers loads in one dtype, in those of the files: some have a router in fp32 beside bf16.
+
+    A weight that is several tensors of different dtypes in the files keeps its dtype.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    def dtype_of(name: str, weight: Tensor) -> torch.dtype:
+        parts = [name] if name in stored else revert_weight_conversion(lm, {name: weight.to("meta")})
+        found = {stored.get(part) for part in parts}
+        return _DTYPES.get(found.pop(), weight.dtype) if len(found) == 1 else weight.dtype
+
+    return {name: weight.to(dtype_of(name, weight)) for name, weight in weights.items()}
 
 
 def save(weights: State, source: Path, folder: Path) -> None:

@@ -77,6 +77,7 @@ def load_model(
             mesh=run.mesh,
             replicas=run.replicas,
             compute_dtype=run.compute_dtype if mixed else None,
+            frozen=not moving,
         )
     if trained and setting(cfg, "enable_activation_offloading"):
         offload_activations(model)
@@ -102,10 +103,11 @@ def build_checkpointer(node: Any, model_node: Any, **overrides: Any) -> Any:
 
 
 def load_initial(cfg: DictConfig, run: Run) -> Decoder:
-    """Load the checkpoint's model, with `adapter_dir`'s adapter on it or merged into it; for recipes that train nothing."""
+    """Load the checkpoint's model, with `adapter_dir`'s adapter on it or merged into it, and freeze it."""
     weights = build_checkpointer(cfg.checkpointer, cfg.model, output_dir=str(run.output_dir)).load_checkpoint()
     weights = weights[training.MODEL_KEY]
-    return load_model(cfg, run, cfg.model, with_adapter_dir(cfg, cfg.model, weights), trained=False)
+    model = load_model(cfg, run, cfg.model, with_adapter_dir(cfg, cfg.model, weights), trained=False)
+    return model.requires_grad_(False)
 
 
 def _keep_buffers(model: nn.Module, names: list[str], device: torch.device) -> None:

@@ -77,8 +77,8 @@ def weight_marks(weights: Mapping[str, torch.Tensor]) -> WeightMarks:
 def check_weights(weights: Mapping[str, torch.Tensor], marks: WeightMarks | Mapping[str, int]) -> None:
     """Compare loaded weights with the checksums of the saved ones.
 
-    A folder of several dtypes is loaded in the widest one, so each tensor is first put back into its own. States that older
-    versions wrote have no dtypes.
+    A checkpointer may load a weight in a wider dtype than it was saved in, so each is first put back into its own. States that
+    older versions wrote have no dtypes.
     """
     if absent := sorted(marks.keys() - weights.keys()):
         raise ValueError(f"{absent[0]} is absent")

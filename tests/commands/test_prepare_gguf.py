@@ -47,8 +47,8 @@ def source(tmp_path_factory):
     return folder, write_gguf(folder, folder.parent / "model.gguf")
 
 
-def write_gguf(folder, file, *, leave_out=None, rope_freqs=False):
-    """Write a folder's model as a file; without one of its weights, or with factors of its rotations."""
+def write_gguf(folder, file, *, leave_out=None, rope_freqs=False, parts=1):
+    """Write a folder's model as a file; without one of its weights, with factors of its rotations, or as one of ``parts``."""
     config = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(file, "qwen2")
     writer.add_block_count(config["num_hidden_layers"])
@@ -67,6 +67,8 @@ def write_gguf(folder, file, *, leave_out=None, rope_freqs=False):
         values = tensor.numpy()
         kind = gguf.GGMLQuantizationType.Q8_0 if values.ndim == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(gguf_name(name), gguf.quants.quantize(values.astype(np.float32), kind), raw_dtype=kind)
+    if parts > 1:
+        writer.add_uint16("split.count", parts)
     if rope_freqs:
         writer.add_tensor("rope_freqs.weight", np.ones(8, dtype=np.float32))
     writer.write_header_to_file()
@@ -136,9 +138,11 @@ def test_wrong_files_are_one_sentence(source, tmp_path, capsys):
 
 def test_a_file_that_is_not_the_whole_model_is_refused(source, tmp_path, capsys):
     folder, _ = source
-    lacking = write_gguf(folder, tmp_path / "part.gguf", leave_out="model.layers.1.mlp.up_proj.weight")
+    lacking = write_gguf(folder, tmp_path / "lacking.gguf", leave_out="model.layers.1.mlp.up_proj.weight")
     scaled = write_gguf(folder, tmp_path / "scaled.gguf", rope_freqs=True)
-    for file, sentence in ((lacking, "lacks 1 of the model's weights"), (scaled, "scales its rotations (rope_freqs.weight)")):
+    part = write_gguf(folder, tmp_path / "part_1.gguf", parts=3)  # the others may hold no more than the head
+    sentences = {lacking: "lacks 1 of the model's weights", scaled: "scales its rotations (rope_freqs.weight)"}
+    for file, sentence in (sentences | {part: "is one of 3 parts of a model"}).items():
         assert ended([str(file), "--output", str(tmp_path / "made")]) == 2
         assert sentence in capsys.readouterr().err.splitlines()[-1]
         assert not (tmp_path / "made").exists()

@@ -12,7 +12,7 @@ from pidistill.errors import InputError
 from pidistill.models import HFCheckpointer
 from pidistill.rollouts import TorchtuneSampler
 from pidistill.training.training_state import check_weights, weight_marks
-from tests.support.hf_families import reference_model
+from tests.support.hf_families import ROPE, SIZES, reference_model
 from tests.support.hub_models import MODELS, assert_same_logits, hub_folder, loaded, reference
 
 SHARDS = {"max_shard_size": "100KB"}
@@ -137,7 +137,22 @@ def test_a_folder_of_two_dtypes_has_the_saved_weights_and_the_dtype_of_most(tmp_
     checkpointer(folder, tmp_path, own_names=True).save_checkpoint({MODEL_KEY: saved}, epoch=0)
     assert json.loads((tmp_path / "epoch_0" / "config.json").read_text())["dtype"] == dtype
     again = checkpointer(tmp_path / "epoch_0", tmp_path, own_names=True).load_checkpoint()[MODEL_KEY]
+    assert {name: value.dtype for name, value in again.items()} == {name: value.dtype for name, value in saved.items()}
     check_weights(again, weight_marks(saved))
+    check_weights({name: value.float() for name, value in again.items()}, weight_marks(saved))
     again["model.norm.weight"] = again["model.norm.weight"] * 1.01
     with pytest.raises(ValueError, match="model.norm.weight has other values"):
         check_weights(again, weight_marks(saved))
+
+
+def test_experts_that_files_have_one_by_one_keep_their_dtype_beside_a_router_in_fp32(tmp_path):
+    """Mixed precision spreads what a bf16 file holds; loaded as fp32, it would start in the middle between two roundings."""
+    transformers = pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
+    sizes = {"head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    config = transformers.Glm4MoeConfig(**SIZES, **sizes, moe_intermediate_size=32, rope_parameters=dict(ROPE))
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    weights = checkpointer(tmp_path / "model", tmp_path, own_names=True).load_checkpoint()[MODEL_KEY]
+    in_fp32 = {name for name, weight in weights.items() if weight.dtype == torch.float32}
+    assert in_fp32 and all(".mlp.gate." in name for name in in_fp32)
+    assert any("experts" in name for name in weights.keys() - in_fp32)
+    assert {weights[name].dtype for name in weights.keys() - in_fp32} == {torch.bfloat16}

@@ -51,16 +51,41 @@ def test_a_family_is_built_without_weights_and_planned(name, tmp_path):
         ("Starcoder2Config", {"residual_dropout": 0.3, "embedding_dropout": 0.3, "sliding_window": None}),
         ("SeedOssConfig", {"residual_dropout": 0.3, "head_dim": 16}),
         ("MixtralConfig", {"router_jitter_noise": 0.3, "sliding_window": None}),
+        ("BioGptConfig", {"layerdrop": 0.5, "hidden_dropout_prob": 0.3}),
+        ("PhimoeConfig", {"input_jitter_noise": 0.3, "num_local_experts": 4, "sliding_window": None}),
     ],
 )
-def test_a_folders_dropout_and_jitter_change_no_training_forward(kind, noise, tmp_path):
-    config = getattr(transformers, kind)(**SIZES, rope_parameters=ROPE, **noise)
+def test_what_a_family_draws_in_training_changes_no_training_forward(kind, noise, tmp_path):
+    rotations = {} if kind == "BioGptConfig" else {"rope_parameters": dict(ROPE)}
+    config = getattr(transformers, kind)(**SIZES, **rotations, **noise)
     torch.manual_seed(0)
     model = from_folder(folder_of(config, tmp_path))
     tokens = torch.arange(12)[None]
     trained = model.train()(tokens)
+    assert model.training
     torch.testing.assert_close(trained, model(tokens), rtol=0, atol=0)
     torch.testing.assert_close(trained, model.eval()(tokens), rtol=0, atol=0)
+
+
+def test_a_setting_that_is_noise_in_training_alone_keeps_its_value(tmp_path):
+    """PhiMoE's `router_jitter_noise` also says which experts share a token in evaluation."""
+    config = transformers.PhimoeConfig(
+        **SIZES, rope_parameters=dict(ROPE), router_jitter_noise=0.3, num_local_experts=4, sliding_window=None
+    )
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    tokens = torch.arange(40)[None]
+    ours = decoder_of(theirs).train()(tokens)
+    torch.testing.assert_close(ours, theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_decoder_is_built_without_a_warning_about_gradients(tmp_path, recwarn):
+    torch.set_warn_always(True)  # else torch warns once in a process
+    try:
+        from_folder(folder_of(make_config("gemma2, caps"), tmp_path))
+    finally:
+        torch.set_warn_always(False)
+    assert not [str(warning.message) for warning in recwarn if "requires_grad" in str(warning.message)]
 
 
 def test_the_plan_of_both_backends_is_the_same(tmp_path):
@@ -255,6 +280,22 @@ def test_a_folder_that_lacks_a_weight_is_refused(tmp_path):
     checkpointer = {"_component_": "pidistill.models.HFCheckpointer", "checkpoint_dir": str(tmp_path / "one")}
     with pytest.raises(InputError, match=r"has no tensor model.layers.1.mlp.up_proj.weight"):
         check_fits(empty_model(node(str(tmp_path / "one"))), checkpointer, "from_folder", "checkpointer")
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("Glm4MoeConfig", {"head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+                           "moe_intermediate_size": 32, "first_k_dense_replace": 3}),
+        ("GPTNeoXConfig", {"tie_word_embeddings": False}),
+    ],
+)  # fmt: skip
+def test_a_folder_with_other_names_for_a_few_weights_fits(kind, more, tmp_path):
+    """Experts of the last layer one by one; Pythia's head is `embed_out`."""
+    config = getattr(transformers, kind)(**SIZES, rope_parameters=dict(ROPE), **more)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    checkpointer = {"_component_": "pidistill.models.HFCheckpointer", "checkpoint_dir": str(tmp_path)}
+    check_fits(empty_model(node(str(tmp_path))), checkpointer, "from_folder", "checkpointer")
 
 
 def test_the_text_model_of_a_folder_with_images_is_taken_and_saved(tmp_path):

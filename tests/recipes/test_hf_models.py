@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 pytest.importorskip("transformers", reason="the extra `transformers` is not installed")
 
 from tests.support.forks import launch_several
-from tests.support.hf_families import FAMILIES, reference_model
+from tests.support.hf_families import FAMILIES, ROPE, SIZES, reference_model
 from tests.support.hub_models import reference
 from tests.support.runs import (
     EMA,
@@ -47,6 +47,9 @@ def folders(tmp_path_factory):
             made[name] = tmp_path_factory.mktemp("family")
             more = {"vocab_size_per_layer_input": VOCABULARY} if name == "gemma4" else {}
             family = name
+            if name == TWO_DTYPES:
+                two_dtypes().save_pretrained(made[name])
+                return made[name]
             if name == IN_BLOCKS:
                 family = "qwen3"
                 more = {"hidden_size": 128, "num_key_value_heads": 4, "intermediate_size": 128}
@@ -54,6 +57,18 @@ def folders(tmp_path_factory):
         return made[name]
 
     return folder
+
+
+def two_dtypes():
+    """Return a GLM4-MoE in bf16, whose router transformers keeps in fp32; some layers have no experts."""
+    import transformers
+
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32}
+    sizes = SIZES | experts | {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "head_dim": 16, "first_k_dense_replace": 1}
+    config = transformers.Glm4MoeConfig(**sizes, rope_parameters=dict(ROPE))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
 def hf_config(method: str, folder: Path, output_dir: Path, backend: str = "transformers", **changes):
@@ -95,6 +110,7 @@ def test_a_step_of_both_recipes_is_taken_and_saved_for_transformers(name, folder
 
 
 IN_BLOCKS = "qwen3 with matrices of whole blocks of NF4"
+TWO_DTYPES = "glm4_moe, router in fp32"
 RESUMED = {
     "mixed precision, checkpointing, EMA": (
         "gemma3",
@@ -112,6 +128,7 @@ RESUMED = {
     "QLoRA": (IN_BLOCKS, "opsd", {"teacher": ADAPTER_OFF, **LORA, "model__quantize_base": True}),
     "QLoRA in mixed precision": (IN_BLOCKS, "opsd", {"teacher": EMA, **LORA, **MIXED, "model__quantize_base": True}),
     "sft": ("gemma2, caps", "sft", {}),
+    "router in fp32 beside weights in bf16": (TWO_DTYPES, "opsd", {"dtype": "bf16", "teacher": EMA}),
 }
 
 
@@ -176,6 +193,20 @@ def test_both_backends_train_alike(folders, tmp_path):
     for backend in ("torchtune", "transformers"):
         run("pi_distill", hf_config("pi_distill", folders(name), tmp_path / backend, backend=backend, **EVALUATION))
     assert_close_rows(metrics(tmp_path / "torchtune"), metrics(tmp_path / "transformers"), rel=2e-4)
+
+
+def test_two_processes_read_frozen_weights_of_two_dtypes(folders, tmp_path):
+    """A teacher or an evaluated model gets no gradients, so that a router in fp32 may stand beside weights in bf16."""
+    folder = folders(TWO_DTYPES)
+    sized = {"dataset__max_rows": 4, "eval_samples": 2, "dtype": "bf16"}
+    changes = ONE_STEP | MIXED | {"prompts_per_round": 2, "teacher": FROZEN}
+    runs = {
+        "opsd": ("opsd", hf_config("opsd", folder, tmp_path / "opsd", **changes)),
+        "evaluate": ("evaluate", hf_config("evaluate", folder, tmp_path / "evaluate", **sized)),
+    }
+    launch_several(tmp_path / "several", runs)
+    assert metrics(tmp_path / "opsd")[0]["grad_norm"] > 0
+    assert (tmp_path / "evaluate" / "results.json").is_file()
 
 
 @pytest.mark.slow(reason="test_two_processes.py trains on two processes, and this file each family on one")
