@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from pidistill.config import build
 from pidistill.data import RecipeData, load_prompts
+from pidistill.data.row_marks import asked_marks
 from pidistill.errors import InputError
 from pidistill.jsonl import EVALUATED, write_jsonl
 from pidistill.training.collector import Collect, build_collector
@@ -31,7 +32,6 @@ from pidistill.training.evaluation import (
     row_column,
     row_counts,
     row_names,
-    row_prompts,
     sample_view,
     success_numbers,
     text_row,
@@ -98,7 +98,7 @@ class EvaluateRecipe:
                 results[domain.prefix + name] = numbers | row_counts(domain.data)
                 self._rows[domain.prefix + name] = self.row_success(domain, rollouts)
                 self._texts += [{"view": domain.prefix + name} | text_row(rollout) for rollout in rollouts]
-            columns = {"clusters": domain.clusters, "kinds": domain.kinds, "prompts": row_prompts(domain.data)}
+            columns = {"clusters": domain.clusters, "kinds": domain.kinds, "prompts": asked_marks(domain.data.prompts)}
             names = row_names(domain.data)
             for name, values in columns.items():
                 if values is not None:

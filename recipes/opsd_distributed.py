@@ -77,8 +77,8 @@ class OPSDRecipe:
         self._evaluation = Evaluation(cfg, self._run, self._data, self._rounds.collect)
         self._texts = TextSamples(cfg, self._run, self._data, self._rounds.collect)
         self._completions = row_completions(self._data, self._sampler.temperature) if self._objective.on_policy_frac < 1 else []
-        must_match = self._round_sizes.must_match | {"rows": len(self._data.prompts)}
-        self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_, must_match=must_match)
+        must_match, rows = self._round_sizes.must_match | {"rows": len(self._data.prompts)}, self._data.prompts
+        self._checkpoints = Checkpoints(cfg, self._run, cfg.objective._component_, must_match, rows)
         self._teacher = build_teacher(cfg, [example for example, _ in self._data.prompts], self._objective)
         self._mismatch, self._corrections = load_mismatch(cfg, self._run, self._sampler, SAMPLING_VIEW)
         check_method(cfg, self._objective, self._sampler, self._teacher, SAMPLING_VIEW)

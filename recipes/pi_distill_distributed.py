@@ -67,8 +67,8 @@ class PiDistillRecipe:
         self._supervised = SupervisedTerm(cfg, self._run, self._data, self._packer, self._timer)
         self._evaluation = Evaluation(cfg, self._run, self._data, self._rounds.collect)
         self._texts = TextSamples(cfg, self._run, self._data, self._rounds.collect)
-        must_match = self._round_sizes.must_match | {"rows": len(self._data.prompts)}
-        self._checkpoints = Checkpoints(cfg, self._run, method=cfg.objective._component_, must_match=must_match)
+        must_match, rows = self._round_sizes.must_match | {"rows": len(self._data.prompts)}, self._data.prompts
+        self._checkpoints = Checkpoints(cfg, self._run, cfg.objective._component_, must_match, rows)
         self._teacher = build_teacher(cfg, [example for example, _ in self._data.prompts], self._objective)
         self._mismatch, self._corrections = load_mismatch(cfg, self._run, self._sampler, SAMPLING_VIEW)
         check_method(cfg, self._objective, self._sampler, self._teacher, SAMPLING_VIEW)

@@ -65,7 +65,7 @@ class SFTRecipe:
         collect = build_collector(cfg, build(cfg.sampler), self._data.tokenizer) if cfg.get("eval_dataset") else None
         self._evaluation = Evaluation(cfg, self._run, self._data, collect)
         must_match = {"batch_size": self._batch_size, "rows": len(self._demonstrations)}
-        self._checkpoints = Checkpoints(cfg, self._run, method="sft", must_match=must_match)
+        self._checkpoints = Checkpoints(cfg, self._run, "sft", must_match, self._data.prompts)
 
         self._model = load_model(cfg, self._run, cfg.model, self._checkpoints.load_weights(), trained=True)
         self._updates = Updates(cfg, self._run, self._model)

@@ -17,7 +17,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch import nn
 from torchtune import training, utils
 from torchtune.modules.peft import get_adapter_state_dict
 
+from pidistill.data.row_marks import rows_mark
 from pidistill.distributed.run import Run
 from pidistill.errors import InputError, one_line
 from pidistill.models.adapter_dir import base_config, with_adapter_dir
@@ -73,6 +74,7 @@ from pidistill.training.training_state import (
     weight_marks,
 )
 from pidistill.training.update import Updates, crossed
+from pidistill.types import Example, PromptPair
 
 log = utils.get_logger("INFO")
 
@@ -103,11 +105,19 @@ class Checkpoints:
     """Load the initial or the newest checkpoint of a run and save new ones.
 
     A checkpoint of another ``method`` (name of what is trained), or with other values of ``must_match`` (settings that the
-    position in the data depends on), is refused on resume.
+    position in the data depends on), is refused on resume. Rows with other content than the checkpoint's are warned of.
     """
 
-    def __init__(self, cfg: DictConfig, run: Run, method: str, must_match: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        cfg: DictConfig,
+        run: Run,
+        method: str,
+        must_match: Mapping[str, int] | None = None,
+        prompts: Sequence[tuple[Example, PromptPair]] = (),  # the training rows
+    ) -> None:
         self.run, self.method = run, method
+        self._rows = rows_mark(prompts)
         self.must_match = {"seed": run.seed, **(must_match or {})}
         self._cfg, self._node = cfg, cfg.checkpointer
         self._every, self._keep_last = cfg.get("save_every_steps"), cfg.get("keep_last")
@@ -165,6 +175,11 @@ class Checkpoints:
                     f"the checkpoint in {folder} was trained with {key}={theirs}, this run has {ours}; the order of the data "
                     "would differ: resume with the old value, or set another output_dir"
                 )
+        if self.run.is_main and state.get("rows_mark", self._rows) != self._rows:
+            log.warning(
+                f"rows of `dataset` have another content or order than when {folder.name} was saved; the run goes on with the "
+                "new ones, and its numbers before and after are of different rows. Set another output_dir to start from step 0"
+            )
         return state
 
     @contextlib.contextmanager
@@ -298,6 +313,7 @@ class Checkpoints:
             "format": FORMAT,
             "method": self.method,
             "must_match": self.must_match,
+            "rows_mark": self._rows,
             "step": step,
             "round": round_,
             "optimizer": optimizer,

@@ -1,12 +1,9 @@
 """Measure success with and without privileged information, which every comparison rests on."""
 
-import hashlib
-import json
 import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -278,29 +275,6 @@ def row_column(data: RecipeData, cfg: DictConfig, setting_name: str, most: int |
             f"name one with at most {most}"
         )
     return found
-
-
-def row_prompts(data: RecipeData) -> list[str]:
-    """Return a digest of what each evaluated row asks, which tells two files whose rows have the same names apart.
-
-    It covers the messages and the task of a world (a dataclass in the row's data), and no privileged information. Objects that
-    are no plain data count by their type: what Python says of them may differ between two processes.
-    """
-    asked = ([example.messages, *filter(is_dataclass, example.data.values())] for example, _ in data.prompts)
-    return [hashlib.sha256(json.dumps(_plain(parts)).encode()).hexdigest()[:12] for parts in asked]
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON writes in the same way in every process."""
-    if is_dataclass(value):
-        value = {name: getattr(value, name) for name in value.__dataclass_fields__}
-    if isinstance(value, Mapping):
-        return sorted([str(key), _plain(part)] for key, part in value.items())
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, set | frozenset):
-        return sorted(json.dumps(_plain(part)) for part in value)
-    return value if isinstance(value, str | int | float | bool | None) else type(value).__name__
 
 
 def text_row(rollout: Rollout, max_chars: int | None = None) -> dict[str, Any]:

@@ -201,10 +201,10 @@ class World:
 def test_digests_are_the_same_in_every_process():
     script = (
         "import random; from unittest import mock; from pidistill.types import Example; "
-        "from pidistill.training.evaluation import row_prompts; from tests.recipes.test_evaluation import World; "
+        "from pidistill.data.row_marks import asked_marks; from tests.recipes.test_evaluation import World; "
         "world = World(frozenset('abcdefgh'), random.Random(0), {'x': 1}); "
         "row = Example('r', [{'role': 'user', 'content': '?'}], data={'world': world}); "
-        "print(row_prompts(mock.Mock(prompts=[(row, None)])))"
+        "print(asked_marks([(row, None)]))"
     )
     said = [
         subprocess.run(

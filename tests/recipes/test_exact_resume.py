@@ -301,6 +301,14 @@ def test_a_run_with_another_order_of_the_data_is_refused(changes, tiny_base, tmp
         resume("opsd", tiny_base, tmp_path / "copy", **changes)
 
 
+def test_rows_of_the_same_number_with_another_content_are_warned_of(tiny_base, tmp_path, uninterrupted, caplog):
+    shutil.copytree(uninterrupted("opsd"), tmp_path / "copy", symlinks=True)
+    resume("opsd", tiny_base, tmp_path / "copy")
+    assert "another content or order" not in caplog.text
+    resume("opsd", tiny_base, tmp_path / "copy", dataset__world_seed=77)
+    assert "rows of `dataset` have another content or order than when step_7 was saved" in caplog.text
+
+
 def test_a_longer_run_continues_a_finished_one_as_if_it_had_been_longer(tiny_base, tmp_path, uninterrupted):
     run("opsd", small_config("opsd", tiny_base, tmp_path, **METHODS["opsd"] | {"max_steps": 3, "eval_every_steps": 3}))
     resume("opsd", tiny_base, tmp_path)
