@@ -1,6 +1,7 @@
 """Read the JSON inside tool calls; a call that cannot be read gets a sentence."""
 
 import json
+import math
 from typing import Any
 
 
@@ -17,11 +18,13 @@ def read_json(text: str) -> Any:
     """Return what JSON text says.
 
     Raises:
-        MalformedCall: the text is not JSON, or holds half of a surrogate pair, which is no text that a tokenizer takes.
+        MalformedCall: the text is not JSON, holds a number beyond what a float can hold, or half of a surrogate pair, which is
+            no text that a tokenizer takes.
     """
     try:
-        # json.loads takes NaN, which is not JSON. Endless nesting raises RecursionError, an endless number ValueError.
-        value = json.loads(text, parse_constant=_refuse_constant)
+        # json.loads takes NaN, which is not JSON, and reads 1e999 as an infinity. Endless nesting raises RecursionError, an
+        # endless number ValueError.
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise MalformedCall(f"the tool call is not valid JSON ({error}): {text.strip()[:80]}") from error
@@ -30,3 +33,10 @@ def read_json(text: str) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite_float(number: str) -> float:
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"{number[:20]} is too large a number")
+    return value

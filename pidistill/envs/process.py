@@ -13,7 +13,7 @@ import signal
 import threading
 import weakref
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from pidistill.envs.base import (
@@ -31,6 +31,7 @@ from pidistill.types import Example, Message
 
 _START_S = 300.0  # limit for the start of a process, which imports torch on a machine that may be busy
 _MAX_ERROR_BYTES = 100_000
+_NUMBER_BYTES = 8  # of the number that a request and its answer begin with
 
 
 @dataclass
@@ -133,6 +134,7 @@ class _Worker:
         # Forked from a server that has done the imports and has neither threads nor a GPU. Only the first call counts.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["__main__", __name__, module])
+        self._asked = 0  # requests so far
         self._connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, environment), daemon=True)
         self.process.start()
@@ -147,11 +149,20 @@ class _Worker:
             raise InputError(f"the environment cannot be made in a worker process: {bounded_repr(error, 500)}") from error
 
     def ask(self, request: bytes, timeout_s: float | None) -> bytes:
+        """Return the worker's answer; refuse one to another request, which would be the verdict on another episode."""
+        self._asked += 1
+        number = self._asked.to_bytes(_NUMBER_BYTES, "big")
         try:
-            self._connection.send_bytes(request)
+            self._connection.send_bytes(number + request)
         except OSError as error:
             raise self._died() from error
-        return self._receive(timeout_s)
+        answer = self._receive(timeout_s)
+        if not answer.startswith(number):
+            raise EnvironmentCrash(
+                "its process sent an answer that belongs to no call or to an earlier one, and was killed; check whether the "
+                "environment writes to files or pipes that it did not open"
+            )
+        return answer[_NUMBER_BYTES:]
 
     def kill(self) -> None:
         _kill_group(self.process)
@@ -159,11 +170,15 @@ class _Worker:
         self._connection.close()
 
     def _receive(self, timeout_s: float | None) -> bytes:
+        # Not the connection alone: a process that native code has forked may hold its other end after the worker's death.
+        has_ended = self.process.sentinel in wait([self._connection, self.process.sentinel], timeout_s)
         try:
-            if self._connection.poll(timeout_s):
+            if self._connection.poll():  # also where the worker died after its answer
                 return self._connection.recv_bytes()
         except (EOFError, OSError) as error:
             raise self._died() from error
+        if has_ended:
+            raise self._died()
         raise EnvironmentTimeout(f"no answer within {timeout_s:g} s; its process was killed")
 
     def _died(self) -> EnvironmentCrash:
@@ -190,10 +205,13 @@ def _kill_group(process: multiprocessing.process.BaseProcess) -> None:
 
 
 def _serve(connection: Connection, pickled: bytes) -> None:
+    worker = os.getpid()
+    os.register_at_fork(after_in_child=connection.close)  # so that the pipe closes when the worker dies
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c reaches every process of the terminal; the parent decides
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     environment, error = attempt(lambda: pickle.loads(pickled))
+    _end_if_forked(worker)
     if error is not None:
         connection.send_bytes(_pickled_error(error))
         return
@@ -203,7 +221,19 @@ def _serve(connection: Connection, pickled: bytes) -> None:
             request = connection.recv_bytes()
         except EOFError:
             return
-        connection.send_bytes(_answer(environment, pickle.loads(request)))
+        number, request = request[:_NUMBER_BYTES], request[_NUMBER_BYTES:]
+        answer = _answer(environment, pickle.loads(request))
+        _end_if_forked(worker)
+        connection.send_bytes(number + answer)
+
+
+def _end_if_forked(worker: int) -> None:
+    """End a child that the environment has forked and that came back from its call: only the worker itself answers.
+
+    Nothing is flushed: the texts that the child holds are copies of the worker's.
+    """
+    if os.getpid() != worker:
+        os._exit(0)
 
 
 def _end_with_the_parent() -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, time
+from decimal import Decimal
 from typing import Any
 
 from pidistill.chat.tool_calls import answer_text
@@ -55,8 +56,9 @@ def last_answer(turns: Sequence[Message]) -> str:
 def reference_text(example: Example) -> str:
     """Return the reference of the example as text; refuse an example without one, with several, or with a time.
 
-    A date is written as ``1999-05-04``. A time can be written in several ways, and may not be what the source says: of the text
-    "1999-05-04", Hugging Face datasets makes the time 1999-05-04 00:00:00.
+    A number is written without an exponent (0.00005, not 5e-05), a date as ``1999-05-04``. A time can be written in several
+    ways, and may not be what the source says: of the text "1999-05-04", Hugging Face datasets makes the time 1999-05-04
+    00:00:00.
     """
     reference = example.reference
     if reference is None or (isinstance(reference, float) and math.isnan(reference)):  # NaN: the empty cell of a table
@@ -75,5 +77,7 @@ def reference_text(example: Example) -> str:
             "another way; store the text that a right answer gives (a local JSON or CSV file is read as it is), or name "
             "another column in dataset.reference_key (of qa_dataset: answer_key)"
         )
-    # A table whose column has an empty cell holds whole numbers as 7.0.
-    return str(int(reference) if isinstance(reference, float) and reference.is_integer() else reference)
+    if isinstance(reference, float) and math.isfinite(reference):
+        # A table whose column has an empty cell holds whole numbers as 7.0.
+        return str(int(reference)) if reference.is_integer() else format(Decimal(repr(float(reference))), "f")
+    return str(reference)

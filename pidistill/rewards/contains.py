@@ -1,7 +1,8 @@
 """Look for the reference anywhere in an answer, as whole words."""
 
 import re
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pidistill.chat.phrases import LETTER, whole_words
@@ -21,6 +22,7 @@ class Contains:
 
     Reasoning within ``<think>`` is no part of the answer. A number in the reference counts where the answer has that number
     whole, in whatever way it is written: "7" is said by "7.0" and not by "7.5", "17,000" or "-7", and "$5" not by "$5,000".
+    Numbers of a name are compared as they are written, so that "v1.10" is not said by "v1.1", nor 192.168.0.1 by 192.168.0.10.
     Scripts without spaces between words have no whole words.
 
     An answer that lists many candidates passes too. ``unwanted_key`` names the texts that such a list would have; else keep
@@ -53,10 +55,12 @@ class Contains:
         return float(said and not any(self._says(answer, text) for text in self._unwanted(example)))
 
     def _says(self, text: str, wanted: str) -> bool:
+        text, wanted = unicodedata.normalize("NFC", text), unicodedata.normalize("NFC", wanted)
         pieces = re.split(f"({_NUMBER})", wanted)  # text and numbers in turn; text at both ends, which may be empty
         found = _find(pieces, text, re.IGNORECASE if self.casefold else 0)
-        values = list(map(_normal, pieces[1::2]))
-        return any(list(map(_normal, numbers)) == values for numbers in {match.groups() for match in found})
+        forms = [_written if _is_of_a_name(pieces, n) else _normal for n in range(1, len(pieces), 2)]
+        values = _in_forms(forms, pieces[1::2])
+        return any(_in_forms(forms, numbers) == values for numbers in {match.groups() for match in found})
 
     def _unwanted(self, example: Example) -> list[str]:
         """Return the texts that make an answer wrong."""
@@ -92,8 +96,25 @@ def _find(pieces: Sequence[str], text: str, flags: int) -> Iterator[re.Match[str
     return filter(None, (pattern.match(text, start) for start in starts))
 
 
+def _is_of_a_name(pieces: Sequence[str], n: int) -> bool:
+    """Return whether the number ``pieces[n]`` belongs to a name, as in v1.10, 3.10rc1 and 192.168.0.1; a unit is no name."""
+    before, after = pieces[n - 1], pieces[n + 1]
+    is_in_chain = (before == "." and n > 1) or (after == "." and n + 2 < len(pieces))
+    is_before_letters = re.fullmatch(f"{LETTER}+", after) is not None and n + 2 < len(pieces)  # and a number behind them
+    return is_in_chain or is_before_letters or re.search(rf"{LETTER}\Z", before) is not None
+
+
+def _in_forms(forms: Sequence[Callable[[str], str]], numbers: Sequence[str]) -> list[str]:
+    return [form(number) for form, number in zip(forms, numbers, strict=True)]
+
+
+def _written(number: str) -> str:
+    """Return a number as it is written, with one kind of minus and without the commas of thousands."""
+    return number.replace("−", "-").replace(",", "")
+
+
 def _normal(number: str) -> str:
     """Return a number in the one way of writing that all ways of its value share; leading zeros, as of a code, stay."""
-    number = number.replace("−", "-").replace(",", "")
+    number = _written(number)
     number = number.rstrip("0").rstrip(".") if "." in number else number
     return re.sub(r"^(-?)(?=\.)", r"\g<1>0", number)

@@ -6,7 +6,7 @@ shorter one is a number where regular expressions without nested repetition find
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -16,6 +16,7 @@ from pidistill.types import Example, Message
 
 MAX_ANSWER_CHARS = 256  # of a final answer, with its unit and its markup
 MAX_DIGITS = 64
+MAX_MARKERS = 64  # `\boxed` or `####` of a text that are looked at, from the last one back
 TOLERANCE = Fraction(1, 10**6)  # 0.333333 is a third
 
 _FORMATS = ("any", "boxed", "hashes", "last_number")
@@ -48,12 +49,13 @@ class GSM8KReward:
 
         reward/success_strict        the answer stands where ``format`` says; with "last_number", where "any" says
         reward/success_last_number   the last number of the text is right, wherever it stands ("flexible extraction"); a
-                                     fraction is one number, and the power of a unit (``km^2``) is none
+                                     fraction is one number, and the power of a unit (``km^2``) is none. A dash and a space
+                                     before the number are a minus only behind an equals sign
 
     Attributes:
-        format: where the final answer stands: "boxed" (in the last ``\\boxed{}``), "hashes" (after the last ``####``, to the
-            end of its line), "any" (boxed, else hashes) or "last_number" (the last number of the text). An answer anywhere
-            else counts as none.
+        format: where the final answer stands: "boxed" (in the last ``\\boxed{}`` that is not empty), "hashes" (after the last
+            ``####`` with a digit on its line, to the end of the line; or on the line below a bare ``####``), "any" (boxed, else
+            hashes) or "last_number" (the last number of the text). An answer anywhere else counts as none.
     """
 
     format: str = "any"
@@ -94,25 +96,43 @@ def final_answer(text: str, format: str = "any") -> str | None:
     if format == "last_number":
         return _last_number(text)
     boxed = _last_boxed(text) if format != "hashes" else None
-    if boxed is not None or format == "boxed":
-        return boxed
-    start = text.rfind("####")
-    if start < 0:
-        return None
-    lines = text[start + len("####") :][: 2 * MAX_ANSWER_CHARS].strip().splitlines()
-    return lines[0].strip() if lines and len(lines[0]) <= MAX_ANSWER_CHARS else None
+    return boxed if boxed is not None or format == "boxed" else _last_behind_hashes(text)
 
 
 def _last_boxed(text: str) -> str | None:
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    rest, depth = text[start + len("\\boxed") :][: MAX_ANSWER_CHARS + 2], 0
+    found = (behind.lstrip() for behind in _behind_markers(text, "\\boxed"))
+    braces = next((rest for rest in found if rest.startswith("{") and not _EMPTY_BRACES.match(rest)), "")
+    rest, depth = braces[: MAX_ANSWER_CHARS + 2], 0
     for end, character in enumerate(rest):
         depth += {"{": 1, "}": -1}.get(character, 0)
         if depth == 0:
             return rest[1:end].strip()
     return None  # cut off before the closing brace, or too long
+
+
+_EMPTY_BRACES = re.compile(r"\{\s*(?:\}|\Z)")
+
+
+def _last_behind_hashes(text: str) -> str | None:
+    for behind in _behind_markers(text, "####"):
+        line = behind.partition("\n")[0].strip()
+        if re.search("[0-9]", line):
+            return line if len(line) <= MAX_ANSWER_CHARS else None
+        below = (behind.strip().splitlines() or [""])[0].strip()
+        if not line and read_number(below) is not None:
+            return below
+    return None
+
+
+def _behind_markers(text: str, marker: str) -> Iterator[str]:
+    """Yield the text that follows each marker, from the last one back, cut behind what an answer could fill."""
+    end = len(text)
+    for _ in range(MAX_MARKERS):
+        end = text.rfind(marker, 0, end)
+        if end < 0:
+            return
+        start = end + len(marker)
+        yield text[start : start + 2 * MAX_ANSWER_CHARS]
 
 
 def _last_number(text: str) -> str | None:
@@ -124,20 +144,25 @@ def _last_number(text: str) -> str | None:
     found = _LAST_FRACTION.search(closed) or _LAST_NUMBER.search(window[:end])
     if found is None or (start > 0 and found.start() == 0):  # the number begins before the window
         return None
-    return found[0]
+    return found[0].strip()
 
 
 # ------------------------------------------------------------------------------------------- what a number is
 
 _UNSIGNED = r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
 _FRACTION = r"\\[dt]?frac\s?(?:\{\s?([-+−]?[0-9]+)\s?\}\s?\{\s?([-+−]?[0-9]+)\s?\}|([0-9])\s?([0-9]))|([0-9]+)\s?/\s?([0-9]+)"
+_POWER_OF_TEN = (
+    r"(?:[eE](?P<e>[-+]?[0-9]{1,2})|\s?(?:\\times|\\cdot|×)\s?10\s?\^\s?(?P<power>[-+−]?[0-9]|\{\s?[-+−]?[0-9]{1,2}\s?\}))"
+)
 _MIXED = rf"(?:(?P<whole>[0-9]+)(?:\s|(?=\\)))?(?P<fraction>{_FRACTION})"
 _WRITTEN = re.compile(
-    rf"(?P<sign>[-+−]?)\s?(?:(?P<number>{_UNSIGNED})|{_MIXED})\s?%?"
+    rf"(?P<sign>[-+−]?)\s?(?:(?P<number>{_UNSIGNED}){_POWER_OF_TEN}?|{_MIXED})\s?%?"
     r"(?P<unit>\s?(?:/\s?|\()?[A-Za-z]+(?:[ /-][A-Za-z]+){0,3}\)?)?\s?\.?",
     re.ASCII,
 )
-_SIGN_AND_CURRENCY = r"(?:(?<![\w.)}\]])[-−]\s?)?[$€£¥]?"
+_SPACED_THOUSANDS = re.compile(r"[-+−]?\s?[1-9][0-9]{0,2}(?: [0-9]{3})+(?:\.[0-9]+)?\s?\.?")
+# A dash and a space before a number are a minus in a calculation alone; elsewhere they begin an item, or part two texts.
+_SIGN_AND_CURRENCY = r"(?:(?<![\w.)}\]])[-−]|(?<==)\s*[-−]\s)?[$€£¥]?"
 _LAST_NUMBER = re.compile(rf"{_SIGN_AND_CURRENCY}(?:{_UNSIGNED})\Z", re.ASCII)
 _LAST_FRACTION = re.compile(rf"{_SIGN_AND_CURRENCY}(?<![\w.,/]){_MIXED}\Z", re.ASCII)
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z])\}?\s?\^\{?[23](?![0-9])\}?")
@@ -146,12 +171,14 @@ _UNIT_POWER = re.compile(r"(?<=[A-Za-z])\}?\s?\^\{?[23](?![0-9])\}?")
 def read_number(answer: str) -> Fraction | None:
     """Return the number that an answer writes, alone or followed by a unit; None where anything could change its value.
 
-    A unit is one to four words. Words that scale the number ("million", "fifths", "M"), operators and further numbers are no
-    unit; "times", "percent" and "quarters" are one right behind the number.
+    The thousands may be separated by spaces where nothing follows the number (1 000), and a power of ten may stand behind it
+    (1.2e3). A unit is one to four words. Words that scale the number ("million", "fifths", "M"), operators and further numbers
+    are no unit; "times", "percent" and "quarters" are one right behind the number.
     """
     if len(answer) > MAX_ANSWER_CHARS:
         return None
-    found = _WRITTEN.fullmatch(_without_markup(answer))
+    plain = _without_markup(answer)
+    found = _WRITTEN.fullmatch(plain.replace(" ", "") if _SPACED_THOUSANDS.fullmatch(plain) else plain)
     if found is None:
         return None
     if not _is_unit(re.findall(r"[A-Za-z]+", found["unit"] or "")):
@@ -159,7 +186,7 @@ def read_number(answer: str) -> Fraction | None:
     texts = (found["number"] or "", found["whole"] or "0", *re.findall(r"[0-9]+", found["fraction"] or ""))
     if any(len(text) > MAX_DIGITS for text in texts):
         return None
-    value = Fraction(texts[0].replace(",", "")) if texts[0] else _fraction(found)
+    value = _decimal(found) if found["number"] else _fraction(found)
     return -value if value is not None and found["sign"] in ("-", "−") else value
 
 
@@ -173,6 +200,11 @@ def _is_unit(words: Sequence[str]) -> bool:
     if "and" in plain and (plain[0] == "and" or _NUMBERS.intersection(plain)):  # "5 feet and two inches"
         return False
     return not any(word in _ORDINALS and plain[n + 1 : n + 2] in ([], ["of"]) for n, word in enumerate(plain))
+
+
+def _decimal(found: re.Match[str]) -> Fraction:
+    power = (found["e"] or found["power"] or "0").strip("{} ").replace("−", "-")
+    return Fraction(found["number"].replace(",", "")) * Fraction(10) ** int(power)
 
 
 def _fraction(found: re.Match[str]) -> Fraction | None:

@@ -129,6 +129,7 @@ ANALYSIS, NEXT = "<|channel|>analysis<|message|>hm", "<|end|><|start|>assistant"
         ("xml", xml_call("size", "3"), turn("", call(size=3))),
         ("xml", xml_call("unknown", "5"), turn("", call(unknown="5"))),
         ("xml", xml_call("count", "many"), turn("", call(count="many"))),  # the tool says what it wants
+        ("xml", xml_call("share", "1e999"), turn("", call(share="1e999"))),
         ("xml", xml_call("city", "\n two\nlines \n"), turn("", call(city="\n two\nlines \n"))),
         ("xml", "<tool_call><function=a><parameter=b>c</parameter></function></tool_call>", turn("", call("a", b="c"))),
         ("xml", "<tool_call>\n<function=a>\n</function>\n</tool_call>", turn("", call("a"))),
@@ -161,6 +162,8 @@ def test_a_turn_of_each_format_is_read_as_its_message(format, text, expected):
     [
         ("hermes", '<tool_call>{"name": "a", "arguments": {}</tool_call>', "not valid JSON"),
         ("hermes", '<tool_call>{"name": "a", "arguments": {"x": NaN}}</tool_call>', "NaN is not JSON"),
+        ("hermes", '<tool_call>{"name": "a", "arguments": {"x": 1e999}}</tool_call>', "1e999 is too large a number"),
+        ("llama3", '{"name": "a", "parameters": {"x": [-1e999]}}', "-1e999 is too large a number"),
         ("hermes", '<tool_call>{"arguments": {}}</tool_call>', "no name"),
         ("hermes", '<tool_call>["a"]</tool_call>', "no name"),
         (

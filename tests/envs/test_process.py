@@ -1,5 +1,6 @@
 """Test environments in worker processes: one that hangs or dies costs one episode, and the others play as in this process."""
 
+import ctypes
 import os
 import pickle
 import random
@@ -233,6 +234,80 @@ def test_streams_continue_where_they_stood():
             assert random.random() == expected.random()
         streams = pickle.loads(pickle.dumps(streams))
         random.random()
+
+
+class Forking:
+    """Does what the turn says with forked processes; every answer names its episode."""
+
+    def __getstate__(self):
+        return {"forks": True}
+
+    def __setstate__(self, state):
+        os.fork()  # both processes come back
+
+    def reset(self, example):
+        return example.id
+
+    def step(self, state, turn, *, truncated):
+        match turn["content"]:
+            case "fork":
+                os.fork()
+            case "leave a child and die":
+                if os.fork() == 0:
+                    time.sleep(60)
+                os._exit(7)
+            case "leave a native child and die":
+                if ctypes.PyDLL(None).fork() == 0:  # Python does not know of it, as of one that native code forks
+                    time.sleep(60)
+                os._exit(7)
+            case "answer and die":
+                answer, worker = pipe_of_this_worker()
+                answer.send_bytes(worker["number"] + pickle.dumps((None, EnvStep([], 5.0, True), b"")))
+                os._exit(7)
+            case "send a stray answer":
+                answer, _ = pipe_of_this_worker()
+                answer.send_bytes(bytes(8) + pickle.dumps((None, EnvStep([], 5.0, True), b"")))
+        return EnvStep([], float(state), True)
+
+
+def pipe_of_this_worker():
+    frame = sys._getframe()
+    while "connection" not in frame.f_locals:
+        frame = frame.f_back
+    return frame.f_locals["connection"], frame.f_locals
+
+
+def test_a_forked_child_that_comes_back_from_a_call_sends_no_second_answer():
+    environment = ProcessEnvironment(Forking(), workers=1, timeout_s=30.0)
+    rewards = [say(environment, environment.reset(row(str(n))), "fork" if n % 2 else "") for n in range(6)]
+    assert [step.reward for step in rewards] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+@pytest.mark.parametrize("text", ["leave a child and die", "leave a native child and die"])
+def test_a_worker_that_dies_is_seen_at_once_while_its_child_lives(text):
+    environment = ProcessEnvironment(Forking(), workers=1, timeout_s=40.0)
+    state = environment.reset(row("3"))
+    begin = time.monotonic()
+    with pytest.raises(EnvironmentCrash, match="its process died with exit code 7"):
+        say(environment, state, text)
+    assert time.monotonic() - begin < 20
+    assert say(environment, state, "").reward == 3.0
+
+
+def test_an_answer_that_was_sent_before_the_worker_died_counts():
+    environment = ProcessEnvironment(Forking(), workers=1, timeout_s=30.0)
+    state = environment.reset(row("3"))
+    assert say(environment, state, "answer and die").reward == 5.0
+    environment._idle[0].process.join(30)
+    assert say(environment, environment.reset(row("4")), "").reward == 4.0, "the next call has a new worker"
+
+
+def test_an_answer_to_another_call_is_refused_and_its_worker_replaced():
+    environment = ProcessEnvironment(Forking(), workers=1, timeout_s=30.0)
+    state = environment.reset(row("3"))
+    with pytest.raises(EnvironmentCrash, match="belongs to no call or to an earlier one"):
+        say(environment, state, "send a stray answer")
+    assert say(environment, state, "").reward == 3.0
 
 
 FAULTS = {  # episode: (when, what), as in tests/rollouts/test_calls.py

@@ -37,6 +37,15 @@ class StartsAProgramAndDies(StartsAProgramAndHangs):
         os.kill(os.getpid(), signal.SIGSEGV)
 
 
+class ForksAndDies(StartsAProgramAndHangs):
+    def reset(self, example):
+        child = os.fork()
+        if child == 0:
+            time.sleep(300)
+        Path(example.reference).write_text(str(child))
+        os._exit(7)
+
+
 def row(path):
     return Example(id="row 0", messages=[{"role": "user", "content": "q"}], reference=str(path))
 
@@ -61,6 +70,13 @@ def test_the_programs_of_a_hung_worker_end_with_it(tmp_path):
 def test_the_programs_of_a_worker_that_crashes_end_with_it(tmp_path):
     environment = ProcessEnvironment(StartsAProgramAndDies(), workers=1, timeout_s=30.0)
     with pytest.raises(EnvironmentCrash, match="SIGSEGV"):
+        environment.reset(row(tmp_path / "pid"))
+    assert_ends(int((tmp_path / "pid").read_text()))
+
+
+def test_a_forked_child_of_a_worker_that_dies_ends_with_it(tmp_path):
+    environment = ProcessEnvironment(ForksAndDies(), workers=1, timeout_s=None)
+    with pytest.raises(EnvironmentCrash, match="exit code 7"):
         environment.reset(row(tmp_path / "pid"))
     assert_ends(int((tmp_path / "pid").read_text()))
 

@@ -73,13 +73,67 @@ def test_several_numbers_a_calculation_or_a_scaled_number_do_not_count(text):
 @pytest.mark.parametrize(
     ("text", "value"),
     [("5 1/2 hours", 5.5), ("3\\frac{1}{2}", 3.5), ("-\\frac{3}{4}", -0.75), ("\\frac12", 0.5), ("72/10", 7.2), (".5", 0.5),
-     ("\\frac{-1}{2}", -0.5), ("-\\frac{−1}{2}", 0.5), ("−5", -5), ("-$1,234.50", -1234.5), ("0.333333", 1 / 3)],
+     ("\\frac{-1}{2}", -0.5), ("-\\frac{−1}{2}", 0.5), ("−5", -5), ("-$1,234.50", -1234.5), ("0.333333", 1 / 3),
+     ("- 3", -3)],
 )  # fmt: skip
 def test_fractions_and_signs_have_their_value(text, value):
     assert float(read_number(text)) == pytest.approx(value, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1 000", 1000), ("1\\ 000", 1000), ("1\\,000", 1000), ("1\u2009000", 1000), ("-12 345 678.5", -12345678.5),
+     ("$1 000.", 1000), ("12 18", None), ("12 1800", None), ("0 000", None), ("2 500 ml", None), ("1 000 000 1", None),
+     ("1.2\\times 10^3", 1200), ("1.2 \\times 10^{3}", 1200), ("-1.2×10^{-1} m", -0.12), ("5 \\cdot 10^3", 5000),
+     ("1.2e3", 1200), ("1.2E+3", 1200), ("-5e-05", -0.00005), ("1e3 eggs", 1000), ("1e100", None), ("1e", None),
+     ("2 \\times 10", None), ("1.2\\times 10^32", None), ("1.2\\times 10^{300}", None), ("1.2\\times 10^3 + 1", None)],
+)  # fmt: skip
+def test_thousands_with_spaces_and_powers_of_ten_are_read(text, value):
+    number = read_number(text)
+    assert number is None if value is None else number == pytest.approx(value, abs=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------- where it stands
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\boxed {72}",
+        "\\boxed{72} ... Wait, \\boxed{}",
+        "\\boxed{72}\n\\boxed{ }\n\\boxed{",
+        "\\boxed{72}, as \\boxed asks",
+        "\\boxed{}\n#### 72",
+        "#### 72\n####",
+        "#### 72\n\n#### Explanation\nShe has 3 boxes.",
+        "#### 72\n####\nI needed three steps.",
+        "#### Step 1\n####\n72",
+        "####\n72",
+        "#### 71\n#### 72",
+    ],
+)
+def test_an_empty_box_or_a_heading_does_not_hide_the_answer(text):
+    assert judge(text) == 1.0
+
+
+@pytest.mark.parametrize(
+    "text", ["\\boxed{72} \\boxed {71}", "\\boxed{72} \\boxed{x}", "#### 72\n#### 71", "#### 72\n#### 71 or 72"]
+)
+def test_the_last_answer_that_is_not_empty_counts(text):
+    assert judge(text) == 0.0
+
+
 # ---------------------------------------------------------------------------------------------- the last number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("The number of apples that are left - 72", "72"), ("Answer:\n- $72 per day", "$72"), ("**Total** - 72 eggs", "72"),
+     ("so\n - 1/2", "1/2"), ("80 - 8", "8"), ("x = - 72", "- 72"), ("x =- $72", "- $72"), ("x = −\\frac12", "−\\frac12"),
+     ("x = - \\frac12", "- \\frac12"), ("Answer:\n-72", "-72")],
+)  # fmt: skip
+def test_a_dash_and_a_space_before_the_last_number_are_a_minus_only_behind_an_equals_sign(text, number):
+    assert final_answer(text, "last_number") == number
 
 
 @pytest.mark.parametrize(
@@ -127,6 +181,12 @@ SLOW = {
     "megabytes": "7" * 3_000_000,
     "megabytes of braces": "{" * 3_000_000,
     "megabytes of lines": "a\n" * 1_500_000,
+    "megabytes of empty boxes": "\\boxed{}" * 400_000,
+    "megabytes of open boxes": "\\boxed{ " * 400_000,
+    "megabytes of hashes": "#" * 3_000_000,
+    "megabytes of headings": "#### a\n" * 400_000,
+    "thousands": "1" + " 000" * 60 + "x",
+    "powers": "1\\times 10^3" * 20,
 }
 
 

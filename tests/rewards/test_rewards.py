@@ -135,6 +135,14 @@ def test_exact_match_compares_the_whole_answer_without_outer_spaces():
     assert ExactMatch()(example("Yes"), said("Yes, it is")) == 0.0
 
 
+def test_a_small_number_as_reference_is_written_without_an_exponent():
+    for number, text in ((5e-05, "0.00005"), (1.5e-07, "0.00000015"), (-0.25, "-0.25"), (1e22, "1" + "0" * 22)):
+        assert ExactMatch()(example(number), said(text)) == 1.0
+        assert GSM8KReward()(example(number), said(f"\\boxed{{{text}}}")) == 1.0
+    assert GSM8KReward()(example(5e-05), said("\\boxed{0.00006}")) == 0.0
+    assert ExactMatch()(example(float("inf")), said("inf")) == 1.0
+
+
 def test_a_missing_or_wrong_reference_is_an_error_and_not_a_reward_of_0():
     for reward in (GSM8KReward(), ExactMatch()):
         with pytest.raises(InputError, match=r"rows\.jsonl row 4 has no reference to compare with"):
