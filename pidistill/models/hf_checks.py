@@ -2,13 +2,20 @@
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pidistill.errors import InputError
+from pidistill.errors import InputError, one_line
+from pidistill.models.layer_masks import LayerMask, PaddedMask, Rule
+from pidistill.models.layer_states import States
+from pidistill.models.modules import replaced
+from pidistill.models.protocol import carried_state
 
 # Layers whose tokens meet only in the attention, if at all. Every other kind carries a state from token to token.
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
@@ -87,3 +94,93 @@ def check_rotations(config: Any, path: str, max_seq_len: int | None) -> None:
                 f"the model in {path} has rotations of the kind {one['rope_type']!r}, which change with the length of a batch "
                 f"beyond {first:,} tokens; set model.max_seq_len={first}"
             )
+
+
+# ---------------------------------------------------------------------------------------------- a trial of the code
+
+
+def check_forward(decoder: nn.Module, path: str) -> None:
+    """Refuse a model whose code fails with the masks and states that stand here for transformers' masks and cache.
+
+    Its forwards are tried on the meta device, where nothing is computed or drawn: first with the layers up to the first of each
+    kind, which takes well under a second, then with all of them, because a model's code may need all.
+    """
+    error = None
+    for layers in (_first_of_each_kind(decoder), decoder.layers):
+        with replaced(decoder.body, "layers", layers):
+            error = _try_forwards(decoder)
+        if error is None:
+            return
+    if isinstance(error, InputError):
+        raise InputError(f"the model in {path} cannot be trained here: {error}") from error
+    raise InputError(
+        f"the model in {path} cannot be trained here: {decoder.causal_lm.__name__} of transformers does not take the masks and "
+        f"states that packed trees and the sampler hand to its layers ({one_line(error, 300)}); choose another model"
+    ) from error
+
+
+def _first_of_each_kind(decoder: nn.Module) -> nn.ModuleList:
+    """Return the layers up to where every kind has been met: a layer's class, and what the config says of it."""
+    said = getattr(decoder.config.get_text_config(), "layer_types", None) or ()
+    kinds = [(type(layer), *said[i : i + 1]) for i, layer in enumerate(decoder.layers)]
+    return decoder.layers[: max(kinds.index(kind) for kind in set(kinds)) + 1]
+
+
+def _try_forwards(decoder: nn.Module) -> Exception | None:
+    """Return the error of a forward as the scorer makes it, or else of the sampler's: two tokens, then one more."""
+    tensors = _on_meta(decoder)
+    return _error_of(lambda: _score(decoder, tensors)) or _error_of(lambda: _sample(decoder, tensors))
+
+
+def _error_of(read: Callable[[], None]) -> Exception | None:
+    """Return what a forward on the meta device raises, if that says anything about the model.
+
+    A RuntimeError does not: torch raises it for what the meta device does not know, such as counting a tensor's elements.
+    """
+    try:
+        with torch.device("meta"), torch.no_grad():
+            read()
+    except RuntimeError:
+        return None
+    except Exception as error:  # a family's code may fail with any
+        return error
+    return None
+
+
+def _on_meta(decoder: nn.Module) -> dict[str, Tensor]:
+    """Return tensors of the meta device for all weights and buffers; it knows the products of experts only in bf16."""
+    tensors = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
+    narrow = {torch.float32: torch.bfloat16} if decoder.experts else {}
+    return {name: torch.empty_like(x, device="meta", dtype=narrow.get(x.dtype, x.dtype)) for name, x in tensors.items()}
+
+
+def _score(decoder: nn.Module, tensors: dict[str, Tensor]) -> None:
+    _read(decoder, tensors, 0, 2, None)
+
+
+def _sample(decoder: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Read as the sampler does; without states its masks are of the same kind as the scorer's."""
+    if carried_state(decoder):
+        states, slots = States(), torch.zeros(1, dtype=torch.long)
+        states.reserve(1)
+        with states.of(SimpleNamespace(slots=slots, copies=(slots, slots))):
+            _read(decoder, tensors, 0, 2, states)
+        with states.of(SimpleNamespace(slots=slots, copies=None)):
+            _read(decoder, tensors, 2, 1, states)
+
+
+def _read(decoder: nn.Module, tensors: dict[str, Tensor], start: int, length: int, states: States | None) -> None:
+    """Read ``length`` tokens from the place ``start`` on, with ``tensors`` in the place of the decoder's own."""
+    ids = torch.zeros(1, length, dtype=torch.long)
+    positions = torch.arange(start, start + length)[None]
+    torch.func.functional_call(decoder, tensors, (ids,), {"mask": _TriedMasks(states), "input_pos": positions})
+
+
+class _TriedMasks:
+    """Make the masks of a forward that is only tried: no layer keeps keys and values."""
+
+    def __init__(self, states: States | None) -> None:
+        self.states = states
+
+    def layer_mask(self, rule: Rule, positions: Int[Tensor, "1 n"]) -> LayerMask:
+        return PaddedMask(rule, positions.shape[1], positions.device)

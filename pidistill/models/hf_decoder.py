@@ -26,8 +26,9 @@ from transformers.utils import logging as transformers_logging
 
 from pidistill.errors import InputError, one_line
 from pidistill.models.config_json import check_plain_sizes
-from pidistill.models.hf_checks import ATTENTION, check_kind, check_rotations, check_states, own_masks_sentence
+from pidistill.models.hf_checks import ATTENTION, check_forward, check_kind, check_rotations, check_states, own_masks_sentence
 from pidistill.models.layer_masks import AttentionForm, LayerMask, PaddedMask, Rule
+from pidistill.models.modules import replaced
 
 NAME = "pidistill"
 # What models hand to the attention function beside its own arguments, and changes nothing here: masks and positions in other
@@ -269,6 +270,7 @@ def build(path: str, max_seq_len: int | None = None, router_loss_weight: float =
             f"the model in {path} has {decoder.carried_state}, which transformers {transformers.__version__} keeps in another "
             "way than 5.24; run `pip install 'transformers>=5.24,<6'`"
         )
+    check_forward(decoder, path)
     return decoder
 
 
@@ -303,7 +305,7 @@ def _logit_scale(decoder: HFDecoder, lm: PreTrainedModel) -> float:
 
     def logits(h: Tensor) -> Tensor:
         stub = _Stub(h[None], lm.base_model)
-        with _replaced(lm, decoder._body_name, stub), _replaced(lm, decoder._head_name, head):
+        with replaced(lm, decoder._body_name, stub), replaced(lm, decoder._head_name, head):
             return lm(input_ids=torch.zeros(1, len(h), dtype=torch.long, device="cpu"), use_cache=False).logits[0].float()
 
     try:
@@ -346,16 +348,6 @@ class _StubOutput:
 
     def __getattr__(self, name: str) -> None:
         return None
-
-
-@contextmanager
-def _replaced(owner: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
-    before = owner._modules[name]
-    owner._modules[name] = module
-    try:
-        yield
-    finally:
-        owner._modules[name] = before
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pidistill.errors import InputError
+
 # (batch, head, query index, key index) → whether the query sees the key; None is the causal rule.
 Rule = Callable[[Any, Any, Tensor, Tensor], Tensor] | None
 
@@ -71,7 +73,7 @@ class LayerMask:
     def __getitem__(self, index: Any) -> "LayerMask":
         """Return itself where a layer asks for all of the mask (Gemma 4 takes the rows whose logits are wanted)."""
         if any(part not in (slice(None), slice(0, None)) for part in index):
-            raise NotImplementedError("a layer asks for a part of its mask")
+            raise InputError("a layer asks for a part of its mask, which is not made here; choose another model")
         return self
 
     def allowed(self, queries: Int[Tensor, "... Q"], keys: Int[Tensor, "... K"]) -> Bool[Tensor, "... Q K"]:

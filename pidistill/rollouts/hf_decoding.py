@@ -1,10 +1,12 @@
 """Sample from a decoder that takes layer masks (transformers') with caches of a length per row, and states.
 
-A layer of attention writes into the cache of its module, in the middle of transformers' own forward. A layer that carries a
-state (linear attention) finds a row per slot in :class:`States`, which stands where transformers expects its cache. A state has
-no padding: rows of several tokens are then read with those of exactly their length.
+A layer of attention writes into the cache of its module, in the middle of transformers' own forward; a module that attends
+twice in a forward (DiffLlama) has two caches. A layer that carries a state (linear attention) finds a row per slot in
+:class:`pidistill.models.layer_states.States`, which stands where transformers expects its cache. A state has no padding: rows
+of several tokens are then read with those of exactly their length.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pidistill.models.layer_masks import AttentionForm, LayerMask, PaddedMask, Rule, attend
+from pidistill.models.layer_states import States
 from pidistill.models.protocol import Decoder, carried_state
 from pidistill.rollouts.decoding import Cache, Context, Step, of_like_length, unembedding
 
@@ -25,7 +28,7 @@ class HFContext(Context):
     def __init__(self, model: Decoder, max_columns: int, pad_id: int) -> None:
         super().__init__(model, [], pad_id, needs_mask=False)
         self._max_columns, self._slots = max_columns, 0
-        self._cache_of: dict[nn.Module, Cache] = {}
+        self._cache_of: dict[tuple[nn.Module, int], Cache] = {}
         self.states = States() if carried_state(model) else None
 
     def reserve(self, slots: int) -> None:
@@ -34,10 +37,11 @@ class HFContext(Context):
         if self.states is not None:
             self.states.reserve(slots)
 
-    def cache_of(self, module: nn.Module, step: Step) -> Cache:
-        cache = self._cache_of.get(module)
+    def cache_of(self, module: nn.Module, call: int, step: Step) -> Cache:
+        """Return the cache of the ``call``-th time, from 0 on, that ``module`` attends in a forward."""
+        cache = self._cache_of.get((module, call))
         if cache is None:
-            cache = self._cache_of[module] = Cache(self._max_columns)
+            cache = self._cache_of[module, call] = Cache(self._max_columns)
             cache.slots = self._slots
             self._caches.append(cache)
         cache.step = step
@@ -75,22 +79,27 @@ class HFContext(Context):
 
 
 class _CachedMasks:
-    """Make the masks of one forward through the caches."""
+    """Make the masks of one forward through the caches, and count how often each module has attended in it."""
 
     def __init__(self, context: HFContext, step: Step) -> None:
         self._context, self._step = context, step
+        self._calls: Counter[nn.Module] = Counter()
         self.states = context.states
 
     def layer_mask(self, rule: Rule, positions: Int[Tensor, "n s"]) -> LayerMask:
-        return _CachedMask(rule, self._context, self._step)
+        return _CachedMask(rule, self, self._step)
+
+    def next_cache(self, module: nn.Module) -> Cache:
+        self._calls[module] += 1
+        return self._context.cache_of(module, self._calls[module] - 1, self._step)
 
 
 class _CachedMask(LayerMask):
     """Write keys and values into the caches, and attend to what they hold of each row."""
 
-    def __init__(self, rule: Rule, context: HFContext, step: Step) -> None:
+    def __init__(self, rule: Rule, masks: _CachedMasks, step: Step) -> None:
         super().__init__(rule)
-        self._context, self._step = context, step
+        self._masks, self._step = masks, step
         self._prompts = PaddedMask(rule, step.columns.shape[1], step.columns.device) if step.copies is not None else None
         self._visible = step.mask if rule is None else self._in_window()
 
@@ -100,8 +109,7 @@ class _CachedMask(LayerMask):
         return allowed if self._step.mask is None else allowed & self._step.mask
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
-        cache = self._context.cache_of(module, self._step)
-        keys, values = cache.update(k, v)
+        keys, values = self._masks.next_cache(module).update(k, v)
         if self._prompts is not None:  # a prompt attends only to itself
             return self._prompts.attend(module, q, k, v, form)
         visible = self._visible
@@ -114,103 +122,6 @@ class _CachedMask(LayerMask):
             visible = visible[:, None, None].expand(-1, 1, groups, -1, -1).flatten(2, 3)
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=form.scaling)
         return out.reshape(*q.shape[:3], v.shape[3])
-
-
-class States:
-    """Stand for transformers' cache in the layers that carry a state: a row per slot, of those of one forward.
-
-    Layers of attention ask it nothing but to pass keys and values through.
-    """
-
-    is_sliding = is_linear = is_dummy = ()
-    is_compileable = False
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[str, int, int], Float[Tensor, "slots ..."]] = {}
-        self._given: dict[tuple[str, int, int], Tensor] = {}
-        self._room = 0
-        self._step: Step | None = None
-
-    def reserve(self, slots: int) -> None:
-        self._room = max(slots, self._room)
-
-    @contextmanager
-    def of(self, step: Step) -> Iterator[None]:
-        """Serve as the states of the rows of one forward; prompts start from empty states.
-
-        At its end, keep what layers have written into the states that they were given (one-token updates).
-        """
-        self._step, self._given = step, {}
-        yield
-        for key, state in self._given.items():
-            self._put(key, state)
-
-    def rearrange(self, order: Int[Tensor, " m"]) -> None:
-        for kept in self._kept.values():
-            kept[: len(order)] = kept[order]
-
-    def _get(self, *key: Any) -> Tensor:
-        return self._kept[key][self._step.slots]
-
-    def _give(self, *key: Any) -> Tensor | None:
-        if self._step.copies is not None:
-            return None
-        self._given[key] = self._get(*key)
-        return self._given[key]
-
-    def _put(self, key: tuple[str, int, int], new: Tensor) -> None:
-        kept = self._kept.get(key)
-        if kept is None or len(kept) < self._room:
-            grown = new.new_zeros(self._room, *new.shape[1:])
-            if kept is not None:
-                grown[: len(kept)] = kept
-            kept = self._kept[key] = grown
-        if self._step.copies is None:
-            kept[self._step.slots] = new
-        else:
-            slots, rows = self._step.copies
-            kept[slots] = new[rows]
-
-    # ------------------------------------------------------------------------------------------ what layers call
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self._give("conv", layer_idx, state_idx)
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self._give("recurrent", layer_idx, state_idx)
-
-    def update_conv_state(
-        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
-    ) -> Tensor:
-        key, fresh = ("conv", layer_idx, state_idx), self._step.copies is not None
-        whole = conv_states if fresh else torch.cat([self._get(*key), conv_states], -1)
-        self._given.pop(key, None)
-        padded = F.pad(whole, (max(0, conv_kernel_size - whole.shape[-1]), 0))
-        self._put(key, padded[..., -conv_kernel_size:])
-        return padded if fresh else whole
-
-    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
-        self._given.pop(("recurrent", layer_idx, state_idx), None)
-        self._put(("recurrent", layer_idx, state_idx), recurrent_states)
-        return recurrent_states
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return keys, values
-
-    def has_previous_state(self, *_: Any, **__: Any) -> bool:
-        return self._step.copies is None
-
-    def is_recording_past(self, *_: Any) -> bool:
-        return False
-
-    def get_seq_length(self, *_: Any, **__: Any) -> int:
-        return 0
-
-    def get_query_offset(self, *_: Any, **__: Any) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, *_: Any) -> tuple[int, int]:
-        return query_length, 0
 
 
 @contextmanager

@@ -12,9 +12,10 @@ import transformers
 
 from pidistill.commands.plan.shape import model_shape
 from pidistill.errors import InputError
-from pidistill.models import HFCheckpointer, from_folder
+from pidistill.models import HFCheckpointer, from_folder, hf_decoder
 from pidistill.models.empty import empty_model
 from pidistill.models.fits import check_fits
+from pidistill.models.hf_checks import check_forward
 from pidistill.models.protocol import Decoder, carried_state, has_own_names
 from pidistill.testing import tiny_model
 from pidistill.training.load import _keep_buffers
@@ -147,6 +148,21 @@ REFUSED = {
         {},
         "an output head with a bias",
     ),
+    "a mask of its own": (
+        lambda: transformers.DogeConfig(**SIZES, rope_parameters=dict(ROPE)),
+        {},
+        r"DogeForCausalLM of transformers does not take the masks and states .*no attribute 'dtype'\); choose another model",
+    ),
+    "a cache of its own": (
+        lambda: transformers.MiniMaxConfig(
+            **SIZES,
+            rope_parameters=dict(ROPE),
+            num_local_experts=4,
+            layer_types=["linear_attention", "full_attention"] * 2,
+        ),
+        {},
+        r"MiniMaxForCausalLM of transformers does not take the masks and states .*cache of its own.*choose another model",
+    ),
 }
 
 
@@ -156,6 +172,54 @@ def test_what_cannot_be_trained_is_refused_from_config_json(case, tmp_path):
     folder = folder_of(make(), tmp_path, **changes)
     with pytest.raises(InputError, match=sentence):
         empty_model(node(folder))
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_moe", "qwen3_5, hybrid"])
+def test_the_trial_of_a_models_code_changes_neither_the_model_nor_what_is_drawn(name, device, tmp_path, monkeypatch):
+    folder, decoders = folder_of(make_config(name), tmp_path), []
+
+    def checked(decoder, path):
+        before, state = {n: (id(x), x._version) for n, x in decoder.state_dict(keep_vars=True).items()}, torch.get_rng_state()
+        check_forward(decoder, path)
+        assert {n: (id(x), x._version) for n, x in decoder.state_dict(keep_vars=True).items()} == before
+        assert torch.equal(torch.get_rng_state(), state)
+        decoders.append(decoder)
+
+    monkeypatch.setattr(hf_decoder, "check_forward", checked)
+    with torch.device(device):
+        model = from_folder(folder, backend="transformers")
+    assert decoders == [model] and len(model.layers) == 4
+    assert not [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
+
+
+def test_the_trial_of_a_models_code_reads_layers_until_each_kind_was_met(tmp_path, monkeypatch):
+    calls, forward = [], transformers.models.gemma3.modeling_gemma3.Gemma3DecoderLayer.forward
+
+    def counted(self, *arguments, **more):
+        calls.append(self)
+        return forward(self, *arguments, **more)
+
+    monkeypatch.setattr(transformers.models.gemma3.modeling_gemma3.Gemma3DecoderLayer, "forward", counted)
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 4
+    empty_model(node(folder_of(make_config("gemma3", num_hidden_layers=12, layer_types=kinds), tmp_path)))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("error", [IndexError, NotImplementedError])
+def test_a_model_whose_code_needs_all_layers_or_more_than_the_meta_device_is_not_refused(error, tmp_path, monkeypatch):
+    """torch raises NotImplementedError on the meta device, for example where code asks which elements are not zero."""
+    body, tried = transformers.Qwen3Model.forward, []
+
+    def failing(self, *arguments, **more):
+        tried.append(len(self.layers))
+        if error is NotImplementedError or len(self.layers) < self.config.num_hidden_layers:
+            raise error("of a test")
+        return body(self, *arguments, **more)
+
+    monkeypatch.setattr(transformers.Qwen3Model, "forward", failing)
+    model = empty_model(node(folder_of(make_config("qwen3"), tmp_path), backend="transformers"))
+    assert len(model.layers) == 4 and tried == ([1] if error is NotImplementedError else [1, 4])
 
 
 def test_code_in_a_folder_is_not_run(tmp_path):

@@ -10,12 +10,18 @@ pytest.importorskip("transformers", reason="the extra `transformers` is not inst
 
 from pidistill.commands.plan.shape import model_shape
 from pidistill.rollouts import TorchtuneSampler, decoding, hf_decoding
-from tests.support.hf_families import FAMILIES, HYBRIDS, STATEFUL, decoder_of, reference_model
+from tests.support.hf_families import FAMILIES, HYBRIDS, ROPE, STATEFUL, decoder_of, reference_model
 
 torch.set_num_threads(1)
 STOP_IDS = frozenset(range(40, 50))
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [3, 4], [20, 21, 22, 23, 24]]
 GROUP = 2
+TWICE = "diffllama, attends twice in a forward"
+
+
+@pytest.fixture(autouse=True)
+def more_families(monkeypatch):
+    monkeypatch.setitem(FAMILIES, TWICE, ("DiffLlamaConfig", {"tie_word_embeddings": False, "rope_parameters": ROPE}))
 
 
 def sample(model, prompts, group_size=GROUP, observations=True, **settings):
@@ -49,7 +55,7 @@ def generated(reference, prompt, length):
 
 @pytest.mark.parametrize(
     "name, shared",
-    [*((name, False) for name in (*FAMILIES, *STATEFUL)), *((name, True) for name in ("gemma3", *STATEFUL))],
+    [*((name, False) for name in (*FAMILIES, *STATEFUL, TWICE)), *((name, True) for name in ("gemma3", *STATEFUL, TWICE))],
 )
 def test_samples_equal_a_plain_forward_of_transformers(name, shared, monkeypatch):
     """Rows of several lengths and turns; recorded log-probs, another batch size, and greedy decoding."""
@@ -82,7 +88,7 @@ def test_samples_equal_a_plain_forward_of_transformers(name, shared, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma4", "qwen3_moe", "qwen3_5, hybrid", "falcon_h1, both in one layer", "lfm2, convolutions"]
+    "name", ["gemma4", "qwen3_moe", "qwen3_5, hybrid", "falcon_h1, both in one layer", "lfm2, convolutions", TWICE]
 )
 def test_the_plan_counts_what_the_sampler_keeps(name, monkeypatch):
     contexts = []

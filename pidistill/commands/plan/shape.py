@@ -16,7 +16,7 @@ from pidistill.models.modules import attention_modules
 from pidistill.models.nf4 import dequantizing_bytes, stored_bytes
 from pidistill.models.precision import add_up_norms_in_fp32
 from pidistill.models.protocol import Decoder, carried_state, head_module, takes_layer_masks
-from pidistill.rollouts.hf_decoding import States
+from pidistill.models.layer_states import States
 
 
 @dataclass(frozen=True)
