@@ -35,9 +35,9 @@ README_PATH = {  # the start of a line of the README → what is added to it
     "pidistill validate tiny/opsd": [],
     "pidistill run sft_distributed --config tiny/base": BRIEF_BASE,
     "pidistill run pi_distill_distributed --config tiny/pi_distill": BRIEF_RUN,
-    "pidistill watch runs/tiny/pi_distill": ["--once"],
-    "pidistill report runs/tiny/pi_distill": [],
-    "pidistill export runs/tiny/pi_distill": [],
+    "pidistill watch runs/mine": ["--once"],
+    "pidistill report runs/mine": [],
+    "pidistill export runs/mine": [],
 }
 
 
@@ -131,6 +131,6 @@ def test_the_commands_of_the_readme_run_one_after_another_in_an_empty_folder(tmp
     for start, more in README_PATH.items():
         command = next(command for command in commands if command.startswith(start))
         run([*shlex.split(command), *more], tmp_path)
-    assert steps_of(tmp_path / "runs" / "tiny" / "pi_distill") == [1, 2]
-    assert (tmp_path / "runs" / "tiny" / "pi_distill" / "report.html").is_file()
+    assert steps_of(tmp_path / "runs" / "mine") == [1, 2]
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
     assert (tmp_path / "shared" / "pi_distill" / "README.md").is_file()
