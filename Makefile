@@ -13,22 +13,26 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install -q -e '.[test,sweep]'
 	touch $@
 
-base: runs/tiny/base/latest/config.json  ## train the tiny base, once
+# A base in the folder $(1) is complete where its last step is saved (`max_steps` of configs/tiny/base.yaml; a kill or a copy can
+# lose the link `latest`, which is made again), or where `latest` is a copy without any step. A run that is stopped leaves an earlier
+# step, which the next one resumes; since such a run can end with status 0, the step is looked for again.
+complete = { { test -f $(1)/step_700/config.json && { test -e $(1)/latest || ln -sfn step_700 $(1)/latest; }; } || \
+	  { test -f $(1)/latest/config.json && ! ls -d $(1)/step_* >/dev/null 2>&1; }; }
+train_base = { $(call complete,$(1)) || { $(TUNE) recipes/sft_distributed.py --config configs/tiny/base.yaml output_dir=$(1) $(2) \
+	  resume_from_checkpoint=auto && { $(call complete,$(1)) || { \
+	  echo "error: $(1) is not trained to its last step; run make again, which resumes it" >&2; false; }; }; }; }
 
-runs/tiny/base/latest/config.json: | install
-	$(TUNE) recipes/sft_distributed.py --config configs/tiny/base.yaml resume_from_checkpoint=auto
+base: install  ## train the tiny base, once
+	@$(call train_base,runs/tiny/base)
 
 base_easy: install  ## a base that is right twice as often, for configs/sweeps/easier_base.yaml
-	test -f runs/tiny/base_easy/latest/config.json || $(TUNE) recipes/sft_distributed.py --config configs/tiny/base.yaml \
-	  output_dir=runs/tiny/base_easy dataset.true_option_prob=0.2 resume_from_checkpoint=auto
+	@$(call train_base,runs/tiny/base_easy,dataset.true_option_prob=0.2)
 
 base_world: install  ## the base of another world, for configs/sweeps/other_world.yaml
-	test -f runs/tiny/base_world/latest/config.json || $(TUNE) recipes/sft_distributed.py --config configs/tiny/base.yaml \
-	  output_dir=runs/tiny/base_world dataset.world_seed=4321 resume_from_checkpoint=auto
+	@$(call train_base,runs/tiny/base_world,dataset.world_seed=4321)
 
 bases: install base  ## two more bases, with other seeds, for configs/sweeps/bases.yaml
-	for seed in 1 2; do test -f runs/tiny/base_$$seed/latest/config.json || $(TUNE) recipes/sft_distributed.py \
-	  --config configs/tiny/base.yaml seed=$$seed output_dir=runs/tiny/base_$$seed resume_from_checkpoint=auto || exit 1; done
+	@for seed in 1 2; do $(call train_base,runs/tiny/base_$$seed,seed=$$seed) || exit 1; done
 
 sft_rl: install base  ## SFT on the expert's actions, then RL
 	$(TUNE) recipes/sft_distributed.py --config configs/tiny/sft.yaml resume_from_checkpoint=auto

@@ -37,6 +37,73 @@ def test_no_link_of_the_packaged_readme_is_relative(source):
     assert not RELATIVE.findall(readme_for_index(README, source))
 
 
+def make(folder: Path, target: str, training: str) -> subprocess.CompletedProcess[str]:
+    """Run a target of the Makefile in ``folder``, with a shell command in place of the recipes; it gets their words."""
+    shutil.copy(ROOT / "Makefile", folder)
+    (folder / "pyproject.toml").touch()
+    (folder / ".venv").mkdir(exist_ok=True)
+    (folder / ".venv" / ".installed").touch()
+    (folder / "training.sh").write_text(training)
+    words = ["make", "-s", target, "TUNE=sh training.sh"]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+
+
+def save_step(folder: Path, step: int, latest: bool = True) -> None:
+    """Leave a step's config.json in the folder of a run, with `latest` pointing to it."""
+    (folder / f"step_{step}").mkdir(parents=True)
+    (folder / f"step_{step}" / "config.json").touch()
+    if latest:
+        (folder / "latest").symlink_to(f"step_{step}")
+
+
+BASES = {"base": ["base"], "base_easy": ["base_easy"], "base_world": ["base_world"], "bases": ["base", "base_1", "base_2"]}
+TRAINS = 'for word; do case $word in output_dir=*) d=${word#*=};; esac; done; echo "$d $*" >> trained\n'
+SAVES = "rm -f $d/latest; mkdir -p $d/step_700; touch $d/step_700/config.json; ln -s step_700 $d/latest\n"
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+@needs_make
+@pytest.mark.parametrize("target", BASES)
+def test_a_base_whose_training_was_interrupted_is_trained_on_and_a_complete_one_is_not(target, tmp_path):
+    folders = [tmp_path / "runs" / "tiny" / name for name in BASES[target]]
+    for folder in folders:
+        save_step(folder, 60)
+    assert make(tmp_path, target, TRAINS + SAVES).returncode == 0
+    trained = (tmp_path / "trained").read_text().splitlines()
+    assert [line.split()[0] for line in trained] == [str(folder.relative_to(tmp_path)) for folder in folders]
+    assert all(line.endswith("resume_from_checkpoint=auto") for line in trained)
+    assert make(tmp_path, target, TRAINS + SAVES).returncode == 0
+    assert (tmp_path / "trained").read_text().splitlines() == trained, "they were complete"
+
+
+@needs_make
+def test_a_copy_of_a_base_without_its_steps_is_not_trained(tmp_path):
+    (tmp_path / "runs" / "tiny" / "base" / "latest").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny" / "base" / "latest" / "config.json").touch()
+    assert make(tmp_path, "base", TRAINS).returncode == 0 and not (tmp_path / "trained").exists()
+
+
+@needs_make
+def test_a_complete_base_that_lost_its_link_gets_it_back_without_training(tmp_path):
+    folder = tmp_path / "runs" / "tiny" / "base"
+    save_step(folder, 700, latest=False)
+    assert make(tmp_path, "base", TRAINS).returncode == 0 and not (tmp_path / "trained").exists()
+    assert (folder / "latest").readlink() == Path("step_700")
+
+
+@needs_make
+def test_a_training_that_a_signal_ends_with_status_0_stops_make(tmp_path):
+    save_step(tmp_path / "runs" / "tiny" / "base", 60)
+    done = make(tmp_path, "base", TRAINS)
+    assert done.returncode and "runs/tiny/base is not trained to its last step; run make again" in done.stderr
+
+
+def test_the_last_step_that_the_makefile_looks_for_is_that_of_the_base_s_config():
+    steps = re.search(r"^max_steps: (\d+)$", (ROOT / "configs" / "tiny" / "base.yaml").read_text(), re.MULTILINE)[1]
+    assert set(re.findall(r"step_(\d+)", (ROOT / "Makefile").read_text())) == {steps}
+    assert "\noutput_dir: runs/tiny/base\n" in (ROOT / "configs" / "tiny" / "base.yaml").read_text()
+
+
 def run(*command: str, cwd: Path, **environment: str) -> str:
     # What the machine's git is set to, and a checkout around the folder, change nothing.
     environment = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1"} | environment

@@ -157,11 +157,27 @@ def _replace_errors(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Refuse what torchtune's `run` and `cp` answer with a traceback or by overwriting a file."""
+    """Refuse what torchtune's `run`, `cp` and `cat` answer with a traceback, an unclear sentence or by overwriting a file."""
     if "recipe_args" in arguments:
         check_run_arguments(arguments.recipe, arguments.recipe_args)
     elif "make_parents" in arguments:
         check_copy_arguments(arguments.destination, arguments.make_parents)
+    elif "config_name" in arguments:
+        check_config_name(arguments.config_name)
+
+
+def check_config_name(name: str) -> None:
+    """Refuse a name that `cat` cannot print: no config's, no recipe's (it says so itself) and no YAML file's."""
+    from torchtune._recipe_registry import get_all_recipes
+
+    from pidistill.commands.places import suggestion
+
+    recipes = get_all_recipes()
+    configs = [config.name for recipe in recipes for config in recipe.configs]
+    is_file = Path(name).suffix.lower() in (".yaml", ".yml") and Path(name).is_file()
+    if not is_file and name not in configs and name not in [recipe.name for recipe in recipes]:
+        advice = suggestion(name, configs) or "; name one of `pidistill ls` or a YAML file"
+        raise InputError(f"config {name} is unknown{advice}")
 
 
 def check_copy_arguments(destination: Path, make_parents: bool) -> None:
@@ -180,12 +196,12 @@ def check_run_arguments(recipe: str, words: list[str]) -> None:
     """Refuse an unknown recipe or config, a config that is not YAML, and overrides that it does not take."""
     from torchtune._recipe_registry import get_all_recipes
 
-    from pidistill.commands.places import config_path
+    from pidistill.commands.places import config_path, suggestion
     from pidistill.config import check_command_line
 
     known = {entry.name: entry for entry in get_all_recipes()}
     if recipe not in known and not _is_recipe_file(recipe):
-        raise InputError(f"recipe {recipe} is neither a recipe of `pidistill ls` nor a Python file")
+        raise InputError(f"recipe {recipe} is neither a recipe of `pidistill ls` nor a Python file{suggestion(recipe, known)}")
     if "--config" not in words or words[-1] == "--config":
         raise InputError("a run needs --config and the name of a bundled config or a file")
     at = words.index("--config") + 1

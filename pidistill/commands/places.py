@@ -1,8 +1,10 @@
 """Find recipes and configs, and read what a config says before anything is built of it."""
 
+import difflib
 import functools
 import importlib.util
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,18 @@ def config_path(name: str) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    raise InputError(f"config {name} is neither a file nor a bundled config; `pidistill ls` lists those")
+    bundled = [str(path.relative_to(folders()[1]).with_suffix("")) for path in sorted(folders()[1].rglob("*.yaml"))]
+    advice = suggestion(name.removeprefix("configs/").removesuffix(".yaml"), bundled) or "; `pidistill ls` lists those"
+    raise InputError(f"config {name} is neither a file nor a bundled config{advice}")
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """Return the end of a sentence about an unknown ``name``: the most similar of those known, "" where none is similar.
+
+    It asks for more than :func:`pidistill.components.closest`, whose limit takes `nosuch` for tiny/opsd_ucla.
+    """
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def load_config(name: str) -> DictConfig:

@@ -1,8 +1,11 @@
 """Test `pidistill export`: what the shared folder holds and what its card says."""
 
+import errno
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -215,6 +218,33 @@ def test_a_folder_with_files_is_not_written_into(run, tmp_path):
         export(run, run)
     (tmp_path / "empty").mkdir()
     assert export(run, tmp_path / "empty") == tmp_path / "empty"
+
+
+@pytest.mark.parametrize("function", ["copyfile", "copy"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_export_to_a_full_disk_says_so_leaves_nothing_and_can_be_tried_again(exists, function, run, tmp_path, monkeypatch):
+    """`copyfile` is called for the weights, whose errors are collected, and `copy` for the tokenizer."""
+    output = tmp_path / "folder" / "out"
+    if exists:
+        output.mkdir(parents=True)
+
+    def fail(source, target, **options):
+        Path(target).touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, function, fail)
+        with pytest.raises(InputError, match=r"out cannot be written \(No space left on device\); name another folder"):
+            export(run, output)
+    assert [path.name for path in (tmp_path / "folder").rglob("*")] == ["out"] * exists
+    assert export(run, output) == output and (output / "README.md").is_file()
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["out"]
+    assert output.stat().st_mode & 0o777 == (run / "step_6").stat().st_mode & 0o777
+
+
+def test_a_folder_inside_of_the_checkpoint_is_exported_once(run):
+    output = export(run, run / "step_6" / "shared")
+    assert sorted(path.name for path in output.iterdir()) == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
 
 
 def test_a_push_without_the_library_or_network_is_one_sentence(run, tmp_path, capsys, monkeypatch):

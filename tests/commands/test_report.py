@@ -1,8 +1,11 @@
 """`pidistill report`: what a page holds, that model text is text, that it is small, and which folders are refused."""
 
 import base64
+import errno
 import json
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,6 +209,27 @@ def test_the_command_writes_the_page_into_the_folder_and_prints_its_path(tmp_pat
     monkeypatch.setattr("sys.argv", ["pidistill", "report", str(folder)])
     pidistill()
     assert capsys.readouterr().out.strip() == str(folder / "report.html") and (folder / "report.html").is_file()
+
+
+def test_a_full_disk_leaves_the_page_that_was_there(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run, page = write_run(tmp_path / "run"), tmp_path / "pages" / "page.html"
+    page.parent.mkdir()
+    page.write_text("the old page")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(InputError, match=r"page.html cannot be written \(No space left on device\)"):
+        write_report([run], page)
+    assert page.read_text() == "the old page" and os.listdir(page.parent) == ["page.html"]
+
+
+def test_a_page_is_written_through_a_link_and_into_a_pipe(tmp_path):
+    run = write_run(tmp_path / "run")
+    (tmp_path / "link.html").symlink_to("page.html")
+    assert write_report([run], tmp_path / "link.html") == tmp_path / "link.html"
+    assert (tmp_path / "link.html").is_symlink() and "<html" in (tmp_path / "page.html").read_text()
+    assert write_report([run], Path("/dev/null")) == Path("/dev/null") and Path("/dev/null").is_char_device()
 
 
 def test_a_page_that_cannot_be_written_is_said_in_one_sentence(tmp_path):

@@ -343,7 +343,7 @@ def test_a_sweep_file_is_checked(tmp_path):
         with pytest.raises(InputError, match=message):
             read_sweep(str(path))
     path.write_text("arms: {a: {config: tiny/rl}}")
-    with pytest.raises(InputError, match="arm b is not in the sweep; it has a"):
+    with pytest.raises(InputError, match="arm b is not in the sweep; known here: a$"):
         read_sweep(str(path), arms=["b"])
 
 
@@ -562,6 +562,32 @@ def test_all_cells_are_checked_before_the_first_one_starts(recipes, sweep, tmp_p
 @pytest.mark.parametrize(
     "words, sentence",
     [
+        (["tiny/opsd", "objective.bta=1"], "objective.bta is not an argument"),
+        (["tiny/opsd", "group_size=2,0"], "group_size=0"),
+        (["tiny/opsd", "--select", "eval_student_sucess"], "did you mean eval_student_success?"),
+        (["tiny/opsd", "--trials", "2"], "--trials counts the trials of random and tpe"),
+        (["tiny/opsd", "objective.beta=0.1..1.0", "--search", "tpe", "--trials", "2"], "--dry-run prints a grid's commands"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_sweep_refuses(sweep, words, sentence, capsys):
+    with pytest.raises(SystemExit) as end:
+        sweep("--dry-run", *words)
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and sentence in printed.err and printed.out == ""
+
+
+def test_a_dry_run_prints_commands_alone_and_needs_no_checkpoint(sweep, tmp_path, capsys):
+    words = ["tiny/opsd", "seed=0,1", "--base", str(tmp_path / "base"), "--evaluate", "tiny/evaluate"]
+    assert not sweep("--dry-run", *words, "eval_dataset.split=test", "eval_dataset.max_rows=7")
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert len(lines) == 2 and all(line.startswith("pidistill run ") for line in lines) and not (tmp_path / "out").exists()
+    assert "`eval_dataset` reads the rows of the evaluation" in printed.err
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
         (["--select", "eval_student_sucess"],
          "select=eval_student_sucess is no metric of a run, so nothing was started; did you mean eval_student_success?"),
         (["--select", "succes_frac"], "did you mean success_frac?"),
@@ -629,6 +655,14 @@ def test_wrong_commands_get_one_sentence(sweep, capsys):
         (("tiny/opsd", "objective.beta=0,1", "--trials", "2"), "--trials counts the trials of random and tpe"),
         (("tiny/opsd", "objective.beta=0,1", "--search", "tpe"), "needs --trials of at least 1"),
         (("tiny/opsd", "seed=0,1", "--search", "tpe", "--trials", "2"), "a key to search"),
+        (("tiny/opsd", "--workers", "0"), "--workers=0 must be at least 1"),
+        ((), "name a config or a sweep file"),
+        (
+            ("configs/sweeps/methods.yaml", "--arms", "rl", "pi_distil"),
+            "arm pi_distil is not in the sweep; did you mean pi_distill?",
+        ),
+        (("tiny/opsd", "--evaluate", "tiny/evalute"), "a bundled config; did you mean tiny/evaluate?"),
+        (("tiny/opsd,tiny/rl", "--against", "tiny/opsdd"), "--against tiny/opsdd is no arm here; did you mean tiny/opsd?"),
         (("--report", "nowhere"), "nowhere has no results.jsonl"),
     ]:
         with pytest.raises(SystemExit):
@@ -1023,7 +1057,7 @@ def test_the_report_compares_the_arms_with_the_one_that_is_named(tmp_path, capsy
     assert "against rl on the same tasks" in text and "| base | -0.800 |" in text
     with pytest.raises(SystemExit):
         command.main(["--report", str(tmp_path), "--against", "opsd"])
-    assert "--against opsd is no arm here; choose one of base, rl, sft" in capsys.readouterr().err
+    assert "--against opsd is no arm here; known here: base, rl, sft" in capsys.readouterr().err
 
 
 def test_curves_and_heat_maps_hold_means_over_seeds():

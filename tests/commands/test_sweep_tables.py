@@ -63,6 +63,13 @@ def test_the_best_on_validation_is_said_of_each_metric_with_the_number_of_its_va
     assert best_on_validation(groups_of(rows)) == [first, second]
 
 
+def test_the_table_says_what_the_column_with_pi_is_and_calls_it_no_ceiling(tmp_path):
+    text = written(tmp_path, [row("a")])
+    assert "`with PI` is the success of the same trained weights with the PI in the prompt, sampled or greedy as" in text
+    assert "it can be lower than without PI where training made the model forget how to use it." in text
+    assert "ceiling" not in text
+
+
 def test_the_table_names_the_metric_of_each_arm_where_they_have_several(tmp_path):
     table = written(tmp_path, [row("a", 0, 0.9), row("r", 0, 7.5, REWARD)])
     assert f"| 0.900 ({SUCCESS}) |" in table and f"| 7.500 ({REWARD}) |" in table

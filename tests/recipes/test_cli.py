@@ -240,6 +240,14 @@ def test_the_help_lists_all_commands_and_imports_no_torch():
         assert f"\n  {command} " in done.stdout
 
 
+@pytest.mark.parametrize("name", ["tiny/opsd", "llama2/7B_full", "own.yaml"])
+def test_cat_prints_bundled_configs_torchtunes_and_files(name, pidistill, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text("output_dir: mine")
+    pidistill("cat", name)
+    assert "output_dir: " in capsys.readouterr().out
+
+
 def test_the_version_is_the_package_s(pidistill, capsys):
     pidistill("--version")
     assert capsys.readouterr().out == f"pidistill {version('pidistill')}\n"
@@ -261,6 +269,12 @@ def test_cp_keeps_a_file_that_exists(pidistill, capsys, tmp_path, monkeypatch):
         (["nosuch"], "command nosuch is unknown; choose one of ls, cp, run"),
         (["run", "nosuch", "--config", "tiny/opsd"], "recipe nosuch is neither a recipe of `pidistill ls` nor a Python file"),
         (["run", "opsd_distributed", "--config", "nosuch"], "config nosuch is neither a file nor a bundled config"),
+        (["run", "opsd_distributedd", "--config", "tiny/opsd"], r"nor a Python file; did you mean opsd_distributed\?"),
+        (["run", "opsd_distributed", "--config", "tiny/opsdd"], r"nor a bundled config; did you mean tiny/opsd\?"),
+        (["run", "opsd_distributed", "--config", "configs/tiny/opsdd.yaml"], r"config; did you mean tiny/opsd\?"),
+        (["cat", "tiny/opsdd"], r"config tiny/opsdd is unknown; did you mean tiny/opsd\?"),
+        (["cat", "tiny/opsdd.yaml"], r"config tiny/opsdd.yaml is unknown; did you mean tiny/opsd\?"),
+        (["cat", "nosuch"], "config nosuch is unknown; name one of `pidistill ls` or a YAML file"),
         (["run", "opsd_distributed", "--config"], "a run needs --config"),
         (["run", "opsd_distributed"], "a run needs --config"),
         (["run", "--nproc_per_nod", "1"], "the following arguments are required: recipe"),

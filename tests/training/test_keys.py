@@ -19,6 +19,7 @@ from pidistill.training.keys import (
     check_values,
     keys_of,
     page,
+    rows,
     setting,
 )
 
@@ -79,7 +80,21 @@ def test_a_number_is_refused_as_text_nan_and_minus_infinity(key):
             check_values(wrong)
 
 
-def test_a_narrow_terminal_shows_a_key_whole(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.mark.parametrize("columns, terminal", [("70", True), ("119", True), ("80", False), ("200", False)])
+def test_a_narrow_terminal_and_a_pipe_show_a_block_per_key_with_whole_words(columns, terminal, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    keys_command(["group_size"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("group_size (whole number of at least 1") and all(len(line) <= int(columns) for line in lines)
+    assert "    rollouts of each prompt" in lines
+    words = " ".join(lines).split()
+    assert all(word in words for row in rows(word="group_size") for word in " ".join((row[0], row[4])).split())
+
+
+def test_a_wide_terminal_shows_a_table(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     keys_command(["eval_every"])
-    assert "eval_every_steps" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "eval_every_steps" in out and "│" in out

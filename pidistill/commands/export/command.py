@@ -11,9 +11,13 @@ the config's `tokenizer.path`, then those of the checkpoint, then those of `chec
 """
 
 import argparse
+import contextlib
 import json
+import os
 import re
 import shutil
+import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,15 +67,48 @@ def export(folder: Path, output: Path, checkpoint: str = "latest") -> Path:
     _check_tokenizer(run)
     template = _chosen_template(run, source)
     try:
-        shutil.copytree(source.resolve(), output, ignore=shutil.ignore_patterns(*STATE), dirs_exist_ok=True)
-        _add_tokenizer(run, output)
-        _set_stop_ids(run, output)
-        if template is not None:
-            _set_template(output, template)
-        (output / "README.md").write_text(card(run, source.resolve().name), encoding="utf-8")
+        with _folder_aside(output) as aside:
+            shutil.copytree(source.resolve(), aside, ignore=shutil.ignore_patterns(*STATE, aside.name), dirs_exist_ok=True)
+            _add_tokenizer(run, aside)
+            _set_stop_ids(run, aside)
+            if template is not None:
+                _set_template(aside, template)
+            (aside / "README.md").write_text(card(run, source.resolve().name), encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{output} cannot be written ({error.strerror}); name another folder with --output") from error
+        raise InputError(f"{output} cannot be written ({_reason(error)}); name another folder with --output") from error
     return output
+
+
+@contextlib.contextmanager
+def _folder_aside(output: Path) -> Iterator[Path]:
+    """Yield a folder whose files become those of ``output`` at the end; where that fails, nothing of it is left.
+
+    It is made beside ``output``, and inside of one that exists, which may be a link, a mount or the only writable folder.
+    """
+    exists = output.is_dir()
+    parent = output if exists else output.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))
+    try:
+        yield aside
+        if exists:
+            for path in list(aside.iterdir()):
+                os.rename(path, output / path.name)
+            aside.rmdir()
+        else:
+            os.rename(aside, output)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _reason(error: OSError) -> str:
+    """Return what the system said; a copied folder's error has a list of (from, to, error as a text) in place of it."""
+    if not isinstance(error, shutil.Error):
+        return error.strerror or one_line(error)
+    reason = str(error.args[0][0][-1])
+    found = re.match(r"\[Errno \d+\] ([^:]+)", reason)
+    return found[1] if found else reason
 
 
 def _add_tokenizer(run: RunData, output: Path) -> None:

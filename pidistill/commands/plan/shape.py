@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from pidistill.models.adapters import train_adapters_only
 from pidistill.models.layer_masks import AttentionForm, LayerMask, Rule
+from pidistill.models.layer_states import States
 from pidistill.models.modules import attention_modules
 from pidistill.models.nf4 import dequantizing_bytes, stored_bytes
 from pidistill.models.precision import add_up_norms_in_fp32
 from pidistill.models.protocol import Decoder, carried_state, head_module, takes_layer_masks
-from pidistill.models.layer_states import States
 
 
 @dataclass(frozen=True)

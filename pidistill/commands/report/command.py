@@ -23,6 +23,7 @@ from pidistill.commands.common import Parser, exit_on_input_error
 from pidistill.commands.report.encode import encode_rollouts
 from pidistill.commands.report.read import RunData, config_difference, read_runs, spread
 from pidistill.errors import InputError, escape_controls
+from pidistill.jsonl import replace_file
 
 PAGE = Path(__file__).parent / "page"
 MOST_TEXTS = 400
@@ -49,7 +50,10 @@ def write_report(folders: list[Path], output: Path | None = None, most_rollouts:
     page = render(read_runs(folders), most_rollouts)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page, encoding="utf-8")
+        if output.exists() and not output.is_file():  # a pipe or a device, such as /dev/stdout
+            output.write_text(page, encoding="utf-8")
+        else:
+            replace_file(output.resolve(), page.encode())  # a link is followed
     except OSError as error:
         raise InputError(f"{output} cannot be written ({error.strerror}); name another file with --output") from error
     return output

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pidistill.commands.places import folders, has_key, load_config, recipe_of
 from pidistill.commands.sweep.values import Axis, grid_values, parse_overrides, split_top_level, whole_number
+from pidistill.components import closest
 from pidistill.errors import InputError, bounded_repr, one_line
 
 # What a sweep file may say, and of which type each value is; null stands for an absent one.
@@ -248,7 +249,7 @@ def _chosen(arms: list[Arm], names: Sequence[str] | None) -> list[Arm]:
     known = list(dict.fromkeys(arm.name for arm in arms))
     for name in names:
         if name not in known:
-            raise InputError(f"arm {name} is not in the sweep; it has {', '.join(known)}")
+            raise InputError(f"arm {name} is not in the sweep{closest(name, known)}")
     return [arm for arm in arms if arm.name in names]
 
 

@@ -32,26 +32,30 @@ from pidistill.training.compatibility import build_objective
 from pidistill.training.start import check_run
 
 
-def check_cells(sweep: Sweep, search: str) -> None:
-    """Raise one sentence that names the first cell whose training or evaluation a recipe would refuse."""
+def check_cells(sweep: Sweep, search: str, *, with_checkpoints: bool = True) -> None:
+    """Raise one sentence that names the first cell whose training or evaluation a recipe would refuse.
+
+    Without ``with_checkpoints``, the checkpoints that the sweep starts from need not exist yet.
+    """
     known = keys_of_recipe(recipe_of(sweep.evaluate)) if sweep.evaluate else None
     if known is not None and "views" not in known[0]:
         raise InputError(
             f"--evaluate {sweep.evaluate} is no config of an evaluation, so nothing was started; name one whose recipe is "
             "evaluate_distributed, such as tiny/evaluate"
         )
+    made = sweep.output_dir if with_checkpoints else None
     checked: set[Path] = set()
     cells = grid_cells(sweep) if search == "grid" else list(_corner_cells(sweep))
     for cell in cells:
         runs = {run.folder: run for run in stage_runs(sweep, cell)}
         for folder in runs.keys() - checked:
-            _check(f"cell {cell.id}", runs[folder].stage.config, _words(runs[folder]), sweep.output_dir)
+            _check(f"cell {cell.id}", runs[folder].stage.config, _words(runs[folder]), made)
         checked |= runs.keys()
     for arm in sweep.arms if sweep.evaluate else ():
         start = str(sweep.output_dir / "latest") if arm.stages else arm.base
         overrides = {CHECKPOINT_KEY: start, **evaluate_overrides(sweep, arm), "output_dir": "runs"}
         words = [f"{key}={value}" for key, value in overrides.items()]
-        _check(f"the evaluation of arm {arm.name}", sweep.evaluate, words, sweep.output_dir)
+        _check(f"the evaluation of arm {arm.name}", sweep.evaluate, words, made)
     last = _last_configs(sweep, cells)
     _check_select(sweep, last, search)
     if sweep.evaluate:
@@ -154,8 +158,8 @@ def _corners(axis: Axis) -> tuple[str, ...]:
     return tuple(str(int(end)) if axis.whole else f"{end:.6g}" for end in (axis.low, axis.high))
 
 
-def _check(what: str, config: str, words: Sequence[str], output_dir: Path) -> None:
-    """Check one run; a checkpoint inside ``output_dir`` is that of an earlier stage, which need not exist yet."""
+def _check(what: str, config: str, words: Sequence[str], made: Path | None) -> None:
+    """Check one run; a checkpoint inside the folder ``made`` is an earlier stage's. It need not exist yet, nor any for None."""
     try:
         known = keys_of_recipe(recipe_of(config))
         cfg = merged(config, words)
@@ -166,7 +170,8 @@ def _check(what: str, config: str, words: Sequence[str], output_dir: Path) -> No
             build(cfg.privileged)
         if cfg.get("objective"):
             build_objective(cfg)
-        if output_dir not in Path(cfg.checkpointer.checkpoint_dir).parents and not cfg.get("fallback_checkpoint_dir"):
+        exists = made is not None and made not in Path(cfg.checkpointer.checkpoint_dir).parents
+        if exists and not cfg.get("fallback_checkpoint_dir"):
             check_checkpoint_folder(cfg, "checkpointer")
     except InputError as error:
         raise InputError(f"{what} cannot run, so nothing was started: {error}") from error

@@ -12,6 +12,7 @@ cell ended well, 1 if one failed, 2 if the command or a config is wrong.
 """
 
 import argparse
+import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,10 +21,12 @@ from pathlib import Path
 from pidistill.commands.common import config_parser, exit_on_input_error, parse_with_overrides
 from pidistill.commands.report.command import write_report as write_page
 from pidistill.commands.sweep.cells import Sweep, grid_cells, read_sweep, stage_runs
+from pidistill.commands.sweep.check import check_cells
 from pidistill.commands.sweep.pictures import draw
 from pidistill.commands.sweep.results import read_results, write_report
-from pidistill.commands.sweep.search import SEARCHES, SweepPlan, run_sweep
-from pidistill.errors import InputError
+from pidistill.commands.sweep.search import SEARCHES, SweepPlan, check_plan, run_sweep
+from pidistill.components import closest
+from pidistill.errors import InputError, check_count
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--base", nargs="+", help="checkpoint that first stages start from; several: each arm from each")
     made.add_argument("--evaluate", metavar="CONFIG", help="evaluates each cell on the held-out split, such as tiny/evaluate")
     made.add_argument("--select", metavar="METRIC", help="validation metric (more is better); default eval_student_success")
-    made.add_argument("--dry-run", action="store_true", help="print a grid's commands and stop")
+    made.add_argument("--dry-run", action="store_true", help="check a grid, print its commands and stop")
     made.add_argument("--against", metavar="ARM", help="arm that others are compared with, task by task; default: the first")
     made.add_argument("--report", type=Path, metavar="OUTPUT", help="only make the tables and pictures of this sweep again")
     return made
@@ -54,17 +57,22 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.report is not None:
         report(arguments.report, arguments.against)
         return
-    if arguments.config is None or arguments.workers < 1:
-        raise InputError("name a config or a sweep file, and at least 1 in --workers; `pidistill sweep --help` shows both")
+    if arguments.config is None:
+        raise InputError("name a config or a sweep file; `pidistill sweep --help` shows how")
+    check_count("--workers", arguments.workers)
     chosen = {key: getattr(arguments, key) for key in ("output_dir", "arms", "seeds", "base", "evaluate", "select")}
     sweep = read_sweep(arguments.config, arguments.overrides, **chosen)
     _check_against(arguments.against, sweep.output_dir, [arm.name for arm in sweep.arms])
+    plan = SweepPlan(sweep, arguments.search, arguments.trials)
     if arguments.dry_run:
         if arguments.search != "grid":
             raise InputError("--dry-run prints a grid's commands; a random or TPE search draws its values while it runs")
+        check_plan(plan)
+        with contextlib.redirect_stdout(sys.stderr):  # warnings; what is printed can be piped to a shell
+            check_cells(sweep, arguments.search, with_checkpoints=False)
         print("\n".join(commands(sweep)))
         return
-    ended_well = run_sweep(SweepPlan(sweep, arguments.search, arguments.trials), arguments.workers)
+    ended_well = run_sweep(plan, arguments.workers)
     report(sweep.output_dir, arguments.against)
     if not ended_well:
         sys.exit(1)
@@ -73,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _check_against(against: str | None, output_dir: Path, names: Sequence[str]) -> None:
     known = list(dict.fromkeys([*names, *(row["arm"] for row in read_results(output_dir).values())]))
     if against is not None and against not in known:
-        raise InputError(f"--against {against} is no arm here; choose one of {', '.join(known)}")
+        raise InputError(f"--against {against} is no arm here{closest(against, known)}")
 
 
 def commands(sweep: Sweep) -> list[str]:

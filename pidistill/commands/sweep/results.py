@@ -231,8 +231,9 @@ def notes(rows: Sequence[Record]) -> list[str]:
     of_bases = [f"Bases: {', '.join(bases)}; {told}."] if bases else []
     return [
         "Success without privileged information on the held-out split, greedy and sampled at the temperature of the "
-        "evaluation's config; `with PI` is the ceiling, sampled or greedy as the intervals are; mean ± sd "
-        "over seeds (no sd for one); `last` is the last checkpoint. "
+        "evaluation's config; mean ± sd over seeds (no sd for one); `last` is the last checkpoint. "
+        "`with PI` is the success of the same trained weights with the PI in the prompt, sampled or greedy as the intervals "
+        "are; it can be lower than without PI where training made the model forget how to use it. "
         "`NAME, greedy` is of the rows that the evaluation's config names under `domains`; (n of m) runs have it.",
         f"Chosen on validation only: {selected}, among the checkpoints that the run saved. "
         "CPU-s: training, all stages, each with its start-up. An interval over few seeds is too narrow for what seeds do; "
