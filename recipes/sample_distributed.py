@@ -26,14 +26,16 @@ from pidistill.training.rounds import check_rewards
 from pidistill.training.run_folder import log_config
 from pidistill.training.start import cleanup, one_sentence_errors, start
 from pidistill.types import Example, PromptPair
-from torchtune import config
+from torchtune import config, utils
 from tqdm.auto import tqdm
 
 KEYS = keys_of("sample")
 REQUIRED = ("output_dir", "model", "tokenizer", "checkpointer", "dataset", "environment", "sampler", "view",
             "samples_per_prompt", "selection")  # fmt: skip
 TRACES = "traces.jsonl"
+MANY_CUT = 0.2  # share of rollouts that a token limit cut off, from which on the run warns
 
+log = utils.get_logger("INFO")
 Indexed = tuple[int, tuple[Example, PromptPair]]
 
 
@@ -142,13 +144,19 @@ class SampleRecipe:
         write_jsonl(self._aside["metrics.jsonl"], [row])
         os.replace(self._aside["metrics.jsonl"], self._run.output_dir / "metrics.jsonl")
         if not row["kept"]:
+            other_view = "set view=teacher, " if self._view == "student" else ""
             raise InputError(
                 f"{self._provenance['selection']} kept none of {row['rollouts']:g} rollouts (view {self._view}, mean reward "
                 f"{row.get('reward_mean', math.nan):.3g}, {row['truncated_frac']:.0%} cut off by a token limit), so there are "
-                "no traces; "
-                "raise samples_per_prompt or sampler.max_new_tokens, set view=teacher, or lower selection.threshold"
+                f"no traces; raise samples_per_prompt or sampler.max_new_tokens, {other_view}or lower selection.threshold"
             )
         os.replace(self._aside[TRACES], self._run.output_dir / TRACES)
+        if row["truncated_frac"] >= MANY_CUT:
+            log.warning(
+                f"{row['truncated_frac']:.0%} of the rollouts were cut off by a token limit, and a selection of whole answers "
+                "keeps none of them, so that whole kinds of rows may be missing from the traces; raise sampler.max_new_tokens, "
+                "or let the teacher's training reward an end (reward_shaping)"
+            )
         print(" ".join(f"{name}={value:.4g}" for name, value in row.items() if name != "step"))
         print(self._run.output_dir / TRACES)
 

@@ -3,7 +3,8 @@
 {"role": "assistant", "tool_calls": [{"function": {"name": "find", "arguments": "{\\"day\\": 20}"}}]}
 {"role": "assistant", "content": "Looking. <action>{\\"name\\": \\"find\\", \\"arguments\\": {\\"day\\": 20}}</action>"}
 
-Between the tags a call is JSON, the same as Python writes it, or XML: :mod:`pidistill.chat.xml_calls`.
+Between the tags a call is JSON, the same as Python writes it, or XML: :mod:`pidistill.chat.xml_calls`. XML is a call without
+its ``<tool_call>`` tags too (OpenHands), where ``tool_call`` is among the tags that are read.
 """
 
 import ast
@@ -15,13 +16,15 @@ from functools import lru_cache
 from typing import Any
 
 from pidistill.chat.call_json import MalformedCall
-from pidistill.chat.messages import ARGUMENT_KEYS, message_text, parsed_arguments
+from pidistill.chat.messages import RECORDED_ARGUMENT_KEYS, message_text, parsed_arguments, unknown_arguments_key
 from pidistill.chat.reasoning import CALL_TAGS, reasoning_end
 from pidistill.chat.templates import check_template
 from pidistill.chat.xml_calls import read_xml_call
 from pidistill.types import Message, Tools
 
 ACTION_TAGS = CALL_TAGS
+XML_TAG = "tool_call"  # around XML calls
+_BARE_XML = r"<function=[^<>\s]+>\s*(?:<parameter=[^<>\n]+>(?:(?!</parameter>).)*</parameter>\s*)*</function>"
 
 CALL_TEMPLATE = "{number}. {name}({arguments})"
 
@@ -82,7 +85,8 @@ def calls_and_unreadable(
         return [as_call(call) or str(call) for call in message["tool_calls"]]
     text = message_text(message)
     said = text[reasoning_end(text, action_tags) :]  # nothing in the reasoning is a call
-    return [_read(match["inside"] or match["unclosed"] or "", tools) for match in _tagged(tuple(action_tags)).finditer(said)]
+    found = _tagged(tuple(action_tags)).finditer(said)
+    return [_read(match["inside"] or match["unclosed"] or match["bare"] or "", tools) for match in found]
 
 
 def has_malformed_call(message: Message, action_tags: Sequence[str] = ACTION_TAGS) -> bool:
@@ -91,11 +95,15 @@ def has_malformed_call(message: Message, action_tags: Sequence[str] = ACTION_TAG
 
 
 def as_call(value: Any) -> ToolCall | None:
-    """Return the call that ``{"name", "arguments" | "kwargs" | "parameters"}``, maybe under ``"function"``, says, or None."""
+    """Return the call that a recorded ``{"name", "arguments"}`` says, maybe under ``"function"``; None where it says none.
+
+    The arguments may stand under each of :data:`~pidistill.chat.messages.RECORDED_ARGUMENT_KEYS`. An object that stands under
+    another key is not read as a call without arguments.
+    """
     function = value.get("function", value) if isinstance(value, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or unknown_arguments_key(value):
         return None
-    given = next((function[key] for key in ARGUMENT_KEYS if function.get(key) is not None), {})
+    given = next((function[key] for key in RECORDED_ARGUMENT_KEYS if function.get(key) is not None), {})
     return ToolCall(function["name"], parsed_arguments(given))
 
 
@@ -103,7 +111,8 @@ def as_call(value: Any) -> ToolCall | None:
 def _tagged(tags: tuple[str, ...]) -> re.Pattern[str]:
     names = "|".join(map(re.escape, tags)) or r"(?!)"
     unclosed = rf"<(?:{names})>\s*(?P<unclosed>(?:\{{|<function=).*)"  # a call that lacks its closing tag
-    return re.compile(rf"<(?P<tag>{names})>(?P<inside>.*?)</(?P=tag)>|{unclosed}", re.DOTALL)
+    bare = rf"(?P<bare>{_BARE_XML if XML_TAG in tags else '(?!)'})"
+    return re.compile(rf"<(?P<tag>{names})>(?P<inside>.*?)</(?P=tag)>|{unclosed}|{bare}", re.DOTALL)
 
 
 def _read(inside: str, tools: Tools) -> ToolCall | str:

@@ -10,9 +10,10 @@ form that the rest of the package knows:
     function_call (OpenAI's older form)              tool_calls with one call
     arguments as JSON text; "" or null               an object; {}
     tool_calls: []                                   no tool_calls
-    kwargs, parameters of a call                     arguments
+    kwargs, parameters, args, input of a call        arguments
     weight, train, loss_weight: 0 or false           weight: 0 (the turn is shown and not learned)
     results of parallel calls in any order           in the order of the calls, by tool_call_id
+    a result that is one <tool_response> as a whole  what stands inside: templates write the tags themselves
     reasoning as text parts, reasoning_details,      one text
     thinking_blocks
 """
@@ -28,6 +29,8 @@ from pidistill.types import Message
 
 ROLES = ("system", "user", "assistant", "tool")
 ARGUMENT_KEYS = ("arguments", "kwargs", "parameters")  # OpenAI and Qwen; τ-bench's reference actions; Llama 3
+RECORDED_ARGUMENT_KEYS = (*ARGUMENT_KEYS, "args", "input")  # LangChain; Anthropic. In sampled text no server reads them
+_BESIDE_A_CALL = ("extra_content", "provider_specific_fields", "metadata", "cache_control")  # objects that are no arguments
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 REASONING_PARTS = ("reasoning_details", "thinking_blocks")  # of OpenRouter and LiteLLM: lists of parts
 _TEXT_TYPES = (None, "text", "input_text", "output_text")
@@ -163,6 +166,8 @@ def _check_message(message: Any, where: str) -> Message:
             del message["tool_calls"]  # some templates take an empty list for a call
     if message["role"] == "assistant":
         _read_reasoning(message, where)
+    if message["role"] == "tool" and isinstance(message["content"], str):
+        message["content"] = _without_response_tags(message["content"])
     _read_weight(message, where)
     return message
 
@@ -210,6 +215,15 @@ def _check_content(message: Message, where: str) -> None:
         message["content"] = [_without_null_fields(part) for part in content]
     elif not isinstance(content, str):
         raise InputError(f"{where} has a 'content' of type {type(content).__name__}; it must be text")
+
+
+_RESPONSE = re.compile(r"\s*<tool_response>\n?((?:(?!</?tool_response>).)*?)\n?</tool_response>\s*", re.DOTALL)
+
+
+def _without_response_tags(text: str) -> str:
+    """Return what one pair of Hermes' result tags encloses; a text that has more or less than one pair stays as it is."""
+    response = _RESPONSE.fullmatch(text)
+    return text if response is None else response[1]
 
 
 def _is_text(part: Any) -> bool:
@@ -266,10 +280,34 @@ def _check_tool_call(call: Any, where: str) -> dict[str, Any]:
         raise InputError(
             f"{where} has a tool call without a function name ({bounded_repr(call)}); give it a name, or leave the row out"
         )
-    function = _without_null_fields(function)
-    given = next((function.pop(key) for key in ARGUMENT_KEYS if key in function), None)
+    function, other = _without_null_fields(function), unknown_arguments_key(call)
+    if other is not None:
+        raise InputError(
+            f"{where} has a call of {function['name']} whose arguments seem to stand under {other!r}, which is not read; write "
+            f"them beside the name as 'arguments' ({', '.join(RECORDED_ARGUMENT_KEYS[1:])} are read there too), or remove the "
+            "key"
+        )
+    given = next((function.pop(key) for key in RECORDED_ARGUMENT_KEYS if key in function), None)
     function["arguments"] = parsed_arguments(given)
     return {**_without_null_fields(call), "function": function} if "function" in call else function
+
+
+def unknown_arguments_key(call: Mapping[str, Any]) -> str | None:
+    """Return the key of a recorded call, or of its function, that holds an object although it is no key of arguments.
+
+    None where the call has arguments under a key that is read, or holds no other object, as a call without arguments does.
+    """
+    function = call.get("function", call)
+    if any(function.get(key) is not None for key in RECORDED_ARGUMENT_KEYS):
+        return None
+    found = [*function.items(), *call.items()] if function is not call else [*function.items()]
+    others = (key for key, value in found if key not in ("function", *_BESIDE_A_CALL) and _holds_object(value))
+    return next(others, None)
+
+
+def _holds_object(value: Any) -> bool:
+    value = parsed_arguments(value)
+    return isinstance(value, Mapping) and bool(without_nulls(value))
 
 
 def _order_results(messages: list[Message]) -> list[Message]:

@@ -128,7 +128,11 @@ def _arguments_call(text: str) -> dict[str, Any]:
 
 
 def _call(text: str, own_key: str) -> dict[str, Any]:
-    """Read a call whose arguments stand under ``own_key`` or another name that they have elsewhere."""
+    """Read a call whose arguments stand under ``own_key`` or another name that they have elsewhere.
+
+    A model may write them under the name of another family. Names that only programs write (``args``, ``input``) are refused,
+    so that no model learns to write what a server would not read.
+    """
     call, form = read_json(text), f'it must be like {{"name": "...", "{own_key}": {{...}}}}'
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise MalformedCall(f"the tool call has no name; {form}")

@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torchtune.utils import log_rank_zero
 from pidistill.chat.calls import (
     ACTION_TAGS,
     CALL_TEMPLATE,
+    XML_TAG,
     CallStyle,
     ToolCall,
     as_call,
@@ -27,12 +28,12 @@ from pidistill.chat.calls import (
     has_malformed_call,
     unreadable_calls,
 )
-from pidistill.chat.messages import check_messages, with_system
-from pidistill.data.builders import check_tools
+from pidistill.chat.messages import RECORDED_ARGUMENT_KEYS, check_messages, last_user_index, message_text, with_system
+from pidistill.data.builders import check_tools, row_tools
 from pidistill.data.dataset import ExampleDataset, convert_rows
 from pidistill.data.sources import get, load_rows, require_value
 from pidistill.errors import InputError, bounded_repr, check_choice
-from pidistill.privileged.trace_kinds import TraceText
+from pidistill.privileged.trace_kinds import CALL_KINDS, NO_CALL, TraceText
 from pidistill.privileged.trace_task import AgentTrace, TraceTask
 from pidistill.types import Example, Message
 
@@ -47,14 +48,14 @@ class TraceRows:
     tasks: list[TraceTask]
     unusable: dict[str, int]  # rows left out, by reason
     unreadable_calls: int  # calls between tags that cannot be read; they are text to us
-    tools: list[dict[str, Any]] | None  # derived from the calls seen, where these are OpenAI-style; see `derived_tools`
+    tools: list[dict[str, Any]] | None  # of traces without own ones: derived from their OpenAI-style calls; see `derived_tools`
 
 
 def trace_dataset(
     source: str,
     kind: str = "calls",
     messages_key: str = "messages",
-    task_key: str = "task_id",
+    task_key: str | None = "task_id",
     reward_key: str | None = "reward",
     success_threshold: float = 1.0,
     actions_key: str | None = None,
@@ -85,14 +86,16 @@ def trace_dataset(
     Args:
         source: .json (a list) or .jsonl with one episode per row, or what :func:`pidistill.data.sources.load_rows` reads.
         kind: what the teacher sees; see the table in :mod:`pidistill.privileged.trace_kinds`.
-        messages_key, task_key: the chat log, and what tells tasks apart.
+        messages_key: the chat log. Leading messages with ``is_demo: true`` (SWE-agent's demonstrations) are of the prompt.
+        task_key: what tells tasks apart; null where every row is a task of its own.
         reward_key: null where every trace counts as successful.
         success_threshold: reward of a successful trace.
         actions_key: the task's reference actions, ``[{"name", "kwargs" | "arguments"}]``, for ``kind: gold_actions``.
-        tools_key: tool schemas in the rows; the column `tools` is read where rows have one, and null ignores it.
-            ``tools_file``: schemas in a JSON file, as a list, in place of the rows'. With neither, and ``derive_tools``, they
-            are derived from the calls seen in all traces: names, arguments and JSON types, no descriptions, and no tool that no
-            trace calls. Calls between tags give none: there the system prompt says it.
+        tools_key: tool schemas in the rows; the column `tools`, or OpenAI's older `functions`, is read where rows have one, and
+            null ignores it. ``tools_file``: schemas in a JSON file, as a list, in place of the rows'. Rows with neither get,
+            with ``derive_tools``, schemas that are derived from the calls seen in the traces of all such rows: names, arguments
+            and JSON types, no descriptions, and no tool that none of them calls. Calls between tags give none: there the system
+            prompt says it.
         system_key: a column with the system text of the episode, read where rows have one; null ignores it.
         call_template, omit_tools, action_tags: see :class:`pidistill.chat.calls.CallStyle`.
         header: the line above the information; null is the kind's own, "" is none.
@@ -123,7 +126,7 @@ def trace_dataset(
     if kind == "gold_actions" and all(task.actions is None for task in tasks):
         raise InputError(f"dataset.kind is gold_actions, and no row of {source} has reference actions; set dataset.actions_key")
     how.check_tasks([task.task for task in rows.tasks])
-    common = _tools_of_file(tools_file) if tools_file else rows.tools if derive_tools and not _have_tools(rows) else None
+    common = _tools_of_file(tools_file) if tools_file else None
     chosen = _choose(tasks, unsolved)
     if not chosen:
         raise InputError(
@@ -133,11 +136,10 @@ def trace_dataset(
     used = [task.source for task in chosen if task.source is not None]
     _warn_of_malformed_calls(source, used, action_tags)
     _warn_of_unreadable_calls(source, used, action_tags)
-    return ExampleDataset([_example(task, how, common) for task in chosen], _count_dropped(tasks, chosen) | rows.unusable)
-
-
-def _have_tools(rows: TraceRows) -> bool:
-    return any(trace.tools is not None for task in rows.tasks for trace in task.traces)
+    no_call_read = _check_calls_are_read(source, kind, used, rows, action_tags)
+    derived = rows.tools if derive_tools else None
+    examples = [_example(task, how, common, derived, no_call_read) for task in chosen]
+    return ExampleDataset(examples, _count_dropped(tasks, chosen) | rows.unusable)
 
 
 def _choose(tasks: Sequence[TraceTask], unsolved: str) -> list[TraceTask]:
@@ -152,9 +154,16 @@ def _count_dropped(tasks: Sequence[TraceTask], chosen: Sequence[TraceTask]) -> d
     return {reason: count for reason, count in ((NOT_CHOSEN, other), (UNSOLVED, unsolved)) if count}
 
 
-def _example(task: TraceTask, how: TraceText, tools: list[dict[str, Any]] | None) -> Example:
-    shown = task.shown
-    tools = tools if tools is not None else shown.tools
+def _example(
+    task: TraceTask,
+    how: TraceText,
+    common: list[dict[str, Any]] | None,
+    derived: list[dict[str, Any]] | None,
+    no_call_read: str | None,
+) -> Example:
+    """Return the example of a task, with the ``common`` tools, else those of its row, else the ``derived`` ones."""
+    shown = replace(task.shown, no_call_read=no_call_read)
+    tools = next((tools for tools in (common, shown.tools, derived) if tools is not None), None)
     return Example(
         id=shown.id,
         messages=shown.prompt,
@@ -179,7 +188,7 @@ def _range(tasks: list[TraceTask], first: int, count: int | None) -> list[TraceT
 def read_traces(
     source: str,
     messages_key: str = "messages",
-    task_key: str = "task_id",
+    task_key: str | None = "task_id",
     reward_key: str | None = "reward",
     success_threshold: float = 1.0,
     actions_key: str | None = None,
@@ -204,8 +213,10 @@ def read_traces(
     for trace in traces:
         tasks.setdefault(trace.task, []).append(trace)
     _warn_of_scale(source, traces, success_threshold)
+    _warn_of_merged_tasks(source, tasks, task_key)
     said = [turn for trace in traces for turn in _assistant_turns(trace)]
-    seen = [call for turn in said for call in map(as_call, turn.get("tool_calls") or []) if call is not None]
+    untold = [turn for trace in traces if trace.tools is None for turn in _assistant_turns(trace)]
+    seen = [call for turn in untold for call in map(as_call, turn.get("tool_calls") or []) if call is not None]
     without = len(found) - len(traces)
     return TraceRows(
         tasks=[TraceTask(*item) for item in tasks.items()],
@@ -226,6 +237,24 @@ def _warn_of_scale(source: str, traces: Sequence[AgentTrace], threshold: float) 
             f"if these are percentages or points, set dataset.success_threshold (now {threshold:g}) to that of a success",
             level=logging.WARNING,
         )
+
+
+def _warn_of_merged_tasks(source: str, tasks: Mapping[str, Sequence[AgentTrace]], task_key: str | None) -> None:
+    """Warn of ids that several tasks seem to share: the last user texts of their traces' prompts differ."""
+    merged = [task for task, traces in tasks.items() if len({_question(trace) for trace in traces}) > 1]
+    if merged:
+        log_rank_zero(
+            _log,
+            f"{source}: {len(merged)} of the {len(tasks)} values of {task_key} have prompts with several last user "
+            f"messages (first: {merged[0]}), and one trace is chosen for all; where these are several tasks, and not one in "
+            "several words, set dataset.task_key to a column that tells them apart, or to null (a task per row)",
+            level=logging.WARNING,
+        )
+
+
+def _question(trace: AgentTrace) -> str:
+    user = last_user_index(trace.prompt)
+    return "" if user is None else message_text(trace.prompt[user]).strip()
 
 
 def _warn_of_malformed_calls(source: str, traces: Sequence[AgentTrace], action_tags: Sequence[str]) -> None:
@@ -258,6 +287,39 @@ def _warn_of_unreadable_calls(source: str, traces: Sequence[AgentTrace], action_
         )
 
 
+def _check_calls_are_read(
+    source: str, kind: str, used: Sequence[AgentTrace], rows: TraceRows, action_tags: Sequence[str]
+) -> str | None:
+    """Return a sentence where no trace of the source has a call, or a text between tags; refuse a kind that is made of calls.
+
+    Their calls then stand in a form that is unknown here. Some traces without calls are usual (the agent was right to refuse)
+    and are warned of.
+    """
+    found = [trace for trace in used if not _calls_somewhere(trace, action_tags)]
+    if not found:
+        return None
+    begin = message_text(_assistant_turns(found[0])[0])[:60]
+    begins = f"(first: {found[0].id}, whose first turn begins {bounded_repr(begin, 200)})"
+    forms = ["`tool_calls`", *([f"calls between the tags {', '.join(action_tags)}"] if action_tags else [])]
+    forms += ["<function=…>…</function>"] if XML_TAG in action_tags else []
+    advice = f"write the calls in a form that is read ({'; '.join(forms)}), or name other tags in dataset.action_tags"
+    said = f"{source}: {len(found)} of the {len(used)} successful traces that are used have no call that is read {begins}"
+    traces = (trace for task in rows.tasks for trace in task.traces)
+    if len(found) < len(used) or any(_calls_somewhere(trace, action_tags) for trace in traces):
+        effect = f"kind {kind} says {NO_CALL!r} of them, and " if kind in CALL_KINDS else ""
+        level = logging.WARNING if kind in CALL_KINDS else logging.INFO
+        log_rank_zero(_log, f"{said}; {effect}a replay of them follows any text; if they do call tools, {advice}", level=level)
+        return None
+    if kind in CALL_KINDS:
+        raise InputError(f"{said}, so that kind {kind} says {NO_CALL!r} of each; {advice}, or set dataset.kind: full")
+    return f"{said}; {advice}"
+
+
+def _calls_somewhere(trace: AgentTrace, action_tags: Sequence[str]) -> bool:
+    """Return whether a turn of the trace has a call, readable or not."""
+    return any(calls_and_unreadable(turn, action_tags) for turn in _assistant_turns(trace))
+
+
 def _assistant_turns(trace: AgentTrace) -> list[Message]:
     return [turn for turn in trace.turns if turn["role"] == "assistant"]
 
@@ -266,7 +328,7 @@ def _read_trace(
     where: str, row: Mapping[str, Any], keys: Mapping[str, str | None], success_threshold: float
 ) -> AgentTrace | None:
     """Return the episode of a row; None where no assistant turn follows a user message."""
-    messages_key, task_key = str(keys["messages_key"]), str(keys["task_key"])
+    messages_key, task_key = str(keys["messages_key"]), keys["task_key"]
     reward_key, tools_key, actions_key = keys["reward_key"], keys["tools_key"], keys["actions_key"]
     messages = check_messages(require_value(row, messages_key, where, "messages_key"), where, messages_key)
     if keys["system_key"] is not None:
@@ -277,19 +339,22 @@ def _read_trace(
     reward = _number(get(row, reward_key), where, reward_key) if reward_key else None
     return AgentTrace(
         id=where,
-        task=str(require_value(row, task_key, where, "task_key")),
+        task=where if task_key is None else str(require_value(row, task_key, where, "task_key")),
         prompt=prompt,
         turns=turns,
         reward=reward,
-        tools=check_tools(get(row, tools_key), where, tools_key) if tools_key else None,
+        tools=row_tools(row, tools_key, where),
         actions=_actions(get(row, actions_key), where, actions_key) if actions_key else None,
         success=reward_key is None or (reward is not None and reward >= success_threshold),
     )
 
 
 def _split(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """Return (prompt, episode); leading messages with ``is_demo`` are a demonstration, before which no episode begins."""
     roles = [message["role"] for message in messages]
-    user = roles.index("user") if "user" in roles else len(roles)
+    is_leading = [message["role"] == "system" or message.get("is_demo") is True for message in messages]
+    begin = is_leading.index(False) if False in is_leading else len(roles)
+    user = roles.index("user", begin) if "user" in roles[begin:] else len(roles)
     if "assistant" not in roles[user:]:
         return messages, []
     first = roles.index("assistant", user)
@@ -317,7 +382,11 @@ def _actions(value: Any, where: str, key: str | None) -> list[ToolCall] | None:
         return None
     calls = [as_call(item) for item in value] if isinstance(value, list) else [None]
     if None in calls:
-        raise InputError(f"{where}: {key} is no list of actions like {{'name': ..., 'kwargs': ...}}; set dataset.actions_key")
+        wrong = f", the first that is none is {bounded_repr(value[calls.index(None)])}" if isinstance(value, list) else ""
+        raise InputError(
+            f"{where}: {key} is no list of actions like {{'name': ..., 'kwargs': ...}}{wrong}; correct it (arguments are read "
+            f"under {', '.join(RECORDED_ARGUMENT_KEYS)}), or set dataset.actions_key"
+        )
     return calls
 
 

@@ -6,10 +6,13 @@ Every builder reads a .jsonl, .json, .csv or .parquet file, a glob, a folder or 
 
 import functools
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torchtune.utils import log_rank_zero
 
 from pidistill.chat.messages import check_messages, last_user_index, messages_from_text, privileged_text, with_system
 from pidistill.chat.templates import check_template
@@ -18,6 +21,8 @@ from pidistill.data.sources import get, load_rows, require_value
 from pidistill.errors import InputError, bounded_repr, check_choice
 from pidistill.privileged.controls import WRONG_KEY
 from pidistill.types import Example, Message
+
+_log = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------------- conversations
 
@@ -47,9 +52,9 @@ def chat_dataset(
             turn), ``after_last_user`` (the last answer, with its tool calls and results) or ``from_first_assistant`` (every
             assistant turn, with what stands between: agent traces).
         completion_key: the demonstration in a column of its own (``prompt`` / ``completion`` rows); a text is one
-            assistant message.
+            assistant message. A row with null or a blank text has none.
         reference_key: what the reward compares with.
-        tools_key: tool schemas, as a list or as JSON text.
+        tools_key: tool schemas, as a list or as JSON text; OpenAI's older column `functions` is read where `tools` is absent.
         system_key: a column with the system text of the conversation. This column and `tools` are read where rows have one;
             null ignores it.
         made_by: the command that writes the file ``source``; the error names it where the file does not exist yet.
@@ -65,7 +70,7 @@ def chat_dataset(
         )
 
     def convert(where: str, row: Mapping[str, Any]) -> Example:
-        conversation = _conversation(require_value(row, messages_key, where, "messages_key"), where, messages_key, "user")
+        conversation = _conversation(_require_text(row, messages_key, where, "messages_key"), where, messages_key, "user")
         if system_key is not None:
             conversation = with_system(conversation, get(row, system_key), where, system_key)
         messages, demonstration = _split_conversation(conversation, completion, f"{where}: {messages_key}", _LAST_ANSWER)
@@ -77,11 +82,34 @@ def chat_dataset(
             privileged=_privileged(row, privileged_key, where),
             completion=demonstration,
             reference=get(row, reference_key) if reference_key else None,
-            tools=check_tools(get(row, tools_key), where, tools_key) if tools_key else None,
+            tools=row_tools(row, tools_key, where),
             data=_with_wrong(row, where),
         )
 
-    return ExampleDataset(convert_rows(rows, convert))
+    examples = convert_rows(rows, convert)
+    if tools_key is not None:
+        _warn_of_calls_without_tools(examples, tools_key)
+    return ExampleDataset(_warn_of_null_words(examples, privileged_key))
+
+
+def _require_text(row: Mapping[str, Any], key: str, where: str, option: str) -> Any:
+    """Return what :func:`require_value` does, and refuse a blank text as it refuses a null."""
+    value = get(row, key)
+    return require_value({} if isinstance(value, str) and not value.strip() else row, key, where, option)
+
+
+def _warn_of_null_words(examples: list[Example], key: str | None) -> list[Example]:
+    """Return the examples; warn once of privileged information that is a word which stands for no value in other programs."""
+    words = [(example.id, example.privileged) for example in examples if example.privileged in _NULL_WORDS]
+    if words:
+        log_rank_zero(
+            _log,
+            f"{len(words):,} of {len(examples):,} rows have a word for no value as privileged information, the first is "
+            f"{words[0][0]} ({key}: {words[0][1]!r}), and the teacher is shown the word; write null, or an empty cell, where a "
+            "row has none",
+            level=logging.WARNING,
+        )
+    return examples
 
 
 def _check_made(source: str, made_by: str | None) -> None:
@@ -89,6 +117,7 @@ def _check_made(source: str, made_by: str | None) -> None:
         raise InputError(f"dataset.source {source} does not exist; it is written by the stage before: run `{made_by}` first")
 
 
+_NULL_WORDS = ("nan", "NaN", "None", "NULL", "null", "N/A")  # as exports of tables write a cell without a value
 COMPLETIONS = (None, "after_last_user", "from_first_assistant")
 
 
@@ -133,7 +162,7 @@ def _conversation(value: Any, where: str, key: str, role: str) -> list[Message]:
 
 
 def _demonstration(value: Any, where: str, key: str) -> list[Message] | None:
-    if value is None:
+    if value is None or (isinstance(value, str) and not value.strip()):
         return None
     messages = _conversation(value, where, key, "assistant")
     if messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
@@ -181,7 +210,79 @@ def check_tools(value: Any, where: str, key: str) -> list[dict[str, Any]] | None
             raise InputError(f"{where}: {key} is text but not JSON ({error}); give a list of tool schemas") from error
     if value is not None and not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value)):
         raise InputError(f"{where}: {key} is not a list of tool schemas; check dataset.tools_key, null ignores it")
-    return value or None
+    tools = [schema for tool in value or [] for schema in _declared(tool)]
+    return [_tool_schema(tool, where, key) for tool in tools] or None
+
+
+_GEMINI_KEYS = ("functionDeclarations", "function_declarations")
+_GEMINI_TYPES = ("STRING", "NUMBER", "INTEGER", "BOOLEAN", "ARRAY", "OBJECT", "NULL")
+_PARAMETER_KEYS = ("parameters", "input_schema", "inputSchema", "parametersJsonSchema")  # OpenAI; Anthropic; MCP; Gemini
+
+
+def _declared(tool: Mapping[str, Any]) -> list[Any]:
+    """Return the functions that a tool of Gemini's form declares, with types in JSON Schema's lower case; else the tool."""
+    declared = next((tool[key] for key in _GEMINI_KEYS if isinstance(tool.get(key), list)), None)
+    return [tool] if declared is None else [_with_lower_types(one) for one in declared]
+
+
+def _with_lower_types(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_lower_types(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    return {k: v.lower() if k == "type" and v in _GEMINI_TYPES else _with_lower_types(v) for k, v in value.items()}
+
+
+def _tool_schema(tool: Any, where: str, key: str) -> dict[str, Any]:
+    """Return a schema as OpenAI's chat API has it; one with ``function`` as it is. Refuse a tool without a name."""
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or not name.strip():
+        raise InputError(
+            f"{where}: {key} has a tool without a name ({bounded_repr(tool)}); give each a schema like {{'type': 'function', "
+            "'function': {'name': ..., 'description': ..., 'parameters': ...}}, or leave the tool out"
+        )
+    if function is not tool:
+        return dict(tool)
+    parameters = next((tool[name] for name in _PARAMETER_KEYS if tool.get(name) is not None), None)
+    told = {"name": name, "description": tool.get("description"), "parameters": parameters, "strict": tool.get("strict")}
+    return {"type": "function", "function": {name: value for name, value in told.items() if value is not None}}
+
+
+def row_tools(row: Mapping[str, Any], key: str | None, where: str) -> list[dict[str, Any]] | None:
+    """Return the tool schemas of a row; None where ``key`` is null. The older `functions` are read where `tools` is absent."""
+    if key is None:
+        return None
+    if key != "tools" or get(row, key) is not None or not _is_schema_list(row.get("functions")):
+        return check_tools(get(row, key), where, key)
+    return check_tools(row["functions"], where, "functions")
+
+
+def _is_schema_list(value: Any) -> bool:
+    """Return whether a value is a list of objects with names, or JSON text of one; another column may have the same name."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(value, list) and all(isinstance(item, Mapping) and "name" in item for item in value)
+
+
+def _warn_of_calls_without_tools(examples: Sequence[Example], key: str) -> None:
+    """Warn once of rows whose messages call tools that no schema shows to the model."""
+    found = [row.id for row in examples if row.tools is None and any(m.get("tool_calls") for m in _shown_messages(row))]
+    if found:
+        log_rank_zero(
+            _log,
+            f"{len(found):,} of {len(examples):,} rows have tool calls and no tool schemas in {key!r} (first: {found[0]}), so "
+            "that these do not show the model the tools that it calls; set dataset.tools_key to the column with the schemas, "
+            "or to null where the system text or with_tools shows the tools",
+            level=logging.WARNING,
+        )
+
+
+def _shown_messages(example: Example) -> list[Message]:
+    return [*example.messages, *(example.completion or [])]
 
 
 # ------------------------------------------------------------------------------------------- questions and answers
@@ -195,6 +296,8 @@ def qa_dataset(
     completion_key: str | None = None,
     system_prompt: str | None = None,
     question_template: str = "{question}",
+    tools_key: str | None = "tools",
+    system_key: str | None = "system",
     split: str = "train",
     data_files: str | Sequence[str] | None = None,
     max_rows: int | None = None,
@@ -212,6 +315,7 @@ def qa_dataset(
         completion_key: a demonstration, as text or messages.
         system_prompt: system message for rows that bring none.
         question_template: the user message; ``{question}`` stands for the question.
+        tools_key, system_key: as in :func:`chat_dataset`.
         made_by: as in :func:`chat_dataset`.
     """
     _check_made(source, made_by)
@@ -219,30 +323,39 @@ def qa_dataset(
     rows = load_rows(source, split, data_files, max_rows, config_name)
     keys = {"question_key": question_key, "privileged_key": privileged_key}
     rows.require_all(**keys, answer_key=answer_key, completion_key=completion_key)
+    rows.require_all(tools_key=None if tools_key == "tools" else tools_key)
 
     def convert(where: str, row: Mapping[str, Any]) -> Example:
         return Example(
             id=where,
-            messages=_question(row, where, question_key, question_template, system_prompt),
+            messages=_question(row, where, question_key, question_template, system_prompt, system_key),
             privileged=_privileged(row, privileged_key, where),
             completion=_demonstration(get(row, completion_key), where, completion_key) if completion_key else None,
             reference=require_value(row, answer_key, where, "answer_key") if answer_key else None,
+            tools=row_tools(row, tools_key, where),
             data=_with_wrong(row, where),
         )
 
-    return ExampleDataset(convert_rows(rows, convert))
+    return ExampleDataset(_warn_of_null_words(convert_rows(rows, convert), privileged_key))
 
 
 def _question(
-    row: Mapping[str, Any], where: str, key: str, template: str = "{question}", system_prompt: str | None = None
+    row: Mapping[str, Any],
+    where: str,
+    key: str,
+    template: str = "{question}",
+    system_prompt: str | None = None,
+    system_key: str | None = None,
 ) -> list[Message]:
-    value = require_value(row, key, where, "question_key")
+    value = _require_text(row, key, where, "question_key")
     if isinstance(value, str):
         value = messages_from_text(value) or value
     if isinstance(value, str):
         messages = [{"role": "user", "content": template.format(question=value)}]
     else:
         messages, _ = _split_conversation(check_messages(value, where, key), None, f"{where}: {key}", _OTHER_COLUMN)
+    if system_key is not None:
+        messages = with_system(messages, get(row, system_key), where, system_key)
     has_system = messages[0]["role"] == "system"
     return messages if has_system or system_prompt is None else [{"role": "system", "content": system_prompt}, *messages]
 

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from omegaconf import DictConfig
@@ -41,7 +41,7 @@ def build_demonstrations(
     if dropped:
         log_rank_zero(_log, f"{len(rollouts):,} demonstrations fit into max_seq_len {max_seq_len:,}; {dropped:,} are left out")
     _warn_about_earlier_turns(rollouts, tokenizer)
-    _warn_about_malformed_calls(rollouts)
+    _warn_about_malformed_calls(rollouts, tokenizer)
     return rollouts, dropped
 
 
@@ -71,14 +71,39 @@ def _warn_about_earlier_turns(rollouts: Sequence[Rollout], tokenizer: ChatTokeni
         log_rank_zero(_log, told, level=logging.WARNING)
 
 
-def _warn_about_malformed_calls(rollouts: Sequence[Rollout]) -> None:
-    found = [rollout.example.id for rollout in rollouts if any(map(_calls_without_object, rollout.turns))]
+def _warn_about_malformed_calls(rollouts: Sequence[Rollout], tokenizer: ChatTokenizer | None) -> None:
+    found = [(rollout.example.id, error) for rollout in rollouts if (error := _learned_error(rollout, tokenizer)) is not None]
     if found:
         told = (
-            f"{len(found)} of {len(rollouts)} demonstrations teach a call whose arguments are no JSON object, as written "
-            f'(first: {found[0]}): the model learns to write such calls; give these turns "weight": 0, or leave the rows out'
+            f"{len(found)} of {len(rollouts)} demonstrations teach a malformed call, as written (first: {found[0][0]}), where "
+            f'{found[0][1]}: the model learns to write such calls; correct them, give these turns "weight": 0, or leave the '
+            "rows out"
         )
         log_rank_zero(_log, told, level=logging.WARNING)
+
+
+def _learned_error(rollout: Rollout, tokenizer: ChatTokenizer | None) -> str | None:
+    """Return what is wrong with a call that is learned, also as the tokenizer, if any, reads it; None where nothing is.
+
+    The tokenizer reads no row without tools: what looks like a call there may be a text about calls.
+    """
+    if any(map(_calls_without_object, rollout.turns)):
+        return "its arguments are no JSON object"
+    if tokenizer is None or not rollout.example.tools:
+        return None
+    errors = (turn.get("tool_call_error") for turn in _read_learned_turns(rollout, tokenizer))
+    return next((" ".join(error.split())[:200] for error in errors if error), None)
+
+
+def _read_learned_turns(rollout: Rollout, tokenizer: ChatTokenizer) -> Iterator[Message]:
+    """Yield what the tokenizer reads in the ids of each learned turn, as it reads a sampled one."""
+    read_after = getattr(tokenizer, "parse_turn_after", None)
+    places = iter([place for place, is_learned in enumerate(rollout.policy_mask) if is_learned])
+    for count in filter(None, rollout.turn_policy_tokens):
+        turn = list(itertools.islice(places, count))
+        ids, tools = [rollout.completion[place] for place in turn], rollout.example.tools
+        before = [*rollout.prompts.student, *rollout.completion[: turn[0]]]
+        yield read_after(before, ids, tools) if read_after else tokenizer.parse_turn(ids, tools)
 
 
 def _calls_without_object(message: Message) -> bool:
@@ -104,7 +129,7 @@ def row_completions(data: RecipeData, temperature: float = 1.0) -> list[Rollout]
     settings["recorded"] = all(RECORDED in example.data for example, _ in data.prompts)
     rollouts = [row_completion(example, pair, data.tokenizer, **settings) for example, pair in data.prompts]
     _warn_about_earlier_turns(rollouts, data.tokenizer)
-    _warn_about_malformed_calls(rollouts)
+    _warn_about_malformed_calls(rollouts, None if settings["recorded"] else data.tokenizer)  # a sample may go wrong
     return rollouts
 
 

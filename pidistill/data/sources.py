@@ -2,7 +2,7 @@
 
 JSON and CSV files, also those of a folder, are read as they are, so that a null of a row stays a null and a text stays a text.
 Parquet files, other folders and Hub datasets go through Hugging Face datasets, which may turn a text into a date or a number;
-the nulls that a table holds for the fields of other rows are removed from lists.
+the nulls that a table holds for the fields of other rows are removed from lists, and a class of a label column is its name.
 """
 
 import codecs
@@ -30,7 +30,6 @@ from pidistill.jsonl import parse_jsonl
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 LONGEST_CELL = 2**31 - 1  # characters of a CSV cell; Python's own limit is 131,072, and a prompt may have more
 
-_MISSING = object()
 _NULL_MEANS = {  # by option: what follows "set dataset.<option>"
     "privileged_key": ", or null for rows without privileged information",
     "reward_key": ", or null where every trace counts as a success",
@@ -63,14 +62,16 @@ class Rows:
                 )
 
 
-def get(row: Mapping[str, Any], key: str) -> Any:
-    """Return the value under a dotted path such as ``extra_info.privileged_context``; None where a part of it is missing."""
-    if key in row:  # a column whose own name has dots
-        return row[key]
-    value: Any = row
-    for part in key.split("."):
-        value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
-    return None if value is _MISSING else value
+def get(row: Any, key: str) -> Any:
+    """Return the value under a dotted path such as ``extra_info.privileged_context``; None where a part of it is missing.
+
+    A name within the path may have dots itself, at every level.
+    """
+    if not isinstance(row, Mapping) or key in row:
+        return row[key] if isinstance(row, Mapping) else None
+    names = (key[:i] for i, character in enumerate(key) if character == ".")
+    found = (get(row[name], key[len(name) + 1 :]) for name in names if name in row)
+    return next((value for value in found if value is not None), None)
 
 
 def require_value(row: Mapping[str, Any], key: str, where: str, option: str) -> Any:
@@ -107,7 +108,7 @@ def load_rows(
     else:
         loaded = _load_table(source, files, split, data_files, config_name)
         loaded = loaded if max_rows is None else loaded.select(range(min(max_rows, len(loaded))))
-        rows = [_without_table_nulls(row) for row in loaded]
+        rows = [_without_table_nulls(_with_class_names(row, loaded.features)) for row in loaded]
     if max_rows is not None and rows and len(rows) < max_rows:
         log_rank_zero(
             _log, f"dataset.max_rows={max_rows}, and {source} has {len(rows)} rows; all are taken", level=logging.WARNING
@@ -226,7 +227,7 @@ def _check_row(row: Any, where: str) -> None:
             ) from error
 
 
-def _slice(rows: list[Any], source: str, split: str) -> list[Any]:
+def _slice(rows: Sequence[Any], source: str, split: str) -> Sequence[Any]:
     """Return the part of the rows that a split such as ``train[:100]`` names; a file is its whole split, whatever its name."""
     name, bracket, _ = split.partition("[")
     if not bracket:
@@ -245,6 +246,16 @@ def _without_table_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_table_nulls(item) for key, item in value.items()}
     return without_nulls(value) if isinstance(value, list) else value
+
+
+def _with_class_names(value: Any, feature: Any) -> Any:
+    """Return the value with the names of classes in the place of their numbers, at any depth; None where there is no class."""
+    if isinstance(feature, datasets.ClassLabel):
+        return feature.int2str(value) if value is not None and value >= 0 else None  # a row without a label has -1
+    if isinstance(feature, Mapping) and isinstance(value, Mapping):
+        return {key: _with_class_names(item, feature.get(key)) for key, item in value.items()}
+    item_feature = getattr(feature, "feature", None)
+    return [_with_class_names(item, item_feature) for item in value] if item_feature and isinstance(value, list) else value
 
 
 def _local_files(source: str) -> list[Path]:

@@ -30,7 +30,7 @@ class ReplayState:
 
 @dataclass(frozen=True)
 class ReplayEnvironment:
-    """Follow ``example.data["trace"]`` of :func:`pidistill.data.trace_dataset`.
+    """Follow ``example.data["trace"]`` of :func:`pidistill.data.trace_dataset`; refuse traces of a source without any call.
 
     A turn matches the recorded one if it makes the same calls: the same tools, in the same order, with equal arguments; the
     text "5" is the number 5 where the tool's schema permits both, since XML calls cannot tell them apart. Where the recorded
@@ -76,6 +76,8 @@ class ReplayEnvironment:
                 f"{trace.id} has no reward, which the episode would get; write a number in the row, leave the row out, or set "
                 "dataset.reward_key where it is null"
             )
+        if trace.no_call_read is not None:
+            raise InputError(f"a replay would reward any text: {trace.no_call_read}")
         return trace, trace.reward
 
     def step(self, state: ReplayState, turn: Message, *, truncated: bool) -> EnvStep:

@@ -11,7 +11,8 @@
 | none | nothing: the control, and the RL baseline | all |
 
 A success without any call (the agent was right to refuse) and an empty list of reference actions are information too, and are
-written as `(no tool call)`. A success of whose calls none can be read is refused. Each kind has a header, the line above the
+written as `(no tool call)`. A success of whose calls none can be read is refused, and so is a source of whose traces none has a
+call, for a kind that is made of calls: they stand in a form that is unknown here. Each kind has a header, the line above the
 text, and leak phrases, which a completion that gives the information away would say.
 """
 
@@ -28,6 +29,7 @@ from pidistill.privileged.trace_task import TraceTask
 from pidistill.types import Tools
 
 NO_CALL = "(no tool call)"
+CALL_KINDS = ("calls", "call_names", "solution_prefix")  # what is made of the calls of a trace
 
 _CALL_PHRASES = (
     "provided actions",

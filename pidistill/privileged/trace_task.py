@@ -19,6 +19,7 @@ class AgentTrace:
     tools: list[dict[str, Any]] | None  # the row's own tool schemas
     actions: list[ToolCall] | None  # the task's reference actions; None where the row has none
     success: bool
+    no_call_read: str | None = None  # says that no trace of the source has a call that is read, so that a replay compares none
 
     @property
     def steps(self) -> int:

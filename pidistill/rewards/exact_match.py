@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pidistill.errors import InputError
 from pidistill.rewards.base import last_answer, reference_text
 from pidistill.types import Example, Message
 
@@ -20,8 +21,9 @@ class ExactMatch:
     casefold: bool = False
 
     def check_reference(self, example: Example) -> None:
-        """Refuse an example without a reference: no answer would ever be right."""
-        reference_text(example)
+        """Refuse an example without a reference, which no answer equals, or with a blank one, which an empty answer equals."""
+        if not reference_text(example).strip():
+            raise InputError(f"{example.id}: the reference is empty, and an empty answer equals it; check dataset.answer_key")
 
     def __call__(self, example: Example, turns: Sequence[Message]) -> float:
         texts = (reference_text(example), str(example.reference))  # of a table's 7.0 both "7" and "7.0"

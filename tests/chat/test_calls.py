@@ -23,7 +23,7 @@ def openai(call: ToolCall, as_text: bool) -> dict:
     return {"id": "call_1", "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
-@given(CALLS, st.booleans(), st.sampled_from(["arguments", "kwargs", "parameters"]))
+@given(CALLS, st.booleans(), st.sampled_from(["arguments", "kwargs", "parameters", "args", "input"]))
 def test_every_way_to_write_calls_says_the_same(calls, as_text, key):
     message = {"role": "assistant", "content": None, "tool_calls": [openai(call, as_text) for call in calls]}
     assert calls_of(message) == calls
@@ -64,13 +64,56 @@ def test_arguments_that_are_no_object_stay_the_text_that_was_written():
     assert as_call({"function": {"name": "f", "arguments": "not json"}}) == ToolCall("f", "not json")
 
 
-@pytest.mark.parametrize("key", ["arguments", "kwargs", "parameters"])
+def asking(call: dict) -> dict:
+    return {"role": "assistant", "tool_calls": [call]}
+
+
+@pytest.mark.parametrize("key", ["arguments", "kwargs", "parameters", "args", "input"])
 @pytest.mark.parametrize("bare", [False, True])
-def test_arguments_of_a_call_in_a_message_are_read_under_each_name_that_a_call_in_the_text_may_use(key, bare):
+def test_arguments_of_a_call_in_a_message_are_read_under_each_name_that_a_recorded_call_may_use(key, bare):
     function = {"name": "f", key: '{"a": 1}'}
-    said = {"role": "assistant", "tool_calls": [function if bare else {"type": "function", "function": function}]}
-    (message,) = check_messages([said], "row 0", "messages")
+    (message,) = check_messages([asking(function if bare else {"type": "function", "function": function})], "row 0", "messages")
     assert calls_of(message) == [ToolCall("f", {"a": 1})] and tool_call_text(message["tool_calls"][0]) == 'f({"a": 1})'
+    assert key == "arguments" or key not in json.dumps(message), "a template would write the arguments twice"
+
+
+@pytest.mark.parametrize("given", [{"a": 1}, '{"a": 1}'])
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_recorded_call_with_its_arguments_under_an_unknown_key_is_refused_and_is_never_one_without_arguments(given, bare):
+    function = {"name": "f", "inputs": given, "arguments": None}
+    call = function if bare else {"type": "function", "function": function}
+    with pytest.raises(InputError, match=r"row 0: messages\[0\] has a call of f whose arguments seem to stand under 'inputs',"):
+        check_messages([asking(call)], "row 0", "messages")
+    assert as_call(call) is None
+    text = {"role": "assistant", "content": f"<tool_call>{json.dumps(function)}</tool_call>"}
+    assert calls_of(text) == [] and unreadable_calls(text) == 1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"name": "now", "id": "c1", "index": 0, "type": "tool_call"},
+        {"function": {"name": "now"}, "extra_content": {"google": {"thought_signature": "x"}}},
+        {"name": "now", "note": "at once", "more": {}, "nothing": {"a": None}},
+    ],
+)
+def test_a_recorded_call_without_arguments_may_have_other_fields(call):
+    (message,) = check_messages([asking(call)], "row 0", "messages")
+    assert calls_of(message) == [ToolCall("now", {})] and as_call(call) == ToolCall("now", {})
+
+
+BARE_XML = "Let me look.\n<function=bash>\n<parameter=command>grep '</function>' a\n</parameter>\n</function>"
+
+
+def test_xml_calls_without_tags_around_them_are_calls_where_the_tag_of_xml_calls_is_read():
+    said = {"role": "assistant", "content": BARE_XML + "\n<function=finish>\n</function>"}
+    assert calls_of(said) == [ToolCall("bash", {"command": "grep '</function>' a"}), ToolCall("finish", {})]
+    assert calls_of(said, ["action"]) == []
+    tagged = {"role": "assistant", "content": f"<tool_call>{BARE_XML.partition(chr(10))[2]}</tool_call>"}
+    assert calls_of(tagged) == calls_of(said)[:1]
+    for text in ("Write <function=name> and close it.", "<function=a>\nwords\n</function>", "<function=a>" * 3000):
+        said = {"role": "assistant", "content": text}
+        assert calls_of(said) == [] and unreadable_calls(said) == 0
 
 
 @given(CALLS)

@@ -147,11 +147,11 @@ def test_a_used_trace_whose_call_has_no_object_as_arguments_is_said(write, caplo
 
 def test_a_success_without_calls_is_information_and_a_failure_is_none(write):
     refusal = {"role": "assistant", "content": "I must not do that."}
-    source = write(episode(1, 1.0, refusal), episode(2, 0.0, refusal, task={"actions": []}))
+    source = write(episode(1, 1.0, refusal), episode(2, 0.0, refusal, task={"actions": []}), episode(3, 1.0, *BOOK))
     for kind in ("calls", "call_names", "solution_prefix"):
-        said, failed = trace_dataset(source, kind, header="")
+        said, failed, _ = trace_dataset(source, kind, header="")
         assert (said.privileged, failed.privileged) == ("(no tool call)", None)
-    said, failed = trace_dataset(source, "gold_actions", actions_key="task.actions", header="")
+    said, failed, _ = trace_dataset(source, "gold_actions", actions_key="task.actions", header="")
     assert (said.privileged, failed.privileged) == (None, "(no tool call)")
 
 
@@ -197,6 +197,88 @@ def test_calls_that_cannot_be_read_are_never_told_as_no_call(write, caplog):
     dataset = trace_dataset(write(episode(1, 1.0, unreadable, readable, *BYE)))
     assert "SEA" in dataset[0].privileged
     assert "1 of the 1 successful traces that are used have a call between tags that cannot be read" in caplog.text
+
+
+SAID = {  # calls in forms that are unknown here
+    "mini-swe-agent": "THOUGHT: look\n\n```bash\nls -la\n```",
+    "ReAct": "Thought: x\nAction: search[Ulm]",
+    "invoke": '<function_calls>\n<invoke name="book">\n</invoke>\n</function_calls>',
+    "Mistral": '[TOOL_CALLS][{"name":"book","arguments":{}}]',
+}
+
+
+@pytest.mark.parametrize("text", SAID.values(), ids=SAID)
+def test_traces_whose_calls_are_all_in_an_unknown_form_are_refused_for_kinds_made_of_calls(write, text):
+    source = write(*[episode(i, 1.0, {"role": "assistant", "content": text}, USER, *BYE) for i in range(2)])
+    said = "2 of the 2 successful traces that are used have no call that is read .first: traces.jsonl row 0, whose first turn "
+    for kind in ("calls", "call_names", "solution_prefix"):
+        begins = re.escape(repr(text[:12])[1:-1])
+        with pytest.raises(
+            InputError, match=rf"{said}begins .{begins}.*, so that kind {kind} says .*, or set dataset.kind: full"
+        ):
+            trace_dataset(source, kind)
+    for kind in ("full", "none"):
+        assert all(example.data["trace"].no_call_read for example in trace_dataset(source, kind))
+
+
+def test_some_traces_without_calls_are_said_and_are_not_refused(write, caplog):
+    refusal = {"role": "assistant", "content": "I must not do that."}
+    source = write(episode(1, 1.0, *BOOK, *BYE), episode(2, 1.0, refusal), episode(3, 0.0, refusal))
+    dataset = trace_dataset(source)
+    (said,) = caplog.messages
+    assert "1 of the 2 successful traces that are used have no call that is read (first: traces.jsonl row 1, whose" in said
+    assert all(example.data["trace"].no_call_read is None for example in dataset)
+    assert "(no tool call)" in trace_dataset(source, first_task=1)[0].privileged, "the form of the calls is known from row 0"
+
+
+def test_xml_calls_without_tags_around_them_are_information(write):
+    bare = {"role": "assistant", "content": "I look.\n<function=bash>\n<parameter=command>ls</parameter>\n</function>"}
+    assert text_of(write(episode(1, 1.0, bare, *BYE)), "calls", header="") == '1. bash({"command": "ls"})'
+
+
+@pytest.mark.parametrize("key", ["args", "input"])
+def test_calls_as_programs_write_them_keep_their_arguments_in_traces_and_reference_actions(write, key):
+    asked = {"name": "book", key: {"flight": "F1"}, "id": "c1", "type": "tool_call"}
+    source = write(episode(1, 1.0, {"role": "assistant", "content": "", "tool_calls": [asked]}, *BYE, gold=[asked]))
+    for kind, options in (("calls", {}), ("gold_actions", {"actions_key": "gold"})):
+        assert text_of(source, kind, header="", **options) == '1. book({"flight": "F1"})'
+    gold = [{"name": "book", "what": {"flight": "F1"}}]
+    with pytest.raises(InputError, match=r"row 0: gold is no list of actions .*'what'.*set dataset.actions_key"):
+        trace_dataset(write(episode(1, 1.0, *BOOK, gold=gold)), "gold_actions", actions_key="gold")
+
+
+def test_a_leading_demonstration_is_in_the_prompt_and_the_episode_begins_at_the_real_task(write):
+    demo = [{**message, "is_demo": True} for message in (USER, *LOOK, {"role": "assistant", "content": "Shown."})]
+    task = {"role": "user", "content": "Now book F1."}
+    row = {"task_id": 1, "reward": 1, "messages": [SYSTEM, *demo, task, *BOOK, *BYE]}
+    (example,) = trace_dataset(write(row), header="")
+    assert [message["content"] for message in example.messages][-2:] == ["Shown.", "Now book F1."]
+    assert len(example.messages) == 6 and example.privileged == '1. book({"flight": "F1", "seats": 2})'
+    assert len(example.completion) == 3 and not any(message.get("is_demo") for message in example.completion)
+
+
+def test_rows_without_tools_get_derived_ones_also_beside_rows_that_have_tools(write):
+    schema = [{"type": "function", "function": {"name": "look", "description": "Search."}}]
+    told, untold = episode(1, 1.0, *LOOK, *BYE, tools=schema), episode(2, 1.0, *BOOK, *BYE)
+    first, second = trace_dataset(write(told, untold))
+    assert first.tools == schema and [tool["function"]["name"] for tool in second.tools] == ["book"]
+    toolless = episode(2, 1.0, {"role": "assistant", "content": "No."})
+    assert trace_dataset(write(told, toolless))[1].tools is None
+    assert trace_dataset(write(told, untold), derive_tools=False)[1].tools is None
+
+
+def test_tasks_that_share_an_id_are_said_and_each_row_may_be_a_task_of_its_own(write, caplog):
+    other = {"role": "user", "content": "Cancel order 77."}
+    rows = [episode(0, 1.0, *BOOK), episode(1, 1.0, *BOOK), episode(1, 1.0, *BOOK), episode(0, 1.0, *LOOK)]
+    rows[3]["messages"][1] = other
+    source = write(*rows)
+    assert len(trace_dataset(source)) == 2
+    (said,) = caplog.messages
+    assert "1 of the 2 values of task_id have prompts with several last user messages (first: 0)" in said
+    caplog.clear()
+    apart = trace_dataset(source, task_key=None)
+    assert [example.data["task"] for example in apart] == [example.id for example in apart] and len(apart) == 4
+    assert not caplog.records and apart.dropped == {}
 
 
 def test_derived_tools_have_the_types_of_all_arguments_seen():

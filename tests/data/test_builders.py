@@ -272,6 +272,29 @@ def test_question_template_system_prompt_and_completion_shape_the_rows(tmp_path)
             qa_dataset(file, question_key="q", question_template=template)
 
 
+def test_questions_with_columns_of_system_text_and_tools_show_both(tmp_path):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    bare, full = ROWS[0] | {"system": "", "tools": None}, ROWS[1] | {"system": "In French.", "tools": tools}
+    file = write(tmp_path / "rows.jsonl", [bare, full])
+    first, second = qa_dataset(file, system_prompt="mine")
+    assert first.messages == [{"role": "system", "content": "mine"}, user("q0")] and first.tools is None
+    assert second.messages == [{"role": "system", "content": "In French."}, user("q1")] and second.tools == tools
+    assert [(e.messages, e.tools) for e in qa_dataset(file, system_key=None, tools_key=None)] == [
+        ([user("q0")], None),
+        ([user("q1")], None),
+    ]
+    with pytest.raises(InputError, match=r"rows\.jsonl has no column 'schemas' with values .*; set dataset\.tools_key"):
+        qa_dataset(file, tools_key="schemas")
+
+
+def test_names_with_dots_are_found_at_every_level(tmp_path):
+    rows = [{"question": "q", "answer": "1", "meta": {"sol.full": "pi", "a.b": {"c.d": "deep"}}}]
+    file = write(tmp_path / "rows.jsonl", rows)
+    assert [qa_dataset(file, privileged_key=key)[0].privileged for key in ("meta.sol.full", "meta.a.b.c.d")] == ["pi", "deep"]
+    with pytest.raises(InputError, match=r"no column 'meta\.sol' with values \(it has: .*meta\.sol\.full, meta\.a\.b\.c\.d\)"):
+        qa_dataset(file, privileged_key="meta.sol")
+
+
 @pytest.mark.parametrize(
     "option, keys",
     [
@@ -291,11 +314,27 @@ def test_missing_columns_are_named_with_those_there_are(tmp_path, option, keys):
 def test_a_row_may_lack_privileged_information_but_not_its_question_or_answer(tmp_path):
     rows = [ROWS[0], ROWS[1] | {"extra_info": {}}, ROWS[2] | {"extra_info": {"privileged_context": ""}}]
     assert [e.privileged for e in qa_dataset(write(tmp_path / "a.jsonl", rows))] == ["pi0", None, None]
-    for key in ("question", "answer"):
-        file = write(tmp_path / f"{key}.jsonl", [ROWS[0], ROWS[1] | {key: None}])
+    for key, value in (("question", None), ("question", ""), ("question", " \n"), ("answer", None)):
+        file = write(tmp_path / f"{key}.jsonl", [ROWS[0], ROWS[1] | {key: value}])
         with pytest.raises(InputError, match=rf"{key}\.jsonl row 1 has no value in '{key}'; .*dataset\.{key}_key"):
             qa_dataset(file)
+    with pytest.raises(InputError, match=r"row 1 has no value in 'question'; .*dataset\.messages_key"):
+        chat_dataset(write(tmp_path / "c.jsonl", [ROWS[0], {"question": " "}]), messages_key="question", privileged_key=None)
     assert qa_dataset(write(tmp_path / "b.jsonl", ROWS), answer_key=None, privileged_key=None)[0].reference is None
+
+
+def test_words_for_no_value_as_privileged_information_are_said_once_and_kept(tmp_path, caplog):
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer,hint\na,1,Nancy\nb,2,NaN\nc,3,None\nd,4,NULL\ne,5,\n")
+    assert [e.privileged for e in qa_dataset(str(path), privileged_key="hint")] == ["Nancy", "NaN", "None", "NULL", None]
+    assert [record.getMessage() for record in caplog.records] == [
+        "3 of 5 rows have a word for no value as privileged information, the first is rows.csv row 1 (hint: 'NaN'), and the "
+        "teacher is shown the word; write null, or an empty cell, where a row has none"
+    ]
+    caplog.clear()
+    rows = [{"messages": "q", "hint": word} for word in ("nan", "null", "N/A", "na")]
+    chat_dataset(write(tmp_path / "rows.jsonl", rows), privileged_key="hint")
+    assert [record.getMessage()[:12] for record in caplog.records] == ["3 of 4 rows "]
 
 
 EMPTY = [{"role": "assistant", "content": " "}]
@@ -375,8 +414,12 @@ def test_columns_of_prompt_and_completion_are_read(tmp_path):
     first, second = chat_dataset(write(tmp_path / "rows.jsonl", rows), **keys)
     assert (first.messages, first.completion, first.privileged) == ([user("a")], [assistant("b")], "x")
     assert second.completion is None and second.privileged is None
-    (text,) = chat_dataset(write(tmp_path / "text.jsonl", [{"prompt": "a", "completion": "b", "pi": "x"}]), **keys)
-    assert (text.messages, text.completion) == ([user("a")], [assistant("b")])
+    texts = [{"prompt": "a", "completion": "b", "pi": "x"}, {"prompt": "c", "completion": "", "pi": "x"}]
+    text, blank = chat_dataset(write(tmp_path / "text.jsonl", texts), **keys)
+    assert (text.messages, text.completion) == ([user("a")], [assistant("b")]) and blank.completion is None
+    rows = [ROWS[0] | {"demo": "d"}, ROWS[1] | {"demo": " \n"}]
+    demos = [e.completion for e in qa_dataset(write(tmp_path / "qa.jsonl", rows), completion_key="demo")]
+    assert demos == [[assistant("d")], None]
 
 
 MALFORMED = {

@@ -101,6 +101,22 @@ def test_a_demonstration_whose_call_has_no_object_as_arguments_is_said_unless_th
     assert said.startswith("1 of 4 demonstrations") and "(first: row 1)" in said and '"weight": 0' in said
 
 
+def test_a_demonstration_whose_call_the_tokenizer_itself_refuses_is_said_unless_the_turn_is_not_learned(tmp_path, caplog):
+    tokenizer = HFChatTokenizer(str(qwen_folder(tmp_path)))
+    texts = ("{'name': 'f', 'arguments': {'a': True}}", '{"name": "f", "arguments": {"a": true}}')
+    python, right = ({"role": "assistant", "content": f"<tool_call>\n{text}\n</tool_call>"} for text in texts)
+    end = [{"role": "tool", "content": "ok"}, {"role": "assistant", "content": "Done."}]
+    rows = rows_of_turns(tokenizer, [right, *end], [python | {"weight": 0}, *end], [right, end[0], python], [python, *end])
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    shown = [(replace(example, tools=tools), pair) for example, pair in rows]
+    build_demonstrations(rows, tokenizer, max_seq_len=600, on_overflow=None)
+    assert not caplog.records, "without tools, the text may speak of calls"
+    build_demonstrations(shown, tokenizer, max_seq_len=600, on_overflow=None)
+    (said,) = [message for message in caplog.messages if "call" in message]
+    assert said.startswith("2 of 4 demonstrations teach a malformed call, as written (first: row 2)")
+    assert "the tool call is not valid JSON" in said
+
+
 def test_recorded_ids_that_say_another_text_than_the_rows_completion_are_of_another_tokenizer():
     tokenizer = tiny_world_tokenizer(max_seq_len=96)
     messages, said = [{"role": "user", "content": "i1 g1"}], [{"role": "assistant", "content": "g1 i2"}]

@@ -73,6 +73,14 @@ def test_an_empty_reference_that_every_answer_would_contain_is_refused():
         check_references({"reward": contains}, [example("  ")])
 
 
+def test_a_blank_reference_that_an_empty_answer_would_equal_is_refused():
+    for reference in ("", " \n"):
+        with pytest.raises(
+            InputError, match=r"train\.jsonl row 4: the reference is empty, and an empty answer equals it; check"
+        ):
+            ExactMatch(strip=False).check_reference(example(reference))
+
+
 @pytest.mark.parametrize("node", [
     {"reward": "pidistill.rewards.Contains"},
     {"reward": {"_component_": "pidistill.rewards.Constraints", "checks": {"a": "pidistill.rewards.Contains"}}},

@@ -174,7 +174,7 @@ def test_a_system_column_is_the_system_message(tmp_path):
     (row,) = read(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER], "system": "Be kind."}, system_key=None)
     assert row.messages == [USER]
     file = lines(tmp_path / "traces.jsonl", {"task_id": 1, "reward": 1, "messages": [USER, ANSWER], "system": "Be brief."})
-    assert trace_dataset(file)[0].messages[0] == system
+    assert trace_dataset(file, "none")[0].messages[0] == system
 
 
 def test_the_older_function_call_is_a_call(tmp_path, tokenizer):
@@ -217,6 +217,80 @@ def test_nulls_of_a_table_are_removed_and_nulls_of_a_row_are_kept(tmp_path):
     assert cleaned.completion[0]["tool_calls"][0]["function"]["arguments"] == {"seats": 2}
 
 
+PARAMETERS = {"type": "object", "properties": {"seats": {"type": "integer"}}}
+SCHEMA = {"name": "book", "description": "Book a table.", "parameters": PARAMETERS}
+GEMINI = {"type": "OBJECT", "properties": {"seats": {"type": "INTEGER"}}}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        SCHEMA,
+        {"type": "function", **SCHEMA},
+        {"name": "book", "description": "Book a table.", "input_schema": PARAMETERS, "cache_control": {"type": "ephemeral"}},
+        {"functionDeclarations": [SCHEMA | {"parameters": GEMINI}]},
+        {"function_declarations": [SCHEMA]},
+    ],
+    ids=["functions", "Responses", "Anthropic", "Gemini", "Gemini in Python"],
+)
+def test_tool_schemas_of_other_interfaces_become_those_of_the_chat_interface(tmp_path, given):
+    ours = {"type": "function", "function": SCHEMA}
+    for tools in ([given], json.dumps([given])):
+        (row,) = read(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER], "tools": tools})
+        assert row.tools == [ours]
+    (row,) = read(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER], "tools": [ours | {"more": 1}, given]})
+    assert row.tools == [ours | {"more": 1}, ours]
+
+
+def test_gemini_declarations_of_one_tool_are_as_many_tools(tmp_path):
+    tools = [{"functionDeclarations": [{"name": "book"}, {"name": "cancel"}]}]
+    (row,) = read(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER], "tools": tools})
+    assert [tool["function"]["name"] for tool in row.tools] == ["book", "cancel"]
+
+
+@pytest.mark.parametrize(
+    "given", [{"type": "web_search"}, {"function": {"description": "x"}}, {"name": " "}, {"functionDeclarations": [{}]}]
+)
+def test_a_tool_without_a_name_is_refused(tmp_path, given):
+    with pytest.raises(InputError, match=r"rows.jsonl row 0: tools has a tool without a name \(\{.*leave the tool out"):
+        read(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER], "tools": [given]})
+
+
+def test_the_older_functions_are_tools_where_tools_are_absent_and_rows_with_calls_and_no_tools_are_said(tmp_path, caplog):
+    called = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{"function": BOOK}]}]}
+    ours, other = [{"type": "function", "function": SCHEMA}], [tool("a", "b", "string")]
+    rows = [called | {"functions": [SCHEMA]}, called | {"functions": json.dumps([SCHEMA])}]
+    rows += [called | {"functions": [SCHEMA], "tools": other}]
+    assert [row.tools for row in read(tmp_path / "rows.jsonl", *rows)] == [ours, ours, other] and not caplog.records
+    for key in ("tools", None):
+        found = read(tmp_path / "rows.jsonl", called | {"functions": "prose"}, rows[0], tools_key=key)
+        assert [row.tools for row in found] == [None, ours if key else None]
+    (said,) = caplog.messages
+    assert "1 of 2 rows have tool calls and no tool schemas in 'tools' (first: rows.jsonl row 0)" in said
+    trace = {"task_id": 1, "reward": 1, **rows[0]}
+    assert trace_dataset(lines(tmp_path / "traces.jsonl", trace))[0].tools == ours
+
+
+@pytest.mark.parametrize(
+    ("content", "read_as"),
+    [
+        ('<tool_response>\n{"content": "ok"}\n</tool_response>\n', '{"content": "ok"}'),
+        ("<tool_response>a\n\n</tool_response>", "a\n"),
+        ("<tool_response>\n</tool_response>", ""),
+        ("<tool_response>a</tool_response><tool_response>b</tool_response>", None),
+        ("see <tool_response>a</tool_response>", None),
+        ("ok", None),
+    ],
+)
+def test_the_tags_of_a_result_that_templates_write_themselves_are_removed_once(content, read_as, tokenizer):
+    results = [{"role": "tool", "content": content}, {"role": "user", "content": content}]
+    result, user = check_messages(results, "row 0", "messages")
+    assert result["content"] == (content if read_as is None else read_as) and user["content"] == content
+    if read_as:
+        shown = tokenizer.decode(tokenizer.encode_prompt([USER, asks("a"), result]))
+        assert shown.count("<tool_response>") == 1
+
+
 def test_a_saved_dataset_is_read_and_blank_values_count_as_absent(tmp_path):
     datasets.Dataset.from_list([{"messages": [USER]}] * 3).save_to_disk(str(tmp_path / "saved"))
     assert len(chat_dataset(str(tmp_path / "saved"), privileged_key=None)) == 3
@@ -225,6 +299,22 @@ def test_a_saved_dataset_is_read_and_blank_values_count_as_absent(tmp_path):
     assert [one.tools is None for one in read(tmp_path / "rows.jsonl", *blank, completion=None, tools_key="tools")] == [1, 0]
     (row,) = qa_dataset(lines(tmp_path / "qa.jsonl", {"question": "q", "answer": "1", "hint": " \n"}), privileged_key="hint")
     assert row.privileged is None
+
+
+def test_a_class_is_its_name_and_not_its_number_also_in_lists_and_objects(tmp_path):
+    kind = datasets.ClassLabel(names=["neg", "pos"])
+    features = {"question": datasets.Value("string"), "answer": kind, "more": {"seen": datasets.Sequence(kind)}}
+    features["more"]["count"] = datasets.Value("int64")
+    rows = [{"question": f"q{n}", "answer": n, "more": {"seen": [1, 0], "count": 1}} for n in (1, 0, -1)]
+    table = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    table.save_to_disk(str(tmp_path / "saved"))
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    for source in (tmp_path / "saved", tmp_path / "rows.parquet"):
+        first, second = qa_dataset(str(source), privileged_key=None, split="train[:2]")
+        assert (first.reference, second.reference) == ("pos", "neg")
+        assert first.data["more"] == {"seen": ["pos", "neg"], "count": 1}
+        with pytest.raises(InputError, match="row 2 has no value in 'answer'"):
+            qa_dataset(str(source), privileged_key=None)
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,30 @@ def test_a_trace_whose_reward_is_null_is_refused_before_the_environment_plays(tm
         check_references(routed, [failed, unknown])
 
 
+def test_a_source_without_any_call_that_is_read_is_refused_as_any_text_would_follow_it(tmp_path):
+    turns = [saying("```bash\nls\n```"), {"role": "user", "content": "a.py"}, saying("Done.")]
+    rows = [{"task_id": i, "reward": 1.0, "messages": [USER, *turns]} for i in range(2)]
+    source, node = tmp_path / "traces.jsonl", {"_component_": "pidistill.envs.ReplayEnvironment"}
+
+    def write(*all_rows):
+        source.write_text("".join(json.dumps(row) + "\n" for row in all_rows))
+        return list(trace_dataset(str(source), "full"))
+
+    said = r"a replay would reward any text: .*: 2 of the 2 .* no call that is read \(first: traces.jsonl row 0, .*'```bash"
+    with pytest.raises(InputError, match=said):
+        check_references(node, write(*rows))
+    check_references(node, write(*rows, {"task_id": 2, "reward": 0.0, "messages": [USER, *TURNS]}))
+
+
+def test_xml_calls_without_tags_around_them_are_compared(tmp_path):
+    bare = saying("So.\n<function=bash>\n<parameter=command>\nls\n</parameter>\n</function>")
+    turns = [bare, {"role": "user", "content": "a.py"}, saying("Done.")]
+    (tmp_path / "traces.jsonl").write_text(json.dumps({"task_id": 0, "reward": 1.0, "messages": [USER, *turns]}))
+    (row,) = trace_dataset(str(tmp_path / "traces.jsonl"))
+    assert play(ReplayEnvironment(), [saying("I like turtles."), saying("Still.")], row)[1:] == ([0.0], 0.0, True)
+    assert play(ReplayEnvironment(), [calling(("bash", {"command": "ls"})), saying("Bye.")], row)[1] == [0.0, 1.0]
+
+
 @needs_data
 def test_every_real_trace_can_be_followed_to_its_reward():
     rows = trace_dataset(str(REAL), "none")

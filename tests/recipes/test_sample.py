@@ -73,6 +73,16 @@ def test_a_run_says_who_sampled_its_rows_and_warns_of_another_control(kept, tiny
     assert [level for level, _ in said(shuffled, privileged__control="shuffled")] == ["INFO"]
 
 
+def test_many_rollouts_that_were_cut_off_are_warned_of(kept, tiny_base, tmp_path, caplog, monkeypatch):
+    (summary,) = metrics(kept[0])
+    monkeypatch.setattr("recipes.sample_distributed.MANY_CUT", summary["truncated_frac"] + 0.01)
+    sample("rft_sample", tiny_base, tmp_path / "few")
+    assert "cut off" not in caplog.text
+    monkeypatch.setattr("recipes.sample_distributed.MANY_CUT", summary["truncated_frac"])
+    sample("rft_sample", tiny_base, tmp_path / "many")
+    assert f"{summary['truncated_frac']:.0%} of the rollouts were cut off by a token limit" in caplog.text
+
+
 def test_the_same_command_writes_the_same_file_whatever_the_batch(kept, tiny_base, tmp_path):
     _, rows = kept
     for batch in (1, 3, 64):
@@ -161,6 +171,9 @@ def test_a_selection_that_keeps_nothing_says_so_and_leaves_no_traces(tiny_base, 
         )
         with pytest.raises(InputError, match=sentence):
             sample("rft_sample", tiny_base, tmp_path, **changes)
+    for view, advice in (("student", "set view=teacher, or lower"), ("teacher", r"sampler\.max_new_tokens, or lower")):
+        with pytest.raises(InputError, match=advice):
+            sample("rft_sample", tiny_base, tmp_path, selection__threshold=9.0, view=view)
     assert not (tmp_path / "traces.jsonl").exists()
     (summary,) = metrics(tmp_path)
     assert (summary["rollouts"], summary["kept"]) == (24, 0)
