@@ -247,7 +247,8 @@ def check_config(cfg: DictConfig, known: Collection[str], required: Collection[s
     interpolated = set(re.findall(r"\$\{([A-Za-z_]\w*)", str(raw)))
     for key in raw:
         if key not in known and key not in interpolated:
-            raise InputError(f"config key {key} is not read by this recipe{_component_with(key, raw) or closest(key, known)}")
+            hint = _torchtune_hint(key, known) or _component_with(key, raw) or closest(key, known)
+            raise InputError(f"config key {key} is not read by this recipe{hint}")
     for key in required:
         if raw.get(key) is None:
             raise InputError(f"config key {key} is missing; this recipe needs it")
@@ -273,6 +274,25 @@ def _drop_null_functions(node: Any) -> None:
         for key in null:
             if key not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
                 del node[key]
+
+
+# Keys of torchtune's own recipes, and what a recipe that trains has in their place.
+_TORCHTUNE_KEYS = {
+    "gradient_accumulation_steps": "micro_batch_tokens bounds the memory of a forward here, and the step does not depend on it",
+    "epochs": "max_steps is the length of a run",
+    "max_steps_per_epoch": "max_steps is the length of a run",
+    "log_every_n_steps": "every step is logged",
+    "optimizer_in_bwd": (
+        "it is not available; fsdp_cpu_offload and optimizer._component_=torchao.optim.AdamW8bit need less memory too"
+    ),
+    "profiler": "it is not available; metrics.jsonl has the seconds of each phase in time_*_s",
+    "batch_size": "one step trains on prompts_per_round × group_size rollouts, or on minibatch_rollouts of them",
+}
+
+
+def _torchtune_hint(key: str, known: Collection[str]) -> str | None:
+    """Return the end of a sentence about a key of torchtune's recipes; None for others, and in a recipe that trains nothing."""
+    return f"; {_TORCHTUNE_KEYS[key]}" if key in _TORCHTUNE_KEYS and "max_steps" in known else None
 
 
 def _component_with(key: str, nodes: Mapping[str, Any]) -> str | None:

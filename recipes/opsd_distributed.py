@@ -32,7 +32,7 @@ from pidistill.scoring.mismatch import apply_mask, load_mismatch
 from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score
 from pidistill.teachers import LiveTeacher, Teacher
-from pidistill.training.checkpoints import Checkpoints, saves_if_sampler_ends
+from pidistill.training.checkpoints import Checkpoints, saves_what_was_trained
 from pidistill.training.compatibility import build_objective, check_method
 from pidistill.training.evaluation import Evaluation, TextSamples
 from pidistill.training.keys import keys_of
@@ -95,7 +95,7 @@ class OPSDRecipe:
 
     # ------------------------------------------------------------------------------------------------ the method
 
-    @saves_if_sampler_ends
+    @saves_what_was_trained
     def train(self) -> None:
         if self._step == 0:
             self.evaluate()
@@ -233,7 +233,7 @@ class OPSDRecipe:
     # ------------------------------------------------------------------------------------------------ reports
 
     def evaluate(self) -> None:
-        if numbers := self._evaluation.numbers(self._model):
+        if numbers := self._evaluation.numbers(self._model, self._step):
             self._log.write({"step": self._step} | numbers, shown=SHOWN)
 
     def save_checkpoint(self) -> None:

@@ -20,7 +20,7 @@ from pidistill.distributed.run import Timer
 from pidistill.losses.reductions import token_mean
 from pidistill.scoring.packer import Packer
 from pidistill.scoring.score import score, student_nll
-from pidistill.training.checkpoints import Checkpoints
+from pidistill.training.checkpoints import Checkpoints, saves_what_was_trained
 from pidistill.training.collector import build_collector
 from pidistill.training.evaluation import Evaluation
 from pidistill.training.keys import keys_of
@@ -75,6 +75,7 @@ class SFTRecipe:
 
     # ------------------------------------------------------------------------------------------------ the method
 
+    @saves_what_was_trained
     def train(self) -> None:
         if self._step == 0:
             self.evaluate()
@@ -120,7 +121,7 @@ class SFTRecipe:
     # ------------------------------------------------------------------------------------------------ reports
 
     def evaluate(self) -> None:
-        if numbers := self._evaluation.numbers(self._model):
+        if numbers := self._evaluation.numbers(self._model, self._step):
             self._log.write({"step": self._step} | numbers, shown=SHOWN)
 
     def save_checkpoint(self) -> None:

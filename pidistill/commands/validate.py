@@ -26,10 +26,13 @@ from pidistill.components import resolve
 from pidistill.config import build
 from pidistill.data.load import trained_rows_sentence
 from pidistill.errors import InputError
+from pidistill.models.empty import model_nodes
+from pidistill.scoring.packer import check_models
 from pidistill.scoring.served_teacher import ServedTeacher
 from pidistill.teachers import LiveTeacher
 from pidistill.training.checkpoint_source import check_checkpoint_fits
 from pidistill.training.compatibility import RECIPE_OF_VIEW, build_objective, check_method
+from pidistill.training.update import check_updates
 from pidistill.types import Example, PromptPair, ViewName
 
 
@@ -58,6 +61,9 @@ def validate(config: str, overrides: list[str], count: int) -> str:
     for key in ("checkpointer", "teacher_checkpointer"):  # the headers of its files; on the machine that trains alone, maybe
         if Path(str((cfg.get(key) or {}).get("checkpoint_dir") or "-")).is_dir():
             check_checkpoint_fits(cfg, key)
+    if cfg.get("optimizer") and all(Path(node.get("path") or ".").is_dir() for node in model_nodes(cfg).values()):
+        check_models(cfg)
+        check_updates(cfg)
     _check_method(cfg, _view_of(config))
     _check_environment(cfg)
     seen = _scan_rows(source, count, "dataset")

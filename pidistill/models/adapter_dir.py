@@ -42,9 +42,12 @@ def _shown(value: float | bool) -> str:
 def _other_layers(adapter: Adapter, own: Mapping[str, nn.Module]) -> str:
     kinds = [sorted({hf_name(layer).rpartition(".")[2] for layer in layers}) for layers in (adapter.alphas, own)]
     theirs, ours = (", ".join(kind) for kind in kinds)
+    remedy = "set model.lora_attn_modules and model.apply_lora_to_mlp to what the adapter has"
+    if "output" in adapter.alphas and "output" not in own:
+        remedy = "an adapter of the output head is not trained here: set a `model` without adapters, which has it merged"
     return (
-        f"the adapter in {adapter.folder} adapts {len(adapter.alphas)} layers ({theirs}) and `model` {len(own)} ({ours}); set "
-        "model.lora_attn_modules, model.apply_lora_to_mlp and model.apply_lora_to_output to what the adapter has"
+        f"the adapter in {adapter.folder} adapts {len(adapter.alphas)} layers ({theirs}) and `model` {len(own)} ({ours}); "
+        f"{remedy}"
     )
 
 

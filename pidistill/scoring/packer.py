@@ -23,7 +23,7 @@ from torchtune import utils
 
 from pidistill.distributed.run import Run
 from pidistill.models.empty import model_nodes, shared_empty_model
-from pidistill.models.protocol import carried_state
+from pidistill.models.protocol import carried_state, head_module
 from pidistill.scoring.batch import BOTH, make_batch, make_tree
 from pidistill.scoring.tree_attention import check_trees
 from pidistill.training.keys import setting
@@ -40,6 +40,15 @@ def packing_of(cfg: DictConfig) -> str:
     return "padded" if any(states) else setting(cfg, "packing")
 
 
+def check_models(cfg: DictConfig) -> None:
+    """Refuse a model whose head cannot be scored, or that cannot read packed trees where rows are packed; reads no weights."""
+    packing = packing_of(cfg)
+    for node in model_nodes(cfg).values():
+        head_module(shared_empty_model(node))
+        if packing == "tree":
+            check_trees(shared_empty_model(node))
+
+
 class Packer:
     """Cut rollouts into micro-batches by tokens and make batches of them.
 
@@ -51,11 +60,10 @@ class Packer:
     def __init__(self, cfg: DictConfig, run: Run, pad_id: int) -> None:
         self.packing: str = packing_of(cfg)
         self.budget: int = setting(cfg, "micro_batch_tokens")
-        for key, node in model_nodes(cfg).items():  # before weights are loaded
+        check_models(cfg)
+        for key, node in model_nodes(cfg).items():
             model = shared_empty_model(node)
-            if self.packing == "tree":
-                check_trees(model)
-            elif setting(cfg, "packing") == "tree" and carried_state(model) and run.is_main:
+            if self.packing == "padded" and setting(cfg, "packing") == "tree" and carried_state(model) and run.is_main:
                 log.warning(f"`{key}` has {carried_state(model)}, which packed trees cannot follow; rows are padded instead")
         self._run, self._pad_id = run, pad_id
 

@@ -43,7 +43,7 @@ from pidistill.models.progress import show_weights
 from pidistill.models.protocol import Decoder, has_own_names
 from pidistill.teachers import Teacher
 from pidistill.training.disk import check_copyable, remove_outside_copies, remove_tree
-from pidistill.training.interrupts import Stopped, received_signal, training_begins
+from pidistill.training.interrupts import FailedBetweenUpdates, Stopped, received_signal, training_begins
 from pidistill.training.load import build_checkpointer
 from pidistill.training.optimizers import optimizer_state, restore_optimizer
 from pidistill.training.publish import publish, remove_old
@@ -61,7 +61,6 @@ from pidistill.training.run_folder import (
     step_of,
     wants_resume,
 )
-from pidistill.training.side_process import SamplerEnded
 from pidistill.training.training_state import (
     DAMAGED,
     FORMAT,
@@ -81,22 +80,23 @@ log = utils.get_logger("INFO")
 WEIGHTS = (".safetensors", ".bin")  # how the names of files of weights end
 
 
-def saves_if_sampler_ends(train: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Let a recipe's ``train`` save before its run ends because the process that samples has ended.
+def saves_what_was_trained(train: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Let a recipe's ``train`` save before its run ends because a round or an evaluation cannot be sampled.
 
-    That process is asked between updates only, when a round is begun or an evaluation, so that all that is saved is whole.
+    Both are sampled between updates only, so that all that is saved is whole. An error within an update saves nothing.
     """
 
     @functools.wraps(train)
     def train_and_save(recipe: Any) -> None:
         try:
             train(recipe)
-        except SamplerEnded as error:
+        except FailedBetweenUpdates as error:
             if recipe._step > recipe._checkpoints.saved_step:
                 recipe.save_checkpoint()
             if recipe._step == 0:
                 raise
-            raise InputError(f"{error}; step {recipe._step} is saved: set {RESUME}=true to continue") from error
+            remedy = f": set {RESUME}=true to continue" if recipe._step < recipe._max_steps else ""
+            raise InputError(f"{error}; step {recipe._step} is saved{remedy}") from error
 
     return train_and_save
 
@@ -175,6 +175,13 @@ class Checkpoints:
                     f"the checkpoint in {folder} was trained with {key}={theirs}, this run has {ours}; the order of the data "
                     "would differ: resume with the old value, or set another output_dir"
                 )
+        step, last = state["step"], self._cfg.get("max_steps")
+        if last is not None and step > last:
+            raise InputError(
+                f"the checkpoint in {folder} is at step {step}, and max_steps={last} counts the whole run; set it above {step}"
+            )
+        if self.run.is_main and step == last:
+            log.info(f"{folder} is at step {step}, and max_steps={last}: the run is finished, and nothing more is trained")
         if self.run.is_main and state.get("rows_mark", self._rows) != self._rows:
             log.warning(
                 f"rows of `dataset` have another content or order than when {folder.name} was saved; the run goes on with the "
@@ -247,7 +254,7 @@ class Checkpoints:
         with self._reading(step_folder(self.run.output_dir, self.state["step"]), STATE_FILE, refusals=InputError):
             self._restore(model, updates, teacher)
             if rounds is not None:
-                rounds.load_state_dict(self.state.get("rounds") or {})
+                rounds.load_state_dict(self.state.get("rounds") or {}, self.state["round"])
         self.saved_step = self.state["step"]
         return {"step": self.state["step"], "round": self.state["round"]}
 
@@ -324,7 +331,7 @@ class Checkpoints:
             "teacher": teacher_state,
             "rng": rng,
         }
-        if rounds is not None and (ahead := rounds.state_dict()):
+        if rounds is not None and (ahead := rounds.state_dict(round_)):
             state["rounds"] = ahead
         self.run.from_main(lambda: self._write(step, model, weights, state))
         self.saved_step = step

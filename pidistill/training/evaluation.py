@@ -17,10 +17,10 @@ from pidistill.distributed.run import Run
 from pidistill.errors import InputError, check_choice
 from pidistill.rollouts import CollectResult, rollout_seed
 from pidistill.training.collector import Collect
+from pidistill.training.interrupts import between_updates
 from pidistill.training.keys import setting
 from pidistill.training.metrics import rollout_means, rollout_sums
 from pidistill.training.rounds import check_rewards
-from pidistill.training.run_folder import wants_resume
 from pidistill.training.update import crossed
 from pidistill.types import Example, PromptPair, Rollout, ViewName
 
@@ -46,18 +46,19 @@ class Evaluation:
         # `collect` may be None where there are no such rows.
         self._run, self._data, self._collect = run, data, collect
         self._samples = setting(cfg, "eval_samples")
-        # An environment that fails later must not cost steps that are not saved yet; a resumed run begins in their midst.
-        self._worked = wants_resume(cfg)
 
-    def numbers(self, model) -> dict[str, float]:
-        """Return the `eval_*` numbers of the model, the same on every rank; empty without rows."""
+    def numbers(self, model, step: int) -> dict[str, float]:
+        """Return the `eval_*` numbers of the model, the same on every rank; empty without rows.
+
+        An environment that fails after the first ``step`` must not end the run; one that fails before it has never worked.
+        """
         data = self._data
         if not data.eval_prompts:
             return {}
         settings = {"success_threshold": data.success_threshold, "leak_phrases": data.leak_phrases, "samples": self._samples}
         dropped = {f"eval_dropped_rows/{reason}": count for reason, count in data.eval_dropped.items()}
-        numbers = evaluate(model, data.eval_prompts, self._collect, self._run, may_fail=self._worked, **settings)
-        self._worked = True
+        with between_updates(self._run.processes):
+            numbers = evaluate(model, data.eval_prompts, self._collect, self._run, may_fail=step > 0, **settings)
         return numbers | dropped
 
 

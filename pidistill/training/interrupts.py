@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
-from pidistill.errors import StopRequest
+from pidistill.errors import InputError, StopRequest
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -23,6 +23,27 @@ class Stopped(SystemExit, StopRequest):
     def __init__(self, sentence: str, signum: int, saves: bool = True) -> None:
         super().__init__(130 if signum == signal.SIGINT else 0 if saves else 128 + signum)
         self.sentence = sentence
+
+
+class FailedBetweenUpdates(InputError):
+    """Say why a run ends between two updates: all that it has trained is whole, and every process raises this alike."""
+
+
+@contextlib.contextmanager
+def between_updates(processes: int) -> Iterator[None]:
+    """Mark an InputError of the block as one that came between two updates.
+
+    With several ``processes`` one of them may have met it alone, while the others wait for it: none of them can save then, and
+    the error stays as it is, unless it was raised from numbers that all of them share.
+    """
+    try:
+        yield
+    except FailedBetweenUpdates:
+        raise
+    except InputError as error:
+        if processes > 1:
+            raise
+        raise FailedBetweenUpdates(str(error)) from error
 
 
 @dataclass

@@ -63,7 +63,7 @@ TABLE: Mapping[str, Key] = {
     for key in (
         # the run
         Key("output_dir", TEXT, "folder of the run: metrics, checkpoints, rollouts", EVERY),
-        Key("seed", WHOLE, "seed of the data order, of sampling and of new weights", EVERY, 0, least=0),
+        Key("seed", WHOLE, "seed of the data order, of sampling and of new weights", EVERY, 0, least=0, most=2**63 - 1),
         Key("device", TEXT, "device of every process: cuda, cpu", EVERY, null="cuda where there is one, else cpu"),
         Key("dtype", TEXT, "type of the weights, their gradients and the optimizer's states", EVERY, "fp32", choices=DTYPES),
         Key("compute_dtype", TEXT, "type that weights are multiplied in; bf16 beside dtype fp32: mixed precision", EVERY,

@@ -1,11 +1,12 @@
 """Write the log of a run: metrics.jsonl, texts and rollouts, the metric logger, the progress bar and the alarms."""
 
+import contextlib
 import json
 import logging
 import math
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 from pidistill.config import build
 from pidistill.data import RecipeData
 from pidistill.distributed.run import Run
-from pidistill.errors import escape_controls
+from pidistill.errors import escape_controls, one_line
 from pidistill.jsonl import TRAINING_ROLLOUTS, replace_file, write_jsonl
 from pidistill.training.health import Health
 from pidistill.training.logger_tables import log_config, log_table
@@ -48,6 +49,7 @@ class MetricsLog:
             self._health.replay(row)  # the start of the run is what later rows are measured from, also after a resume
         for name in ("rollouts.jsonl", TRAINING_ROLLOUTS):
             _keep_rows_until(self.path.with_name(name), first_step)
+        self._warned = False
         self._logger = build(cfg.metric_logger) if cfg.get("metric_logger") else None
         log_config(self._logger, shared_config(cfg))
         self._bar = tqdm(total=last_step, initial=first_step, desc=title, unit="step", mininterval=0.5)
@@ -67,9 +69,10 @@ class MetricsLog:
             self._rollouts.write(row["step"], row.get("round"))
         if self._logger is not None:
             numbers = {grouped(key): value for key, value in row.items() if key != "step" and isinstance(value, int | float)}
-            self._logger.log_dict(numbers, step=row["step"])
             evaluated = [{"metric": name, "value": value} for name, value in numbers.items() if name.startswith("eval/")]
-            log_table(self._logger, "evaluation", evaluated, row["step"])
+            with self._going_on():
+                self._logger.log_dict(numbers, step=row["step"])
+                log_table(self._logger, "evaluation", evaluated, row["step"])
         self._bar.n = row["step"]
         self._bar.set_postfix({key: f"{row[key]:.3g}" for key in shown if key in row}, refresh=False)
         self._bar.refresh()
@@ -85,7 +88,8 @@ class MetricsLog:
             return
         write_jsonl(self.path.with_name("rollouts.jsonl"), [{"step": step} | row for row in rows])
         if self._logger is not None:
-            log_table(self._logger, "rollouts", rows, step)
+            with self._going_on():
+                log_table(self._logger, "rollouts", rows, step)
         for row in rows:
             reward = "no reward" if row["reward"] is None else f"reward {row['reward']:g}"
             shown = f"── step {step} · {row['example']} · {row['view']} · {reward}\n{row['text']}"
@@ -96,7 +100,21 @@ class MetricsLog:
             log.removeFilter(self._clear)
             self._bar.close()
             if self._logger is not None:
-                self._logger.close()
+                with self._going_on():
+                    self._logger.close()
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Warn once of a logger that fails, such as one whose server is down: its rows are in files of the run too."""
+        try:
+            yield
+        except Exception as error:
+            if not self._warned:
+                log.warning(
+                    f"metric_logger {type(self._logger).__name__} failed ({type(error).__name__}: {one_line(error, 160)}); the "
+                    f"run continues, and {self.path} has every row, also those that the logger misses from here on"
+                )
+            self._warned = True
 
 
 def keep_lines_whole(bar: tqdm) -> Callable[[logging.LogRecord], bool]:

@@ -75,6 +75,15 @@ def check_mixed_precision(optimizer: str | None) -> None:
         )
 
 
+def check_sharding(optimizer: str | None) -> None:
+    """Refuse an optimizer, given by its dotted path, that cannot step the weights which FSDP2 shards."""
+    if optimizer is not None and resolve(optimizer) is torch.optim.Adafactor:
+        raise InputError(
+            f"optimizer._component_={optimizer} does not work with weights that FSDP2 shards, which are those of several "
+            "processes and of compute_dtype=bf16; set optimizer._component_=torchao.optim.AdamW8bit, which saves memory too"
+        )
+
+
 def keep_second_moments_above_zero(optimizer: Optimizer, key: str = "optimizer._component_") -> None:
     """Raise the code 0 to the smallest one above, after every step of torchao's 8-bit optimizers.
 

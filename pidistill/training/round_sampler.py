@@ -32,6 +32,7 @@ from pidistill.rollouts import CollectResult, Sampler, rollout_seed
 from pidistill.rollouts.calls import settle
 from pidistill.teachers import LiveTeacher, Teacher
 from pidistill.training.collector import build_collector
+from pidistill.training.interrupts import between_updates
 from pidistill.training.keys import setting
 from pidistill.training.rounds import RoundSizes
 from pidistill.training.side_process import SideProcess
@@ -52,7 +53,9 @@ class RoundSampler:
         self, cfg: DictConfig, run: Run, data: RecipeData, sampler: Sampler, sizes: RoundSizes, objective: Objective
     ) -> None:
         self._run, self._data, self._sizes, self._max_steps = run, data, sizes, int(cfg.max_steps)
-        self.lagged, self._ahead, self._side = False, None, None
+        self.lagged, self._side = False, None
+        self._ahead: Future | None = None
+        self._ahead_round = 0
         check_lag(cfg, run, objective)
         if setting(cfg, "rollout_lag"):
             self._side = SideProcess(cfg, run, rollout_device(cfg, run))
@@ -70,23 +73,24 @@ class RoundSampler:
                 is called in a thread, while ``model`` trains: it may look at no other weights.
             teacher: whose weights sample at a step.
         """
-        if self._side is None:
-            with teacher(self._sizes.first_step(round_)).sampling_weights(model) as weights:
-                return sample(weights, round_)
-        self.lagged = self._ahead is not None
-        if self._ahead is None:
-            self._begin(round_, model, sample, teacher)
-        rollouts, counts = self._ahead.result()
-        self._ahead = None
-        if self._sizes.first_step(round_ + 1) < self._max_steps:
-            self._begin(round_ + 1, model, sample, teacher)
-        return rollouts, counts
+        with between_updates(self._run.processes):
+            if self._side is None:
+                with teacher(self._sizes.first_step(round_)).sampling_weights(model) as weights:
+                    return sample(weights, round_)
+            self.lagged = self._ahead is not None
+            if self._ahead is None:
+                self._begin(round_, model, sample, teacher)
+            rollouts, counts = self._ahead.result()
+            self._ahead = None
+            if self._sizes.first_step(round_ + 1) < self._max_steps:
+                self._begin(round_ + 1, model, sample, teacher)
+            return rollouts, counts
 
     def _begin(self, round_: int, model: Any, sample: SampleRound, teacher: Callable[[int], Teacher]) -> None:
         """Hand over the weights, and sample a round with them in the other process."""
         with teacher(self._sizes.first_step(round_)).sampling_weights(model) as weights:
             self._side.load(weights)
-        self._ahead = Future()
+        self._ahead, self._ahead_round = Future(), round_
 
         def timed() -> tuple[list[Rollout], Counts]:
             began = time.perf_counter()
@@ -118,37 +122,42 @@ class RoundSampler:
 
     def collect(self, model: Any, **arguments: Any) -> CollectResult:
         """Play other episodes with the weights that ``model`` has now, such as an evaluation's, after the round under way."""
-        if self._side is None:
-            return self._play(model, **arguments)
-        if self._ahead is not None:
-            wait([self._ahead])
-        self._side.load(model)
-        return self._play(**arguments)
+        with between_updates(self._run.processes):
+            if self._side is None:
+                return self._play(model, **arguments)
+            if self._ahead is not None:
+                wait([self._ahead])
+            self._side.load(model)
+            return self._play(**arguments)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, round_: int) -> dict[str, Any]:
         """Return the round that was sampled ahead, once it is whole, and the random streams of the process that samples.
 
-        A round that failed is left out: :meth:`next` raises its error, and what was trained until then is saved. Nothing is
-        asked of the other process, which may have ended.
+        A round that failed is left out: :meth:`next` raises its error, and what was trained until then is saved. So is the one
+        behind a ``round_`` that cannot be trained on, and which a resumed run samples again. Nothing is asked of the other
+        process, which may have ended.
+
+        Args:
+            round_: the round that a run resumed from this state trains first.
         """
         if self._side is None:
             return {}
         ahead = None
-        if self._ahead is not None and self._ahead.exception() is None:
+        if self._ahead is not None and self._ahead_round == round_ and self._ahead.exception() is None:
             rollouts, counts = self._ahead.result()
             ahead = json.dumps({"rollouts": _as_rows(rollouts, self._data), "counts": counts})
         return {"ahead": ahead, "rng": self._side.random_state()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; a run without a lag samples the round again, with its own weights."""
+    def load_state_dict(self, state: dict[str, Any], round_: int) -> None:
+        """Restore what :meth:`state_dict` returned for ``round_``; a run without a lag samples it again, with its weights."""
         if self._side is None or not state:
             return
         self._side.set_random_state(state["rng"])
         if state["ahead"] is not None:
             ahead = json.loads(state["ahead"])
-            self._ahead = Future()
+            self._ahead, self._ahead_round = Future(), round_
             self._ahead.set_result((_as_rollouts(ahead["rollouts"], self._data), ahead["counts"]))
 
 

@@ -1,9 +1,11 @@
 """Divide and report a round: prompts sampled together, then one or more optimiser steps on their rollouts."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
+from torchtune.utils import get_logger, log_rank_zero
 
 from pidistill.components import resolve
 from pidistill.data import RecipeData, epoch_order
@@ -13,10 +15,13 @@ from pidistill.jsonl import write_jsonl
 from pidistill.objectives import GRPO
 from pidistill.rollouts import DROP_REASONS
 from pidistill.scoring.mismatch import Corrections
+from pidistill.training.interrupts import FailedBetweenUpdates
 from pidistill.training.keys import setting
 from pidistill.training.metrics import advantage_sums, rollout_means, rollout_sums
 from pidistill.training.update import crossed
 from pidistill.types import Rollout, RolloutAdvantage, ViewName
+
+_log = get_logger("INFO")
 
 
 class RoundSizes:
@@ -42,6 +47,7 @@ class RoundSizes:
                 f"{self.prompts * self.group_size} rollouts untrained; raise one of them"
             )
         self.score_chunk_tokens = cfg.get("score_chunk_tokens")
+        _warn_of_half_a_round(cfg.get("max_steps"), self.updates)
         self._eval_every = cfg.get("eval_every_steps")
         self._refills = _refill_batches(cfg)
         self._curriculum = _turn_curriculum(cfg)
@@ -107,6 +113,17 @@ class RoundSizes:
 
     def eval_due(self, before: int, now: int) -> bool:
         return crossed(self._eval_every, before, now)
+
+
+def _warn_of_half_a_round(max_steps: int | None, updates: int) -> None:
+    if max_steps is not None and max_steps % updates:
+        whole = [str(steps) for steps in (max_steps - max_steps % updates, max_steps - max_steps % updates + updates) if steps]
+        log_rank_zero(
+            _log,
+            f"max_steps={max_steps} ends inside a round of updates_per_round={updates}, and such a run cannot be extended; "
+            f"{' or '.join(whole)} can",
+            level=logging.WARNING,
+        )
 
 
 REFILL_SEED = 2**31  # another order of the rows than that of the rounds
@@ -198,7 +215,7 @@ def check_rewards(rollouts: float, dropped: Mapping[str, float], where: str = "o
     """Refuse a round in which no rollout has a reward: the next round would have none either. Counts are over all ranks."""
     if rollouts == 0:
         reasons = ", ".join(f"{reason} {count:g}" for reason, count in dropped.items() if count) or "none was sampled"
-        raise InputError(
+        raise FailedBetweenUpdates(
             f"no rollout {where} has a reward ({reasons}); the warning above says what went wrong in the first one: correct "
             "`environment`, its reward or `reward_shaping`"
         )

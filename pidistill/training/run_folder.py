@@ -12,9 +12,10 @@
 
 import errno
 import fcntl
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 
 from pidistill.errors import InputError
-from pidistill.jsonl import TRAINING_ROLLOUTS, replace_file
+from pidistill.jsonl import EVALUATED, TRAINING_ROLLOUTS, replace_file
 from pidistill.training.disk import free_name
 
 log = utils.get_logger("INFO")
@@ -35,6 +36,10 @@ _OWN_FILES = ("metrics.jsonl", "rollouts.jsonl", TRAINING_ROLLOUTS, "config.yaml
 
 # What a run writes, and what start_over moves aside. A logger's own files stay.
 _FILES = ("step_*", LATEST, BEGAN, ".writing", "nonfinite_step_*", *_OWN_FILES)
+
+# What an evaluation and a sampling write; there are results where the first of the files is.
+EVALUATION_FILES = ("results.json", "rows.json", "rollouts.jsonl", EVALUATED)
+SAMPLING_FILES = ("traces.jsonl", "metrics.jsonl")
 
 # Open locks of this process, by file. A POSIX lock belongs to the process: its children do not hold it, and a kill releases it.
 _locks: dict[Path, Any] = {}
@@ -107,6 +112,45 @@ def refuse_training_run(output_dir: Path) -> None:
             f"output_dir={output_dir} holds a training run ({_summary(output_dir)}), whose config.yaml and logs this one would "
             "overwrite; set another output_dir"
         )
+
+
+def set_results_aside(cfg: DictConfig, output_dir: Path, names: Sequence[str]) -> None:
+    """Move the results of another checkpoint or config to `previous_N`; those of the same ones are replaced. Rank 0 calls this.
+
+    Args:
+        names: EVALUATION_FILES or SAMPLING_FILES.
+    """
+    if not (output_dir / names[0]).is_file() or _has_same_origin(cfg, output_dir):
+        return
+    files = [path for name in (*names, "config.yaml") if (path := output_dir / name).is_file()]
+    aside = free_name(output_dir / "previous")
+    aside.mkdir()
+    for path in files:
+        os.replace(path, aside / path.name)
+    if weights := _recorded_weights(aside):  # relative to the folder, which is one deeper now
+        replace_file(aside / EVALUATED, json.dumps({"weights": os.path.join("..", weights)}).encode())
+    log.warning(f"{output_dir} holds {names[0]} of another checkpoint or config; its {len(files)} files were moved to {aside}")
+
+
+def _has_same_origin(cfg: DictConfig, output_dir: Path) -> bool:
+    """Return whether results come from the config, and from the folder to which a link such as `latest` leads now."""
+    recorded, path = read_config(output_dir), cfg.get("adapter_dir") or cfg.checkpointer.get("checkpoint_dir")
+    if recorded is None or OmegaConf.to_container(recorded, resolve=False) != public_config(cfg):
+        return False
+    weights = _recorded_weights(output_dir)
+    # Without a record, the results of a link may be those of any folder to which it has led.
+    return path is None or os.path.realpath(path) == (
+        os.path.abspath(path) if weights is None else os.path.realpath(output_dir / weights)
+    )
+
+
+def _recorded_weights(output_dir: Path) -> str | None:
+    """Return the folder of the weights that an evaluation answered with, relative to the evaluation's own; None without one."""
+    try:
+        found = json.loads((output_dir / EVALUATED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # absent, or cut off by a kill
+        return None
+    return found.get("weights") if isinstance(found, dict) else None
 
 
 def lock_folder(output_dir: Path) -> None:

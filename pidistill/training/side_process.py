@@ -35,6 +35,7 @@ from pidistill.models.protocol import Decoder
 from pidistill.rollouts import CollectResult
 from pidistill.tokenizers import as_chat_tokenizer
 from pidistill.training.collector import build_collector
+from pidistill.training.interrupts import FailedBetweenUpdates
 from pidistill.training.load import load_model
 from pidistill.training.start import seed_global_streams
 from pidistill.training.training_state import random_state, set_random_state
@@ -46,7 +47,7 @@ _SECONDS_TO_END = 5.0
 _GPUS = "CUDA_VISIBLE_DEVICES"
 
 
-class SamplerEnded(InputError):
+class SamplerEnded(FailedBetweenUpdates):
     """Say that the process that samples has ended, most often because it was killed; the training's own state is whole."""
 
 

@@ -36,15 +36,19 @@ from pidistill.training.compatibility import check_reward
 from pidistill.training.disk import is_disk_fault
 from pidistill.training.interrupts import Stopped, handle_signals, training_run
 from pidistill.training.keys import check_values, setting
-from pidistill.training.optimizers import check_mixed_precision
+from pidistill.training.optimizers import check_mixed_precision, check_sharding
 from pidistill.training.run_folder import (
+    EVALUATION_FILES,
     RESUME,
+    SAMPLING_FILES,
     claim_run_folder,
     holds_run,
     record_config,
     refuse_training_run,
+    set_results_aside,
     wants_resume,
 )
+from pidistill.training.update import check_updates
 
 log = utils.get_logger("INFO")
 
@@ -67,6 +71,9 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
         dtype = _dtype("dtype", setting(cfg, "dtype"), device)
         compute_dtype = _compute_dtype(cfg, dtype, device)
         processes = _processes()
+        if processes > 1 or compute_dtype is not None:
+            check_sharding((cfg.get("optimizer") or {}).get("_component_"))
+        check_updates(cfg)
         check_offloading(cfg, device, processes)
         shares = check_tensor_parallel(cfg, processes)
         groups = check_replicas(cfg, processes, shares)
@@ -89,7 +96,7 @@ def start(cfg: DictConfig, known: frozenset[str], required: Sequence[str]) -> Ru
     seed_global_streams(seed)
     run = Run(device, dtype, rank // shares, processes // shares, seed, output_dir, mesh, compute_dtype, replicas)
     check_same_folder(run)
-    run.from_main(lambda: _begin_folder(cfg, output_dir, trains=RESUME in known))
+    run.from_main(lambda: _begin_folder(cfg, output_dir, known))
     return run
 
 
@@ -107,16 +114,19 @@ def seed_global_streams(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def _begin_folder(cfg: DictConfig, output_dir: Path, *, trains: bool) -> None:
+def _begin_folder(cfg: DictConfig, output_dir: Path, known: frozenset[str]) -> None:
     """Claim the run's folder for a training run, or refuse it to any other, and write the config into it, in one process.
 
+    Results of another checkpoint or config, of a recipe that trains nothing, are moved aside.
     A resume may still be refused: its config is written by ``Checkpoints.record_config``, and until then config.yaml remains
     that of the weights in the folder.
     """
+    trains = RESUME in known
     if trains:
         claim_run_folder(cfg, output_dir)
     else:
         refuse_training_run(output_dir)
+        set_results_aside(cfg, output_dir, EVALUATION_FILES if EVALUATES in known else SAMPLING_FILES)
     if not (trains and wants_resume(cfg) and holds_run(output_dir)):
         record_config(cfg, output_dir)
 

@@ -1,27 +1,34 @@
 """Take optimiser steps: clipped, and skipped and counted where the loss or the gradient is not finite."""
 
+import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchtune import utils
+from torchtune.modules.peft import get_adapter_params
 
+from pidistill.components import resolve
 from pidistill.config import build
 from pidistill.distributed.run import Run
 from pidistill.distributed.tensor_parallel import complete_gradients
-from pidistill.errors import InputError
+from pidistill.errors import InputError, bounded_repr
+from pidistill.models.empty import shared_empty_model
+from pidistill.models.protocol import Decoder
 from pidistill.training.keys import setting
 from pidistill.training.optimizers import (
     check_clipping,
     clear_gradients,
     clip_gradients,
+    cpu_offload,
     keep_second_moments_above_zero,
     kernel_arguments,
     set_group_value,
@@ -81,7 +88,9 @@ class Updates:
                     f"a changed optimizer.lr cannot reach {name}, which derives each rate from the last ({changes[0]}); resume "
                     "with the old optimizer.lr, or set another output_dir"
                 )
-            base = list(self.scheduler.base_lrs)  # as configured; the checkpoint brings its own
+            if not by_factor:
+                _check_schedule(name, self.scheduler, scheduler)
+            base = list(self.scheduler.base_lrs) if by_factor else []  # as configured; the checkpoint brings its own
             self.scheduler.load_state_dict(scheduler)
             if by_factor:
                 self._recompute_lr(base)
@@ -134,6 +143,71 @@ class Updates:
                 f"gradient norm {grad_norm}); lower optimizer.lr or objective.beta, or raise max_nonfinite_steps; batches are "
                 f"in {self.run.output_dir}/nonfinite_step_*.jsonl"
             )
+
+
+def check_updates(cfg: DictConfig) -> None:
+    """Refuse an optimizer and a schedule that :class:`Updates` cannot step, before weights are loaded.
+
+    Both are built on parameters of one element, of as many dimensions as those that are trained. The optimizer in host memory
+    needs a GPU's weights, and is left to :func:`pidistill.training.optimizers.cpu_offload`.
+    """
+    if not cfg.get("optimizer"):
+        return
+    stand_in = resolve(cfg.optimizer._component_) is cpu_offload  # it steps with another optimizer, which has the same settings
+    parameters = [
+        nn.Parameter(torch.zeros([1] * dimensions)) for dimensions in _trained_dimensions(shared_empty_model(cfg.model))
+    ]
+    optimizer = torch.optim.SGD(parameters, lr=1.0) if stand_in else build(cfg.optimizer, parameters)
+    _check_step("optimizer", optimizer, "torch.optim.AdamW")
+    if not cfg.get("lr_scheduler"):
+        return
+    scheduler = build(cfg.lr_scheduler, optimizer)
+    _check_step("lr_scheduler", scheduler, "one of pidistill.training.lr_schedules")
+    total, steps = getattr(scheduler, "total_steps", None), cfg.get("max_steps")
+    if isinstance(total, int) and steps is not None and total < steps:
+        raise InputError(
+            f"lr_scheduler.total_steps={total} of {type(scheduler).__name__} ends before max_steps={steps}, and it has no rate "
+            f"behind its end; set lr_scheduler.total_steps={steps}"
+        )
+
+
+def _check_step(key: str, made: Any, other: str) -> None:
+    """Refuse an optimizer or scheduler whose ``step`` wants more than recipes give, which is nothing."""
+    wanted = [
+        p.name for p in inspect.signature(made.step).parameters.values() if p.default is p.empty and p.kind < p.VAR_POSITIONAL
+    ]
+    if wanted:
+        raise InputError(
+            f"{key}._component_ builds {type(made).__name__}, whose step() needs {wanted[0]}, and a recipe gives it nothing; "
+            f"set {key}._component_ to {other}"
+        )
+
+
+def _trained_dimensions(model: Decoder) -> list[int]:
+    """Return the numbers of dimensions that trained parameters have: the adapters' where there are some, else all."""
+    trained = get_adapter_params(model) or dict(model.named_parameters())
+    return sorted({parameter.dim() for parameter in trained.values()})
+
+
+# Attributes that torch's schedulers make from arguments of another name, and which stay the same during a run.
+_FROM_ARGUMENTS = {"_milestones", "_schedule_phases", "max_lrs", "total_size", "step_ratio"}
+
+
+def _check_schedule(name: str, scheduler: LRScheduler, saved: Mapping[str, Any]) -> None:
+    """Refuse arguments of a scheduler that are not those of its ``saved`` state: that state would replace them."""
+    names = inspect.signature(type(scheduler)).parameters.keys() - {"optimizer", "last_epoch"} | _FROM_ARGUMENTS
+    ours = scheduler.state_dict()
+    for key in sorted(names & ours.keys() & saved.keys()):
+        if ours[key] != saved[key]:
+            raise InputError(
+                f"a changed lr_scheduler.{key.removeprefix('_')} cannot reach {name}, which derives each rate from the last "
+                f"({bounded_repr(saved[key])} -> {bounded_repr(ours[key])}); resume with the old lr_scheduler, or set another "
+                "output_dir (a run that is to be extended needs a schedule of pidistill.training.lr_schedules from its start)"
+            )
+    parts = getattr(scheduler, "_schedulers", [])  # of SequentialLR and ChainedScheduler
+    for part, state in zip(parts, saved.get("_schedulers") or [], strict=False):
+        if not isinstance(part, LambdaLR):
+            _check_schedule(type(part).__name__, part, state)
 
 
 def crossed(every: int | None, before: int, now: int) -> bool:

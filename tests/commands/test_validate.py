@@ -15,6 +15,13 @@ from pidistill.envs.tiny_world import tiny_world_dataset
 
 SKIP = "{_component_: pidistill.losses.token_weights.SkipFirst, tokens: 500}"
 FEW = ["dataset.max_rows=20"]
+ADAPTED_HEAD = [
+    "model=torchtune.models.llama3.lora_llama3",
+    "model.lora_attn_modules=[q_proj]",
+    "model.lora_rank=2",
+    "model.lora_alpha=4",
+    "model.apply_lora_to_output=True",
+]
 
 
 def ended(main, *words) -> int:
@@ -76,6 +83,8 @@ def test_a_key_that_the_recipe_requires_is_missed(config, key, capsys):
     ("tiny/sdft", ["sampler.top_p=2"], "sampler.top_p=2"),
     ("tiny/evaluate", ["sampler.top_p=2"], "sampler.top_p=2"),
     ("tiny/opsd", ["teacher.nosuch=1"], "teacher.nosuch"),
+    ("tiny/opsd", ADAPTED_HEAD, "cannot score with an output layer of type LoRALinear"),
+    ("tiny/opsd", ["~optimizer.betas", "~optimizer.weight_decay", "optimizer=torch.optim.LBFGS"], "whose step() needs closure"),
     ("tiny/sft", ["prompts_per_round=3"], "config key prompts_per_round is not read by this recipe"),
     ("tiny/sft", ["environment=null"], "config key environment is missing, and the rows of eval_dataset are answered with it"),
     ("tiny/sft", ["sampler=null"], "config key sampler is missing, and the rows of eval_dataset"),

@@ -229,7 +229,11 @@ def test_the_bias_free_forward_is_torchtunes_where_there_is_no_bias(llama):
         ({"use_dora": True}, r"has use_dora=False on .* and `model` True; set model.use_dora=False"),
         (
             {"lora_attn_modules": ["q_proj"]},
-            r"adapts 15 layers \(down_proj, .*\) and `model` 9 \(.*\); set model.lora_attn",
+            r"adapts 15 layers \(down_proj, .*\) and `model` 9 \(.*\); set model.lora_attn_modules and model",
+        ),
+        (
+            {"apply_lora_to_output": False},
+            r"adapts 15 layers .* an adapter of the output head is not trained here: set a `model` without adapters",
         ),
         ({"embed_dim": 32}, r"of another base: it adapts .*k_proj of 32x64, and `model` has 16x32"),
         ({"num_layers": 1}, r"of another base: it adapts model.layers.1.* `model` has no such weight"),

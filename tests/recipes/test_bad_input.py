@@ -16,6 +16,7 @@ from pidistill.data import epoch_order
 from pidistill.errors import InputError
 from pidistill.rollouts import DROP_REASONS
 from tests.support.runs import (
+    EVALUATION,
     MODEL,
     RECIPES,
     ROWS,
@@ -25,6 +26,7 @@ from tests.support.runs import (
     run,
     save_config,
     small_config,
+    training_state,
     weights,
 )
 
@@ -69,12 +71,28 @@ def sentence(monkeypatch, capsys, tmp_path):
 
 # ------------------------------------------------------------------------------------------- configs
 
+ONE_CYCLE = ["lr_scheduler._component_=torch.optim.lr_scheduler.OneCycleLR", "lr_scheduler.max_lr=0.001"]
+ADAPTED_HEAD = [
+    "model._component_=torchtune.models.llama3.lora_llama3",
+    "model.lora_attn_modules=[q_proj]",
+    "model.lora_rank=2",
+    "model.lora_alpha=4",
+    "model.apply_lora_to_output=True",
+]
 BY_COMMAND_LINE = [
     # a key that nothing reads, a component's argument that it does not have, or lacks
     ("opsd", ["groupsize=4"], "config key groupsize is not read by this recipe; did you mean group_size?"),
     ("sft", ["batchsize=4"], "config key batchsize is not read by this recipe; did you mean batch_size?"),
     ("evaluate", ["max_steps=4"], "config key max_steps is not read by this recipe"),
     ("sft", ["prompts_per_round=4"], "config key prompts_per_round is not read by this recipe"),
+    # keys of torchtune's recipes
+    ("opsd", ["gradient_accumulation_steps=4"], "gradient_accumulation_steps is not read by this recipe; micro_batch_tokens"),
+    ("sft", ["epochs=1"], "config key epochs is not read by this recipe; max_steps is the length of a run"),
+    ("opsd", ["max_steps_per_epoch=1"], "max_steps_per_epoch is not read by this recipe; max_steps is the length of a run"),
+    ("opsd", ["log_every_n_steps=1"], "log_every_n_steps is not read by this recipe; every step is logged"),
+    ("sft", ["optimizer_in_bwd=True"], "optimizer_in_bwd is not read .*fsdp_cpu_offload and .*torchao.optim.AdamW8bit"),
+    ("pi_distill", ["profiler.enabled=True"], "profiler is not read by this recipe; it is not available"),
+    ("opsd", ["batch_size=8"], "batch_size is not read by this recipe; one step trains on prompts_per_round × group_size"),
     ("opsd", ["sampler.temprature=0.7"], "sampler.temprature is not an argument of .*; did you mean temperature?"),
     ("pi_distill", ["objective.betta=1"], "objective.betta is not an argument of .*PiDistill; did you mean beta?"),
     ("opsd", ["optimizer.learning_rate=1"], "optimizer.learning_rate is not an argument of torch.optim.AdamW"),
@@ -139,6 +157,29 @@ BY_COMMAND_LINE = [
         ["metric_logger._component_=torchtune.training.metric_logging.WandBLogger"],
         "WandBLogger needs the package wandb, which is not installed; run `pip install wandb`",
     ),
+    # optimizers and schedules that a recipe cannot step
+    (
+        "opsd",
+        ["~optimizer.betas", "~optimizer.weight_decay", "optimizer._component_=torch.optim.LBFGS"],
+        "optimizer._component_ builds LBFGS, whose step.. needs closure.*; set optimizer._component_ to torch.optim.AdamW",
+    ),
+    ("opsd", ["~optimizer.betas", "optimizer._component_=torch.optim.Muon"], "Muon cannot be built .*only supports 2D"),
+    (
+        "sft",
+        ["~lr_scheduler.num_warmup_steps", "lr_scheduler._component_=torch.optim.lr_scheduler.ReduceLROnPlateau"],
+        "lr_scheduler._component_ builds ReduceLROnPlateau, whose step.. needs metrics.*pidistill.training.lr_schedules",
+    ),
+    (
+        "opsd",
+        ["~lr_scheduler.num_warmup_steps", *ONE_CYCLE, "lr_scheduler.total_steps=3"],
+        "lr_scheduler.total_steps=3 of OneCycleLR ends before max_steps=4.*; set lr_scheduler.total_steps=4",
+    ),
+    (
+        "opsd",
+        ["~optimizer.betas", "optimizer._component_=torch.optim.Adafactor", "compute_dtype=bf16"],
+        "torch.optim.Adafactor does not work with weights that FSDP2 shards.*torchao.optim.AdamW8bit",
+    ),
+    ("opsd", [f"seed={2**63}"], "seed=9223372036854775808 must be a whole number of at least 0 and at most 9,223,372"),
     # options that train nothing, or something else
     ("pi_distill", ["objective.kl_mode=loss_k1"], "kl_mode=loss_k1 is refused: .* zero expected gradient"),
     ("opsd", ["objective.kl_mode=loss_k1"], "kl_mode=loss_k1 is refused: .* zero expected gradient"),
@@ -178,6 +219,10 @@ BY_COMMAND_LINE = [
         "sft",
         ["tokenizer.max_seq_len=20", "sampler.max_new_tokens=1"],
         r"tiny_world train row 0: prompt \(9 tokens\) plus completion",
+    ),
+    *(
+        (name, ADAPTED_HEAD, "cannot score with an output layer of type LoRALinear.*apply_lora_to_output=False")
+        for name in ("opsd", "sft")
     ),
     # checkpoints
     ("opsd", ["resume_from_checkpoint=True"], "resume_from_checkpoint=True but .*latest holds no training_state.pt"),
@@ -415,9 +460,51 @@ def test_a_rollout_whose_reward_fails_is_dropped_and_counted(name, fail, reason,
 def test_a_round_in_which_every_reward_fails_ends_the_run_with_a_sentence(tiny_base, tmp_path):
     rows = epoch_order(ROWS, 0, 2, 2)  # the second round's
     changes = {"environment__fail": "nan", "environment__fail_on": [f"tiny_world train row {row}" for row in rows]}
-    with pytest.raises(InputError, match=r"no rollout of the round has a reward \(reward_not_finite 6\)"):
-        run("opsd", small_config("opsd", tiny_base, tmp_path, **changes))
-    assert [row["step"] for row in metrics(tmp_path)] == [1]
+    sentence = (
+        r"no rollout of the round has a reward \(reward_not_finite 6\).*; step 1 is saved: set resume_from_checkpoint=true"
+    )
+    with pytest.raises(InputError, match=sentence):
+        run("opsd", small_config("opsd", tiny_base, tmp_path / "failed", **changes))
+    assert [row["step"] for row in metrics(tmp_path / "failed")] == [1]
+    run("opsd", small_config("opsd", tiny_base, tmp_path / "failed", resume_from_checkpoint=True))
+    run("opsd", small_config("opsd", tiny_base, tmp_path / "whole"))
+    assert metrics(tmp_path / "failed") == metrics(tmp_path / "whole")
+    assert_same_tensors(weights(tmp_path / "failed"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("name", ["sft", "opsd"])
+@pytest.mark.parametrize("step, remedy", [(2, ": set resume_from_checkpoint=true to continue$"), (4, "$")])
+def test_an_evaluation_that_cannot_be_sampled_costs_no_step(step, remedy, name, tiny_base, tmp_path):
+    def refuse_at_step(recipe):
+        collect = recipe._evaluation._collect
+
+        def refuse(*arguments, **keywords):
+            if recipe._step == step:
+                raise InputError("the judge is down")
+            return collect(*arguments, **keywords)
+
+        recipe._evaluation._collect = refuse
+
+    cfg = small_config(name, tiny_base, tmp_path, max_steps=4, eval_every_steps=2, **EVALUATION)
+    with pytest.raises(InputError, match=rf"the judge is down; step {step} is saved{remedy}"):
+        run(name, cfg, refuse_at_step)
+    assert training_state(tmp_path)["step"] == step
+
+
+def test_an_error_within_an_update_saves_nothing(tiny_base, tmp_path):
+    def refuse_third_step(recipe):
+        step = recipe._updates.step
+
+        def refuse(*arguments, **keywords):
+            if recipe._step == 2:
+                raise InputError("the loss is wrong")
+            return step(*arguments, **keywords)
+
+        recipe._updates.step = refuse
+
+    with pytest.raises(InputError, match="^the loss is wrong$"):
+        run("opsd", small_config("opsd", tiny_base, tmp_path), refuse_third_step)
+    assert len(metrics(tmp_path)) == 2 and not list(tmp_path.glob("step_*"))
 
 
 def poisoned(steps, **changes):

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from pidistill.commands.report.read import read_runs
 from pidistill.data import RecipeData
 from pidistill.envs.tiny_world import tiny_world_dataset
 from pidistill.errors import InputError
 from pidistill.training.evaluation import bootstrap_interval, chosen_views, pass_at_k, pass_hat_k, success_numbers
 from pidistill.types import Example, PromptPair
 from recipes.evaluate_distributed import Domain, domain_configs, sampled, weights_folder
-from tests.support.runs import recipe_class, run, sample_config, small_config
+from tests.support.runs import EVALUATION, recipe_class, run, sample_config, small_config
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -267,6 +268,14 @@ def test_rows_with_the_same_id_stay_apart_and_rows_without_privileged_informatio
 PENALTY = [{"_component_": "tests.rewards.test_shaping.Fixed", "value": -5.0}]
 
 
+@pytest.mark.parametrize("resume", [False, "auto"])
+def test_an_evaluation_that_never_worked_ends_a_fresh_run(resume, tiny_base, tmp_path):
+    rows = [f"tiny_world validation row {row}" for row in range(3)]
+    broken = {"environment__fail": "raise", "environment__fail_on": rows, "resume_from_checkpoint": resume}
+    with pytest.raises(InputError, match="no rollout of the evaluation has a reward"):
+        run("opsd", small_config("opsd", tiny_base, tmp_path, **EVALUATION, **broken))
+
+
 def test_a_penalty_moves_the_reward_and_no_success(tiny_base, tmp_path):
     results = {}
     for name, shaping in (("plain", None), ("shaped", PENALTY)):
@@ -341,6 +350,17 @@ def test_an_evaluation_records_the_step_that_latest_led_to_when_the_weights_were
     run("evaluate", cfg)
     assert json.loads((output / "checkpoint.json").read_text()) == {"weights": "../step_20"}
     assert OmegaConf.load(output / "config.yaml").checkpointer.checkpoint_dir == str(tmp_path / "run" / "latest")
+    cfg = OmegaConf.load(output / "config.yaml")
+    run("evaluate", cfg)
+    assert not (output / "previous_1").exists(), "the same step answers again"
+    shutil.copytree(tiny_base, tmp_path / "run" / "step_40")
+    (tmp_path / "run" / "latest").unlink()
+    (tmp_path / "run" / "latest").symlink_to("step_40")
+    run("evaluate", OmegaConf.load(output / "config.yaml"))
+    assert json.loads((output / "checkpoint.json").read_text()) == {"weights": "../step_40"}
+    assert json.loads((output / "previous_1" / "checkpoint.json").read_text()) == {"weights": "../../step_20"}
+    (read,) = read_runs([output])
+    assert list(read.evaluations) == ["student greedy"], "the report shows what was moved aside"
 
 
 def test_the_weights_that_answer_are_those_of_the_adapter_where_there_is_one(tmp_path, monkeypatch):

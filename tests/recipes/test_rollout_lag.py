@@ -300,6 +300,16 @@ def test_an_error_of_the_round_ahead_costs_no_update_before_it(tiny_base, tmp_pa
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_round_without_rewards_is_sampled_again_and_not_the_one_behind_it(tiny_base, tmp_path):
+    cfg = small_config("pi_distill", tiny_base, tmp_path, **LAG)
+    rows = epoch_order(len(load_prompts(cfg, no_pi="rl").prompts), cfg.seed, 2 * cfg.prompts_per_round, cfg.prompts_per_round)
+    OmegaConf.update(cfg, "environment", {"fail": "nan", "fail_on": [f"tiny_world train row {row}" for row in rows]})
+    with pytest.raises(InputError, match=r"no rollout of the round has a reward .*; step 2 is saved"):
+        run("pi_distill", cfg)
+    state = training_state(tmp_path)
+    assert (state["step"], state["round"], state["rounds"]["ahead"]) == (2, 2, None)
+
+
 def test_what_an_environment_starts_can_be_ended_by_a_signal(tmp_path):
     """The process that samples ignores SIGTERM, and its children do not inherit that."""
 

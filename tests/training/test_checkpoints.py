@@ -493,6 +493,7 @@ def test_an_optimizer_without_states_resumes(hub, tmp_path):
 
 
 STEP_LR = {"_component_": "torch.optim.lr_scheduler.StepLR", "step_size": 2}
+ONE_CYCLE_LR = {"_component_": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 0.1, "total_steps": 5}
 
 
 @pytest.mark.parametrize(
@@ -510,6 +511,17 @@ STEP_LR = {"_component_": "torch.optim.lr_scheduler.StepLR", "step_size": 2}
             {"lr_scheduler": STEP_LR, "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.1}},
             r"changed optimizer.lr cannot reach StepLR.*\(optimizer.lr 0.01 -> 0.1\)",
         ),
+        (
+            {"lr_scheduler": STEP_LR},
+            {"lr_scheduler": STEP_LR | {"step_size": 4}},
+            r"changed lr_scheduler.step_size cannot reach StepLR.*\(2 -> 4\).*pidistill.training.lr_schedules",
+        ),
+        (
+            {"lr_scheduler": ONE_CYCLE_LR},
+            {"lr_scheduler": ONE_CYCLE_LR | {"pct_start": 0.9}},
+            "changed lr_scheduler.schedule_phases cannot reach OneCycleLR",
+        ),
+        ({"max_steps": 1}, {"max_steps": 0}, "is at step 1, and max_steps=0 counts the whole run; set it above 1"),
     ],
 )
 def test_settings_that_cannot_take_effect_are_refused(before, after, message, hub, tmp_path):
@@ -518,6 +530,37 @@ def test_settings_that_cannot_take_effect_are_refused(before, after, message, hu
     first.save(1)
     with pytest.raises(InputError, match=message):
         resumed(hub, tmp_path / "run", **after)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        STEP_LR,
+        ONE_CYCLE_LR,
+        {"_component_": "torch.optim.lr_scheduler.CosineAnnealingWarmRestarts", "T_0": 2, "T_mult": 2},
+        {"_component_": "torch.optim.lr_scheduler.MultiStepLR", "milestones": [1, 3]},
+        {"_component_": "torch.optim.lr_scheduler.CyclicLR", "base_lr": 0.1, "max_lr": 0.2, "cycle_momentum": False},
+    ],
+    ids=lambda schedule: schedule["_component_"].rpartition(".")[2],
+)
+def test_a_schedule_that_did_not_change_resumes_inside_its_curve(schedule, hub, tmp_path):
+    first = Training(tmp_path / "run", hub, lr_scheduler=schedule)
+    first.train(3)
+    first.save(3)
+    again = resumed(hub, tmp_path / "run", lr_scheduler=schedule)
+    assert again.updates.scheduler.get_last_lr() == first.updates.scheduler.get_last_lr()
+
+
+def test_a_finished_run_says_so_on_resume(hub, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(checkpoints.log, "info", said.append)
+    for steps, finished in ((2, True), (3, False)):
+        folder = tmp_path / str(steps)
+        first = Training(folder, hub, max_steps=2)
+        first.save(2)
+        resumed(hub, folder, max_steps=steps)
+        assert any("the run is finished" in line for line in said) == finished
+        said.clear()
 
 
 # ------------------------------------------------------------------------------------------- random weights

@@ -263,6 +263,31 @@ def test_the_configured_logger_gets_every_number_and_is_closed(tmp_path):
     assert Logger.rows == [(2, {"loss": 1.5, "policy_tokens": 7}), "closed"]
 
 
+class FailingLogger:
+    """A metric logger whose server is down."""
+
+    def log_dict(self, payload, step):
+        raise ConnectionError("the network is unreachable")
+
+    def log_table(self, name, rows, step):
+        raise ConnectionError("the network is unreachable")
+
+    def close(self):
+        raise ConnectionError("the network is unreachable")
+
+
+def test_a_logger_that_fails_is_warned_of_once_and_the_run_continues(tmp_path, caplog):
+    cfg = OmegaConf.create({"metric_logger": {"_component_": "tests.training.test_metrics.FailingLogger"}})
+    log = MetricsLog(cfg, Run(CPU, torch.float32, 0, 1, 0, tmp_path), first_step=0, last_step=9, title="test")
+    for step in (1, 2):
+        log.write({"step": step, "loss": 0.5, "eval_student_success": 0.5})
+    log.texts(2, [{"example": "row", "view": "student", "reward": 0.0, "text": "x"}])
+    log.close()
+    assert [row["step"] for row in rows_in(tmp_path)] == [1, 2]
+    (said,) = caplog.messages
+    assert "metric_logger FailingLogger failed (ConnectionError: the network is unreachable); the run continues" in said
+
+
 def test_a_logger_gets_grouped_names_and_metrics_jsonl_keeps_the_old_ones(tmp_path):
     Logger.rows = []
     names = {

@@ -1,5 +1,6 @@
 """Test the folder of a run: nothing in it is overwritten, two runs do not share it, and no secret is written into it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,18 @@ from omegaconf import OmegaConf
 from pidistill.errors import InputError
 from pidistill.training import interrupts, run_folder
 from pidistill.training.interrupts import Stopped, handle_signals, received_signal, training_begins, training_run
-from pidistill.training.run_folder import STATE_FILE, claim_run_folder, holds_run, lock_folder, newest_checkpoint, public_config
+from pidistill.training.run_folder import (
+    EVALUATION_FILES,
+    SAMPLING_FILES,
+    STATE_FILE,
+    claim_run_folder,
+    holds_run,
+    lock_folder,
+    newest_checkpoint,
+    public_config,
+    record_config,
+    set_results_aside,
+)
 from pidistill.training.start import one_sentence_errors
 
 LOCKS = "import sys, pathlib; from pidistill.training.run_folder import lock_folder; lock_folder(pathlib.Path(sys.argv[1]));"
@@ -74,6 +86,51 @@ def test_start_over_does_not_move_the_checkpoint_that_it_starts_from(used):
     with pytest.raises(InputError, match=r"checkpointer.checkpoint_dir=.*step_4 lies in .*step_4, which .*start_over moves"):
         claim(used, "start_over", checkpointer={"checkpoint_dir": str(used / "step_4")})
     assert (used / "step_4" / STATE_FILE).is_file()
+
+
+def results_of(folder, weights, **settings):
+    """Write what an evaluation leaves; ``weights`` as its record names them, None without a record."""
+    for name in EVALUATION_FILES[:3]:
+        (folder / name).write_text("{}")
+    if weights is not None:
+        (folder / "checkpoint.json").write_text(json.dumps({"weights": weights}))
+    record_config(OmegaConf.create(settings), folder)
+
+
+def test_results_of_another_config_or_checkpoint_move_aside_and_those_of_the_same_ones_stay(tmp_path, caplog):
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / "step_2").mkdir()
+    (tmp_path / "latest").symlink_to("step_1")
+    folder = tmp_path / "test"
+    folder.mkdir()
+    same = {"seed": 1, "checkpointer": {"checkpoint_dir": str(tmp_path / "latest")}}
+    results_of(folder, "../step_1", **same)
+    set_results_aside(OmegaConf.create(same), folder, EVALUATION_FILES)
+    assert len(list(folder.iterdir())) == 5 and not caplog.records
+    for number, (weights, settings) in enumerate([("../step_1", same | {"seed": 2}), ("../step_2", same), (None, same)], 1):
+        results_of(folder, weights, **settings)
+        set_results_aside(OmegaConf.create(same), folder, EVALUATION_FILES)
+        aside = folder / f"previous_{number}"
+        names = {*EVALUATION_FILES[: 3 if weights is None else 4], "config.yaml"}
+        assert {path.name for path in aside.iterdir()} == names
+        assert {path.name for path in folder.iterdir()} <= {f"previous_{n}" for n in range(1, number + 1)} | {"checkpoint.json"}
+        assert f"another checkpoint or config; its {len(names)} files were moved to {aside}" in caplog.messages[-1]
+        if weights is not None:
+            assert (aside / json.loads((aside / "checkpoint.json").read_text())["weights"]).is_dir()
+    set_results_aside(OmegaConf.create(same), folder, EVALUATION_FILES)
+    assert len(caplog.records) == 3, "there are no results, and nothing to move"
+
+
+def test_a_sampling_moves_its_traces_aside_and_leaves_an_evaluations_files(tmp_path):
+    settings = {"seed": 1, "checkpointer": {"checkpoint_dir": str(tmp_path)}}
+    results_of(tmp_path, None, **settings)
+    for name in SAMPLING_FILES:
+        (tmp_path / name).write_text("{}\n")
+    set_results_aside(OmegaConf.create(settings), tmp_path, SAMPLING_FILES)
+    assert not (tmp_path / "previous_1").exists(), "the same config and folder"
+    set_results_aside(OmegaConf.create(settings | {"seed": 2}), tmp_path, SAMPLING_FILES)
+    assert {path.name for path in (tmp_path / "previous_1").iterdir()} == {*SAMPLING_FILES, "config.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {*EVALUATION_FILES[:3], "previous_1"}
 
 
 @pytest.mark.parametrize("value", [True, "auto"])

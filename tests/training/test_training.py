@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,10 +21,11 @@ from pidistill.errors import InputError
 from pidistill.jsonl import write_jsonl
 from pidistill.objectives.schedule import LinearSchedule, as_schedule
 from pidistill.testing import TINY_SIZES, tiny_model
+from pidistill.training.interrupts import FailedBetweenUpdates, between_updates
 from pidistill.training.keys import LEAST
 from pidistill.training.load import load_model
 from pidistill.training.lr_schedules import get_cosine_schedule_with_warmup_and_floor, get_linear_warmup_schedule
-from pidistill.training.rounds import RoundSizes, dump_rollouts
+from pidistill.training.rounds import RoundSizes, check_rewards, dump_rollouts
 from pidistill.training.start import _default_threads, cleanup, one_sentence_errors, start
 from pidistill.training.update import Updates, crossed
 from pidistill.types import RolloutAdvantage
@@ -219,6 +221,30 @@ def test_dropped_rollouts_leave_their_minibatch_smaller():
     pairs = [(rollout, RolloutAdvantage(0.0)) for rollout in random_rollouts(6, group_size=3)]
     assert [len(chunk) for chunk in sizes.minibatches(pairs[1:])] == [2, 3]
     assert [len(chunk) for chunk in sizes.minibatches([])] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "max_steps, updates, said",
+    [
+        (1000, 3, "max_steps=1000 ends inside a round of updates_per_round=3, .* be extended; 999 or 1002 can"),
+        (1, 3, "3 can"),
+        (999, 3, None),
+    ],
+)
+def test_a_run_that_ends_inside_a_round_is_warned_of_at_its_start(max_steps, updates, said, caplog):
+    RoundSizes(
+        OmegaConf.create({"prompts_per_round": 2, "group_size": 3, "updates_per_round": updates, "max_steps": max_steps})
+    )
+    assert len(caplog.messages) == (said is not None) and all(re.search(said, line) for line in caplog.messages)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_between_updates_is_marked_unless_one_of_several_processes_met_it_alone(processes):
+    with pytest.raises(InputError, match="down") as caught, between_updates(processes):
+        raise InputError("down")
+    assert isinstance(caught.value, FailedBetweenUpdates) == (processes == 1)
+    with pytest.raises(FailedBetweenUpdates), between_updates(processes):
+        check_rewards(0, {})
 
 
 def test_time_is_counted_by_phase_and_taken_once():

@@ -1,6 +1,7 @@
 """Read what the folder of a run holds: metrics, config, alarms, evaluations, texts and training rollouts."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,11 +114,11 @@ def read_metrics(folder: Path, name: str) -> RunData:
 
 
 def read_run(folder: Path, name: str) -> RunData:
-    """Read all of a folder; its evaluations are those in it and in the folders right below it."""
+    """Read all of a folder; its evaluations are those in it and in the folders right below it, without `previous_N`."""
     known = any((folder / file).is_file() for file in ("metrics.jsonl", "config.yaml"))
     run = read_metrics(folder, name) if known else RunData(name, folder)
     run.evaluations = read_results(folder / "results.json")
-    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for path in sorted(path for path in folder.iterdir() if path.is_dir() and not re.fullmatch(r"previous_\d+", path.name)):
         run.add_evaluation(read_results(path / "results.json"), read_weights(path, read_config(path)), path.name)
     run.texts = [row for row in read_rows(folder / "rollouts.jsonl") if isinstance(row.get("text"), str)]
     run.rollouts = [row for row in read_rows(folder / TRAINING_ROLLOUTS) if isinstance(row.get("tokens"), list)]
