@@ -209,3 +209,13 @@ def test_an_error_that_one_rank_meets_is_said_and_ends_both(tiny_base, tmp_path)
     status, printed = run_tune(["run", "--nproc_per_node", "2", f"recipes/{RECIPES['opsd']}.py", "--config", str(config)])
     assert status != 0
     assert printed.count(f"error: {refused} is refused by the environment") == 1, printed[-2000:]
+
+
+def test_a_round_without_rewards_on_both_ranks_saves_the_steps_before_it(tiny_base, tmp_path):
+    rows = [f"tiny_world train row {row}" for row in epoch_order(ROWS, 0, 2, 2)]  # the second round's
+    failing = {"environment__fail": "nan", "environment__fail_on": rows}
+    config = save_config(small_config("opsd", tiny_base, tmp_path / "run", **failing), tmp_path / "config.yaml")
+    status, printed = run_tune(["run", "--nproc_per_node", "2", f"recipes/{RECIPES['opsd']}.py", "--config", str(config)])
+    assert status != 0
+    assert printed.count("; step 1 is saved: set resume_from_checkpoint=true to continue") == 1, printed[-2000:]
+    assert training_state(tmp_path / "run")["step"] == 1
