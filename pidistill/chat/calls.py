@@ -24,7 +24,7 @@ from pidistill.types import Message, Tools
 
 ACTION_TAGS = CALL_TAGS
 XML_TAG = "tool_call"  # around XML calls
-_BARE_XML = r"<function=[^<>\s]+>\s*(?:<parameter=[^<>\n]+>(?:(?!</parameter>).)*</parameter>\s*)*</function>"
+_BARE_XML = r"<function=[^<>\s]+>\s*(?:<parameter=[^<>\n]+>(?:(?!</parameter>|<function=).)*</parameter>\s*)*</function>"
 
 CALL_TEMPLATE = "{number}. {name}({arguments})"
 

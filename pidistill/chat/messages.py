@@ -30,7 +30,9 @@ from pidistill.types import Message
 ROLES = ("system", "user", "assistant", "tool")
 ARGUMENT_KEYS = ("arguments", "kwargs", "parameters")  # OpenAI and Qwen; τ-bench's reference actions; Llama 3
 RECORDED_ARGUMENT_KEYS = (*ARGUMENT_KEYS, "args", "input")  # LangChain; Anthropic. In sampled text no server reads them
-_BESIDE_A_CALL = ("extra_content", "provider_specific_fields", "metadata", "cache_control")  # objects that are no arguments
+_BESIDE_A_CALL = (  # objects that are no arguments
+    "extra_content", "provider_specific_fields", "metadata", "cache_control", "result", "output", "response", "usage", "error",
+)  # fmt: skip
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 REASONING_PARTS = ("reasoning_details", "thinking_blocks")  # of OpenRouter and LiteLLM: lists of parts
 _TEXT_TYPES = (None, "text", "input_text", "output_text")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
+from torchtune import utils
 
 from pidistill.annotations import accepts, demanded
 from pidistill.chat.messages import transcript_text
@@ -25,10 +26,11 @@ from pidistill.data.dataset import ExampleDataset
 from pidistill.data.demonstrations import demonstration
 from pidistill.errors import InputError, escape_controls, one_line
 from pidistill.privileged.prompt import PrivilegedPrompt
-from pidistill.privileged.trace_kinds import KINDS
+from pidistill.privileged.trace_kinds import CALL_KINDS, KINDS
 from pidistill.tokenizers import ChatTokenizer, HFChatTokenizer
 from pidistill.types import Example, PromptPair
 
+log = utils.get_logger("INFO")
 Numbers = dict[str, Any]
 READING = tuple(inspect.signature(read_traces).parameters)
 ARGUMENTS = inspect.signature(trace_dataset).parameters.keys() - {"source", "kind"}
@@ -43,6 +45,8 @@ def kind_table(
 ) -> list[Numbers]:
     """Return one row per kind: tasks, tasks with privileged information, and its length over the tasks that have it.
 
+    A kind that is refused has no row, and the reason is logged.
+
     Lengths are characters of the text alone, and, with a tokenizer, tokens that it adds to the prompt, block included.
 
     Args:
@@ -53,9 +57,15 @@ def kind_table(
         without = {"hints" if not arguments.get("hints") else "", "gold_actions" if not arguments.get("actions_key") else ""}
         kinds = [kind for kind in KINDS if kind not in without]
     hints = arguments.pop("hints", None)
-    rows = []
+    rows: list[Numbers] = []
     for kind in kinds:
-        dataset = trace_dataset(source, kind, hints=hints if kind == "hints" else None, **arguments)
+        try:
+            dataset = trace_dataset(source, kind, hints=hints if kind == "hints" else None, **arguments)
+        except InputError as error:  # such as a kind made of calls, of traces whose calls are not read
+            if kind not in CALL_KINDS or (kind == kinds[-1] and not rows):
+                raise
+            log.warning(f"kind {kind} is left out: {error}")
+            continue
         rows.append({"kind": kind} | kind_lengths(dataset, tokenizer, privileged or PrivilegedPrompt()))
     return rows
 

@@ -207,7 +207,10 @@ def check_tools(value: Any, where: str, key: str) -> list[dict[str, Any]] | None
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:  # also numbers and nesting without end
-            raise InputError(f"{where}: {key} is text but not JSON ({error}); give a list of tool schemas") from error
+            raise InputError(
+                f"{where}: {key} is text but not JSON ({error}); give a list of tool schemas, or set "
+                "dataset.tools_key: null, which ignores the column"
+            ) from error
     if value is not None and not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value)):
         raise InputError(f"{where}: {key} is not a list of tool schemas; check dataset.tools_key, null ignores it")
     tools = [schema for tool in value or [] for schema in _declared(tool)]
@@ -216,7 +219,13 @@ def check_tools(value: Any, where: str, key: str) -> list[dict[str, Any]] | None
 
 _GEMINI_KEYS = ("functionDeclarations", "function_declarations")
 _GEMINI_TYPES = ("STRING", "NUMBER", "INTEGER", "BOOLEAN", "ARRAY", "OBJECT", "NULL")
-_PARAMETER_KEYS = ("parameters", "input_schema", "inputSchema", "parametersJsonSchema")  # OpenAI; Anthropic; MCP; Gemini
+_PARAMETER_KEYS = (
+    "parameters",
+    "input_schema",
+    "inputSchema",
+    "parametersJsonSchema",
+    "parameters_json_schema",
+)  # the last two: Gemini
 
 
 def _declared(tool: Mapping[str, Any]) -> list[Any]:
@@ -245,8 +254,10 @@ def _tool_schema(tool: Any, where: str, key: str) -> dict[str, Any]:
     if function is not tool:
         return dict(tool)
     parameters = next((tool[name] for name in _PARAMETER_KEYS if tool.get(name) is not None), None)
-    told = {"name": name, "description": tool.get("description"), "parameters": parameters, "strict": tool.get("strict")}
-    return {"type": "function", "function": {name: value for name, value in told.items() if value is not None}}
+    told = {key: value for key, value in tool.items() if key not in ("type", "cache_control", *_PARAMETER_KEYS)} | {
+        "parameters": parameters
+    }
+    return {"type": "function", "function": {key: value for key, value in told.items() if value is not None}}
 
 
 def row_tools(row: Mapping[str, Any], key: str | None, where: str) -> list[dict[str, Any]] | None:
@@ -259,13 +270,16 @@ def row_tools(row: Mapping[str, Any], key: str | None, where: str) -> list[dict[
 
 
 def _is_schema_list(value: Any) -> bool:
-    """Return whether a value is a list of objects with names, or JSON text of one; another column may have the same name."""
+    """Return whether a value is a list of tool schemas, or JSON text of one; another column may have the same name."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return False
-    return isinstance(value, list) and all(isinstance(item, Mapping) and "name" in item for item in value)
+    return isinstance(value, list) and all(
+        isinstance(item, Mapping) and isinstance(item.get("name"), str) and item.keys() & {"description", *_PARAMETER_KEYS}
+        for item in value
+    )
 
 
 def _warn_of_calls_without_tools(examples: Sequence[Example], key: str) -> None:

@@ -96,12 +96,16 @@ def _find(pieces: Sequence[str], text: str, flags: int) -> Iterator[re.Match[str
     return filter(None, (pattern.match(text, start) for start in starts))
 
 
+_CURRENCY = re.compile(rf"(?<!{LETTER})(?:Rs|[A-Z]{{3}})\Z")  # as in Rs500 and USD5.50
+
+
 def _is_of_a_name(pieces: Sequence[str], n: int) -> bool:
     """Return whether the number ``pieces[n]`` belongs to a name, as in v1.10, 3.10rc1 and 192.168.0.1; a unit is no name."""
     before, after = pieces[n - 1], pieces[n + 1]
     is_in_chain = (before == "." and n > 1) or (after == "." and n + 2 < len(pieces))
     is_before_letters = re.fullmatch(f"{LETTER}+", after) is not None and n + 2 < len(pieces)  # and a number behind them
-    return is_in_chain or is_before_letters or re.search(rf"{LETTER}\Z", before) is not None
+    is_behind_letters = re.search(rf"{LETTER}\Z", before) is not None and not _CURRENCY.search(before)
+    return is_in_chain or is_before_letters or is_behind_letters
 
 
 def _in_forms(forms: Sequence[Callable[[str], str]], numbers: Sequence[str]) -> list[str]:

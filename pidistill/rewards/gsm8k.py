@@ -50,7 +50,7 @@ class GSM8KReward:
         reward/success_strict        the answer stands where ``format`` says; with "last_number", where "any" says
         reward/success_last_number   the last number of the text is right, wherever it stands ("flexible extraction"); a
                                      fraction is one number, and the power of a unit (``km^2``) is none. A dash and a space
-                                     before the number are a minus only behind an equals sign
+                                     before the number are a minus only behind one of ``= { ( [ $ : #``
 
     Attributes:
         format: where the final answer stands: "boxed" (in the last ``\\boxed{}`` that is not empty), "hashes" (after the last
@@ -113,10 +113,13 @@ def _last_boxed(text: str) -> str | None:
 _EMPTY_BRACES = re.compile(r"\{\s*(?:\}|\Z)")
 
 
+_HEADING = re.compile(r"[0-9]+[.)]\s+\S")  # of a numbered part, as in "#### 2. Add them up"
+
+
 def _last_behind_hashes(text: str) -> str | None:
     for behind in _behind_markers(text, "####"):
         line = behind.partition("\n")[0].strip()
-        if re.search("[0-9]", line):
+        if re.search("[0-9]", line) and not _HEADING.match(line):
             return line if len(line) <= MAX_ANSWER_CHARS else None
         below = (behind.strip().splitlines() or [""])[0].strip()
         if not line and read_number(below) is not None:
@@ -161,8 +164,8 @@ _WRITTEN = re.compile(
     re.ASCII,
 )
 _SPACED_THOUSANDS = re.compile(r"[-+−]?\s?[1-9][0-9]{0,2}(?: [0-9]{3})+(?:\.[0-9]+)?\s?\.?")
-# A dash and a space before a number are a minus in a calculation alone; elsewhere they begin an item, or part two texts.
-_SIGN_AND_CURRENCY = r"(?:(?<![\w.)}\]])[-−]|(?<==)\s*[-−]\s)?[$€£¥]?"
+# A dash and a space before a number are a minus behind these signs alone; elsewhere they begin an item, or part two texts.
+_SIGN_AND_CURRENCY = r"(?:(?<![\w.)}\]])[-−]|(?<=[={(\[$:#])[ \t]*[-−]\s)?[$€£¥]?"
 _LAST_NUMBER = re.compile(rf"{_SIGN_AND_CURRENCY}(?:{_UNSIGNED})\Z", re.ASCII)
 _LAST_FRACTION = re.compile(rf"{_SIGN_AND_CURRENCY}(?<![\w.,/]){_MIXED}\Z", re.ASCII)
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z])\}?\s?\^\{?[23](?![0-9])\}?")

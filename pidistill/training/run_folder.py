@@ -120,7 +120,7 @@ def set_results_aside(cfg: DictConfig, output_dir: Path, names: Sequence[str]) -
     Args:
         names: EVALUATION_FILES or SAMPLING_FILES.
     """
-    if not (output_dir / names[0]).is_file() or _has_same_origin(cfg, output_dir):
+    if not (output_dir / names[0]).is_file() or _has_same_origin(cfg, output_dir, names):
         return
     files = [path for name in (*names, "config.yaml") if (path := output_dir / name).is_file()]
     aside = free_name(output_dir / "previous")
@@ -132,13 +132,18 @@ def set_results_aside(cfg: DictConfig, output_dir: Path, names: Sequence[str]) -
     log.warning(f"{output_dir} holds {names[0]} of another checkpoint or config; its {len(files)} files were moved to {aside}")
 
 
-def _has_same_origin(cfg: DictConfig, output_dir: Path) -> bool:
-    """Return whether results come from the config, and from the folder to which a link such as `latest` leads now."""
+def _has_same_origin(cfg: DictConfig, output_dir: Path, names: Sequence[str]) -> bool:
+    """Return whether results come from the config, and from the folder to which a link such as `latest` leads now.
+
+    A sampling records no folder: the same config samples again in its place.
+    """
     recorded, path = read_config(output_dir), cfg.get("adapter_dir") or cfg.checkpointer.get("checkpoint_dir")
     if recorded is None or OmegaConf.to_container(recorded, resolve=False) != public_config(cfg):
         return False
+    if EVALUATED not in names:
+        return True
     weights = _recorded_weights(output_dir)
-    # Without a record, the results of a link may be those of any folder to which it has led.
+    # Without its record, the results of a link may be those of any folder to which it has led.
     return path is None or os.path.realpath(path) == (
         os.path.abspath(path) if weights is None else os.path.realpath(output_dir / weights)
     )

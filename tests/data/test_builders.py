@@ -287,6 +287,18 @@ def test_questions_with_columns_of_system_text_and_tools_show_both(tmp_path):
         qa_dataset(file, tools_key="schemas")
 
 
+def test_a_flat_schema_keeps_what_else_it_says_and_other_functions_are_no_tools(tmp_path):
+    flat = {"type": "function", "name": "f", "arguments": {"type": "object"}, "parameters_json_schema": {"type": "object"}}
+    code = [{"name": "foo", "code": "def foo(): pass"}]
+    file = write(tmp_path / "rows.jsonl", [ROWS[0] | {"tools": [flat]}, ROWS[1] | {"tools": None, "functions": code}])
+    first, second = qa_dataset(file)
+    function = {"name": "f", "arguments": {"type": "object"}, "parameters": {"type": "object"}}
+    assert first.tools == [{"type": "function", "function": function}] and second.tools is None
+    text = write(tmp_path / "text.jsonl", [ROWS[0] | {"tools": "web browser"}])
+    with pytest.raises(InputError, match=r"or set dataset\.tools_key: null, which ignores the column"):
+        qa_dataset(text)
+
+
 def test_names_with_dots_are_found_at_every_level(tmp_path):
     rows = [{"question": "q", "answer": "1", "meta": {"sol.full": "pi", "a.b": {"c.d": "deep"}}}]
     file = write(tmp_path / "rows.jsonl", rows)

@@ -118,6 +118,12 @@ def test_the_case_of_letters_counts_where_casefold_is_off():
     assert Contains(casefold=False)(example("Merlin"), said("Merlin")) == 1.0
 
 
+def test_an_amount_behind_the_letters_of_a_currency_is_compared_as_a_number():
+    for wanted, text in (("Rs500.00", "It costs Rs500."), ("USD5.50", "It costs USD5.5")):
+        assert Contains()(example(wanted), said(text)) == 1.0
+    assert Contains()(example("v1.10"), said("Use v1.1")) == 0.0
+
+
 def test_a_row_without_reference_is_refused():
     with pytest.raises(InputError, match="row 4 has no reference"):
         Contains()(example(None), said("x"))

@@ -110,6 +110,7 @@ def test_thousands_with_spaces_and_powers_of_ten_are_read(text, value):
         "#### Step 1\n####\n72",
         "####\n72",
         "#### 71\n#### 72",
+        "#### 72\n#### 3. Check it\nRight.",
     ],
 )
 def test_an_empty_box_or_a_heading_does_not_hide_the_answer(text):
@@ -130,9 +131,10 @@ def test_the_last_answer_that_is_not_empty_counts(text):
     ("text", "number"),
     [("The number of apples that are left - 72", "72"), ("Answer:\n- $72 per day", "$72"), ("**Total** - 72 eggs", "72"),
      ("so\n - 1/2", "1/2"), ("80 - 8", "8"), ("x = - 72", "- 72"), ("x =- $72", "- $72"), ("x = −\\frac12", "−\\frac12"),
-     ("x = - \\frac12", "- \\frac12"), ("Answer:\n-72", "-72")],
+     ("x = - \\frac12", "- \\frac12"), ("Answer:\n-72", "-72"), ("\\boxed{- 72}", "- 72"), ("#### - 72", "- 72"),
+     ("\\(- 72\\)", "- 72"), ("x: - 72", "- 72"), ("Answers =\n- 72", "72")],
 )  # fmt: skip
-def test_a_dash_and_a_space_before_the_last_number_are_a_minus_only_behind_an_equals_sign(text, number):
+def test_a_dash_and_a_space_before_the_last_number_are_a_minus_only_behind_a_sign(text, number):
     assert final_answer(text, "last_number") == number
 
 

@@ -183,7 +183,7 @@ def check_all(dataset, answer_format):
     for row in dataset:
         assert GSM8KReward(format=answer_format)(row, row.completion) == 1.0, row.id
         final = f"\\boxed{{{row.reference}}}" if answer_format == "boxed" else f"#### {row.reference}"
-        wrong = row.completion[0]["content"].replace(final, final.replace(row.reference, f"{float(row.reference) + 1:g}"))
+        wrong = row.completion[0]["content"].replace(final, final.replace(row.reference, f"{float(row.reference) + 1:.10g}"))
         assert wrong != row.completion[0]["content"]
         assert GSM8KReward(format=answer_format)(row, said(wrong)) == 0.0, row.id
 

@@ -122,7 +122,8 @@ def test_results_of_another_config_or_checkpoint_move_aside_and_those_of_the_sam
 
 
 def test_a_sampling_moves_its_traces_aside_and_leaves_an_evaluations_files(tmp_path):
-    settings = {"seed": 1, "checkpointer": {"checkpoint_dir": str(tmp_path)}}
+    (tmp_path / "latest").symlink_to(tmp_path)
+    settings = {"seed": 1, "checkpointer": {"checkpoint_dir": str(tmp_path / "latest")}}
     results_of(tmp_path, None, **settings)
     for name in SAMPLING_FILES:
         (tmp_path / name).write_text("{}\n")
@@ -130,7 +131,7 @@ def test_a_sampling_moves_its_traces_aside_and_leaves_an_evaluations_files(tmp_p
     assert not (tmp_path / "previous_1").exists(), "the same config and folder"
     set_results_aside(OmegaConf.create(settings | {"seed": 2}), tmp_path, SAMPLING_FILES)
     assert {path.name for path in (tmp_path / "previous_1").iterdir()} == {*SAMPLING_FILES, "config.yaml"}
-    assert {path.name for path in tmp_path.iterdir()} == {*EVALUATION_FILES[:3], "previous_1"}
+    assert {path.name for path in tmp_path.iterdir()} == {*EVALUATION_FILES[:3], "previous_1", "latest"}
 
 
 @pytest.mark.parametrize("value", [True, "auto"])
