@@ -14,8 +14,8 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 # A base in the folder $(1) is complete where its last step is saved (`max_steps` of configs/tiny/base.yaml; a kill or a copy can
-# lose the link `latest` or leave it at an earlier step; it is made again), or where `latest` is a copy without any step. A run that is stopped leaves an earlier
-# step, which the next one resumes; since such a run can end with status 0, the step is looked for again.
+# lose the link `latest` or leave it at an earlier step, so it is made again), or where `latest` is a copy without any step. A run
+# that is stopped leaves an earlier step, which the next one resumes; since it can end with status 0, the step is looked for again.
 complete = { { test -f $(1)/step_700/config.json && { { test -e $(1)/latest && ! test -L $(1)/latest; } || \
 	  ln -sfn step_700 $(1)/latest; }; } || \
 	  { test -f $(1)/latest/config.json && ! ls -d $(1)/step_* >/dev/null 2>&1; }; }
