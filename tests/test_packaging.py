@@ -84,9 +84,12 @@ def test_a_copy_of_a_base_without_its_steps_is_not_trained(tmp_path):
 
 
 @needs_make
-def test_a_complete_base_that_lost_its_link_gets_it_back_without_training(tmp_path):
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_complete_base_whose_link_is_lost_or_at_an_earlier_step_gets_it_back_without_training(earlier, tmp_path):
     folder = tmp_path / "runs" / "tiny" / "base"
     save_step(folder, 700, latest=False)
+    if earlier:
+        save_step(folder, 60)
     assert make(tmp_path, "base", TRAINS).returncode == 0 and not (tmp_path / "trained").exists()
     assert (folder / "latest").readlink() == Path("step_700")
 

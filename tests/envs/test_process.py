@@ -252,12 +252,14 @@ class Forking:
         match turn["content"]:
             case "fork":
                 os.fork()
+            case "native fork":
+                ctypes.PyDLL(None).fork()  # Python does not know of it, as of one that native code forks
             case "leave a child and die":
                 if os.fork() == 0:
                     time.sleep(60)
                 os._exit(7)
             case "leave a native child and die":
-                if ctypes.PyDLL(None).fork() == 0:  # Python does not know of it, as of one that native code forks
+                if ctypes.PyDLL(None).fork() == 0:
                     time.sleep(60)
                 os._exit(7)
             case "answer and die":
@@ -277,9 +279,10 @@ def pipe_of_this_worker():
     return frame.f_locals["connection"], frame.f_locals
 
 
-def test_a_forked_child_that_comes_back_from_a_call_sends_no_second_answer():
+@pytest.mark.parametrize("text", ["fork", "native fork"])
+def test_a_forked_child_that_comes_back_from_a_call_sends_no_second_answer(text):
     environment = ProcessEnvironment(Forking(), workers=1, timeout_s=30.0)
-    rewards = [say(environment, environment.reset(row(str(n))), "fork" if n % 2 else "") for n in range(6)]
+    rewards = [say(environment, environment.reset(row(str(n))), text if n % 2 else "") for n in range(6)]
     assert [step.reward for step in rewards] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
 
 
